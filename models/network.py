@@ -1,0 +1,189 @@
+"""A backbone with exits after chosen blocks and a policy at every exit but the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from optimum.utils import NormalizedConfigManager
+from torch import Tensor, nn
+
+from offramp.models.exits import POOLINGS, Exit, Pooler, pool, pooling_weights
+from offramp.models.families import Family, family_of
+from offramp.models.families.family import Context, additive_mask
+from offramp.models.policies import POLICY_INPUTS, Policy, no_evidence, weigh_evidence
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What is built on top of a backbone; everything about the backbone itself is in its own configuration.
+
+    exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
+    pooling: "mean" over tokens, or "cls" with BERT's shared dense-and-tanh pooler behind it.
+    policy: what the policies read ("statistics", "state", "both"), or None for a network without policies.
+    """
+
+    labels: tuple[str, ...]
+    exits: tuple[int, ...]
+    pooling: str = "mean"
+    policy: str | None = None
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.labels) < 2:
+            raise ValueError(f"a classifier needs at least two labels, got {list(self.labels)}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling {self.pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if self.policy is not None and self.policy not in POLICY_INPUTS:
+            raise ValueError(f"policy {self.policy!r}; choose one of {', '.join(POLICY_INPUTS)}, or none")
+        if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
+            raise ValueError(f"exits must be ascending block numbers from 1, got {list(self.exits)}")
+
+
+@dataclass(frozen=True)
+class WalkOutputs:
+    """What every exit said, exits in order, full depth.
+
+    logits [batch, exits, classes]; pooled [batch, exits, hidden]; gates [batch, exits - 1] are logits of P(exit), or None.
+    """
+
+    logits: Tensor
+    pooled: Tensor
+    gates: Tensor | None
+
+
+class EarlyExitNetwork(nn.Module):
+    """A transformers encoder with exits and policies.
+
+    backbone: the base model that AutoModel gives (its own pooler, if any, is only used to start the shared one).
+    Raises UnsupportedFamily where no adapter knows the backbone, ValueError where an exit lies beyond its last block.
+    """
+
+    def __init__(self, backbone: Any, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.family: Family = family_of(backbone.config.model_type)
+        self.spec = spec
+        sizes = NormalizedConfigManager.get_normalized_config_class(backbone.config.model_type)(backbone.config)
+        self.hidden_size = int(sizes.hidden_size)
+        self.vocab_size = int(sizes.vocab_size)
+        self.block_count = int(sizes.num_layers)
+        self.longest = self.family.longest(backbone.config)
+        if spec.exits[-1] != self.block_count:
+            raise ValueError(f"the last exit must follow the last block {self.block_count}, got {list(spec.exits)}")
+        self.pooler = _shared_pooler(backbone, self.hidden_size) if spec.pooling == "cls" else None
+        backbone.pooler = None  # never called: exits pool for themselves
+        self.backbone = backbone
+        classes = len(spec.labels)
+        self.exits = nn.ModuleList(Exit(self.hidden_size, classes, spec.dropout) for _ in spec.exits)
+        policies = [Policy(self.hidden_size, spec.policy) for _ in spec.exits[:-1]] if spec.policy else []
+        self.policies = nn.ModuleList(policies)
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers configuration."""
+        return self.backbone.config
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The backbone's blocks in order."""
+        return self.family.blocks(self.backbone)
+
+    def stem(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
+        """Embed input_ids (and token_type_ids) [batch, seq] with attention_mask [batch, seq].
+
+        Gives hidden [batch, seq, hidden] and what every segment reads: mask [batch, 1, 1, seq] additive, pool [batch, 1, seq]
+        with mean pooling, and what the family adds.
+        """
+        attention_mask = inputs["attention_mask"]
+        hidden = self.family.embed(self.backbone, inputs)
+        context = {"mask": additive_mask(attention_mask)}
+        if self.spec.pooling == "mean":
+            context["pool"] = pooling_weights(attention_mask)
+        context.update(self.family.context(self.backbone, hidden))
+        return hidden, context
+
+    def run_block(self, block: int, hidden: Tensor, context: Context) -> Tensor:
+        """Run block number `block` (0-based): hidden [batch, seq, hidden] -> the same shape."""
+        return self.family.call(self.blocks[block], hidden, context)
+
+    def pooled(self, hidden: Tensor, context: Context) -> Tensor:
+        """The vector [batch, hidden] that exits and policies read."""
+        vector = pool(hidden, context.get("pool"))
+        return vector if self.pooler is None else self.pooler(vector)  # type: ignore[no-any-return]
+
+    def classify(self, exit_index: int, pooled: Tensor) -> Tensor:
+        """Logits [batch, classes] of exit number `exit_index` (0-based)."""
+        return self.exits[exit_index](pooled)  # type: ignore[no-any-return]
+
+    def gate(self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Logit of P(exit) [batch] at an exit but the last, and the evidence for the next exit."""
+        statistics, evidence = weigh_evidence(logits, evidence)
+        return self.policies[exit_index](pooled, statistics), evidence
+
+    def gates(self, pooled: Tensor, logits: Tensor) -> Tensor:
+        """Logits of P(exit) [batch, exits - 1] from cached pooled [batch, exits, hidden] and logits [batch, exits, classes]."""
+        evidence = no_evidence(logits, logits.shape[-1])
+        columns = []
+        for index in range(len(self.policies)):
+            column, evidence = self.gate(index, pooled[:, index], logits[:, index], evidence)
+            columns.append(column)
+        return torch.stack(columns, dim=1)
+
+    def forward(self, inputs: Mapping[str, Tensor], *, policies_see: str = "graph") -> WalkOutputs:
+        """Every exit at full depth; gates read the exits' logits, detached where policies_see is "values"."""
+        hidden, context = self.stem(inputs)
+        pooled, logits = [], []
+        for block in range(self.block_count):
+            hidden = self.run_block(block, hidden, context)
+            if block + 1 in self.spec.exits:
+                vector = self.pooled(hidden, context)
+                pooled.append(vector)
+                logits.append(self.classify(len(pooled) - 1, vector))
+        all_pooled, all_logits = torch.stack(pooled, 1), torch.stack(logits, 1)
+        gates = None
+        if len(self.policies):
+            seen = (all_pooled, all_logits) if policies_see == "graph" else (all_pooled.detach(), all_logits.detach())
+            gates = self.gates(seen[0].float(), seen[1].float())
+        return WalkOutputs(all_logits, all_pooled, gates)
+
+
+def default_exits(blocks: int) -> tuple[int, ...]:
+    """An exit after every block."""
+    return tuple(range(1, blocks + 1))
+
+
+def count_blocks(config: Any) -> int:
+    """Blocks of a supported configuration (1 or more); raises UnsupportedFamily for others."""
+    family_of(config.model_type)
+    return int(NormalizedConfigManager.get_normalized_config_class(config.model_type)(config).num_layers)
+
+
+def parse_exits(wish: str | Sequence[int], blocks: int) -> tuple[int, ...]:
+    """Exits from "each", "every N" (or "N"), or a list "2,4,6"; the last block is always added."""
+    if not isinstance(wish, str):
+        chosen = set(wish)
+    elif wish == "each":
+        chosen = set(default_exits(blocks))
+    else:
+        words = wish.replace("every", " ").replace(",", " ").split()
+        if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+            raise ValueError(f"{wish!r}: say 'each', 'every N', or block numbers such as 2,4,6")
+        numbers = [int(word) for word in words]
+        every = wish.strip().startswith("every")
+        if every and len(numbers) != 1:
+            raise ValueError(f"{wish!r}: 'every' takes one number")
+        chosen = set(range(numbers[0], blocks + 1, numbers[0])) if every else set(numbers)
+    beyond = [number for number in chosen if not 1 <= number <= blocks]
+    if beyond:
+        raise ValueError(f"block {beyond[0]} does not exist: the backbone has blocks 1 to {blocks}")
+    return tuple(sorted(chosen | {blocks}))
+
+
+def _shared_pooler(backbone: Any, hidden_size: int) -> Pooler:
+    pooler = Pooler(hidden_size)
+    pretrained = getattr(getattr(backbone, "pooler", None), "dense", None)
+    if isinstance(pretrained, nn.Linear):
+        pooler.dense.load_state_dict(pretrained.state_dict())
+    return pooler

@@ -1,0 +1,87 @@
+"""Policies: the learned part that gives, at an exit, the probability of leaving there.
+
+ConsistentEE's policy reads the pooled state alone (section "state"). Two things are added, each of them optional, because the
+pooled state overfits on small data sets: the statistics of the exit's own softmax, and the evidence of the exits before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+POLICY_INPUTS = ("statistics", "state", "both")
+# top log-odds, margin, entropy, agreement, streak, top of the running mean, the mean's probability of today's label
+STATISTICS = 7
+
+
+def evidence_size(classes: int) -> int:
+    """Numbers a row that travel from exit to exit: last probabilities, their running sum, the streak."""
+    return 2 * classes + 1
+
+
+def no_evidence(rows: Tensor, classes: int) -> Tensor:
+    """Zeros [batch, evidence] for rows that have met no exit; `rows` is any tensor with the batch first."""
+    return torch.zeros(rows.shape[0], evidence_size(classes), dtype=torch.float32, device=rows.device)
+
+
+def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics [batch, 7] of this exit against what the earlier exits saw, and the evidence [batch, 2C + 1] for the next.
+
+    Agreement is the inner product of this exit's probabilities with the last exit's: the chance that two draws agree, a smooth
+    form of patience; the streak lets it accumulate. Everything is a ratio or a probability, so that an exit left out at export
+    changes the features little.
+    """
+    classes = logits.shape[-1]
+    logits = logits.float()
+    probabilities = logits.softmax(-1)  # [batch, classes]
+    last, total, streak = evidence.split([classes, classes, 1], dim=-1)
+    two = probabilities.topk(min(2, classes), dim=-1).values  # [batch, 2]
+    top, second = two[:, :1], two[:, -1:]
+    entropy = -(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1, keepdim=True)
+    agreement = (probabilities * last).sum(-1, keepdim=True)
+    streak = agreement * (streak + 1.0)
+    total = total + probabilities
+    mean = total / total.sum(-1, keepdim=True)
+    # A soft pick of the label of today (temperature 0.05) instead of an arg max: smooth, and no gather in the graph.
+    label = (probabilities * 20.0).softmax(-1)
+    statistics = torch.cat(
+        [
+            # 0.2: log-odds reach some 10; the others stay within 0..1, the streak within the number of exits
+            0.2 * (top.clamp(max=1.0 - 1e-5) / (1.0 - top).clamp(min=1e-5)).log(),
+            top - second,
+            entropy,
+            agreement,
+            0.2 * streak,
+            mean.amax(-1, keepdim=True),
+            (mean * label).sum(-1, keepdim=True),
+        ],
+        dim=-1,
+    )  # [batch, 7]
+    return statistics, torch.cat([probabilities, total, streak], dim=-1)
+
+
+class Policy(nn.Module):
+    """P(exit) at one exit as a logit [batch]: a two-layer perceptron over the chosen inputs.
+
+    state: Linear(hidden, 32), GELU, Linear(32, 1), the published shape (ConsistentEE, class Policy of its public code).
+    statistics: the same over the seven statistics, 16 wide. both: the sum of the two.
+    """
+
+    def __init__(self, hidden_size: int, inputs: str, dropout: float = 0.1) -> None:
+        super().__init__()
+        if inputs not in POLICY_INPUTS:
+            raise ValueError(f"policy inputs {inputs!r}; choose one of {', '.join(POLICY_INPUTS)}")
+        self.state = _perceptron(hidden_size, 32, dropout) if inputs in ("state", "both") else None
+        self.statistics = _perceptron(STATISTICS, 16, 0.0) if inputs in ("statistics", "both") else None
+
+    def forward(self, pooled: Tensor, statistics: Tensor) -> Tensor:
+        logit = pooled.new_zeros(())
+        if self.state is not None:
+            logit = logit + self.state(pooled)[:, 0]
+        if self.statistics is not None:
+            logit = logit + self.statistics(statistics)[:, 0]
+        return logit  # [batch]
+
+
+def _perceptron(inputs: int, width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, 1))

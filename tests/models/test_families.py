@@ -1,0 +1,49 @@
+"""Each adapter against transformers' own forward, block by block."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from offramp.models import EarlyExitNetwork, NetworkSpec, family_of, supported_families
+from offramp.models.families import FAMILIES, UnsupportedFamily
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_block_matches_transformers(family: str) -> None:
+    base = tiny.backbone(family)
+    given = tiny.inputs(family)
+    wanted = {name: given[name] for name in ("attention_mask", *family_of(family).inputs)}
+    with torch.no_grad():
+        reference = base(**wanted, output_hidden_states=True).hidden_states
+        network = EarlyExitNetwork(base, NetworkSpec(("a", "b"), (1, 2, 3))).eval()
+        hidden, context = network.stem(given)
+        real = given["attention_mask"].bool()
+        torch.testing.assert_close(hidden[real], reference[0][real], atol=1e-5, rtol=0)
+        for block in range(network.block_count):
+            hidden = network.run_block(block, hidden, context)
+            torch.testing.assert_close(hidden[real], reference[block + 1][real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_padding_changes_nothing(family: str) -> None:
+    network = tiny.network(family)
+    given = tiny.inputs(family)
+    short = {name: value[1:2, :4] for name, value in given.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(network(given).logits[1:2], network(short).logits, atol=1e-5, rtol=0)
+
+
+def test_longest_input_is_accepted_and_numbered_from_padding() -> None:
+    for family in FAMILIES:
+        network = tiny.network(family)
+        ids = torch.full((1, network.longest), 6)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        assert network(given).logits.shape == (1, 3, 2)
+
+
+def test_unsupported_family_lists_the_supported() -> None:
+    with pytest.raises(UnsupportedFamily, match="bert, distilbert, electra, mpnet, roberta"):
+        family_of("gpt2")
+    assert "mpnet" in supported_families()

@@ -1,0 +1,67 @@
+"""Exits, policies and their evidence."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from offramp.models import EarlyExitNetwork, NetworkSpec
+from offramp.models.network import parse_exits
+from offramp.models.policies import evidence_size, no_evidence, weigh_evidence
+
+
+def test_cls_pooling_starts_from_the_pretrained_pooler() -> None:
+    base = tiny.backbone("bert")
+    weight = base.pooler.dense.weight.clone()
+    network = EarlyExitNetwork(base, NetworkSpec(("a", "b"), (1, 2, 3), "cls"))
+    assert network.pooler is not None
+    torch.testing.assert_close(network.pooler.dense.weight, weight)
+
+
+def test_gates_from_cached_features_equal_gates_of_the_forward() -> None:
+    network = tiny.network(policy="both")
+    with torch.no_grad():
+        out = network(tiny.inputs())
+        torch.testing.assert_close(network.gates(out.pooled, out.logits), out.gates)
+
+
+def test_policies_that_see_values_send_no_gradient_to_the_exits() -> None:
+    network = tiny.network(policy="both")
+    network(tiny.inputs(), policies_see="values").gates.sum().backward()
+    assert network.exits[0].classify.weight.grad is None
+    assert network.policies[0].statistics[1].weight.grad is not None
+
+
+def test_statistics_tell_agreement_from_disagreement() -> None:
+    first, same, other = torch.tensor([[4.0, 0.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+    _, evidence = weigh_evidence(first, no_evidence(first, 2))
+    agreeing, _ = weigh_evidence(same, evidence)
+    opposing, _ = weigh_evidence(other, evidence)
+    assert evidence.shape == (1, evidence_size(2))
+    assert agreeing[0, 3] > 0.9 > 0.1 > opposing[0, 3]
+    assert agreeing[0, 6] > opposing[0, 6]  # the running mean's probability of today's label
+
+
+def test_statistics_stay_finite_at_certainty() -> None:
+    certain = torch.tensor([[80.0, -80.0]])
+    statistics, evidence = weigh_evidence(certain, no_evidence(certain, 2))
+    assert torch.isfinite(statistics).all() and torch.isfinite(evidence).all()
+
+
+def test_exits_must_end_at_the_last_block() -> None:
+    with pytest.raises(ValueError, match="last block 3"):
+        EarlyExitNetwork(tiny.backbone("bert"), NetworkSpec(("a", "b"), (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("wish", "exits"), [("each", (1, 2, 3, 4)), ("every 2", (2, 4)), ("every 3", (3, 4)), ("1,3", (1, 3, 4)), ("2", (2, 4))]
+)
+def test_parse_exits(wish: str, exits: tuple[int, ...]) -> None:
+    assert parse_exits(wish, 4) == exits
+
+
+@pytest.mark.parametrize("wish", ["0", "5", "every", "two", "every 1,2", ""])
+def test_parse_exits_refuses(wish: str) -> None:
+    with pytest.raises(ValueError):
+        parse_exits(wish, 4)

@@ -1,0 +1,102 @@
+"""Tiny random twins of real transformers models: 3 blocks, width 32, a vocabulary of 60."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModel, BertConfig, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+
+from offramp.models import EarlyExitNetwork, NetworkSpec
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 70,
+}
+CONFIGS: dict[str, Any] = {
+    "bert": lambda: BertConfig(**SIZES),
+    "electra": lambda: ElectraConfig(embedding_size=16, **SIZES),
+    "roberta": lambda: RobertaConfig(pad_token_id=1, **SIZES),
+    "mpnet": lambda: MPNetConfig(pad_token_id=1, **SIZES),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=60, dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=70
+    ),
+}
+GOOD, BAD = "good fine lovely warm bright".split(), "bad poor awful cold dull".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *"the a film plot scene was is and very quite not at all".split()]
+
+
+def backbone(family: str, seed: int = 0) -> Any:
+    """A random transformers base model of the family, in evaluation mode."""
+    torch.manual_seed(seed)
+    return AutoModel.from_config(CONFIGS[family]()).eval()
+
+
+def network(family: str = "bert", *, pooling: str = "mean", policy: str | None = "both", seed: int = 0) -> EarlyExitNetwork:
+    """A tiny network with an exit after every block, random everywhere."""
+    base = backbone(family, seed)
+    return EarlyExitNetwork(base, NetworkSpec(("negative", "positive"), (1, 2, 3), pooling, policy)).eval()
+
+
+def inputs(family: str = "bert", rows: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
+    """Random ids with the second row padded, as the stem takes them."""
+    torch.manual_seed(1)
+    pad = CONFIGS[family]().pad_token_id
+    ids = torch.randint(5, 60, (rows, length))
+    mask = torch.ones_like(ids)
+    mask[1:, length - 3 :] = 0
+    ids[mask == 0] = pad
+    types = (torch.arange(length) > 3).long().expand(rows, length)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def tokenizer() -> Tokenizer:
+    """A word-level tokenizer over WORDS, with BERT's [CLS] a [SEP] b [SEP]."""
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return made
+
+
+def model_folder(folder: Path, family: str = "bert") -> Path:
+    """A folder that from_pretrained loads: tiny random weights and the word-level tokenizer."""
+    backbone(family).save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences whose label is told by one word: learnable in seconds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: list[str]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    found = []
+    for number in range(count):
+        label = number % 2
+        filler = [pick(["the", "a", "film", "plot", "scene", "very", "quite", "is"]) for _ in range(1 + number % 7)]
+        found.append({"text": " ".join([*filler, pick(GOOD if label else BAD)]), "label": label})
+    return found
+
+
+def data_folder(folder: Path, train: int = 64, dev: int = 32, test: int = 32) -> Path:
+    """train, dev and test JSON lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (split, count) in enumerate({"train": train, "dev": dev, "test": test}.items()):
+        lines = (json.dumps(row) + "\n" for row in rows(count, seed))
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder

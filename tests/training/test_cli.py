@@ -1,0 +1,122 @@
+"""ee-train and ee-eval as a user runs them, on a tiny model and data learnable in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from offramp.training.cli import evaluate, train
+from offramp.training.checkpoint import load_checkpoint
+
+FAST = ["--set", "epochs=10", "--set", "batch_size=8", "--set", "lr=0.002", "--set", "heads_lr=0.01"]
+
+
+def _run(command: object, *words: str) -> Result:
+    return CliRunner().invoke(command, list(words))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is no folder must fail at once here, not after the hub's retries."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("training")
+    tiny.model_folder(root / "model")
+    tiny.data_folder(root / "data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    words = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--out", str(folder / "ckpt"), *FAST]
+    result = _run(train, *words, "--set", "policy_epochs=5", "--precision", "fp32")
+    assert result.exit_code == 0, result.output
+    return folder / "ckpt"
+
+
+def test_consistentee_learns_and_leaves_a_whole_checkpoint(trained: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    assert checkpoint.training["dev"]["full_depth"] > 80
+    names = [point["name"] for point in checkpoint.training["operating_points"]]
+    assert names[:2] == ["default", "full"] and names[-1] == "trained"
+    assert (trained / "log.jsonl").read_text().count("policy last") > 0
+    assert not trained.with_name("ckpt.partial").exists()
+
+
+def test_eval_writes_table_json_and_picture(trained: Path, folder: Path, tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "e.json"), "--picture", str(tmp_path / "e.png")]
+    result = _run(evaluate, str(trained), "--data", str(folder / "data"), *files)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert set(figures["chosen_on_dev"]) <= {"gate", "max_probability", "entropy", "margin", "patience"}
+    assert figures["oracle"]["accuracy"] >= figures["full_depth"]["accuracy"]
+    full = next(point for point in figures["operating_points"] if point["name"] == "full")
+    assert full["random_same_depth"] == pytest.approx(figures["full_depth"]["accuracy"], abs=0.01)
+    assert (tmp_path / "e.png").stat().st_size > 5000
+
+
+def test_a_finished_checkpoint_is_not_overwritten_by_surprise(trained: Path, folder: Path) -> None:
+    result = _run(train, "--model", "x", "--data", str(folder / "data"), "--out", str(trained))
+    assert result.exit_code == 2 and "--overwrite" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "no/such-model"], "no/such-model"),
+        (["--model", "MODEL", "--set", "alfa=1"], "alpha=0.02"),
+        (["--model", "MODEL", "--set", "epochs=many"], "expected int"),
+        ([], "--model"),
+        (["--model", "MODEL", "--exits", "9"], "block 9 does not exist"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(folder: Path, tmp_path: Path, words: list[str], told: str) -> None:
+    words = [str(folder / "model") if word == "MODEL" else word for word in words]
+    result = _run(train, "--data", str(folder / "data"), "--out", str(tmp_path / "c"), *words)
+    assert result.exit_code == 2 and told in result.output, result.output
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL in the middle, then run again: bit for bit the weights of the run that was left alone."""
+    script = "import torch; torch.set_num_threads(1); from offramp.training.cli import train; train()"
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "data"), *FAST, "--set", "policy_epochs=3"]
+    flags += ["--precision", "fp32", "--save-every", "0"]
+    command = [sys.executable, "-c", script, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    torn = [*command, "--out", str(tmp_path / "torn")]
+    first = subprocess.Popen(torn, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = tmp_path / "torn.partial" / "state.json"
+    while first.poll() is None and not (state.is_file() and json.loads(state.read_text())["step"] >= 5):
+        time.sleep(0.002)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "torn").exists()
+    again = subprocess.run(torn, env=environment, check=True, capture_output=True, text=True)
+    assert "going on from" in again.stderr
+    whole = load_file(tmp_path / "whole" / "weights.safetensors")
+    resumed = load_file(tmp_path / "torn" / "weights.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+
+
+def test_a_resume_with_another_command_is_refused(folder: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "c.partial"
+    partial.mkdir()
+    words = ["--data", str(folder / "data"), "--out", str(tmp_path / "c"), "--model", str(folder / "model"), *FAST]
+    (partial / "command.json").write_text('{"seed": 9}')
+    result = _run(train, *words)
+    assert result.exit_code == 2 and "unfinished run" in result.output

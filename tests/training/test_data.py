@@ -1,0 +1,107 @@
+"""Reading rows: every kind of file, and what a user is told when a row is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from offramp.training.checkpoint import TextFacts
+from offramp.training.data import BadData, Columns, encode, load_data, shuffled_batches
+
+
+def _write(file: Path, rows: list[dict[str, object]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_folder_of_json_lines(tmp_path: Path) -> None:
+    data = load_data(str(tiny.data_folder(tmp_path / "d")))
+    assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 64, "dev": 32, "test": 32}
+    assert data.labels == ("0", "1")
+
+
+def test_one_file_gives_a_dev_split_and_says_so(tmp_path: Path) -> None:
+    said = io.StringIO()
+    data = load_data(str(_write(tmp_path / "a.jsonl", tiny.rows(50))), say=said)
+    assert len(data.split("train")) == 45 and len(data.split("dev")) == 5
+    assert "5 of 50" in said.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_other_files_read_the_same(tmp_path: Path, suffix: str) -> None:
+    import datasets
+
+    rows = tiny.rows(20)
+    table = datasets.Dataset.from_list(rows)
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        table.to_parquet(str(file))
+    else:
+        table.to_csv(str(file), sep="\t" if suffix == "tsv" else ",")
+    data = load_data(str(file), say=io.StringIO())
+    assert sorted(data.split("train").text + data.split("dev").text) == sorted(str(row["text"]) for row in rows)
+
+
+def test_string_labels_and_named_columns(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"sentence": "x y", "kind": "spam"}, {"sentence": "z", "kind": "ham"}] * 5
+    file = _write(tmp_path / "a.jsonl", rows)
+    data = load_data(str(file), Columns("sentence", "other", "kind"), say=io.StringIO())
+    assert data.labels == ("ham", "spam")
+
+
+def test_pairs_reach_the_tokenizer_with_types(tmp_path: Path) -> None:
+    file = _write(tmp_path / "a.jsonl", [{"text": "good film", "text_b": "bad", "label": i % 2} for i in range(10)])
+    rows = load_data(str(file), say=io.StringIO()).split("train")
+    encoded = encode(rows, tiny.tokenizer(), TextFacts("", 0, 64))
+    assert encoded.types[0] == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"text": "a", "label": 0}, {"text": "", "label": 1}], r"row 2.*non-empty"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 7}], r"from 0 without a gap"),
+        ([{"txt": "a", "label": 0}], r"no column 'text'.*--text-column"),
+        ([{"text": "a", "label": 0}, {"text": None, "label": 1}], r"row 2"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, rows: list[dict[str, object]], told: str) -> None:
+    file = _write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(BadData, match=told) as caught:
+        load_data(str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_broken_json_is_named_by_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a", "label": 0}\n{"text": "b", "la\n')
+    with pytest.raises(BadData, match="row 2"):
+        load_data(str(file))
+
+
+def test_label_unknown_in_train_is_named(tmp_path: Path) -> None:
+    _write(tmp_path / "train.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    _write(tmp_path / "dev.jsonl", [{"text": "a", "label": "z"}])
+    with pytest.raises(BadData, match=r"dev.jsonl, row 1: label 'z'"):
+        load_data(str(tmp_path))
+
+
+def test_missing_split_lists_those_that_there_are(tmp_path: Path) -> None:
+    data = load_data(str(_write(tmp_path / "a.jsonl", tiny.rows(20))), say=io.StringIO())
+    with pytest.raises(BadData, match="train, dev"):
+        data.split("test")
+
+
+def test_batches_hold_every_row_once_and_repeat_exactly() -> None:
+    lengths = np.arange(101) % 13
+    batches = shuffled_batches(lengths, 8, seed=3, epoch=1)
+    assert sorted(np.concatenate(batches)) == list(range(101))
+    again = shuffled_batches(lengths, 8, seed=3, epoch=1)
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+    other = shuffled_batches(lengths, 8, seed=3, epoch=2)
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, other, strict=True))

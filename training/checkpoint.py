@@ -1,0 +1,120 @@
+"""The checkpoint: a folder of safetensors, JSON and a tokenizer; nothing in it is ever unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from offramp.models.network import EarlyExitNetwork, NetworkSpec
+
+WEIGHTS, NETWORK, TRAINING, TOKENIZER = "weights.safetensors", "network.json", "training.json", "tokenizer.json"
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint folder that is missing, incomplete or contradicts itself; the message names the file and the cure."""
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """How text becomes token ids for this network: put before every text, padded with, cut to (tokens)."""
+
+    prefix: str
+    pad_id: int
+    longest: int
+
+
+@dataclass
+class Checkpoint:
+    """A trained network with everything needed to use it.
+
+    training: what training.json holds: recipe, settings, data name, seeds, versions, dev measurements, operating points.
+    tokenizer: the tokenizer.json that belongs to it.
+    """
+
+    network: EarlyExitNetwork
+    text: TextFacts
+    tokenizer: Path
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the folder whole or not at all: beside it first, then renamed. Replaces a checkpoint that stands there."""
+    beside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    network = checkpoint.network
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(state, beside / WEIGHTS)
+    facts = {
+        "format": 1,
+        "backbone": network.config.to_dict(),
+        "network": dataclasses.asdict(network.spec),
+        "text": dataclasses.asdict(checkpoint.text),
+    }
+    write_json(beside / NETWORK, facts)
+    write_json(beside / TRAINING, checkpoint.training)
+    shutil.copyfile(checkpoint.tokenizer, beside / TOKENIZER)
+    replace_folder(beside, folder)
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read a checkpoint folder; raises BadCheckpoint naming the file that is missing or wrong."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadCheckpoint(f"{folder}: no such folder; train one with: ee-train --out {folder}")
+    for name in (WEIGHTS, NETWORK, TRAINING, TOKENIZER):
+        if not (folder / name).is_file():
+            raise BadCheckpoint(f"{folder / name} is missing: not a complete checkpoint; train it again with ee-train")
+    facts = read_json(folder / NETWORK)
+    try:
+        spec = dict(facts["network"])
+        spec["labels"], spec["exits"] = tuple(spec["labels"]), tuple(spec["exits"])
+        backbone_facts = dict(facts["backbone"])
+        config = AutoConfig.for_model(backbone_facts.pop("model_type"), **backbone_facts)
+        text = TextFacts(**facts["text"])
+        network = EarlyExitNetwork(AutoModel.from_config(config), NetworkSpec(**spec))
+    except (KeyError, TypeError) as problem:
+        raise BadCheckpoint(f"{folder / NETWORK}: field missing or unknown: {problem}") from problem
+    try:
+        network.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as problem:
+        raise BadCheckpoint(f"{folder / WEIGHTS} does not fit {NETWORK}: {problem}") from problem
+    network.eval()
+    return Checkpoint(network, text, folder / TOKENIZER, read_json(folder / TRAINING))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside the target, then rename, so that no reader meets half a file."""
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises BadCheckpoint naming the file and the line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise BadCheckpoint(f"{path}: not valid JSON: {problem}") from problem
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put `new` where `folder` stands; the old one is removed only once the new one is in its place."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

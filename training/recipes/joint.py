@@ -1,0 +1,76 @@
+"""joint: every exit learns at once, deeper ones weigh more (PABEE's training; ConsistentEE's warm start).
+
+Loss: sum over exits l of l * CE_l / sum of l (PABEE, arXiv 2006.04152; the same line in ConsistentEE's stage one).
+We differ in the defaults (3 epochs, lr 5e-5, warm-up and decay, weight decay 0.01), and an exit is one linear layer on the mean of
+the tokens unless --pooling cls asks for the published shared pooler on the first token.
+
+    ee-train --model MODEL --data DATA --recipe joint --out ckpt/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offramp.training.collect import exit_accuracy
+from offramp.training.data import Encoded
+from offramp.training.loop import Run, Stage
+
+EVERYTHING = ("backbone", "exits", "pooler")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Settings of the recipe; lr and heads_lr (exits, which start from nothing) at batch_size."""
+
+    epochs: int = 3
+    batch_size: int = 32
+    lr: float = 5e-5
+    heads_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size) < 1 or self.lr <= 0:
+            raise ValueError(f"epochs, batch_size and lr must be positive: {self}")
+
+
+def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every exit: logits [batch, exits, classes], labels [batch] -> [batch, exits]."""
+    rows, exits, _ = logits.shape
+    repeated = labels[:, None].expand(rows, exits)
+    return functional.cross_entropy(logits.float().flatten(0, 1), repeated.flatten(), reduction="none").view(rows, exits)
+
+
+def joint_loss(losses: Tensor) -> Tensor:
+    """Index-weighted mean over exits: losses [batch, exits] -> scalar."""
+    weights = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
+    return (losses * weights).sum(1).mean() / weights.sum()
+
+
+def warm_start(run: Run, train: Encoded, settings: Joint) -> None:
+    """The stage itself, shared with every recipe that starts from trained exits."""
+
+    def loss(model: object, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        inputs, labels = train.batch(index, run.accelerator.device)
+        losses = exit_losses(model(inputs).logits, labels)  # type: ignore[operator]
+        return joint_loss(losses), {"first": float(losses[:, 0].detach().mean()), "last": float(losses[:, -1].detach().mean())}
+
+    run.fit(Stage("joint", EVERYTHING, train.lengths, loss, settings.epochs, settings.batch_size, settings.lr, settings.heads_lr))
+
+
+SETTINGS = Joint
+
+
+def policy_of(settings: Joint) -> str | None:
+    """This recipe trains no policy."""
+    return None
+
+
+def train(run: Run, train: Encoded, dev: Encoded, settings: Joint, *, skip_warm_start: bool) -> dict[str, Any]:
+    """Train backbone and exits (after --init: train them further); gives the accuracy of every exit on dev."""
+    warm_start(run, train, settings)
+    return {"dev": exit_accuracy(run, dev)}

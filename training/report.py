@@ -1,0 +1,162 @@
+"""ee-eval: one checkpoint measured on one split, as a table, a JSON file and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from offramp.runtime.rules import RuleSpec, bind, simulate
+from offramp.training.checkpoint import load_checkpoint, write_json
+from offramp.training.collect import collect
+from offramp.training.data import Columns, encode, load_data
+from offramp.training.frontier import (
+    SWEPT,
+    Costs,
+    Point,
+    Signals,
+    accuracy_at,
+    full_depth,
+    oracle,
+    random_control,
+    settings_to_try,
+    shallowest,
+    signals_of,
+    sweep,
+)
+
+# Shares of the depth at which rules are compared at equal mean exit.
+SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    data: str,
+    split: str,
+    points_from: str,
+    within: float,
+    json_file: Path | None,
+    picture: Path | None,
+    batch_size: int,
+    text_column: str,
+    text_b_column: str,
+    label_column: str,
+) -> dict[str, Any]:
+    """Measure on `split` with operating points chosen on `points_from`; print the table, write the files, give the figures."""
+    loaded = load_checkpoint(checkpoint)
+    rows = load_data(data, Columns(text_column, text_b_column, label_column))
+    tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
+    seen = {}
+    for name in dict.fromkeys((points_from, split)):
+        encoded = encode(rows.split(name), tokenizer, loaded.text)
+        seen[name] = signals_of(collect(loaded.network, encoded, batch_size=batch_size, what=name))
+    costs = {name: Costs(loaded.network, signals.lengths) for name, signals in seen.items()}
+    figures = measure(seen[points_from], seen[split], costs[points_from], costs[split], within, loaded.training)
+    figures = {"checkpoint": Path(checkpoint).name, "data": Path(data).name, "split": split, "points_from": points_from, **figures}
+    _print(figures, Console())
+    write_json(json_file or Path("eval.json"), figures)
+    draw(figures, picture or Path("eval.png"))
+    return figures
+
+
+def measure(dev: Signals, test: Signals, dev_costs: Costs, test_costs: Costs, within: float, training: dict[str, Any]) -> dict[str, Any]:
+    """Every figure of the report; settings are chosen on dev alone, test is only read."""
+    full = full_depth(test, test_costs)
+    floor = full_depth(dev, dev_costs).accuracy - within
+    rules = [rule for rule in SWEPT if rule != "gate" or test.gates is not None]
+    curves: dict[str, list[Point]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+    for rule in rules:
+        values = settings_to_try(rule, dev)
+        on_dev = sweep(rule, values, dev, dev_costs)
+        curves[rule] = sweep(rule, values, test, test_costs)
+        best = shallowest(on_dev, floor)
+        if best is not None:
+            chosen[rule] = {"setting": best.rule.parameters, "dev": best.figures(), **_tested(best.rule, test, test_costs)}
+    points = [
+        {"name": point["name"], **_tested(RuleSpec(point["rule"]["name"], point["rule"]["parameters"]), test, test_costs)}
+        for point in training.get("operating_points", [])
+    ]
+    depth = float(test_costs.blocks[-1])
+    equal = {rule: {f"{share * depth:.2f}": accuracy_at(curve, share * depth) for share in SHARES} for rule, curve in curves.items()}
+    return {
+        "rows": len(test.labels),
+        "exits": [int(block) for block in test_costs.blocks],
+        "exit_accuracy": [round(100 * float(value), 2) for value in test.right.mean(0)],
+        "full_depth": full.figures(),
+        "oracle": oracle(test, test_costs).figures(),
+        "within": within,
+        "chosen_on_dev": chosen,
+        "operating_points": points,
+        "equal_mean_exit": equal,
+        "curves": {rule: [point.figures() for point in curve] for rule, curve in curves.items()},
+    }
+
+
+def _tested(rule: RuleSpec, test: Signals, costs: Costs) -> dict[str, Any]:
+    exits = simulate(bind(rule, test.logits.shape[1]), test.logits, test.gates)
+    histogram = np.bincount(exits, minlength=test.logits.shape[1])
+    return {
+        "test": costs.point(rule, exits, test).figures(),
+        "random_same_depth": round(random_control(exits, test), 3),
+        "histogram": [int(count) for count in histogram],
+    }
+
+
+def _print(figures: dict[str, Any], console: Console) -> None:
+    exits = Table(title=f"{figures['checkpoint']} on {figures['data']} [{figures['split']}], {figures['rows']} rows: accuracy of each exit")
+    for block in figures["exits"]:
+        exits.add_column(str(block), justify="right")
+    exits.add_row(*(f"{value:.1f}" for value in figures["exit_accuracy"]))
+    console.print(exits)
+    table = Table(title=f"points chosen on {figures['points_from']}: shallowest within {figures['within']} of full depth")
+    for name in ("rule", "accuracy", "mean exit", "layers saved %", "MACs saved %", "random, same depths"):
+        table.add_column(name, justify="left" if name == "rule" else "right")
+    full, best = figures["full_depth"], figures["oracle"]
+    table.add_row("full depth", *_cells(full), "")
+    for rule, found in figures["chosen_on_dev"].items():
+        table.add_row(rule, *_cells(found["test"]), f"{found['random_same_depth']:.2f}")
+    for point in figures["operating_points"]:
+        table.add_row(f"point {point['name']}", *_cells(point["test"]), f"{point['random_same_depth']:.2f}")
+    table.add_row("oracle, first right", *_cells(best), "")
+    console.print(table)
+    equal = Table(title="accuracy at equal mean exit (interpolated on each rule's curve)")
+    equal.add_column("rule")
+    depths = list(next(iter(figures["equal_mean_exit"].values())))
+    for depth in depths:
+        equal.add_column(depth, justify="right")
+    for rule, row in figures["equal_mean_exit"].items():
+        equal.add_row(rule, *("-" if row[depth] is None else f"{row[depth]:.2f}" for depth in depths))
+    console.print(equal)
+
+
+def _cells(point: dict[str, float]) -> tuple[str, ...]:
+    return tuple(f"{point[name]:.2f}" for name in ("accuracy", "mean_exit", "layers_saved", "macs_saved"))
+
+
+def draw(figures: dict[str, Any], file: Path) -> None:
+    """Accuracy against mean exit for every rule, with the exits themselves, the oracle and the chosen points."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed, or there
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    axes.plot(figures["exits"], figures["exit_accuracy"], "o:", color="0.6", label="all rows at one exit")
+    for rule, curve in figures["curves"].items():
+        marker = {"marker": "s", "markersize": 4} if rule == "patience" else {}
+        axes.plot([p["mean_exit"] for p in curve], [p["accuracy"] for p in curve], label=rule.replace("_", " "), linewidth=1.6, **marker)
+    for found in figures["chosen_on_dev"].values():
+        axes.plot(found["test"]["mean_exit"], found["test"]["accuracy"], "kx", markersize=7)
+    axes.axhline(figures["full_depth"]["accuracy"], color="0.8", linewidth=1, zorder=0)
+    axes.plot(figures["oracle"]["mean_exit"], figures["oracle"]["accuracy"], "*", color="goldenrod", markersize=12, label="oracle")
+    axes.set(xlabel="mean exit (blocks)", ylabel="accuracy (%)")
+    axes.set_title(f"{figures['checkpoint']} on {figures['data']} [{figures['split']}]; x: chosen on {figures['points_from']}")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
