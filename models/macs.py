@@ -37,7 +37,9 @@ def stem_macs(network: EarlyExitNetwork) -> Macs:
 
 
 def block_macs(network: EarlyExitNetwork, block: int) -> Macs:
-    """One block (0-based): its linear layers once a token, and attention's two products, 2 * hidden a pair of tokens."""
+    """One block (0-based): its linear layers once a token, and attention's two products, 2 * hidden a pair
+    of tokens.
+    """
     return Macs(token=linear_weights(network.blocks[block]), pair=2 * network.hidden_size)
 
 
@@ -52,7 +54,9 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> Macs:
 
 
 def segment_macs(network: EarlyExitNetwork) -> list[Macs]:
-    """Cost of each stretch of blocks up to and including its exit, in exit order (the stem is not included)."""
+    """Cost of each stretch of blocks up to and including its exit, in exit order (the stem is not
+    included).
+    """
     costs, start = [], 0
     for index, end in enumerate(network.spec.exits):
         cost = exit_macs(network, index)

@@ -46,7 +46,8 @@ class NetworkSpec:
 class WalkOutputs:
     """What every exit said, exits in order, full depth.
 
-    logits [batch, exits, classes]; pooled [batch, exits, hidden]; gates [batch, exits - 1] are logits of P(exit), or None.
+    logits [batch, exits, classes]; pooled [batch, exits, hidden]; gates [batch, exits - 1] are logits of
+    P(exit), or None.
     """
 
     logits: Tensor
@@ -57,21 +58,26 @@ class WalkOutputs:
 class EarlyExitNetwork(nn.Module):
     """A transformers encoder with exits and policies.
 
-    backbone: the base model that AutoModel gives (its own pooler, if any, is only used to start the shared one).
-    Raises UnsupportedFamily where no adapter knows the backbone, ValueError where an exit lies beyond its last block.
+    backbone: the base model that AutoModel gives (its own pooler, if any, is only used to start the shared
+    one). Raises UnsupportedFamily where no adapter knows the backbone, ValueError where an exit lies beyond
+    its last block.
     """
 
     def __init__(self, backbone: Any, spec: NetworkSpec) -> None:
         super().__init__()
         self.family: Family = family_of(backbone.config.model_type)
         self.spec = spec
-        sizes = NormalizedConfigManager.get_normalized_config_class(backbone.config.model_type)(backbone.config)
+        sizes = NormalizedConfigManager.get_normalized_config_class(backbone.config.model_type)(
+            backbone.config
+        )
         self.hidden_size = int(sizes.hidden_size)
         self.vocab_size = int(sizes.vocab_size)
         self.block_count = int(sizes.num_layers)
         self.longest = self.family.longest(backbone.config)
         if spec.exits[-1] != self.block_count:
-            raise ValueError(f"the last exit must follow the last block {self.block_count}, got {list(spec.exits)}")
+            raise ValueError(
+                f"the last exit must follow the last block {self.block_count}, got {list(spec.exits)}"
+            )
         self.pooler = _shared_pooler(backbone, self.hidden_size) if spec.pooling == "cls" else None
         backbone.pooler = None  # never called: exits pool for themselves
         self.backbone = backbone
@@ -93,8 +99,8 @@ class EarlyExitNetwork(nn.Module):
     def stem(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
         """Embed input_ids (and token_type_ids) [batch, seq] with attention_mask [batch, seq].
 
-        Gives hidden [batch, seq, hidden] and what every segment reads: mask [batch, 1, 1, seq] additive, pool [batch, 1, seq]
-        with mean pooling, and what the family adds.
+        Gives hidden [batch, seq, hidden] and what every segment reads: mask [batch, 1, 1, seq] additive, pool
+        [batch, 1, seq] with mean pooling, and what the family adds.
         """
         attention_mask = inputs["attention_mask"]
         hidden = self.family.embed(self.backbone, inputs)
@@ -111,19 +117,23 @@ class EarlyExitNetwork(nn.Module):
     def pooled(self, hidden: Tensor, context: Context) -> Tensor:
         """The vector [batch, hidden] that exits and policies read."""
         vector = pool(hidden, context.get("pool"))
-        return vector if self.pooler is None else self.pooler(vector)  # type: ignore[no-any-return]
+        return vector if self.pooler is None else self.pooler(vector)
 
     def classify(self, exit_index: int, pooled: Tensor) -> Tensor:
         """Logits [batch, classes] of exit number `exit_index` (0-based)."""
         return self.exits[exit_index](pooled)  # type: ignore[no-any-return]
 
-    def gate(self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
+    def gate(
+        self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Logit of P(exit) [batch] at an exit but the last, and the evidence for the next exit."""
         statistics, evidence = weigh_evidence(logits, evidence)
         return self.policies[exit_index](pooled, statistics), evidence
 
     def gates(self, pooled: Tensor, logits: Tensor) -> Tensor:
-        """Logits of P(exit) [batch, exits - 1] from cached pooled [batch, exits, hidden] and logits [batch, exits, classes]."""
+        """Logits of P(exit) [batch, exits - 1] from cached pooled [batch, exits, hidden] and logits
+        [batch, exits, classes].
+        """
         evidence = no_evidence(logits, logits.shape[-1])
         columns = []
         for index in range(len(self.policies)):
@@ -144,7 +154,11 @@ class EarlyExitNetwork(nn.Module):
         all_pooled, all_logits = torch.stack(pooled, 1), torch.stack(logits, 1)
         gates = None
         if len(self.policies):
-            seen = (all_pooled, all_logits) if policies_see == "graph" else (all_pooled.detach(), all_logits.detach())
+            seen = (
+                (all_pooled, all_logits)
+                if policies_see == "graph"
+                else (all_pooled.detach(), all_logits.detach())
+            )
             gates = self.gates(seen[0].float(), seen[1].float())
         return WalkOutputs(all_logits, all_pooled, gates)
 

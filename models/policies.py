@@ -1,7 +1,8 @@
 """Policies: the learned part that gives, at an exit, the probability of leaving there.
 
-ConsistentEE's policy reads the pooled state alone (section "state"). Two things are added, each of them optional, because the
-pooled state overfits on small data sets: the statistics of the exit's own softmax, and the evidence of the exits before it.
+ConsistentEE's policy reads the pooled state alone (section "state"). Two things are added, each of them
+optional, because the pooled state overfits on small data sets: the statistics of the exit's own softmax, and
+the evidence of the exits before it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 POLICY_INPUTS = ("statistics", "state", "both")
-# top log-odds, margin, entropy, agreement, streak, top of the running mean, the mean's probability of today's label
+# top log-odds, margin, entropy, agreement, streak, top of the running mean, the mean's probability of today's
+# label
 STATISTICS = 7
 
 
@@ -25,11 +27,12 @@ def no_evidence(rows: Tensor, classes: int) -> Tensor:
 
 
 def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics [batch, 7] of this exit against what the earlier exits saw, and the evidence [batch, 2C + 1] for the next.
+    """Statistics [batch, 7] of this exit against what the earlier exits saw, and the evidence [batch, 2C + 1]
+    for the next.
 
-    Agreement is the inner product of this exit's probabilities with the last exit's: the chance that two draws agree, a smooth
-    form of patience; the streak lets it accumulate. Everything is a ratio or a probability, so that an exit left out at export
-    changes the features little.
+    Agreement is the inner product of this exit's probabilities with the last exit's: the chance that two
+    draws agree, a smooth form of patience; the streak lets it accumulate. Everything is a ratio or a
+    probability, so that an exit left out at export changes the features little.
     """
     classes = logits.shape[-1]
     logits = logits.float()
@@ -42,7 +45,8 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
     streak = agreement * (streak + 1.0)
     total = total + probabilities
     mean = total / total.sum(-1, keepdim=True)
-    # A soft pick of the label of today (temperature 0.05) instead of an arg max: smooth, and no gather in the graph.
+    # A soft pick of the label of today (temperature 0.05) instead of an arg max: smooth, and no gather in the
+    # graph.
     label = (probabilities * 20.0).softmax(-1)
     statistics = torch.cat(
         [
@@ -63,7 +67,8 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
 class Policy(nn.Module):
     """P(exit) at one exit as a logit [batch]: a two-layer perceptron over the chosen inputs.
 
-    state: Linear(hidden, 32), GELU, Linear(32, 1), the published shape (ConsistentEE, class Policy of its public code).
+    state: Linear(hidden, 32), GELU, Linear(32, 1), the published shape (ConsistentEE, class Policy of its
+    public code).
     statistics: the same over the seven statistics, 16 wide. both: the sum of the two.
     """
 

@@ -29,8 +29,16 @@ CONFIGS: dict[str, Any] = {
         vocab_size=60, dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=70
     ),
 }
-GOOD, BAD = "good fine lovely warm bright".split(), "bad poor awful cold dull".split()
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *"the a film plot scene was is and very quite not at all".split()]
+GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    *GOOD,
+    *BAD,
+    *["the", "a", "film", "plot", "scene", "was", "is", "and", "very", "quite", "not", "at", "all"],
+]
 
 
 def backbone(family: str, seed: int = 0) -> Any:
@@ -39,7 +47,9 @@ def backbone(family: str, seed: int = 0) -> Any:
     return AutoModel.from_config(CONFIGS[family]()).eval()
 
 
-def network(family: str = "bert", *, pooling: str = "mean", policy: str | None = "both", seed: int = 0) -> EarlyExitNetwork:
+def network(
+    family: str = "bert", *, pooling: str = "mean", policy: str | None = "both", seed: int = 0
+) -> EarlyExitNetwork:
     """A tiny network with an exit after every block, random everywhere."""
     base = backbone(family, seed)
     return EarlyExitNetwork(base, NetworkSpec(("negative", "positive"), (1, 2, 3), pooling, policy)).eval()
@@ -63,7 +73,9 @@ def tokenizer() -> Tokenizer:
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return made
 
@@ -88,7 +100,9 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     found = []
     for number in range(count):
         label = number % 2
-        filler = [pick(["the", "a", "film", "plot", "scene", "very", "quite", "is"]) for _ in range(1 + number % 7)]
+        filler = [
+            pick(["the", "a", "film", "plot", "scene", "very", "quite", "is"]) for _ in range(1 + number % 7)
+        ]
         found.append({"text": " ".join([*filler, pick(GOOD if label else BAD)]), "label": label})
     return found
 

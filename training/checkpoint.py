@@ -16,11 +16,18 @@ from transformers import AutoConfig, AutoModel
 
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
 
-WEIGHTS, NETWORK, TRAINING, TOKENIZER = "weights.safetensors", "network.json", "training.json", "tokenizer.json"
+WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
+    "weights.safetensors",
+    "network.json",
+    "training.json",
+    "tokenizer.json",
+)
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint folder that is missing, incomplete or contradicts itself; the message names the file and the cure."""
+    """A checkpoint folder that is missing, incomplete or contradicts itself; the message names the file
+    and the cure.
+    """
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class TextFacts:
 class Checkpoint:
     """A trained network with everything needed to use it.
 
-    training: what training.json holds: recipe, settings, data name, seeds, versions, dev measurements, operating points.
+    training: what training.json holds: recipe, settings, data name, seeds, versions, dev measurements,
+    operating points.
     tokenizer: the tokenizer.json that belongs to it.
     """
 
@@ -47,7 +55,9 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the folder whole or not at all: beside it first, then renamed. Replaces a checkpoint that stands there."""
+    """Write the folder whole or not at all: beside it first, then renamed. Replaces a checkpoint that
+    stands there.
+    """
     beside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -73,7 +83,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         raise BadCheckpoint(f"{folder}: no such folder; train one with: ee-train --out {folder}")
     for name in (WEIGHTS, NETWORK, TRAINING, TOKENIZER):
         if not (folder / name).is_file():
-            raise BadCheckpoint(f"{folder / name} is missing: not a complete checkpoint; train it again with ee-train")
+            raise BadCheckpoint(
+                f"{folder / name} is missing: not a complete checkpoint; train it again with ee-train"
+            )
     facts = read_json(folder / NETWORK)
     try:
         spec = dict(facts["network"])

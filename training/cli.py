@@ -22,17 +22,47 @@ class UserError(click.ClickException):
 
 @click.command(context_settings=HELP)
 @click.option("--model", help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet).")
-@click.option("--init", "init", help="Go on from a trained checkpoint folder instead of --model; the joint warm start is then skipped.")
-@click.option("--data", required=True, help="Hub name (name or name:configuration), folder of train/dev/test files, or one file.")
+@click.option(
+    "--init",
+    "init",
+    help="Go on from a trained checkpoint folder instead of --model; the joint warm start is then skipped.",
+)
+@click.option(
+    "--data",
+    required=True,
+    help="Hub name (name or name:configuration), folder of train/dev/test files, or one file.",
+)
 @click.option("--recipe", type=click.Choice(RECIPES), default="consistentee", help="How to train.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("ckpt"), help="Checkpoint folder to write.")
-@click.option("--exits", default="each", help="Blocks followed by an exit: each, 'every N', or a list such as 2,4,6.")
-@click.option("--pooling", type=click.Choice(["mean", "cls"]), default="mean", help="How an exit reads the tokens.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("ckpt"),
+    help="Checkpoint folder to write.",
+)
+@click.option(
+    "--exits", default="each", help="Blocks followed by an exit: each, 'every N', or a list such as 2,4,6."
+)
+@click.option(
+    "--pooling", type=click.Choice(["mean", "cls"]), default="mean", help="How an exit reads the tokens."
+)
 @click.option("--prefix", default="", help='Put before every text, such as "query: " for E5 models.')
-@click.option("--max-length", default=128, type=click.IntRange(min=4), help="Longest input in tokens; more is cut.")
+@click.option(
+    "--max-length", default=128, type=click.IntRange(min=4), help="Longest input in tokens; more is cut."
+)
 @click.option("--seed", default=0, help="Seed of everything random.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: bf16 where the hardware has it.")
-@click.option("--set", "wishes", multiple=True, metavar="NAME=VALUE", help="A setting of the recipe, such as alpha=0.03; repeat for more.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto: bf16 where the hardware has it.",
+)
+@click.option(
+    "--set",
+    "wishes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the recipe, such as alpha=0.03; repeat for more.",
+)
 @click.option("--save-every", default=120.0, help="Seconds between states to resume from.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in --out.")
 @click.option("--text-column", default="text", help="Column of the text.")
@@ -41,8 +71,8 @@ class UserError(click.ClickException):
 def train(**wish: Any) -> None:
     """Train a network with exits and write a checkpoint folder.
 
-    Killed and started again with the same command, it goes on where it was. Settings of the recipes: see --set with a wrong name,
-    which lists them.
+    Killed and started again with the same command, it goes on where it was. Settings of the recipes: see
+    --set with a wrong name, which lists them.
     """
     from offramp.training.session import TrainingWish, train_checkpoint
 
@@ -64,9 +94,19 @@ def train(**wish: Any) -> None:
 @click.option("--data", required=True, help="As in ee-train.")
 @click.option("--split", default="test", help="Split that is measured.")
 @click.option("--points-from", default="dev", help="Split on which operating points are chosen.")
-@click.option("--within", default=1.0, help="Accuracy points that an operating point may lose against full depth, on --points-from.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the figures.")
-@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Where to draw accuracy against mean exit (PNG or SVG).")
+@click.option(
+    "--within",
+    default=1.0,
+    help="Accuracy points that an operating point may lose against full depth, on --points-from.",
+)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the figures."
+)
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to draw accuracy against mean exit (PNG or SVG).",
+)
 @click.option("--batch-size", default=32, type=click.IntRange(min=1), help="Rows at a time.")
 @click.option("--text-column", default="text", help="Column of the text.")
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
@@ -74,7 +114,8 @@ def train(**wish: Any) -> None:
 def evaluate(**wish: Any) -> None:
     """Measure a checkpoint: each exit, the learned policy against the standard rules, controls and oracle.
 
-    The table goes to stdout; without --json and --picture the files eval.json and eval.png are written into the current folder.
+    The table goes to stdout; without --json and --picture the files eval.json and eval.png are written into
+    the current folder.
     """
     from offramp.training.report import evaluate_checkpoint
 
@@ -83,7 +124,9 @@ def evaluate(**wish: Any) -> None:
 
 
 class _plain_errors:
-    """Turn the errors that a user can cure into one line and exit code 2; Ctrl-C into 130; anything else is a bug and keeps its trace."""
+    """Turn the errors that a user can cure into one line and exit code 2; Ctrl-C into 130; anything else
+    is a bug and keeps its trace.
+    """
 
     def __enter__(self) -> None:
         return None

@@ -11,13 +11,15 @@ import torch
 from tqdm import tqdm
 
 from offramp.models.network import EarlyExitNetwork
-from offramp.training.data import Encoded, sorted_batches
+from offramp.training.batches import Encoded, sorted_batches
 from offramp.training.loop import Run
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Row by row: logits [rows, exits, classes], pooled [rows, exits, hidden], gates [rows, exits - 1] or None, labels and tokens [rows]."""
+    """Row by row: logits [rows, exits, classes], pooled [rows, exits, hidden], gates [rows, exits - 1] or
+    None, labels and tokens [rows].
+    """
 
     logits: torch.Tensor
     pooled: torch.Tensor
@@ -27,7 +29,14 @@ class Collected:
 
 
 @torch.no_grad()
-def collect(network: EarlyExitNetwork, rows: Encoded, *, batch_size: int = 64, device: Any = "cpu", what: str = "reading") -> Collected:
+def collect(
+    network: EarlyExitNetwork,
+    rows: Encoded,
+    *,
+    batch_size: int = 64,
+    device: Any = "cpu",
+    what: str = "reading",
+) -> Collected:
     """Every exit on every row, in the order of the rows, fp32, no dropout."""
     training = network.training
     network.eval()
@@ -36,7 +45,13 @@ def collect(network: EarlyExitNetwork, rows: Encoded, *, batch_size: int = 64, d
     for index in tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0):
         inputs, _ = rows.batch(index, device)
         out = network(inputs)
-        parts.append((out.logits.float().cpu(), out.pooled.float().cpu(), None if out.gates is None else out.gates.float().cpu()))
+        parts.append(
+            (
+                out.logits.float().cpu(),
+                out.pooled.float().cpu(),
+                None if out.gates is None else out.gates.float().cpu(),
+            )
+        )
         order.append(index)
     network.train(training)
     back = torch.from_numpy(np.argsort(np.concatenate(order)))

@@ -1,25 +1,18 @@
-"""Text rows from hub names, folders and files, encoded once, served in length-bucketed batches."""
+"""Text rows from hub names, folders and files, checked row by row."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor
-
-from offramp.training.checkpoint import TextFacts
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
-BUCKET = 50  # batches that are sorted by length together: enough to cut padding, few enough to stay shuffled
 
 
 class BadData(ValueError):
@@ -67,46 +60,14 @@ class TextData:
         return self.splits[name]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Rows as token ids, one list a row, cut to the longest input."""
+def load_data(
+    source: str, columns: Columns | None = None, *, dev_share: float = 0.1, say: Any = None
+) -> TextData:
+    """Read a data set: a file (JSON lines, CSV, parquet), a folder of split files, or a hub name ("name" or
+    "name:configuration").
 
-    ids: list[list[int]]
-    types: list[list[int]]
-    label: np.ndarray  # [rows] int64
-    pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every row [rows]."""
-        return np.array([len(row) for row in self.ids])
-
-    def take(self, index: np.ndarray) -> Encoded:
-        """The rows at `index`, in that order."""
-        return Encoded([self.ids[i] for i in index], [self.types[i] for i in index], self.label[index], self.pad_id)
-
-    def batch(self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
-        """Padded inputs (each [batch, seq] int64) and labels [batch] of the rows at `index`."""
-        longest = max(len(self.ids[i]) for i in index)
-        shape = (len(index), longest)
-        ids, types = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64)
-        mask = np.zeros(shape, np.int64)
-        for row, i in enumerate(index):
-            length = len(self.ids[i])
-            ids[row, :length], types[row, :length], mask[row, :length] = self.ids[i], self.types[i], 1
-        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        return inputs, torch.from_numpy(self.label[np.asarray(index)]).to(device)
-
-
-def load_data(source: str, columns: Columns | None = None, *, dev_share: float = 0.1, say: Any = None) -> TextData:
-    """Read a data set: a file (JSON lines, CSV, parquet), a folder of split files, or a hub name ("name" or "name:configuration").
-
-    Labels may be integers from 0 or strings. Without a dev split, `dev_share` of train is set aside with a fixed seed, and that is
-    told on stderr. Raises BadData naming file and row.
+    Labels may be integers from 0 or strings. Without a dev split, `dev_share` of train is set aside with a
+    fixed seed, and that is told on stderr. Raises BadData naming file and row.
     """
     columns = columns or Columns()
     datasets.disable_progress_bars()
@@ -127,47 +88,27 @@ def load_data(source: str, columns: Columns | None = None, *, dev_share: float =
         order = np.random.default_rng(0).permutation(len(splits["train"]))
         cut = max(1, round(dev_share * len(order)))
         train = splits.pop("train")
-        splits = {"train": train.take(np.sort(order[cut:])), "dev": train.take(np.sort(order[:cut])), **splits}
-        print(f"{source}: no dev split; set {cut} of {len(order)} train rows aside (seed 0)", file=say or sys.stderr)
+        splits = {
+            "train": train.take(np.sort(order[cut:])),
+            "dev": train.take(np.sort(order[:cut])),
+            **splits,
+        }
+        print(
+            f"{source}: no dev split; set {cut} of {len(order)} train rows aside (seed 0)",
+            file=say or sys.stderr,
+        )
     return TextData(source, labels, splits)
-
-
-def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> Encoded:
-    """Token ids by the very tokenizer.json that the bundle will carry."""
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(text.longest)
-    first = [text.prefix + line for line in rows.text]
-    pairs: Any = first if rows.text_b is None else list(zip(first, rows.text_b, strict=True))
-    encodings = tokenizer.encode_batch(pairs)
-    return Encoded([e.ids for e in encodings], [e.type_ids for e in encodings], rows.label, text.pad_id)
-
-
-def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Batches of row numbers for one epoch: shuffled, then sorted by length within buckets of BUCKET batches, batches shuffled again.
-
-    A pure function of its arguments, so that a resumed run meets the same batches.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    for start in range(0, len(order), batch_size * BUCKET):
-        chunk = order[start : start + batch_size * BUCKET]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Batches of row numbers by length, for evaluation: the least padding, order restored by the caller."""
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
     found = {}
     for split, aliases in SPLIT_NAMES.items():
-        files = [folder / (alias + suffix) for alias in aliases for suffix in BUILDERS if (folder / (alias + suffix)).is_file()]
+        files = [
+            folder / (alias + suffix)
+            for alias in aliases
+            for suffix in BUILDERS
+            if (folder / (alias + suffix)).is_file()
+        ]
         if len(files) > 1:
             raise BadData(f"{folder}: {files[0].name} and {files[1].name} are both a {split} split; keep one")
         if files:
@@ -193,7 +134,9 @@ def _read_files(files: dict[str, Path]) -> tuple[dict[str, Any], dict[str, str]]
 
 
 def _bad_json_line(file: Path) -> str:
-    """", row N" of the first line that is not JSON, where the file is JSON lines: the reader itself does not say."""
+    """ ", row N" of the first line that is not JSON, where the file is JSON lines: the reader itself does
+    not say.
+    """
     if BUILDERS[file.suffix] != "json":
         return ""
     with file.open("rb") as lines:
@@ -216,8 +159,12 @@ def _read_hub(source: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         found = datasets.load_dataset(name, configuration or None)
     except Exception as problem:
-        raise BadData(f"{source}: neither a file nor a folder here, and the hub did not give it: {_root(problem)}") from problem
-    raw = {split: found[alias] for split, aliases in SPLIT_NAMES.items() for alias in aliases if alias in found}
+        raise BadData(
+            f"{source}: neither a file nor a folder here, and the hub did not give it: {_root(problem)}"
+        ) from problem
+    raw = {
+        split: found[alias] for split, aliases in SPLIT_NAMES.items() for alias in aliases if alias in found
+    }
     return raw, {split: f"{source}[{split}]" for split in raw}
 
 
@@ -227,11 +174,19 @@ def _label_names(raw: dict[str, Any], names: dict[str, str], columns: Columns) -
     for column in (columns.text, columns.label):
         if column not in table.column_names:
             have = ", ".join(table.column_names)
-            raise BadData(f"{names[split]}: no column {column!r}; it has: {have}; name yours with --text-column, --label-column")
+            raise BadData(
+                f"{names[split]}: no column {column!r}; it has: {have}; "
+                "name yours with --text-column, --label-column"
+            )
     feature = table.features[columns.label]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = [value for other in raw.values() if columns.label in other.column_names for value in other[columns.label]]
+    values = [
+        value
+        for other in raw.values()
+        if columns.label in other.column_names
+        for value in other[columns.label]
+    ]
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(table[columns.label])))
     integers = sorted({value for value in values if isinstance(value, int) and value >= 0})
@@ -255,9 +210,13 @@ def _check_rows(table: Any, name: str, columns: Columns, labels: tuple[str, ...]
     numbers = np.zeros(len(text), np.int64)
     for row, (words, value) in enumerate(zip(text, label, strict=True), 1):
         if not isinstance(words, str) or not words.strip():
-            raise BadData(f"{name}, row {row}: column {columns.text!r} must be a non-empty text, found {words!r}")
+            raise BadData(
+                f"{name}, row {row}: column {columns.text!r} must be a non-empty text, found {words!r}"
+            )
         if text_b is not None and not isinstance(text_b[row - 1], str):
-            raise BadData(f"{name}, row {row}: column {columns.text_b!r} must be a text, found {text_b[row - 1]!r}")
+            raise BadData(
+                f"{name}, row {row}: column {columns.text_b!r} must be a text, found {text_b[row - 1]!r}"
+            )
         number = indices.get(value, -1) if isinstance(value, str) else value
         if not isinstance(number, int) or not 0 <= number < len(labels):
             raise BadData(f"{name}, row {row}: label {value!r} is not one of {list(labels)[:20]}")

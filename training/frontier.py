@@ -1,4 +1,6 @@
-"""Accuracy against depth: sweep a rule over its threshold on what the exits said, with the very rules that the runtime walks by."""
+"""Accuracy against depth: sweep a rule over its threshold on what the exits said, with the very rules that
+the runtime walks by.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,21 @@ from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.training.collect import Collected
 
 # The parameter that is swept for each rule; patience counts exits, the others cut a signal.
-SWEPT = {"gate": "threshold", "max_probability": "threshold", "entropy": "threshold", "margin": "threshold", "patience": "patience"}
+SWEPT = {
+    "gate": "threshold",
+    "max_probability": "threshold",
+    "entropy": "threshold",
+    "margin": "threshold",
+    "patience": "patience",
+}
 STEPS = 200
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What rules read: logits [rows, exits, classes], gates [rows, exits] in 0..1 or None; labels and tokens [rows]."""
+    """What rules read: logits [rows, exits, classes], gates [rows, exits] in 0..1 or None; labels and
+    tokens [rows].
+    """
 
     logits: np.ndarray
     gates: np.ndarray | None
@@ -48,12 +58,16 @@ class Point:
 
 
 class Costs:
-    """Multiply-accumulates to every exit, heads and policies charged, against the network without early exits."""
+    """Multiply-accumulates to every exit, heads and policies charged, against the network without early
+    exits.
+    """
 
     def __init__(self, network: EarlyExitNetwork, lengths: np.ndarray) -> None:
         tokens = lengths.astype(np.float64)
         segments = segment_macs(network)
-        per_segment = np.stack([cost.token * tokens + cost.pair * tokens**2 + cost.row for cost in segments], 1)
+        per_segment = np.stack(
+            [cost.token * tokens + cost.pair * tokens**2 + cost.row for cost in segments], 1
+        )
         stem = stem_macs(network).token * tokens
         self.to_exit = stem[:, None] + per_segment.cumsum(1)  # [rows, exits]
         spared = [_head_and_policy(network, index, tokens) for index in range(len(segments) - 1)]
@@ -90,7 +104,9 @@ def signals_of(seen: Collected) -> Signals:
 
 
 def settings_to_try(rule: str, signals: Signals) -> list[float]:
-    """Values of the swept parameter: STEPS quantiles of the signal itself, the same number for every rule, so that no grid favours one."""
+    """Values of the swept parameter: STEPS quantiles of the signal itself, the same number for every rule,
+    so that no grid favours one.
+    """
     exits = signals.logits.shape[1]
     if rule == "patience":
         return [float(count) for count in range(1, exits)]
@@ -102,7 +118,9 @@ def settings_to_try(rule: str, signals: Signals) -> list[float]:
         probabilities = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
         ordered = np.sort(probabilities, -1)
         if rule == "entropy":
-            values = -(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum(-1) / np.log(probabilities.shape[-1])
+            values = -(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum(-1) / np.log(
+                probabilities.shape[-1]
+            )
         elif rule == "margin":
             values = ordered[..., -1] - ordered[..., -2]
         else:
@@ -132,7 +150,9 @@ def shallowest(points: list[Point], floor: float) -> Point | None:
 
 
 def accuracy_at(points: list[Point], mean_exit: float) -> float | None:
-    """Accuracy at a mean exit, on the straight line between neighbouring points; None outside of what was reached."""
+    """Accuracy at a mean exit, on the straight line between neighbouring points; None outside of what was
+    reached.
+    """
     depths = np.array([point.mean_exit for point in points])
     if not len(depths) or not depths.min() <= mean_exit <= depths.max():
         return None
@@ -143,13 +163,17 @@ def accuracy_at(points: list[Point], mean_exit: float) -> float | None:
 
 
 def random_control(point_exits: np.ndarray, signals: Signals) -> float:
-    """Expected accuracy in percent of leaving at random with the same histogram of exits, computed exactly."""
+    """Expected accuracy in percent of leaving at random with the same histogram of exits, computed
+    exactly.
+    """
     share = np.bincount(point_exits, minlength=signals.logits.shape[1]) / len(point_exits)
     return 100 * float(share @ signals.right.mean(0))
 
 
 def oracle(signals: Signals, costs: Costs) -> Point:
-    """Leave at the first exit that is right; the last exit where none is: the bound for any rule on these exits."""
+    """Leave at the first exit that is right; the last exit where none is: the bound for any rule on these
+    exits.
+    """
     right = signals.right
     exits = np.where(right.any(1), right.argmax(1), right.shape[1] - 1)
     return costs.point(RuleSpec("oracle", {}), exits, signals)

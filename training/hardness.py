@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 def memorized_layer(logits: Tensor, labels: Tensor) -> Tensor:
-    """Smallest exit from which on every exit is right, 1-based [rows]; the last exit where the last one is wrong.
+    """Smallest exit from which on every exit is right, 1-based [rows]; the last exit where the last one is
+    wrong.
 
     logits [rows, exits, classes] in evaluation mode, labels [rows].
     """

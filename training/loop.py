@@ -1,4 +1,6 @@
-"""The one training loop: stages over row numbers, on accelerate, that can be killed at any moment and resumed."""
+"""The one training loop: stages over row numbers, on accelerate, that can be killed at any moment and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from offramp.models.network import EarlyExitNetwork
+from offramp.training.batches import shuffled_batches
 from offramp.training.checkpoint import read_json, write_json
-from offramp.training.data import shuffled_batches
 
 # (model, row numbers [batch]) -> loss, figures for the log
 LossOf = Callable[[Any, np.ndarray], tuple[Tensor, dict[str, float]]]
@@ -32,8 +34,10 @@ class Stage:
 
     trains: prefixes of parameter names that learn; all others are frozen for the stage.
     lengths: tokens of every row [rows], for length bucketing; zeros where length does not matter.
-    heads_lr: learning rate of what starts from nothing (exits, policies) where it shares a stage with a pretrained backbone; None: lr.
-    shared: whether processes share the work by gradient averaging; a stage over cached features is too small for that.
+    heads_lr: learning rate of what starts from nothing (exits, policies) where it shares a stage with a
+    pretrained backbone; None: lr.
+    shared: whether processes share the work by gradient averaging; a stage over cached features is too small
+    for that.
     """
 
     name: str
@@ -53,12 +57,20 @@ class Stage:
 class Run:
     """A training run in a folder of its own: log.jsonl, remembered arrays, and the state to resume from.
 
-    The state is written beside and renamed, so a kill at any moment leaves the last whole one. Batches and learning rates are
-    functions of (seed, stage, step), random generators are part of the state: resumed on one CPU thread, a run ends with the
-    weights of the uninterrupted one.
+    The state is written beside and renamed, so a kill at any moment leaves the last whole one. Batches and
+    learning rates are functions of (seed, stage, step), random generators are part of the state: resumed on
+    one CPU thread, a run ends with the weights of the uninterrupted one.
     """
 
-    def __init__(self, network: EarlyExitNetwork, folder: Path, *, seed: int, precision: str = "no", save_every: float = 120.0) -> None:
+    def __init__(
+        self,
+        network: EarlyExitNetwork,
+        folder: Path,
+        *,
+        seed: int,
+        precision: str = "no",
+        save_every: float = 120.0,
+    ) -> None:
         options = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[options])
         self.network = network.to(self.accelerator.device)
@@ -82,7 +94,9 @@ class Run:
                 log.write(json.dumps({"time": round(time.time(), 1), **figures}) + "\n")
 
     def remember(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A tensor computed once and kept across a resume: what depends on the weights of this moment must not be computed again later."""
+        """A tensor computed once and kept across a resume: what depends on the weights of this moment must
+        not be computed again later.
+        """
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             value = compute().contiguous().cpu()
@@ -95,7 +109,9 @@ class Run:
         return load_file(file)[name]
 
     def done_before(self) -> bool:
-        """Whether the stage that comes next was finished before a resume; if so it counts as passed and must not be prepared for."""
+        """Whether the stage that comes next was finished before a resume; if so it counts as passed and
+        must not be prepared for.
+        """
         done = self.stages_begun < self.position["stage"]
         self.stages_begun += int(done)
         return done
@@ -109,7 +125,10 @@ class Run:
         learning = self._freeze(stage.trains)
         world = self.accelerator.num_processes if stage.shared else 1
         rank = self.accelerator.process_index if stage.shared else 0
-        per_epoch = [shuffled_batches(stage.lengths, stage.batch_size, self.seed * 1000 + number, e) for e in range(stage.epochs)]
+        per_epoch = [
+            shuffled_batches(stage.lengths, stage.batch_size, self.seed * 1000 + number, e)
+            for e in range(stage.epochs)
+        ]
         batches = [batch for epoch in per_epoch for batch in epoch]
         total = len(batches) // world
         optimizer = torch.optim.AdamW(_groups(learning, stage), lr=stage.lr)
@@ -123,7 +142,14 @@ class Run:
         self._optimizer_state = {}
         self.network.train()
         saved, smooth = time.monotonic(), None
-        bar = tqdm(total=total, initial=self.position["step"], desc=stage.name, disable=not self.main, unit="step", mininterval=1.0)
+        bar = tqdm(
+            total=total,
+            initial=self.position["step"],
+            desc=stage.name,
+            disable=not self.main,
+            unit="step",
+            mininterval=1.0,
+        )
         for step in range(self.position["step"], total):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, total, stage.warmup)
@@ -161,7 +187,9 @@ class Run:
             raise ValueError(f"no parameter of the network begins with {', '.join(prefixes)}")
         return learning
 
-    def _write_state(self, optimizer: torch.optim.Optimizer | None, learning: list[tuple[str, nn.Parameter]]) -> None:
+    def _write_state(
+        self, optimizer: torch.optim.Optimizer | None, learning: list[tuple[str, nn.Parameter]]
+    ) -> None:
         if not self.main:
             return
         tensors = {f"weights/{name}": tensor for name, tensor in self.network.state_dict().items()}
@@ -172,9 +200,13 @@ class Run:
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
-        # Two files take two renames: the tensors carry the position in their name, so state.json always names a whole file.
+        # Two files take two renames: the tensors carry the position in their name, so state.json always names
+        # a whole file.
         name = f"state-{self.position['stage']}-{self.position['step']}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self.folder / (name + ".writing"))
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            self.folder / (name + ".writing"),
+        )
         os.replace(self.folder / (name + ".writing"), self.folder / name)
         write_json(self.folder / "state.json", {**self.position, "tensors": name})
         for stale in self.folder.glob("state-*.safetensors*"):
@@ -193,7 +225,9 @@ class Run:
 
 
 def best_precision() -> str:
-    """bf16 where the hardware multiplies it natively, "no" (fp32) elsewhere: emulated bf16 is slower than fp32."""
+    """bf16 where the hardware multiplies it natively, "no" (fp32) elsewhere: emulated bf16 is slower than
+    fp32.
+    """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     cpuinfo = Path("/proc/cpuinfo")
@@ -214,7 +248,11 @@ def _groups(learning: list[tuple[str, nn.Parameter]], stage: Stage) -> list[dict
     for heads in (False, True):
         peak = stage.heads_lr if heads and stage.heads_lr is not None else stage.lr
         for matrices in (False, True):
-            chosen = [p for name, p in learning if name.startswith(("exits", "policies")) == heads and (p.ndim > 1) == matrices]
+            chosen = [
+                p
+                for name, p in learning
+                if name.startswith(("exits", "policies")) == heads and (p.ndim > 1) == matrices
+            ]
             # Biases and norms are one-dimensional; decaying them only hurts.
             decay = stage.weight_decay if matrices else 0.0
             if chosen:
@@ -222,7 +260,9 @@ def _groups(learning: list[tuple[str, nn.Parameter]], stage: Stage) -> list[dict
     return groups
 
 
-def _restore(optimizer: torch.optim.Optimizer, learning: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]) -> None:
+def _restore(
+    optimizer: torch.optim.Optimizer, learning: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
+) -> None:
     parameters = dict(learning)
     for key, value in tensors.items():
         slot, _, name = key.partition("/")

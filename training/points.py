@@ -6,7 +6,16 @@ from typing import Any
 
 from offramp.models.network import EarlyExitNetwork
 from offramp.training.collect import Collected
-from offramp.training.frontier import SWEPT, Costs, Point, full_depth, settings_to_try, shallowest, signals_of, sweep
+from offramp.training.frontier import (
+    SWEPT,
+    Costs,
+    Point,
+    full_depth,
+    settings_to_try,
+    shallowest,
+    signals_of,
+    sweep,
+)
 
 LOSSES = (0.5, 1.0, 2.0)  # accuracy points on dev that a point may lose against full depth
 
@@ -14,8 +23,8 @@ LOSSES = (0.5, 1.0, 2.0)  # accuracy points on dev that a point may lose against
 def operating_points(network: EarlyExitNetwork, dev: Collected, learned: str | None) -> dict[str, Any]:
     """What goes into training.json: dev figures, and points "full" and "within-X" for the recipe's own rule.
 
-    learned: the rule that the recipe trained for ("gate"), or None for max-probability, the plain rule. "default" is the
-    point within 0.5: a deployment that nobody tuned should not cost what its owner notices.
+    learned: the rule that the recipe trained for ("gate"), or None for max-probability, the plain rule.
+    "default" is the point within 0.5: a deployment that nobody tuned should not cost what its owner notices.
     """
     signals = signals_of(dev)
     costs = Costs(network, signals.lengths)
@@ -31,9 +40,15 @@ def operating_points(network: EarlyExitNetwork, dev: Collected, learned: str | N
     found.insert(0, ("default", default))
     if learned == "gate":
         trained = sweep("gate", [0.5], signals, costs)[0]
-        found.append(("trained", trained))  # the published operating point: P(exit) > 0.5, depth set by alpha in training
+        found.append(
+            ("trained", trained)
+        )  # the published operating point: P(exit) > 0.5, depth set by alpha in training
     return {
-        "dev": {"exit_accuracy": [round(100 * float(v), 2) for v in signals.right.mean(0)], "full_depth": reference.accuracy, "rows": len(dev.labels)},
+        "dev": {
+            "exit_accuracy": [round(100 * float(v), 2) for v in signals.right.mean(0)],
+            "full_depth": reference.accuracy,
+            "rows": len(dev.labels),
+        },
         "operating_points": [_as_json(name, point) for name, point in found],
     }
 
@@ -41,7 +56,14 @@ def operating_points(network: EarlyExitNetwork, dev: Collected, learned: str | N
 def _as_json(name: str, point: Point) -> dict[str, Any]:
     parameters = {key: float(value) for key, value in point.rule.parameters.items()}
     rule = {"name": point.rule.name, "parameters": parameters}
-    return {"name": name, "rule": rule, "variant": "fp32", "data": "", "split": "dev", "measured": point.figures()}
+    return {
+        "name": name,
+        "rule": rule,
+        "variant": "fp32",
+        "data": "",
+        "split": "dev",
+        "measured": point.figures(),
+    }
 
 
 __all__ = ["LOSSES", "SWEPT", "operating_points"]

@@ -20,8 +20,12 @@ class BadModel(ValueError):
     """A model that cannot be loaded or has no adapter; the message names it and the cure."""
 
 
-def fresh_network(model: str, labels: tuple[str, ...], *, exits: str, pooling: str, policy: str | None, seed: int) -> EarlyExitNetwork:
-    """Exits and policies with random weights (by `seed`) on the pretrained backbone `model`, a hub name or a folder."""
+def fresh_network(
+    model: str, labels: tuple[str, ...], *, exits: str, pooling: str, policy: str | None, seed: int
+) -> EarlyExitNetwork:
+    """Exits and policies with random weights (by `seed`) on the pretrained backbone `model`, a hub name or
+    a folder.
+    """
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads would bury ours
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -32,7 +36,9 @@ def fresh_network(model: str, labels: tuple[str, ...], *, exits: str, pooling: s
     except UnsupportedFamily as problem:
         raise BadModel(f"{model}: {problem}") from problem
     except (OSError, ValueError) as problem:
-        raise BadModel(f"{model}: neither a model folder here nor given by the hub: {str(problem).splitlines()[0]}") from problem
+        raise BadModel(
+            f"{model}: neither a model folder here nor given by the hub: {str(problem).splitlines()[0]}"
+        ) from problem
     try:
         spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), pooling, policy)
     except ValueError as problem:
@@ -42,7 +48,9 @@ def fresh_network(model: str, labels: tuple[str, ...], *, exits: str, pooling: s
 
 
 def save_tokenizer(model: str, file: Path) -> TextFacts:
-    """Write the model's tokenizer as tokenizer.json and give what else must be known of it; prefix and length are the caller's."""
+    """Write the model's tokenizer as tokenizer.json and give what else must be known of it; prefix and
+    length are the caller's.
+    """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as problem:
@@ -53,15 +61,25 @@ def save_tokenizer(model: str, file: Path) -> TextFacts:
     backend.no_padding()
     backend.no_truncation()
     file.write_text(backend.to_str(), encoding="utf-8")
-    return TextFacts(prefix="", pad_id=int(tokenizer.pad_token_id or 0), longest=int(min(tokenizer.model_max_length, 2**31)))
+    return TextFacts(
+        prefix="",
+        pad_id=int(tokenizer.pad_token_id or 0),
+        longest=int(min(tokenizer.model_max_length, 2**31)),
+    )
 
 
-def network_from_checkpoint(folder: str, labels: tuple[str, ...], policy: str | None, seed: int) -> Checkpoint:
-    """A trained checkpoint to go on from, with policies added (random, by `seed`) where the recipe wants them."""
+def network_from_checkpoint(
+    folder: str, labels: tuple[str, ...], policy: str | None, seed: int
+) -> Checkpoint:
+    """A trained checkpoint to go on from, with policies added (random, by `seed`) where the recipe wants
+    them.
+    """
     checkpoint = load_checkpoint(folder)
     spec = checkpoint.network.spec
     if spec.labels != labels:
-        raise BadCheckpoint(f"{folder} was trained for the labels {list(spec.labels)}, the data has {list(labels)}")
+        raise BadCheckpoint(
+            f"{folder} was trained for the labels {list(spec.labels)}, the data has {list(labels)}"
+        )
     if policy != spec.policy:
         old = checkpoint.network.state_dict()
         torch.manual_seed(seed)

@@ -11,9 +11,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from offramp.runtime.rules import RuleSpec, bind, simulate
+from offramp.training.batches import encode
 from offramp.training.checkpoint import load_checkpoint, write_json
 from offramp.training.collect import collect
-from offramp.training.data import Columns, encode, load_data
+from offramp.training.data import Columns, load_data
 from offramp.training.frontier import (
     SWEPT,
     Costs,
@@ -46,7 +47,9 @@ def evaluate_checkpoint(
     text_b_column: str,
     label_column: str,
 ) -> dict[str, Any]:
-    """Measure on `split` with operating points chosen on `points_from`; print the table, write the files, give the figures."""
+    """Measure on `split` with operating points chosen on `points_from`; print the table, write the files,
+    give the figures.
+    """
     loaded = load_checkpoint(checkpoint)
     rows = load_data(data, Columns(text_column, text_b_column, label_column))
     tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
@@ -55,15 +58,25 @@ def evaluate_checkpoint(
         encoded = encode(rows.split(name), tokenizer, loaded.text)
         seen[name] = signals_of(collect(loaded.network, encoded, batch_size=batch_size, what=name))
     costs = {name: Costs(loaded.network, signals.lengths) for name, signals in seen.items()}
-    figures = measure(seen[points_from], seen[split], costs[points_from], costs[split], within, loaded.training)
-    figures = {"checkpoint": Path(checkpoint).name, "data": Path(data).name, "split": split, "points_from": points_from, **figures}
+    figures = measure(
+        seen[points_from], seen[split], costs[points_from], costs[split], within, loaded.training
+    )
+    figures = {
+        "checkpoint": Path(checkpoint).name,
+        "data": Path(data).name,
+        "split": split,
+        "points_from": points_from,
+        **figures,
+    }
     _print(figures, Console())
     write_json(json_file or Path("eval.json"), figures)
     draw(figures, picture or Path("eval.png"))
     return figures
 
 
-def measure(dev: Signals, test: Signals, dev_costs: Costs, test_costs: Costs, within: float, training: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    dev: Signals, test: Signals, dev_costs: Costs, test_costs: Costs, within: float, training: dict[str, Any]
+) -> dict[str, Any]:
     """Every figure of the report; settings are chosen on dev alone, test is only read."""
     full = full_depth(test, test_costs)
     floor = full_depth(dev, dev_costs).accuracy - within
@@ -76,13 +89,23 @@ def measure(dev: Signals, test: Signals, dev_costs: Costs, test_costs: Costs, wi
         curves[rule] = sweep(rule, values, test, test_costs)
         best = shallowest(on_dev, floor)
         if best is not None:
-            chosen[rule] = {"setting": best.rule.parameters, "dev": best.figures(), **_tested(best.rule, test, test_costs)}
+            chosen[rule] = {
+                "setting": best.rule.parameters,
+                "dev": best.figures(),
+                **_tested(best.rule, test, test_costs),
+            }
     points = [
-        {"name": point["name"], **_tested(RuleSpec(point["rule"]["name"], point["rule"]["parameters"]), test, test_costs)}
+        {
+            "name": point["name"],
+            **_tested(RuleSpec(point["rule"]["name"], point["rule"]["parameters"]), test, test_costs),
+        }
         for point in training.get("operating_points", [])
     ]
     depth = float(test_costs.blocks[-1])
-    equal = {rule: {f"{share * depth:.2f}": accuracy_at(curve, share * depth) for share in SHARES} for rule, curve in curves.items()}
+    equal = {
+        rule: {f"{share * depth:.2f}": accuracy_at(curve, share * depth) for share in SHARES}
+        for rule, curve in curves.items()
+    }
     return {
         "rows": len(test.labels),
         "exits": [int(block) for block in test_costs.blocks],
@@ -108,12 +131,14 @@ def _tested(rule: RuleSpec, test: Signals, costs: Costs) -> dict[str, Any]:
 
 
 def _print(figures: dict[str, Any], console: Console) -> None:
-    exits = Table(title=f"{figures['checkpoint']} on {figures['data']} [{figures['split']}], {figures['rows']} rows: accuracy of each exit")
+    measured = f"{figures['checkpoint']} on {figures['data']} [{figures['split']}], {figures['rows']} rows"
+    exits = Table(title=f"{measured}: accuracy of each exit")
     for block in figures["exits"]:
         exits.add_column(str(block), justify="right")
     exits.add_row(*(f"{value:.1f}" for value in figures["exit_accuracy"]))
     console.print(exits)
-    table = Table(title=f"points chosen on {figures['points_from']}: shallowest within {figures['within']} of full depth")
+    chosen = f"points chosen on {figures['points_from']}"
+    table = Table(title=f"{chosen}: shallowest within {figures['within']} of full depth")
     for name in ("rule", "accuracy", "mean exit", "layers saved %", "MACs saved %", "random, same depths"):
         table.add_column(name, justify="left" if name == "rule" else "right")
     full, best = figures["full_depth"], figures["oracle"]
@@ -139,7 +164,9 @@ def _cells(point: dict[str, float]) -> tuple[str, ...]:
 
 
 def draw(figures: dict[str, Any], file: Path) -> None:
-    """Accuracy against mean exit for every rule, with the exits themselves, the oracle and the chosen points."""
+    """Accuracy against mean exit for every rule, with the exits themselves, the oracle and the chosen
+    points.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed, or there
@@ -148,14 +175,28 @@ def draw(figures: dict[str, Any], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     axes.plot(figures["exits"], figures["exit_accuracy"], "o:", color="0.6", label="all rows at one exit")
     for rule, curve in figures["curves"].items():
-        marker = {"marker": "s", "markersize": 4} if rule == "patience" else {}
-        axes.plot([p["mean_exit"] for p in curve], [p["accuracy"] for p in curve], label=rule.replace("_", " "), linewidth=1.6, **marker)
+        marker: dict[str, Any] = {"marker": "s", "markersize": 4} if rule == "patience" else {}
+        axes.plot(
+            [p["mean_exit"] for p in curve],
+            [p["accuracy"] for p in curve],
+            label=rule.replace("_", " "),
+            linewidth=1.6,
+            **marker,
+        )
     for found in figures["chosen_on_dev"].values():
         axes.plot(found["test"]["mean_exit"], found["test"]["accuracy"], "kx", markersize=7)
     axes.axhline(figures["full_depth"]["accuracy"], color="0.8", linewidth=1, zorder=0)
-    axes.plot(figures["oracle"]["mean_exit"], figures["oracle"]["accuracy"], "*", color="goldenrod", markersize=12, label="oracle")
+    axes.plot(
+        figures["oracle"]["mean_exit"],
+        figures["oracle"]["accuracy"],
+        "*",
+        color="goldenrod",
+        markersize=12,
+        label="oracle",
+    )
     axes.set(xlabel="mean exit (blocks)", ylabel="accuracy (%)")
-    axes.set_title(f"{figures['checkpoint']} on {figures['data']} [{figures['split']}]; x: chosen on {figures['points_from']}")
+    measured = f"{figures['checkpoint']} on {figures['data']} [{figures['split']}]"
+    axes.set_title(f"{measured}; x: chosen on {figures['points_from']}")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize="small")
     figure.savefig(file, dpi=130)

@@ -11,14 +11,20 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from offramp.training.batches import encode
 from offramp.training.checkpoint import Checkpoint, read_json, save_checkpoint, write_json
-from offramp.training.data import Columns, encode, load_data
+from offramp.training.data import Columns, load_data
 from offramp.training.loop import Run, best_precision
-from offramp.training.prepare import BadModel, fresh_network, network_from_checkpoint, save_tokenizer, text_facts
+from offramp.training.prepare import (
+    BadModel,
+    fresh_network,
+    network_from_checkpoint,
+    save_tokenizer,
+    text_facts,
+)
 from offramp.training.settings import BadSetting, settings_from
 
 
@@ -63,25 +69,36 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
         shutil.copyfile(start.tokenizer, tokenizer_file)
     else:
         assert wish.model is not None
-        network = fresh_network(wish.model, data.labels, exits=wish.exits, pooling=wish.pooling, policy=policy, seed=wish.seed)
+        network = fresh_network(
+            wish.model, data.labels, exits=wish.exits, pooling=wish.pooling, policy=policy, seed=wish.seed
+        )
         facts = text_facts(save_tokenizer(wish.model, tokenizer_file), network, wish.prefix, wish.max_length)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[wish.precision]
     run = Run(network, partial, seed=wish.seed, precision=precision, save_every=wish.save_every)
     if run.position != {"stage": 0, "step": 0}:
-        print(f"going on from {partial}: stage {run.position['stage'] + 1}, step {run.position['step']}", file=sys.stderr)
+        print(
+            f"going on from {partial}: stage {run.position['stage'] + 1}, step {run.position['step']}",
+            file=sys.stderr,
+        )
     encoded = {name: encode(rows, tokenizer, facts) for name, rows in data.splits.items() if name != "test"}
     if "train" not in encoded:
         raise BadModel(f"{wish.data} has no train split")
-    found = recipe.train(run, encoded["train"], encoded["dev"], settings, skip_warm_start=wish.init is not None)
+    found = recipe.train(
+        run, encoded["train"], encoded["dev"], settings, skip_warm_start=wish.init is not None
+    )
     training = {
         "recipe": wish.recipe,
         "settings": dataclasses.asdict(settings),
         "command": {**dataclasses.asdict(wish), "out": str(wish.out), "wishes": list(wish.wishes)},
-        "data": {"name": Path(wish.data).name, "rows": {name: len(rows) for name, rows in data.splits.items()}},
+        "data": {
+            "name": Path(wish.data).name,
+            "rows": {name: len(rows) for name, rows in data.splits.items()},
+        },
         "seed": wish.seed,
         "precision": precision,
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+        | {"python": platform.python_version()},
         **found,
     }
     checkpoint = Checkpoint(network.to("cpu"), facts, tokenizer_file, training)
@@ -102,5 +119,8 @@ def _same_command(partial: Path, wish: TrainingWish) -> None:
         before = read_json(file)
         changed = [name for name, value in facts.items() if before.get(name) != value]
         if changed:
-            raise BadSetting(f"{partial} holds an unfinished run with another {', '.join(changed)}; repeat its command, or remove that folder")
+            raise BadSetting(
+                f"{partial} holds an unfinished run with another {', '.join(changed)}; "
+                "repeat its command, or remove that folder"
+            )
     write_json(file, facts)

@@ -11,7 +11,9 @@ class BadSetting(ValueError):
 
 
 def settings_from(kind: Any, wishes: tuple[str, ...]) -> Any:
-    """Build a recipe's frozen settings from NAME=VALUE words; raises BadSetting listing the names and defaults."""
+    """Build a recipe's frozen settings from NAME=VALUE words; raises BadSetting listing the names and
+    defaults.
+    """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for word in wishes:

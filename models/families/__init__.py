@@ -21,7 +21,9 @@ def supported_families() -> tuple[str, ...]:
 
 
 def family_of(model_type: str) -> Family:
-    """The adapter for a configuration's `model_type`; raises UnsupportedFamily with the list of supported ones."""
+    """The adapter for a configuration's `model_type`; raises UnsupportedFamily with the list of supported
+    ones.
+    """
     family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(supported_families())

@@ -1,4 +1,6 @@
-"""What an adapter has to say about a family: its stem inputs, its embedding, its blocks, how a block is called."""
+"""What an adapter has to say about a family: its stem inputs, its embedding, its blocks, how a block is
+called.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ class Family:
 
 
 def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive form of a 0/1 mask [batch, seq] -> [batch, 1, 1, seq]: 0 where a token stands, the least finite number at padding.
+    """Additive form of a 0/1 mask [batch, seq] -> [batch, 1, 1, seq]: 0 where a token stands, the least
+    finite number at padding.
 
     A finite number, not -inf, because a row of only -inf makes softmax NaN; transformers does the same.
     """

@@ -32,5 +32,10 @@ def _call(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
 
 
 FAMILY = Family(
-    inputs=("input_ids",), embed=_embed, blocks=_blocks, context=_context, call=_call, longest=positions_after_padding
+    inputs=("input_ids",),
+    embed=_embed,
+    blocks=_blocks,
+    context=_context,
+    call=_call,
+    longest=positions_after_padding,
 )

@@ -39,7 +39,11 @@ def test_longest_input_is_accepted_and_numbered_from_padding() -> None:
     for family in FAMILIES:
         network = tiny.network(family)
         ids = torch.full((1, network.longest), 6)
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        given = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
         assert network(given).logits.shape == (1, 3, 2)
 
 

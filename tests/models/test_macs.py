@@ -10,7 +10,9 @@ from offramp.models.macs import segment_macs
 
 
 def test_segment_macs_match_the_flop_counter() -> None:
-    network = tiny.network("mpnet", policy=None)  # its attention is written out, so the counter sees both products
+    network = tiny.network(
+        "mpnet", policy=None
+    )  # its attention is written out, so the counter sees both products
     length = 9
     ids = torch.full((1, length), 6)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from offramp.models import EarlyExitNetwork, NetworkSpec
+from offramp.models.exits import Exit
 from offramp.models.network import parse_exits
 from offramp.models.policies import evidence_size, no_evidence, weigh_evidence
 
@@ -55,7 +56,8 @@ def test_exits_must_end_at_the_last_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "exits"), [("each", (1, 2, 3, 4)), ("every 2", (2, 4)), ("every 3", (3, 4)), ("1,3", (1, 3, 4)), ("2", (2, 4))]
+    ("wish", "exits"),
+    [("each", (1, 2, 3, 4)), ("every 2", (2, 4)), ("every 3", (3, 4)), ("1,3", (1, 3, 4)), ("2", (2, 4))],
 )
 def test_parse_exits(wish: str, exits: tuple[int, ...]) -> None:
     assert parse_exits(wish, 4) == exits
@@ -65,3 +67,14 @@ def test_parse_exits(wish: str, exits: tuple[int, ...]) -> None:
 def test_parse_exits_refuses(wish: str) -> None:
     with pytest.raises(ValueError):
         parse_exits(wish, 4)
+
+
+def test_a_folded_exit_is_the_same_classifier() -> None:
+    torch.manual_seed(0)
+    leaving = Exit(8, 3, 0.1)
+    for _ in range(50):
+        leaving(torch.randn(16, 8) * 3 + 5)
+    leaving.eval()
+    pooled = torch.randn(4, 8) * 3 + 5
+    torch.testing.assert_close(leaving.folded()(pooled), leaving(pooled), atol=1e-5, rtol=0)
+    assert leaving.standardize(torch.randn(5000, 8) * 3 + 5).std() == pytest.approx(1.0, abs=0.15)

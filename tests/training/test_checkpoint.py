@@ -44,7 +44,11 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     _save(tmp_path / "ckpt")
-    facts = (tmp_path / "ckpt/network.json").read_text().replace('"intermediate_size": 64', '"intermediate_size": 48')
+    facts = (
+        (tmp_path / "ckpt/network.json")
+        .read_text()
+        .replace('"intermediate_size": 64', '"intermediate_size": 48')
+    )
     (tmp_path / "ckpt/network.json").write_text(facts)
     with pytest.raises(BadCheckpoint, match="does not fit"):
         load_checkpoint(tmp_path / "ckpt")
@@ -54,7 +58,7 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     _save(tmp_path / "ckpt")
     weights = tmp_path / "ckpt/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BadCheckpoint, match="weights.safetensors"):
+    with pytest.raises(BadCheckpoint, match=r"weights\.safetensors"):
         load_checkpoint(tmp_path / "ckpt")
 
 

@@ -15,8 +15,8 @@ import tiny
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from offramp.training.cli import evaluate, train
 from offramp.training.checkpoint import load_checkpoint
+from offramp.training.cli import evaluate, train
 
 FAST = ["--set", "epochs=10", "--set", "batch_size=8", "--set", "lr=0.002", "--set", "heads_lr=0.01"]
 
@@ -41,7 +41,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    words = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--out", str(folder / "ckpt"), *FAST]
+    words = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "data"),
+        "--out",
+        str(folder / "ckpt"),
+        *FAST,
+    ]
     result = _run(train, *words, "--set", "policy_epochs=5", "--precision", "fp32")
     assert result.exit_code == 0, result.output
     return folder / "ckpt"
@@ -83,20 +91,34 @@ def test_a_finished_checkpoint_is_not_overwritten_by_surprise(trained: Path, fol
         (["--model", "MODEL", "--exits", "9"], "block 9 does not exist"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_and_exit_code_2(folder: Path, tmp_path: Path, words: list[str], told: str) -> None:
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(
+    folder: Path, tmp_path: Path, words: list[str], told: str
+) -> None:
     words = [str(folder / "model") if word == "MODEL" else word for word in words]
     result = _run(train, "--data", str(folder / "data"), "--out", str(tmp_path / "c"), *words)
     assert result.exit_code == 2 and told in result.output, result.output
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    """Killed with SIGKILL in the middle, then run again: bit for bit the weights of the run that was left alone."""
+    """Killed with SIGKILL in the middle, then run again: bit for bit the weights of the run that was left
+    alone.
+    """
     script = "import torch; torch.set_num_threads(1); from offramp.training.cli import train; train()"
-    flags = ["--model", str(folder / "model"), "--data", str(folder / "data"), *FAST, "--set", "policy_epochs=3"]
+    flags = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "data"),
+        *FAST,
+        "--set",
+        "policy_epochs=3",
+    ]
     flags += ["--precision", "fp32", "--save-every", "0"]
     command = [sys.executable, "-c", script, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True
+    )
     torn = [*command, "--out", str(tmp_path / "torn")]
     first = subprocess.Popen(torn, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "torn.partial" / "state.json"
@@ -116,7 +138,15 @@ def test_a_killed_training_goes_on_to_the_same_weights(folder: Path, tmp_path: P
 def test_a_resume_with_another_command_is_refused(folder: Path, tmp_path: Path) -> None:
     partial = tmp_path / "c.partial"
     partial.mkdir()
-    words = ["--data", str(folder / "data"), "--out", str(tmp_path / "c"), "--model", str(folder / "model"), *FAST]
+    words = [
+        "--data",
+        str(folder / "data"),
+        "--out",
+        str(tmp_path / "c"),
+        "--model",
+        str(folder / "model"),
+        *FAST,
+    ]
     (partial / "command.json").write_text('{"seed": 9}')
     result = _run(train, *words)
     assert result.exit_code == 2 and "unfinished run" in result.output

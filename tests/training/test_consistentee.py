@@ -48,7 +48,15 @@ def test_sampled_gradient_is_the_expected_gradient_on_average() -> None:
     torch.testing.assert_close(found * 8 / 7, exact[0], atol=0.004, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"quality": "luck"}, {"estimator": "guess"}, {"holdout": 1.0}, {"estimator": "sampled", "trajectories": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"quality": "luck"},
+        {"estimator": "guess"},
+        {"holdout": 1.0},
+        {"estimator": "sampled", "trajectories": 1},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         ConsistentEE(**wrong)  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
+from offramp.training.batches import encode, shuffled_batches
 from offramp.training.checkpoint import TextFacts
-from offramp.training.data import BadData, Columns, encode, load_data, shuffled_batches
+from offramp.training.data import BadData, Columns, load_data
 
 
 def _write(file: Path, rows: list[dict[str, object]]) -> Path:
@@ -44,18 +45,25 @@ def test_other_files_read_the_same(tmp_path: Path, suffix: str) -> None:
     else:
         table.to_csv(str(file), sep="\t" if suffix == "tsv" else ",")
     data = load_data(str(file), say=io.StringIO())
-    assert sorted(data.split("train").text + data.split("dev").text) == sorted(str(row["text"]) for row in rows)
+    assert sorted(data.split("train").text + data.split("dev").text) == sorted(
+        str(row["text"]) for row in rows
+    )
 
 
 def test_string_labels_and_named_columns(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"sentence": "x y", "kind": "spam"}, {"sentence": "z", "kind": "ham"}] * 5
+    rows: list[dict[str, object]] = [
+        {"sentence": "x y", "kind": "spam"},
+        {"sentence": "z", "kind": "ham"},
+    ] * 5
     file = _write(tmp_path / "a.jsonl", rows)
     data = load_data(str(file), Columns("sentence", "other", "kind"), say=io.StringIO())
     assert data.labels == ("ham", "spam")
 
 
 def test_pairs_reach_the_tokenizer_with_types(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.jsonl", [{"text": "good film", "text_b": "bad", "label": i % 2} for i in range(10)])
+    file = _write(
+        tmp_path / "a.jsonl", [{"text": "good film", "text_b": "bad", "label": i % 2} for i in range(10)]
+    )
     rows = load_data(str(file), say=io.StringIO()).split("train")
     encoded = encode(rows, tiny.tokenizer(), TextFacts("", 0, 64))
     assert encoded.types[0] == [0, 0, 0, 0, 1, 1]

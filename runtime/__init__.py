@@ -1,0 +1,34 @@
+"""Walk a bundle: `from offramp.runtime import load; load("bundle/")("a stirring, funny film")`.
+
+Importing this loads numpy and nothing heavy: onnxruntime and tokenizers come in when a session is opened.
+"""
+
+from __future__ import annotations
+
+from offramp.runtime.errors import (
+    BadBundle,
+    BadInput,
+    BadManifest,
+    BadSetting,
+    BundleNotFound,
+    EngineUnavailable,
+    OfframpError,
+    SessionClosed,
+)
+from offramp.runtime.manifest import RuleSpec
+from offramp.runtime.session import Answer, Session, load
+
+__all__ = [
+    "Answer",
+    "BadBundle",
+    "BadInput",
+    "BadManifest",
+    "BadSetting",
+    "BundleNotFound",
+    "EngineUnavailable",
+    "OfframpError",
+    "RuleSpec",
+    "Session",
+    "SessionClosed",
+    "load",
+]

@@ -1,0 +1,180 @@
+"""ee-run: lines in, one JSON line out for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # what is heavy is imported when the command runs, so that --help is instant
+    from offramp.runtime.lines import Line
+    from offramp.runtime.session import Answer, Session
+    from offramp.runtime.tally import Tally
+
+ENGINES, DEVICES, FORMATS = (
+    ("ort", "trt"),
+    ("cpu", "cuda"),
+    ("auto", "text", "json"),
+)  # a test holds these to their sources
+WINDOW = 8  # batches read ahead, as Session.map does
+AT_LEAST_1 = click.IntRange(min=1)
+ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+HELP = """Answer every line of INPUT (a file, or - for standard input, the default) with one JSON line.
+
+\b
+INPUT is plain text, one text a line, or JSON lines: objects with "text" and, for pairs,
+"text_b" (other keys are ignored). Which of the two is decided by the first line that is
+not empty: JSON lines if it begins with "{". Say --format text for texts that begin so.
+
+\b
+An answer:  {"label": "positive", "score": 0.98, "exit": 3, "depth": 3, "ms": 4.1}
+  score  probability of the label at the exit where the walk ended
+  exit   that exit, counted from 1; depth: blocks of the network that were run
+  ms     wall time of the walk; with --batch-size over 1 it includes waiting for neighbours
+A line that cannot be answered keeps its place:  {"error": "empty line", "line": 7}
+  empty lines; lines that are not UTF-8; in JSON lines, what is not an object with a
+  string "text", and lines over 256 KiB. Half of a surrogate pair is no text either.
+Text that is longer than the network reads is cut and marked "truncated": true.
+
+\b
+With batch size 1 every answer is written before the next line is read. Larger batches
+read 8 batches ahead, sort them by length and write the answers in the order of the
+lines. Memory does not grow with the number of lines.
+
+\b
+Rules and what --threshold means: gate (leave where P(exit) is above), max_probability
+(reaches), entropy (at most, 0..1), margin (top minus second reaches), patience (exits in
+a row that agree with the one before), fixed (the exit's number), never. Without --rule,
+--threshold or --point, the bundle's own rule is used.
+
+\b
+Exit codes:
+  0    every line answered
+  1    some lines had errors (each is marked in the output), or the run broke off
+  2    could not start: wrong option, no or bad bundle, engine or device not there
+  130  interrupted (Ctrl-C)
+  141  the reader of the output went away
+"""
+
+
+@click.command(help=HELP)
+@click.argument("source", metavar="[INPUT]", default="-")
+@click.option("--bundle", default="bundle/", metavar="DIR", show_default=True, help="The bundle to walk.")
+@click.option(
+    "--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="What runs the graphs."
+)
+@click.option(
+    "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where ort runs them."
+)
+@click.option("--variant", help="Precision of the segments, such as int8; a bundle says which it has.")
+@click.option("--rule", help="The rule that decides; see above.")
+@click.option("--threshold", type=float, help="The rule's one number; see above.")
+@click.option(
+    "--point", metavar="NAME", help="An operating point of the bundle: sets rule, threshold and variant."
+)
+@click.option(
+    "--batch-size", type=AT_LEAST_1, default=1, show_default=True, help="Rows walked together at most."
+)
+@click.option("--threads", type=AT_LEAST_1, help="Threads of the engine.  [default: one a core]")
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="auto", show_default=True, help="What INPUT is."
+)
+@click.option("--stats", is_flag=True, help="At the end, on standard error: exits, times, what really ran.")
+def main(source: str, bundle: str, batch_size: int, form: str, stats: bool, **wishes: Any) -> None:
+    try:
+        code = _run(source, bundle, batch_size, form, stats, wishes)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered can never be written; without this the interpreter complains about it at its
+        # end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
+    sys.exit(code)
+
+
+def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wishes: dict[str, Any]) -> int:
+    from offramp.runtime.errors import OfframpError
+    from offramp.runtime.lines import read_lines
+    from offramp.runtime.session import load
+    from offramp.runtime.tally import Tally
+
+    code = NOT_STARTED
+    try:
+        stream = sys.stdin.buffer if source == "-" else open(source, "rb")  # noqa: SIM115 (open to the end)
+        with load(bundle, batch_size=batch_size, **wishes) as session:
+            tally = Tally()
+            code = SOME_FAILED
+            # Reading ahead is what lets rows be sorted; a batch of one has nothing to sort and must not wait
+            # for more.
+            window = batch_size * WINDOW if batch_size > 1 else 1
+            lines = read_lines(stream, form)
+            while chunk := list(islice(lines, window)):
+                _write(_answers(session, chunk, tally))
+            if stats:
+                engine, manifest = session.engine, session.manifest
+                rule = " ".join(
+                    [session.rule.name, *(f"{k}={v:g}" for k, v in session.rule.parameters.items())]
+                )
+                facts = {
+                    "rule": rule,
+                    "variant": session.variant,
+                    "engine": engine.name,
+                    "device": engine.device,
+                }
+                click.echo(
+                    tally.report(len(manifest.segments), manifest.blocks, facts | dict(engine.facts)),
+                    err=True,
+                )
+            return SOME_FAILED if tally.failed else ALL_ANSWERED
+    except BrokenPipeError:
+        raise
+    except OfframpError as problem:
+        click.echo(f"ee-run: {problem}", err=True)
+    except OSError as problem:
+        cure = "name a file of lines, or - for standard input"
+        click.echo(f"ee-run: {source}: {problem.strerror or problem}; {cure}", err=True)
+    return code
+
+
+def _answers(session: Session, lines: list[Line], tally: Tally) -> Iterator[dict[str, Any]]:
+    """One object for every line, in order."""
+    from offramp.runtime.errors import BadInput
+
+    good = [line for line in lines if line.problem is None]
+    found: list[Answer | str] = []
+    while len(found) < len(good):
+        try:
+            for answer in session.map([line.item for line in good[len(found) :]]):
+                found.append(answer)
+        except BadInput as problem:
+            found.append(str(problem).partition(": ")[2])
+    results = iter(found)
+    for line in lines:
+        result = next(results) if line.problem is None else line.problem
+        if isinstance(result, str):
+            tally.failed += 1
+            yield {"error": result, "line": line.number}
+            continue
+        tally.add(result.exit, result.depth, result.seconds)
+        line_out: dict[str, Any] = {"label": result.label, "score": round(result.score, 6)}
+        line_out |= {"exit": result.exit, "depth": result.depth, "ms": round(1e3 * result.seconds, 3)}
+        yield line_out | {"truncated": True} if result.truncated or line.cut else line_out
+
+
+def _write(answers: Iterator[dict[str, Any]]) -> None:
+    """Bytes: UTF-8 comes out whatever the terminal's encoding. Flushed: a reader can follow."""
+    out: IO[bytes] = sys.stdout.buffer
+    for answer in answers:
+        out.write(json.dumps(answer, ensure_ascii=False).encode("utf-8") + b"\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

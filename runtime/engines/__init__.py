@@ -1,0 +1,101 @@
+"""Engines: what opens a segment's file, runs it, and says where it really runs. One file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.rules import Signals
+
+Array = NDArray[Any]
+Rows = NDArray[np.int64]
+
+# name: module with open(bundle, *, device, variant, threads) -> Engine; imported only when asked for
+ENGINES = {"ort": "offramp.runtime.engines.ort", "trt": "offramp.runtime.engines.trt"}
+DEVICES = ("cpu", "cuda")
+
+
+class State(Protocol):
+    """Rows between two segments; the walker reads these two and hands the rest back to the engine unseen."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in it."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens a row, padding included."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs stem and segments. name, device and facts say what REALLY runs, e.g. "ort", "cpu"."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """For people: version, threads, which thread pool was to be had."""
+        ...
+
+    def begin(self, inputs: Mapping[str, Array]) -> State:
+        """Run the stem on input_ids, attention_mask (and token_type_ids), int64 [batch, seq]."""
+        ...
+
+    def step(self, segment: int, variant: int, state: Any) -> Signals:
+        """Run one segment (0-based) in the manifest's variant of that number; the state advances in place.
+
+        Asked to run the last segment, the state is used up: it can only be dropped.
+        """
+        ...
+
+    def take(self, state: Any, rows: Rows) -> State:
+        """A new state of those rows alone (compaction); the old one stays as it is."""
+        ...
+
+    def join(self, states: Sequence[Any]) -> State:
+        """One new state of all rows in order, lengths equal; the old ones stay as they are."""
+        ...
+
+    def drop(self, state: Any) -> None:
+        """Nobody will use this state again: its buffers may be."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; the engine cannot be used after it."""
+        ...
+
+
+def open_engine(
+    name: str, bundle: Bundle, *, device: str = "cpu", variant: str | None = None, threads: int | None = None
+) -> Engine:
+    """Open an engine by name with the stem and one variant of every segment (others when first stepped).
+
+    Raises EngineUnavailable where engine or device is not there (never another in its place), BadSetting for
+    names that do not exist, BadBundle where a file is not what the manifest says.
+    """
+    if name not in ENGINES:
+        raise BadSetting(f"engine {name!r} is not known; choose one of: {', '.join(ENGINES)}")
+    if device not in DEVICES:
+        raise BadSetting(f"device {device!r} is not known; choose one of: {', '.join(DEVICES)}")
+    known = bundle.manifest.variants
+    variant = known[0] if variant is None else variant
+    if variant not in known:
+        raise BadSetting(f"variant {variant!r} is not in {bundle.folder}; it offers: {', '.join(known)}")
+    if threads is not None and threads < 1:
+        raise BadSetting(f"threads {threads}: expected 1 or more")
+    engine: Engine = import_module(ENGINES[name]).open(
+        bundle, device=device, variant=variant, threads=threads
+    )
+    return engine

@@ -1,0 +1,60 @@
+"""What a run looked like: exits, depth and times of any number of answers, in memory that does not grow."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_STEP = math.log(1.02)  # times are counted in classes 2 % wide, so percentiles are right to 1 %
+
+
+@dataclass
+class Tally:
+    """Counts of answers; failed: lines that had an error."""
+
+    exits: Counter[int] = field(default_factory=Counter)
+    classes: Counter[int] = field(default_factory=Counter)  # of the logarithm of the seconds
+    depth: int = 0
+    failed: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, exit: int, depth: int, seconds: float) -> None:
+        """Count one answer."""
+        self.exits[exit] += 1
+        self.depth += depth
+        self.classes[math.floor(math.log(max(seconds, 1e-9)) / _STEP)] += 1
+
+    def percentile(self, share: float) -> float:
+        """Seconds within which that share (0..1) of the answers came, to 1 %; NaN when there is none."""
+        wanted, seen = share * self.answers, 0
+        for number in sorted(self.classes):
+            seen += self.classes[number]
+            if seen >= wanted:
+                return math.exp((number + 0.5) * _STEP)
+        return math.nan
+
+    @property
+    def answers(self) -> int:
+        """Answers counted."""
+        return sum(self.exits.values())
+
+    def report(self, exits: int, blocks: int, facts: Mapping[str, str]) -> str:
+        """Lines for people; exits and blocks: how many the network has; facts: what else to say."""
+        answers, lines = self.answers, []
+        for number in range(1, exits + 1):
+            share = self.exits[number] / max(answers, 1)
+            lines.append(
+                f"exit {number:3d} {self.exits[number]:9d} {share:7.1%} {'#' * round(40 * share)}".rstrip()
+            )
+        rate = answers / max(time.perf_counter() - self.started, 1e-9)
+        lines.append(f"answers    {answers} ({rate:.1f}/s), {self.failed} with errors")
+        if answers:
+            lines.append(f"mean depth {self.depth / answers:.2f} of {blocks} blocks")
+            lines.append(
+                f"ms         p50 {1e3 * self.percentile(0.5):.2f}, p95 {1e3 * self.percentile(0.95):.2f}"
+            )
+        lines += [f"{name:10s} {value}" for name, value in facts.items()]
+        return "\n".join(lines)
