@@ -111,7 +111,9 @@ def split(network: EarlyExitNetwork, exits: Sequence[int] | None = None) -> list
     """
     dtype = next(network.parameters()).dtype
     if dtype != torch.float32:
-        raise ValueError(f"the network's weights are {dtype}; segments are float32: call network.float() first")
+        raise ValueError(
+            f"the network's weights are {dtype}; segments are float32: call network.float() first"
+        )
     network.eval()
     kept = network.spec.exits if exits is None else (*sorted({*exits, network.block_count}),)
     missing = [block for block in kept if block not in network.spec.exits]

@@ -18,7 +18,10 @@ from offramp.export.split import Segment
 from offramp.runtime.manifest import Tensor
 
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
-TRACED = {"batch": 2, "seq": 11}  # differ from each other and from one, which an exporter may take for a constant
+TRACED = {
+    "batch": 2,
+    "seq": 11,
+}  # differ from each other and from one, which an exporter may take for a constant
 
 
 def to_onnx(segment: Segment, path: Path) -> None:
@@ -101,14 +104,28 @@ def _name_nodes(model: onnx.ModelProto) -> None:
     for number, node in enumerate(model.graph.node):
         notes = {note.key: note.value for note in node.metadata_props}
         # "['', 'blocks.0', 'blocks.0.attention', 'linear']": modules from the outside in, the operator's own name last
-        scopes = [scope.strip(" '\"") for scope in notes.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")]
-        node.name = f"{scopes[-2] if len(scopes) > 1 else ''}/{node.op_type}_{number}".lstrip("/")
+        scopes = [
+            scope.strip(" '\"")
+            for scope in notes.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")
+        ]
+        module = (
+            scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else ""
+        )  # "_...": made by no module
+        node.name = f"{module}/{node.op_type}_{number}".lstrip("/")
 
 
 def _strip(model: onnx.ModelProto) -> None:
     """Drop the exporter's notes: half of a small graph, and paths of the machine that exported it among them."""
     graph = model.graph
-    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.initializer,
+        *graph.value_info,
+    ):
         del part.metadata_props[:]
         part.doc_string = ""
 
@@ -117,11 +134,15 @@ def _check(model: onnx.ModelProto, segment: Segment) -> None:
     """Hold the graph to the segment's word before anybody relies on it."""
     foreign = {node.domain or "ai.onnx" for node in model.graph.node} - {"ai.onnx"}
     if foreign or model.functions or [o.version for o in model.opset_import if o.domain == ""] != [OPSET]:
-        raise RuntimeError(f"{segment.name}: exported with operators beyond ONNX opset {OPSET}: {sorted(foreign)}")
+        raise RuntimeError(
+            f"{segment.name}: exported with operators beyond ONNX opset {OPSET}: {sorted(foreign)}"
+        )
     for said, made in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
         found = tuple(_tensor(value) for value in made)
         if found != said:
-            raise RuntimeError(f"{segment.name}: exported as {found}, expected {said}; is this torch release supported?")
+            raise RuntimeError(
+                f"{segment.name}: exported as {found}, expected {said}; is this torch release supported?"
+            )
     onnx.checker.check_model(model)
 
 

@@ -207,7 +207,7 @@ def choose(
     point: str | None,
     variant: str | None,
 ) -> tuple[RuleSpec, str]:
-    """Rule and variant that the caller's wishes and the manifest come to; BadSetting names the contradiction."""
+    """The rule and variant that wishes and manifest come to; BadSetting names a contradiction."""
     if variant is not None and variant not in manifest.variants:
         raise BadSetting(
             f"variant {variant!r} is not in this bundle; it offers: {', '.join(manifest.variants)}"

@@ -35,8 +35,8 @@ def missing_piece() -> str | None:
         return f"{driver}{module}; TensorRT needs an NVIDIA GPU: install its driver, or use --engine ort"
     if not installed:
         return (
-            "no Python module tensorrt or tensorrt_rtx; pip install 'offramp[trt]' (on a Jetson, make the "
-            "virtual environment with --system-site-packages: TensorRT comes with JetPack), or use --engine ort"
+            "no Python module tensorrt or tensorrt_rtx; pip install 'offramp[trt]' (on a Jetson: make "
+            "the virtual environment with --system-site-packages: JetPack brings it), or use --engine ort"
         )
     problems = []
     for name in installed:

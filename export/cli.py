@@ -1,0 +1,225 @@
+"""ee-split: from a checkpoint folder to a verified bundle."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from offramp.export.split import Segment
+    from offramp.export.verify import Report
+    from offramp.runtime.manifest import Manifest
+    from offramp.training.checkpoint import Checkpoint
+
+HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
+NEEDED = (
+    "torch",
+    "transformers",
+    "optimum",
+    "safetensors",
+    "tokenizers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "rich",
+)
+TOKENS = 32  # the length at which the closing table counts
+
+
+class UserError(click.ClickException):
+    """One line on stderr, exit code 2: what the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class NotVerified(click.ClickException):
+    """One line on stderr, exit code 1: the graphs do not say what the network says."""
+
+    exit_code = 1
+
+
+@click.command(context_settings=HELP)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("bundle"), help="Bundle folder to write."
+)
+@click.option(
+    "--segments",
+    default="each",
+    help="Where to cut: each (every exit), 'every N' blocks, or blocks such as 2,4,6.",
+)
+@click.option("--variants", default="fp32,int8", help="Precisions to write, fp32 first: fp32 or fp32,int8.")
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    help="UTF-8 lines to verify on, the first 256 count. [default: 32 sentences that come along]",
+)
+@click.option(
+    "--int8-range",
+    type=click.Choice(["auto", "full", "reduced"]),
+    default="auto",
+    help="Range of int8 weights. reduced is right everywhere; full is one bit better and needs VNNI or ARM; auto asks this machine.",
+)
+@click.option(
+    "--monolith",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the same network as one graph without exits, int8 beside it as FILE_int8.onnx.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle in --out, once the new one is complete.")
+def main(**wish: Any) -> None:
+    """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle.
+
+    Every segment is compared with the network on real text before the bundle gets its name; one that fails is not written.
+    Where --segments leaves exits out, policies see the remaining exits alone and the operating points, measured with all of
+    them, are left out.
+
+    Exit codes: 0 written, 1 verification failed, 2 the input cannot be used, 130 interrupted.
+    """
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as missing:
+            raise UserError(f"{missing}: run pip install 'offramp[export,cpu]' first") from None
+    try:
+        _split(**wish)
+    except KeyboardInterrupt:
+        click.echo("interrupted; no bundle was written", err=True)
+        sys.exit(130)
+
+
+def _split(
+    checkpoint: Path,
+    out: Path,
+    segments: str,
+    variants: str,
+    texts: Path | None,
+    int8_range: str,
+    monolith: Path | None,
+    overwrite: bool,
+) -> None:
+    from offramp.export.bundle import BadTarget, check_target, finish, writing
+    from offramp.export.describe import describe
+    from offramp.export.precision import needs_reduced_range
+    from offramp.export.split import kept_exits, split
+    from offramp.export.verify import verify
+    from offramp.models.families import UnsupportedFamily
+    from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
+
+    names = _variants(variants)
+    lines = _lines(texts)
+    reduced = needs_reduced_range() if int8_range == "auto" else int8_range == "reduced"
+    try:
+        check_target(out, overwrite=overwrite)
+        loaded = load_checkpoint(checkpoint)
+        loaded.network.float()
+        parts = split(loaded.network, kept_exits(loaded.network, segments))
+    except (BadCheckpoint, BadTarget, UnsupportedFamily) as problem:
+        raise UserError(str(problem)) from None
+    except ValueError as problem:
+        raise UserError(f"--segments {segments}: {problem}") from None
+    dropped = len(loaded.network.spec.exits) - len(parts) + 1
+    if dropped and loaded.training.get("operating_points"):
+        click.echo(
+            f"{dropped} exits are left out, and so are the operating points, which were measured with them",
+            err=True,
+        )
+    with writing(out, overwrite=overwrite) as beside:
+        _export(parts, names, beside, reduced)
+        shutil.copyfile(loaded.tokenizer, beside / TOKENIZER)
+        report = verify(loaded, beside, parts, names, **({} if lines is None else {"texts": lines}))
+        bad = report.first_bad
+        if bad is not None:
+            raise NotVerified(f"{bad}, at most {bad.allowed:.3g} is right; no bundle was written")
+        facts = {"int8": {"reduce_range": reduced}} if "int8" in names else {}
+        manifest = finish(beside, describe(loaded, parts, names, facts))
+    if monolith is not None:
+        _monolith(loaded, monolith, names, reduced)
+    click.echo(_table(manifest, report))
+    click.echo(f"{out}: written and verified")
+
+
+def _variants(wish: str) -> tuple[str, ...]:
+    from offramp.export.precision import VARIANTS
+
+    names = tuple(word.strip() for word in wish.split(","))
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise UserError(f"--variants: {unknown[0]!r} is not known; choose among {', '.join(VARIANTS)}")
+    if names[0] != "fp32" or len(set(names)) != len(names):
+        raise UserError(f"--variants {wish}: fp32 comes first, as the others are made from it, and each once")
+    return names
+
+
+def _lines(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"--texts {file}: cannot be read as UTF-8 text: {problem}") from None
+    if not found:
+        raise UserError(f"--texts {file}: it has no line; give real text, one a line")
+    return found
+
+
+def _export(parts: Sequence[Segment], variants: Sequence[str], folder: Path, reduced: bool) -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    from offramp.export.precision import to_int8
+    from offramp.export.to_onnx import to_onnx
+    from offramp.export.verify import file_name
+
+    for part in track(parts, "exporting", console=Console(stderr=True)):
+        to_onnx(part, folder / file_name(part.name, "fp32"))
+        if part.blocks and "int8" in variants:
+            to_int8(
+                folder / file_name(part.name, "fp32"),
+                folder / file_name(part.name, "int8"),
+                reduce_range=reduced,
+            )
+    click.echo("verifying", err=True)
+
+
+def _monolith(checkpoint: Checkpoint, path: Path, variants: Sequence[str], reduced: bool) -> None:
+    from offramp.export.monolith import write_monolith
+    from offramp.export.precision import to_int8
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_monolith(checkpoint, path)
+    if "int8" in variants:
+        to_int8(path, path.with_name(f"{path.stem}_int8{path.suffix}"), reduce_range=reduced)
+
+
+def _table(manifest: Manifest, report: Report) -> str:
+    """One line a graph: blocks, MACs, bytes of each variant, how far from torch, and what int8 does to the label."""
+    variants = manifest.variants
+    rows = [
+        ["segment", "blocks", f"MACs at {TOKENS}", *(f"{name} bytes" for name in variants), "max abs diff"]
+    ]
+    rows[0] += [f"{name} labels kept" for name in variants[1:]]
+    kept = {(said.segment, said.variant): f"{100 * said.agreement:.1f} %" for said in report.precisions}
+    for stage in (manifest.stem, *manifest.segments):
+        blocks = (
+            f"{stage.blocks[0]}-{stage.blocks[-1]}"
+            if len(stage.blocks) > 1
+            else "".join(map(str, stage.blocks))
+        )
+        files = [stage.variants[name].file if name in stage.variants else None for name in variants]
+        sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]
+        row = [stage.name, blocks, f"{stage.macs.of(TOKENS):,.0f}", *sizes, f"{report.worst(stage.name):.1e}"]
+        rows.append(row + [kept.get((stage.name, name), "") for name in variants[1:]])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at < 1 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

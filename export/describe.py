@@ -1,0 +1,118 @@
+"""What the manifest says of a split: stages, rule, operating points, where it comes from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from offramp.export.split import Segment
+from offramp.export.verify import file_name
+from offramp.runtime.manifest import (
+    FORMAT,
+    Manifest,
+    OperatingPoint,
+    RuleSpec,
+    Stage,
+    TextInput,
+    Variant,
+)
+from offramp.training.checkpoint import TOKENIZER, Checkpoint
+
+PACKAGES = ("offramp", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def describe(
+    checkpoint: Checkpoint,
+    segments: Sequence[Segment],
+    variants: Sequence[str],
+    facts: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """The manifest, all but its files. facts: what else provenance should say of this export, JSON values."""
+    network, text = checkpoint.network, checkpoint.text
+    points = operating_points(checkpoint, segments, variants)
+    return Manifest(
+        format=FORMAT,
+        task="text-classification",
+        labels=network.spec.labels,
+        input=TextInput(TOKENIZER, text.prefix, text.pad_id, text.longest),
+        hidden_size=network.hidden_size,
+        vocab_size=network.vocab_size,
+        blocks=network.block_count,
+        stem=_stage(segments[0], variants[:1]),
+        segments=tuple(_stage(segment, variants) for segment in segments[1:]),
+        rule=_rule(segments, points),
+        points=points,
+        files={},
+        provenance=_provenance(checkpoint, facts or {}),
+    )
+
+
+def operating_points(
+    checkpoint: Checkpoint, segments: Sequence[Segment], variants: Sequence[str]
+) -> tuple[OperatingPoint, ...]:
+    """The checkpoint's operating points, those whose variant is there; none where exits were dropped.
+
+    They were measured with every exit: an exit number or a threshold means something else when some are gone.
+    """
+    if len(segments) - 1 != len(checkpoint.network.spec.exits):
+        return ()
+    name = _mapping(checkpoint.training.get("data")).get("name", "")
+    return tuple(
+        OperatingPoint(
+            point["name"],
+            RuleSpec(
+                point["rule"]["name"], {key: float(v) for key, v in point["rule"]["parameters"].items()}
+            ),
+            point["variant"],
+            point["data"] or name,
+            point["split"],
+            {key: float(value) for key, value in point["measured"].items()},
+        )
+        for point in checkpoint.training.get("operating_points", [])
+        if point["variant"] in variants
+    )
+
+
+def _rule(segments: Sequence[Segment], points: Sequence[OperatingPoint]) -> RuleSpec:
+    """What decides when the caller wishes nothing: the point named default, else the learned gate, else the first point's rule."""
+    for point in points:
+        if point.name == "default":
+            return point.rule
+    if len(segments) == 2:
+        return RuleSpec("never", {})  # one segment: there is nothing to decide
+    if any(tensor.name == "gate" for tensor in segments[1].outputs):
+        return RuleSpec("gate", {"threshold": 0.5})
+    return points[0].rule if points else RuleSpec("max_probability", {"threshold": 0.9})
+
+
+def _stage(segment: Segment, variants: Sequence[str]) -> Stage:
+    graphs = {
+        name: Variant(file_name(segment.name, name), segment.inputs, segment.outputs) for name in variants
+    }
+    return Stage(segment.name, segment.blocks, segment.macs, graphs)
+
+
+def _provenance(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> dict[str, Any]:
+    training = checkpoint.training
+    told = {key: training[key] for key in ("recipe", "settings", "data", "seed", "dev") if key in training}
+    return {
+        **told,
+        "backbone": checkpoint.network.config.model_type,
+        "network": {"pooling": checkpoint.network.spec.pooling, "policy": checkpoint.network.spec.policy},
+        "trained_with": _mapping(training.get("versions")),
+        "exported_with": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        **facts,
+    }
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout, or another build of the package
+        return None

@@ -1,0 +1,73 @@
+"""An fp32 graph into int8: dynamic, per channel, in the blocks alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+VARIANTS = ("fp32", "int8")  # what can be written; fp32 comes first, the others are made from it
+
+
+def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
+    """Write the int8 form of a graph that to_onnx wrote; gives its size as a share of the original's.
+
+    Only products with weights inside blocks become int8: exit and policy, whose few operators decide where a row leaves, stay
+    fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a scale a column; activations are
+    quantized a tensor at run time. reduce_range: 7 bits for weights, None: as needs_reduced_range() says of this machine.
+    """
+    graph = onnx.load(source).graph
+    inside = [
+        node.name
+        for node in graph.node
+        if node.op_type in ("MatMul", "Gemm") and "blocks." in node.name.rpartition("/")[0]
+    ]
+    if not inside:
+        raise ValueError(
+            f"{source}: no matrix product of a block in it; int8 is made from segments that ee-split wrote"
+        )
+    reduced = needs_reduced_range() if reduce_range is None else reduce_range
+    with _quiet():
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_quantize=inside,
+            per_channel=True,
+            reduce_range=reduced,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},  # attention's products have no weight to quantize ahead
+        )
+    return target.stat().st_size / source.stat().st_size
+
+
+def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) -> bool:
+    """Whether weights must keep to 7 bits on this machine (or on one of that `platform.machine()` and /proc/cpuinfo).
+
+    x86 without VNNI adds pairs of uint8 * int8 products in 16 bits, which overflow at full range and silently spoil the
+    result; with VNNI (AVX512 or AVX) and on ARM sums have 32 bits. A bundle that is split on one machine and walked on another
+    needs the answer for the latter: ee-split --int8-range reduced is right everywhere and costs one bit.
+    """
+    machine = platform.machine() if machine is None else machine
+    if machine.lower() not in ("x86_64", "amd64", "i686", "i386"):
+        return False
+    if cpuinfo is None:
+        with contextlib.suppress(OSError):  # no such file but on Linux: not known, so the careful answer
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return not {"avx512_vnni", "avx_vnni"} & set((cpuinfo or "").split())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the quantizer's advice to pre-process: these graphs come optimized from the exporter."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
