@@ -1,7 +1,7 @@
 """make demo: MiniLM on film reviews, the whole road: train, split, run, and what it gained, measured here and
 now.
 
-python benchmarks/demo.py [--out demo] [--epochs 2]
+    python benchmarks/demo.py [--out demo] [--epochs 2]
 
 Everything it does by command it prints first, so that it can be typed again.
 """

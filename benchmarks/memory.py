@@ -1,6 +1,6 @@
 """Resident memory of `ee-run -` over a long input: it must not grow with the number of lines.
 
-python benchmarks/memory.py --bundle tests/data/tiny_bundle --lines 1000000 --json
+    python benchmarks/memory.py --bundle tests/data/tiny_bundle --lines 1000000 --json
 benchmarks/results/memory.json
 """
 

@@ -1,6 +1,6 @@
 """What walking segments costs against the same network as one graph, and whether time follows depth.
 
-python benchmarks/overhead.py --json benchmarks/results/overhead.json
+    python benchmarks/overhead.py --json benchmarks/results/overhead.json
 
 A random BERT of 12 blocks by 384 (or --checkpoint) with an exit and a policy after every block, split and
 exported here. At batch 1, contenders taking turns in one process on one thread pool: the full-depth walk, the

@@ -36,7 +36,7 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
     strange = sorted({entry.name for entry in folder.iterdir()} - ours)
     if strange:
         raise BadTarget(
-            f"{folder / strange[0]} is no part of the bundle there and would be lost; move it, or {cure}"
+            f"{folder / strange[0]} is no part of that bundle and would be lost; move it, or {cure}"
         )
     if not overwrite:
         raise BadTarget(f"{folder} holds a bundle; {cure}, or say --overwrite")
@@ -46,8 +46,8 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
 def writing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill and finish(); when the block ends it takes the place of `folder`.
 
-    If the block fails, nothing of it stays and what stood at `folder` still does. Killed, it leaves the hidden folder behind,
-    which the next run removes. Two runs must not write the same folder at once.
+    If the block fails, nothing of it stays and what stood at `folder` still does. Killed, it leaves the
+    hidden folder behind, which the next run removes. Two runs must not write the same folder at once.
     """
     folder = Path(folder).absolute()
     new, old = (folder.with_name(f".{folder.name}.{word}-by-ee-split") for word in ("new", "old"))
@@ -71,9 +71,10 @@ def writing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest of a filled folder, with sha256 and size of every file in it, and let the reader check it all.
+    """Write a filled folder's manifest, with sha256 and size of every file; the reader then checks it all.
 
-    No fsync: a file that a power cut emptied has another hash, and the reader says so. Gives the manifest that was written.
+    No fsync: a file that a power cut emptied has another hash, and the reader says so. Gives the manifest
+    that was written.
     """
     files = {path.name: _fact(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME}
     manifest = dataclasses.replace(manifest, files=files)

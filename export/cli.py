@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ class NotVerified(click.ClickException):
     "--int8-range",
     type=click.Choice(["auto", "full", "reduced"]),
     default="auto",
-    help="Range of int8 weights. reduced is right everywhere; full is one bit better and needs VNNI or ARM; auto asks this machine.",
+    help="Range of int8 weights: full needs VNNI or ARM where the bundle runs, reduced is right everywhere "
+    "and one bit coarser, auto asks this machine.",
 )
 @click.option(
     "--monolith",
@@ -75,17 +76,15 @@ class NotVerified(click.ClickException):
 def main(**wish: Any) -> None:
     """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle.
 
-    Every segment is compared with the network on real text before the bundle gets its name; one that fails is not written.
-    Where --segments leaves exits out, policies see the remaining exits alone and the operating points, measured with all of
-    them, are left out.
+    Every segment is compared with the network on real text before the bundle gets its name; one that fails is
+    not written. Where --segments leaves exits out, policies see the remaining exits alone and the operating
+    points, measured with all of them, are left out.
 
     Exit codes: 0 written, 1 verification failed, 2 the input cannot be used, 130 interrupted.
     """
-    for name in NEEDED:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as missing:
-            raise UserError(f"{missing}: run pip install 'offramp[export,cpu]' first") from None
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[export,cpu]' first")
     try:
         _split(**wish)
     except KeyboardInterrupt:
@@ -117,22 +116,20 @@ def _split(
     try:
         check_target(out, overwrite=overwrite)
         loaded = load_checkpoint(checkpoint)
-        loaded.network.float()
-        parts = split(loaded.network, kept_exits(loaded.network, segments))
     except (BadCheckpoint, BadTarget, UnsupportedFamily) as problem:
         raise UserError(str(problem)) from None
+    loaded.network.float()
+    try:
+        parts = split(loaded.network, kept_exits(loaded.network, segments))
     except ValueError as problem:
         raise UserError(f"--segments {segments}: {problem}") from None
     dropped = len(loaded.network.spec.exits) - len(parts) + 1
     if dropped and loaded.training.get("operating_points"):
-        click.echo(
-            f"{dropped} exits are left out, and so are the operating points, which were measured with them",
-            err=True,
-        )
+        click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
     with writing(out, overwrite=overwrite) as beside:
         _export(parts, names, beside, reduced)
         shutil.copyfile(loaded.tokenizer, beside / TOKENIZER)
-        report = verify(loaded, beside, parts, names, **({} if lines is None else {"texts": lines}))
+        report = verify(loaded, beside, parts, names, lines)
         bad = report.first_bad
         if bad is not None:
             raise NotVerified(f"{bad}, at most {bad.allowed:.3g} is right; no bundle was written")
@@ -156,9 +153,11 @@ def _variants(wish: str) -> tuple[str, ...]:
     return names
 
 
-def _lines(file: Path | None) -> list[str] | None:
+def _lines(file: Path | None) -> Sequence[str]:
+    from offramp.export.sentences import SENTENCES
+
     if file is None:
-        return None
+        return SENTENCES
     try:
         found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as problem:
@@ -198,28 +197,17 @@ def _monolith(checkpoint: Checkpoint, path: Path, variants: Sequence[str], reduc
 
 
 def _table(manifest: Manifest, report: Report) -> str:
-    """One line a graph: blocks, MACs, bytes of each variant, how far from torch, and what int8 does to the label."""
+    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, labels that int8 keeps."""
     variants = manifest.variants
-    rows = [
-        ["segment", "blocks", f"MACs at {TOKENS}", *(f"{name} bytes" for name in variants), "max abs diff"]
-    ]
-    rows[0] += [f"{name} labels kept" for name in variants[1:]]
+    head = ["segment", "blocks", f"MACs at {TOKENS}", *(f"{name} bytes" for name in variants), "max abs diff"]
+    rows = [head + [f"{name} labels kept" for name in variants[1:]]]
     kept = {(said.segment, said.variant): f"{100 * said.agreement:.1f} %" for said in report.precisions}
     for stage in (manifest.stem, *manifest.segments):
-        blocks = (
-            f"{stage.blocks[0]}-{stage.blocks[-1]}"
-            if len(stage.blocks) > 1
-            else "".join(map(str, stage.blocks))
-        )
+        blocks = "-".join(map(str, sorted({*stage.blocks[:1], *stage.blocks[-1:]})))
         files = [stage.variants[name].file if name in stage.variants else None for name in variants]
         sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]
         row = [stage.name, blocks, f"{stage.macs.of(TOKENS):,.0f}", *sizes, f"{report.worst(stage.name):.1e}"]
         rows.append(row + [kept.get((stage.name, name), "") for name in variants[1:]])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < 1 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)

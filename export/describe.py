@@ -76,7 +76,7 @@ def operating_points(
 
 
 def _rule(segments: Sequence[Segment], points: Sequence[OperatingPoint]) -> RuleSpec:
-    """What decides when the caller wishes nothing: the point named default, else the learned gate, else the first point's rule."""
+    """What decides when the caller wishes nothing: the point "default", the learned gate, the first point."""
     for point in points:
         if point.name == "default":
             return point.rule
@@ -96,9 +96,10 @@ def _stage(segment: Segment, variants: Sequence[str]) -> Stage:
 
 def _provenance(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> dict[str, Any]:
     training = checkpoint.training
-    told = {key: training[key] for key in ("recipe", "settings", "data", "seed", "dev") if key in training}
-    return {
-        **told,
+    told: dict[str, Any] = {
+        key: training[key] for key in ("recipe", "settings", "data", "seed", "dev") if key in training
+    }
+    return told | {
         "backbone": checkpoint.network.config.model_type,
         "network": {"pooling": checkpoint.network.spec.pooling, "policy": checkpoint.network.spec.policy},
         "trained_with": _mapping(training.get("versions")),

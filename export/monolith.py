@@ -17,7 +17,7 @@ from offramp.training.checkpoint import Checkpoint
 
 
 class Monolith(nn.Module):
-    """Ids and attention mask -> the last exit's logits: stem and one stretch over all blocks, nothing between."""
+    """Ids and attention mask -> the last exit's logits: the stem and one stretch over all blocks."""
 
     def __init__(self, stem: Stem, stretch: Stretch) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def monolith(network: EarlyExitNetwork) -> Segment:
 def write_monolith(
     checkpoint: Checkpoint, path: Path, variant: str = "fp32", *, reduce_range: bool | None = None
 ) -> None:
-    """Write the one graph to `path`: input_ids, attention_mask (token_type_ids), int64 [batch, seq] -> logits [batch, classes].
+    """Write the graph: input_ids, attention_mask (token_type_ids) [batch, seq] -> logits [batch, classes].
 
     Made by the same exporter, and for int8 by the same quantizer, as the segments are.
     """

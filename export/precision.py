@@ -17,9 +17,10 @@ VARIANTS = ("fp32", "int8")  # what can be written; fp32 comes first, the others
 def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
     """Write the int8 form of a graph that to_onnx wrote; gives its size as a share of the original's.
 
-    Only products with weights inside blocks become int8: exit and policy, whose few operators decide where a row leaves, stay
-    fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a scale a column; activations are
-    quantized a tensor at run time. reduce_range: 7 bits for weights, None: as needs_reduced_range() says of this machine.
+    Only products with weights inside blocks become int8: exit and policy, whose few operators decide where a
+    row leaves, stay fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a
+    scale a column; activations are quantized a tensor at run time. reduce_range: 7 bits for weights, None: as
+    needs_reduced_range() says of this machine.
     """
     graph = onnx.load(source).graph
     inside = [
@@ -28,9 +29,7 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
         if node.op_type in ("MatMul", "Gemm") and "blocks." in node.name.rpartition("/")[0]
     ]
     if not inside:
-        raise ValueError(
-            f"{source}: no matrix product of a block in it; int8 is made from segments that ee-split wrote"
-        )
+        raise ValueError(f"{source}: no product of a block in it; int8 is made from what to_onnx wrote")
     reduced = needs_reduced_range() if reduce_range is None else reduce_range
     with _quiet():
         quantize_dynamic(
@@ -47,11 +46,12 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
 
 
 def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) -> bool:
-    """Whether weights must keep to 7 bits on this machine (or on one of that `platform.machine()` and /proc/cpuinfo).
+    """Whether weights must keep to 7 bits here (or where `platform.machine()` and /proc/cpuinfo say so).
 
-    x86 without VNNI adds pairs of uint8 * int8 products in 16 bits, which overflow at full range and silently spoil the
-    result; with VNNI (AVX512 or AVX) and on ARM sums have 32 bits. A bundle that is split on one machine and walked on another
-    needs the answer for the latter: ee-split --int8-range reduced is right everywhere and costs one bit.
+    x86 without VNNI adds pairs of uint8 * int8 products in 16 bits, which overflow at full range and silently
+    spoil the result; with VNNI (AVX512 or AVX) and on ARM sums have 32 bits. A bundle that is split on one
+    machine and walked on another needs the answer for the latter: ee-split --int8-range reduced is right
+    everywhere and costs one bit.
     """
     machine = platform.machine() if machine is None else machine
     if machine.lower() not in ("x86_64", "amd64", "i686", "i386"):

@@ -1,4 +1,4 @@
-"""Plain sentences that every bundle is verified on unless the user gives better ones: one word to over a hundred."""
+"""Plain sentences that a bundle is verified on unless the user gives better: one word to over a hundred."""
 
 SENTENCES = (
     "Yes.",
@@ -29,19 +29,23 @@ SENTENCES = (
     "Turn left at the church, follow the wall, and you will see a green door.",
     "In which year did the harbour freeze over for the first time?",
     "😀 fine ... thanks :-)",
-    "The committee, which had met every Thursday for eleven years, decided without much debate that it would from now on meet "
-    "every second Thursday, and that the minutes would be shorter.",
-    "Early in the spring, when the snow on the lower slopes has melted and the paths are dry enough to walk on, the farmers of "
-    "the valley drive their cattle up to the high meadows, where they stay until the first cold nights of autumn send them down.",
-    "The film follows three sisters who inherit a lighthouse that none of them wants. The eldest would sell it at once, the "
-    "second would turn it into a hotel, and the youngest, who has not spoken to the others in years, would simply like to live "
-    "in it. Nothing much happens: they argue, they paint a wall, a storm comes and goes, and a neighbour brings soup. Yet the "
-    "dialogue is so well observed, and the three actors so at ease with one another, that two hours pass like one, and when at "
-    "the end the lamp is lit for the last time it is hard not to feel that something of one's own has been put out.",
-    "To change the filter, first switch the machine off and wait until it has cooled down. Open the flap at the back, pull the "
-    "grey handle towards you and lift the old filter out; it may drip, so keep a cloth at hand. Rinse the new filter under cold "
-    "water for about a minute, press it into the holder until it clicks, and close the flap. Switch the machine on again, press "
-    "both buttons together for three seconds, and let it run once without anything in it. The light stops blinking when the "
-    "machine is ready. Filters last for roughly two months, or for one if your water is hard; the machine counts the days by "
-    "itself, and it will remind you in good time. Used filters belong in the household waste, not with the paper or the glass.",
+    "The committee, which had met every Thursday for eleven years, decided without much debate that it "
+    "would from now on meet every second Thursday, and that the minutes would be shorter.",
+    "Early in the spring, when the snow on the lower slopes has melted and the paths are dry enough to "
+    "walk on, the farmers of the valley drive their cattle up to the high meadows, where they stay until "
+    "the first cold nights of autumn send them down.",
+    "The film follows three sisters who inherit a lighthouse that none of them wants. The eldest would "
+    "sell it at once, the second would turn it into a hotel, and the youngest, who has not spoken to the "
+    "others in years, would simply like to live in it. Nothing much happens: they argue, they paint a "
+    "wall, a storm comes and goes, and a neighbour brings soup. Yet the dialogue is so well observed, and"
+    " the three actors so at ease with one another, that two hours pass like one, and when at the end the"
+    " lamp is lit for the last time it is hard not to feel that something of one's own has been put out.",
+    "To change the filter, first switch the machine off and wait until it has cooled down. Open the flap "
+    "at the back, pull the grey handle towards you and lift the old filter out; it may drip, so keep a "
+    "cloth at hand. Rinse the new filter under cold water for about a minute, press it into the holder "
+    "until it clicks, and close the flap. Switch the machine on again, press both buttons together for "
+    "three seconds, and let it run once without anything in it. The light stops blinking when the machine"
+    " is ready. Filters last for roughly two months, or for one if your water is hard; the machine counts"
+    " the days by itself, and it will remind you in good time. Used filters belong in the household "
+    "waste, not with the paper or the glass.",
 )

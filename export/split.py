@@ -1,11 +1,12 @@
-"""Cut a network into a stem and stretches of blocks that each end with an exit. As a script: the command ee-split."""
+"""Cut a network into a stem and stretches of blocks that end with an exit. As a script: ee-split."""
 
 from __future__ import annotations
 
 import sys
 
 if __name__ == "__main__":  # first of all: what stands below needs the installed package
-    # A script's own folder comes first on the path, where verify.py, cli.py and the rest would pass for top-level modules.
+    # A script's own folder comes first on the path, where verify.py, cli.py and the rest would pass for
+    # top-level modules.
     sys.path.pop(0)
     try:
         from offramp.export.cli import main
@@ -32,8 +33,8 @@ from offramp.runtime.manifest import NEXT, Macs, Tensor
 class Segment:
     """One graph to be: a module that takes and gives plain tensors, in the order of `inputs` and `outputs`.
 
-    blocks: 1-based, empty for the stem. longest: most tokens a row. macs: of one row, exit and policy included.
-    The module's parts are the network's own: nothing is copied but the exit's folded classifier.
+    blocks: 1-based, empty for the stem. longest: most tokens a row. macs: of one row, exit and policy
+    included. The module's parts are the network's own: nothing is copied but the exit's folded classifier.
     """
 
     name: str
@@ -95,7 +96,8 @@ class Stretch(nn.Module):
             return (logits,)
         if self.policy is None:
             return hidden, logits
-        # A policy that reads the state alone needs no evidence: none travels, and these zeros vanish from the graph.
+        # A policy that reads the state alone needs no evidence: none travels, and these zeros vanish from the
+        # graph.
         seen = no_evidence(logits, logits.shape[-1]) if evidence is None else evidence
         statistics, seen = weigh_evidence(logits, seen)
         gate = self.policy(pooled, statistics).sigmoid()  # [batch]
@@ -105,9 +107,10 @@ class Stretch(nn.Module):
 def split(network: EarlyExitNetwork, exits: Sequence[int] | None = None) -> list[Segment]:
     """Cut a network at its exits: the stem first, then one segment a kept exit.
 
-    exits: 1-based blocks, exits of the network (None: all); the last block is always added. Where exits are dropped,
-    evidence flows through the kept ones alone, though the policies learned with all. The network is put into evaluation mode.
-    Raises ValueError for an exit that the network lacks, and for weights that are not float32.
+    exits: 1-based blocks, exits of the network (None: all); the last block is always added. Where exits are
+    dropped, evidence flows through the kept ones alone, though the policies learned with all. The network is
+    put into evaluation mode. Raises ValueError for an exit that the network lacks, and for weights that are
+    not float32.
     """
     dtype = next(network.parameters()).dtype
     if dtype != torch.float32:
@@ -129,7 +132,7 @@ def split(network: EarlyExitNetwork, exits: Sequence[int] | None = None) -> list
 
 
 def kept_exits(network: EarlyExitNetwork, wish: str) -> tuple[int, ...]:
-    """Blocks to cut after, from "each" (every exit that the network has), "every N" or "2,4,6"; ValueError otherwise."""
+    """Blocks to cut after, from "each" (every exit there is), "every N" or "2,4,6"; ValueError otherwise."""
     if wish.strip() == "each":
         return network.spec.exits
     return parse_exits(wish, network.block_count)
@@ -169,7 +172,7 @@ def _stretch(network: EarlyExitNetwork, name: str, blocks: range, made: Sequence
 
 @torch.no_grad()
 def _probe(stem: Stem) -> tuple[Tensor, ...]:
-    """What the stem puts out, found by running it at two sizes: an axis that grew with the batch or the length is symbolic.
+    """What the stem puts out, run at two sizes: an axis that grew with batch or length is symbolic.
 
     So a family can add any tensor to what its blocks read, and no name of a family stands here.
     """

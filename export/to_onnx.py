@@ -27,8 +27,9 @@ TRACED = {
 def to_onnx(segment: Segment, path: Path) -> None:
     """Write a segment's graph: inputs and outputs named, typed and shaped as the segment says.
 
-    Nodes are named by the module that they come from ("blocks.0.attention.self.query/MatMul_9"). Raises RuntimeError where
-    the exporter made a graph that is not what the segment says, or holds operators of a vendor.
+    Nodes are named by the module that they come from ("blocks.0.attention.self.query/MatMul_9"). Raises
+    RuntimeError where the exporter made a graph that is not what the segment says, or holds operators of a
+    vendor.
     """
     batch, seq = torch.export.Dim("batch", min=1), torch.export.Dim("seq", min=1, max=segment.longest)
     axes = {"batch": batch, "seq": seq}
@@ -57,7 +58,7 @@ def to_onnx(segment: Segment, path: Path) -> None:
 
 @contextlib.contextmanager
 def eager_attention(module: nn.Module) -> Iterator[None]:
-    """Plain attention products while exporting: fewer operators than scaled_dot_product_attention decomposes into."""
+    """Plain attention products while exporting: fewer operators than scaled_dot_product_attention makes."""
     configs: dict[int, Any] = {}
     for part in module.modules():
         config = getattr(part, "config", None)
@@ -77,8 +78,8 @@ def eager_attention(module: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Hold back the exporter's chatter; what it raises still comes through.
 
-    It prints, logs and warns on every export about things that nobody here can change (axes that share a name, torchvision
-    that is not installed).
+    It prints, logs and warns on every export about things that nobody here can change (axes that share a
+    name, torchvision that is not installed).
     """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -103,7 +104,8 @@ def _name_nodes(model: onnx.ModelProto) -> None:
     """Name every node by its module, which the exporter knows and keeps in its own notes alone."""
     for number, node in enumerate(model.graph.node):
         notes = {note.key: note.value for note in node.metadata_props}
-        # "['', 'blocks.0', 'blocks.0.attention', 'linear']": modules from the outside in, the operator's own name last
+        # "['', 'blocks.0', 'blocks.0.attention', 'linear']": modules from the outside in, the operator's own
+        # name last
         scopes = [
             scope.strip(" '\"")
             for scope in notes.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")
@@ -115,7 +117,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: half of a small graph, and paths of the machine that exported it among them."""
+    """Drop the exporter's notes: half of a small graph, with paths of the exporting machine among them."""
     graph = model.graph
     for part in (
         model,

@@ -18,6 +18,7 @@ from offramp.export.split import Segment, split
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.policies import no_evidence
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.engines.threads import fit
 from offramp.runtime.manifest import NEXT
 from offramp.training.checkpoint import Checkpoint
 
@@ -48,7 +49,7 @@ class Seam:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a variant other than fp32 does to one exit: rows whose label stays (0..1), largest change of a logit."""
+    """What a variant other than fp32 does to one exit: share of labels kept, largest change of a logit."""
 
     segment: str
     variant: str
@@ -58,7 +59,7 @@ class Precision:
 
 @dataclass
 class Report:
-    """Every seam in walking order, and what the other precisions do; these are told, not held to the tolerance."""
+    """Every seam in walking order, and what the other precisions do; these are told, not judged."""
 
     seams: list[Seam] = field(default_factory=list)
     precisions: list[Precision] = field(default_factory=list)
@@ -87,11 +88,12 @@ def verify(
     texts: Sequence[str] = SENTENCES,
     tolerance: float = TOLERANCE,
 ) -> Report:
-    """Walk texts through the network and through the graphs in `folder`, and compare what comes out behind every segment.
+    """Walk texts through the network and the graphs in `folder`, and compare what comes out of every segment.
 
-    segments, variants: as they were exported; None: as the finished bundle in `folder` says. Each kind walks on with its own
-    values, so differences add up as they would in use. logits, gate, mask and evidence may differ by `tolerance`; hidden by
-    that times its largest magnitude where that is above 1, as float32 has no more digits.
+    segments, variants: as they were exported; None: as the finished bundle in `folder` says. Each kind walks
+    on with its own values, so differences add up as they would in use. logits, gate, mask and evidence may
+    differ by `tolerance`; hidden by that times its largest magnitude where that is above 1, as float32 has no
+    more digits.
     """
     network = checkpoint.network.eval()
     if segments is None or variants is None:
@@ -121,7 +123,7 @@ def verify(
 
 
 def _batches(checkpoint: Checkpoint, texts: Sequence[str]) -> Iterator[Values]:
-    """input_ids, attention_mask, token_type_ids [batch, seq]: padded batches, some texts alone, and a row of one token."""
+    """Stem inputs [batch, seq]: padded batches, some texts alone, and a row of one token."""
     facts = checkpoint.text
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
     tokenizer.no_padding()
@@ -149,7 +151,7 @@ def _batches(checkpoint: Checkpoint, texts: Sequence[str]) -> Iterator[Values]:
 def _whole(
     network: EarlyExitNetwork, segments: Sequence[Segment], batch: Mapping[str, torch.Tensor]
 ) -> Iterator[Values]:
-    """What the network itself says behind stem and segments, by its own methods: the truth that both kinds of segment owe."""
+    """What the network itself says behind stem and segments, by its own methods: the truth for both."""
     hidden, context = network.stem(batch)
     seen = no_evidence(hidden, len(network.spec.labels))
     yield {"hidden": hidden, "evidence": seen, **context}
@@ -174,9 +176,9 @@ def _advance_torch(segment: Segment, walk: Sequence[Values]) -> None:
 def _advance_ort(segment: Segment, path: Path, walk: Sequence[Values]) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # torch's threads need the cores too
+    # torch's threads need the cores too
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    fit(options)  # a process that has walked has one pool for all sessions
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in segment.outputs]
     for state in walk:

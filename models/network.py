@@ -130,15 +130,22 @@ class EarlyExitNetwork(nn.Module):
         statistics, evidence = weigh_evidence(logits, evidence)
         return self.policies[exit_index](pooled, statistics), evidence
 
-    def gates(self, pooled: Tensor, logits: Tensor) -> Tensor:
-        """Logits of P(exit) [batch, exits - 1] from cached pooled [batch, exits, hidden] and logits
-        [batch, exits, classes].
+    def statistics(self, logits: Tensor) -> Tensor:
+        """What the policies see of the exits' softmax [batch, exits - 1, 7], from logits [batch, exits,
+        classes].
         """
         evidence = no_evidence(logits, logits.shape[-1])
         columns = []
-        for index in range(len(self.policies)):
-            column, evidence = self.gate(index, pooled[:, index], logits[:, index], evidence)
+        for index in range(logits.shape[1] - 1):
+            column, evidence = weigh_evidence(logits[:, index], evidence)
             columns.append(column)
+        return torch.stack(columns, dim=1)
+
+    def gates(self, pooled: Tensor, statistics: Tensor) -> Tensor:
+        """Logits of P(exit) [batch, exits - 1] from pooled [batch, exits, hidden] and statistics [batch,
+        exits - 1, 7].
+        """
+        columns = [policy(pooled[:, i], statistics[:, i]) for i, policy in enumerate(self.policies)]
         return torch.stack(columns, dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor], *, policies_see: str = "graph") -> WalkOutputs:
@@ -159,7 +166,7 @@ class EarlyExitNetwork(nn.Module):
                 if policies_see == "graph"
                 else (all_pooled.detach(), all_logits.detach())
             )
-            gates = self.gates(seen[0].float(), seen[1].float())
+            gates = self.gates(seen[0].float(), self.statistics(seen[1].float()))
         return WalkOutputs(all_logits, all_pooled, gates)
 
 

@@ -65,28 +65,36 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Policy(nn.Module):
-    """P(exit) at one exit as a logit [batch]: a two-layer perceptron over the chosen inputs.
+    """P(exit) at one exit as a logit [batch].
 
-    state: Linear(hidden, 32), GELU, Linear(32, 1), the published shape (ConsistentEE, class Policy of its
-    public code).
-    statistics: the same over the seven statistics, 16 wide. both: the sum of the two.
+    statistics: a straight line in the top log-odds plus a perceptron over the seven statistics. The
+    perceptron starts at zero, so that learning starts from the rule "leave where the top probability is high"
+    and departs from it only where that pays. state: Linear(hidden, 32), GELU, Linear(32, 1) on the pooled
+    state, the published shape (ConsistentEE, class Policy of its public code). both: the sum.
     """
 
     def __init__(self, hidden_size: int, inputs: str, dropout: float = 0.1) -> None:
         super().__init__()
         if inputs not in POLICY_INPUTS:
             raise ValueError(f"policy inputs {inputs!r}; choose one of {', '.join(POLICY_INPUTS)}")
+        sees_statistics = inputs in ("statistics", "both")
         self.state = _perceptron(hidden_size, 32, dropout) if inputs in ("state", "both") else None
-        self.statistics = _perceptron(STATISTICS, 16, 0.0) if inputs in ("statistics", "both") else None
+        self.statistics = _perceptron(STATISTICS, 16, 0.0) if sees_statistics else None
+        self.slope = nn.Parameter(torch.tensor(5.0)) if sees_statistics else None
+        # Closed at first: gates that start half open leave nobody to learn the deep ones from.
+        self.bias = nn.Parameter(torch.tensor(-2.0))
 
     def forward(self, pooled: Tensor, statistics: Tensor) -> Tensor:
-        logit = pooled.new_zeros(())
+        logit = self.bias
         if self.state is not None:
             logit = logit + self.state(pooled)[:, 0]
-        if self.statistics is not None:
-            logit = logit + self.statistics(statistics)[:, 0]
+        if self.statistics is not None and self.slope is not None:
+            logit = logit + self.slope * statistics[:, 0] + self.statistics(statistics)[:, 0]
         return logit  # [batch]
 
 
 def _perceptron(inputs: int, width: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, 1))
+    last = nn.Linear(width, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(inputs, width), nn.GELU(), last)

@@ -6,7 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -107,8 +109,8 @@ def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wish
 
     code = NOT_STARTED
     try:
-        stream = sys.stdin.buffer if source == "-" else open(source, "rb")  # noqa: SIM115 (open to the end)
-        with load(bundle, batch_size=batch_size, **wishes) as session:
+        opened = nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb")
+        with opened as stream, load(bundle, batch_size=batch_size, **wishes) as session:
             tally = Tally()
             code = SOME_FAILED
             # Reading ahead is what lets rows be sorted; a batch of one has nothing to sort and must not wait

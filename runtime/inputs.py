@@ -108,6 +108,10 @@ class Encoder:
             raise BadInput(f"item {number}: expected a string or a pair of strings, found {item!r:.60}")
         most = _CHARACTERS * self._facts.longest
         for part in parts:
-            if not part.isascii() and any("\ud800" <= character <= "\udfff" for character in part[:most]):
-                raise BadInput(f"item {number}: half of a surrogate pair, not Unicode text: {part!r:.60}")
+            try:
+                part[:most].encode("utf-8")
+            except UnicodeEncodeError:
+                raise BadInput(
+                    f"item {number}: half of a surrogate pair, not Unicode text: {part!r:.60}"
+                ) from None
         return item[:most] if isinstance(item, str) else (item[0][:most], item[1][:most])

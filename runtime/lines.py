@@ -81,7 +81,7 @@ def _json_line(number: int, text: str) -> Line:
             return Line(number, problem=f'"{name}": expected a string, found {what}')
         if isinstance(found, str) and not found.strip():
             return Line(number, problem=f'"{name}" is empty')
-        if isinstance(found, str) and any("\ud800" <= character <= "\udfff" for character in found):
+        if isinstance(found, str) and not _is_unicode(found):
             return Line(number, problem=f'"{name}": half of a surrogate pair, not Unicode text')
     return Line(number, str(first), second)
 
@@ -94,3 +94,11 @@ def _skip_rest(stream: IO[bytes]) -> bool:
         if rest.endswith(b"\n"):
             break
     return more
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

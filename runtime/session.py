@@ -85,6 +85,15 @@ class Session:
         window = size * WINDOW if size > 1 else 1
         return self._map(source, size, window)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of the logits."""
+        return self.manifest.labels
+
+    def encode(self, text: str, text_b: str | None = None) -> Inputs:
+        """The stem's inputs for one text (or pair), int64 [1, seq]: what a call would run on."""
+        return self._encode.arrays(self._encode([text if text_b is None else (text, text_b)]))
+
     def close(self) -> None:
         """Free the engine; calling twice is fine."""
         with self._lock:
@@ -176,6 +185,7 @@ def load(
     device: str = "cpu",
     variant: str | None = None,
     threads: int | None = None,
+    global_pool: bool = True,
     rule: str | RuleSpec | None = None,
     threshold: float | None = None,
     point: str | None = None,
@@ -185,17 +195,22 @@ def load(
 
     rule: a rule's name or a RuleSpec. threshold: the rule's one number (rule fixed: the exit; patience: the
     streak). point: an operating point of the manifest, which sets rule and variant. threads: None is one a
-    core. Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
+    core.
+    global_pool: run all segments on one pool of the whole process, the fastest; from then on ONNX Runtime
+    opens no session of the application that does not set use_per_session_threads = False. With False (or
+    threads=1) the process is left alone, for a few per cent.
+    Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
     contradicting each other.
     """
     size = _batch_size(batch_size)
     bundle = open_bundle(path)
     spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
-    rules.bind(
-        spec, len(bundle.manifest.segments)
-    )  # a bad wish is named before seconds go into opening graphs
+    # A bad wish is named before seconds go into opening graphs.
+    rules.bind(spec, len(bundle.manifest.segments))
     encoder = Encoder(bundle)
-    opened = open_engine(engine, bundle, device=device, variant=variant, threads=threads)
+    opened = open_engine(
+        engine, bundle, device=device, variant=variant, threads=threads, global_pool=global_pool
+    )
     return Session(bundle, opened, encoder, spec, variant, size)
 
 

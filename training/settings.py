@@ -23,10 +23,16 @@ def settings_from(kind: Any, wishes: tuple[str, ...]) -> Any:
             raise BadSetting(f"--set {word}: {kind.__name__} knows {known}")
         target: Any = type(fields[name].default)
         try:
-            values[name] = target(text)
+            values[name] = _truth(text) if target is bool else target(text)
         except ValueError as problem:
             raise BadSetting(f"--set {word}: expected {target.__name__}") from problem
     try:
         return kind(**values)
     except ValueError as problem:
         raise BadSetting(f"--set {' '.join(wishes)}: {problem}") from problem
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"

@@ -16,7 +16,7 @@ from offramp.runtime.rules import Signals
 Array = NDArray[Any]
 Rows = NDArray[np.int64]
 
-# name: module with open(bundle, *, device, variant, threads) -> Engine; imported only when asked for
+# name: module with open(bundle, *, device, variant, threads, global_pool) -> Engine; imported when asked for
 ENGINES = {"ort": "offramp.runtime.engines.ort", "trt": "offramp.runtime.engines.trt"}
 DEVICES = ("cpu", "cuda")
 
@@ -78,12 +78,19 @@ class Engine(Protocol):
 
 
 def open_engine(
-    name: str, bundle: Bundle, *, device: str = "cpu", variant: str | None = None, threads: int | None = None
+    name: str,
+    bundle: Bundle,
+    *,
+    device: str = "cpu",
+    variant: str | None = None,
+    threads: int | None = None,
+    global_pool: bool = True,
 ) -> Engine:
     """Open an engine by name with the stem and one variant of every segment (others when first stepped).
 
-    Raises EngineUnavailable where engine or device is not there (never another in its place), BadSetting for
-    names that do not exist, BadBundle where a file is not what the manifest says.
+    global_pool: see offramp.runtime.engines.threads. Raises EngineUnavailable where engine or device is not
+    there (never another in its place), BadSetting for names that do not exist, BadBundle where a file is not
+    what the manifest says.
     """
     if name not in ENGINES:
         raise BadSetting(f"engine {name!r} is not known; choose one of: {', '.join(ENGINES)}")
@@ -96,6 +103,6 @@ def open_engine(
     if threads is not None and threads < 1:
         raise BadSetting(f"threads {threads}: expected 1 or more")
     engine: Engine = import_module(ENGINES[name]).open(
-        bundle, device=device, variant=variant, threads=threads
+        bundle, device=device, variant=variant, threads=threads, global_pool=global_pool
     )
     return engine

@@ -142,6 +142,11 @@ class OrtEngine:
             # enable_fallback: ORT's Python layer would print on stdout and try the CPU instead.
             session = self._ort.InferenceSession(data, options, providers=[provider], enable_fallback=0)
         except Exception as problem:  # ORT's error types share no base of their own
+            if "use_per_session_threads" in str(problem):
+                raise EngineUnavailable(
+                    "engine ort: the application has made ONNX Runtime's global pool, beside which there can "
+                    "be no other; leave threads and global_pool out to walk on that pool"
+                ) from problem
             if self.device != "cpu":
                 cure = (
                     "check the driver and the CUDA libraries that onnxruntime-gpu names, or use --device cpu"
@@ -159,7 +164,7 @@ class OrtEngine:
         return session
 
 
-def open(bundle: Bundle, *, device: str, variant: str, threads: int | None) -> OrtEngine:
+def open(bundle: Bundle, *, device: str, variant: str, threads: int | None, global_pool: bool) -> OrtEngine:
     """Open the engine; EngineUnavailable where onnxruntime or the device is missing."""
     extra = "gpu" if device == "cuda" else "cpu"
     try:
@@ -180,7 +185,7 @@ def open(bundle: Bundle, *, device: str, variant: str, threads: int | None) -> O
             "pip uninstall onnxruntime, then pip install 'offramp[gpu]' "
             "(both packages own the same module), or use --device cpu"
         )
-    return OrtEngine(ort, bundle, device, variant, claim(ort, threads))
+    return OrtEngine(ort, bundle, device, variant, claim(ort, threads, global_pool))
 
 
 def tensors_of(manifest: Manifest) -> dict[str, Tensor]:

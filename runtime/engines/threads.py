@@ -4,6 +4,10 @@ ONNX Runtime's idle workers spin for a while after each run. With one pool a ses
 segment still burn the cores while the next segment runs. One pool for the whole process
 (`set_global_thread_pool_sizes`) removes that; where it cannot be had, pools that do not spin come within a
 few per cent.
+
+The price: once a process has a global pool, ONNX Runtime refuses every session that wants its own, which is
+the default. An application that opens other sessions sets use_per_session_threads = False in them, or asks
+for global_pool=False here.
 """
 
 from __future__ import annotations
@@ -30,42 +34,43 @@ class Pool:
     shared: bool
 
 
-def claim(ort: ModuleType, threads: int | None) -> Pool:
-    """The process's pool of `threads` (None: one a core that we may use), made on the first call.
+def claim(ort: ModuleType, threads: int | None, global_pool: bool) -> Pool:
+    """The pool to run on with `threads` (None: one a core that we may use), made on the first call.
 
-    Raises EngineUnavailable where this process already has ours in another size: ONNX Runtime cannot change
-    it.
+    Raises EngineUnavailable where the process has a pool that contradicts the wish: ONNX Runtime can neither
+    change it nor open sessions beside it.
     """
     global _made
     with _lock:
-        if _made is not None and _made.shared:
-            if threads not in (None, _made.threads) and _made.threads:
+        if _made is not None:
+            if not global_pool or threads not in (None, _made.threads):
+                size = f"of {_made.threads} threads" if _made.threads else "made by the application"
                 raise EngineUnavailable(
-                    f"threads {threads}: this process already walks with {_made.threads}, and ONNX Runtime "
-                    f"cannot change its pool; use threads={_made.threads} or None, or another process"
+                    f"threads={threads}, global_pool={global_pool}: this process already walks on a global "
+                    f"pool {size}, and ONNX Runtime cannot change it; leave both out, or use another process"
                 )
-            if _made.threads or threads is None:
-                return _made
+            return _made
         wish = usable_cores() if threads is None else threads
+        if threads == 1:
+            return Pool("none, one thread", 1, False)  # no workers, nothing to share, and no price to pay
+        if not global_pool:
+            return Pool("one a session, not spinning", wish, False)
         if not (
             hasattr(ort, "set_global_thread_pool_sizes")
             and hasattr(ort.SessionOptions, "use_per_session_threads")
         ):
-            return Pool(
-                f"one a session, not spinning (onnxruntime {ort.__version__} has no global pool)", wish, False
-            )
+            lacks = f"onnxruntime {ort.__version__} has no global pool"
+            return Pool(f"one a session, not spinning ({lacks})", wish, False)
         try:
             ort.set_global_thread_pool_sizes(wish, 1)
-        except (
-            Exception
-        ):  # ORT's own error types share no base; it refuses when the application made its pool first
-            if threads is not None:
-                return Pool(
-                    "one a session, not spinning (the application had made the global pool)", wish, False
-                )
-            _made = Pool("global, made by the application", 0, True)
-        else:
             _made = Pool("global", wish, True)
+        except Exception as problem:  # ORT's own error types share no base; it refuses a second pool
+            if threads is not None:
+                raise EngineUnavailable(
+                    f"threads={threads}: the application has already made ONNX Runtime's global pool "
+                    f"({problem}); leave threads out to walk on that pool"
+                ) from problem
+            _made = Pool("global, made by the application", 0, True)
         return _made
 
 
@@ -79,6 +84,15 @@ def apply(pool: Pool, options: Any) -> None:
         options.intra_op_num_threads = pool.threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+
+def fit(options: Any) -> None:
+    """Let a session of the caller's own open beside a walk: on the process's global pool, if we made one.
+
+    options: onnxruntime.SessionOptions with the numbers of threads left alone. For benchmarks and checks.
+    """
+    if _made is not None:
+        apply(_made, options)
 
 
 def usable_cores() -> int:

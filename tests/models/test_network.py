@@ -9,7 +9,7 @@ import torch
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.models.exits import Exit
 from offramp.models.network import parse_exits
-from offramp.models.policies import evidence_size, no_evidence, weigh_evidence
+from offramp.models.policies import Policy, evidence_size, no_evidence, weigh_evidence
 
 
 def test_cls_pooling_starts_from_the_pretrained_pooler() -> None:
@@ -24,14 +24,22 @@ def test_gates_from_cached_features_equal_gates_of_the_forward() -> None:
     network = tiny.network(policy="both")
     with torch.no_grad():
         out = network(tiny.inputs())
-        torch.testing.assert_close(network.gates(out.pooled, out.logits), out.gates)
+        torch.testing.assert_close(network.gates(out.pooled, network.statistics(out.logits)), out.gates)
 
 
 def test_policies_that_see_values_send_no_gradient_to_the_exits() -> None:
     network = tiny.network(policy="both")
     network(tiny.inputs(), policies_see="values").gates.sum().backward()
     assert network.exits[0].classify.weight.grad is None
-    assert network.policies[0].statistics[1].weight.grad is not None
+    assert network.policies[0].slope.grad != 0
+
+
+def test_an_untrained_policy_opens_with_the_top_probability() -> None:
+    policy = Policy(32, "statistics")
+    sure, unsure = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.2, 0.0]])
+    pooled = torch.zeros(1, 32)
+    opened = [policy(pooled, weigh_evidence(logits, no_evidence(logits, 2))[0]) for logits in (sure, unsure)]
+    assert opened[0] > 0 > opened[1]
 
 
 def test_statistics_tell_agreement_from_disagreement() -> None:

@@ -85,7 +85,7 @@ def test_a_finished_checkpoint_is_not_overwritten_by_surprise(trained: Path, fol
     ("words", "told"),
     [
         (["--model", "no/such-model"], "no/such-model"),
-        (["--model", "MODEL", "--set", "alfa=1"], "alpha=0.02"),
+        (["--model", "MODEL", "--set", "alfa=1"], "alpha=0.015"),
         (["--model", "MODEL", "--set", "epochs=many"], "expected int"),
         ([], "--model"),
         (["--model", "MODEL", "--exits", "9"], "block 9 does not exist"),

@@ -7,8 +7,10 @@ import torch
 
 from offramp.training.recipes.consistentee import (
     ConsistentEE,
+    draw_alpha,
     leave_probabilities,
     policy_loss,
+    qualities,
     rewards,
 )
 
@@ -23,17 +25,25 @@ def test_leave_probabilities_are_the_chain_of_gates() -> None:
 
 
 def test_reward_charges_depth_to_easy_instances_alone() -> None:
-    settings = ConsistentEE(alpha=0.1)
-    easy = rewards(LOGITS, LABELS, torch.tensor([0.5]), settings)
-    hard = rewards(LOGITS, LABELS, torch.tensor([0.0]), settings)
+    quality = qualities(LOGITS, LABELS, "ce")
+    easy = rewards(quality, torch.tensor([0.1]), torch.tensor([0.5]))
+    hard = rewards(quality, torch.tensor([0.1]), torch.tensor([0.0]))
     torch.testing.assert_close(hard - easy, torch.tensor([[0.05, 0.10, 0.15]]))
     torch.testing.assert_close(hard[0, 2], torch.log_softmax(LOGITS[0, 2], -1)[1])
 
 
-def test_reward_of_being_right_and_of_agreeing() -> None:
-    right = rewards(LOGITS, LABELS, torch.zeros(1), ConsistentEE(quality="correct"))
-    agree = rewards(LOGITS, torch.tensor([0]), torch.zeros(1), ConsistentEE(quality="agree"))
-    assert right.tolist() == agree.tolist() == [[0.0, 1.0, 1.0]]
+def test_quality_of_being_right_and_of_agreeing() -> None:
+    assert qualities(LOGITS, LABELS, "correct").tolist() == [[0.0, 1.0, 1.0]]
+    assert qualities(LOGITS, torch.tensor([0]), "agree").tolist() == [[0.0, 1.0, 1.0]]
+
+
+def test_prices_are_drawn_around_alpha_and_shift_the_gates_with_them() -> None:
+    torch.manual_seed(0)
+    alpha, shift = draw_alpha(4000, ConsistentEE(alpha=0.02, spread=4.0), torch.device("cpu"))
+    assert 0.005 <= alpha.min() < 0.0055 and 0.075 < alpha.max() <= 0.08
+    torch.testing.assert_close(shift, 3.0 * (alpha / 0.02).log(), atol=1e-4, rtol=0)
+    same, still = draw_alpha(3, ConsistentEE(alpha=0.02, spread=1.0), torch.device("cpu"))
+    assert same.tolist() == pytest.approx([0.02] * 3) and still.tolist() == [0.0] * 3
 
 
 def test_sampled_gradient_is_the_expected_gradient_on_average() -> None:
@@ -54,6 +64,8 @@ def test_sampled_gradient_is_the_expected_gradient_on_average() -> None:
         {"quality": "luck"},
         {"estimator": "guess"},
         {"holdout": 1.0},
+        {"alpha": 0.0},
+        {"spread": 0.5},
         {"estimator": "sampled", "trajectories": 1},
     ],
 )

@@ -5,7 +5,7 @@ one). We differ in the defaults (3 epochs, lr 5e-5, warm-up and decay, weight de
 linear layer on the mean of the tokens unless --pooling cls asks for the published shared pooler on the first
 token.
 
-ee-train --model MODEL --data DATA --recipe joint --out ckpt/
+    ee-train --model MODEL --data DATA --recipe joint --out ckpt/
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""Shared by the tests of export: exports are slow, so each family is exported once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from transformers import AutoModel
+
+from offramp.export.precision import to_int8
+from offramp.export.split import Segment, split
+from offramp.export.to_onnx import to_onnx
+from offramp.export.verify import file_name
+from offramp.models import EarlyExitNetwork, NetworkSpec
+from offramp.runtime.engines.threads import fit
+from offramp.training.checkpoint import Checkpoint, TextFacts
+
+# Pooling and policy inputs vary with the family: every kind is exported, but not every combination.
+KINDS: dict[str, tuple[str, str | None]] = {
+    "bert": ("mean", "both"),
+    "electra": ("cls", "statistics"),
+    "roberta": ("mean", None),
+    "distilbert": ("cls", "state"),
+    "mpnet": ("mean", "both"),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tiny checkpoint, its segments and the folder of their graphs."""
+
+    checkpoint: Checkpoint
+    segments: list[Segment]
+    folder: Path
+
+
+def lively(network: EarlyExitNetwork) -> EarlyExitNetwork:
+    """No two weights alike: fresh biases are all zero, and one in another's place would not show."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for exit_head in network.exits:
+            exit_head.standardize.mean.normal_(0, 0.3, generator=generator)
+            exit_head.standardize.variance.uniform_(0.5, 2.0, generator=generator)
+    return network.eval()
+
+
+def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
+    """A checkpoint of two blocks in memory, its tokenizer in the folder."""
+    pooling, policy = KINDS[family]
+    tiny.tokenizer().save(str(folder / "tokenizer.json"))
+    config = tiny.CONFIGS[family]()
+    config.num_hidden_layers = 2  # every block costs seconds of exporting
+    torch.manual_seed(0)
+    spec = NetworkSpec(("negative", "positive"), (1, 2), pooling, policy)
+    network = lively(EarlyExitNetwork(AutoModel.from_config(config), spec))
+    return Checkpoint(network, TextFacts("", config.pad_token_id, 64), folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    @cache
+    def export(family: str) -> Exported:
+        folder = tmp_path_factory.mktemp(family)
+        made = tiny_checkpoint(folder, family)
+        segments = split(made.network)
+        for segment in segments:
+            to_onnx(segment, folder / file_name(segment.name, "fp32"))
+            if segment.blocks:
+                to_int8(folder / f"{segment.name}.onnx", folder / f"{segment.name}_int8.onnx")
+        return Exported(made, segments, folder)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def break_weight() -> Callable[..., None]:
+    def change(file: Path, module: str, by: float = 0.5) -> None:
+        """Change one weight of the first product of a module."""
+        model = onnx.load(file)
+        node = next(
+            node
+            for node in model.graph.node
+            if node.name.startswith(module) and node.op_type in ("MatMul", "Gemm")
+        )
+        weight = next(value for value in model.graph.initializer if value.name in node.input)
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values[0, 0] += by
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        onnx.save(model, file)
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def open_graph() -> Callable[[Path], Any]:
+    def session(file: Path) -> Any:
+        options = onnxruntime.SessionOptions()
+        fit(options)  # tests before these may have made the process's one thread pool
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    return session

@@ -1,0 +1,168 @@
+"""ee-split as a user runs it; its exporter is a copier where the exporter is not what is tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner, Result
+
+from offramp.export import to_onnx
+from offramp.export.cli import main
+from offramp.export.split import Segment
+from offramp.export.verify import verify
+from offramp.runtime import load
+from offramp.runtime.bundle import open_bundle
+from offramp.training.checkpoint import load_checkpoint, save_checkpoint
+
+RULE = {"name": "gate", "parameters": {"threshold": 0.4}}
+POINT = {
+    "name": "default",
+    "rule": RULE,
+    "variant": "fp32",
+    "data": "",
+    "split": "dev",
+    "measured": {"accuracy": 90},
+}
+TRAINING: dict[str, Any] = {
+    "recipe": "consistentee",
+    "seed": 7,
+    "command": {"model": "/data/somebody/model"},
+    "data": {"name": "films", "rows": {"train": 3}},
+    "operating_points": [POINT, {**POINT, "name": "small", "variant": "int8"}],
+}
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def saved(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with exits after blocks 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_checkpoint(dataclasses.replace(exported("bert").checkpoint, training=TRAINING), folder / "ckpt")
+    return folder / "ckpt"
+
+
+@pytest.fixture
+def copied(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The exporter is replaced by a copy of the same network's graphs: a second instead of ten."""
+    folder = exported("bert").folder
+
+    def copy(segment: Segment, path: Path) -> None:
+        shutil.copyfile(folder / f"{segment.name}.onnx", path)
+
+    monkeypatch.setattr(to_onnx, "to_onnx", copy)
+    return folder
+
+
+def test_dropped_exits_are_really_exported(
+    saved: Path, open_graph: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(saved, "--segments", "2", "--monolith", tmp_path / "one.onnx")
+    assert result.exit_code == 0, result.output
+    assert "operating points, measured with all, are too" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "one.onnx", "one_int8.onnx"]
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert [stage.blocks for stage in manifest.segments] == [(1, 2)]
+    assert manifest.rule.name == "never" and manifest.points == ()
+    loaded = load_checkpoint(saved)
+    assert verify(loaded, tmp_path / "bundle", texts=["fine", "bad"]).first_bad is None
+    given = tiny.inputs()
+    with torch.no_grad():
+        truth = loaded.network(given).logits[:, -1].numpy()
+    for name, tolerance in (("one.onnx", 1e-4), ("one_int8.onnx", 0.2)):
+        session = open_graph(tmp_path / name)
+        logits = session.run(None, {node.name: given[node.name].numpy() for node in session.get_inputs()})
+        assert len(logits) == 1 and np.abs(logits[0] - truth).max() < tolerance
+
+
+def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Path) -> None:
+    result = run(saved, "--out", tmp_path / "bundle")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:2] == ["segment", "blocks"] and lines[-1].endswith("written and verified")
+    assert [line.split()[0] for line in lines[1:-1]] == ["stem", "segment_00", "segment_01"]
+    assert lines[3].split()[1] == "2" and lines[3].endswith("%")
+    # one thread: the process's one pool is left for the tests of the runtime to make
+    with load(tmp_path / "bundle", rule="never", threads=1) as session:
+        assert session("a lovely film").depth == 2
+        manifest = session.manifest
+    assert manifest.variants == ("fp32", "int8") and list(manifest.stem.variants) == ["fp32"]
+    assert (manifest.rule.name, manifest.rule.parameters) == ("gate", {"threshold": 0.4})
+    assert [(point.name, point.data, point.variant) for point in manifest.points] == [
+        ("default", "films", "fp32"),
+        ("small", "films", "int8"),
+    ]
+    told = manifest.provenance
+    assert (told["recipe"], told["seed"]) == ("consistentee", 7) and "reduce_range" in told["int8"]
+    assert "somebody" not in (tmp_path / "bundle" / "manifest.json").read_text()
+
+
+def test_a_fault_is_named_and_no_bundle_is_written(
+    saved: Path,
+    copied: Path,
+    break_weight: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = to_onnx.to_onnx
+
+    def broken(segment: Segment, path: Path) -> None:
+        whole(segment, path)
+        if segment.name == "segment_01":
+            break_weight(path, "blocks.0.attention.self.query")
+
+    monkeypatch.setattr(to_onnx, "to_onnx", broken)
+    result = run(saved, "--out", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert "segment_01, tensor logits, torch whole vs ORT segments" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_points_of_variants_that_are_not_written_are_left_out(
+    saved: Path, copied: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("fine\n\nsehr schön\n", encoding="utf-8")
+    words = ("--out", tmp_path / "b", "--variants", "fp32", "--texts", tmp_path / "texts.txt")
+    assert run(saved, *words).exit_code == 0
+    assert [point.name for point in open_bundle(tmp_path / "b").manifest.points] == ["default"]
+    again = run(saved, *words)
+    assert again.exit_code == 2 and "--overwrite" in again.stderr
+    assert run(saved, *words, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--segments", "3"), "block 3 does not exist"),
+        (("--segments", "deep"), "say 'each', 'every N'"),
+        (("--variants", "fp32,fp8"), "'fp8' is not known; choose among fp32, int8"),
+        (("--variants", "int8"), "fp32 comes first"),
+        (("--texts", "nowhere.txt"), "nowhere.txt: cannot be read"),
+    ],
+)
+def test_bad_wishes(saved: Path, tmp_path: Path, words: tuple[str, str], message: str) -> None:
+    result = run(saved, "--out", tmp_path / "bundle", *words)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    result = run(tmp_path / "none")
+    assert result.exit_code == 2 and "no such folder" in result.stderr
+
+
+def test_a_missing_package_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.export.cli.NEEDED", ("torch", "a_package_that_nobody_has"))
+    result = run(saved)
+    assert result.exit_code == 2 and "pip install 'offramp[export,cpu]'" in result.stderr

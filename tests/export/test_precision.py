@@ -1,0 +1,90 @@
+"""int8: smaller, close, and the decision stays in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from offramp.export.precision import needs_reduced_range, to_int8
+
+VNNI, PLAIN = "flags : fpu avx2 avx512f avx512_vnni", "flags : fpu avx2 fma"
+
+
+def test_products_of_blocks_alone_are_int8(exported: Callable[[str], Any]) -> None:
+    graph = onnx.load(exported("bert").folder / "segment_00_int8.onnx").graph
+    integer = [node.name for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(integer) == 6 and all(name.startswith("blocks.") for name in integer)
+    kinds = {value.name: value.data_type for value in graph.initializer}
+    heads = [node for node in graph.node if node.name.startswith(("exit/", "policy"))]
+    assert heads and all(kinds.get(name, 1) in (1, 6, 7) for node in heads for name in node.input)
+
+
+def test_scales_are_per_channel(exported: Callable[[str], Any]) -> None:
+    graph = onnx.load(exported("bert").folder / "segment_00_int8.onnx").graph
+    scales = [value for value in graph.initializer if value.name.endswith("_scale")]
+    assert scales and all(list(value.dims) in ([32], [64]) for value in scales)
+
+
+def test_it_is_smaller_and_its_logits_are_close(
+    exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    made = exported("mpnet")
+    share = to_int8(made.folder / "segment_01.onnx", tmp_path / "out.onnx")
+    assert share < 0.7  # a quarter of the weights; in a block this small, half of the file is not weights
+    generator = np.random.default_rng(0)
+    given = {
+        "hidden": generator.standard_normal((2, 9, 32), dtype=np.float32),
+        "mask": np.zeros((2, 1, 1, 9), np.float32),
+        "pool": np.full((2, 1, 9), 1 / 9, np.float32),
+        "position_bias": np.zeros((1, 4, 9, 9), np.float32),
+    }
+    sessions = [open_graph(file) for file in (made.folder / "segment_01.onnx", tmp_path / "out.onnx")]
+    full, small = (session.run(["logits"], given)[0] for session in sessions)
+    assert 0 < np.abs(full - small).max() < 0.1
+
+
+def test_nothing_is_left_in_the_current_folder(
+    exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    to_int8(exported("bert").folder / "segment_00.onnx", tmp_path / "out.onnx")
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_reduced_range_keeps_to_seven_bits(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    source = exported("bert").folder / "segment_00.onnx"
+    largest = {}
+    for reduced in (True, False):
+        to_int8(source, tmp_path / "out.onnx", reduce_range=reduced)
+        values = [
+            onnx.numpy_helper.to_array(value) for value in onnx.load(tmp_path / "out.onnx").graph.initializer
+        ]
+        largest[reduced] = max(
+            int(np.abs(value.astype(int)).max()) for value in values if value.dtype == np.int8
+        )
+    assert largest[True] <= 64 < largest[False]
+
+
+def test_a_stem_has_nothing_to_quantize(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stem\.onnx: no product of a block"):
+        to_int8(exported("electra").folder / "stem.onnx", tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "reduced"),
+    [
+        ("x86_64", VNNI, False),
+        ("x86_64", "flags : avx_vnni", False),
+        ("AMD64", PLAIN, True),
+        ("x86_64", "", True),
+        ("aarch64", "", False),
+    ],
+)
+def test_machines_that_need_the_reduced_range(machine: str, flags: str, reduced: bool) -> None:
+    assert needs_reduced_range(machine, flags) is reduced

@@ -1,0 +1,115 @@
+"""One segment, one graph: right at every size, named, plain ONNX, and quiet about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+
+from offramp.export.split import split
+from offramp.export.to_onnx import OPSET, eager_attention, to_onnx
+from offramp.models.families import FAMILIES
+from offramp.runtime.manifest import NEXT
+
+SIZES = [(1, 1), (1, 16), (3, 7), (2, 64)]
+
+
+def batch(rows: int, length: int, pad: int) -> dict[str, torch.Tensor]:
+    """Random ids; every row but the first is padded at its end."""
+    ids = torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(rows))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, length - row - 1 :] = 0
+    types = (torch.arange(length) > 4).long().expand(rows, length)
+    return {"input_ids": torch.where(mask > 0, ids, pad), "attention_mask": mask, "token_type_ids": types}
+
+
+def walk(
+    made: Any, open_graph: Callable[[Path], Any], given: dict[str, torch.Tensor]
+) -> list[dict[str, np.ndarray]]:
+    """What the graphs say, segment by segment, on ONNX Runtime alone."""
+    state = {name: value.numpy() for name, value in given.items()}
+    said = []
+    for segment in made.segments:
+        session = open_graph(made.folder / f"{segment.name}.onnx")
+        names = [node.name for node in session.get_outputs()]
+        out = dict(
+            zip(
+                names,
+                session.run(names, {node.name: state[node.name] for node in session.get_inputs()}),
+                strict=True,
+            )
+        )
+        state |= {name.removeprefix(NEXT): value for name, value in out.items()}
+        said.append(out)
+    return said
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_answers_as_torch_does_at_every_size(
+    family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
+) -> None:
+    made = exported(family)
+    network, pad = made.checkpoint.network, made.checkpoint.text.pad_id
+    for rows, length in SIZES:
+        given = batch(rows, length, pad)
+        with torch.no_grad():
+            whole = network(given)
+        said = walk(made, open_graph, given)[1:]
+        for number, out in enumerate(said):
+            assert np.abs(out["logits"] - whole.logits[:, number].numpy()).max() < 1e-4
+        if whole.gates is not None:
+            assert said[0]["gate"].shape == (rows,)
+            assert np.abs(said[0]["gate"] - whole.gates[:, 0].sigmoid().numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_graphs_are_plain_and_carry_no_notes(family: str, exported: Callable[[str], Any]) -> None:
+    made = exported(family)
+    for segment in made.segments:
+        file = made.folder / f"{segment.name}.onnx"
+        model = onnx.load(file)
+        assert [(said.domain, said.version) for said in model.opset_import] == [("", OPSET)]
+        assert not {"If", "Loop", "Scan", "NonZero"} & {node.op_type for node in model.graph.node}
+        assert b".py" not in file.read_bytes()
+        assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+
+
+def test_nodes_are_named_by_their_module(exported: Callable[[str], Any]) -> None:
+    graph = onnx.load(exported("bert").folder / "segment_00.onnx").graph
+    modules = {node.name.rpartition("/")[0] for node in graph.node}
+    assert {"blocks.0.attention.self.query", "exit", "policy.state.1"} <= modules
+
+
+def test_a_network_keeps_its_own_attention() -> None:
+    network = tiny.network()
+    before = network.config._attn_implementation
+    with pytest.raises(KeyError), eager_attention(network.blocks):
+        assert network.config._attn_implementation == "eager"
+        raise KeyError
+    assert network.config._attn_implementation == before != "eager"
+
+
+def test_exporting_is_quiet(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        to_onnx(split(tiny.network("distilbert", policy=None), ())[0], tmp_path / "stem.onnx")
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err, caplog.records) == ("", "", [])
+
+
+def test_a_graph_that_is_not_the_segment_is_refused(tmp_path: Path) -> None:
+    stem = split(tiny.network("distilbert", policy=None))[0]
+    module = stem.module
+    module.forward = lambda *tensors: tuple(value[:, :1] for value in module.named(*tensors).values())  # type: ignore[method-assign, operator, union-attr]
+    with pytest.raises(RuntimeError, match="stem: exported as"):
+        to_onnx(stem, tmp_path / "stem.onnx")
+    assert not (tmp_path / "stem.onnx").exists()

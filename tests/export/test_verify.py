@@ -1,0 +1,89 @@
+"""verify(): silent on a right split, and it names the very seam of a wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offramp.export.sentences import SENTENCES
+from offramp.export.split import split
+from offramp.export.verify import verify
+from offramp.models.families import FAMILIES
+
+BOTH = ("fp32", "int8")
+
+
+@pytest.fixture
+def copy(exported: Callable[[str], Any], tmp_path: Path) -> Any:
+    """The BERT export in a folder of this test's own."""
+    made = exported("bert")
+    shutil.copytree(made.folder, tmp_path / "copy")
+    return dataclasses.replace(made, folder=tmp_path / "copy")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str], Any]) -> None:
+    made = exported(family)
+    report = verify(made.checkpoint, made.folder, made.segments, BOTH)
+    assert report.first_bad is None
+    named = {(seam.segment, seam.tensor) for seam in report.seams}
+    assert named == {(segment.name, tensor.name) for segment in made.segments for tensor in segment.outputs}
+    assert [said.segment for said in report.precisions] == ["segment_00", "segment_01"]
+    assert all(said.agreement > 0.8 and said.difference < 0.5 for said in report.precisions)
+
+
+@pytest.mark.parametrize(
+    ("segment", "module", "tensor"),
+    [
+        ("segment_00", "blocks.0.intermediate", "next_hidden"),
+        ("segment_00", "exit", "next_evidence"),
+        ("segment_00", "policy.statistics", "gate"),
+        ("segment_01", "blocks.0.output", "logits"),
+    ],
+)
+def test_a_seeded_fault_is_named(
+    copy: Any, break_weight: Callable[..., None], segment: str, module: str, tensor: str
+) -> None:
+    break_weight(copy.folder / f"{segment}.onnx", module)
+    bad = verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), SENTENCES[::6]).first_bad
+    assert bad is not None and (bad.segment, bad.tensor) == (segment, tensor)
+    assert bad.pair == "torch whole vs ORT segments"
+    assert f"{segment}, tensor {tensor}, torch whole vs ORT segments: max abs difference" in str(bad)
+
+
+def test_a_fault_of_the_split_itself_is_told_from_one_of_the_export(copy: Any) -> None:
+    segments = split(copy.checkpoint.network)
+    with torch.no_grad():
+        segments[1].module.exit.bias += 1.0  # type: ignore[union-attr, operator]
+    bad = verify(copy.checkpoint, copy.folder, segments, ("fp32",), SENTENCES[::6]).first_bad
+    assert bad is not None and bad.pair == "torch whole vs torch segments"
+
+
+def test_nan_is_no_small_difference(copy: Any, break_weight: Callable[..., None]) -> None:
+    break_weight(copy.folder / "segment_01.onnx", "exit", float("nan"))
+    bad = verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), texts=["fine"]).first_bad
+    assert bad is not None and (bad.segment, bad.tensor) == ("segment_01", "logits")
+
+
+def test_int8_is_told_and_not_judged(copy: Any, break_weight: Callable[..., None]) -> None:
+    shutil.copyfile(copy.folder / "segment_00.onnx", copy.folder / "segment_00_int8.onnx")
+    break_weight(copy.folder / "segment_00_int8.onnx", "exit", 50.0)
+    report = verify(copy.checkpoint, copy.folder, copy.segments, BOTH, SENTENCES[::6])
+    assert report.first_bad is None and report.precisions[0].difference > 1
+
+
+def test_no_text_is_refused(copy: Any) -> None:
+    with pytest.raises(ValueError, match="no text"):
+        verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), texts=[])
+
+
+def test_the_sentences_are_of_many_lengths() -> None:
+    words = [len(sentence.split()) for sentence in SENTENCES]
+    assert len(SENTENCES) == len(set(SENTENCES)) == 32 and min(words) == 1 and max(words) > 100
+    assert any(not sentence.isascii() for sentence in SENTENCES)

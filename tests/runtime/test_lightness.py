@@ -1,0 +1,55 @@
+"""Importing the runtime is light: proven in fresh processes, against a list of what may be loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
+LIGHT = {"numpy", "click", "offramp"}
+
+
+def loaded(code: str) -> set[str]:
+    """Top-level packages from outside the standard library that code leaves loaded."""
+    show = "\nimport sys; print('LOADED', *sorted({n.partition('.')[0] for n in sys.modules}))"
+    # What site itself loads (.pth files of editable installs) is not ours.
+    before = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code + show], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [set(out.stdout.split("LOADED", 1)[1].split()) for out in (before, done)]
+    own = {name for name in names[1] - names[0] - sys.stdlib_module_names if not name.startswith("_")}
+    return own - {"cython_runtime"}
+
+
+def test_importing_the_runtime() -> None:
+    assert loaded("import offramp.runtime") <= LIGHT - {"click"}
+
+
+def test_importing_the_command() -> None:
+    assert loaded("import offramp.runtime.cli") <= LIGHT
+
+
+def test_importing_the_rules() -> None:
+    assert loaded("import offramp.runtime.rules") <= LIGHT - {"click"}
+
+
+def test_importing_every_module_of_the_room() -> None:
+    code = """
+import importlib, pkgutil, offramp.runtime
+for module in pkgutil.walk_packages(offramp.runtime.__path__, 'offramp.runtime.'):
+    importlib.import_module(module.name)
+"""
+    assert loaded(code) <= LIGHT
+
+
+def test_opening_and_answering_loads_no_training_software() -> None:
+    found = loaded(f"from offramp.runtime import load; load({str(TINY)!r})('good film')")
+    assert {"onnxruntime", "tokenizers"} <= found
+    assert not found & {
+        "torch",
+        "transformers",
+        "onnx",
+        "datasets",
+        "scipy",
+        "safetensors",
+        "huggingface_hub",
+    }

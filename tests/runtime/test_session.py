@@ -1,0 +1,230 @@
+"""Sessions over the tiny bundle: answers, order, laziness, wishes and their contradictions."""
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offramp.runtime import (
+    Answer,
+    BadInput,
+    BadSetting,
+    BundleNotFound,
+    RuleSpec,
+    Session,
+    SessionClosed,
+    load,
+)
+from offramp.runtime.session import WINDOW, choose
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
+WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with load(TINY, batch_size=4) as session:
+        yield session
+
+
+def same(one: Answer, other: Answer) -> bool:
+    return (one.label, one.exit, one.steps) == (other.label, other.exit, other.steps) and bool(
+        np.isclose(one.score, other.score, atol=1e-4)
+    )
+
+
+def test_an_answer_agrees_with_itself(session: Session) -> None:
+    answer = session("the film was good")
+    assert answer.label in session.manifest.labels
+    assert 1 / len(session.manifest.labels) <= answer.score <= 1
+    assert answer.exit == answer.steps[-1][0] == len(answer.steps)
+    assert answer.depth == session.manifest.segments[answer.exit - 1].blocks[-1]
+    assert len(answer.signals) == len(answer.steps) and answer.signals[-1][0] == answer.score
+    assert answer.seconds > 0 and not answer.truncated
+
+
+def test_the_gate_decides_by_default(session: Session) -> None:
+    assert session.rule == session.manifest.rule == RuleSpec("gate", {"threshold": 0.5})
+    answers = [session(text) for text in texts(40)]
+    for answer in answers:
+        gates = [gate for _, gate in answer.signals if gate is not None]
+        assert all(gate <= 0.5 for gate in gates[:-1])
+        assert answer.exit == len(session.manifest.segments) or gates[-1] > 0.5
+    assert len({answer.exit for answer in answers}) > 1, "the tiny bundle should use more than one exit"
+
+
+def test_map_gives_what_calls_give_in_order(session: Session) -> None:
+    items = texts(100)
+    assert all(same(one, session(item)) for one, item in zip(session.map(items), items, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_map_in_any_batch_size(session: Session, size: int) -> None:
+    items = texts(50)
+    found = list(session.map(items, batch_size=size))
+    assert len(found) == 50
+    assert all(same(one, other) for one, other in zip(found, session.map(items), strict=True))
+
+
+def test_pairs(session: Session) -> None:
+    assert same(session("good film", "bad plot"), next(session.map([("good film", "bad plot")])))
+    assert session("good film", "bad plot").signals != session("good film bad plot").signals
+
+
+def test_map_reads_no_further_than_its_window(session: Session) -> None:
+    read = 0
+
+    def source() -> Iterator[str]:
+        nonlocal read
+        for text in texts(1000):
+            read += 1
+            yield text
+
+    answers = session.map(source(), batch_size=2)
+    assert read == 0
+    list(islice(answers, 3))
+    assert read == 2 * WINDOW
+
+
+def test_map_of_batch_size_one_answers_before_it_reads_on(session: Session) -> None:
+    read = []
+
+    def source() -> Iterator[str]:
+        for text in texts(5):
+            read.append(text)
+            yield text
+
+    for count, _ in enumerate(session.map(source(), batch_size=1), 1):
+        assert len(read) == count
+
+
+def test_map_of_nothing(session: Session) -> None:
+    assert list(session.map([])) == []
+
+
+def test_an_item_that_is_no_text_comes_after_the_answers_before_it(session: Session) -> None:
+    items = [*texts(40), None, "good"]
+    answers = []
+    with pytest.raises(BadInput, match="item 40: "):
+        for answer in session.map(items):  # type: ignore[arg-type]
+            answers.append(answer)
+    assert len(answers) == 40
+
+
+def test_encode_gives_what_a_call_runs_on(session: Session) -> None:
+    state = session.engine.begin(session.encode("good film", "bad"))
+    assert state.rows == 1 and session.engine.step(0, 0, state).logits.shape == (1, len(session.labels))
+    session.engine.drop(state)
+
+
+def test_truncated_text_says_so(session: Session) -> None:
+    assert session("good " * 500).truncated
+
+
+def test_many_threads_share_a_session(session: Session) -> None:
+    items = texts(30)
+    expected = [session(text) for text in items]
+    found: dict[int, list[Answer]] = {}
+
+    def work(number: int) -> None:
+        found[number] = [session(text) for text in items] if number % 2 else list(session.map(items))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(same(a, b) for answers in found.values() for a, b in zip(answers, expected, strict=True))
+
+
+def test_a_closed_session_says_so() -> None:
+    session = load(TINY)
+    session.close()
+    session.close()
+    with pytest.raises(SessionClosed):
+        session("good")
+    with pytest.raises(SessionClosed):
+        list(session.map(["good"]))
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleNotFound, match="no such folder"):
+        load(tmp_path / "bundle")
+
+
+def test_full_depth_and_fixed_exits() -> None:
+    last = 3
+    with load(TINY, rule="never") as session:
+        full = session("good film")
+        assert full.exit == last and full.depth == session.manifest.blocks
+    with load(TINY, rule="fixed", threshold=2) as session:
+        early = session("good film")
+        assert early.exit == 2
+        assert np.isclose(early.signals[0][0], full.signals[0][0], atol=1e-5) or early.label != full.label
+
+
+def test_the_variant_that_is_wished_for_runs() -> None:
+    with load(TINY, variant="int8", rule="never") as eight, load(TINY, rule="never") as full:
+        assert {variant for _, variant in eight("good film").steps} == {"int8"}
+        assert {variant for _, variant in full("good film").steps} == {"fp32"}
+        assert eight("good film").signals != full("good film").signals
+
+
+def test_an_operating_point_sets_rule_and_variant() -> None:
+    with load(TINY, point="fast") as session:
+        point = next(point for point in session.manifest.points if point.name == "fast")
+        assert (session.rule, session.variant) == (point.rule, point.variant)
+
+
+def test_a_threshold_alone_goes_to_the_bundles_rule() -> None:
+    with load(TINY, threshold=2.0) as session:
+        assert session.rule == RuleSpec("gate", {"threshold": 2.0})
+        assert session("good film").exit == len(session.manifest.segments)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"point": "fast", "rule": "never"}, "wish for either, not both"),
+        ({"point": "fast", "threshold": 0.1}, "wish for either, not both"),
+        ({"point": "fast", "variant": "fp32"}, "measured in variant int8"),
+        ({"point": "slow"}, "it has: default, fast"),
+        ({"rule": "luck"}, "choose one of: gate"),
+        ({"rule": "margin"}, "needs threshold"),
+        ({"rule": "never", "threshold": 0.5}, "has no threshold"),
+        ({"rule": "fixed", "threshold": 9}, "exits 1 to 3"),
+        ({"variant": "int4"}, "it offers: fp32, int8"),
+        ({"engine": "tpu"}, "choose one of: ort, trt"),
+        ({"device": "tpu"}, "choose one of: cpu, cuda"),
+        ({"threads": 0}, "expected 1 or more"),
+        ({"batch_size": 0}, "expected 1 or more"),
+    ],
+)
+def test_wishes_that_cannot_be_met(wishes: dict, message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        load(TINY, **wishes)
+
+
+def test_a_gate_without_policies_is_refused_when_loading(session: Session) -> None:
+    import dataclasses
+
+    def without(stage):
+        variants = {
+            name: dataclasses.replace(variant, outputs=tuple(t for t in variant.outputs if t.name != "gate"))
+            for name, variant in stage.variants.items()
+        }
+        return dataclasses.replace(stage, variants=variants)
+
+    manifest = session.manifest
+    bare = dataclasses.replace(manifest, segments=tuple(map(without, manifest.segments)))
+    with pytest.raises(BadSetting, match="has no policy in this bundle"):
+        choose(bare, rule=None, threshold=None, point=None, variant=None)
