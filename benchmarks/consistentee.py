@@ -1,7 +1,7 @@
 """ConsistentEE against the plain rules on the exits of its own warm start, several seeds.
 
-    python benchmarks/consistentee.py --model MODEL --data DATA --prefix "query: " --seeds 0,1,2 --work runs/ \
-        --json benchmarks/results/consistentee_sst2.json
+    python benchmarks/consistentee.py --model MODEL --data DATA --prefix "query: " \
+        --seeds 0,1,2 --work runs/ --json benchmarks/results/consistentee_sst2.json
 
 For every seed: recipe joint, then recipe consistentee from that checkpoint, then ee-eval of both. What is
 finished is not done again, so that the whole can be interrupted. Settings are chosen on dev, test is read

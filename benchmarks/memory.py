@@ -1,7 +1,7 @@
 """Resident memory of `ee-run -` over a long input: it must not grow with the number of lines.
 
-    python benchmarks/memory.py --bundle tests/data/tiny_bundle --lines 1000000 --json
-benchmarks/results/memory.json
+    python benchmarks/memory.py --bundle tests/data/tiny_bundle --lines 1000000 \
+        --json benchmarks/results/memory.json
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -109,8 +108,7 @@ def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wish
 
     code = NOT_STARTED
     try:
-        opened = nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb")
-        with opened as stream, load(bundle, batch_size=batch_size, **wishes) as session:
+        with _open(source) as stream, load(bundle, batch_size=batch_size, **wishes) as session:
             tally = Tally()
             code = SOME_FAILED
             # Reading ahead is what lets rows be sorted; a batch of one has nothing to sort and must not wait
@@ -143,6 +141,10 @@ def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wish
         cure = "name a file of lines, or - for standard input"
         click.echo(f"ee-run: {source}: {problem.strerror or problem}; {cure}", err=True)
     return code
+
+
+def _open(source: str) -> AbstractContextManager[IO[bytes]]:
+    return nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")
 
 
 def _answers(session: Session, lines: list[Line], tally: Tally) -> Iterator[dict[str, Any]]:

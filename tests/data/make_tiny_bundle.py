@@ -1,5 +1,4 @@
-"""Write tests/data/tiny_bundle: a random network of a few kilobytes that has every kind of tensor a bundle
-can carry.
+"""Write tests/data/tiny_bundle: a random network of a few kilobytes with most kinds of tensor of a bundle.
 
     python tests/data/make_tiny_bundle.py          (needs onnx; the bundle is checked in, tests need only
     onnxruntime)
