@@ -83,6 +83,7 @@ def compare(folder: Path, data: Path) -> None:
 
     from offramp.export.monolith import write_monolith
     from offramp.runtime import load
+    from offramp.runtime.engines import threads
     from offramp.training.checkpoint import load_checkpoint
 
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -95,7 +96,7 @@ def compare(folder: Path, data: Path) -> None:
         graph = Path(scratch) / "monolith.onnx"
         write_monolith(load_checkpoint(folder / "ckpt"), graph)
         options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False  # the pool that the walk uses: same threads for both
+        threads.fit(options)  # the pool that the walk uses: same threads for both
         monolith = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         names = [given.name for given in monolith.get_inputs()]
 

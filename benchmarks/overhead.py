@@ -30,6 +30,7 @@ from transformers import AutoModel, BertConfig
 from offramp.benchmarks.clock import interleave
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.runtime import Session, load
+from offramp.runtime.engines import threads
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.walker import walk
 from offramp.training.checkpoint import Checkpoint, TextFacts, save_checkpoint
@@ -110,20 +111,14 @@ def main(
         folder = Path(scratch)
         source = checkpoint or random_checkpoint(folder, blocks, width)
         # The user's own command, so that what is timed is what users get.
-        words = [
-            source,
-            "--out",
-            folder / "bundle",
-            "--variants",
-            "fp32",
-            "--monolith",
-            folder / "monolith.onnx",
-        ]
-        split = [Path(sys.executable).parent / "ee-split", *words]
+        program = str(Path(sys.executable).parent / "ee-split")
+        graph = folder / "monolith.onnx"
+        words = ["--out", str(folder / "bundle"), "--variants", "fp32", "--monolith", str(graph)]
+        split = [program, str(source), *words]
         subprocess.run(split, check=True, stdout=sys.stderr)
         with load(folder / "bundle", rule="never") as session:
             options = onnxruntime.SessionOptions()
-            options.use_per_session_threads = False  # the walk's pool: same threads, same optimisation level
+            threads.fit(options)  # the walk's pool: same threads, same optimisation level
             monolith = onnxruntime.InferenceSession(
                 folder / "monolith.onnx", options, providers=["CPUExecutionProvider"]
             )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 RECIPES = ("joint", "consistentee")
+NEEDED = ("torch", "transformers", "datasets", "accelerate", "optimum", "safetensors", "rich", "matplotlib")
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -74,6 +75,7 @@ def train(**wish: Any) -> None:
     Killed and started again with the same command, it goes on where it was. Settings of the recipes: see
     --set with a wrong name, which lists them.
     """
+    _need_extra()
     from offramp.training.session import TrainingWish, train_checkpoint
 
     out: Path = wish["out"]
@@ -81,10 +83,8 @@ def train(**wish: Any) -> None:
         raise UserError(f"{out} holds a finished checkpoint; choose another --out, or say --overwrite")
     if out.exists() and not (out / "training.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not a checkpoint; choose another --out")
+    del wish["overwrite"]  # the old checkpoint stands until the new one is whole
     with _plain_errors():
-        overwrite = wish.pop("overwrite")
-        if overwrite and out.exists() and not out.with_name(out.name + ".partial").exists():
-            shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
         checkpoint = train_checkpoint(TrainingWish(**wish))
     click.echo(json.dumps({"checkpoint": str(out), **checkpoint.training.get("dev", {})}))
 
@@ -117,10 +117,28 @@ def evaluate(**wish: Any) -> None:
     The table goes to stdout; without --json and --picture the files eval.json and eval.png are written into
     the current folder.
     """
+    _need_extra()
     from offramp.training.report import evaluate_checkpoint
 
     with _plain_errors():
         evaluate_checkpoint(**wish)
+
+
+def _need_extra() -> None:
+    """Say what to install before an import fails somewhere deep."""
+    needed = (
+        "torch",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "optimum",
+        "safetensors",
+        "rich",
+        "matplotlib",
+    )
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[train]' first")
 
 
 class _plain_errors:

@@ -150,3 +150,9 @@ def test_a_resume_with_another_command_is_refused(folder: Path, tmp_path: Path) 
     (partial / "command.json").write_text('{"seed": 9}')
     result = _run(train, *words)
     assert result.exit_code == 2 and "unfinished run" in result.output
+
+
+def test_without_the_extra_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.training.cli.find_spec", lambda name: None)
+    result = _run(train, "--model", "x", "--data", "y")
+    assert result.exit_code == 2 and "offramp[train]" in result.output
