@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 BIN = Path(sys.executable).parent
+# Points of training.json: chosen there on dev, read here on test.
+POINTS = ("default", "saves-57", "saves-65", "trained")
 RIVALS = ("max_probability", "entropy", "margin", "patience")
 
 
@@ -70,7 +72,6 @@ def compare(joint: list[dict[str, Any]], learned: list[dict[str, Any]]) -> dict[
         f["full_depth"]["accuracy"] - point["test"]["accuracy"]
         for f, point in zip(learned, chosen, strict=True)
     ]
-    default = [next(p for p in f["operating_points"] if p["name"] == "default") for f in learned]
     names = ("accuracy", "mean_exit", "layers_saved", "macs_saved")
     return {
         "full_depth": {
@@ -86,9 +87,21 @@ def compare(joint: list[dict[str, Any]], learned: list[dict[str, Any]]) -> dict[
             "accuracy_lost": summary(lost),
             "random_same_depth": summary([point["random_same_depth"] for point in chosen]),
         },
-        "default_point": {name: summary([point["test"][name] for point in default]) for name in names},
+        "operating_points": {name: point_summary(learned, name, names) for name in POINTS},
         "oracle": {name: summary([f["oracle"][name] for f in learned]) for name in names},
         "equal_mean_exit": equal,
+    }
+
+
+def point_summary(learned: list[dict[str, Any]], name: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """One operating point of the checkpoints, as it came out on test."""
+    points = [
+        next(p for p in figures["operating_points"] if p["name"] == name)["test"] for figures in learned
+    ]
+    lost = [f["full_depth"]["accuracy"] - point["accuracy"] for f, point in zip(learned, points, strict=True)]
+    return {
+        **{figure: summary([point[figure] for point in points]) for figure in names},
+        "accuracy_lost": summary(lost),
     }
 
 
@@ -105,8 +118,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         cells = ("-" if row[d] is None else f"{row[d]['mean']:.2f} ({row[d]['std']:.2f})" for d in depths)
         table.add_row(rule, *cells)
     console.print(table)
-    for name in ("full_depth", "chosen_on_dev", "default_point"):
-        found = result["figures"][name]
+    figures = result["figures"]
+    named = {"full depth": figures["full_depth"], "chosen on dev": figures["chosen_on_dev"]}
+    for name, found in {**named, **figures["operating_points"]}.items():
         console.print(
             f"{name}: " + ", ".join(f"{k} {v['mean']:.2f} ({v['std']:.2f})" for k, v in found.items())
         )

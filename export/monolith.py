@@ -47,7 +47,7 @@ def write_monolith(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    whole = monolith(checkpoint.network)
+    whole = monolith(checkpoint.network.float())
     if variant == "fp32":
         to_onnx(whole, path)
         return

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 if __name__ == "__main__":  # first of all: what stands below needs the installed package
     # A script's own folder comes first on the path, where verify.py, cli.py and the rest would pass for
     # top-level modules.
-    sys.path.pop(0)
+    sys.path[:] = [place for place in sys.path if place != os.path.dirname(os.path.abspath(__file__))]
     try:
         from offramp.export.cli import main
     except ModuleNotFoundError as missing:

@@ -95,7 +95,7 @@ def verify(
     differ by `tolerance`; hidden by that times its largest magnitude where that is above 1, as float32 has no
     more digits.
     """
-    network = checkpoint.network.eval()
+    network = checkpoint.network.float().eval()
     if segments is None or variants is None:
         manifest = open_bundle(folder).manifest
         segments = split(network, [stage.blocks[-1] for stage in manifest.segments])

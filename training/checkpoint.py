@@ -124,7 +124,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def replace_folder(new: Path, folder: Path) -> None:
     """Put `new` where `folder` stands; the old one is removed only once the new one is in its place."""
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(
+        f".{folder.name}.replaced-by-ee-train"
+    )  # hidden and ours: nobody's backup has this name
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

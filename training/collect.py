@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from offramp.models.network import EarlyExitNetwork
 from offramp.training.batches import Encoded, sorted_batches
-from offramp.training.loop import Run
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,3 @@ def collect(
     logits, pooled = torch.cat([p[0] for p in parts])[back], torch.cat([p[1] for p in parts])[back]
     gates = torch.cat([p[2] for p in parts if p[2] is not None])[back] if parts[0][2] is not None else None
     return Collected(logits, pooled, gates, torch.from_numpy(rows.label), rows.lengths)
-
-
-def exit_accuracy(run: Run, dev: Encoded) -> dict[str, Any]:
-    """Accuracy of every exit on dev, in percent, as it goes into training.json."""
-    seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
-    right = (seen.logits.argmax(-1) == seen.labels[:, None]).float().mean(0) * 100
-    return {"exit_accuracy": [round(float(value), 2) for value in right], "rows": len(dev)}

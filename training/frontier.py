@@ -149,6 +149,12 @@ def shallowest(points: list[Point], floor: float) -> Point | None:
     return next((point for point in points if point.accuracy >= floor), None)
 
 
+def most_accurate(points: list[Point], saved: float) -> Point | None:
+    """The most accurate point that saves at least `saved` per cent of layers; the shallowest of equals."""
+    enough = [point for point in points if point.layers_saved >= saved]
+    return max(enough, key=lambda point: (point.accuracy, point.layers_saved), default=None)
+
+
 def accuracy_at(points: list[Point], mean_exit: float) -> float | None:
     """Accuracy at a mean exit, on the straight line between neighbouring points; None outside of what was
     reached.

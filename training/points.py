@@ -11,17 +11,19 @@ from offramp.training.frontier import (
     Costs,
     Point,
     full_depth,
+    most_accurate,
     settings_to_try,
     shallowest,
     signals_of,
     sweep,
 )
 
+SAVINGS = (50.0, 57.0, 65.0)  # per cent of the layers that a point saves at least on dev
 LOSSES = (0.5, 1.0, 2.0)  # accuracy points on dev that a point may lose against full depth
 
 
 def operating_points(network: EarlyExitNetwork, dev: Collected, learned: str | None) -> dict[str, Any]:
-    """What goes into training.json: dev figures, and points "full" and "within-X" for the recipe's own rule.
+    """What goes into training.json: dev figures, points "full", "within-X", "saves-X" of the recipe's rule.
 
     learned: the rule that the recipe trained for ("gate"), or None for max-probability, the plain rule.
     "default" is the point within 0.5: a deployment that nobody tuned should not cost what its owner notices.
@@ -36,6 +38,10 @@ def operating_points(network: EarlyExitNetwork, dev: Collected, learned: str | N
         best = shallowest(points, reference.accuracy - loss)
         if best is not None:
             found.append((f"within-{loss}", best))
+    for saved in SAVINGS:
+        best = most_accurate(points, saved)
+        if best is not None:
+            found.append((f"saves-{saved:.0f}", best))
     default = next((point for name, point in found if name == f"within-{LOSSES[0]}"), reference)
     found.insert(0, ("default", default))
     if learned == "gate":

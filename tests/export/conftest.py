@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,6 +64,15 @@ def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
     spec = NetworkSpec(("negative", "positive"), (1, 2), pooling, policy)
     network = lively(EarlyExitNetwork(AutoModel.from_config(config), spec))
     return Checkpoint(network, TextFacts("", config.pad_token_id, 64), folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's workers wait in loops: on networks this small they only take the cores from others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

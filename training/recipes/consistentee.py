@@ -67,7 +67,8 @@ class ConsistentEE:
     policy_lr: float = 1e-3
     rounds: int = 1
     both_epochs: int = 1
-    both_lr: float = 2e-5
+    both_lr: float = 1e-5
+    both_heads_lr: float = 1e-4
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -221,7 +222,7 @@ def _fit_both(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE, nam
             settings.both_epochs,
             settings.batch_size,
             settings.both_lr,
-            settings.heads_lr,
+            settings.both_heads_lr,
         )
     )
 

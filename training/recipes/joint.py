@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from offramp.training.batches import Encoded
-from offramp.training.collect import exit_accuracy
+from offramp.training.collect import collect
 from offramp.training.loop import Run, Stage
+from offramp.training.points import operating_points
 
 EVERYTHING = ("backbone", "exits", "pooler")
 
@@ -90,8 +91,7 @@ def policy_of(settings: Joint) -> str | None:
 def train(
     run: Run, train: Encoded, dev: Encoded, settings: Joint, *, skip_warm_start: bool
 ) -> dict[str, Any]:
-    """Train backbone and exits (after --init: train them further); gives the accuracy of every exit on
-    dev.
-    """
+    """Train backbone and exits (after --init: further); gives dev figures and operating points."""
     warm_start(run, train, settings)
-    return {"dev": exit_accuracy(run, dev)}
+    seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
+    return operating_points(run.network, seen, learned=None)
