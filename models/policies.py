@@ -35,12 +35,12 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
     probability, so that an exit left out at export changes the features little.
     """
     classes = logits.shape[-1]
-    logits = logits.float()
-    probabilities = logits.softmax(-1)  # [batch, classes]
+    log_probabilities = logits.float().log_softmax(-1)
+    probabilities = log_probabilities.exp()  # [batch, classes]
     last, total, streak = evidence.split([classes, classes, 1], dim=-1)
-    two = probabilities.topk(min(2, classes), dim=-1).values  # [batch, 2]
-    top, second = two[:, :1], two[:, -1:]
-    entropy = -(probabilities * probabilities.clamp(min=1e-9).log()).sum(-1, keepdim=True)
+    top, second = probabilities.topk(2, dim=-1).values.split([1, 1], dim=-1)
+    certain = top.clamp(max=1.0 - 1e-5)  # keeps the odds finite
+    entropy = -(probabilities * log_probabilities).sum(-1, keepdim=True)
     agreement = (probabilities * last).sum(-1, keepdim=True)
     streak = agreement * (streak + 1.0)
     total = total + probabilities
@@ -51,7 +51,7 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
     statistics = torch.cat(
         [
             # 0.2: log-odds reach some 10; the others stay within 0..1, the streak within the number of exits
-            0.2 * (top.clamp(max=1.0 - 1e-5) / (1.0 - top).clamp(min=1e-5)).log(),
+            0.2 * (certain / (1.0 - certain)).log(),
             top - second,
             entropy,
             agreement,
