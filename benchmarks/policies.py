@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from offramp.models.policies import Policy
+from offramp.models.policies import make_policies
 from offramp.training.batches import encode
 from offramp.training.checkpoint import Checkpoint, load_checkpoint
 from offramp.training.collect import Collected, collect
@@ -61,8 +61,8 @@ def learn(checkpoint: Checkpoint, seen: Collected, settings: ConsistentEE, seed:
     """The recipe's policy stage, on what the frozen exits said of the rows in `seen`."""
     network = checkpoint.network
     torch.manual_seed(seed)
-    network.policies = nn.ModuleList(
-        Policy(network.hidden_size, settings.policy) for _ in network.spec.exits[:-1]
+    network.policies = make_policies(
+        network.hidden_size, settings.policy, len(network.spec.exits) - 1
     ).train()
     rows = len(seen.labels)
     quality = qualities(seen.logits, seen.labels, settings.quality)

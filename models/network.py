@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offramp.models.exits import POOLINGS, Exit, Pooler, pool, pooling_weights
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
-from offramp.models.policies import POLICY_INPUTS, Policy, no_evidence, weigh_evidence
+from offramp.models.policies import POLICY_INPUTS, make_policies, no_evidence, weigh_evidence
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ class EarlyExitNetwork(nn.Module):
         self.backbone = backbone
         classes = len(spec.labels)
         self.exits = nn.ModuleList(Exit(self.hidden_size, classes, spec.dropout) for _ in spec.exits)
-        policies = [Policy(self.hidden_size, spec.policy) for _ in spec.exits[:-1]] if spec.policy else []
-        self.policies = nn.ModuleList(policies)
+        self.policies = nn.ModuleList()
+        if spec.policy is not None:
+            self.policies = make_policies(self.hidden_size, spec.policy, len(spec.exits) - 1)
 
     @property
     def config(self) -> Any:

@@ -93,6 +93,17 @@ class Policy(nn.Module):
         return logit  # [batch]
 
 
+def make_policies(hidden_size: int, inputs: str, count: int) -> nn.ModuleList:
+    """One policy an exit. What reads the statistics is one perceptron for all of them (each exit keeps its
+    bias): they mean the same everywhere, and one for each exit overfits. What reads the state is each exit's
+    own, as published.
+    """
+    policies = [Policy(hidden_size, inputs) for _ in range(count)]
+    for policy in policies[1:]:
+        policy.statistics, policy.slope = policies[0].statistics, policies[0].slope
+    return nn.ModuleList(policies)
+
+
 def _perceptron(inputs: int, width: int, dropout: float) -> nn.Sequential:
     last = nn.Linear(width, 1)
     nn.init.zeros_(last.weight)

@@ -62,7 +62,10 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     network = checkpoint.network
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    # Cloned: policies share what reads their statistics, and safetensors refuses tensors that share memory.
+    state = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()
+    }
     save_file(state, beside / WEIGHTS)
     facts = {
         "format": 1,

@@ -204,7 +204,7 @@ class Run:
         # a whole file.
         name = f"state-{self.position['stage']}-{self.position['step']}.safetensors"
         save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
             self.folder / (name + ".writing"),
         )
         os.replace(self.folder / (name + ".writing"), self.folder / name)

@@ -50,7 +50,7 @@ def trained(folder: Path) -> Path:
         str(folder / "ckpt"),
         *FAST,
     ]
-    result = _run(train, *words, "--set", "policy_epochs=5", "--precision", "fp32")
+    result = _run(train, *words, "--set", "policy_epochs=5", "--set", "rounds=1", "--precision", "fp32")
     assert result.exit_code == 0, result.output
     return folder / "ckpt"
 
