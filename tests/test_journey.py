@@ -1,0 +1,65 @@
+"""The whole road on a tiny model: data, checkpoint, bundle, answers, by the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from offramp.export.cli import main as split
+from offramp.runtime import load
+from offramp.runtime.cli import main as run
+from offramp.training.cli import train
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("journey")
+    model, data = tiny.model_folder(root / "model", "mpnet"), tiny.data_folder(root / "data")
+    # Torch's threads and ONNX Runtime's would fight for the same two cores.
+    torch.set_num_threads(1)
+    sets = ["epochs=10", "batch_size=8", "lr=0.002", "heads_lr=0.01", "policy_epochs=20", "policy_lr=0.01"]
+    words = ["--model", str(model), "--data", str(data), "--out", str(root / "ckpt"), "--precision", "fp32"]
+    trained = CliRunner().invoke(train, [*words, *(word for name in sets for word in ("--set", name))])
+    assert trained.exit_code == 0, trained.output
+    made = CliRunner().invoke(split, [str(root / "ckpt"), "--out", str(root / "bundle")])
+    assert made.exit_code == 0, made.output
+    return root / "bundle"
+
+
+def test_the_bundle_answers_as_it_was_taught(bundle: Path) -> None:
+    rows = tiny.rows(40, seed=9)
+    with load(bundle, threads=1) as session:
+        answers = list(session.map([str(row["text"]) for row in rows], batch_size=8))
+    right = [answer.label == str(row["label"]) for answer, row in zip(answers, rows, strict=True)]
+    assert sum(right) >= 34
+    assert {len(answer.steps) for answer in answers} <= {1, 2, 3}
+
+
+def test_an_operating_point_does_on_dev_what_its_manifest_says(bundle: Path) -> None:
+    """Export, engine, walker and rule together repeat what training measured in torch."""
+    data = bundle.parent / "data" / "dev.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for name in ("full", "trained", "default"):
+        with load(bundle, point=name, threads=1) as session:
+            measured = next(p.measured for p in session.manifest.points if p.name == name)
+            answers = [session(row["text"]) for row in rows]
+        accuracy = (
+            100 * sum(a.label == str(r["label"]) for a, r in zip(answers, rows, strict=True)) / len(rows)
+        )
+        assert accuracy == pytest.approx(measured["accuracy"], abs=0.01)
+        assert sum(a.depth for a in answers) / len(rows) == pytest.approx(measured["mean_exit"], abs=0.01)
+
+
+def test_ee_run_reads_lines_and_writes_json(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "input.txt"
+    file.write_text("a very good film\nthe plot is dull\n")
+    done = CliRunner().invoke(run, ["--bundle", str(bundle), "--threads", "1", str(file)])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["label"] for line in lines] == ["1", "0"]
+    assert all({"label", "score", "exit", "depth", "ms"} <= set(line) for line in lines)
