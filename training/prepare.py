@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,9 +46,9 @@ def fresh_network(
     return EarlyExitNetwork(backbone, spec)
 
 
-def save_tokenizer(model: str, file: Path) -> TextFacts:
-    """Write the model's tokenizer as tokenizer.json and give what else must be known of it; prefix and
-    length are the caller's.
+def load_tokenizer(model: str) -> tuple[Tokenizer, TextFacts]:
+    """The model's tokenizer in its tokenizer.json form, and what else must be known of it; the prefix is
+    the caller's.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -60,12 +59,8 @@ def save_tokenizer(model: str, file: Path) -> TextFacts:
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    file.write_text(backend.to_str(), encoding="utf-8")
-    return TextFacts(
-        prefix="",
-        pad_id=int(tokenizer.pad_token_id or 0),
-        longest=int(min(tokenizer.model_max_length, 2**31)),
-    )
+    longest = int(min(tokenizer.model_max_length, 2**31))  # "no limit" is a number too large for a file
+    return backend, TextFacts(prefix="", pad_id=int(tokenizer.pad_token_id or 0), longest=longest)
 
 
 def network_from_checkpoint(

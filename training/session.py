@@ -11,7 +11,9 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from tokenizers import Tokenizer
 
 from offramp.training.batches import encode
@@ -19,10 +21,9 @@ from offramp.training.checkpoint import Checkpoint, read_json, save_checkpoint, 
 from offramp.training.data import Columns, load_data
 from offramp.training.loop import Run, best_precision
 from offramp.training.prepare import (
-    BadModel,
     fresh_network,
+    load_tokenizer,
     network_from_checkpoint,
-    save_tokenizer,
     text_facts,
 )
 from offramp.training.settings import BadSetting, settings_from
@@ -59,21 +60,29 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     recipe = importlib.import_module(f"offramp.training.recipes.{wish.recipe}")
     settings = settings_from(recipe.SETTINGS, wish.wishes)
     data = load_data(wish.data, Columns(wish.text_column, wish.text_b_column, wish.label_column))
+    if "train" not in data.splits:
+        raise BadSetting(f"{wish.data} has no train split")
     partial = wish.out.with_name(wish.out.name + ".partial")
-    _same_command(partial, wish)
     policy = recipe.policy_of(settings)
     tokenizer_file = partial / "tokenizer.json"
-    if wish.init is not None:
-        start = network_from_checkpoint(wish.init, data.labels, policy, wish.seed)
-        network, facts = start.network, start.text
-        shutil.copyfile(start.tokenizer, tokenizer_file)
-    else:
-        assert wish.model is not None
-        network = fresh_network(
-            wish.model, data.labels, exits=wish.exits, pooling=wish.pooling, policy=policy, seed=wish.seed
-        )
-        facts = text_facts(save_tokenizer(wish.model, tokenizer_file), network, wish.prefix, wish.max_length)
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    processes = PartialState()
+    with processes.main_process_first():  # the first one writes the files that all of them read
+        _same_command(partial, wish)
+        if wish.init is not None:
+            start = network_from_checkpoint(wish.init, data.labels, policy, wish.seed)
+            network, facts = start.network, start.text
+            tokenizer = Tokenizer.from_file(str(start.tokenizer))
+        else:
+            assert wish.model is not None
+            network = fresh_network(
+                wish.model, data.labels, exits=wish.exits, pooling=wish.pooling, policy=policy, seed=wish.seed
+            )
+            tokenizer, found_facts = load_tokenizer(wish.model)
+            facts = text_facts(found_facts, network, wish.prefix, wish.max_length)
+        if processes.is_main_process:
+            partial.mkdir(parents=True, exist_ok=True)
+            tokenizer_file.write_text(tokenizer.to_str(), encoding="utf-8")
+            write_json(partial / "command.json", _command(wish))
     precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[wish.precision]
     run = Run(network, partial, seed=wish.seed, precision=precision, save_every=wish.save_every)
     if run.position != {"stage": 0, "step": 0}:
@@ -82,8 +91,6 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
             file=sys.stderr,
         )
     encoded = {name: encode(rows, tokenizer, facts) for name, rows in data.splits.items() if name != "test"}
-    if "train" not in encoded:
-        raise BadModel(f"{wish.data} has no train split")
     found = recipe.train(
         run, encoded["train"], encoded["dev"], settings, skip_warm_start=wish.init is not None
     )
@@ -111,16 +118,20 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
 
 def _same_command(partial: Path, wish: TrainingWish) -> None:
     """A resumed run must be the same run: refuse to go on from the state of a different command."""
-    partial.mkdir(parents=True, exist_ok=True)
     file = partial / "command.json"
-    # Through JSON and back, so that tuples compare with the lists that were read.
-    facts = json.loads(json.dumps({**dataclasses.asdict(wish), "out": str(wish.out), "save_every": None}))
-    if file.is_file():
+    if file.is_file() and (partial / "state.json").is_file():
         before = read_json(file)
-        changed = [name for name, value in facts.items() if before.get(name) != value]
+        changed = [name for name, value in _command(wish).items() if before.get(name) != value]
         if changed:
             raise BadSetting(
                 f"{partial} holds an unfinished run with another {', '.join(changed)}; "
                 "repeat its command, or remove that folder"
             )
-    write_json(file, facts)
+
+
+def _command(wish: TrainingWish) -> dict[str, Any]:
+    # Through JSON and back, so that tuples compare with the lists that were read.
+    facts: dict[str, Any] = json.loads(
+        json.dumps({**dataclasses.asdict(wish), "out": str(wish.out), "save_every": None})
+    )
+    return facts

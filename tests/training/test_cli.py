@@ -148,6 +148,7 @@ def test_a_resume_with_another_command_is_refused(folder: Path, tmp_path: Path) 
         *FAST,
     ]
     (partial / "command.json").write_text('{"seed": 9}')
+    (partial / "state.json").write_text("{}")
     result = _run(train, *words)
     assert result.exit_code == 2 and "unfinished run" in result.output
 
