@@ -107,7 +107,8 @@ def point_summary(learned: list[dict[str, Any]], name: str, names: tuple[str, ..
 
 def show(result: dict[str, Any], console: Console) -> None:
     """The tables of one data set."""
-    title = f"{result['data']} [test], seeds {result['seeds']}: accuracy at equal mean exit, mean (std)"
+    seeds = ", ".join(map(str, result["seeds"]))  # a list in brackets would pass for markup
+    title = f"{result['data']} (test), seeds {seeds}: accuracy at equal mean exit, mean (std)"
     table = Table(title=title)
     table.add_column("rule")
     equal = result["figures"]["equal_mean_exit"]
@@ -170,7 +171,7 @@ def main(
         "within": within,
         "figures": compare(joint, learned),
     }
-    show(result, Console())
+    show(result, Console(width=150))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

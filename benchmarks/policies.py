@@ -120,7 +120,7 @@ def main(checkpoint: Path, data: str, judge: str | None, tries: int, json_file: 
         for name, part in rows.items()
     }
     sources = [name for name in seen if name != "dev"]
-    table = Table(title=f"accuracy gained over max-probability at equal mean exit, {Path(data).name} [dev]")
+    table = Table(title=f"accuracy gained over max-probability at equal mean exit, {Path(data).name} (dev)")
     for name in (
         "variant",
         "rewards on",

@@ -131,7 +131,7 @@ def _tested(rule: RuleSpec, test: Signals, costs: Costs) -> dict[str, Any]:
 
 
 def _print(figures: dict[str, Any], console: Console) -> None:
-    measured = f"{figures['checkpoint']} on {figures['data']} [{figures['split']}], {figures['rows']} rows"
+    measured = f"{figures['checkpoint']} on {figures['data']} ({figures['split']}), {figures['rows']} rows"
     exits = Table(title=f"{measured}: accuracy of each exit")
     for block in figures["exits"]:
         exits.add_column(str(block), justify="right")
@@ -195,7 +195,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
         label="oracle",
     )
     axes.set(xlabel="mean exit (blocks)", ylabel="accuracy (%)")
-    measured = f"{figures['checkpoint']} on {figures['data']} [{figures['split']}]"
+    measured = f"{figures['checkpoint']} on {figures['data']} ({figures['split']})"
     axes.set_title(f"{measured}; x: chosen on {figures['points_from']}")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize="small")
