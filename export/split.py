@@ -82,7 +82,9 @@ class Stretch(nn.Module):
         self.blocks = nn.ModuleList(network.blocks[block] for block in blocks)
         self.pooler = network.pooler
         self.exit = network.exits[exit_index].folded()  # type: ignore[operator]
-        self.policy = None if self.last or not len(network.policies) else network.policies[exit_index]
+        self.policy: nn.Module | None = None
+        if not self.last and len(network.policies):
+            self.policy = network.policies[exit_index].folded()  # type: ignore[operator]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         context = dict(zip(self.reads, tensors, strict=True))

@@ -22,7 +22,7 @@ def pool(hidden: Tensor, weights: Tensor | None) -> Tensor:
     """
     if weights is None:
         return hidden[:, 0]
-    return (weights @ hidden)[:, 0]
+    return (weights @ hidden).squeeze(1)  # a squeeze, not a gather: it moves no data
 
 
 class Pooler(nn.Module):

@@ -58,7 +58,7 @@ def test_names_and_shapes_are_the_contract() -> None:
             Tensor("mask", "float32", ("batch", 1, 1, "seq")),
             Tensor("pool", "float32", ("batch", 1, "seq")),
             Tensor("position_bias", "float32", (1, 4, "seq", "seq")),
-            Tensor("evidence", "float32", ("batch", 5)),
+            Tensor("evidence", "float32", ("batch", 2)),
         )
     )
     assert [tensor.name for tensor in first.outputs] == ["next_hidden", "next_evidence", "logits", "gate"]

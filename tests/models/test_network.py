@@ -48,8 +48,20 @@ def test_statistics_tell_agreement_from_disagreement() -> None:
     agreeing, _ = weigh_evidence(same, evidence)
     opposing, _ = weigh_evidence(other, evidence)
     assert evidence.shape == (1, evidence_size(2))
-    assert agreeing[0, 3] > 0.9 > 0.1 > opposing[0, 3]
-    assert agreeing[0, 6] > opposing[0, 6]  # the running mean's probability of today's label
+    assert agreeing[0, 1] > 0.9 > 0.1 > opposing[0, 1]
+    assert agreeing[0, 0] == opposing[0, 0]  # as certain, of another label
+
+
+@pytest.mark.parametrize("kind", ["statistics", "both", "state"])
+def test_a_folded_policy_is_the_same_policy(kind: str) -> None:
+    torch.manual_seed(0)
+    policy = Policy(8, kind).eval()
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter)
+    logits = torch.randn(6, 3) * 4
+    statistics, _ = weigh_evidence(logits, torch.rand(6, 3))
+    pooled = torch.randn(6, 8)
+    torch.testing.assert_close(policy.folded()(pooled, statistics), policy(pooled, statistics))
 
 
 def test_statistics_stay_finite_at_certainty() -> None:
