@@ -64,9 +64,11 @@ def measure(session: Session, monolith: Any, length: int, turns: int) -> dict[st
     given = {entry.name: inputs[entry.name] for entry in monolith.get_inputs()}
     row = np.zeros(1, np.int64)
 
+    sizes = {"rows": 1, "segments": segments, "classes": classes, "limit": 1}
+
     def to_exit(number: int) -> Any:
         rule = bind(RuleSpec("fixed", {"exit": float(number)}), segments)
-        return lambda: walk(session.engine, rule, [(row, inputs)], rows=1, segments=segments, classes=classes)
+        return lambda: walk(session.engine, rule, [(row, inputs)], **sizes)
 
     contenders = {f"exit {k}": to_exit(k) for k in range(1, segments + 1)}
     contenders["one graph"] = lambda: monolith.run(["logits"], given)

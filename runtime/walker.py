@@ -73,13 +73,16 @@ def walk(
         np.full((rows, segments), np.nan, np.float32),
         np.zeros(rows),
     )
-    rooms: dict[Key, list[_Group]] = {}
     pending = iter(batches)
+    rooms: dict[Key, list[_Group]] = {}
     while True:
         full = [key for key, room in rooms.items() if len(room[0].ids) >= limit or _waiting(room) >= limit]
         if full:
             key = max(full)
         elif (batch := next(pending, None)) is not None:
+            if limit == 1 and len(batch[0]) == 1:
+                _alone(engine, rule, int(batch[0][0]), batch[1], variant, trace)
+                continue
             group = _begin(engine, rule, *batch, segments, variant)
             key = (0, variant, group.state.length)
             rooms.setdefault(key, []).append(group)
@@ -91,6 +94,40 @@ def walk(
         group = _call(engine, rooms, key, limit)
         for onward, part in _step(engine, rule, group, key, trace):
             rooms.setdefault(onward, []).append(part)
+
+
+def _alone(engine: Engine, rule: Rule, at: int, inputs: Inputs, variant: int, trace: Trace) -> None:
+    """Walk one row, whom nobody joins: the same steps without rooms, since at batch 1 every microsecond
+    shows.
+
+    Between two segments the interpreter's own code is cold in the cache, so a line here costs several times
+    what it costs in a tight loop.
+    """
+    started = time.perf_counter()
+    variants, logits, gates = trace.variants[at], trace.logits[at], trace.gates[at]
+    segments = len(variants)
+    plan = np.full((1, segments), variant, np.int8)
+    memory = np.zeros((1, rule.width), np.float32)
+    state = engine.begin(inputs)
+    segment, number = 0, variant
+    while True:
+        signals = engine.step(segment, number, state)
+        variants[segment] = number
+        logits[segment] = signals.logits[0]
+        if signals.gate is not None:
+            gates[segment] = signals.gate[0]
+        segment += 1
+        if segment == segments:
+            break
+        plan, memory = rule(signals, memory, plan, segment - 1)
+        number = int(plan[0, segment])
+        while number < 0 and segment + 1 < segments:  # skipped, or gone for good
+            segment += 1
+            number = int(plan[0, segment])
+        if number < 0:
+            break
+    trace.seconds[at] = time.perf_counter() - started
+    engine.drop(state)
 
 
 def _begin(
@@ -142,27 +179,15 @@ def _step(engine: Engine, rule: Rule, group: _Group, key: Key, trace: Trace) -> 
     segment, variant, length = key
     signals = engine.step(segment, variant, group.state)
     ids = group.ids
-    alone = (
-        len(ids) == 1
-    )  # walking one row is what latency is measured by: plain slices and numbers, not gathers
-    at: Any = slice(int(ids[0]), int(ids[0]) + 1) if alone else ids
-    trace.variants[at, segment] = variant
-    trace.logits[at, segment] = signals.logits
+    trace.variants[ids, segment] = variant
+    trace.logits[ids, segment] = signals.logits
     if signals.gate is not None:
-        trace.gates[at, segment] = signals.gate
+        trace.gates[ids, segment] = signals.gate
     if segment + 1 == group.plan.shape[1]:
-        trace.seconds[at] = time.perf_counter() - group.started
+        trace.seconds[ids] = time.perf_counter() - group.started
         engine.drop(group.state)
         return []
     plan, memory = rule(signals, group.memory, group.plan, segment)
-    if alone:
-        for step, number in enumerate(plan[0, segment + 1 :].tolist(), segment + 1):
-            if number >= 0:
-                group.plan, group.memory = plan, memory
-                return [((step, number, length), group)]
-        trace.seconds[at] = time.perf_counter() - group.started
-        engine.drop(group.state)
-        return []
     ahead = plan[:, segment + 1 :] >= 0  # [rows, segments still ahead]
     steps = segment + 1 + ahead.argmax(axis=1)  # of rows that are done: meaningless
     leaves = np.logical_not(ahead.any(axis=1))
