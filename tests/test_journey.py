@@ -33,7 +33,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_bundle_answers_as_it_was_taught(bundle: Path) -> None:
     rows = tiny.rows(40, seed=9)
-    with load(bundle, threads=1) as session:
+    with load(bundle) as session:
         answers = list(session.map([str(row["text"]) for row in rows], batch_size=8))
     right = [answer.label == str(row["label"]) for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) >= 34
@@ -45,7 +45,7 @@ def test_an_operating_point_does_on_dev_what_its_manifest_says(bundle: Path) -> 
     data = bundle.parent / "data" / "dev.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     for name in ("full", "trained", "default"):
-        with load(bundle, point=name, threads=1) as session:
+        with load(bundle, point=name) as session:
             measured = next(p.measured for p in session.manifest.points if p.name == name)
             answers = [session(row["text"]) for row in rows]
         accuracy = (
@@ -58,7 +58,7 @@ def test_an_operating_point_does_on_dev_what_its_manifest_says(bundle: Path) -> 
 def test_ee_run_reads_lines_and_writes_json(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "input.txt"
     file.write_text("a very good film\nthe plot is dull\n")
-    done = CliRunner().invoke(run, ["--bundle", str(bundle), "--threads", "1", str(file)])
+    done = CliRunner().invoke(run, ["--bundle", str(bundle), str(file)])
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["label"] for line in lines] == ["1", "0"]
