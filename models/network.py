@@ -132,9 +132,7 @@ class EarlyExitNetwork(nn.Module):
         return self.policies[exit_index](pooled, statistics), evidence
 
     def statistics(self, logits: Tensor) -> Tensor:
-        """What the policies see of the exits' softmax [batch, exits - 1, 7], from logits [batch, exits,
-        classes].
-        """
+        """What policies see of the softmax [batch, exits - 1, 2]; logits [batch, exits, classes]."""
         evidence = no_evidence(logits, logits.shape[-1])
         columns = []
         for index in range(logits.shape[1] - 1):
@@ -143,9 +141,7 @@ class EarlyExitNetwork(nn.Module):
         return torch.stack(columns, dim=1)
 
     def gates(self, pooled: Tensor, statistics: Tensor) -> Tensor:
-        """Logits of P(exit) [batch, exits - 1] from pooled [batch, exits, hidden] and statistics [batch,
-        exits - 1, 7].
-        """
+        """Logits of P(exit) [batch, exits - 1]; pooled [batch, exits, hidden], statistics as above."""
         columns = [policy(pooled[:, i], statistics[:, i]) for i, policy in enumerate(self.policies)]
         return torch.stack(columns, dim=1)
 
