@@ -124,6 +124,8 @@ def _read_files(files: dict[str, Path]) -> tuple[dict[str, Any], dict[str, str]]
         builder = BUILDERS.get(file.suffix)
         if builder is None:
             raise BadData(f"{file}: unknown kind of file; known: {', '.join(BUILDERS)}")
+        if file.stat().st_size == 0:
+            raise BadData(f"{file}: the file is empty; it needs rows with a text and a label")
         extra = {"sep": "\t"} if file.suffix == ".tsv" else {}
         try:
             raw[split] = datasets.load_dataset(builder, data_files=str(file), split="train", **extra)

@@ -85,6 +85,12 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: list[dict[str, object]], tol
     assert str(file) in str(caught.value)
 
 
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(BadData, match=r"a\.jsonl: the file is empty"):
+        load_data(str(tmp_path / "a.jsonl"))
+
+
 def test_broken_json_is_named_by_row(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a", "label": 0}\n{"text": "b", "la\n')

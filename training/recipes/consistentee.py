@@ -20,6 +20,9 @@ Where we differ, each a setting (docs/log.md has the measurements behind the def
 Not settings: the task loss of stage 4 is weighted by P(leave at l) instead of taken at one sampled exit, and
 the public code's live reward (no depth term) and its actions without exploration are not reproduced.
 
+Expect: e5-small on sst2, a minute or two after the warm start; 89.6 % on test with 58.7 % of the layers saved
+(point saves-57), against 90.2 % at full depth: as accurate as max-probability, not more.
+
     ee-train --model MODEL --data DATA --recipe consistentee --out ckpt/ --set alpha=0.02
 """
 
