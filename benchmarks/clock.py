@@ -31,13 +31,24 @@ class Timings:
         return float(low), float(high)
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], turns: int, warmup: int = 3) -> Timings:
-    """Run every contender once a turn; the order within a turn rotates, so that nobody always runs first."""
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    turns: int,
+    warmup: int = 3,
+    between: Callable[[], object] | None = None,
+) -> Timings:
+    """Run every contender once a turn; the order within a turn rotates, so that nobody always runs first.
+
+    between: run before every contender and not timed, for contenders that would leave each other's weights in
+    the cache.
+    """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + turns):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            if between is not None:
+                between()
             start = time.perf_counter()
             contenders[name]()
             taken = time.perf_counter() - start

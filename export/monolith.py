@@ -1,8 +1,9 @@
-"""The same network as one graph without exits: what a walk has to beat."""
+"""The same network as one graph: what a walk has to beat."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from offramp.export.precision import VARIANTS, to_int8
 from offramp.export.split import Segment, Stem, Stretch, split
 from offramp.export.to_onnx import to_onnx
 from offramp.models.network import EarlyExitNetwork
-from offramp.runtime.manifest import Macs
+from offramp.runtime.manifest import NEXT, Macs, Tensor
 from offramp.training.checkpoint import Checkpoint
 
 
@@ -29,8 +30,35 @@ class Monolith(nn.Module):
         return self.stretch(*(made[name] for name in self.stretch.reads))  # type: ignore[no-any-return]
 
 
-def monolith(network: EarlyExitNetwork) -> Segment:
-    """The network with its last exit alone, as one segment from ids to logits."""
+class WithExits(nn.Module):
+    """Ids and attention mask -> logits [batch, segments, classes] and gates [batch, segments - 1]: all that a
+    full walk says, in one graph.
+    """
+
+    def __init__(self, stem: Stem, stages: Sequence[Segment]) -> None:
+        super().__init__()
+        self.stretches = nn.ModuleList(stage.module for stage in stages)
+        self.stem = stem  # the blocks first, as above
+        self.names = [[tensor.name for tensor in stage.outputs] for stage in stages]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = self.stem.named(*tensors)
+        said: dict[str, list[torch.Tensor]] = {"logits": [], "gate": []}
+        for stretch, names in zip(self.stretches, self.names, strict=True):
+            assert isinstance(stretch, Stretch)
+            for name, value in zip(names, stretch(*(made[n] for n in stretch.reads)), strict=True):
+                if name in said:
+                    said[name].append(value)
+                else:
+                    made[name.removeprefix(NEXT)] = value
+        logits, gates = torch.stack(said["logits"], 1), said["gate"]
+        return (logits, torch.stack(gates, 1)) if gates else (logits,)
+
+
+def monolith(network: EarlyExitNetwork, *, exits: bool = False) -> Segment:
+    """The network with its last exit alone (or with all of them), as one segment from ids to logits."""
+    if exits:
+        return _with_exits(network)
     stem, stretch = split(network, (network.block_count,))
     assert isinstance(stem.module, Stem) and isinstance(stretch.module, Stretch)
     macs = Macs(*(getattr(stem.macs, f) + getattr(stretch.macs, f) for f in ("token", "pair", "row")))
@@ -38,16 +66,37 @@ def monolith(network: EarlyExitNetwork) -> Segment:
     return Segment("monolith", module, stem.inputs, stretch.outputs, stretch.blocks, macs, network.longest)
 
 
+def _with_exits(network: EarlyExitNetwork) -> Segment:
+    stem, *stages = split(network)
+    assert isinstance(stem.module, Stem)
+    module = WithExits(stem.module, stages)
+    count, classes = len(stages), len(network.spec.labels)
+    outputs = [Tensor("logits", "float32", ("batch", count, classes))]
+    if count > 1 and len(network.policies):
+        outputs.append(Tensor("gates", "float32", ("batch", count - 1)))
+    macs = stem.macs
+    for stage in stages:
+        macs = Macs(*(getattr(macs, f) + getattr(stage.macs, f) for f in ("token", "pair", "row")))
+    blocks = tuple(range(1, network.block_count + 1))
+    return Segment("monolith", module, stem.inputs, tuple(outputs), blocks, macs, network.longest)
+
+
 def write_monolith(
-    checkpoint: Checkpoint, path: Path, variant: str = "fp32", *, reduce_range: bool | None = None
+    checkpoint: Checkpoint,
+    path: Path,
+    variant: str = "fp32",
+    *,
+    exits: bool = False,
+    reduce_range: bool | None = None,
 ) -> None:
     """Write the graph: input_ids, attention_mask (token_type_ids) [batch, seq] -> logits [batch, classes].
 
+    exits: with every exit and policy inside, logits [batch, segments, classes], gates [batch, segments - 1].
     Made by the same exporter, and for int8 by the same quantizer, as the segments are.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    whole = monolith(checkpoint.network.float())
+    whole = monolith(checkpoint.network.float(), exits=exits)
     if variant == "fp32":
         to_onnx(whole, path)
         return

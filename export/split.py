@@ -26,7 +26,7 @@ from offramp.models.exits import pool
 from offramp.models.families.family import Context
 from offramp.models.macs import block_macs, exit_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork, parse_exits
-from offramp.models.policies import no_evidence, weigh_evidence
+from offramp.models.policies import no_evidence
 from offramp.runtime.manifest import NEXT, Macs, Tensor
 
 
@@ -84,7 +84,8 @@ class Stretch(nn.Module):
         self.exit = network.exits[exit_index].folded()  # type: ignore[operator]
         self.policy: nn.Module | None = None
         if not self.last and len(network.policies):
-            self.policy = network.policies[exit_index].folded()  # type: ignore[operator]
+            classes = len(network.spec.labels)
+            self.policy = network.policies[exit_index].folded(classes)  # type: ignore[operator]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         context = dict(zip(self.reads, tensors, strict=True))
@@ -99,11 +100,8 @@ class Stretch(nn.Module):
             return (logits,)
         if self.policy is None:
             return hidden, logits
-        # A policy that reads the state alone needs no evidence: none travels, and these zeros vanish from the
-        # graph.
-        seen = no_evidence(logits, logits.shape[-1]) if evidence is None else evidence
-        statistics, seen = weigh_evidence(logits, seen)
-        gate = self.policy(pooled, statistics).sigmoid()  # [batch]
+        opening, seen = self.policy(pooled, logits, evidence)
+        gate = opening.sigmoid()  # [batch]
         return (hidden, logits, gate) if evidence is None else (hidden, seen, logits, gate)
 
 

@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from offramp.export.rewrite import shorten
 from offramp.export.split import Segment
 from offramp.runtime.manifest import Tensor
 
@@ -49,6 +50,7 @@ def to_onnx(segment: Segment, path: Path) -> None:
             input_names=[tensor.name for tensor in segment.inputs],
             output_names=[tensor.name for tensor in segment.outputs],
         )
+        program.model = shorten(program.model)
         model: onnx.ModelProto = program.model_proto
     _name_nodes(model)
     _strip(model)

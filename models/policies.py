@@ -14,6 +14,7 @@ POLICY_INPUTS = ("statistics", "state", "both")
 STATISTICS = 2  # certainty, agreement
 HIDDEN = 16
 FADE = 0.5  # what an exit's say in the evidence keeps from exit to exit
+_ONE = 1.0 + 1e-5  # keeps the logarithm of what is left beside the top probability finite
 
 
 def evidence_size(classes: int) -> int:
@@ -36,7 +37,7 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
     smooth form of patience.
     """
     probabilities = logits.float().softmax(-1)  # [batch, classes]
-    certainty = -(1.0 + 1e-5 - probabilities.amax(-1, keepdim=True)).log()
+    certainty = -(_ONE - probabilities.amax(-1, keepdim=True)).log()
     agreement = (probabilities * evidence).sum(-1, keepdim=True)
     return torch.cat([certainty, agreement], dim=-1), FADE * evidence + probabilities
 
@@ -75,38 +76,62 @@ class Policy(nn.Module):
             logit = logit + self.slope * statistics[:, 0] + self.statistics(statistics)[:, 0]
         return logit  # [batch]
 
-    @torch.no_grad()
-    def folded(self) -> nn.Module:
-        """The same policy in evaluation mode, line and bias inside the perceptron: fewer operators in a
-        graph.
-
-        The certainty is never negative, so one more hidden unit of the ReLU hands it through as it is.
-        """
-        if self.statistics is None or self.slope is None:
-            return self
-        first, last = self.statistics[0], self.statistics[2]
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        through = torch.tensor([[1.0, 0.0]])
-        wider, out = nn.Linear(STATISTICS, HIDDEN + 1), nn.Linear(HIDDEN + 1, 1)
-        wider.weight.copy_(torch.cat([first.weight, through]))
-        wider.bias.copy_(torch.cat([first.bias, torch.zeros(1)]))
-        out.weight.copy_(torch.cat([last.weight, self.slope.view(1, 1)], dim=1))
-        out.bias.copy_(last.bias + self.bias)
-        return Folded(self.state, nn.Sequential(wider, nn.ReLU(), out)).eval()
+    def folded(self, classes: int) -> Folded:
+        """The same policy in evaluation mode as a graph should carry it: in as few operators as will do."""
+        return Folded(self, classes).eval()
 
 
 class Folded(nn.Module):
-    """What Policy.folded() gives: the sum of the perceptrons and nothing else."""
+    """What Policy.folded() gives: a policy and the evidence's step, with sums moved into matrix products.
 
-    def __init__(self, state: nn.Sequential | None, statistics: nn.Sequential) -> None:
+    Reads pooled [batch, hidden], logits [batch, classes] and evidence as before them (None: the policy sees
+    the state alone); gives the logit [batch] and the evidence for the next exit. Line and bias are two more
+    hidden units: the certainty is never negative, so a ReLU hands it through as it is, and a unit that is
+    always one carries the bias.
+    """
+
+    certain: Tensor
+    agree: Tensor
+    start: Tensor
+    last: Tensor
+    fade: Tensor
+
+    @torch.no_grad()
+    def __init__(self, policy: Policy, classes: int) -> None:
         super().__init__()
-        self.state, self.statistics = state, statistics
+        self.state = policy.state
+        self.bias = policy.bias.detach().clone()
+        self.sees_statistics = policy.statistics is not None
+        if policy.statistics is None or policy.slope is None:
+            return
+        first, last = policy.statistics[0], policy.statistics[2]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        certainty, agreement = first.weight.unbind(1)  # each [hidden]
+        zero, one = torch.zeros(1), torch.ones(1)
+        # The logarithm's sign is in the weight; the sum over classes is in the product.
+        self.register_buffer("certain", -torch.cat([certainty, one, zero]).view(1, -1))
+        self.register_buffer("agree", torch.cat([agreement, zero, zero]).repeat(classes, 1))
+        self.register_buffer("start", torch.cat([first.bias, zero, one]))
+        self.register_buffer(
+            "last", torch.cat([last.weight[0], policy.slope.view(1), (last.bias + policy.bias).view(1)])
+        )
+        self.register_buffer("fade", FADE * torch.eye(classes))
 
-    def forward(self, pooled: Tensor, statistics: Tensor) -> Tensor:
-        logit = self.statistics(statistics)
-        if self.state is not None:
-            logit = logit + self.state(pooled)
-        return logit.squeeze(1)  # type: ignore[no-any-return]
+    def forward(
+        self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        state = None if self.state is None else self.state(pooled).squeeze(1)  # [batch]
+        if not self.sees_statistics:
+            return self.bias + state, None
+        if evidence is None:
+            evidence = no_evidence(logits, logits.shape[-1])
+        probabilities = logits.softmax(-1)  # [batch, classes]
+        doubt = (_ONE - probabilities.amax(-1, keepdim=True)).log()  # [batch, 1]
+        hidden = torch.addmm(self.start, doubt, self.certain)
+        hidden = torch.addmm(hidden, probabilities * evidence, self.agree).relu()  # [batch, hidden + 2]
+        logit = hidden @ self.last
+        seen = torch.addmm(probabilities, evidence, self.fade)
+        return (logit if state is None else logit + state), seen
 
 
 def make_policies(hidden_size: int, inputs: str, count: int) -> nn.ModuleList:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.engines import Engine, State
-from offramp.runtime.rules import Floats, Plan, Rule
+from offramp.runtime.rules import Floats, Plan, Rule, Signals
 
 Key = tuple[int, int, int]  # segment, variant, length: what rows must share to be run together
 Inputs = Mapping[str, NDArray[Any]]
@@ -104,29 +104,30 @@ def _alone(engine: Engine, rule: Rule, at: int, inputs: Inputs, variant: int, tr
     what it costs in a tight loop.
     """
     started = time.perf_counter()
-    variants, logits, gates = trace.variants[at], trace.logits[at], trace.gates[at]
-    segments = len(variants)
+    segments = trace.variants.shape[1]
+    step = engine.step
     plan = np.full((1, segments), variant, np.int8)
     memory = np.zeros((1, rule.width), np.float32)
+    ahead = [variant] * segments  # the plan as Python's own numbers
     state = engine.begin(inputs)
-    segment, number = 0, variant
-    while True:
-        signals = engine.step(segment, number, state)
-        variants[segment] = number
-        logits[segment] = signals.logits[0]
-        if signals.gate is not None:
-            gates[segment] = signals.gate[0]
+    said: list[tuple[int, int, Signals]] = []  # segment, variant, signals: into the trace when it is over
+    segment = 0
+    while segment < segments and (number := ahead[segment]) >= 0:
+        signals = step(segment, number, state)
+        said.append((segment, number, signals))
         segment += 1
         if segment == segments:
             break
-        plan, memory = rule(signals, memory, plan, segment - 1)
-        number = int(plan[0, segment])
-        while number < 0 and segment + 1 < segments:  # skipped, or gone for good
+        new, memory = rule(signals, memory, plan, segment - 1)
+        if new is not plan:
+            plan, ahead = new, new[0].tolist()
+        while ahead[segment] < 0 and segment + 1 < segments:  # skipped, or gone for good
             segment += 1
-            number = int(plan[0, segment])
-        if number < 0:
-            break
     trace.seconds[at] = time.perf_counter() - started
+    ran = [segment for segment, _, _ in said]
+    trace.variants[at, ran] = [number for _, number, _ in said]
+    trace.logits[at, ran] = np.concatenate([signals.logits for _, _, signals in said])
+    trace.gates[at, ran] = [np.nan if s.gate is None else s.gate.item() for _, _, s in said]
     engine.drop(state)
 
 

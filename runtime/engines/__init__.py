@@ -56,7 +56,8 @@ class Engine(Protocol):
     def step(self, segment: int, variant: int, state: Any) -> Signals:
         """Run one segment (0-based) in the manifest's variant of that number; the state advances in place.
 
-        Asked to run the last segment, the state is used up: it can only be dropped.
+        The signals are the state's own memory: they hold until the state is dropped or runs that segment
+        again. Asked to run the last segment, the state is used up: it can only be dropped.
         """
         ...
 

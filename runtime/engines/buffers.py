@@ -11,7 +11,9 @@ import numpy as np
 
 from offramp.runtime.engines import Array, Rows
 from offramp.runtime.manifest import NEXT, Tensor, Variant
+from offramp.runtime.rules import Signals
 
+SIGNALS = ("logits", "gate")  # outputs that are read on the host after every step
 _IDLE_BYTES = 64 * 2**20
 _IDLE_COUNT = 64  # each also holds two bindings a segment, some kilobytes of ORT's own memory
 
@@ -40,7 +42,7 @@ class Slot:
             self.value.update_inplace(self.array)
 
 
-Bound = tuple[Any, Any, Variant, bool]  # session, binding, facts, has a gate
+Bound = tuple[Any, Any, Variant, Signals]  # session, binding, facts, and where its signals are written
 
 
 class Buffers:
@@ -48,8 +50,8 @@ class Buffers:
 
     pairs: tensors that every segment reads and writes anew (hidden, evidence): two slots, one for each side
     of a step.
-    shared: what the stem made once (mask, pool, position_bias). inputs: the stem's own inputs. logits, gate:
-    read after a step.
+    shared: what the stem made once (mask, pool, position_bias). inputs: the stem's own inputs. bound: by
+    (segment, variant, side); each has memory of its own for its signals, so that nothing is copied in a step.
     """
 
     def __init__(
@@ -69,16 +71,13 @@ class Buffers:
         self.inputs: dict[str, Array] = {}
         self.stem: Any = None
         self.bound: dict[tuple[int, int, int], Bound] = {}
-        self.logits: Array = np.empty(0, np.float32)
-        self.gate: Array = np.empty(0, np.float32)
+        self._signals: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         sizes = {"batch": rows, "seq": length}
         for name, tensor in tensors.items():
             shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
             dtype = np.dtype(tensor.dtype)
-            if name == "logits":
-                self.logits = np.empty(shape, dtype)
-            elif name == "gate":
-                self.gate = np.empty(shape, dtype)
+            if name in SIGNALS:
+                self._signals[name] = (shape, dtype)
             elif name in stem_inputs:
                 self.inputs[name] = np.empty(shape, dtype)
             elif name in flows:
@@ -102,17 +101,15 @@ class Buffers:
         binding = self._ort.IOBinding(session)
         for tensor in facts.inputs:
             self._bind_slot(binding.bind_input, tensor.name, self._slot(tensor.name, side))
-        gated = False
+        said: dict[str, Array] = {}
         for tensor in facts.outputs:
-            if tensor.name == "logits":
-                self._bind_array(binding.bind_output, "logits", self.logits)
-            elif tensor.name == "gate":
-                gated = True
-                self._bind_array(binding.bind_output, "gate", self.gate)
+            if tensor.name in SIGNALS:
+                said[tensor.name] = np.empty(*self._signals[tensor.name])
+                self._bind_array(binding.bind_output, tensor.name, said[tensor.name])
             else:
                 new = self._slot(tensor.name.removeprefix(NEXT), 1 - side)
                 self._bind_slot(binding.bind_output, tensor.name, new)
-        return session, binding, facts, gated
+        return session, binding, facts, Signals(said["logits"], said.get("gate"))
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:
         """Fill side 0 and the shared tensors with rows (None: all) of (buffers, side), one after another."""

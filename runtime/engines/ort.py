@@ -1,8 +1,8 @@
 """The ONNX Runtime engine: sessions on one thread pool, hidden states between two pre-bound buffers.
 
 Names, dtypes and shapes come from the manifest; the graphs are held to them when they are opened. A row's
-tensors live in buffers of its (rows, length) that are bound once and used again, so a step at batch 1
-allocates two small copies and no more.
+tensors live in buffers of its (rows, length) that are bound once and used again: a step copies and allocates
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.engines import Array, Rows
-from offramp.runtime.engines.buffers import Buffers, Shelf
+from offramp.runtime.engines.buffers import Bound, Buffers, Shelf
 from offramp.runtime.engines.threads import Pool, apply, claim
 from offramp.runtime.errors import BadBundle, EngineUnavailable
 from offramp.runtime.manifest import NEXT, Manifest, Tensor, Variant
@@ -75,21 +75,25 @@ class OrtEngine:
         binding = buffers.stem
         if binding is None:
             binding = buffers.stem = buffers.bind_stem(self._stem, self._stem_facts)
-        self._run(self._stem, binding, self._stem_facts)
+        try:
+            self._stem.run_with_iobinding(binding)
+        except Exception as problem:  # ORT's error types share no base of their own
+            raise self._broken(self._stem_facts, problem) from problem
         return OrtState(buffers, 0)
 
     def step(self, segment: int, variant: int, state: OrtState) -> Signals:
         """Run one segment; see Engine.step."""
-        buffers = state.buffers
         key = (segment, variant, state.side)
-        bound = buffers.bound.get(key)
+        bound = state.buffers.bound.get(key)
         if bound is None:
-            facts = self._bundle.manifest.segments[segment].variants[self._variants[variant]]
-            bound = buffers.bound[key] = buffers.bind(self._session(segment, variant), facts, state.side)
-        session, binding, facts, gated = bound
-        self._run(session, binding, facts)
+            bound = self._bind(key, state.buffers)
+        session, binding, facts, signals = bound
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as problem:  # as above
+            raise self._broken(facts, problem) from problem
         state.side = 1 - state.side
-        return Signals(buffers.logits.copy(), buffers.gate.copy() if gated else None)
+        return signals
 
     def take(self, state: OrtState, rows: Rows) -> OrtState:
         """A new state of those rows alone; see Engine.take."""
@@ -113,6 +117,12 @@ class OrtEngine:
         self._sessions.clear()
         self._stem = None
 
+    def _bind(self, key: tuple[int, int, int], buffers: Buffers) -> Bound:
+        segment, variant, side = key
+        facts = self._bundle.manifest.segments[segment].variants[self._variants[variant]]
+        bound = buffers.bound[key] = buffers.bind(self._session(segment, variant), facts, side)
+        return bound
+
     def _session(self, segment: int, variant: int) -> Any:
         session = self._sessions.get((segment, variant))
         if session is None:
@@ -120,13 +130,8 @@ class OrtEngine:
             session = self._sessions[segment, variant] = self._open(stage.variants[self._variants[variant]])
         return session
 
-    def _run(self, session: Any, binding: Any, facts: Variant) -> None:
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as problem:  # ORT's error types share no base of their own
-            raise BadBundle(
-                f"{self._bundle.folder / facts.file}: ONNX Runtime cannot run it: {problem}"
-            ) from problem
+    def _broken(self, facts: Variant, problem: Exception) -> BadBundle:
+        return BadBundle(f"{self._bundle.folder / facts.file}: ONNX Runtime cannot run it: {problem}")
 
     def _open(self, facts: Variant) -> Any:
         path = self._bundle.folder / facts.file

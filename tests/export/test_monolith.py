@@ -27,6 +27,19 @@ def test_the_module_says_what_the_last_exit_says(family: str) -> None:
     assert [tensor.name for tensor in whole.outputs] == ["logits"] and whole.blocks == (1, 2, 3)
 
 
+@pytest.mark.parametrize("policy", ["statistics", "state", None])
+def test_with_exits_it_says_what_every_exit_says(policy: str | None) -> None:
+    network, given = tiny.network(policy=policy), tiny.inputs()
+    whole = monolith.monolith(network, exits=True)
+    with torch.no_grad():
+        made = whole.module(*(given[tensor.name] for tensor in whole.inputs))
+        expected = network(given)
+    torch.testing.assert_close(made[0], expected.logits, atol=1e-5, rtol=0)
+    assert [tensor.name for tensor in whole.outputs] == (["logits", "gates"] if policy else ["logits"])
+    if policy:
+        torch.testing.assert_close(made[1], expected.gates.sigmoid(), atol=1e-5, rtol=0)
+
+
 def test_its_macs_are_those_without_early_exits() -> None:
     network = tiny.network()
     spared = network.hidden_size  # pooling, once a token, at each exit that is not there

@@ -59,9 +59,12 @@ def test_a_folded_policy_is_the_same_policy(kind: str) -> None:
     for parameter in policy.parameters():
         torch.nn.init.normal_(parameter)
     logits = torch.randn(6, 3) * 4
-    statistics, _ = weigh_evidence(logits, torch.rand(6, 3))
-    pooled = torch.randn(6, 8)
-    torch.testing.assert_close(policy.folded()(pooled, statistics), policy(pooled, statistics))
+    pooled, evidence = torch.randn(6, 8), torch.rand(6, 3)
+    statistics, seen = weigh_evidence(logits, evidence)
+    folded, folded_seen = policy.folded(3)(pooled, logits, evidence)
+    torch.testing.assert_close(folded, policy(pooled, statistics))
+    if kind != "state":
+        torch.testing.assert_close(folded_seen, seen)
 
 
 def test_statistics_stay_finite_at_certainty() -> None:

@@ -39,6 +39,16 @@ def test_gate_leaves_above_its_threshold_not_at_it() -> None:
     assert leaves(RuleSpec("gate", {"threshold": 0.5}), signals) == [False, False, True]
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.7, 0.9])
+def test_a_gate_at_its_threshold_is_the_same_alone_and_in_a_batch(threshold: float) -> None:
+    spec, at = RuleSpec("gate", {"threshold": threshold}), np.full(3, threshold, np.float32)
+    logits = np.zeros((3, 2), np.float32)
+    assert leaves(spec, Signals(logits, at)) == [False] * 3
+    assert leaves(spec, Signals(logits[:1], at[:1])) == [False]
+    above = np.nextafter(at, np.float32(2))
+    assert leaves(spec, Signals(logits[:1], above[:1])) == [True] == leaves(spec, Signals(logits, above))[:1]
+
+
 def test_gate_without_a_policy_is_an_error() -> None:
     with pytest.raises(BadSetting, match="segment 1 has no policy"):
         leaves(RuleSpec("gate", {"threshold": 0.5}), Signals(logits_of([0.5, 0.5])))
