@@ -85,7 +85,25 @@ def measure(walks: list[Session], graphs: dict[str, Any], length: int, turns: in
         given = {entry.name: inputs[entry.name] for entry in graphs[name].get_inputs()}
         return lambda: graphs[name].run(None, given)
 
+    def loop(session: Session) -> Callable[[], object]:
+        """The same sessions run one after another and nothing else: what no walker can go below."""
+        engine: Any = session.engine
+        state = engine.begin(inputs)
+        bound = [(engine._stem, state.buffers.stem)]
+        for k in range(segments):
+            engine.step(k, 0, state)
+            bound.append(state.buffers.bound[k, 0, k % 2][:2])
+
+        def run() -> None:
+            for one, binding in bound:
+                one.run_with_iobinding(binding)
+
+        run.memory = state.buffers  # type: ignore[attr-defined]  # what the bindings point to
+        return run
+
     figures: dict[str, Any] = {"length": length}
+    pairs = [interleave({"loop": loop(s), WITH: graph(WITH)}, turns // 2) for s in walks]
+    figures[f"bare loop / {WITH}"] = round(float(np.mean([pair.ratio("loop", WITH) for pair in pairs])), 4)
     for name in graphs:
         pairs = [interleave({"walk": to_exit(s, segments), name: graph(name)}, turns // 2) for s in walks]
         ratios = np.concatenate([pair.seconds["walk"] / pair.seconds[name] for pair in pairs])
@@ -149,7 +167,7 @@ def main(
         for session in walks:
             session.close()
     table = Table(title=f"{blocks} x {width}, batch 1" if checkpoint is None else f"{checkpoint}, batch 1")
-    for column in ("tokens", f"walk / {WITH}", f"walk / {ALONE}", "exit k / (stem + k share)"):
+    for column in ("tokens", f"walk / {WITH}", f"walk / {ALONE}", "bare loop", "exit k / (stem + k share)"):
         table.add_column(column, justify="right")
     for found in rows:
         cells = [str(found["length"])]
@@ -157,7 +175,7 @@ def main(
             low, high = found[f"5..95 % / {name}"]
             cells.append(f"{found[f'full walk / {name}']:.3f} ({low:.3f}..{high:.3f})")
         off = found["exit time / (stem + share of the rest)"]
-        table.add_row(*cells, f"{min(off):.3f}..{max(off):.3f}")
+        table.add_row(*cells, f"{found[f'bare loop / {WITH}']:.3f}", f"{min(off):.3f}..{max(off):.3f}")
     Console().print(table)
     if json_file is not None:
         result = {

@@ -32,7 +32,7 @@ class FixedReshape(RewriteRuleClassBase):
         return result
 
     def rewrite(self, op: Any, data: ir.Value, shape: ir.Value, reshaped: ir.Value) -> Any:
-        sizes = _sizes(data, reshaped)
+        sizes = _sizes(data, reshaped) or []  # check() has seen it
         return op.Reshape(data, op.Constant(value=ir.tensor(sizes, dtype=ir.DataType.INT64)))
 
 
@@ -59,7 +59,10 @@ class HalfLast(RewriteRuleClassBase):
         return op.Mul(op.Mul(x, bracket), half)
 
 
-RULES = RewriteRuleSet([FixedReshape.rule(), HalfLast.rule()], commute=True)
+RULES = RewriteRuleSet(
+    [rule.rule() for rule in (FixedReshape, HalfLast)],  # type: ignore[no-untyped-call]
+    commute=True,
+)
 
 
 def shorten(model: ir.Model) -> ir.Model:
@@ -73,9 +76,9 @@ def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
         return None
     sizes: list[int] = []
     for axis, size in enumerate(reshaped.shape):
-        if isinstance(size, int) and size > 0:
+        if isinstance(size, int):
             sizes.append(size)
-        elif axis < len(data.shape) and size.value is not None and data.shape[axis] == size:
+        elif size.value is not None and axis < len(data.shape) and data.shape[axis] == size:
             sizes.append(0)
         else:
             return None

@@ -120,9 +120,9 @@ class Folded(nn.Module):
     def forward(
         self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        state = None if self.state is None else self.state(pooled).squeeze(1)  # [batch]
         if not self.sees_statistics:
-            return self.bias + state, None
+            assert self.state is not None
+            return self.bias + self.state(pooled).squeeze(1), None  # [batch]
         if evidence is None:
             evidence = no_evidence(logits, logits.shape[-1])
         probabilities = logits.softmax(-1)  # [batch, classes]
@@ -130,8 +130,9 @@ class Folded(nn.Module):
         hidden = torch.addmm(self.start, doubt, self.certain)
         hidden = torch.addmm(hidden, probabilities * evidence, self.agree).relu()  # [batch, hidden + 2]
         logit = hidden @ self.last
-        seen = torch.addmm(probabilities, evidence, self.fade)
-        return (logit if state is None else logit + state), seen
+        if self.state is not None:
+            logit = logit + self.state(pooled).squeeze(1)
+        return logit, torch.addmm(probabilities, evidence, self.fade)
 
 
 def make_policies(hidden_size: int, inputs: str, count: int) -> nn.ModuleList:

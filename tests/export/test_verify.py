@@ -43,7 +43,7 @@ def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str],
     [
         ("segment_00", "blocks.0.intermediate", "next_hidden"),
         ("segment_00", "exit", "next_evidence"),
-        ("segment_00", "policy.statistics", "gate"),
+        ("segment_00", "policy", "gate"),
         ("segment_01", "blocks.0.output", "logits"),
     ],
 )

@@ -1,0 +1,94 @@
+"""Rewrites: what they save is saved in every family, and what only looks like their pattern is left alone.
+
+That answers stay the same is test_to_onnx's and test_verify's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxscript import ir
+
+from offramp.export.rewrite import shorten
+from offramp.models.families import FAMILIES
+from offramp.runtime.engines import threads
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_segments_compute_no_shapes_and_fuse_gelu(
+    family: str, exported: Callable[[str], Any], tmp_path: Path
+) -> None:
+    made = exported(family)
+    for segment in made.segments[1:]:
+        file = made.folder / f"{segment.name}.onnx"
+        assert "Shape" not in {node.op_type for node in onnx.load(file).graph.node}
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        threads.fit(options)
+        options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
+        # (a policy that reads the state has a GELU of its own)
+        assert fused["BiasGelu"] + fused["Gelu"] >= len(segment.blocks) and not fused["Erf"]
+
+
+def graph(
+    nodes: list[onnx.NodeProto], shape: list[Any], made: list[Any], **constants: Any
+) -> onnx.ModelProto:
+    values = [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, made)
+    return helper.make_model(
+        helper.make_graph(nodes, "g", [given], [out], values),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in ir.to_proto(shorten(ir.from_proto(model))).graph.node]
+
+
+def test_a_reshape_that_moves_a_free_size_keeps_its_shape() -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("Gather", ["sizes", "order"], ["turned"]),
+        helper.make_node("Reshape", ["x", "turned"], ["y"]),
+    ]
+    swapped = graph(nodes, ["batch", "seq"], ["seq", "batch"], order=np.array([1, 0]))
+    assert operators(swapped) == ["Shape", "Gather", "Reshape"]
+    kept = graph(nodes, ["batch", "seq"], ["batch", "seq"], order=np.array([0, 1]))
+    assert operators(kept) == ["Constant", "Reshape"]
+
+
+@pytest.mark.parametrize(("one", "changes"), [(1.0, True), (2.0, False)])
+def test_only_the_constants_of_gelu_make_a_gelu(one: float, changes: bool) -> None:
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["a"]),
+        helper.make_node("Erf", ["a"], ["b"]),
+        helper.make_node("Add", ["b", "one"], ["c"]),
+        helper.make_node("Mul", ["half", "c"], ["d"]),
+        helper.make_node("Mul", ["x", "d"], ["y"]),
+    ]
+    numbers = {"root": np.float32(2**0.5), "one": np.float32(one), "half": np.float32(0.5)}
+    model = graph(nodes, ["n"], ["n"], **numbers)
+    after = ir.to_proto(shorten(ir.from_proto(model)))
+    assert ("half" in after.graph.node[-1].input) == changes
+    x = np.linspace(-3, 3, 7, dtype=np.float32)
+    options = onnxruntime.SessionOptions()
+    threads.fit(options)
+    said = [
+        onnxruntime.InferenceSession(m.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )[0]
+        for m in (model, after)
+    ]
+    np.testing.assert_allclose(said[0], said[1], atol=1e-6)
