@@ -26,11 +26,12 @@ from torch import nn
 from tqdm import tqdm
 
 from offramp.models.policies import make_policies
+from offramp.runtime.rules.sweep import accuracy_at, settings_to_try, sweep
 from offramp.training.batches import encode
 from offramp.training.checkpoint import Checkpoint, load_checkpoint
 from offramp.training.collect import Collected, collect
 from offramp.training.data import load_data
-from offramp.training.frontier import Costs, accuracy_at, settings_to_try, signals_of, sweep
+from offramp.training.frontier import costs_of, table_of
 from offramp.training.hardness import easiness
 from offramp.training.recipes.consistentee import (
     ConsistentEE,
@@ -90,11 +91,8 @@ def gains(checkpoint: Checkpoint, dev: Collected) -> list[float]:
     network = checkpoint.network
     with torch.no_grad():
         gates = network.gates(dev.pooled, network.statistics(dev.logits))
-    signals = signals_of(dataclasses.replace(dev, gates=gates))
-    costs = Costs(network, dev.lengths)
-    curves = [
-        sweep(rule, settings_to_try(rule, signals), signals, costs) for rule in ("gate", "max_probability")
-    ]
+    table, costs = table_of(dataclasses.replace(dev, gates=gates)), costs_of(network, dev.lengths)
+    curves = [sweep(rule, settings_to_try(rule, table), table, costs) for rule in ("gate", "max_probability")]
     found = []
     for share in SHARES:
         learned, plain = (accuracy_at(curve, share * network.block_count) for curve in curves)

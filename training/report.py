@@ -11,24 +11,22 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from offramp.runtime.rules import RuleSpec, bind, simulate
+from offramp.runtime.rules.sweep import (
+    SWEPT,
+    Costs,
+    ExitTable,
+    Point,
+    accuracy_at,
+    full_depth,
+    settings_to_try,
+    shallowest,
+    sweep,
+)
 from offramp.training.batches import encode
 from offramp.training.checkpoint import load_checkpoint, write_json
 from offramp.training.collect import collect
 from offramp.training.data import Columns, load_data
-from offramp.training.frontier import (
-    SWEPT,
-    Costs,
-    Point,
-    Signals,
-    accuracy_at,
-    full_depth,
-    oracle,
-    random_control,
-    settings_to_try,
-    shallowest,
-    signals_of,
-    sweep,
-)
+from offramp.training.frontier import costs_of, oracle, random_control, table_of
 
 # Shares of the depth at which rules are compared at equal mean exit.
 SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
@@ -53,11 +51,11 @@ def evaluate_checkpoint(
     loaded = load_checkpoint(checkpoint)
     rows = load_data(data, Columns(text_column, text_b_column, label_column))
     tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
-    seen = {}
+    seen, costs = {}, {}
     for name in dict.fromkeys((points_from, split)):
         encoded = encode(rows.split(name), tokenizer, loaded.text)
-        seen[name] = signals_of(collect(loaded.network, encoded, batch_size=batch_size, what=name))
-    costs = {name: Costs(loaded.network, signals.lengths) for name, signals in seen.items()}
+        said = collect(loaded.network, encoded, batch_size=batch_size, what=name)
+        seen[name], costs[name] = table_of(said), costs_of(loaded.network, said.lengths)
     figures = measure(
         seen[points_from], seen[split], costs[points_from], costs[split], within, loaded.training
     )
@@ -75,7 +73,12 @@ def evaluate_checkpoint(
 
 
 def measure(
-    dev: Signals, test: Signals, dev_costs: Costs, test_costs: Costs, within: float, training: dict[str, Any]
+    dev: ExitTable,
+    test: ExitTable,
+    dev_costs: Costs,
+    test_costs: Costs,
+    within: float,
+    training: dict[str, Any],
 ) -> dict[str, Any]:
     """Every figure of the report; settings are chosen on dev alone, test is only read."""
     full = full_depth(test, test_costs)
@@ -120,7 +123,7 @@ def measure(
     }
 
 
-def _tested(rule: RuleSpec, test: Signals, costs: Costs) -> dict[str, Any]:
+def _tested(rule: RuleSpec, test: ExitTable, costs: Costs) -> dict[str, Any]:
     exits = simulate(bind(rule, test.logits.shape[1]), test.logits, test.gates)
     histogram = np.bincount(exits, minlength=test.logits.shape[1])
     return {

@@ -1,0 +1,67 @@
+"""Labelled rows: what is read, and that every problem names file, line and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp.runtime.errors import BadInput
+from offramp.runtime.labelled import read_labelled
+
+NAMES = ("negative", "positive")
+
+
+def written(folder: Path, *rows: Any) -> Path:
+    file = folder / "dev.jsonl"
+    file.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
+    return file
+
+
+def test_names_and_numbers_texts_and_pairs(tmp_path: Path) -> None:
+    rows = read_labelled(
+        written(
+            tmp_path,
+            {"text": "good", "label": "positive", "more": 1},
+            "",
+            {"text": "a", "text_b": "b", "label": 0},
+        ),
+        NAMES,
+    )
+    assert rows.items == ("good", ("a", "b")) and rows.labels.tolist() == [1, 0]
+    assert rows.name == "dev.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "a", "label": "neutral"}, "label 'neutral' is not one of: negative, positive"),
+        ({"text": "a", "label": 2}, "label 2 is not one of"),
+        ({"text": "a", "label": True}, "label True is not one of"),
+        ({"text": "a"}, 'no "label"'),
+        ({"text": "", "label": 1}, '"text" is not a text'),
+        ({"text": "a", "text_b": 3, "label": 1}, '"text_b" is not a text: 3'),
+        ("[1]", "expected a JSON object, found list"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, says: str) -> None:
+    file = written(tmp_path, {"text": "good", "label": 1}, row)
+    with pytest.raises(BadInput) as found:
+        read_labelled(file, NAMES)
+    assert str(found.value).startswith(f"{file}, line 2: ") and says in str(found.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_labelled(tmp_path / "none.jsonl", NAMES)
+    with pytest.raises(BadInput, match="it is empty"):
+        read_labelled(written(tmp_path), NAMES)
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes(b'{"text": "caf\xe9", "label": 1}\n')
+    with pytest.raises(BadInput, match="cannot be read as UTF-8"):
+        read_labelled(file, NAMES)

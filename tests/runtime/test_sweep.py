@@ -1,0 +1,85 @@
+"""Sweeping and choosing on a table small enough to check by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from offramp.runtime.rules import RuleSpec
+from offramp.runtime.rules.sweep import (
+    SWEPT,
+    Costs,
+    ExitTable,
+    accuracy_at,
+    choose_points,
+    full_depth,
+    most_accurate,
+    settings_to_try,
+    shallowest,
+    sweep,
+)
+
+
+def table() -> ExitTable:
+    """Four rows of label 1, three exits: the first exit is right and sure of two rows, wrong of two."""
+    margins = np.array([[3, 3, 3], [2, 2, 2], [-0.5, 1, 1], [-1, -1, 1]], np.float32)
+    logits = np.stack([np.zeros_like(margins), margins], -1)
+    gates = np.array([[0.9, 0.9, 1], [0.8, 0.8, 1], [0.2, 0.7, 1], [0.3, 0.1, 1]], np.float32)
+    return ExitTable(logits, gates, np.ones(4, np.int64))
+
+
+def costs() -> Costs:
+    return Costs(np.tile([10.0, 20.0, 30.0], (4, 1)), np.full(4, 30.0), np.array([2, 4, 6]))
+
+
+def test_a_gate_at_one_half() -> None:
+    point = sweep("gate", [0.5], table(), costs())[0]
+    # rows leave at exits 1 1 2 3, blocks 2 2 4 6, all right
+    assert point.accuracy == 100 and point.mean_exit == 3.5
+    assert point.layers_saved == pytest.approx(100 * (1 - 3.5 / 6))
+    assert point.macs_saved == pytest.approx(100 * (1 - 70 / 120))
+
+
+@pytest.mark.parametrize("rule", sorted(SWEPT))
+def test_every_rule_can_be_swept_from_shallow_to_deep(rule: str) -> None:
+    points = sweep(rule, settings_to_try(rule, table()), table(), costs())
+    assert [p.mean_exit for p in points] == sorted(p.mean_exit for p in points)
+    assert len({p.mean_exit for p in points}) > 1 and all(p.rule.name == rule for p in points)
+
+
+def test_no_policies_no_gate() -> None:
+    bare = ExitTable(table().logits, None, table().labels)
+    with pytest.raises(ValueError, match="there are no policies"):
+        settings_to_try("gate", bare)
+
+
+def test_choices() -> None:
+    points = sweep("gate", settings_to_try("gate", table()), table(), costs())
+    best = shallowest(points, 100)
+    assert best is not None and best.accuracy == 100
+    assert all(p.accuracy < 100 for p in points if p.mean_exit < best.mean_exit)
+    half = most_accurate(points, 60)
+    assert half is not None and half.layers_saved >= 60
+    assert half.accuracy == max(p.accuracy for p in points if p.layers_saved >= 60)
+    assert shallowest(points, 101) is None and most_accurate(points, 101) is None
+
+
+def test_points_by_name_and_what_within_is_held_against() -> None:
+    found = choose_points("gate", table(), costs())
+    assert next(iter(found)) == "default" and found["default"] == found["within-0.5"]
+    assert found["full"].rule == RuleSpec("never", {}) and found["full"].accuracy == 100
+    assert found["trained"].rule == RuleSpec("gate", {"threshold": 0.5})
+    lenient = choose_points("gate", table(), costs(), reference=75.5)
+    assert lenient["default"].mean_exit < found["default"].mean_exit
+    # Nothing reaches it: the default is full depth, and no point claims to be within.
+    hopeless = choose_points("max_probability", table(), costs(), reference=200)
+    assert hopeless["default"] == full_depth(table(), costs())
+    assert not any(name.startswith("within") for name in hopeless) and "trained" not in hopeless
+
+
+def test_accuracy_between_points() -> None:
+    points = sweep("gate", settings_to_try("gate", table()), table(), costs())
+    first, last = points[0], points[-1]
+    assert accuracy_at(points, last.mean_exit + 1) is None
+    at_first = accuracy_at(points, first.mean_exit)
+    assert at_first == pytest.approx(np.mean([p.accuracy for p in points if p.mean_exit == first.mean_exit]))
