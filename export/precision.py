@@ -1,4 +1,4 @@
-"""An fp32 graph into int8: dynamic, per channel, in the blocks alone."""
+"""An fp32 graph into int8 (weights and activations) or int4 (weights alone), in the blocks alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from pathlib import Path
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
 
-VARIANTS = ("fp32", "int8")  # what can be written; fp32 comes first, the others are made from it
+VARIANTS = ("fp32", "int8", "int4")  # what can be written; fp32 comes first, the others are made from it
+BLOCK = 128  # weights that share a scale in int4
 
 
 def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
@@ -22,14 +27,7 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
     scale a column; activations are quantized a tensor at run time. reduce_range: 7 bits for weights, None: as
     needs_reduced_range() says of this machine.
     """
-    graph = onnx.load(source).graph
-    inside = [
-        node.name
-        for node in graph.node
-        if node.op_type in ("MatMul", "Gemm") and "blocks." in node.name.rpartition("/")[0]
-    ]
-    if not inside:
-        raise ValueError(f"{source}: no product of a block in it; int8 is made from what to_onnx wrote")
+    inside = _products_of_blocks(source, onnx.load(source))
     reduced = needs_reduced_range() if reduce_range is None else reduce_range
     with _quiet():
         quantize_dynamic(
@@ -43,6 +41,35 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
             extra_options={"MatMulConstBOnly": True},  # attention's products have no weight to quantize ahead
         )
     return target.stat().st_size / source.stat().st_size
+
+
+def to_int4(source: Path, target: Path) -> float:
+    """Write the int4 form of a graph that to_onnx wrote; gives its size as a share of the original's.
+
+    Weights of products inside blocks in 4 bits, symmetric, one scale for BLOCK of them; activations are
+    quantized to 8 bits as they come. It pays where reading weights is the time: short inputs, small caches.
+    Its operator (MatMulNBits) is ONNX Runtime's own.
+    """
+    model = onnx.load(source)
+    inside = set(_products_of_blocks(source, model))
+    others = [node.name for node in model.graph.node if node.name not in inside]
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=4, op_types_to_quantize=("MatMul",)
+    )
+    with _quiet():
+        made = MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
+        made.process()
+    target.write_bytes(made.model.model.SerializeToString())
+    return target.stat().st_size / source.stat().st_size
+
+
+def to_variant(name: str, source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
+    """Write the graph's form of that name, int8 or int4; gives its size as a share of the original's."""
+    if name == "int8":
+        return to_int8(source, target, reduce_range=reduce_range)
+    if name == "int4":
+        return to_int4(source, target)
+    raise ValueError(f"variant {name!r}; choose one of {', '.join(VARIANTS[1:])}")
 
 
 def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) -> bool:
@@ -60,6 +87,18 @@ def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) 
         with contextlib.suppress(OSError):  # no such file but on Linux: not known, so the careful answer
             cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     return not {"avx512_vnni", "avx_vnni"} & set((cpuinfo or "").split())
+
+
+def _products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
+    """Names of the products inside blocks; exporters name nodes by their module."""
+    inside = [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm") and "blocks." in node.name.rpartition("/")[0]
+    ]
+    if not inside:
+        raise ValueError(f"{source}: no product of a block in it; variants are made from what to_onnx wrote")
+    return inside
 
 
 @contextlib.contextmanager

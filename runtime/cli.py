@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:  # what is heavy is imported when the command runs, so that --help is instant
+    from offramp.runtime.inputs import Item
     from offramp.runtime.lines import Line
     from offramp.runtime.session import Answer, Session
     from offramp.runtime.tally import Tally
@@ -22,7 +23,6 @@ ENGINES, DEVICES, FORMATS = (
     ("cpu", "cuda"),
     ("auto", "text", "json"),
 )  # a test holds these to their sources
-WINDOW = 8  # batches read ahead, as Session.map does
 AT_LEAST_1 = click.IntRange(min=1)
 ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -45,8 +45,8 @@ Text that is longer than the network reads is cut and marked "truncated": true.
 
 \b
 With batch size 1 every answer is written before the next line is read. Larger batches
-read 8 batches ahead, sort them by length and write the answers in the order of the
-lines. Memory does not grow with the number of lines.
+read up to 16 batches ahead, sort 8 by length while 8 are walked, and write the answers in
+the order of the lines. Memory does not grow with the number of lines.
 
 \b
 Rules and what --threshold means: gate (leave where P(exit) is above), max_probability
@@ -111,12 +111,7 @@ def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wish
         with _open(source) as stream, load(bundle, batch_size=batch_size, **wishes) as session:
             tally = Tally()
             code = SOME_FAILED
-            # Reading ahead is what lets rows be sorted; a batch of one has nothing to sort and must not wait
-            # for more.
-            window = batch_size * WINDOW if batch_size > 1 else 1
-            lines = read_lines(stream, form)
-            while chunk := list(islice(lines, window)):
-                _write(_answers(session, chunk, tally))
+            _answer(session, read_lines(stream, form), tally, each=batch_size == 1)
             if stats:
                 engine, manifest = session.engine, session.manifest
                 rule = " ".join(
@@ -147,37 +142,61 @@ def _open(source: str) -> AbstractContextManager[IO[bytes]]:
     return nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")
 
 
-def _answers(session: Session, lines: list[Line], tally: Tally) -> Iterator[dict[str, Any]]:
-    """One object for every line, in order."""
+def _answer(session: Session, lines: Iterator[Line], tally: Tally, *, each: bool) -> None:
+    """Write one object for every line, in order; each: let the reader have every one at once."""
     from offramp.runtime.errors import BadInput
 
-    good = [line for line in lines if line.problem is None]
-    found: list[Answer | str] = []
-    while len(found) < len(good):
+    waiting: deque[Line] = deque()  # lines that were read and are not written yet: two windows of map at most
+
+    def items() -> Iterator[Item]:
+        # A map that met an item which is no text is over: what was read ahead is handed to the next one.
+        yield from [line.item for line in waiting if line.problem is None]
+        for line in lines:
+            if line.problem is not None and not waiting:
+                _write(_failed(line, line.problem, tally), flush=each)
+                continue
+            waiting.append(line)
+            if line.problem is None:
+                yield line.item
+
+    def written(found: Answer | str) -> None:
+        line = waiting.popleft()
+        out = _failed(line, found, tally) if isinstance(found, str) else _found(line, found, tally)
+        while waiting and waiting[0].problem is not None:
+            _write(out)
+            line = waiting.popleft()
+            out = _failed(line, str(line.problem), tally)
+        _write(out, flush=each or not waiting)
+
+    unread = True
+    while unread:
         try:
-            for answer in session.map([line.item for line in good[len(found) :]]):
-                found.append(answer)
+            for answer in session.map(items()):
+                written(answer)
+            unread = False
         except BadInput as problem:
-            found.append(str(problem).partition(": ")[2])
-    results = iter(found)
-    for line in lines:
-        result = next(results) if line.problem is None else line.problem
-        if isinstance(result, str):
-            tally.failed += 1
-            yield {"error": result, "line": line.number}
-            continue
-        tally.add(result.exit, result.depth, result.seconds)
-        line_out: dict[str, Any] = {"label": result.label, "score": round(result.score, 6)}
-        line_out |= {"exit": result.exit, "depth": result.depth, "ms": round(1e3 * result.seconds, 3)}
-        yield line_out | {"truncated": True} if result.truncated or line.cut else line_out
+            written(str(problem).partition(": ")[2])
+    sys.stdout.buffer.flush()
 
 
-def _write(answers: Iterator[dict[str, Any]]) -> None:
-    """Bytes: UTF-8 comes out whatever the terminal's encoding. Flushed: a reader can follow."""
+def _failed(line: Line, problem: str, tally: Tally) -> dict[str, Any]:
+    tally.failed += 1
+    return {"error": problem, "line": line.number}
+
+
+def _found(line: Line, answer: Answer, tally: Tally) -> dict[str, Any]:
+    tally.add(answer.exit, answer.depth, answer.seconds)
+    out: dict[str, Any] = {"label": answer.label, "score": round(answer.score, 6)}
+    out |= {"exit": answer.exit, "depth": answer.depth, "ms": round(1e3 * answer.seconds, 3)}
+    return out | {"truncated": True} if answer.truncated or line.cut else out
+
+
+def _write(answer: dict[str, Any], *, flush: bool = False) -> None:
+    """Bytes: UTF-8 comes out whatever the terminal's encoding."""
     out: IO[bytes] = sys.stdout.buffer
-    for answer in answers:
-        out.write(json.dumps(answer, ensure_ascii=False).encode("utf-8") + b"\n")
-    out.flush()
+    out.write(json.dumps(answer, ensure_ascii=False).encode("utf-8") + b"\n")
+    if flush:
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -102,6 +102,20 @@ class Encoder:
         found = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         return {name: found[name] for name in self._names}
 
+    def blank(self, rows: int, length: int) -> dict[str, Ids]:
+        """The stem's inputs for rows of `length` tokens without a meaning, int64 [rows, length].
+
+        length: cut to the longest that the network reads.
+        """
+        shape = (rows, min(length, self._facts.longest))
+        ids = np.full(shape, self._facts.pad_id, dtype=np.int64)
+        found = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+        }
+        return {name: found[name] for name in self._names}
+
     def _text(self, number: int, item: Item) -> Item:
         parts = item if isinstance(item, tuple) else (item,)
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):

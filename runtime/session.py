@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from os import PathLike
 from types import TracebackType
 
@@ -19,9 +18,14 @@ from offramp.runtime.engines import Engine, open_engine
 from offramp.runtime.errors import BadInput, BadSetting, SessionClosed
 from offramp.runtime.inputs import Encoder, Item, Row
 from offramp.runtime.manifest import Manifest, RuleSpec
+from offramp.runtime.pipeline import Task, ahead, chunks
 from offramp.runtime.walker import Inputs, Trace, walk
+from offramp.runtime.wishes import choose
 
-WINDOW = 8  # batches that map reads ahead, to sort rows by length
+WINDOW = 8  # batches in a window: what map reads at once, to sort rows by length
+
+# Rows of a window, and what is wrong with the item after them.
+Window = tuple[list[Row], BadInput | None]
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,14 @@ class Session:
     def map(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[Answer]:
         """Answers in the order of `items` (texts or pairs of texts), read and answered as they are asked for.
 
-        Reads 8 batches ahead and holds no more, so that a million items need the memory of a few hundred;
-        batch_size 1 reads one item, answers it, and only then reads the next. An item that is no text raises
-        BadInput after the answers before it.
+        Reads windows of 8 batches, two at most: while one is walked, a thread tokenizes the next. So a
+        million items need the memory of a few hundred. `items` is read in the thread that asks for the
+        answers; closing or dropping the iterator leaves no thread behind. batch_size 1 reads one item,
+        answers it, and only then reads the next, without a thread. An item that is no text raises BadInput
+        after the answers before it, and so does what `items` itself raises.
         """
         size = self.batch_size if batch_size is None else _batch_size(batch_size)
-        source = iter(items)
-        window = size * WINDOW if size > 1 else 1
-        return self._map(source, size, window)
+        return self._map(iter(items), size)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -93,6 +97,39 @@ class Session:
     def encode(self, text: str, text_b: str | None = None) -> Inputs:
         """The stem's inputs for one text (or pair), int64 [1, seq]: what a call would run on."""
         return self._encode.arrays(self._encode([text if text_b is None else (text, text_b)]))
+
+    def warm_up(self, lengths: Sequence[int] = (16, 32, 64, 128), batch: int = 1) -> None:
+        """Open every segment and run it once at these lengths (tokens), so that no later call pays for it.
+
+        batch: rows of the runs. Lengths beyond what the network reads are cut to that. Needed after
+        load(lazy=True), and useful before times are taken. Raises BadSetting for sizes under 1, BadBundle
+        where a file is not what the manifest says, SessionClosed.
+        """
+        if bad := [length for length in lengths if length < 1]:
+            raise BadSetting(f"length {bad[0]}: expected 1 or more")
+        _batch_size(batch)
+        segments = range(len(self.manifest.segments))
+        with self._lock:
+            self._check_open()
+            self.engine.prepare(self._number, segments)
+            for length in lengths:
+                state = self.engine.begin(self._encode.blank(batch, length))
+                for segment in segments:
+                    self.engine.step(segment, self._number, state)
+                self.engine.drop(state)
+
+    def at_full_depth(
+        self, items: Sequence[Item], variant: str | None = None
+    ) -> tuple[Trace, NDArray[np.int64]]:
+        """What every exit says of every item, whatever the rule; and the items' lengths in tokens [rows].
+
+        variant: the precision of the walk, None: the session's own. Raises as a call does.
+        """
+        rows = self._encode(list(items))
+        number = self._number if variant is None else self.manifest.variants.index(variant)
+        never = rules.bind(RuleSpec("never", {}), len(self.manifest.segments))
+        trace = self._trace(rows, self.batch_size, never, number)
+        return trace, np.array([len(row.ids) for row in rows], np.int64)
 
     def close(self) -> None:
         """Free the engine; calling twice is fine."""
@@ -109,20 +146,24 @@ class Session:
     ) -> None:
         self.close()
 
-    def _map(self, source: Iterator[Item], size: int, window: int) -> Iterator[Answer]:
-        done = 0
-        while chunk := list(islice(source, window)):
-            try:
-                rows, problem = self._encode(chunk), None
-            except BadInput:
-                # One item is no text: find it, answer those before it, and name it by its place in the whole.
-                rows, problem = self._good(chunk, done)
+    def _map(self, source: Iterator[Item], size: int) -> Iterator[Answer]:
+        chunked = chunks(source, size * WINDOW if size > 1 else 1)
+        # The built-in map reads an item when it is asked for, not sooner, and works in this thread.
+        windows = ahead(chunked, self._window) if size > 1 else map(self._window, chunked)
+        for rows, problem in windows:
             yield from self._walk(rows, size)
             if problem is not None:
                 raise problem
-            done += len(chunk)
 
-    def _good(self, chunk: Sequence[Item], done: int) -> tuple[list[Row], BadInput | None]:
+    def _window(self, chunk: tuple[int, list[Item]]) -> Window:
+        done, items = chunk
+        try:
+            return self._encode(items), None
+        except BadInput:
+            # One item is no text: find it, answer those before it, and name it by its place in the whole.
+            return self._good(items, done)
+
+    def _good(self, chunk: Sequence[Item], done: int) -> Window:
         rows: list[Row] = []
         for at, item in enumerate(chunk):
             try:
@@ -134,20 +175,26 @@ class Session:
     def _walk(self, rows: Sequence[Row], size: int) -> list[Answer]:
         if not rows:
             return []
+        trace = self._trace(rows, size, self._rule, self._number)
+        return [self._answer(trace, at, row.truncated) for at, row in enumerate(rows)]
+
+    def _trace(self, rows: Sequence[Row], size: int, rule: rules.Rule, variant: int) -> Trace:
         with self._lock:
-            if self._closed:
-                raise SessionClosed("the session is closed; load() another")
-            trace = walk(
+            self._check_open()
+            return walk(
                 self.engine,
-                self._rule,
+                rule,
                 self._batches(rows, size),
                 rows=len(rows),
                 segments=len(self.manifest.segments),
                 classes=len(self.manifest.labels),
-                variant=self._number,
+                variant=variant,
                 limit=size,
             )
-        return [self._answer(trace, at, row.truncated) for at, row in enumerate(rows)]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed("the session is closed; load() another")
 
     def _batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
         """Rows of like length together, the shortest first."""
@@ -190,6 +237,7 @@ def load(
     threshold: float | None = None,
     point: str | None = None,
     batch_size: int = 32,
+    lazy: bool = False,
 ) -> Session:
     """Open a bundle folder as a session; what is not wished for is as the bundle's manifest says.
 
@@ -199,6 +247,9 @@ def load(
     global_pool: run all segments on one pool of the whole process, the fastest; from then on ONNX Runtime
     opens no session of the application that does not set use_per_session_threads = False. With False (or
     threads=1) the process is left alone, for a few per cent.
+    lazy: open a segment when a row first gets there; the first answers are slower, and what no row reaches
+    costs neither time nor memory (see Session.warm_up). Sessions of one process on the same bundle, device
+    and threads share the weights.
     Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
     contradicting each other.
     """
@@ -207,63 +258,24 @@ def load(
     spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
     # A bad wish is named before seconds go into opening graphs.
     rules.bind(spec, len(bundle.manifest.segments))
-    encoder = Encoder(bundle)
-    opened = open_engine(
-        engine, bundle, device=device, variant=variant, threads=threads, global_pool=global_pool
-    )
-    return Session(bundle, opened, encoder, spec, variant, size)
-
-
-def choose(
-    manifest: Manifest,
-    *,
-    rule: str | RuleSpec | None,
-    threshold: float | None,
-    point: str | None,
-    variant: str | None,
-) -> tuple[RuleSpec, str]:
-    """The rule and variant that wishes and manifest come to; BadSetting names a contradiction."""
-    if variant is not None and variant not in manifest.variants:
-        raise BadSetting(
-            f"variant {variant!r} is not in this bundle; it offers: {', '.join(manifest.variants)}"
+    encoder = Task(Encoder, bundle)  # a vocabulary takes its time, and the engine mostly reads and waits
+    try:
+        opened = open_engine(
+            engine,
+            bundle,
+            device=device,
+            variant=variant,
+            threads=threads,
+            global_pool=global_pool,
+            lazy=lazy,
         )
-    if point is not None:
-        if rule is not None or threshold is not None:
-            raise BadSetting(f"point {point!r} sets the rule and its threshold: wish for either, not both")
-        found = next((known for known in manifest.points if known.name == point), None)
-        if found is None:
-            known = ", ".join(p.name for p in manifest.points) or "none at all"
-            raise BadSetting(f"operating point {point!r} is not in this bundle; it has: {known}")
-        if variant not in (None, found.variant):
-            raise BadSetting(
-                f"point {point!r} was measured in variant {found.variant}, not {variant}: wish for either"
-            )
-        return _with_policies(manifest, found.rule), found.variant
-    if isinstance(rule, RuleSpec):
-        spec = rule
-    elif rule is None or rule == manifest.rule.name:
-        spec = manifest.rule
-    else:
-        # A gate is a probability, so one half is its natural threshold; of the others, none is.
-        spec = RuleSpec(rule, {"threshold": 0.5} if rule == "gate" else {})
-    if threshold is not None:
-        parameter = rules.main_parameter(spec.name)
-        if parameter is None:
-            raise BadSetting(f"rule {spec.name} has no threshold")
-        spec = RuleSpec(spec.name, {**spec.parameters, parameter: float(threshold)})
-    return _with_policies(manifest, spec), variant or manifest.variants[0]
-
-
-def _with_policies(manifest: Manifest, spec: RuleSpec) -> RuleSpec:
-    """The spec, unless it asks for a gate that the bundle does not have."""
-    for segment in manifest.segments[:-1]:
-        outputs = [tensor.name for tensor in next(iter(segment.variants.values())).outputs]
-        if spec.name == "gate" and "gate" not in outputs:
-            others = ", ".join(name for name in rules.KNOWN if name != "gate")
-            raise BadSetting(
-                f"rule gate: {segment.name} has no policy in this bundle; choose one of: {others}"
-            )
-    return spec
+    finally:
+        encoder.join()
+    try:
+        return Session(bundle, opened, encoder.result(), spec, variant, size)
+    except BaseException:
+        opened.close()
+        raise
 
 
 def _batch_size(size: int) -> int:

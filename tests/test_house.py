@@ -33,6 +33,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.bundle",
         "runtime.engines",
         "runtime.rules",
+        # --segments auto and --dev measure the bundle that was written, as its users will walk it.
+        "runtime.session",
+        "runtime.calibrate",
+        "runtime.labelled",
+        "runtime.errors",
     ),
     "benchmarks": ("runtime", "models", "training", "export"),
 }

@@ -49,6 +49,13 @@ class Engine(Protocol):
         """For people: version, threads, which thread pool was to be had."""
         ...
 
+    def prepare(self, variant: int, segments: Sequence[int]) -> None:
+        """Open the stem and these segments (0-based) in one variant, those that are not open yet.
+
+        What is not prepared is opened when a row first gets there.
+        """
+        ...
+
     def begin(self, inputs: Mapping[str, Array]) -> State:
         """Run the stem on input_ids, attention_mask (and token_type_ids), int64 [batch, seq]."""
         ...
@@ -86,12 +93,14 @@ def open_engine(
     variant: str | None = None,
     threads: int | None = None,
     global_pool: bool = True,
+    lazy: bool = False,
 ) -> Engine:
     """Open an engine by name with the stem and one variant of every segment (others when first stepped).
 
-    global_pool: see offramp.runtime.engines.threads. Raises EngineUnavailable where engine or device is not
-    there (never another in its place), BadSetting for names that do not exist, BadBundle where a file is not
-    what the manifest says.
+    lazy: the stem alone is opened now, a segment when a row first gets there. global_pool: see
+    offramp.runtime.engines.threads. Raises EngineUnavailable where engine or device is not there (never
+    another in its place), BadSetting for names that do not exist, BadBundle where a file is not what the
+    manifest says.
     """
     if name not in ENGINES:
         raise BadSetting(f"engine {name!r} is not known; choose one of: {', '.join(ENGINES)}")
@@ -106,4 +115,9 @@ def open_engine(
     engine: Engine = import_module(ENGINES[name]).open(
         bundle, device=device, variant=variant, threads=threads, global_pool=global_pool
     )
+    try:
+        engine.prepare(known.index(variant), range(0 if lazy else len(bundle.manifest.segments)))
+    except BaseException:
+        engine.close()
+        raise
     return engine

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from offramp.export.precision import needs_reduced_range, to_int8
+from offramp.export.precision import needs_reduced_range, to_int4, to_int8, to_variant
 
 VNNI, PLAIN = "flags : fpu avx2 avx512f avx512_vnni", "flags : fpu avx2 fma"
 
@@ -88,3 +88,33 @@ def test_a_stem_has_nothing_to_quantize(exported: Callable[[str], Any], tmp_path
 )
 def test_machines_that_need_the_reduced_range(machine: str, flags: str, reduced: bool) -> None:
     assert needs_reduced_range(machine, flags) is reduced
+
+
+def test_int4_is_in_products_of_blocks_alone_and_close(
+    exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    made = exported("bert")
+    source = made.folder / "segment_01.onnx"
+    assert to_variant("int4", source, tmp_path / "out.onnx") < 1
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    small = [node.name for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(small) == 6 and all("blocks." in name for name in small)
+    generator = np.random.default_rng(0)
+    given = {
+        "hidden": generator.standard_normal((2, 9, 32), dtype=np.float32),
+        "mask": np.zeros((2, 1, 1, 9), np.float32),
+        "pool": np.full((2, 1, 9), 1 / 9, np.float32),
+    }
+    full, four = (
+        open_graph(file).run(["logits"], {k: given[k] for k in given})[0]
+        for file in (source, tmp_path / "out.onnx")
+    )
+    assert 0 < np.abs(full - four).max() < 0.3
+
+
+def test_what_is_no_segment_and_no_variant(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no product of a block"):
+        to_int4(exported("bert").folder / "stem.onnx", tmp_path / "out.onnx")
+    with pytest.raises(ValueError, match="choose one of int8, int4"):
+        to_variant("fp8", exported("bert").folder / "segment_00.onnx", tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())

@@ -182,4 +182,3 @@ def test_the_command_repeats_what_light_imports_cannot_tell() -> None:
     assert tuple(engines.ENGINES) == cli.ENGINES
     assert engines.DEVICES == cli.DEVICES
     assert lines.FORMATS == cli.FORMATS
-    assert session.WINDOW == cli.WINDOW

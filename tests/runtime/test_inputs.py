@@ -66,6 +66,14 @@ def test_only_the_inputs_that_the_stem_has(encoder: Encoder) -> None:
     assert set(encoder.arrays(encoder(["good"]))) == names
 
 
+def test_blank_rows_have_the_shapes_of_real_ones(encoder: Encoder) -> None:
+    real, blank = encoder.arrays(encoder(["good film"])), encoder.blank(3, 5)
+    assert {name: array.dtype for name, array in blank.items()} == {n: a.dtype for n, a in real.items()}
+    assert all(array.shape == (3, 5) for array in blank.values()) and blank["attention_mask"].all()
+    longest = open_bundle(TINY).manifest.input.longest
+    assert encoder.blank(1, 10_000)["input_ids"].shape == (1, longest)
+
+
 def test_the_prefix_goes_before_the_first_text_alone() -> None:
     plain, prefixed = Encoder(open_bundle(TINY)), Encoder(bundle_with(prefix="very "))
     assert prefixed(["good", ("good", "bad")]) == plain(["very good", ("very good", "bad")])

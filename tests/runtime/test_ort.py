@@ -1,11 +1,13 @@
 """The ONNX Runtime engine against the same graphs run by hand, and everything that it refuses."""
 
 import dataclasses
+import gc
 import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import onnxruntime
 import pytest
 
 from offramp.runtime.bundle import Bundle, open_bundle
-from offramp.runtime.engines import buffers, open_engine, threads
+from offramp.runtime.engines import buffers, graphs, open_engine, threads
 from offramp.runtime.engines.ort import OrtEngine
 from offramp.runtime.errors import BadBundle, EngineUnavailable
 
@@ -200,6 +202,131 @@ def test_a_graph_that_fails_names_its_file(engine: OrtEngine) -> None:
     feeds["input_ids"][0, 0] = 10**6
     with pytest.raises(BadBundle, match=r"stem\.onnx: ONNX Runtime cannot run it"):
         engine.begin(feeds)
+
+
+def sessions(engine: OrtEngine) -> dict:
+    return {step: graph.session for step, graph in engine._open.items()}
+
+
+def test_engines_on_one_bundle_share_what_is_open(engine: OrtEngine) -> None:
+    other = open_engine("ort", open_bundle(TINY))
+    assert sessions(other) == sessions(engine) and len(sessions(other)) == 4
+    one, two = inputs(2, 8, seed=1), inputs(2, 8, seed=2)  # of one shape: buffers must not be shared
+    states = [engine.begin(one), other.begin(two)]
+    first = [engine.step(0, 0, states[0]), other.step(0, 0, states[1])]
+    agree(first[0], by_hand(one, ["fp32"] * 3)[0])
+    agree(first[1], by_hand(two, ["fp32"] * 3)[0])
+    other.close()
+    agree(engine.step(1, 0, states[0]), by_hand(one, ["fp32"] * 3)[1])
+
+
+def test_a_shared_graph_is_not_read_again(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    bundle = open_bundle(folder)
+    one = open_engine("ort", bundle)
+    (folder / "segment_01.onnx").unlink()
+    two = open_engine("ort", bundle)
+    assert sessions(one) == sessions(two)
+    one.close()
+    two.close()
+    del one, two
+    gc.collect()
+    with pytest.raises(FileNotFoundError, match="segment_01"):
+        open_engine("ort", bundle)
+
+
+def test_another_folder_or_manifest_or_pool_is_not_shared(engine: OrtEngine, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    bundle = open_bundle(folder)
+    copied = open_engine("ort", bundle)
+    assert not set(sessions(copied).values()) & set(sessions(engine).values())
+    text = (folder / "manifest.json").read_text(encoding="utf-8")
+    (folder / "manifest.json").write_text(text.replace('"random"', '"other"'), encoding="utf-8")
+    written_anew = open_bundle(folder)
+    assert written_anew != bundle
+    changed = open_engine("ort", written_anew)
+    assert not set(sessions(changed).values()) & set(sessions(copied).values())
+    alike = dataclasses.replace(engine._pool, kind="another")
+    slots = [graphs.Graphs(onnxruntime, open_bundle(TINY), "cpu", p, {}) for p in (engine._pool, alike)]
+    facts = bundle.manifest.stem.variants["fp32"]
+    assert slots[0].read(facts)[1] is engine._open[-1, 0]
+    assert slots[1].read(facts)[1] is not engine._open[-1, 0]
+
+
+def test_what_nobody_runs_is_let_go(tmp_path: Path) -> None:
+    bundle = open_bundle(Path(shutil.copytree(TINY, tmp_path / "bundle")))
+    before = len(graphs._known)
+    one, two = open_engine("ort", bundle), open_engine("ort", bundle)
+    assert len(graphs._known) == before + 4
+    one.close()
+    assert len(graphs._known) == before + 4
+    two.close()
+    assert len(graphs._known) == before
+
+
+def test_engines_that_open_at_once_open_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    opened, made = [], onnxruntime.InferenceSession
+
+    def count(*args, **options):
+        opened.append(threading.get_ident())
+        return made(*args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", count)
+    engines = []
+    work = [
+        threading.Thread(target=lambda: engines.append(open_engine("ort", open_bundle(folder))))
+        for _ in range(4)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert len(engines) == 4 and len(opened) == 4  # the stem and three segments
+    for engine in engines:
+        engine.close()
+
+
+def test_engines_that_share_run_at_once(engine: OrtEngine) -> None:
+    wrong = []
+
+    def walk(seed: int) -> None:
+        own = open_engine("ort", open_bundle(TINY))
+        feeds = inputs(2, 8, seed)
+        expected = by_hand(feeds, ["fp32"] * 3)
+        for _ in range(50):
+            state = own.begin(feeds)
+            for segment in range(3):
+                if not np.allclose(
+                    own.step(segment, 0, state).logits, expected[segment]["logits"], atol=1e-4
+                ):
+                    wrong.append(seed)
+            own.drop(state)
+
+    work = [threading.Thread(target=walk, args=(seed,)) for seed in range(3)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert not wrong
+
+
+def test_the_bytes_of_files_are_not_kept(engine: OrtEngine) -> None:
+    for session in sessions(engine).values():
+        assert not [name for name, value in vars(session).items() if isinstance(value, bytes) and value]
+
+
+def test_a_lazy_engine_opens_a_segment_when_a_row_gets_there() -> None:
+    bundle = open_bundle(TINY)
+    engine = open_engine("ort", bundle, threads=None, lazy=True)
+    assert set(sessions(engine)) == {(-1, 0)}
+    feeds = inputs(2, 5)
+    state = engine.begin(feeds)
+    agree(engine.step(0, 0, state), by_hand(feeds, ["fp32"] * 3)[0])
+    assert set(sessions(engine)) == {(-1, 0), (0, 0)}
+    engine.prepare(1, range(3))
+    assert set(sessions(engine)) == {(-1, 0), (0, 0), (0, 1), (1, 1), (2, 1)}
+    engine.close()
 
 
 def test_what_really_runs_is_said(engine: OrtEngine) -> None:

@@ -1,5 +1,6 @@
 """Sessions over the tiny bundle: answers, order, laziness, wishes and their contradictions."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -10,6 +11,7 @@ import pytest
 
 from offramp.runtime import (
     Answer,
+    BadBundle,
     BadInput,
     BadSetting,
     BundleNotFound,
@@ -18,7 +20,7 @@ from offramp.runtime import (
     SessionClosed,
     load,
 )
-from offramp.runtime.session import WINDOW, choose
+from offramp.runtime.session import WINDOW
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]
@@ -79,7 +81,7 @@ def test_pairs(session: Session) -> None:
     assert session("good film", "bad plot").signals != session("good film bad plot").signals
 
 
-def test_map_reads_no_further_than_its_window(session: Session) -> None:
+def test_map_reads_no_further_than_two_windows(session: Session) -> None:
     read = 0
 
     def source() -> Iterator[str]:
@@ -91,7 +93,9 @@ def test_map_reads_no_further_than_its_window(session: Session) -> None:
     answers = session.map(source(), batch_size=2)
     assert read == 0
     list(islice(answers, 3))
-    assert read == 2 * WINDOW
+    assert read == 2 * 2 * WINDOW
+    list(islice(answers, 2 * WINDOW))
+    assert read == 3 * 2 * WINDOW
 
 
 def test_map_of_batch_size_one_answers_before_it_reads_on(session: Session) -> None:
@@ -117,6 +121,63 @@ def test_an_item_that_is_no_text_comes_after_the_answers_before_it(session: Sess
         for answer in session.map(items):  # type: ignore[arg-type]
             answers.append(answer)
     assert len(answers) == 40
+
+
+def test_an_error_of_the_source_comes_after_the_answers_before_it(session: Session) -> None:
+    def source() -> Iterator[str]:
+        yield from texts(40)
+        raise OSError("the source broke")
+
+    for size in (1, 4):
+        answers = []
+        with pytest.raises(OSError, match="the source broke"):
+            for answer in session.map(source(), batch_size=size):
+                answers.append(answer)
+        assert len(answers) == 40
+
+
+def tokenizing() -> bool:
+    return any(thread.name == "offramp ahead" for thread in threading.enumerate())
+
+
+def test_windows_are_tokenized_beside_the_walk(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = []
+    encode = session._encode
+
+    class Spy:
+        arrays = staticmethod(encode.arrays)
+
+        def __call__(self, items: list[str]) -> list:
+            where.append(threading.current_thread() is threading.main_thread())
+            return encode(items)
+
+    monkeypatch.setattr(session, "_encode", Spy())
+    assert len(list(session.map(texts(4 * WINDOW * 3)))) == 4 * WINDOW * 3
+    assert where == [True, False, False]
+    where.clear()
+    list(session.map(texts(5), batch_size=1))
+    assert where == [True] * 5
+
+
+def test_an_abandoned_map_leaves_no_thread(session: Session) -> None:
+    answers = session.map(texts(500))
+    next(answers)
+    del answers
+    assert not tokenizing()
+    answers = session.map(texts(500))
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    assert not tokenizing()
+
+
+def test_a_session_closed_under_a_map_says_so() -> None:
+    session = load(TINY, batch_size=2)
+    answers = session.map(texts(100))
+    next(answers)
+    session.close()
+    with pytest.raises(SessionClosed):
+        list(answers)
+    assert not tokenizing()
 
 
 def test_encode_gives_what_a_call_runs_on(session: Session) -> None:
@@ -159,6 +220,68 @@ def test_a_closed_session_says_so() -> None:
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleNotFound, match="no such folder"):
         load(tmp_path / "bundle")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "bundle"))
+
+
+def test_a_lazy_session_opens_what_is_reached(folder: Path) -> None:
+    (folder / "segment_02.onnx").unlink()
+    with pytest.raises(BundleNotFound, match="segment_02"):
+        load(folder)
+    with load(folder, lazy=True, rule="fixed", threshold=2) as session, load(TINY) as whole:
+        answer = session("good film")
+        assert answer.exit == 2
+        assert np.isclose(answer.signals[0][0], whole("good film").signals[0][0], atol=1e-5)
+        with pytest.raises(BundleNotFound, match="segment_02"):
+            session.warm_up()
+        assert session("good film") != answer and session("good film").exit == 2  # seconds differ
+
+
+def test_a_lazy_session_checks_what_it_reads(folder: Path) -> None:
+    with load(folder, lazy=True, rule="never") as session:
+        path = folder / "segment_01.onnx"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(BadBundle, match=r"segment_01\.onnx: sha256"):
+            session("good film")
+
+
+def test_a_lazy_session_still_needs_its_stem(folder: Path) -> None:
+    (folder / "stem.onnx").unlink()
+    with pytest.raises(BundleNotFound, match="stem"):
+        load(folder, lazy=True)
+
+
+def test_after_a_warm_up_no_file_is_read(folder: Path) -> None:
+    with load(folder, lazy=True, variant="int8") as session, load(TINY, variant="int8") as eager:
+        session.warm_up((1, 7, 1000), batch=2)
+        for path in folder.iterdir():
+            path.unlink()
+        assert all(same(a, b) for a, b in zip(session.map(texts(20)), eager.map(texts(20)), strict=True))
+
+
+@pytest.mark.parametrize("wish", [{"lengths": (8, 0)}, {"batch": 0}])
+def test_a_warm_up_of_nothing_is_refused(session: Session, wish: dict) -> None:
+    with pytest.raises(BadSetting, match="expected 1 or more"):
+        session.warm_up(**wish)
+
+
+def test_a_closed_session_is_not_warmed() -> None:
+    session = load(TINY)
+    session.close()
+    with pytest.raises(SessionClosed):
+        session.warm_up()
+
+
+def test_a_bad_tokenizer_is_said_whatever_the_engine_does(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(BadBundle, match=r"tokenizer\.json"):
+        load(folder)
+    assert not tokenizing()
 
 
 def test_full_depth_and_fixed_exits() -> None:
@@ -212,19 +335,3 @@ def test_a_threshold_alone_goes_to_the_bundles_rule() -> None:
 def test_wishes_that_cannot_be_met(wishes: dict, message: str) -> None:
     with pytest.raises(BadSetting, match=message):
         load(TINY, **wishes)
-
-
-def test_a_gate_without_policies_is_refused_when_loading(session: Session) -> None:
-    import dataclasses
-
-    def without(stage):
-        variants = {
-            name: dataclasses.replace(variant, outputs=tuple(t for t in variant.outputs if t.name != "gate"))
-            for name, variant in stage.variants.items()
-        }
-        return dataclasses.replace(stage, variants=variants)
-
-    manifest = session.manifest
-    bare = dataclasses.replace(manifest, segments=tuple(map(without, manifest.segments)))
-    with pytest.raises(BadSetting, match="has no policy in this bundle"):
-        choose(bare, rule=None, threshold=None, point=None, variant=None)

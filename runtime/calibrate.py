@@ -1,0 +1,133 @@
+"""ee-calibrate: operating points of a bundle, measured on labelled rows by the engine that will walk it.
+
+Thresholds chosen in training belong to fp32 on torch with every exit. A bundle in int8, or one that keeps
+only some exits, gets points of its own here: every row is walked to the end in every variant, rules are swept
+over what the exits said, and the manifest is written again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.runtime.errors import OfframpError
+from offramp.runtime.labelled import Labelled, read_labelled
+from offramp.runtime.manifest import FILE_NAME, Manifest, OperatingPoint
+from offramp.runtime.rules.sweep import Costs, ExitTable, Point, choose_points
+from offramp.runtime.session import Session, load
+
+HELP = """Measure a bundle on the labelled rows of FILE (a dev set, never the test set) and write operating
+points for each of its variants into its manifest.
+
+\b
+FILE is JSON lines with "text" (and "text_b") and "label": the label's name or its number.
+Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
+of another variant carry its name, as in int8-default. "within" is held against the full
+depth of the default variant, so that int8-within-0.5 loses at most 0.5 in all.
+
+\b
+Exit codes: 0 written, 2 the bundle or the file cannot be used.
+"""
+
+
+def exit_table(session: Session, rows: Labelled, variant: str) -> tuple[ExitTable, NDArray[np.int64]]:
+    """What every exit says of the rows in one variant, walked at full depth, and their lengths in tokens
+    [rows].
+    """
+    trace, lengths = session.at_full_depth(rows.items, variant)
+    gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
+    gates = np.nan_to_num(trace.gates, nan=1.0) if gated else None
+    return ExitTable(trace.logits, gates, rows.labels), lengths
+
+
+def costs_of(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> Costs:
+    """Multiply-accumulates to every exit for rows of these lengths [rows] in tokens, as the manifest says.
+
+    What exits and policies cost is inside the segments' figures, so `full` is the full walk's.
+    """
+    tokens = [int(length) for length in lengths]
+    each = np.array([[stage.macs.of(n) for stage in manifest.segments] for n in tokens])
+    to_exit = np.array([manifest.stem.macs.of(n) for n in tokens])[:, None] + each.cumsum(1)
+    blocks = np.array([segment.blocks[-1] for segment in manifest.segments])
+    return Costs(to_exit, to_exit[:, -1], blocks)
+
+
+def calibrate(session: Session, rows: Labelled, rule: str | None = None) -> tuple[OperatingPoint, ...]:
+    """Operating points of every variant of the session's bundle; rule None: gate where there are policies,
+    else max_probability.
+    """
+    manifest = session.manifest
+    found: list[OperatingPoint] = []
+    reference = None
+    for variant in manifest.variants:
+        table, lengths = exit_table(session, rows, variant)
+        chosen = rule or ("max_probability" if table.gates is None else "gate")
+        points = choose_points(chosen, table, costs_of(manifest, lengths), reference=reference)
+        reference = points["full"].accuracy if reference is None else reference
+        prefix = "" if variant == manifest.variants[0] else f"{variant}-"
+        found += [_named(prefix + name, point, variant, rows) for name, point in points.items()]
+    return tuple(found)
+
+
+def rewrite(
+    folder: Path, manifest: Manifest, points: tuple[OperatingPoint, ...], facts: Mapping[str, Any]
+) -> Manifest:
+    """Write the manifest with these points and the rule of "default" in place of the bundle's; whole or not
+    at all.
+    """
+    default = next(point for point in points if point.name == "default")
+    provenance = {**manifest.provenance, "calibrated": dict(facts)}
+    new = dataclasses.replace(manifest, points=points, rule=default.rule, provenance=provenance)
+    Manifest.from_json(new.to_json(), source=str(folder / FILE_NAME))  # what we write, we can read
+    beside = folder.with_name(f".{folder.name}.{FILE_NAME}.new")
+    beside.write_text(new.to_json(), encoding="utf-8")
+    os.replace(beside, folder / FILE_NAME)
+    return new
+
+
+def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPoint:
+    return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
+
+
+@click.command(help=HELP, context_settings={"show_default": True})
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--bundle", default="bundle/", metavar="DIR", help="The bundle to measure.")
+@click.option(
+    "--rule",
+    type=click.Choice(["gate", "max_probability", "entropy", "margin", "patience"]),
+    help="Rule to sweep [default: gate where there are policies].",
+)
+@click.option("--engine", default="ort", help="Engine to measure with.")
+@click.option("--device", default="cpu", help="Device to measure on.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads [default: one a core].")
+def main(file: Path, bundle: str, rule: str | None, engine: str, device: str, threads: int | None) -> None:
+    try:
+        with load(bundle, rule="never", engine=engine, device=device, threads=threads) as session:
+            rows = read_labelled(file, session.labels)
+            click.echo(f"{len(rows.items)} rows, {len(session.manifest.variants)} variants", err=True)
+            points = calibrate(session, rows, rule)
+            facts = {"rows": len(rows.items), "engine": session.engine.name, "device": session.engine.device}
+            rewrite(Path(bundle), session.manifest, points, {**facts, **session.engine.facts})
+    except OfframpError as problem:
+        click.echo(f"ee-calibrate: {problem}", err=True)
+        sys.exit(2)
+    click.echo(f"{'point':18}{'variant':8}{'accuracy %':>11}{'mean exit':>11}{'MACs saved %':>14}  rule")
+    for point in points:
+        said = point.measured
+        numbers = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
+        click.echo(
+            f"{point.name:18}{point.variant:8}{said['accuracy']:11.2f}{said['mean_exit']:11.2f}"
+            f"{said['macs_saved']:14.2f}  {point.rule.name} {numbers}".rstrip()
+        )
+
+
+if __name__ == "__main__":
+    main(prog_name="ee-calibrate")

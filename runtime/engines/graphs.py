@@ -1,0 +1,170 @@
+"""Opened graphs, one a file and process: engines that run the same file in the same way share its weights.
+
+ONNX Runtime's sessions may run in several threads at once and keep nothing between two runs, so what engines
+must not share is only what they bind: that stays with each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.engines.threads import Pool, apply
+from offramp.runtime.errors import BadBundle, EngineUnavailable
+from offramp.runtime.manifest import Variant
+from offramp.runtime.pipeline import Task
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {"float": "float32", "double": "float64"}  # ORT's names where they differ from numpy's
+
+_arena = False  # whether this process has an arena that its sessions share
+_known: WeakValueDictionary[Hashable, Graph] = WeakValueDictionary()
+_guard = threading.Lock()  # of both
+
+
+class Graph:
+    """One opened file, or the place for it; it lives as long as an engine holds it.
+
+    session: None until it is opened. lock: held while it is opened, so that this happens once.
+    """
+
+    __slots__ = ("__weakref__", "lock", "session")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.session: Any = None
+
+
+class Graphs:
+    """Opens the files of one bundle on one device and pool; thread-safe.
+
+    early: files that are being read already, by name; each is used once.
+    """
+
+    def __init__(
+        self,
+        ort: ModuleType,
+        bundle: Bundle,
+        device: str,
+        pool: Pool,
+        early: Mapping[str, Task[str, bytes]],
+    ) -> None:
+        self._ort, self._bundle, self._device, self._pool = ort, bundle, device, pool
+        self._early = dict(early)
+        # All that the manifest says, the hashes of its files among it: a bundle that was written anew in the
+        # same place is another bundle.
+        facts = hashlib.sha256(repr(bundle.manifest).encode("utf-8", "surrogatepass")).digest()
+        self._same = (str(bundle.folder.resolve()), facts, device, pool)
+
+    def read(self, facts: Variant) -> tuple[Variant, Graph, bytes | None]:
+        """What open() takes: the verified bytes of the file, or None where its graph is open already."""
+        with _guard:
+            graph = _known.setdefault((*self._same, facts), Graph())
+        early = self._early.pop(facts.file, None)
+        if graph.session is not None:
+            return facts, graph, None
+        return facts, graph, self._bundle.read(facts.file) if early is None else early.result()
+
+    def open(self, facts: Variant, graph: Graph, data: bytes | None) -> Graph:
+        """The graph with its session. Raises BadBundle naming the file, EngineUnavailable for the device."""
+        with graph.lock:
+            if graph.session is None:
+                graph.session = self._session(facts, self._bundle.read(facts.file) if data is None else data)
+        return graph
+
+    def _session(self, facts: Variant, data: bytes) -> Any:
+        path = self._bundle.folder / facts.file
+        options = self._ort.SessionOptions()
+        apply(self._pool, options)
+        if self._device == "cpu":
+            _share_arena(self._ort, options)
+        options.log_severity_level = 3
+        # Patterns are kept for every shape ever met; with free batch and length that is memory that only
+        # grows.
+        options.enable_mem_pattern = False
+        provider = PROVIDERS[self._device]
+        if self._device != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            # enable_fallback: ORT's Python layer would print on stdout and try the CPU instead.
+            session = self._ort.InferenceSession(data, options, providers=[provider], enable_fallback=0)
+        except Exception as problem:  # ORT's error types share no base of their own
+            raise self._refused(path, problem) from problem
+        # The Python layer keeps the file's bytes, to open them once more on other providers; we never do, and
+        # they would double the memory of the weights.
+        if hasattr(session, "_model_bytes"):
+            session._model_bytes = None
+        real = session.get_providers()[0]
+        if real != provider:
+            raise EngineUnavailable(
+                f"engine ort: {provider} was asked for, {real} came; use --device cpu if that is enough"
+            )
+        _hold(str(path), facts, session)
+        return session
+
+    def _refused(self, path: Path, problem: Exception) -> BadBundle | EngineUnavailable:
+        if "use_per_session_threads" in str(problem):
+            return EngineUnavailable(
+                "engine ort: the application has made ONNX Runtime's global pool, beside which there can "
+                "be no other; leave threads and global_pool out to walk on that pool"
+            )
+        if self._device != "cpu":
+            cure = "check the driver and the CUDA libraries that onnxruntime-gpu names, or use --device cpu"
+            return EngineUnavailable(f"engine ort cannot use device {self._device}: {problem}; {cure}")
+        return BadBundle(f"{path}: ONNX Runtime cannot open it: {problem}")
+
+
+def _share_arena(ort: ModuleType, options: Any) -> None:
+    """Let all sessions of the process allocate from one arena.
+
+    With one each, every segment writes its intermediate values to memory of its own, which a full walk finds
+    cold in the cache: 6 % of the time at 128 tokens, 12 x 384. A segment that uses what the one before it has
+    just freed works in the same few hundred kilobytes all the way, as a single graph does.
+    """
+    global _arena
+    if not hasattr(ort, "create_and_register_allocator"):
+        return
+    with _guard:
+        if not _arena:
+            place = ort.OrtMemoryInfo(
+                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+            )
+            # ORT's own error types share no base; it refuses where the application has registered an arena:
+            # then that one serves.
+            with suppress(Exception):
+                ort.create_and_register_allocator(place, None)
+            _arena = True
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+def _hold(path: str, facts: Variant, session: Any) -> None:
+    """The graph's inputs and outputs must be the manifest's: names, dtypes, sizes where both are numbers."""
+    for side, tensors, found in (
+        ("input", facts.inputs, session.get_inputs()),
+        ("output", facts.outputs, session.get_outputs()),
+    ):
+        real = {node.name: node for node in found}
+        if set(real) != {tensor.name for tensor in tensors}:
+            raise BadBundle(
+                f"{path}: {side}s {sorted(real)}, the manifest says {sorted(t.name for t in tensors)}"
+            )
+        for tensor in tensors:
+            node = real[tensor.name]
+            dtype = node.type.removeprefix("tensor(").removesuffix(")")
+            if _DTYPES.get(dtype, dtype) != np.dtype(tensor.dtype).name:
+                raise BadBundle(f"{path}: {side} {tensor.name} is {dtype}, the manifest says {tensor.dtype}")
+            sizes = list(zip(node.shape, tensor.shape, strict=False))
+            clash = [1 for a, b in sizes if isinstance(a, int) and isinstance(b, int) and a != b]
+            if clash or (node.shape and len(node.shape) != len(tensor.shape)):
+                raise BadBundle(
+                    f"{path}: {side} {tensor.name} is {node.shape}, the manifest says {list(tensor.shape)}"
+                )

@@ -1,0 +1,98 @@
+"""A stream in chunks, and work on the next of them while this one is used: one thread, none left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Generic, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def ahead(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
+    """work(item) of each item, in order; while the caller uses one result, a thread works on the next.
+
+    Items are read in the caller's thread, one further than the result that is given out: a source need not
+    know of threads, and is never read by a thread that nobody can stop. An error, of the items or of the
+    work, is raised in its turn, after the results before it. The first result, for which the caller has to
+    wait in any case, is made without a thread, so that a single item costs none. A thread lives for one item:
+    between two results there is at most one, and closing or dropping the iterator waits for it.
+    """
+    source = iter(items)
+    try:
+        first = next(source)
+    except StopIteration:
+        return
+    made = [work(first)]  # a list, so that a result that was handed over is not held here too
+    del first
+    while True:
+        problem: Exception | None = None
+        task: Task[A, B] | None = None
+        try:
+            task = Task(work, next(source))
+        except StopIteration:
+            pass
+        except Exception as raised:
+            problem = raised
+        try:
+            yield made.pop()
+        finally:
+            if task is not None:
+                task.join()
+        if problem is not None:
+            raise problem
+        if task is None:
+            return
+        made.append(task.result())
+
+
+def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
+    """(number of the items before it, the next `size` items; fewer in the last).
+
+    Where the source raises, what it gave until then comes first.
+    """
+    done = 0
+    while True:
+        items: list[A] = []
+        problem: Exception | None = None
+        try:
+            for item in islice(source, size):
+                items.append(item)  # one by one: list() would lose what came before an error
+        except Exception as raised:
+            problem = raised
+        if items:
+            yield done, items
+        if problem is not None:
+            raise problem
+        if not items:
+            return
+        done += len(items)
+
+
+class Task(Generic[A, B]):
+    """work(item) in a thread of its own, begun at once."""
+
+    def __init__(self, work: Callable[[A], B], item: A) -> None:
+        self._made: list[B] = []
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work, item), name="offramp ahead")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def result(self) -> B:
+        """Wait, and hand over what the work gave, once; what it raised is raised here."""
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+        return self._made.pop()
+
+    def _run(self, work: Callable[[A], B], item: A) -> None:
+        try:
+            self._made.append(work(item))
+        except BaseException as problem:  # raised where the result is asked for
+            self._problem = problem

@@ -1,0 +1,59 @@
+"""What the caller wishes for and what the bundle says, brought together: a rule and a variant to walk in."""
+
+from __future__ import annotations
+
+from offramp.runtime import rules
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.manifest import Manifest, RuleSpec
+
+
+def choose(
+    manifest: Manifest,
+    *,
+    rule: str | RuleSpec | None,
+    threshold: float | None,
+    point: str | None,
+    variant: str | None,
+) -> tuple[RuleSpec, str]:
+    """The rule and variant that wishes and manifest come to; BadSetting names a contradiction."""
+    if variant is not None and variant not in manifest.variants:
+        raise BadSetting(
+            f"variant {variant!r} is not in this bundle; it offers: {', '.join(manifest.variants)}"
+        )
+    if point is not None:
+        if rule is not None or threshold is not None:
+            raise BadSetting(f"point {point!r} sets the rule and its threshold: wish for either, not both")
+        found = next((known for known in manifest.points if known.name == point), None)
+        if found is None:
+            known = ", ".join(p.name for p in manifest.points) or "none at all"
+            raise BadSetting(f"operating point {point!r} is not in this bundle; it has: {known}")
+        if variant not in (None, found.variant):
+            raise BadSetting(
+                f"point {point!r} was measured in variant {found.variant}, not {variant}: wish for either"
+            )
+        return _with_policies(manifest, found.rule), found.variant
+    if isinstance(rule, RuleSpec):
+        spec = rule
+    elif rule is None or rule == manifest.rule.name:
+        spec = manifest.rule
+    else:
+        # A gate is a probability, so one half is its natural threshold; of the others, none is.
+        spec = RuleSpec(rule, {"threshold": 0.5} if rule == "gate" else {})
+    if threshold is not None:
+        parameter = rules.main_parameter(spec.name)
+        if parameter is None:
+            raise BadSetting(f"rule {spec.name} has no threshold")
+        spec = RuleSpec(spec.name, {**spec.parameters, parameter: float(threshold)})
+    return _with_policies(manifest, spec), variant or manifest.variants[0]
+
+
+def _with_policies(manifest: Manifest, spec: RuleSpec) -> RuleSpec:
+    """The spec, unless it asks for a gate that the bundle does not have."""
+    for segment in manifest.segments[:-1]:
+        outputs = [tensor.name for tensor in next(iter(segment.variants.values())).outputs]
+        if spec.name == "gate" and "gate" not in outputs:
+            others = ", ".join(name for name in rules.KNOWN if name != "gate")
+            raise BadSetting(
+                f"rule gate: {segment.name} has no policy in this bundle; choose one of: {others}"
+            )
+    return spec
