@@ -161,7 +161,7 @@ def main(
             WITH: onnxruntime.InferenceSession(folder / "with", options, providers=cpu),
             ALONE: onnxruntime.InferenceSession(folder / "alone", options, providers=cpu),
         }
-        walks.append(load(folder / "bundle", rule="never"))
+        walks.append(load(folder / "bundle", rule="never", share=False))
         rows = [measure(walks, graphs, int(length), turns) for length in lengths.split(",")]
         facts = dict(walks[0].engine.facts)
         for session in walks:

@@ -86,10 +86,18 @@ Exit codes:
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), default="auto", show_default=True, help="What INPUT is."
 )
+@click.option(
+    "--warm-up",
+    is_flag=True,
+    help="Open and run every segment once before the first line is read; without it a segment is opened when "
+    "a row first gets there, which that row waits for.",
+)
 @click.option("--stats", is_flag=True, help="At the end, on standard error: exits, times, what really ran.")
-def main(source: str, bundle: str, batch_size: int, form: str, stats: bool, **wishes: Any) -> None:
+def main(
+    source: str, bundle: str, batch_size: int, form: str, warm_up: bool, stats: bool, **wishes: Any
+) -> None:
     try:
-        code = _run(source, bundle, batch_size, form, stats, wishes)
+        code = _run(source, bundle, batch_size, form, warm_up, stats, wishes)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -100,7 +108,9 @@ def main(source: str, bundle: str, batch_size: int, form: str, stats: bool, **wi
     sys.exit(code)
 
 
-def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wishes: dict[str, Any]) -> int:
+def _run(
+    source: str, bundle: str, batch_size: int, form: str, warm_up: bool, stats: bool, wishes: dict[str, Any]
+) -> int:
     from offramp.runtime.errors import OfframpError
     from offramp.runtime.lines import read_lines
     from offramp.runtime.session import load
@@ -108,7 +118,9 @@ def _run(source: str, bundle: str, batch_size: int, form: str, stats: bool, wish
 
     code = NOT_STARTED
     try:
-        with _open(source) as stream, load(bundle, batch_size=batch_size, **wishes) as session:
+        with _open(source) as stream, load(bundle, batch_size=batch_size, lazy=True, **wishes) as session:
+            if warm_up:
+                session.warm_up(batch=batch_size)
             tally = Tally()
             code = SOME_FAILED
             _answer(session, read_lines(stream, form), tally, each=batch_size == 1)

@@ -38,7 +38,7 @@ def read_labelled(file: Path, names: Sequence[str]) -> Labelled:
                     place = f"{file}, line {number}"
                     row = _row(line, place)
                     items.append(row["text"] if row.get("text_b") is None else (row["text"], row["text_b"]))
-                    labels.append(_label(row.get("label"), names, place))
+                    labels.append(label_number(row.get("label"), names, place))
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInput(f"{file}: cannot be read as UTF-8 text: {problem}") from problem
     if not items:
@@ -60,7 +60,8 @@ def _row(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _label(value: object, names: Sequence[str], place: str) -> int:
+def label_number(value: object, names: Sequence[str], place: str) -> int:
+    """The number of a label that is given by name or number; BadInput naming the place for anything else."""
     if isinstance(value, str) and value in names:
         return names.index(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):

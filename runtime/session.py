@@ -238,6 +238,7 @@ def load(
     point: str | None = None,
     batch_size: int = 32,
     lazy: bool = False,
+    share: bool = True,
 ) -> Session:
     """Open a bundle folder as a session; what is not wished for is as the bundle's manifest says.
 
@@ -248,8 +249,8 @@ def load(
     opens no session of the application that does not set use_per_session_threads = False. With False (or
     threads=1) the process is left alone, for a few per cent.
     lazy: open a segment when a row first gets there; the first answers are slower, and what no row reaches
-    costs neither time nor memory (see Session.warm_up). Sessions of one process on the same bundle, device
-    and threads share the weights.
+    costs neither time nor memory (see Session.warm_up). share: with sessions of this process on the same
+    bundle, device and threads, share the weights.
     Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
     contradicting each other.
     """
@@ -268,6 +269,7 @@ def load(
             threads=threads,
             global_pool=global_pool,
             lazy=lazy,
+            share=share,
         )
     finally:
         encoder.join()

@@ -16,7 +16,8 @@ from offramp.runtime.rules import Signals
 Array = NDArray[Any]
 Rows = NDArray[np.int64]
 
-# name: module with open(bundle, *, device, variant, threads, global_pool) -> Engine; imported when asked for
+# name: module with open(bundle, *, device, variant, threads, global_pool, share) -> Engine, imported when
+# asked for
 ENGINES = {"ort": "offramp.runtime.engines.ort", "trt": "offramp.runtime.engines.trt"}
 DEVICES = ("cpu", "cuda")
 
@@ -94,10 +95,12 @@ def open_engine(
     threads: int | None = None,
     global_pool: bool = True,
     lazy: bool = False,
+    share: bool = True,
 ) -> Engine:
     """Open an engine by name with the stem and one variant of every segment (others when first stepped).
 
-    lazy: the stem alone is opened now, a segment when a row first gets there. global_pool: see
+    lazy: the stem alone is opened now, a segment when a row first gets there. share: the weights, with other
+    engines of this process on the same bundle. global_pool: see
     offramp.runtime.engines.threads. Raises EngineUnavailable where engine or device is not there (never
     another in its place), BadSetting for names that do not exist, BadBundle where a file is not what the
     manifest says.
@@ -113,7 +116,7 @@ def open_engine(
     if threads is not None and threads < 1:
         raise BadSetting(f"threads {threads}: expected 1 or more")
     engine: Engine = import_module(ENGINES[name]).open(
-        bundle, device=device, variant=variant, threads=threads, global_pool=global_pool
+        bundle, device=device, variant=variant, threads=threads, global_pool=global_pool, share=share
     )
     try:
         engine.prepare(known.index(variant), range(0 if lazy else len(bundle.manifest.segments)))

@@ -47,7 +47,8 @@ class Graph:
 class Graphs:
     """Opens the files of one bundle on one device and pool; thread-safe.
 
-    early: files that are being read already, by name; each is used once.
+    early: files that are being read already, by name; each is used once. share: with the other Graphs of the
+    process that say so.
     """
 
     def __init__(
@@ -57,13 +58,15 @@ class Graphs:
         device: str,
         pool: Pool,
         early: Mapping[str, Task[str, bytes]],
+        share: bool = True,
     ) -> None:
         self._ort, self._bundle, self._device, self._pool = ort, bundle, device, pool
         self._early = dict(early)
         # All that the manifest says, the hashes of its files among it: a bundle that was written anew in the
         # same place is another bundle.
         facts = hashlib.sha256(repr(bundle.manifest).encode("utf-8", "surrogatepass")).digest()
-        self._same = (str(bundle.folder.resolve()), facts, device, pool)
+        # An object is like no other.
+        self._same = (str(bundle.folder.resolve()), facts, device, pool, None if share else object())
 
     def read(self, facts: Variant) -> tuple[Variant, Graph, bytes | None]:
         """What open() takes: the verified bytes of the file, or None where its graph is open already."""

@@ -51,6 +51,7 @@ class OrtEngine:
         variant: str,
         pool: Pool,
         early: Mapping[str, Task[str, bytes]],
+        share: bool,
     ) -> None:
         self.device = device
         self._ort, self._bundle, self._pool = ort, bundle, pool
@@ -58,7 +59,7 @@ class OrtEngine:
         self._variants = manifest.variants
         self._stem_facts = _stem_of(manifest, variant)
         self._stem: Any = None
-        self._graphs = Graphs(ort, bundle, device, pool, early)
+        self._graphs = Graphs(ort, bundle, device, pool, early, share)
         self._open: dict[Step, Graph] = {}
         self._shelf = Shelf(
             ort, device, tensors_of(manifest), flows_of(manifest), _names(self._stem_facts.inputs)
@@ -149,7 +150,9 @@ class OrtEngine:
         return BadBundle(f"{self._bundle.folder / facts.file}: ONNX Runtime cannot run it: {problem}")
 
 
-def open(bundle: Bundle, *, device: str, variant: str, threads: int | None, global_pool: bool) -> OrtEngine:
+def open(
+    bundle: Bundle, *, device: str, variant: str, threads: int | None, global_pool: bool, share: bool
+) -> OrtEngine:
     """The engine, no file opened yet; EngineUnavailable where onnxruntime or the device is missing."""
     extra = "gpu" if device == "cuda" else "cpu"
     early: dict[str, Task[str, bytes]] = {}
@@ -175,7 +178,7 @@ def open(bundle: Bundle, *, device: str, variant: str, threads: int | None, glob
             "pip uninstall onnxruntime, then pip install 'offramp[gpu]' "
             "(both packages own the same module), or use --device cpu"
         )
-    return OrtEngine(ort, bundle, device, variant, claim(ort, threads, global_pool), early)
+    return OrtEngine(ort, bundle, device, variant, claim(ort, threads, global_pool), early, share)
 
 
 def _stem_of(manifest: Manifest, variant: str) -> Variant:

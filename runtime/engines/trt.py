@@ -14,7 +14,9 @@ _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _MODULES = ("tensorrt", "tensorrt_rtx")
 
 
-def open(bundle: Bundle, *, device: str, variant: str, threads: int | None, global_pool: bool) -> NoReturn:
+def open(
+    bundle: Bundle, *, device: str, variant: str, threads: int | None, global_pool: bool, share: bool
+) -> NoReturn:
     """Always raises EngineUnavailable naming the first missing piece and its cure; never takes ORT."""
     missing = missing_piece()
     if missing is None:

@@ -3,6 +3,8 @@
     python tests/data/make_tiny_bundle.py          (needs onnx; the bundle is checked in, tests need only
     onnxruntime)
 
+Beside it tests/data/tiny_rivals: the same network as single graphs, joined from the bundle's, and their list.
+
 Three segments of 1, 2 and 1 blocks, width 16, mean pooling, evidence, gates at the first two; fp32, and int8
 with weights that really are 8 bits. Tests may use no number of it, only relations, so that any exporter's
 bundle can take its place.
@@ -11,10 +13,12 @@ bundle can take its place.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto, checker, helper, numpy_helper
+import onnx
+from onnx import TensorProto, checker, compose, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from offramp.runtime.manifest import (
@@ -174,6 +178,78 @@ def tokenizer(path: Path) -> None:
     words.save(str(path))
 
 
+def chain(bundle: Path, variant: str, exits: int) -> onnx.GraphProto:
+    """The stem and the first segments as one graph: a segment's names get segment_XX/ in front."""
+    ending = "" if variant == "fp32" else f"_{variant}"
+    whole = onnx.load(bundle / "stem.onnx").graph
+    names = {tensor.name: tensor.name for tensor in (*FLOWS, *SHARED)}  # in a segment: in the chain
+    del whole.output[:]
+    for number in range(exits):
+        prefix = f"segment_{number:02d}/"
+        part = onnx.load(bundle / f"segment_{number:02d}{ending}.onnx").graph
+        part_inputs = {entry.name for entry in part.input}
+        inner = compose.add_prefix_graph(part, prefix)
+        for node in inner.node:
+            for at, name in enumerate(node.input):
+                plain = name.removeprefix(prefix)
+                node.input[at] = names[plain] if plain in part_inputs else name
+        whole.node.extend(inner.node)
+        whole.initializer.extend(inner.initializer)
+        names |= {flow.name: prefix + NEXT + flow.name for flow in FLOWS}
+    return whole
+
+
+def save_rival(graph: onnx.GraphProto, path: Path, outputs: list[onnx.ValueInfoProto]) -> None:
+    graph.name = path.stem
+    graph.output.extend(outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+
+
+def rivals(bundle: Path, folder: Path) -> None:
+    """Monolith in both variants, the first exit alone, and a graph that answers as the gate rule does.
+
+    That one runs everything and picks: a stand-in for nested branches, with their inputs and outputs.
+    """
+    folder.mkdir(exist_ok=True)
+    last = len(BLOCKS)
+    graphs = [
+        ("monolith", "monolith", "fp32", last),
+        ("monolith_int8", "monolith", "int8", last),
+        ("nested", "nested", "fp32", last),
+        ("truncated_01", "truncated", "fp32", 1),
+    ]
+    float32, int64 = TensorProto.FLOAT, TensorProto.INT64
+    listed = []
+    for name, kind, variant, number in graphs:
+        graph = chain(bundle, variant, number)
+        said = f"segment_{number - 1:02d}/logits"
+        outputs = [helper.make_tensor_value_info("logits", float32, ["batch", CLASSES])]
+        if kind == "nested":
+            graph.input.append(helper.make_tensor_value_info("threshold", float32, []))
+            outputs.append(helper.make_tensor_value_info("exit", int64, [1]))
+            numbers = [numpy_helper.from_array(np.array([k + 1], np.int64), f"exit_{k}") for k in range(last)]
+            graph.initializer.extend(numbers)
+            exit = f"exit_{last - 1}"
+            for k in reversed(range(last - 1)):
+                leaves = f"leaves_{k}"
+                graph.node.append(
+                    helper.make_node("Greater", [f"segment_{k:02d}/gate", "threshold"], [leaves])
+                )
+                for value, choice in ((said, f"segment_{k:02d}/logits"), (exit, f"exit_{k}")):
+                    graph.node.append(helper.make_node("Where", [leaves, choice, value], [f"{value}_{k}"]))
+                said, exit = f"{said}_{k}", f"{exit}_{k}"
+            graph.node.append(helper.make_node("Identity", [exit], ["exit"]))
+        graph.node.append(helper.make_node("Identity", [said], ["logits"]))
+        save_rival(graph, folder / f"{name}.onnx", outputs)
+        data = (folder / f"{name}.onnx").read_bytes()
+        facts = {"name": name, "kind": kind, "variant": variant, "file": f"{name}.onnx", "exit": number}
+        listed.append(facts | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+    value = {"format": 1, "labels": LABELS, "graphs": listed}
+    (folder / "rivals.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
 def main(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     tokenizer(folder / "tokenizer.json")
@@ -217,3 +293,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(__file__).with_name("tiny_bundle"))
+    rivals(Path(__file__).with_name("tiny_bundle"), Path(__file__).with_name("tiny_rivals"))

@@ -95,6 +95,17 @@ def test_a_changed_bundle_cannot_start(tmp_path: Path) -> None:
     assert code == cli.NOT_STARTED and "stem.onnx" in err
 
 
+def test_what_no_row_reaches_is_opened_by_warm_up_alone(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    (folder / "segment_02.onnx").write_bytes(b"x")
+    first = ("--rule", "fixed", "--threshold", "1")
+    assert run(*first, bundle=folder, data=b"good\n")[0] == cli.ALL_ANSWERED
+    code, out, err = run(*first, "--warm-up", bundle=folder, data=b"good\n")
+    assert code == cli.NOT_STARTED and not out and "segment_02.onnx" in err
+    code, out, err = run("--rule", "never", bundle=folder, data=b"good\n")
+    assert code == cli.SOME_FAILED and not out and "segment_02.onnx" in err
+
+
 def test_rule_threshold_variant_and_point() -> None:
     assert run("--rule", "fixed", "--threshold", "2", data=b"good\n")[1][0]["exit"] == 2
     assert run("--rule", "never", "--variant", "int8", data=b"good\n")[1][0]["exit"] == 3

@@ -220,6 +220,13 @@ def test_engines_on_one_bundle_share_what_is_open(engine: OrtEngine) -> None:
     agree(engine.step(1, 0, states[0]), by_hand(one, ["fp32"] * 3)[1])
 
 
+def test_sharing_can_be_declined(engine: OrtEngine) -> None:
+    alone = open_engine("ort", open_bundle(TINY), share=False)
+    again = open_engine("ort", open_bundle(TINY))
+    assert not set(sessions(alone).values()) & set(sessions(engine).values())
+    assert sessions(again) == sessions(engine)
+
+
 def test_a_shared_graph_is_not_read_again(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
     bundle = open_bundle(folder)

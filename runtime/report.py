@@ -1,0 +1,297 @@
+"""What ee-bench found, for people: a table of plain text, and one HTML page that loads nothing.
+
+matplotlib (extra `bench`) draws the pictures and is imported for them alone.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from offramp.runtime.errors import BadSetting, EngineUnavailable
+
+Figures = Mapping[str, Any]
+_TIMES = ("p50 ms", "p95 ms", "p99 ms", "ratio (5..95 %)")
+COLUMNS = ("contender", *_TIMES, "exit", "accuracy", "in time", "realised", "rows/s", "MB")
+LEGEND = {
+    "ratio": "time over the reference's for the same row in the same turn: median, 5th to 95th percentile",
+    "exit": "mean number of the exit that answered, counted from 1",
+    "accuracy": "percent of the rows that are answered right",
+    "in time": "percent of the rows that are answered within the budget",
+    "realised": "share of the time saved over share of the multiply-accumulates saved; 1 where time follows",
+    "rows/s": "in bulk, batches of rows of like length",
+    "MB": "graph files that it needs",
+}
+# Readable on white and on black alike.
+_FIRST = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
+COLOURS = (*_FIRST, "#a0522d", "#20c997", "#f783ac", "#5f6fb3")
+_INK = "#010203"  # stands for the page's own colour of text until the picture is in the page
+
+
+def check(json_file: Path | None, page_file: Path | None) -> None:
+    """Refuse targets that cannot be written and a page without matplotlib, before anything is measured."""
+    for path in (json_file, page_file):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise BadSetting(f"{path}: {what}; name a file in a folder that is there")
+    if page_file is not None:
+        _matplotlib("figure")
+
+
+def machine() -> dict[str, str]:
+    """Where and when: what every page and file of figures begins with."""
+    return {
+        "when": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside the target, then rename: nobody ever finds half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def cells(figures: Figures) -> list[list[str]]:
+    """One row of texts for each contender, in the order of COLUMNS."""
+    rows = []
+    for one in figures["contenders"]:
+        variant = "" if one["variant"] in one["name"] else f" ({one['variant']})"
+        rows.append(
+            [
+                one["name"] + variant,
+                *(f"{one[name]:.3f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
+                f"{one['ratio']:.3f} ({one['ratio_p5']:.2f}..{one['ratio_p95']:.2f})",
+                f"{one['mean_exit']:.2f}",
+                _number(one["accuracy"], ".1f"),
+                f"{100 * one['goodput']:.1f}",
+                _number(one["realised"], ".2f"),
+                _number(one["rows_per_second"], ".0f"),
+                f"{one['bytes'] / 1e6:.1f}",
+            ]
+        )
+    return rows
+
+
+def table(figures: Figures) -> str:
+    """All that was measured as plain text: contenders, segments, cold start, facts."""
+    lines = _aligned([list(COLUMNS), *cells(figures)])
+    lines += ["", *(f"{name:9} {text}" for name, text in LEGEND.items())]
+    lines += ["", *_aligned([["stage", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])])]
+    lines += ["", *_aligned([["fresh process", "s to the first answer", "peak MB"], *_cold(figures)])]
+    lines += ["", *(f"{name:14} {text}" for name, text in facts(figures))]
+    return "\n".join(lines)
+
+
+def facts(figures: Figures) -> list[tuple[str, str]]:
+    """Name and text of everything that one has to know to believe the figures."""
+    about = dict(figures["about"])
+    about["rows"] = f"{about['rows']} of {about.pop('rows_there')}"
+    about["bundle"] = f"{about['bundle']} ({about.pop('bundle_bytes') / 1e6:.1f} MB)"
+    about["left_out"] = "; ".join(about["left_out"])
+    return [(name.replace("_", " "), str(value)) for name, value in about.items() if value != ""]
+
+
+def page(figures: Figures) -> str:
+    """One HTML page, complete in itself: no scripts, nothing loaded from anywhere."""
+    parts = []
+    for number, (title, caption, draw) in enumerate(_PICTURES):
+        svg = _svg(draw, figures, f"p{number}")
+        body = svg or "<p>The rows have no labels, so there is no accuracy to show.</p>"
+        parts.append(f"<figure><h2>{title}</h2>{body}<figcaption>{caption}</figcaption></figure>")
+    about = figures["about"]
+    intro = f"{about['cpu']}, {about['threads']} threads, {about['when']}. Reference: {about['reference']}."
+    legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(figures))
+    cold = _html([["fresh process", "seconds to the first answer", "peak MB"], *_cold(figures)])
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What early exit saves</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>What early exit saves</h1>
+<p>{escape(intro)}</p>
+{_html([list(COLUMNS), *cells(figures)])}
+<details><summary>What the columns say</summary><dl>{legend}</dl></details>
+<div class="pictures">{"".join(parts)}</div>
+<h2>Cold start</h2>
+{cold}
+<h2>Measured on, and how</h2>
+<dl>{listed}</dl>
+</body>
+</html>
+"""
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886; --soft: #8881 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+       max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2 { line-height: 1.2 } h2 { font-size: 1.1rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; white-space: nowrap }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child { text-align: left } tbody tr:nth-child(odd) { background: var(--soft) }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
+figure { margin: 1rem 0 } svg { width: 100%; height: auto } figcaption { font-size: .85rem; opacity: .8 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem }
+dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
+"""
+
+
+def _accuracy(axes: Any, figures: Figures) -> bool:
+    """Every contender by mean time and accuracy; False without labels."""
+    known = [one for one in figures["contenders"] if one["accuracy"] is not None]
+    for one in known:
+        look = {"color": _colour(figures, one), "label": _plain(one["name"]), "s": 45, "zorder": 3}
+        axes.scatter([one["mean_ms"]], [one["accuracy"]], marker=_MARKERS[one["kind"]], **look)
+    axes.set(xlabel="mean milliseconds, one by one", ylabel="accuracy, %")
+    axes.set_xlim(left=0)
+    return bool(known)
+
+
+def _exits(axes: Any, figures: Figures) -> bool:
+    """Rows at each exit, of those who choose where to leave."""
+    chosen = [one for one in figures["contenders"] if one["kind"] in ("walk", "random", "nested")]
+    chosen = chosen or figures["contenders"][:1]
+    width = 0.8 / len(chosen)
+    for number, one in enumerate(chosen):
+        left = [k + 1 - 0.4 + (number + 0.5) * width for k in range(len(one["exits"]))]
+        axes.bar(left, one["exits"], width, color=_colour(figures, one), label=_plain(one["name"]))
+    axes.set(xlabel="exit", ylabel="rows", xticks=range(1, len(chosen[0]["exits"]) + 1))
+    return True
+
+
+def _segments(axes: Any, figures: Figures) -> bool:
+    """Milliseconds of the stem and each segment."""
+    names = ["stem", *(str(number) for number in range(1, len(figures["segments"])))]
+    axes.bar(names, [stage["ms"] for stage in figures["segments"]], color=COLOURS[0])
+    axes.set(xlabel="segment", ylabel="milliseconds")
+    return True
+
+
+def _latency(axes: Any, figures: Figures) -> bool:
+    """Share of the rows answered within a time; the slowest of all are off the picture."""
+    for one in figures["contenders"]:
+        look = {"color": _colour(figures, one), "label": _plain(one["name"]), "linewidth": 1.5}
+        axes.plot(one["percentiles_ms"], range(101), "-" if one["kind"] in _WALKS else "--", **look)
+    axes.axvline(figures["about"]["budget_ms"], color=_INK, linewidth=0.8, linestyle=":")
+    axes.set(xlabel="milliseconds", ylabel="rows answered, %")
+    axes.set_xlim(0, 1.1 * max(one["p95_ms"] for one in figures["contenders"]))
+    return True
+
+
+_WALKS = ("walk", "full", "random")
+_MARKERS = {"walk": "o", "full": "D", "random": "x", "monolith": "s", "nested": "^", "truncated": "v"}
+_PICTURES: Sequence[tuple[str, str, Callable[[Any, Figures], bool]]] = (
+    ("Accuracy against time", "Up and to the left is better.", _accuracy),
+    ("Where rows leave", "Rows at each exit, mean of the turns.", _exits),
+    ("Time per segment", "Median of rows that go to the last exit.", _segments),
+    (
+        "How long rows take",
+        "All rows and turns, up to the slowest p95; walks are drawn through, the dotted line is the budget.",
+        _latency,
+    ),
+)
+
+
+def _svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix: str) -> str:
+    """One picture as an SVG element to stand in HTML, in the page's own ink; "" where there is nothing."""
+    matplotlib = _matplotlib("")
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    settings = {"svg.fonttype": "none", "svg.hashsalt": prefix, **dict.fromkeys(ink, _INK)}
+    target = io.StringIO()
+    with matplotlib.rc_context(settings):
+        figure = _matplotlib("figure").Figure(figsize=(5.6, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.patch.set_visible(False)
+        if not draw(axes, figures):
+            return ""
+        handles, names = axes.get_legend_handles_labels()
+        if names:  # below and not inside, where it would lie on what it explains
+            look = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
+            figure.legend(handles, names, loc="outside lower center", ncols=3, **look)
+        figure.savefig(target, format="svg", transparent=True)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", target.getvalue(), flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    # Several pictures share a page, and ids must not.
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+
+
+def _matplotlib(part: str) -> Any:
+    try:
+        return import_module(f"matplotlib.{part}".rstrip("."))
+    except ImportError as problem:
+        raise EngineUnavailable(
+            f"--report draws with matplotlib, which cannot be imported ({problem}); "
+            "pip install 'offramp[bench]'"
+        ) from problem
+
+
+def _cpu() -> str:
+    """The processor by name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _cold(figures: Figures) -> list[list[str]]:
+    return [
+        [one["name"], f"{one['seconds']:.2f}", _number(one["peak_bytes"] / 1e6 or None, ".0f")]
+        for one in figures["cold_start"]
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _colour(figures: Figures, one: Figures) -> str:
+    """A contender has one colour in all pictures."""
+    return COLOURS[[other["name"] for other in figures["contenders"]].index(one["name"]) % len(COLOURS)]
+
+
+def _plain(text: str) -> str:
+    """A name that matplotlib takes neither for mathematics nor for one to hide."""
+    return text.replace("$", r"\$").removeprefix("_")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _html(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows[1:])
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

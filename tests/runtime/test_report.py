@@ -1,0 +1,137 @@
+"""The table and the page: everything in them, nothing loaded from anywhere, no name taken for markup."""
+
+import copy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp.runtime import BadSetting, report
+from offramp.runtime.bench import measure
+
+DATA = Path(__file__).parents[1] / "data"
+EVIL = "<script>alert(1)</script> & $x_1$"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and all text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    data = tmp_path_factory.mktemp("report") / "data.jsonl"
+    data.write_text('{"text": "good film", "label": 1}\n{"text": "bad plot", "label": 0}\n', encoding="utf-8")
+    return measure(DATA / "tiny_bundle", data, against=DATA / "tiny_rivals", turns=1, starts=1)
+
+
+def test_the_table_has_every_contender_segment_and_fact(figures: dict[str, Any]) -> None:
+    lines = report.table(figures).splitlines()
+    assert lines[0].split()[0] == "contender"
+    starts = [one["name"] for one in (*figures["contenders"], *figures["segments"], *figures["cold_start"])]
+    for name in (*starts, "cpu", "python", "onnxruntime", "threads", "pool", "budget ms", "reference"):
+        assert any(line.startswith(name) for line in lines), name
+    assert "rows           2 of 2" in lines
+
+
+def test_what_is_not_there_is_a_dash(figures: dict[str, Any]) -> None:
+    changed = copy.deepcopy(figures)
+    for one in changed["contenders"]:
+        one["accuracy"] = None
+    assert all(row[report.COLUMNS.index("accuracy")] == "-" for row in report.cells(changed))
+    assert "no labels" in report.page(changed)
+
+
+def test_the_page_is_complete_in_itself(figures: dict[str, Any]) -> None:
+    page = Page(report.page(figures))
+    names = [tag for tag, _ in page.tags]
+    assert names.count("svg") == names.count("figure") == 4
+    assert not {"script", "link", "img", "iframe", "image"} & set(names)
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "clip-path", "fill"):
+                assert "//" not in str(value), f"{tag} {name} loads {value}"
+    text = "".join(page.words)
+    assert "@import" not in text and "url(http" not in text
+    assert all(one["name"] in text for one in figures["contenders"])
+
+
+def test_pictures_do_not_share_ids(figures: dict[str, Any]) -> None:
+    page = Page(report.page(figures))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 100
+    links = [str(a["xlink:href"]) for _, a in page.tags if "xlink:href" in a]
+    assert links and {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_ink_follows_the_page(figures: dict[str, Any]) -> None:
+    text = report.page(figures)
+    assert "currentColor" in text and report._INK not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_names_are_text_everywhere(figures: dict[str, Any]) -> None:
+    changed = copy.deepcopy(figures)
+    changed["contenders"][0]["name"] = EVIL
+    for name in ("data", "bundle", "reference", "cpu"):
+        changed["about"][name] = EVIL
+    page = Page(report.page(changed))
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert "".join(page.words).count(EVIL) >= 6
+
+
+def test_many_contenders(figures: dict[str, Any]) -> None:
+    changed = copy.deepcopy(figures)
+    changed["contenders"] = [
+        {**one, "name": f"{one['name']} {k}"} for k in range(3) for one in figures["contenders"]
+    ]
+    assert report.page(changed).count("<svg") == 4
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    report.write_whole(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        report.write_whole(path, "half \udcff")
+    assert path.read_bytes() == "é\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_targets_are_checked_before(tmp_path: Path) -> None:
+    report.check(tmp_path / "out.json", tmp_path / "out.html")
+    with pytest.raises(BadSetting, match="is a folder"):
+        report.check(tmp_path, None)
+    with pytest.raises(BadSetting, match="there is no folder"):
+        report.check(None, tmp_path / "none" / "out.html")
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.modules["matplotlib"] = None
+from offramp.runtime import EngineUnavailable, report
+report.check(Path({str(tmp_path)!r}) / "out.json", None)
+try:
+    report.check(None, Path({str(tmp_path)!r}) / "out.html")
+except EngineUnavailable as problem:
+    print(problem)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'offramp[bench]'" in done.stdout
