@@ -6,6 +6,8 @@ time for the rows that leave there. Without it they leave at the next exit that 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +16,22 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 
+from offramp.export.bundle import finish
+from offramp.export.describe import describe
+from offramp.export.monolith import write_monolith
+from offramp.export.split import split
+from offramp.export.to_onnx import to_onnx
+from offramp.export.verify import file_name
+from offramp.runtime.calibrate import costs_of, exit_table
 from offramp.runtime.engines import threads
-from offramp.runtime.session import Session
+from offramp.runtime.labelled import read_labelled
+from offramp.runtime.rules import bind, simulate
+from offramp.runtime.rules.sweep import choose_points
+from offramp.runtime.session import Session, load
+from offramp.training.checkpoint import TOKENIZER, Checkpoint
 
 SAMPLE = 100  # rows that are timed
 
@@ -54,6 +69,32 @@ class Choice:
             f"{self.expected_ms(self.kept):.3f} with {len(self.kept)} of {len(every)}"
         )
         return "\n".join(lines)
+
+
+def by_cost(checkpoint: Checkpoint, dev: Path) -> Choice:
+    """Split with every exit in a temporary folder, walk the dev set, time it, and choose.
+
+    Rows leave as the point "default" of the bundle has them, calibrated on the very rows. Raises BadInput for
+    the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir()
+        parts = split(checkpoint.network)
+        for part in track(parts, "exporting every exit", console=Console(stderr=True)):
+            to_onnx(part, folder / file_name(part.name, "fp32"))
+        shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
+        finish(folder, describe(checkpoint, parts, ("fp32",)))
+        write_monolith(checkpoint, Path(scratch) / "monolith.onnx")
+        with load(folder, rule="never") as session:
+            rows = read_labelled(dev, session.labels)
+            table, lengths = exit_table(session, rows, "fp32")
+            rule = "max_probability" if table.gates is None else "gate"
+            point = choose_points(rule, table, costs_of(session.manifest, lengths))["default"]
+            count = table.logits.shape[1]
+            exits = simulate(bind(point.rule, count), table.logits, table.gates)
+            leaves = np.bincount(exits, minlength=count) / len(exits)
+            return measure(session, Path(scratch) / "monolith.onnx", rows.items, leaves)
 
 
 def keep_exits(leaves: NDArray[np.float64], block_ms: NDArray[np.float64], exit_ms: float) -> tuple[int, ...]:

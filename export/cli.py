@@ -52,9 +52,20 @@ class NotVerified(click.ClickException):
 @click.option(
     "--segments",
     default="each",
-    help="Where to cut: each (every exit), 'every N' blocks, or blocks such as 2,4,6.",
+    help="Where to cut: each (every exit), 'every N' blocks, blocks such as 2,4,6, or auto: times segments "
+    "and exits here and keeps the exits that save more than they cost the rows of --dev.",
 )
-@click.option("--variants", default="fp32,int8", help="Precisions to write, fp32 first: fp32 or fp32,int8.")
+@click.option(
+    "--dev",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help='JSON lines with "text" and "label" on which operating points are measured, for every variant, by '
+    "the engine itself (as ee-calibrate does); never the test set. [default: those of the checkpoint]",
+)
+@click.option(
+    "--variants",
+    default="fp32,int8",
+    help="Precisions to write, fp32 first, such as fp32 or fp32,int8,int4 (int4: weights alone).",
+)
 @click.option(
     "--texts",
     type=click.Path(path_type=Path),
@@ -96,6 +107,7 @@ def _split(
     checkpoint: Path,
     out: Path,
     segments: str,
+    dev: Path | None,
     variants: str,
     texts: Path | None,
     int8_range: str,
@@ -108,6 +120,9 @@ def _split(
     from offramp.export.split import kept_exits, split
     from offramp.export.verify import verify
     from offramp.models.families import UnsupportedFamily
+    from offramp.runtime.calibrate import calibrated
+    from offramp.runtime.errors import BadInput
+    from offramp.runtime.labelled import read_labelled
     from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
 
     names = _variants(variants)
@@ -120,11 +135,18 @@ def _split(
         raise UserError(str(problem)) from None
     loaded.network.float()
     try:
-        parts = split(loaded.network, kept_exits(loaded.network, segments))
+        if dev is not None:
+            read_labelled(dev, loaded.network.spec.labels)  # before minutes go into exporting
+        if segments.strip() == "auto":
+            parts = split(loaded.network, _by_cost(loaded, dev))
+        else:
+            parts = split(loaded.network, kept_exits(loaded.network, segments))
+    except BadInput as problem:
+        raise UserError(f"--dev: {problem}") from None
     except ValueError as problem:
         raise UserError(f"--segments {segments}: {problem}") from None
     dropped = len(loaded.network.spec.exits) - len(parts) + 1
-    if dropped and loaded.training.get("operating_points"):
+    if dropped and dev is None and loaded.training.get("operating_points"):
         click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
     with writing(out, overwrite=overwrite) as beside:
         _export(parts, names, beside, reduced)
@@ -135,10 +157,24 @@ def _split(
             raise NotVerified(f"{bad}, at most {bad.allowed:.3g} is right; no bundle was written")
         facts = {"int8": {"reduce_range": reduced}} if "int8" in names else {}
         manifest = finish(beside, describe(loaded, parts, names, facts))
+        if dev is not None:
+            click.echo("measuring operating points", err=True)
+            manifest = calibrated(beside, dev)
     if monolith is not None:
         _monolith(loaded, monolith, names, reduced)
     click.echo(_table(manifest, report))
     click.echo(f"{out}: written and verified")
+
+
+def _by_cost(checkpoint: Checkpoint, dev: Path | None) -> tuple[int, ...]:
+    """Blocks to cut after, with the table behind the choice on stdout."""
+    from offramp.export.auto import by_cost
+
+    if dev is None:
+        raise ValueError("say --dev FILE: which exits pay depends on where rows leave")
+    choice = by_cost(checkpoint, dev)
+    click.echo(choice.table() + "\n")
+    return tuple(choice.blocks[at] for at in choice.kept)
 
 
 def _variants(wish: str) -> tuple[str, ...]:
@@ -171,18 +207,15 @@ def _export(parts: Sequence[Segment], variants: Sequence[str], folder: Path, red
     from rich.console import Console
     from rich.progress import track
 
-    from offramp.export.precision import to_int8
+    from offramp.export.precision import to_variant
     from offramp.export.to_onnx import to_onnx
     from offramp.export.verify import file_name
 
     for part in track(parts, "exporting", console=Console(stderr=True)):
-        to_onnx(part, folder / file_name(part.name, "fp32"))
-        if part.blocks and "int8" in variants:
-            to_int8(
-                folder / file_name(part.name, "fp32"),
-                folder / file_name(part.name, "int8"),
-                reduce_range=reduced,
-            )
+        source = folder / file_name(part.name, "fp32")
+        to_onnx(part, source)
+        for name in variants[1:] if part.blocks else ():
+            to_variant(name, source, folder / file_name(part.name, name), reduce_range=reduced)
     click.echo("verifying", err=True)
 
 

@@ -6,14 +6,12 @@ import contextlib
 import logging
 import platform
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
-)
 
 VARIANTS = ("fp32", "int8", "int4")  # what can be written; fp32 comes first, the others are made from it
 BLOCK = 128  # weights that share a scale in int4
@@ -53,11 +51,12 @@ def to_int4(source: Path, target: Path) -> float:
     model = onnx.load(source)
     inside = set(_products_of_blocks(source, model))
     others = [node.name for node in model.graph.node if node.name not in inside]
-    config = DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=4, op_types_to_quantize=("MatMul",)
-    )
     with _quiet():
-        made = MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
+        nbits = _nbits()
+        config = nbits.DefaultWeightOnlyQuantConfig(
+            block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=4, op_types_to_quantize=("MatMul",)
+        )
+        made = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
         made.process()
     target.write_bytes(made.model.model.SerializeToString())
     return target.stat().st_size / source.stat().st_size
@@ -99,6 +98,18 @@ def _products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
     if not inside:
         raise ValueError(f"{source}: no product of a block in it; variants are made from what to_onnx wrote")
     return inside
+
+
+def _nbits() -> Any:
+    """ONNX Runtime's quantizer to few bits; importing it turns on INFO for the whole process, which is turned
+    off again.
+    """
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    module = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    return module
 
 
 @contextlib.contextmanager

@@ -77,6 +77,26 @@ def calibrate(session: Session, rows: Labelled, rule: str | None = None) -> tupl
     return tuple(found)
 
 
+def calibrated(
+    folder: Path,
+    file: Path,
+    *,
+    rule: str | None = None,
+    engine: str = "ort",
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Manifest:
+    """Measure the bundle in `folder` on the rows of `file` and write its manifest anew; gives the new one.
+
+    Raises BadInput for the file, and what load() raises.
+    """
+    with load(folder, rule="never", engine=engine, device=device, threads=threads, share=False) as session:
+        rows = read_labelled(file, session.labels)
+        points = calibrate(session, rows, rule)
+        facts = {"rows": len(rows.items), "engine": session.engine.name, "device": session.engine.device}
+        return rewrite(folder, session.manifest, points, {**facts, **session.engine.facts})
+
+
 def rewrite(
     folder: Path, manifest: Manifest, points: tuple[OperatingPoint, ...], facts: Mapping[str, Any]
 ) -> Manifest:
@@ -110,17 +130,12 @@ def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPo
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: one a core].")
 def main(file: Path, bundle: str, rule: str | None, engine: str, device: str, threads: int | None) -> None:
     try:
-        with load(bundle, rule="never", engine=engine, device=device, threads=threads) as session:
-            rows = read_labelled(file, session.labels)
-            click.echo(f"{len(rows.items)} rows, {len(session.manifest.variants)} variants", err=True)
-            points = calibrate(session, rows, rule)
-            facts = {"rows": len(rows.items), "engine": session.engine.name, "device": session.engine.device}
-            rewrite(Path(bundle), session.manifest, points, {**facts, **session.engine.facts})
+        manifest = calibrated(Path(bundle), file, rule=rule, engine=engine, device=device, threads=threads)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)
         sys.exit(2)
     click.echo(f"{'point':18}{'variant':8}{'accuracy %':>11}{'mean exit':>11}{'MACs saved %':>14}  rule")
-    for point in points:
+    for point in manifest.points:
         said = point.measured
         numbers = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
         click.echo(

@@ -108,6 +108,39 @@ def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Pa
     assert "somebody" not in (tmp_path / "bundle" / "manifest.json").read_text()
 
 
+@pytest.fixture
+def dev(tmp_path: Path) -> Path:
+    file = tmp_path / "dev.jsonl"
+    rows = (
+        f'{{"text": "{text}", "label": {at % 2}}}' for at, text in enumerate(("good", "so bad", "fine film"))
+    )
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def test_exits_by_cost_and_points_on_the_engine(saved: Path, dev: Path, tmp_path: Path) -> None:
+    result = run(saved, "--out", tmp_path / "bundle", "--segments", "auto", "--dev", dev)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("exit after") and "expected ms a row" in result.stdout
+    with load(tmp_path / "bundle") as session:
+        manifest = session.manifest
+        assert session("good").depth in (1, 2)
+    assert manifest.segments[-1].blocks[-1] == 2
+    names = {point.name for point in manifest.points}
+    assert {"default", "full", "int8-default", "int8-full"} <= names
+    assert manifest.provenance["calibrated"]["rows"] == 3
+    assert all(point.data == "dev.jsonl" for point in manifest.points)
+
+
+def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -> None:
+    result = run(saved, "--out", tmp_path / "bundle", "--segments", "auto")
+    assert result.exit_code == 2 and "say --dev FILE" in result.stderr
+    dev.write_text('{"text": "good"}\n', encoding="utf-8")
+    result = run(saved, "--out", tmp_path / "bundle", "--dev", dev)
+    assert result.exit_code == 2 and 'line 1: no "label"' in result.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_fault_is_named_and_no_bundle_is_written(
     saved: Path,
     copied: Path,

@@ -161,7 +161,7 @@ def test_labels_by_name_or_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["neutral", 2, -1, True, 1.0, []])
 def test_a_label_that_is_none_is_named(tmp_path: Path, label: object) -> None:
     path = write(tmp_path / "data", {"text": "a", "label": 0}, {"text": "b", "label": label})
-    with pytest.raises(BadInput, match=r'data:2: label .* is not one of: negative, positive'):
+    with pytest.raises(BadInput, match=r"data:2: label .* is not one of: negative, positive"):
         read_data(path, LABELS, 9)
 
 
