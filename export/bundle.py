@@ -1,4 +1,4 @@
-"""Write a bundle whole or not at all: in a hidden folder beside it, manifest last, then renamed."""
+"""Write a bundle (or a folder of rivals) whole or not at all: in a hidden folder beside it, then renamed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class BadTarget(ValueError):
     """The folder to write cannot be had: something stands there that is not ours to remove."""
 
 
-def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Raise BadTarget unless `folder` is free, empty, or a bundle that may be replaced.
+def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> None:
+    """Raise BadTarget unless `folder` is free, empty, or one of ours that may be replaced.
 
-    A folder that holds anything beside what its manifest lists is not replaced: that would be lost.
+    listing: the file that makes it ours and names its files. A folder that holds anything beside these is not
+    replaced: that would be lost.
     """
     cure = "choose another --out"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -29,21 +30,21 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     try:
-        manifest = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        ours = {FILE_NAME, *manifest["files"]}
+        listed = json.loads((folder / listing).read_text(encoding="utf-8"))
+        ours = {listing, *(listed["files"] if "files" in listed else (g["file"] for g in listed["graphs"]))}
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadTarget(f"{folder} exists and is not a bundle; {cure}") from None
+        raise BadTarget(f"{folder} exists and has no {listing} of ours; {cure}") from None
     strange = sorted({entry.name for entry in folder.iterdir()} - ours)
     if strange:
         raise BadTarget(
-            f"{folder / strange[0]} is no part of that bundle and would be lost; move it, or {cure}"
+            f"{folder / strange[0]} is not in its {listing} and would be lost; move it, or {cure}"
         )
     if not overwrite:
-        raise BadTarget(f"{folder} holds a bundle; {cure}, or say --overwrite")
+        raise BadTarget(f"{folder} holds what an earlier run wrote; {cure}, or say --overwrite")
 
 
 @contextlib.contextmanager
-def writing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def writing(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) -> Iterator[Path]:
     """A folder to fill and finish(); when the block ends it takes the place of `folder`.
 
     If the block fails, nothing of it stays and what stood at `folder` still does. Killed, it leaves the
@@ -52,15 +53,15 @@ def writing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     folder = Path(folder).absolute()
     new, old = (folder.with_name(f".{folder.name}.{word}-by-ee-split") for word in ("new", "old"))
     if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames below: the old bundle comes back
-    check_target(folder, overwrite=overwrite)
+        old.rename(folder)  # killed between the two renames below: the old one comes back
+    check_target(folder, overwrite=overwrite, listing=listing)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
-        if not (new / FILE_NAME).is_file():
-            raise RuntimeError(f"{new} was never finished: it has no {FILE_NAME}")
-        check_target(folder, overwrite=overwrite)  # minutes have gone by
+        if not (new / listing).is_file():
+            raise RuntimeError(f"{new} was never finished: it has no {listing}")
+        check_target(folder, overwrite=overwrite, listing=listing)  # minutes have gone by
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -76,7 +77,7 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
     No fsync: a file that a power cut emptied has another hash, and the reader says so. Gives the manifest
     that was written.
     """
-    files = {path.name: _fact(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME}
+    files = {path.name: file_fact(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME}
     manifest = dataclasses.replace(manifest, files=files)
     (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
     written = open_bundle(folder)
@@ -84,7 +85,8 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
     return written.manifest
 
 
-def _fact(path: Path) -> FileFact:
+def file_fact(path: Path) -> FileFact:
+    """What the file is, for a manifest."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):

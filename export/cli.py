@@ -83,7 +83,21 @@ class NotVerified(click.ClickException):
     type=click.Path(dir_okay=False, path_type=Path),
     help="Also write the same network as one graph without exits, int8 beside it as FILE_int8.onnx.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a bundle in --out, once the new one is complete.")
+@click.option(
+    "--rivals",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write a folder of single graphs for ee-bench --against: the network without exits in every "
+    "variant, all segments in one file with exits inside (nested If), and the network cut off after a few "
+    "blocks.",
+)
+@click.option(
+    "--truncate",
+    metavar="BLOCKS",
+    help="Blocks after which rivals are cut off, such as 3,4. [default: around the points' mean exits]",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace what is in --out and --rivals, once the new is complete."
+)
 def main(**wish: Any) -> None:
     """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle.
 
@@ -112,11 +126,14 @@ def _split(
     texts: Path | None,
     int8_range: str,
     monolith: Path | None,
+    rivals: Path | None,
+    truncate: str | None,
     overwrite: bool,
 ) -> None:
     from offramp.export.bundle import BadTarget, check_target, finish, writing
     from offramp.export.describe import describe
     from offramp.export.precision import needs_reduced_range
+    from offramp.export.rivals import write_rivals
     from offramp.export.split import kept_exits, split
     from offramp.export.verify import verify
     from offramp.models.families import UnsupportedFamily
@@ -130,6 +147,8 @@ def _split(
     reduced = needs_reduced_range() if int8_range == "auto" else int8_range == "reduced"
     try:
         check_target(out, overwrite=overwrite)
+        if rivals is not None:
+            check_target(rivals, overwrite=overwrite, listing="rivals.json")
         loaded = load_checkpoint(checkpoint)
     except (BadCheckpoint, BadTarget, UnsupportedFamily) as problem:
         raise UserError(str(problem)) from None
@@ -145,6 +164,7 @@ def _split(
         raise UserError(f"--dev: {problem}") from None
     except ValueError as problem:
         raise UserError(f"--segments {segments}: {problem}") from None
+    blocks = None if truncate is None else _blocks(truncate, loaded.network.spec.exits)
     dropped = len(loaded.network.spec.exits) - len(parts) + 1
     if dropped and dev is None and loaded.training.get("operating_points"):
         click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
@@ -164,6 +184,9 @@ def _split(
         _monolith(loaded, monolith, names, reduced)
     click.echo(_table(manifest, report))
     click.echo(f"{out}: written and verified")
+    if rivals is not None:
+        write_rivals(loaded, out, manifest, rivals, blocks=blocks, overwrite=overwrite, reduce_range=reduced)
+        click.echo(f"{rivals}: written")
 
 
 def _by_cost(checkpoint: Checkpoint, dev: Path | None) -> tuple[int, ...]:
@@ -175,6 +198,19 @@ def _by_cost(checkpoint: Checkpoint, dev: Path | None) -> tuple[int, ...]:
     choice = by_cost(checkpoint, dev)
     click.echo(choice.table() + "\n")
     return tuple(choice.blocks[at] for at in choice.kept)
+
+
+def _blocks(wish: str, exits: Sequence[int]) -> list[int]:
+    try:
+        found = [int(word) for word in wish.split(",")]
+    except ValueError:
+        found = []
+    if not found or any(block not in exits for block in found):
+        has = ", ".join(map(str, exits))
+        raise UserError(
+            f"--truncate {wish}: expected blocks such as 3,4; this checkpoint has exits after {has}"
+        )
+    return found
 
 
 def _variants(wish: str) -> tuple[str, ...]:

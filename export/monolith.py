@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from offramp.export.precision import VARIANTS, to_int8
+from offramp.export.precision import VARIANTS, to_variant
 from offramp.export.split import Segment, Stem, Stretch, split
 from offramp.export.to_onnx import to_onnx
+from offramp.models.macs import block_macs, exit_macs
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.manifest import NEXT, Macs, Tensor
 from offramp.training.checkpoint import Checkpoint
@@ -66,6 +67,26 @@ def monolith(network: EarlyExitNetwork, *, exits: bool = False) -> Segment:
     return Segment("monolith", module, stem.inputs, stretch.outputs, stretch.blocks, macs, network.longest)
 
 
+def truncated(network: EarlyExitNetwork, block: int) -> Segment:
+    """The network cut off after a block with that block's exit, as one segment: the static rival at a depth.
+
+    Raises ValueError where there is no exit after the block.
+    """
+    if block not in network.spec.exits:
+        raise ValueError(f"there is no exit after block {block}: exits are after {list(network.spec.exits)}")
+    stem = split(network, (network.block_count,))[0]
+    index = network.spec.exits.index(block)
+    stretch = Stretch(network, range(block), index, [tensor.name for tensor in stem.outputs]).eval()
+    stretch.last, stretch.policy = True, None
+    assert isinstance(stem.module, Stem)
+    costs = [stem.macs, exit_macs(network, index), *(block_macs(network, at) for at in range(block))]
+    macs = Macs(*(sum(getattr(cost, f) for cost in costs) for f in ("token", "pair", "row")))
+    outputs = (Tensor("logits", "float32", ("batch", len(network.spec.labels))),)
+    blocks = tuple(range(1, block + 1))
+    module = Monolith(stem.module, stretch).eval()
+    return Segment(f"truncated_{block:02}", module, stem.inputs, outputs, blocks, macs, network.longest)
+
+
 def _with_exits(network: EarlyExitNetwork) -> Segment:
     stem, *stages = split(network)
     assert isinstance(stem.module, Stem)
@@ -102,4 +123,4 @@ def write_monolith(
         return
     with tempfile.TemporaryDirectory() as scratch:
         to_onnx(whole, Path(scratch) / "monolith.onnx")
-        to_int8(Path(scratch) / "monolith.onnx", path, reduce_range=reduce_range)
+        to_variant(variant, Path(scratch) / "monolith.onnx", path, reduce_range=reduce_range)

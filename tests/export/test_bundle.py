@@ -104,7 +104,7 @@ def test_a_bundle_is_replaced_only_when_told(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadTarget, match="not a bundle"):
+    with pytest.raises(BadTarget, match=r"has no manifest\.json of ours"):
         write(tmp_path / "bundle", overwrite=True)
     assert names(tmp_path / "bundle") == ["thesis.txt"]
 
@@ -112,7 +112,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
 def test_a_strange_file_in_a_bundle_is_not_removed_with_it(tmp_path: Path) -> None:
     write(tmp_path / "bundle")
     (tmp_path / "bundle" / "notes.txt").write_text("mine")
-    with pytest.raises(BadTarget, match=r"notes\.txt is no part"):
+    with pytest.raises(BadTarget, match=r"notes\.txt is not in its manifest"):
         write(tmp_path / "bundle", overwrite=True)
     assert (tmp_path / "bundle" / "notes.txt").exists()
 

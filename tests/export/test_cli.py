@@ -20,6 +20,7 @@ from offramp.export.split import Segment
 from offramp.export.verify import verify
 from offramp.runtime import load
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.rivals import read_rivals
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
 
 RULE = {"name": "gate", "parameters": {"threshold": 0.4}}
@@ -130,6 +131,32 @@ def test_exits_by_cost_and_points_on_the_engine(saved: Path, dev: Path, tmp_path
     assert {"default", "full", "int8-default", "int8-full"} <= names
     assert manifest.provenance["calibrated"]["rows"] == 3
     assert all(point.data == "dev.jsonl" for point in manifest.points)
+
+
+def test_rivals_are_what_ee_bench_reads(
+    saved: Path, open_graph: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    words = ("--out", tmp_path / "bundle", "--rivals", tmp_path / "rivals")
+    result = run(saved, *words, "--truncate", "1")
+    assert result.exit_code == 0, result.output
+    found = read_rivals(tmp_path / "rivals", open_bundle(tmp_path / "bundle").manifest)
+    assert [(graph.kind, graph.variant, graph.exit) for graph in found.graphs] == [
+        ("monolith", "fp32", 2),
+        ("monolith", "int8", 2),
+        ("nested", "fp32", 2),
+        ("truncated", "fp32", 1),
+    ]
+    given = tiny.inputs()
+    with torch.no_grad():
+        truth = load_checkpoint(saved).network(given).logits[:, 0].numpy()
+    session = open_graph(tmp_path / "rivals" / found.graphs[-1].file)
+    logits = session.run(None, {node.name: given[node.name].numpy() for node in session.get_inputs()})[0]
+    np.testing.assert_allclose(logits, truth, atol=1e-5)
+    again = run(saved, *words, "--truncate", "1")
+    assert again.exit_code == 2 and "or say --overwrite" in again.stderr
+    bad = run(saved, "--out", tmp_path / "other", "--rivals", tmp_path / "more", "--truncate", "3")
+    assert bad.exit_code == 2 and "has exits after 1, 2" in bad.stderr
+    assert not (tmp_path / "more").exists() and not (tmp_path / "other").exists()
 
 
 def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -> None:

@@ -64,5 +64,5 @@ def test_int8_is_made_by_the_segments_quantizer(
 
 
 def test_an_unknown_variant_is_refused(exported: Callable[[str], Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="choose one of fp32, int8"):
+    with pytest.raises(ValueError, match="choose one of fp32, int8, int4"):
         monolith.write_monolith(exported("bert").checkpoint, tmp_path / "x.onnx", "fp8")

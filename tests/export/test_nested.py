@@ -1,0 +1,91 @@
+"""The nested graph: bit for bit what the segments say, and it leaves where the runtime's rule leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from onnx import TensorProto, helper
+
+from offramp.export.nested import nest
+from offramp.export.split import split
+from offramp.export.to_onnx import to_onnx
+from offramp.runtime.manifest import NEXT
+from offramp.runtime.rules import RuleSpec, bind, simulate
+
+
+def files(made: Any) -> list[Path]:
+    return [made.folder / f"{segment.name}.onnx" for segment in made.segments]
+
+
+def walked(paths: list[Path], open_graph: Callable[[Path], Any], given: dict[str, np.ndarray]) -> list[dict]:
+    """What every segment says, in fp32 on ONNX Runtime, one row."""
+    state, said = dict(given), []
+    for path in paths:
+        session = open_graph(path)
+        names = [node.name for node in session.get_outputs()]
+        found = session.run(names, {node.name: state[node.name] for node in session.get_inputs()})
+        out = dict(zip(names, found, strict=True))
+        state |= {name.removeprefix(NEXT): value for name, value in out.items()}
+        said.append(out)
+    return said[1:]
+
+
+def rows(family: str, count: int) -> list[dict[str, np.ndarray]]:
+    whole = {name: value.numpy() for name, value in tiny.inputs(family, rows=count).items()}
+    return [{name: value[at : at + 1] for name, value in whole.items()} for at in range(count)]
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_it_leaves_where_the_walk_leaves_and_says_the_same(
+    family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    paths = files(exported(family))
+    onnx.save(nest(paths[0], paths[1:]), tmp_path / "nested.onnx")
+    session = open_graph(tmp_path / "nested.onnx")
+    names = [node.name for node in session.get_inputs()]
+    for given in rows(family, 4):
+        said = walked(paths, open_graph, given)
+        gates = [float(out["gate"][0]) for out in said[:-1]]
+        for threshold in (0.0, *(np.nextafter(gate, 2) for gate in gates), *gates, 2.0):
+            feed = {**given, "threshold": np.array(threshold, np.float32)}
+            logits, exit = session.run(["logits", "exit"], {name: feed[name] for name in names})
+            table = np.stack([out["logits"] for out in said], 1)
+            rule = bind(RuleSpec("gate", {"threshold": float(np.float32(threshold))}), len(said))
+            expected = simulate(rule, table, np.array([gates], np.float32))[0]
+            assert exit.tolist() == [expected + 1]
+            np.testing.assert_allclose(logits, said[expected]["logits"], atol=1e-6)
+
+
+def test_without_policies_the_top_probability_decides(
+    open_graph: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    paths = []
+    for segment in split(tiny.network(policy=None)):
+        paths.append(tmp_path / f"{segment.name}.onnx")
+        to_onnx(segment, paths[-1])
+    onnx.save(nest(paths[0], paths[1:]), tmp_path / "nested.onnx")
+    session = open_graph(tmp_path / "nested.onnx")
+    given = rows("bert", 1)[0]
+    table = np.stack([out["logits"] for out in walked(paths, open_graph, given)], 1)
+    top = torch.softmax(torch.from_numpy(table), -1).amax(-1)[0].tolist()
+    for threshold in (0.0, top[0] - 1e-4, top[0] + 1e-4, 2.0):
+        feed = {**given, "threshold": np.array(threshold, np.float32)}
+        exit = session.run(["exit"], {node.name: feed[node.name] for node in session.get_inputs()})[0]
+        rule = bind(RuleSpec("max_probability", {"threshold": threshold}), table.shape[1])
+        assert exit[0] == simulate(rule, table, None)[0] + 1
+
+
+def test_an_input_from_nowhere_is_named(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    paths = files(exported("bert"))
+    model = onnx.load(paths[1])
+    model.graph.input.append(helper.make_tensor_value_info("memory", TensorProto.FLOAT, ["batch"]))
+    onnx.save(model, tmp_path / "segment_00.onnx")
+    with pytest.raises(ValueError, match=r"segment_00.*'memory'"):
+        nest(paths[0], [tmp_path / "segment_00.onnx", *paths[2:]])
