@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +41,7 @@ class UserError(click.ClickException):
 
 
 class NotVerified(click.ClickException):
-    """One line on stderr, exit code 1: the graphs do not say what the network says."""
-
-    exit_code = 1
+    """One line on stderr, exit code 1 as click has it: the graphs do not say what the network says."""
 
 
 @click.command(context_settings=HELP)
@@ -88,12 +88,12 @@ class NotVerified(click.ClickException):
     type=click.Path(file_okay=False, path_type=Path),
     help="Also write a folder of single graphs for ee-bench --against: the network without exits in every "
     "variant, all segments in one file with exits inside (nested If), and the network cut off after a few "
-    "blocks.",
+    "blocks. --out, --rivals and --monolith must lie apart.",
 )
 @click.option(
     "--truncate",
     metavar="BLOCKS",
-    help="Blocks after which rivals are cut off, such as 3,4. [default: around the points' mean exits]",
+    help="Blocks after which --rivals are cut off, such as 3,4. [default: around mean exits, or the middle]",
 )
 @click.option(
     "--overwrite", is_flag=True, help="Replace what is in --out and --rivals, once the new is complete."
@@ -110,10 +110,15 @@ def main(**wish: Any) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[export,cpu]' first")
+    from offramp.export.bundle import BadTarget
+
+    before = {path: _identity(path) for path in map(wish.get, ("out", "monolith", "rivals")) if path}
     try:
         _split(**wish)
+    except BadTarget as problem:
+        raise UserError(f"{problem}; {_outcome(before)}") from None
     except KeyboardInterrupt:
-        click.echo("interrupted; no bundle was written", err=True)
+        click.echo(f"interrupted; {_outcome(before)}", err=True)
         sys.exit(130)
 
 
@@ -130,8 +135,10 @@ def _split(
     truncate: str | None,
     overwrite: bool,
 ) -> None:
-    from offramp.export.bundle import BadTarget, check_target, finish, writing
+    _agree(out, monolith, rivals, truncate)  # before torch is loaded, which takes seconds
+    from offramp.export.bundle import check_target, finish, writing
     from offramp.export.describe import describe
+    from offramp.export.monolith import write_monoliths
     from offramp.export.precision import needs_reduced_range
     from offramp.export.rivals import write_rivals
     from offramp.export.split import kept_exits, split
@@ -150,9 +157,10 @@ def _split(
         if rivals is not None:
             check_target(rivals, overwrite=overwrite, listing="rivals.json")
         loaded = load_checkpoint(checkpoint)
-    except (BadCheckpoint, BadTarget, UnsupportedFamily) as problem:
+    except (BadCheckpoint, UnsupportedFamily) as problem:
         raise UserError(str(problem)) from None
     loaded.network.float()
+    _blocks(truncate, loaded.network.spec.exits, "this checkpoint")  # before --segments auto takes minutes
     try:
         if dev is not None:
             read_labelled(dev, loaded.network.spec.labels)  # before minutes go into exporting
@@ -164,7 +172,7 @@ def _split(
         raise UserError(f"--dev: {problem}") from None
     except ValueError as problem:
         raise UserError(f"--segments {segments}: {problem}") from None
-    blocks = None if truncate is None else _blocks(truncate, loaded.network.spec.exits)
+    blocks = _blocks(truncate, [part.blocks[-1] for part in parts[1:]], "the bundle")
     dropped = len(loaded.network.spec.exits) - len(parts) + 1
     if dropped and dev is None and loaded.training.get("operating_points"):
         click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
@@ -180,10 +188,10 @@ def _split(
         if dev is not None:
             click.echo("measuring operating points", err=True)
             manifest = calibrated(beside, dev)
-    if monolith is not None:
-        _monolith(loaded, monolith, names, reduced)
     click.echo(_table(manifest, report))
     click.echo(f"{out}: written and verified")
+    if monolith is not None:
+        write_monoliths(loaded, monolith, names, reduce_range=reduced)
     if rivals is not None:
         write_rivals(loaded, out, manifest, rivals, blocks=blocks, overwrite=overwrite, reduce_range=reduced)
         click.echo(f"{rivals}: written")
@@ -200,17 +208,37 @@ def _by_cost(checkpoint: Checkpoint, dev: Path | None) -> tuple[int, ...]:
     return tuple(choice.blocks[at] for at in choice.kept)
 
 
-def _blocks(wish: str, exits: Sequence[int]) -> list[int]:
+def _agree(out: Path, monolith: Path | None, rivals: Path | None, truncate: str | None) -> None:
+    """Refuse wishes that contradict each other; links and dots are seen through."""
+    if truncate is not None and rivals is None:
+        raise UserError(f"--truncate {truncate} says which rivals are cut off: say --rivals DIR too")
+    given = {"--out": out, "--rivals": rivals, "--monolith": monolith}
+    real = {f"{name} {path}": Path(os.path.realpath(path)) for name, path in given.items() if path}
+    for (one, first), (two, second) in combinations(real.items(), 2):
+        if first.is_relative_to(second) or second.is_relative_to(first):
+            raise UserError(f"{one} and {two} are one place, or one lies inside the other; choose them apart")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Inode and device of what stands there: after a rename into its place they are others."""
+    return path.stat()[1:3] if os.path.exists(path) else None
+
+
+def _outcome(before: Mapping[Path, tuple[int, ...] | None]) -> str:
+    """What is true if all ends here; before: each target as it was found."""
+    new = [path for path, was in before.items() if _identity(path) not in (None, was)]
+    old = [path for path in before if path not in new]
+    said = f"written: {', '.join(map(str, new))}" if new else "no bundle was written"
+    return said + (f"; not written: {', '.join(map(str, old))}" if new and old else "")
+
+
+def _blocks(wish: str | None, exits: Sequence[int], whose: str) -> list[int] | None:
+    from offramp.export.rivals import parse_blocks
+
     try:
-        found = [int(word) for word in wish.split(",")]
-    except ValueError:
-        found = []
-    if not found or any(block not in exits for block in found):
-        has = ", ".join(map(str, exits))
-        raise UserError(
-            f"--truncate {wish}: expected blocks such as 3,4; this checkpoint has exits after {has}"
-        )
-    return found
+        return None if wish is None else parse_blocks(wish, exits, whose)
+    except ValueError as problem:
+        raise UserError(f"--truncate {problem}") from None
 
 
 def _variants(wish: str) -> tuple[str, ...]:
@@ -253,16 +281,6 @@ def _export(parts: Sequence[Segment], variants: Sequence[str], folder: Path, red
         for name in variants[1:] if part.blocks else ():
             to_variant(name, source, folder / file_name(part.name, name), reduce_range=reduced)
     click.echo("verifying", err=True)
-
-
-def _monolith(checkpoint: Checkpoint, path: Path, variants: Sequence[str], reduced: bool) -> None:
-    from offramp.export.monolith import write_monolith
-    from offramp.export.precision import to_int8
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_monolith(checkpoint, path)
-    if "int8" in variants:
-        to_int8(path, path.with_name(f"{path.stem}_int8{path.suffix}"), reduce_range=reduced)
 
 
 def _table(manifest: Manifest, report: Report) -> str:

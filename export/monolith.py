@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from offramp.export.bundle import BadTarget
 from offramp.export.precision import VARIANTS, to_variant
 from offramp.export.split import Segment, Stem, Stretch, split
 from offramp.export.to_onnx import to_onnx
-from offramp.models.macs import block_macs, exit_macs
+from offramp.models.macs import block_macs, exit_macs, linear_weights
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.manifest import NEXT, Macs, Tensor
 from offramp.training.checkpoint import Checkpoint
@@ -80,6 +83,8 @@ def truncated(network: EarlyExitNetwork, block: int) -> Segment:
     stretch.last, stretch.policy = True, None
     assert isinstance(stem.module, Stem)
     costs = [stem.macs, exit_macs(network, index), *(block_macs(network, at) for at in range(block))]
+    if index < len(network.policies):  # counted with the exit, but nothing here asks it
+        costs.append(Macs(row=-linear_weights(network.policies[index])))
     macs = Macs(*(sum(getattr(cost, f) for cost in costs) for f in ("token", "pair", "row")))
     outputs = (Tensor("logits", "float32", ("batch", len(network.spec.labels))),)
     blocks = tuple(range(1, block + 1))
@@ -124,3 +129,24 @@ def write_monolith(
     with tempfile.TemporaryDirectory() as scratch:
         to_onnx(whole, Path(scratch) / "monolith.onnx")
         to_variant(variant, Path(scratch) / "monolith.onnx", path, reduce_range=reduce_range)
+
+
+def write_monoliths(
+    checkpoint: Checkpoint, path: Path, variants: Sequence[str], *, reduce_range: bool | None = None
+) -> None:
+    """Write the graph without exits at `path` and, where int8 is among the variants, int8 beside it as
+    <stem>_int8<suffix>. The file at `path` comes last and at once: where a new one stands, all is written.
+    Raises BadTarget where something else than a file stands there.
+    """
+    small = path.with_name(f"{path.stem}_int8{path.suffix}")
+    path = Path(os.path.realpath(path))  # through a link, as plain writing goes
+    if path.exists() and not path.is_file():
+        raise BadTarget(f"{path} is no regular file; choose another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        whole = Path(scratch) / "fp32.onnx"
+        write_monolith(checkpoint, whole)
+        if "int8" in variants:
+            to_variant("int8", whole, Path(scratch) / "int8.onnx", reduce_range=reduce_range)
+            shutil.move(Path(scratch) / "int8.onnx", small)  # no rename where a link led to another disk
+        whole.replace(path)

@@ -31,113 +31,92 @@ def nest(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
     """
     if len(segments) > DEEPEST:
         raise ValueError(f"{len(segments)} segments cannot be nested, only {DEEPEST}; keep fewer exits")
-    graphs = [onnx.load(file).graph for file in (stem, *segments)]
-    first = _placed(graphs[0], "stem.", {entry.name: entry.name for entry in graphs[0].input})
-    rest = _rest(graphs[1:], 0, first.made)
-    inputs = [_row(entry) for entry in graphs[0].input]
-    inputs.append(helper.make_tensor_value_info(THRESHOLD, TensorProto.FLOAT, []))
-    nodes = [*first.nodes, *rest.nodes]
-    nodes += [helper.make_node("Identity", [rest.logits], [LOGITS])]
-    nodes += [helper.make_node("Identity", [rest.exit], [EXIT])]
-    graph = helper.make_graph(
-        nodes,
-        "nested",
-        inputs,
-        _outputs(graphs[1], LOGITS, EXIT),
-        [*first.weights, *rest.weights],
-        value_info=[*first.shapes, *rest.shapes],
+    model = helper.make_model(
+        onnx.GraphProto(name="nested"), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    graph = model.graph  # filled where it stands: a copy a level would copy all weights behind it each time
+    source = onnx.load(stem).graph
+    graph.input.extend(_row(entry) for entry in source.input)
+    graph.input.append(helper.make_tensor_value_info(THRESHOLD, TensorProto.FLOAT, []))
+    made = _place(graph, source, "stem.", {entry.name: entry.name for entry in source.input})
+    del source  # its weights are in the graph by now
+    found = _fill(graph, segments, 0, made)
+    graph.node.extend(_copies((found.logits, found.exit), (LOGITS, EXIT)))
+    graph.output.extend(_outputs(LOGITS, EXIT, found.classes))
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A graph's parts under names of their own; made: what it puts out, by the name that readers know.
+class _Found:
+    """What a graph knows at its end: the names of logits and exit number, and how many classes there are."""
 
-    shapes are kept (with their free sizes): without them ONNX Runtime fuses less in a branch, and the rival
-    would be slower than it has to be.
-    """
-
-    nodes: list[onnx.NodeProto]
-    weights: list[TensorProto]
-    shapes: list[onnx.ValueInfoProto]
-    made: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Rest:
-    """Segments from one on, nested: parts, and the names of logits and exit number."""
-
-    nodes: list[onnx.NodeProto]
-    weights: list[TensorProto]
-    shapes: list[onnx.ValueInfoProto]
     logits: str
     exit: str
+    classes: int
 
 
-def _placed(graph: onnx.GraphProto, prefix: str, given: Mapping[str, str]) -> _Placed:
-    """A graph with every name of its own prefixed and its inputs read under the names in `given`."""
-    missing = [entry.name for entry in graph.input if entry.name not in given]
+def _place(
+    graph: onnx.GraphProto, source: onnx.GraphProto, prefix: str, given: Mapping[str, str]
+) -> dict[str, str]:
+    """Put the parts of `source` into `graph`, every name of its own prefixed, its inputs read under the names
+    in `given`; gives what it puts out, by the name that readers know. `source` is renamed and of no more use.
+
+    Shapes are kept (with their free sizes): without them ONNX Runtime fuses less in a branch, and the rival
+    would be slower than it has to be.
+    """
+    missing = [entry.name for entry in source.input if entry.name not in given]
     if missing:
         raise ValueError(f"{prefix[:-1]}: nothing before it makes its input {missing[0]!r}")
-    names = {entry.name: given[entry.name] for entry in graph.input}
+    names = {entry.name: given[entry.name] for entry in source.input}
 
     def named(name: str) -> str:
         return names.get(name, prefix + name) if name else ""  # "": an input that is left out
 
-    nodes, weights, shapes = [], [], []
-    for node in graph.node:
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        new.name = prefix + node.name
-        new.input[:] = [named(name) for name in node.input]
-        new.output[:] = [named(name) for name in node.output]
-        nodes.append(new)
-    for weight in graph.initializer:
-        tensor = TensorProto()
-        tensor.CopyFrom(weight)
-        tensor.name = named(weight.name)
-        weights.append(tensor)
-    for value in (*graph.value_info, *graph.output):
-        info = onnx.ValueInfoProto()
-        info.CopyFrom(value)
-        info.name = named(value.name)
-        shapes.append(info)
-    made = {entry.name.removeprefix(NEXT): named(entry.name) for entry in graph.output}
-    return _Placed(nodes, weights, shapes, made)
+    made = {entry.name.removeprefix(NEXT): named(entry.name) for entry in source.output}
+    for node in source.node:
+        node.name = prefix + node.name if node.name else ""  # a bare prefix would name many nodes alike
+        node.input[:] = [named(name) for name in node.input]
+        node.output[:] = [named(name) for name in node.output]
+    for part in (*source.initializer, *source.value_info, *source.output):
+        part.name = named(part.name)
+    graph.node.extend(source.node)
+    graph.initializer.extend(source.initializer)
+    graph.value_info.extend((*source.value_info, *source.output))
+    return made
 
 
-def _rest(graphs: Sequence[onnx.GraphProto], at: int, known: Mapping[str, str]) -> _Rest:
-    """Segment number `at` (0-based), and behind an If those after it; known: values by name so far."""
+def _fill(graph: onnx.GraphProto, segments: Sequence[Path], at: int, known: Mapping[str, str]) -> _Found:
+    """Put segment number `at` (0-based), and behind an If those after it, into `graph`; known: values by name
+    so far.
+    """
     prefix = f"segment_{at:02}."
-    here = _placed(graphs[at], prefix, known)
-    logits, number = here.made[LOGITS], f"{prefix}{EXIT}"
-    count = numpy_helper.from_array(np.array([at + 1], np.int64), number)
-    if at + 1 == len(graphs):
-        return _Rest(here.nodes, [*here.weights, count], here.shapes, logits, number)
-    rest = _rest(graphs, at + 1, {**known, **here.made})
-    asked, constants = _question(here.made, prefix)
+    source = onnx.load(segments[at]).graph
+    (said,) = [entry for entry in source.output if entry.name == LOGITS]
+    classes = said.type.tensor_type.shape.dim[-1].dim_value
+    made = _place(graph, source, prefix, known)
+    del source, said  # not kept until all behind it is there: its weights are in `graph` by now
+    logits, number = made[LOGITS], f"{prefix}{EXIT}"
+    graph.initializer.append(numpy_helper.from_array(np.array([at + 1], np.int64), number))
+    if at + 1 == len(segments):
+        return _Found(logits, number, classes)
+    nodes, constants = _question(made, prefix)
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
     leave = f"{prefix}leave.{LOGITS}", f"{prefix}leave.{EXIT}"
     stay = f"{prefix}stay.{LOGITS}", f"{prefix}stay.{EXIT}"
     found = f"{prefix}found.{LOGITS}", f"{prefix}found.{EXIT}"
+    branch = graph.node.add(op_type="If", name=f"{prefix}If", input=[f"{prefix}leaves"], output=found)
+    behind = branch.attribute.add(name="else_branch", type=onnx.AttributeProto.GRAPH).g
+    behind.name = f"{prefix}stay"
+    rest = _fill(behind, segments, at + 1, {**known, **made})
+    behind.node.extend(_copies((rest.logits, rest.exit), stay))
+    behind.output.extend(_outputs(*stay, classes))
     left = helper.make_graph(
-        _copies((logits, number), leave), f"{prefix}leave", [], _outputs(graphs[at], *leave)
+        _copies((logits, number), leave), f"{prefix}leave", [], _outputs(*leave, classes)
     )
-    stayed = helper.make_graph(
-        [*rest.nodes, *_copies((rest.logits, rest.exit), stay)],
-        f"{prefix}stay",
-        [],
-        _outputs(graphs[at], *stay),
-        rest.weights,
-        value_info=rest.shapes,
-    )
-    branch = helper.make_node(
-        "If", [f"{prefix}leaves"], list(found), name=f"{prefix}If", then_branch=left, else_branch=stayed
-    )
-    nodes, weights = [*here.nodes, *asked, branch], [*here.weights, count, *constants]
-    return _Rest(nodes, weights, here.shapes, *found)
+    branch.attribute.append(helper.make_attribute("then_branch", left))
+    return _Found(*found, classes)
 
 
 def _question(made: Mapping[str, str], prefix: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
@@ -160,9 +139,7 @@ def _copies(names: Sequence[str], ends: Sequence[str]) -> list[onnx.NodeProto]:
     return [helper.make_node("Identity", [name], [end]) for name, end in zip(names, ends, strict=True)]
 
 
-def _outputs(graph: onnx.GraphProto, logits: str, number: str) -> list[onnx.ValueInfoProto]:
-    (known,) = [entry for entry in graph.output if entry.name == LOGITS]
-    classes = known.type.tensor_type.shape.dim[-1].dim_value
+def _outputs(logits: str, number: str, classes: int) -> list[onnx.ValueInfoProto]:
     return [
         helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, classes]),
         helper.make_tensor_value_info(number, TensorProto.INT64, [1]),

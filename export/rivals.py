@@ -18,9 +18,9 @@ from offramp.export.precision import to_variant
 from offramp.export.split import Segment
 from offramp.export.to_onnx import to_onnx
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.rivals import FILE_NAME, FORMAT, GraphFact, Rivals, read_rivals
 from offramp.training.checkpoint import Checkpoint
 
-FILE_NAME, FORMAT = "rivals.json", 1
 MOST = 4  # truncated graphs when nobody says which
 
 
@@ -38,18 +38,21 @@ def write_rivals(
     nested graph, and the network truncated after `blocks` (None: around the mean exits of the bundle's
     points).
 
-    Whole or not at all. Raises BadTarget where the folder cannot be had, ValueError for a block without exit.
+    Whole or not at all: what ee-bench would refuse gets no name. Raises BadTarget where the folder cannot be
+    had, ValueError for a block that ends no segment of the bundle.
     """
-    network = checkpoint.network.float()
-    wanted = mean_exits(manifest) if blocks is None else list(blocks)
-    cut = [truncated(network, block) for block in wanted]  # raises before anything is written
-    last = len(manifest.segments)
+    network, exits = checkpoint.network.float(), ends(manifest)
+    wanted = mean_exits(manifest) if blocks is None else list(dict.fromkeys(blocks))
+    strange = [block for block in wanted if block not in exits]
+    if strange:
+        raise ValueError(f"the bundle has no exit after block {strange[0]}: its exits are after {exits}")
+    cut = [truncated(network, block) for block in wanted]
+    last = len(exits)
     with writing(folder, overwrite=overwrite, listing=FILE_NAME) as beside:
         facts = []
 
         def add(name: str, kind: str, variant: str, file: str, exit: int) -> None:
-            fact = {"name": name, "kind": kind, "variant": variant, "file": file, "exit": exit}
-            facts.append(fact | asdict(file_fact(beside / file)))
+            facts.append(GraphFact(name, kind, variant, file, exit, **asdict(file_fact(beside / file))))
 
         whole: list[Segment] = [monolith(network), *cut]
         for part in track(whole, "exporting rivals", console=Console(stderr=True)):
@@ -66,22 +69,38 @@ def write_rivals(
             model = nest(bundle / stages[0], [bundle / file for file in stages[1:]])
             (beside / "nested.onnx").write_bytes(model.SerializeToString())
             add("nested if", "nested", "fp32", "nested.onnx", last)
-        for part in cut:
-            exit = next(
-                n for n, stage in enumerate(manifest.segments, 1) if stage.blocks[-1] >= part.blocks[-1]
-            )
-            add(f"first {part.blocks[-1]} blocks", "truncated", "fp32", f"{part.name}.onnx", exit)
-        told = {"format": FORMAT, "labels": list(manifest.labels), "graphs": facts}
+        for block, part in zip(wanted, cut, strict=True):
+            exit = exits.index(block) + 1
+            add(f"first {block} blocks", "truncated", "fp32", f"{part.name}.onnx", exit)
+        told = asdict(Rivals(FORMAT, manifest.labels, tuple(facts)))
         (beside / FILE_NAME).write_text(
             json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        read_rivals(beside, manifest)
+
+
+def parse_blocks(wish: str, exits: Sequence[int], whose: str) -> list[int]:
+    """Blocks to truncate after, from "3,4"; ValueError for what is no exit, saying whose exits they are."""
+    try:
+        found = [int(word) for word in wish.split(",")]
+    except ValueError:
+        found = []
+    if not found or any(block not in exits for block in found):
+        has = ", ".join(map(str, exits))
+        raise ValueError(f"{wish}: expected blocks such as 3,4; {whose} has exits after {has}")
+    return found
+
+
+def ends(manifest: Manifest) -> list[int]:
+    """Blocks that end a segment: those with an exit in the bundle."""
+    return [stage.blocks[-1] for stage in manifest.segments]
 
 
 def mean_exits(manifest: Manifest) -> list[int]:
     """Blocks with an exit on both sides of the mean exit of each point, the shallowest MOST; the middle exit
-    where there are no points.
+    where there are no points. Never the last, which is the monolith's: of a single exit nothing is cut off.
     """
-    exits = [stage.blocks[-1] for stage in manifest.segments]
+    exits = ends(manifest)
     found: set[int] = set()
     for point in manifest.points:
         mean = point.measured.get("mean_exit", math.nan)
@@ -89,7 +108,8 @@ def mean_exits(manifest: Manifest) -> list[int]:
             found |= {max((e for e in exits if e <= mean), default=exits[0])}
             found |= {min((e for e in exits if e >= mean), default=exits[-1])}
     found.discard(exits[-1])
-    return sorted(found)[:MOST] or exits[len(exits) // 2 : len(exits) // 2 + 1]
+    early = exits[:-1]
+    return sorted(found)[:MOST] or early[len(early) // 2 :][:1]
 
 
-__all__ = ["FILE_NAME", "mean_exits", "write_rivals"]
+__all__ = ["FILE_NAME", "mean_exits", "parse_blocks", "write_rivals"]

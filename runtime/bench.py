@@ -44,7 +44,9 @@ from offramp.runtime.turns import (
     accuracy,
     by_segment,
     in_bulk,
+    macs_share,
     one_by_one,
+    realised,
     short,
     summary,
     walking,
@@ -52,6 +54,7 @@ from offramp.runtime.turns import (
 )
 
 FULL, CHANCE = "walk full depth", "random exits"
+BULK_WINDOWS = 2  # windows of rows that are measured in bulk: a rate needs no more
 NOT_STARTED, INTERRUPTED = 2, 130
 AT_LEAST_1, PATH = click.IntRange(min=1), click.Path(path_type=Path)
 
@@ -135,8 +138,9 @@ def measure(
         full, contenders, monolith = field.full, field.contenders, field.monolith
         turned = one_by_one(contenders, singles, turns)
         windows: list[tuple[Batches, int]] = []
-        for start in range(0, len(encoded), batch_size * WINDOW):
-            window = encoded[start : start + batch_size * WINDOW]
+        crowd = encoded[: BULK_WINDOWS * batch_size * WINDOW]
+        for start in range(0, len(crowd), batch_size * WINDOW):
+            window = crowd[start : start + batch_size * WINDOW]
             windows.append((list(full._batches(window, batch_size)), len(window)))
         rates = in_bulk([c for c in contenders if c.bulk], windows, batch_size, turns)
         segments = by_segment(full, singles)
@@ -152,7 +156,12 @@ def measure(
         rule = None if c.rule is None else {"name": c.rule.name, "parameters": c.rule.parameters}
         facts = {"name": c.name, "kind": c.kind, "variant": c.variant, "rule": rule, "bytes": c.bytes}
         facts |= {"accuracy": accuracy(mine, truth)} | summary(mine, turned[reference], macs, budget)
-        found.append(facts | {"rows_per_second": short(rates[c.name]) if c.bulk else None})
+        bulk: dict[str, float | None] = {"rows_per_second": None, "realised_in_bulk": None}
+        if c.bulk:
+            share = macs_share(mine.exits[:, : len(crowd)], macs[: len(crowd)])
+            time_share = rates[reference] / rates[c.name]
+            bulk = {"rows_per_second": short(rates[c.name]), "realised_in_bulk": realised(time_share, share)}
+        found.append(facts | bulk)
     about: dict[str, Any] = {
         **pages.machine(),
         **running,
@@ -160,6 +169,7 @@ def measure(
         "bundle_bytes": sum(fact.bytes for fact in manifest.files.values()),
         "data": str(data),
         "rows": len(items),
+        "rows_in_bulk": len(crowd),
         "rows_there": there,
         "mean_tokens": short(float(np.mean(lengths))),
         "turns": turns,

@@ -8,6 +8,7 @@ found '7'`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -54,15 +55,21 @@ def build(kind: Any, value: Any, where: str) -> Any:
 
 def _record(kind: Any, value: Any, where: str) -> Any:
     _is(isinstance(value, dict), where, "an object", value)
-    hints = typing.get_type_hints(kind)
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = _fields(kind)
     unknown = [name for name in value if name not in fields]
     if unknown:
         raise ValueError(f"{where}.{unknown[0]}: unknown key; known: {', '.join(fields)}")
     missing = [name for name in fields if name not in value]
     if missing:
         raise ValueError(f"{where}.{missing[0]}: missing")
-    return kind(**{name: build(hints[name], value[name], f"{where}.{name}") for name in fields})
+    return kind(**{name: build(hint, value[name], f"{where}.{name}") for name, hint in fields.items()})
+
+
+@functools.cache  # a manifest has hundreds of objects of nine classes; hints were most of the time to read it
+def _fields(kind: Any) -> dict[str, Any]:
+    """A dataclass's fields in order, with their types."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _is(right: bool, where: str, expected: str, found: Any) -> None:

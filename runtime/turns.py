@@ -141,12 +141,11 @@ def summary(mine: Turns, reference: Turns, macs: Floats, budget: float) -> dict[
     macs [rows, segments]: multiply-accumulates of each row up to each exit. The time saved is of all rows and
     turns together, as the computing is: a median over rows would hide the shallow ones or the deep ones.
     """
-    turns, rows = mine.seconds.shape
+    turns = len(mine.seconds)
     pairs = np.percentile(mine.seconds / reference.seconds, [50, 5, 95])
     times = 1e3 * np.percentile(mine.seconds, range(101))
     counts = np.bincount(mine.exits.ravel() - 1, minlength=macs.shape[1]) / turns
-    whole = float(turns * macs[:, -1].sum()) or 1.0  # a bundle that does not say: then no share is saved
-    share = 1 - float((macs[:, -1] - macs[np.arange(rows), mine.exits - 1]).sum()) / whole
+    share = macs_share(mine.exits, macs)
     time_share = float(mine.seconds.sum() / reference.seconds.sum())
     return {
         "p50_ms": short(times[50]),
@@ -162,9 +161,24 @@ def summary(mine: Turns, reference: Turns, macs: Floats, budget: float) -> dict[
         "goodput": short((mine.seconds <= budget).mean()),
         "time_share": short(time_share),
         "macs_share": short(share),
-        # Where hardly anything is left out there is nothing to realise, and the quotient is noise.
-        "realised": short((1 - time_share) / (1 - share)) if share < 0.99 else None,
+        "realised": realised(time_share, share),
     }
+
+
+def macs_share(exits: Ids, macs: Floats) -> float:
+    """Multiply-accumulates of rows that left at exits [turns, rows] over those of full depth; macs [rows,
+    segments]: of each row up to each exit.
+    """
+    whole = float(len(exits) * macs[:, -1].sum()) or 1.0  # a bundle that does not say: then no share is saved
+    return 1 - float((macs[:, -1] - macs[np.arange(len(macs)), exits - 1]).sum()) / whole
+
+
+def realised(time_share: float, share: float) -> float | None:
+    """Share of the time saved over share of the multiply-accumulates saved.
+
+    None where hardly anything is left out: there is nothing to realise, and the quotient is noise.
+    """
+    return short((1 - time_share) / (1 - share)) if share < 0.99 else None
 
 
 def accuracy(mine: Turns, truth: Ids | None) -> float | None:

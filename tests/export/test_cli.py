@@ -14,10 +14,10 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from offramp.export import to_onnx
+from offramp.export import bundle, monolith, rivals, to_onnx, verify
+from offramp.export.bundle import BadTarget
 from offramp.export.cli import main
 from offramp.export.split import Segment
-from offramp.export.verify import verify
 from offramp.runtime import load
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.rivals import read_rivals
@@ -77,7 +77,7 @@ def test_dropped_exits_are_really_exported(
     assert [stage.blocks for stage in manifest.segments] == [(1, 2)]
     assert manifest.rule.name == "never" and manifest.points == ()
     loaded = load_checkpoint(saved)
-    assert verify(loaded, tmp_path / "bundle", texts=["fine", "bad"]).first_bad is None
+    assert verify.verify(loaded, tmp_path / "bundle", texts=["fine", "bad"]).first_bad is None
     given = tiny.inputs()
     with torch.no_grad():
         truth = loaded.network(given).logits[:, -1].numpy()
@@ -137,7 +137,7 @@ def test_rivals_are_what_ee_bench_reads(
     saved: Path, open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     words = ("--out", tmp_path / "bundle", "--rivals", tmp_path / "rivals")
-    result = run(saved, *words, "--truncate", "1")
+    result = run(saved, *words, "--truncate", "1,1")
     assert result.exit_code == 0, result.output
     found = read_rivals(tmp_path / "rivals", open_bundle(tmp_path / "bundle").manifest)
     assert [(graph.kind, graph.variant, graph.exit) for graph in found.graphs] == [
@@ -155,8 +155,121 @@ def test_rivals_are_what_ee_bench_reads(
     again = run(saved, *words, "--truncate", "1")
     assert again.exit_code == 2 and "or say --overwrite" in again.stderr
     bad = run(saved, "--out", tmp_path / "other", "--rivals", tmp_path / "more", "--truncate", "3")
-    assert bad.exit_code == 2 and "has exits after 1, 2" in bad.stderr
+    assert bad.exit_code == 2 and "this checkpoint has exits after 1, 2" in bad.stderr
     assert not (tmp_path / "more").exists() and not (tmp_path / "other").exists()
+
+
+def test_rivals_are_cut_off_at_exits_that_the_bundle_keeps(saved: Path, tmp_path: Path) -> None:
+    words = ("--out", tmp_path / "bundle", "--rivals", tmp_path / "rivals")
+    result = run(saved, *words, "--segments", "2", "--truncate", "1")
+    assert result.exit_code == 2 and "--truncate 1: " in result.stderr
+    assert "the bundle has exits after 2" in result.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        ({"out": "a", "rivals": "a"}, "--rivals"),
+        ({"out": "a", "rivals": "b/../a/."}, "--rivals"),
+        ({"out": "a", "rivals": "a/b"}, "--rivals"),
+        ({"out": "a/b", "rivals": "a"}, "--rivals"),
+        ({"out": "real", "rivals": "link"}, "--rivals"),
+        ({"out": "real", "rivals": "link/b"}, "--rivals"),
+        ({"out": "link/b", "rivals": "."}, "--rivals"),
+        ({"out": "a", "monolith": "a/one.onnx"}, "--monolith"),
+        ({"out": "a", "monolith": "a"}, "--monolith"),
+        ({"out": "real", "monolith": "link/deep/one.onnx"}, "--monolith"),
+    ],
+)
+def test_places_that_lie_in_each_other_are_refused_first(
+    places: dict[str, str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    words = [word for option, place in places.items() for word in (f"--{option}", place)]
+    result = run("no_checkpoint", *words)  # which would be named, were it looked at before
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "--out" in result.stderr and named in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert not list((tmp_path / "real").iterdir())
+
+
+def test_a_monolith_among_the_rivals_is_refused(tmp_path: Path) -> None:
+    words = ("--out", tmp_path / "a", "--rivals", tmp_path / "b", "--monolith", tmp_path / "b" / "one.onnx")
+    result = run("no_checkpoint", *words)
+    assert result.exit_code == 2 and "--rivals" in result.stderr and "--monolith" in result.stderr
+
+
+def test_truncate_without_rivals_is_refused(tmp_path: Path) -> None:
+    result = run("no_checkpoint", "--out", tmp_path / "bundle", "--truncate", "1")
+    assert result.exit_code == 2 and "say --rivals DIR too" in result.stderr
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("module", "step", "said"),
+    [
+        (verify, "verify", "no bundle was written"),
+        (monolith, "write_monoliths", "written: bundle; not written: one.onnx, rivals"),
+        (rivals, "write_rivals", "written: bundle, one.onnx; not written: rivals"),
+    ],
+)
+def test_an_interruption_says_what_is_written(
+    saved: Path,
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    step: str,
+    said: str,
+) -> None:
+    def write(checkpoint: object, path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"a graph")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(monolith, "write_monoliths", write)
+    monkeypatch.setattr(module, step, interrupted)
+    result = run(saved, "--variants", "fp32", "--monolith", "one.onnx", "--rivals", "rivals")
+    assert result.exit_code == 130 and result.stderr.splitlines()[-1] == f"interrupted; {said}"
+    assert (tmp_path / "bundle").exists() == said.startswith("written: bundle")
+    assert ("written and verified" in result.stdout) == (tmp_path / "bundle").exists()
+
+
+def test_an_interruption_while_the_old_bundle_goes(
+    saved: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--out", tmp_path / "bundle", "--variants", "fp32")
+    assert run(saved, *words).exit_code == 0
+    remove = shutil.rmtree
+
+    def cut_short(path: Path, **wish: Any) -> None:
+        if ".old-" in path.name and path.exists():
+            raise KeyboardInterrupt
+        remove(path, **wish)
+
+    monkeypatch.setattr(bundle.shutil, "rmtree", cut_short)
+    result = run(saved, *words, "--overwrite")
+    assert result.exit_code == 130 and f"interrupted; written: {tmp_path / 'bundle'}\n" in result.stderr
+    monkeypatch.undo()
+    monkeypatch.setattr(verify, "verify", interrupted)
+    assert "no bundle was written" in run(saved, *words, "--overwrite").stderr  # the old one is not news
+
+
+def test_rivals_that_cannot_be_put_in_place_leave_the_bundle(
+    saved: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise BadTarget("somebody was faster")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rivals, "write_rivals", late)
+    result = run(saved, "--variants", "fp32", "--rivals", "rivals")
+    assert result.exit_code == 2
+    assert "somebody was faster; written: bundle; not written: rivals" in result.stderr
 
 
 def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -> None:

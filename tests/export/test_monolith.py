@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from offramp.export import monolith
+from offramp.export.bundle import BadTarget
 from offramp.export.split import Segment
 from offramp.models.macs import segment_macs
 
@@ -47,6 +48,15 @@ def test_its_macs_are_those_without_early_exits() -> None:
     assert monolith.monolith(network).macs.token == every - 2 * spared
 
 
+@pytest.mark.parametrize("policy", ["statistics", "state", "both"])
+def test_no_policy_in_the_graph_none_in_its_macs(policy: str) -> None:
+    network, bare = tiny.network(policy=policy), tiny.network(policy=None)
+    assert monolith.monolith(network).macs == monolith.monolith(bare).macs
+    for block in network.spec.exits:
+        assert monolith.truncated(network, block).macs == monolith.truncated(bare, block).macs
+    assert monolith.truncated(network, 3).macs == monolith.monolith(network).macs
+
+
 def test_int8_is_made_by_the_segments_quantizer(
     exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,3 +76,26 @@ def test_int8_is_made_by_the_segments_quantizer(
 def test_an_unknown_variant_is_refused(exported: Callable[[str], Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="choose one of fp32, int8, int4"):
         monolith.write_monolith(exported("bert").checkpoint, tmp_path / "x.onnx", "fp8")
+
+
+def test_a_graph_and_its_int8_form_take_their_places_at_the_end(
+    exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("bert")
+    (tmp_path / "link.onnx").symlink_to("one.onnx")
+    (tmp_path / "one.onnx").write_bytes(b"old")
+
+    def copy(segment: Segment, path: Path) -> None:
+        assert (tmp_path / "one.onnx").read_bytes() == b"old"
+        shutil.copyfile(made.folder / "segment_01.onnx", path)
+
+    monkeypatch.setattr(monolith, "to_onnx", copy)
+    monolith.write_monoliths(made.checkpoint, tmp_path / "link.onnx", ("fp32", "int8"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.onnx", "link_int8.onnx", "one.onnx"]
+    assert (tmp_path / "link.onnx").is_symlink() and len((tmp_path / "one.onnx").read_bytes()) > 3
+
+
+def test_what_is_no_file_is_not_replaced(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    (tmp_path / "one.onnx").mkdir()
+    with pytest.raises(BadTarget, match="no regular file"):
+        monolith.write_monoliths(exported("bert").checkpoint, tmp_path / "one.onnx", ("fp32",))

@@ -13,6 +13,7 @@ import tiny
 import torch
 from onnx import TensorProto, helper
 
+from offramp.export import nested
 from offramp.export.nested import nest
 from offramp.export.split import split
 from offramp.export.to_onnx import to_onnx
@@ -89,3 +90,37 @@ def test_an_input_from_nowhere_is_named(exported: Callable[[str], Any], tmp_path
     onnx.save(model, tmp_path / "segment_00.onnx")
     with pytest.raises(ValueError, match=r"segment_00.*'memory'"):
         nest(paths[0], [tmp_path / "segment_00.onnx", *paths[2:]])
+
+
+def nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """All nodes of a graph, those inside its branches too."""
+    inside = [part for node in graph.node for a in node.attribute if a.HasField("g") for part in nodes(a.g)]
+    return [*graph.node, *inside]
+
+
+def test_nodes_without_a_name_get_none(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    paths = []
+    for file in files(exported("bert")):
+        model = onnx.load(file)
+        for node in model.graph.node:
+            node.name = ""
+        paths.append(tmp_path / file.name)
+        onnx.save(model, paths[-1])
+    assert {node.name for node in nodes(nest(paths[0], paths[1:]).graph)} == {"", "segment_00.If"}
+
+
+def test_weights_are_copied_once(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []  # by the graphs that are copied into an attribute or a model
+    copied = nested.helper.make_graph
+
+    def make(*parts: Any, **named: Any) -> onnx.GraphProto:
+        held.append(copied(*parts, **named))
+        return held[-1]
+
+    monkeypatch.setattr(nested.helper, "make_graph", make)
+    paths = files(exported("bert"))
+    model = nest(paths[0], paths[1:])
+    assert [len(graph.initializer) for graph in held] == [0] * len(held)
+    (branch,) = [node for node in model.graph.node if node.op_type == "If"]
+    inside = {a.name: len(a.g.initializer) for a in branch.attribute}
+    assert inside == {"then_branch": 0, "else_branch": len(onnx.load(paths[2]).graph.initializer) + 1}

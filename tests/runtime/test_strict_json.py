@@ -1,0 +1,35 @@
+"""Reading into dataclasses; what it refuses is checked in test_manifest."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+
+import pytest
+
+from offramp.runtime.strict_json import build
+
+
+@dataclass(frozen=True)
+class Leaf:
+    size: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    leaves: tuple[Leaf, ...]
+
+
+def test_hints_are_evaluated_once_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    evaluate = typing.get_type_hints
+
+    def count(kind: object) -> dict[str, object]:
+        asked.append(kind)
+        return evaluate(kind)
+
+    monkeypatch.setattr(typing, "get_type_hints", count)
+    value = {"leaves": [{"size": 1}, {"size": 2}]}
+    for _ in range(2):
+        assert build(Tree, value, "tree") == Tree((Leaf(1), Leaf(2)))
+    assert asked == [Tree, Leaf]
