@@ -112,14 +112,14 @@ def a_loop(session: Session, inputs: Inputs) -> Run:
     engine: Any = session.engine
     number = session.manifest.variants.index(session.variant)
     state = engine.begin(inputs)
-    bound = [(engine._stem, state.buffers.stem)]
+    runs = [state.buffers.stem]
     for k in range(len(session.manifest.segments)):
         engine.step(k, number, state)
-        bound.append(state.buffers.bound[k, number, k % 2][:2])
+        runs.append(state.buffers.bound[k, number, k % 2][0])
 
     def run() -> None:
-        for one, binding in bound:
-            one.run_with_iobinding(binding)
+        for one in runs:
+            one()
 
     run.memory = state.buffers  # type: ignore[attr-defined]  # what the bindings point to
     return run

@@ -8,8 +8,9 @@ no task: an engine's states are opaque to it.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from offramp.runtime.rules import Floats, Plan, Rule, Signals
 
 Key = tuple[int, int, int]  # segment, variant, length: what rows must share to be run together
 Inputs = Mapping[str, NDArray[Any]]
+Said = tuple[int, int, Signals]  # segment, variant, what it said
+Leaves = Callable[[Signals, int], bool]  # see rules.ExitRule.leaves
 
 
 @dataclass
@@ -67,12 +70,7 @@ def walk(
     emptied from the shallowest on, so that everybody who can still come to a room has come before it is run.
     No row waits for ever.
     """
-    trace = Trace(
-        np.full((rows, segments), -1, np.int8),
-        np.zeros((rows, segments, classes), np.float32),
-        np.full((rows, segments), np.nan, np.float32),
-        np.zeros(rows),
-    )
+    trace = _blank(rows, segments, classes)
     pending = iter(batches)
     rooms: dict[Key, list[_Group]] = {}
     while True:
@@ -96,6 +94,14 @@ def walk(
             rooms.setdefault(onward, []).append(part)
 
 
+def _blank(rows: int, segments: int, classes: int) -> Trace:
+    """Nothing has happened yet; fill() and not np.full, which is Python."""
+    variants, gates = np.empty((rows, segments), np.int8), np.empty((rows, segments), np.float32)
+    variants.fill(-1)
+    gates.fill(math.nan)
+    return Trace(variants, np.zeros((rows, segments, classes), np.float32), gates, np.zeros(rows))
+
+
 def _alone(engine: Engine, rule: Rule, at: int, inputs: Inputs, variant: int, trace: Trace) -> None:
     """Walk one row, whom nobody joins: the same steps without rooms, since at batch 1 every microsecond
     shows.
@@ -105,15 +111,43 @@ def _alone(engine: Engine, rule: Rule, at: int, inputs: Inputs, variant: int, tr
     """
     started = time.perf_counter()
     segments = trace.variants.shape[1]
-    step = engine.step
+    state = engine.begin(inputs)
+    leaves = getattr(rule, "leaves", None)
+    said = (
+        _planned(engine, rule, state, variant, segments)
+        if leaves is None
+        else _until(engine, leaves, state, variant, segments)
+    )
+    trace.seconds[at] = time.perf_counter() - started
+    variants, logits, gates = trace.variants[at], trace.logits[at], trace.gates[at]
+    for segment, number, signals in said:
+        variants[segment] = number
+        logits[segment] = signals.logits[0]
+        if signals.gate is not None:
+            gates[segment] = signals.gate[0]
+    engine.drop(state)
+
+
+def _until(engine: Engine, leaves: Leaves, state: State, variant: int, segments: int) -> list[Said]:
+    """Run segments in turn until the rule says to leave: it does nothing else, and so needs no plan."""
+    step, last, said = engine.step, segments - 1, []
+    for segment in range(segments):
+        signals = step(segment, variant, state)
+        said.append((segment, variant, signals))
+        if segment == last or leaves(signals, segment):
+            break
+    return said
+
+
+def _planned(engine: Engine, rule: Rule, state: State, variant: int, segments: int) -> list[Said]:
+    """Run the segments of the plan, which the rule rewrites after each."""
     plan = np.full((1, segments), variant, np.int8)
     memory = np.zeros((1, rule.width), np.float32)
     ahead = [variant] * segments  # the plan as Python's own numbers
-    state = engine.begin(inputs)
-    said: list[tuple[int, int, Signals]] = []  # segment, variant, signals: into the trace when it is over
+    said: list[Said] = []
     segment = 0
     while segment < segments and (number := ahead[segment]) >= 0:
-        signals = step(segment, number, state)
+        signals = engine.step(segment, number, state)
         said.append((segment, number, signals))
         segment += 1
         if segment == segments:
@@ -123,14 +157,7 @@ def _alone(engine: Engine, rule: Rule, at: int, inputs: Inputs, variant: int, tr
             plan, ahead = new, new[0].tolist()
         while ahead[segment] < 0 and segment + 1 < segments:  # skipped, or gone for good
             segment += 1
-    trace.seconds[at] = time.perf_counter() - started
-    ran: Any = [segment for segment, _, _ in said]
-    if ran[-1] + 1 == len(ran):
-        ran = slice(len(ran))  # nothing skipped: numpy's short way
-    trace.variants[at, ran] = [number for _, number, _ in said]
-    trace.logits[at, ran] = np.concatenate([signals.logits for _, _, signals in said])
-    trace.gates[at, ran] = [np.nan if s.gate is None else s.gate.item() for _, _, s in said]
-    engine.drop(state)
+    return said
 
 
 def _begin(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -42,7 +43,21 @@ class Slot:
             self.value.update_inplace(self.array)
 
 
-Bound = tuple[Any, Any, Variant, Signals]  # session, binding, facts, and where its signals are written
+Run = Callable[[], None]
+Bound = tuple[Run, Signals]  # one run of a bound session, and where its signals are written
+
+
+def runner(ort: ModuleType, session: Any, binding: Any) -> Run:
+    """One run of a session on what was bound, as a call without arguments.
+
+    The Python layer of ONNX Runtime looks at every run for what concerns other devices, and makes options
+    anew: 20 us a segment when the cache is cold. So its own object is called; where a version of it has no
+    such object, the public call serves.
+    """
+    inner, bound = getattr(session, "_sess", None), getattr(binding, "_iobinding", None)
+    if inner is None or bound is None:
+        return partial(session.run_with_iobinding, binding)
+    return partial(inner.run_with_iobinding, bound, ort.RunOptions())
 
 
 class Buffers:
@@ -69,7 +84,7 @@ class Buffers:
         self.pairs: dict[str, tuple[Slot, Slot]] = {}
         self.shared: dict[str, Slot] = {}
         self.inputs: dict[str, Array] = {}
-        self.stem: Any = None
+        self.stem: Run | None = None
         self.bound: dict[tuple[int, int, int], Bound] = {}
         self._signals: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         sizes = {"batch": rows, "seq": length}
@@ -87,14 +102,14 @@ class Buffers:
         slots = [*self.shared.values(), *(slot for pair in self.pairs.values() for slot in pair)]
         self.bytes = sum(slot.array.nbytes for slot in slots)
 
-    def bind_stem(self, session: Any, facts: Variant) -> Any:
+    def bind_stem(self, session: Any, facts: Variant) -> Run:
         """Bind the stem: inputs in, side 0 and the shared tensors out."""
         binding = self._ort.IOBinding(session)
         for tensor in facts.inputs:
             self._bind_array(binding.bind_input, tensor.name, self.inputs[tensor.name])
         for tensor in facts.outputs:
             self._bind_slot(binding.bind_output, tensor.name, self._slot(tensor.name, 0))
-        return binding
+        return runner(self._ort, session, binding)
 
     def bind(self, session: Any, facts: Variant, side: int) -> Bound:
         """Bind a segment that reads `side` and writes the other."""
@@ -109,7 +124,7 @@ class Buffers:
             else:
                 new = self._slot(tensor.name.removeprefix(NEXT), 1 - side)
                 self._bind_slot(binding.bind_output, tensor.name, new)
-        return session, binding, facts, Signals(said["logits"], said.get("gate"))
+        return runner(self._ort, session, binding), Signals(said["logits"], said.get("gate"))
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:
         """Fill side 0 and the shared tensors with rows (None: all) of (buffers, side), one after another."""

@@ -87,11 +87,11 @@ class OrtEngine:
         buffers = self._shelf.get(rows, length)
         for name, array in buffers.inputs.items():
             array[...] = inputs[name]
-        binding = buffers.stem
-        if binding is None:
-            binding = buffers.stem = buffers.bind_stem(self._stem, self._stem_facts)
+        run = buffers.stem
+        if run is None:
+            run = buffers.stem = buffers.bind_stem(self._stem, self._stem_facts)
         try:
-            self._stem.run_with_iobinding(binding)
+            run()
         except Exception as problem:  # ORT's error types share no base of their own
             raise self._broken(self._stem_facts, problem) from problem
         return OrtState(buffers, 0)
@@ -102,11 +102,11 @@ class OrtEngine:
         bound = state.buffers.bound.get(key)
         if bound is None:
             bound = self._bind(key, state.buffers)
-        session, binding, facts, signals = bound
+        run, signals = bound
         try:
-            session.run_with_iobinding(binding)
+            run()
         except Exception as problem:  # as above
-            raise self._broken(facts, problem) from problem
+            raise self._broken(self._facts((segment, variant)), problem) from problem
         state.side = 1 - state.side
         return signals
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +50,7 @@ class Rule(Protocol):
 
 
 Leave = Callable[..., tuple["Bools | bool", Floats]]
+_NOTHING = np.zeros((1, 0), np.float32)  # the memory of one row under a rule that has none
 
 
 def softmax(logits: Floats) -> Floats:
@@ -58,15 +60,17 @@ def softmax(logits: Floats) -> Floats:
     return result
 
 
-def gate(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools | bool, Floats]:
+def gate(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
     """Leave where the policy's P(exit) is above the threshold."""
     if signals.gate is None:
-        raise BadSetting(
-            f"rule gate: segment {segment + 1} has no policy; choose another of: {', '.join(KNOWN)}"
-        )
-    if len(signals.gate) == 1:
-        return signals.gate.item() > threshold, memory
+        raise _no_policy(segment)
     return signals.gate > threshold, memory
+
+
+def _no_policy(segment: int) -> BadSetting:
+    return BadSetting(
+        f"rule gate: segment {segment + 1} has no policy; choose another of: {', '.join(KNOWN)}"
+    )
 
 
 def max_probability(
@@ -139,6 +143,25 @@ class ExitRule:
     leave: Leave
     width: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def leaves(self) -> Callable[[Signals, int], bool] | None:
+        """Whether one row leaves after a segment, asked without plan and memory; None: the rule has memory.
+
+        For a walk of one row: what is not touched between two segments need not come into the cache.
+        """
+        if self.width:
+            return None
+        if self.leave is gate:
+            threshold = self.parameters["threshold"]
+
+            def opens(signals: Signals, segment: int) -> bool:
+                if signals.gate is None:
+                    raise _no_policy(segment)
+                return bool(signals.gate.item() > threshold)
+
+            return opens
+        return lambda signals, segment: bool(self.leave(signals, _NOTHING, segment, **self.parameters)[0])
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
         leaves, memory = self.leave(signals, memory, segment, **self.parameters)
