@@ -22,6 +22,8 @@ bench: $(VENV)/.product demo/ckpt/training.json
 	$(BIN)/python benchmarks/steps.py --json benchmarks/results/steps.json
 	$(BIN)/python benchmarks/early_exit.py demo/ckpt --model MiniLM --data demo/data --truncate 1,2,3,4,5 --work demo/bench \
 	  --json benchmarks/results/early_exit_minilm.json --report demo/bench.html
+	$(BIN)/python benchmarks/bulk.py --bundle demo/bench/ckpt.bundle --against demo/bench/ckpt.rivals --data demo/data/test.jsonl \
+	  --json benchmarks/results/bulk_minilm.json
 	$(BIN)/python benchmarks/cold.py --bundle demo/bench/ckpt.bundle --against demo/bench/ckpt.rivals --json benchmarks/results/cold.json
 	$(BIN)/python benchmarks/readme.py
 

@@ -1,8 +1,9 @@
-"""The README's figures, written into it from the files that the benchmarks left in benchmarks/results.
+"""The README's figures and docs/measured.md, written from the files that the benchmarks left in results/.
 
     python benchmarks/readme.py            # make bench ends with it
 
-Nothing in those tables is typed by hand. Every table says on what machine and when it was measured.
+Nothing in those tables is typed by hand. Every table says on what machine and when it was measured: the
+README has the short ones, docs/measured.md all of them, losers included.
 """
 
 from __future__ import annotations
@@ -20,7 +21,21 @@ BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
 ALONE, WITH = "walk / one graph, last exit alone", "walk / one graph with all exits"
 LOOP = "bare loop / one graph, last exit alone"
 # Of the contenders of one data set, in this order; all of them are in the JSON.
+SUMMED = ("walk within-1.0", "walk int8-within-1.0")
 SHOWN = ("monolith", "monolith int8", "walk full depth", "nested if", "random exits")
+
+HEAD = """# Measured
+
+Written by `make bench` (`make figures` from what is there) out of `benchmarks/results/`; the commands are in
+the heads of the files of `benchmarks/`. Points were chosen on dev; test was read once.
+
+- x fp32, x int8: mean time of that monolith over the contender's, batch 1, in data order.
+- x static: time of a network cut off at the same accuracy over the contender's, on the line through those
+  measured.
+- realised: share of the time saved over share of the multiply-accumulates saved, at batch 1 and in bulk
+  (batches of 32).
+- floor: the segments' own sessions run in a bare loop, without a walker.
+"""
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -75,6 +90,30 @@ def accuracy_and_time() -> list[str]:
     return lines
 
 
+def summary() -> list[str]:
+    """One line for each checkpoint and precision: the point within 1.0, chosen on dev."""
+    head = ("", "full depth %", "early exit %", "mean exit", "x fp32", "x int8", "x static", "realised")
+    rows: list[list[str]] = []
+    about: dict[str, Any] = {}
+    for file in sorted(RESULTS.glob("early_exit_*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        about = found["about"]
+        named = {row["name"]: row for row in found["rows"]}
+        for name in SUMMED:
+            row = named[name]
+            cells = [f"{about['model']} on {about['data']}, {row['variant']}"]
+            cells += [f"{named['walk full depth']['accuracy']:.2f}", f"{row['accuracy']:.2f}"]
+            cells += [
+                f"{row[key]:.2f}" for key in ("mean_exit", "times_fp32_monolith", "times_int8_monolith")
+            ]
+            values = (row["times_static"], row["realised"] if row["variant"] == "fp32" else None)
+            rows.append([*cells, *("-" if value is None else f"{value:.2f}" for value in values)])
+    if not rows:
+        return []
+    title = "**Early exit against the same network as one graph**, point within-1.0, batch 1"
+    return [f"{title} ({where(about)})", "", *grid(head, rows)]
+
+
 def overhead() -> list[str]:
     """The full walk against one graph, and where the floor is."""
     found = read("overhead")
@@ -100,6 +139,20 @@ def overhead() -> list[str]:
     return [*lines, *grid(head, rows)]
 
 
+def bulk() -> list[str]:
+    """The full walk's rows per second over the monolith's, on the same batches."""
+    rows = []
+    about: dict[str, Any] = {}
+    for file in sorted(RESULTS.glob("bulk_*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        about, name = found["machine"], file.stem.removeprefix("bulk_")
+        rows += [[f"{name} {row['variant']}", row["rows_per_second"], row["ratio"]] for row in found["rows"]]
+    if not rows:
+        return []
+    title = f"**In bulk at full depth**, batches of 32, every exit computed ({where(about)})"
+    return [title, "", *grid(("", "rows/s", "x rows/s of the monolith"), rows)]
+
+
 def starts() -> list[str]:
     """A fresh process, and what a step costs."""
     lines: list[str] = []
@@ -116,21 +169,27 @@ def starts() -> list[str]:
     return lines
 
 
+def short() -> str:
+    """What stands between the README's marks."""
+    return "\n".join([*summary(), *starts()])
+
+
 def tables() -> str:
-    """All that stands between the marks."""
-    return "\n".join([*accuracy_and_time(), *overhead(), *starts()])
+    """All of docs/measured.md."""
+    return "\n".join([HEAD, *accuracy_and_time(), *overhead(), *bulk(), *starts()])
 
 
 @click.command()
 def main() -> None:
-    """Put the tables between the README's two marks."""
+    """Put the short tables between the README's two marks, and write docs/measured.md."""
     file = ROOT / "README.md"
     text = file.read_text(encoding="utf-8")
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end:
         raise click.ClickException(f"README.md: the marks {BEGIN} and {END} are not there")
-    file.write_text(f"{before}{BEGIN}\n\n{tables()}{END}{after}", encoding="utf-8")
+    file.write_text(f"{before}{BEGIN}\n\n{short()}{END}{after}", encoding="utf-8")
+    (ROOT / "docs" / "measured.md").write_text(tables(), encoding="utf-8")
 
 
 if __name__ == "__main__":

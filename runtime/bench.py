@@ -63,7 +63,7 @@ HELP = """Measure on this machine what early exit saves: accuracy, time and memo
 \b
 FILE is plain text, one text a line, or JSON lines with "text", for pairs "text_b", and on
 every line or on none "label": its name or its number. Without labels there is no accuracy.
-Contenders, on one thread pool, in turns row by row:
+Contenders, on one thread pool, in turns of a few rows:
   walk NAME        the bundle's operating point of that name
   walk full depth  every row to the last exit
   random exits     as many rows at each exit as the first point has, drawn by chance

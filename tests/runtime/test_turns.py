@@ -1,5 +1,6 @@
 """Turns: who runs when, what a walk contender answers, and how turns come to figures."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from offramp.runtime import load
 from offramp.runtime.turns import (
+    TOGETHER,
     Batches,
     Contender,
     Turns,
@@ -38,13 +40,23 @@ def turns(seconds: list[list[float]], exits: list[list[int]]) -> Turns:
     return Turns(np.array(seconds), np.zeros((len(exits), len(exits[0])), np.int64), np.array(exits))
 
 
-def test_everybody_runs_each_row_and_is_first_equally_often() -> None:
+def test_everybody_answers_the_same_rows_in_turns_of_a_few() -> None:
     log: list[str] = []
-    found = one_by_one([scripted(name, log) for name in "abc"], [[]] * 3, turns=2)
-    groups = [log[at : at + 3] for at in range(0, len(log), 3)]
-    assert len(groups) == 6 and all(sorted(group) == ["a", "b", "c"] for group in groups)
-    assert [group[0] for group in groups] == ["a", "b", "c"] * 2
-    assert found["b"].seconds.shape == (2, 3) and (found["b"].seconds > 0).all()
+    found = one_by_one([scripted(name, log) for name in "abc"], [[]] * (TOGETHER + 2), turns=2)
+    runs = [(name, len(list(group))) for name, group in groupby(log)]
+    # One run untimed, then the rows; two that meet at the end of a turn look like one.
+    assert sum(length for _, length in runs) == 3 * 2 * (TOGETHER + 2 + 2)
+    assert {name: log.count(name) for name in "abc"} == dict.fromkeys("abc", 2 * (TOGETHER + 2 + 2))
+    assert runs[0][1] == TOGETHER + 1
+    assert found["b"].seconds.shape == (2, TOGETHER + 2) and (found["b"].seconds > 0).all()
+
+
+def test_the_order_of_turns_is_drawn_anew() -> None:
+    log: list[str] = []
+    one_by_one([scripted(name, log) for name in "abcd"], [[]] * (12 * TOGETHER), turns=1)
+    each = len(log) // 12
+    orders = {tuple(dict.fromkeys(log[at : at + each])) for at in range(0, len(log), each)}
+    assert len(orders) > 6 and {order[0] for order in orders} == set("abcd")
 
 
 def test_bulk_counts_all_rows_and_not_the_first_round() -> None:
