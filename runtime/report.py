@@ -147,11 +147,11 @@ _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886; --soft: #8881 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-       max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+       max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { font-size: 1.1rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; white-space: nowrap }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
+th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left } tbody tr:nth-child(odd) { background: var(--soft) }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
 figure { margin: 1rem 0 } svg { width: 100%; height: auto } figcaption { font-size: .85rem; opacity: .8 }

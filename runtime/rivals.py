@@ -220,10 +220,10 @@ def cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:
 
 
 def wishes_of(walk: Contender, threads: int | None) -> dict[str, Any]:
-    """Keyword arguments with which load() opens the same walk."""
+    """Keyword arguments with which load() opens the same walk, for one answer as soon as may be."""
     assert walk.rule is not None
     values = list(walk.rule.parameters.values())
-    wishes = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads}
+    wishes = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads, "lazy": True}
     return wishes | ({"threshold": values[0]} if values else {})
 
 
