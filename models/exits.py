@@ -31,7 +31,7 @@ def pool(hidden: Tensor, weights: Tensor | None, norm: nn.Module | None = None) 
     """
     if weights is None:
         first = hidden[:, 0]  # before the norm, which then is paid for one token
-        return first if norm is None else norm(first)  # type: ignore[no-any-return]
+        return first if norm is None else norm(first)
     seen = hidden if norm is None else norm(hidden)
     return (weights @ seen).squeeze(1)  # a squeeze, not a gather: it moves no data
 

@@ -109,7 +109,7 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
         return Line(
             number, problem=f'expected a JSON object with "{names[0]}", found {type(value).__name__}; {hint}'
         )
-    given = [value.get(name) for name in names]
+    given: list[Any] = [value.get(name) for name in names]
     for name, found in zip(names, given, strict=True):
         if not isinstance(found, str) and not (name == "text_b" and found is None):
             what = type(found).__name__ if name in value else "nothing"
@@ -118,7 +118,7 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
             return Line(number, problem=f'"{name}" is empty')
         if isinstance(found, str) and not _is_unicode(found):
             return Line(number, problem=f'"{name}": half of a surrogate pair, not Unicode text')
-    return Line(number, *given)
+    return Line(number, given[0], given[1] if len(given) > 1 else None)
 
 
 def _skip_rest(stream: IO[bytes]) -> bool:

@@ -47,9 +47,9 @@ IMAGES: dict[str, Any] = {
     "patch_size": 4,
 }
 VISION: dict[str, Any] = {
-    "vit": lambda: ViTConfig(intermediate_size=64, **IMAGES),
-    "deit": lambda: DeiTConfig(intermediate_size=64, **IMAGES),
-    "dinov2": lambda: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES),
+    "vit": lambda **more: ViTConfig(intermediate_size=64, **IMAGES | more),
+    "deit": lambda **more: DeiTConfig(intermediate_size=64, **IMAGES | more),
+    "dinov2": lambda **more: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES | more),
 }
 GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
 WORDS = [
@@ -163,9 +163,7 @@ def png(label: int, seed: int = 0, size: tuple[int, int] = (16, 16)) -> bytes:
 def image_model_folder(folder: Path, family: str = "vit", blocks: int = 2) -> Path:
     """A folder that from_pretrained loads: tiny random weights and a preprocessor that cuts 16 out of 18."""
     torch.manual_seed(0)
-    config = VISION[family]()
-    config.num_hidden_layers = blocks
-    AutoModel.from_config(config).save_pretrained(folder)
+    AutoModel.from_config(VISION[family](num_hidden_layers=blocks)).save_pretrained(folder)
     facts = {
         "image_processor_type": "BitImageProcessor",
         "size": {"shortest_edge": 18},

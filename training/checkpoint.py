@@ -118,7 +118,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _image(facts: dict[str, Any]) -> ImageInput:
     # JSON has no tuples.
-    return ImageInput(**{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
+    return ImageInput(**values)
 
 
 def _must_be_there(file: Path) -> Path:

@@ -269,3 +269,6 @@ def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ..
             )
         files.append(found if isinstance(found, bytes) else Path(name).parent / found)
     return Rows([], None, _numbers(label, name, labels), Pictures(files, places))
+
+
+__all__ = ["BadData", "Columns", "Rows", "TextData", "load_data"]

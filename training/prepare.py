@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from offramp.models.families import UnsupportedFamily, family_of
 from offramp.models.network import EarlyExitNetwork, NetworkSpec, count_blocks, parse_exits
-from offramp.training.checkpoint import BadCheckpoint, Checkpoint, ImageInput, TextFacts, load_checkpoint
+from offramp.runtime.images import ImageInput
+from offramp.training.checkpoint import BadCheckpoint, Checkpoint, TextFacts, load_checkpoint
 from offramp.training.settings import BadSetting
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, where a model does not say

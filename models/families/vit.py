@@ -15,7 +15,8 @@ from offramp.models.families.family import Context, Family, Vision
 def _embed(tokens: tuple[str, ...], backbone: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     embeddings = backbone.embeddings
     patches = embeddings.patch_embeddings(inputs["pixel_values"])  # [batch, patches, hidden]
-    learned = [getattr(embeddings, name).expand(len(patches), -1, -1) for name in tokens]
+    rows = patches.shape[0]  # not len(), which would fix the number when exported
+    learned = [getattr(embeddings, name).expand(rows, -1, -1) for name in tokens]
     hidden = torch.cat([*learned, patches], dim=1)  # [batch, seq, hidden]
     # As they stand: resize() has made them for this size once, so that no graph interpolates.
     return embeddings.dropout(hidden + embeddings.position_embeddings)  # type: ignore[no-any-return]
