@@ -51,6 +51,7 @@ VISION: dict[str, Any] = {
     "deit": lambda **more: DeiTConfig(intermediate_size=64, **IMAGES | more),
     "dinov2": lambda **more: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES | more),
 }
+EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT go the whole road in test_images_journey
 GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
 WORDS = [
     "[PAD]",
