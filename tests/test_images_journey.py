@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from offramp.export.cli import main as split
 from offramp.models import EarlyExitNetwork
 from offramp.runtime import load
+from offramp.runtime.bench import measure
 from offramp.runtime.calibrate import main as calibrate
 from offramp.runtime.cli import main as run
 from offramp.training.batches import encode_for
@@ -170,3 +171,14 @@ def test_the_facts_are_the_models(made: Path) -> None:
 def json_facts(made: Path) -> Any:
     with load(made / "bundle") as session:
         return session.manifest.input
+
+
+def test_ee_bench_measures_images(made: Path, root: Path, tmp_path: Path) -> None:
+    file = root / "data" / "bench.jsonl"
+    file.write_text(
+        '{"image": "test/red/000.png", "label": "red"}\n{"image": "test/blue/001.png", "label": 0}\n'
+    )
+    figures = measure(made / "bundle", file, turns=1, starts=1)
+    full = next(one for one in figures["contenders"] if one["kind"] == "full")
+    assert full["accuracy"] == 100.0 and figures["about"]["rows"] == 2
+    assert figures["about"]["mean_tokens"] == load_checkpoint(made / "ckpt").network.longest
