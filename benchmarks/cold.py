@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.manifest import TextInput
 from offramp.runtime.report import machine
 
 TEXT = "a stirring , funny film that stays with you"
@@ -59,6 +60,8 @@ def once(command: list[str]) -> tuple[float, int]:
 def main(bundle: Path, against: Path, turns: int, json_file: Path | None) -> None:
     """Start each in turn, print medians and the ratio turn by turn."""
     manifest = open_bundle(bundle).manifest
+    if not isinstance(manifest.input, TextInput):
+        raise click.ClickException(f"{bundle}: the ten lines are for text")
     with tempfile.TemporaryDirectory() as scratch:
         lines = Path(scratch) / "line.txt"
         lines.write_text(TEXT + "\n", encoding="utf-8")

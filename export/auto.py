@@ -83,11 +83,13 @@ def by_cost(checkpoint: Checkpoint, dev: Path) -> Choice:
         parts = split(checkpoint.network)
         for part in track(parts, "exporting every exit", console=Console(stderr=True)):
             to_onnx(part, folder / file_name(part.name, "fp32"))
-        shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
+        if checkpoint.tokenizer is not None:
+            shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
         finish(folder, describe(checkpoint, parts, ("fp32",)))
         write_monolith(checkpoint, Path(scratch) / "monolith.onnx")
         with load(folder, rule="never") as session:
-            rows = read_labelled(dev, session.labels)
+            images = checkpoint.network.family.vision is not None
+            rows = read_labelled(dev, session.labels, images=images)
             table, lengths = exit_table(session, rows, "fp32")
             rule = "max_probability" if table.gates is None else "gate"
             point = choose_points(rule, table, costs_of(session.manifest, lengths))["default"]

@@ -15,8 +15,6 @@ import click
 
 if TYPE_CHECKING:
     from offramp.export.split import Segment
-    from offramp.export.verify import Report
-    from offramp.runtime.manifest import Manifest
     from offramp.training.checkpoint import Checkpoint
 
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -31,7 +29,6 @@ NEEDED = (
     "onnxruntime",
     "rich",
 )
-TOKENS = 32  # the length at which the closing table counts
 
 
 class UserError(click.ClickException):
@@ -57,9 +54,10 @@ class NotVerified(click.ClickException):
 )
 @click.option(
     "--dev",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help='JSON lines with "text" and "label" on which operating points are measured, for every variant, by '
-    "the engine itself (as ee-calibrate does); never the test set. [default: those of the checkpoint]",
+    type=click.Path(path_type=Path),
+    help='JSON lines with "text" (or "image", a path) and "label", or a folder of images for each label, on '
+    "which operating points are measured, for every variant, by the engine itself (as ee-calibrate does); "
+    "never the test set. [default: those of the checkpoint]",
 )
 @click.option(
     "--variants",
@@ -69,7 +67,8 @@ class NotVerified(click.ClickException):
 @click.option(
     "--texts",
     type=click.Path(path_type=Path),
-    help="UTF-8 lines to verify on, the first 256 count. [default: 32 sentences that come along]",
+    help="UTF-8 lines to verify on, paths where images are read; the first 256 count. [default: 32 sentences "
+    "that come along, or images drawn by chance]",
 )
 @click.option(
     "--int8-range",
@@ -142,6 +141,7 @@ def _split(
     from offramp.export.precision import needs_reduced_range
     from offramp.export.rivals import write_rivals
     from offramp.export.split import kept_exits, split
+    from offramp.export.table import closing_table
     from offramp.export.verify import verify
     from offramp.models.families import UnsupportedFamily
     from offramp.runtime.calibrate import calibrated
@@ -150,7 +150,6 @@ def _split(
     from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
 
     names = _variants(variants)
-    lines = _lines(texts)
     reduced = needs_reduced_range() if int8_range == "auto" else int8_range == "reduced"
     try:
         check_target(out, overwrite=overwrite)
@@ -161,9 +160,11 @@ def _split(
         raise UserError(str(problem)) from None
     loaded.network.float()
     _blocks(truncate, loaded.network.spec.exits, "this checkpoint")  # before --segments auto takes minutes
+    lines = None if texts is None else _lines(texts)
     try:
-        if dev is not None:
-            read_labelled(dev, loaded.network.spec.labels)  # before minutes go into exporting
+        if dev is not None:  # before minutes go into exporting
+            images = loaded.network.family.vision is not None
+            read_labelled(dev, loaded.network.spec.labels, images=images)
         if segments.strip() == "auto":
             parts = split(loaded.network, _by_cost(loaded, dev))
         else:
@@ -178,8 +179,12 @@ def _split(
         click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
     with writing(out, overwrite=overwrite) as beside:
         _export(parts, names, beside, reduced)
-        shutil.copyfile(loaded.tokenizer, beside / TOKENIZER)
-        report = verify(loaded, beside, parts, names, lines)
+        if loaded.tokenizer is not None:
+            shutil.copyfile(loaded.tokenizer, beside / TOKENIZER)
+        try:
+            report = verify(loaded, beside, parts, names, lines)
+        except BadInput as problem:
+            raise UserError(f"--texts {texts}: {problem}") from None
         bad = report.first_bad
         if bad is not None:
             raise NotVerified(f"{bad}, at most {bad.allowed:.3g} is right; no bundle was written")
@@ -188,7 +193,7 @@ def _split(
         if dev is not None:
             click.echo("measuring operating points", err=True)
             manifest = calibrated(beside, dev)
-    click.echo(_table(manifest, report))
+    click.echo(closing_table(manifest, report))
     click.echo(f"{out}: written and verified")
     if monolith is not None:
         write_monoliths(loaded, monolith, names, reduce_range=reduced)
@@ -253,11 +258,7 @@ def _variants(wish: str) -> tuple[str, ...]:
     return names
 
 
-def _lines(file: Path | None) -> Sequence[str]:
-    from offramp.export.sentences import SENTENCES
-
-    if file is None:
-        return SENTENCES
+def _lines(file: Path) -> Sequence[str]:
     try:
         found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as problem:
@@ -281,20 +282,3 @@ def _export(parts: Sequence[Segment], variants: Sequence[str], folder: Path, red
         for name in variants[1:] if part.blocks else ():
             to_variant(name, source, folder / file_name(part.name, name), reduce_range=reduced)
     click.echo("verifying", err=True)
-
-
-def _table(manifest: Manifest, report: Report) -> str:
-    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, labels that int8 keeps."""
-    variants = manifest.variants
-    head = ["segment", "blocks", f"MACs at {TOKENS}", *(f"{name} bytes" for name in variants), "max abs diff"]
-    rows = [head + [f"{name} labels kept" for name in variants[1:]]]
-    kept = {(said.segment, said.variant): f"{100 * said.agreement:.1f} %" for said in report.precisions}
-    for stage in (manifest.stem, *manifest.segments):
-        blocks = "-".join(map(str, sorted({*stage.blocks[:1], *stage.blocks[-1:]})))
-        files = [stage.variants[name].file if name in stage.variants else None for name in variants]
-        sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]
-        row = [stage.name, blocks, f"{stage.macs.of(TOKENS):,.0f}", *sizes, f"{report.worst(stage.name):.1e}"]
-        rows.append(row + [kept.get((stage.name, name), "") for name in variants[1:]])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(line) for line in lines)

@@ -11,6 +11,7 @@ from offramp.export.split import Segment
 from offramp.export.verify import file_name
 from offramp.runtime.manifest import (
     FORMAT,
+    ImageInput,
     Manifest,
     OperatingPoint,
     RuleSpec,
@@ -18,7 +19,7 @@ from offramp.runtime.manifest import (
     TextInput,
     Variant,
 )
-from offramp.training.checkpoint import TOKENIZER, Checkpoint
+from offramp.training.checkpoint import TOKENIZER, Checkpoint, TextFacts
 
 PACKAGES = ("offramp", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -30,13 +31,13 @@ def describe(
     facts: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The manifest, all but its files. facts: what else provenance should say of this export, JSON values."""
-    network, text = checkpoint.network, checkpoint.text
+    network = checkpoint.network
     points = operating_points(checkpoint, segments, variants)
     return Manifest(
         format=FORMAT,
-        task="text-classification",
+        task="text-classification" if network.family.vision is None else "image-classification",
         labels=network.spec.labels,
-        input=TextInput(TOKENIZER, text.prefix, text.pad_id, text.longest),
+        input=_input(checkpoint.input),
         hidden_size=network.hidden_size,
         vocab_size=network.vocab_size,
         blocks=network.block_count,
@@ -47,6 +48,12 @@ def describe(
         files={},
         provenance=_provenance(checkpoint, facts or {}),
     )
+
+
+def _input(facts: TextFacts | ImageInput) -> TextInput | ImageInput:
+    if isinstance(facts, ImageInput):
+        return facts
+    return TextInput(TOKENIZER, facts.prefix, facts.pad_id, facts.longest)
 
 
 def operating_points(

@@ -115,7 +115,8 @@ def write_monolith(
     exits: bool = False,
     reduce_range: bool | None = None,
 ) -> None:
-    """Write the graph: input_ids, attention_mask (token_type_ids) [batch, seq] -> logits [batch, classes].
+    """Write the graph: input_ids, attention_mask (token_type_ids) [batch, seq], or pixel_values [batch, 3,
+    height, width] -> logits [batch, classes].
 
     exits: with every exit and policy inside, logits [batch, segments, classes], gates [batch, segments - 1].
     Made by the same exporter, and for int8 by the same quantizer, as the segments are.

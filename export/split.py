@@ -48,7 +48,7 @@ class Segment:
 
 
 class Stem(nn.Module):
-    """Ids and attention mask -> hidden, mask and whatever else every segment reads."""
+    """Ids and attention mask, or pixels -> hidden, mask and whatever else every segment reads."""
 
     def __init__(self, network: EarlyExitNetwork, *, evidence: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Stem(nn.Module):
         self.classes = len(network.spec.labels)
 
     def named(self, *tensors: torch.Tensor) -> Context:
-        """What it puts out, by name; tensors are int64 [batch, seq]."""
+        """What it puts out, by name; tensors as stem_inputs() names them."""
         hidden, context = self.network.stem(dict(zip(self.reads, tensors, strict=True)))
         made = {"hidden": hidden, **context}
         if self.evidence:
@@ -80,7 +80,7 @@ class Stretch(nn.Module):
         self.reads = tuple(reads)
         self.last = blocks.stop == network.block_count
         self.blocks = nn.ModuleList(network.blocks[block] for block in blocks)
-        self.pooler = network.pooler
+        self.norm, self.pooler = network.norm, network.pooler
         self.exit = network.exits[exit_index].folded()  # type: ignore[operator]
         self.policy: nn.Module | None = None
         if not self.last and len(network.policies):
@@ -92,7 +92,7 @@ class Stretch(nn.Module):
         hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
         for block in self.blocks:
             hidden = self.family.call(block, hidden, context)  # [batch, seq, hidden]
-        pooled = pool(hidden, context.get("pool"))  # [batch, hidden]
+        pooled = pool(hidden, context.get("pool"), self.norm)  # [batch, hidden]
         if self.pooler is not None:
             pooled = self.pooler(pooled)
         logits = self.exit(pooled)  # [batch, classes]
@@ -140,17 +140,15 @@ def kept_exits(network: EarlyExitNetwork, wish: str) -> tuple[int, ...]:
 
 
 def stem_inputs(network: EarlyExitNetwork) -> tuple[str, ...]:
-    """Names of the integer tensors [batch, seq] that the stem reads."""
+    """Names of the tensors that the stem reads: integers [batch, seq], or pixel_values."""
     first, *others = network.family.inputs
-    return (first, "attention_mask", *others)
+    return (first, "attention_mask", *others) if network.family.vision is None else (first,)
 
 
 def _stem(network: EarlyExitNetwork, *, evidence: bool) -> Segment:
     module = Stem(network, evidence=evidence).eval()
-    inputs = tuple(Tensor(name, "int64", ("batch", "seq")) for name in module.reads)
-    return Segment(
-        "stem", module, inputs, _probe(module), (), Macs(**vars(stem_macs(network))), network.longest
-    )
+    inputs, outputs = _probe(module)
+    return Segment("stem", module, inputs, outputs, (), Macs(**vars(stem_macs(network))), network.longest)
 
 
 def _stretch(network: EarlyExitNetwork, name: str, blocks: range, made: Sequence[Tensor]) -> Segment:
@@ -172,23 +170,28 @@ def _stretch(network: EarlyExitNetwork, name: str, blocks: range, made: Sequence
 
 
 @torch.no_grad()
-def _probe(stem: Stem) -> tuple[Tensor, ...]:
-    """What the stem puts out, run at two sizes: an axis that grew with batch or length is symbolic.
+def _probe(stem: Stem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the stem reads and puts out, run at two sizes: an axis that grew with batch or length is symbolic.
 
     So a family can add any tensor to what its blocks read, and no name of a family stands here.
     """
     small, large = ((2, 5), (3, 7)) if stem.network.longest >= 7 else ((2, 1), (3, 2))
     axes = {(small[0], large[0]): "batch", (small[1], large[1]): "seq"}
-    runs = []
+    given, made = [], []
     for size in (small, large):
-        ids = torch.ones(size, dtype=torch.int64)
-        runs.append(stem.named(*(ids if name == "attention_mask" else ids * 0 for name in stem.reads)))
-    found = []
-    for name, value in runs[0].items():
-        pairs = zip(value.shape, runs[1][name].shape, strict=True)
-        shape = tuple(a if a == b else axes[a, b] for a, b in pairs)
-        found.append(Tensor(name, str(value.dtype).removeprefix("torch."), shape))
-    return tuple(found)
+        blank = stem.network.blank(*size)
+        given.append({name: blank[name] for name in stem.reads})
+        made.append(stem.named(*given[-1].values()))
+
+    def facts(small: Context, large: Context) -> tuple[Tensor, ...]:
+        found = []
+        for name, value in small.items():
+            pairs = zip(value.shape, large[name].shape, strict=True)
+            shape = tuple(a if a == b else axes[a, b] for a, b in pairs)
+            found.append(Tensor(name, str(value.dtype).removeprefix("torch."), shape))
+        return tuple(found)
+
+    return facts(*given), facts(*made)
 
 
 __all__ = ["Segment", "Stem", "Stretch", "kept_exits", "split", "stem_inputs"]

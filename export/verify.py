@@ -1,4 +1,4 @@
-"""Hold a split to its network: torch whole, torch segments and ONNX Runtime, seam by seam, on real text."""
+"""Hold a split to its network: torch whole, torch segments and ONNX Runtime, seam by seam, on samples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from offramp.export.sentences import SENTENCES
+from offramp.export.samples import Values, batches
 from offramp.export.split import Segment, split
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.policies import no_evidence
@@ -23,9 +22,7 @@ from offramp.runtime.manifest import NEXT
 from offramp.training.checkpoint import Checkpoint
 
 TOLERANCE = 1e-4
-MOST_TEXTS, ROWS, ALONE = 256, 4, 8  # texts that are used, rows of a padded batch, texts that also go alone
 PAIRS = ("torch whole vs torch segments", "torch whole vs ORT segments")
-Values = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,15 +82,15 @@ def verify(
     folder: Path,
     segments: Sequence[Segment] | None = None,
     variants: Sequence[str] | None = None,
-    texts: Sequence[str] = SENTENCES,
+    texts: Sequence[str] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Report:
-    """Walk texts through the network and the graphs in `folder`, and compare what comes out of every segment.
+    """Walk samples through the network and the graphs in `folder`, and compare what every segment puts out.
 
-    segments, variants: as they were exported; None: as the finished bundle in `folder` says. Each kind walks
-    on with its own values, so differences add up as they would in use. logits, gate, mask and evidence may
-    differ by `tolerance`; hidden by that times its largest magnitude where that is above 1, as float32 has no
-    more digits.
+    texts: texts or paths of images, None: what comes along (see export.samples). segments, variants: as they
+    were exported; None: as the finished bundle in `folder` says. Each kind walks on with its own values, so
+    differences add up as they would in use. logits, gate, mask and evidence may differ by `tolerance`; hidden
+    by that times its largest magnitude where that is above 1, as float32 has no more digits.
     """
     network = checkpoint.network.float().eval()
     if segments is None or variants is None:
@@ -101,8 +98,9 @@ def verify(
         segments = split(network, [stage.blocks[-1] for stage in manifest.segments])
         variants = manifest.variants
     names = [tensor.name for tensor in segments[0].inputs]
-    given = [{name: batch[name] for name in names} for batch in _batches(checkpoint, texts)]
-    real = [batch["attention_mask"].bool() for batch in given]
+    samples = list(batches(checkpoint, texts))
+    given = [{name: batch[name] for name in names} for batch, _ in samples]
+    real = [tokens for _, tokens in samples]
     wholes = [_whole(network, segments, batch) for batch in given]
     others = {variant: [dict(batch) for batch in given] for variant in variants if variant != "fp32"}
     walks = {"torch": [dict(batch) for batch in given], "fp32": given, **others}
@@ -120,32 +118,6 @@ def verify(
             for variant, walk in others.items():
                 report.precisions.append(_precision(segment.name, variant, walks["fp32"], walk))
     return report
-
-
-def _batches(checkpoint: Checkpoint, texts: Sequence[str]) -> Iterator[Values]:
-    """Stem inputs [batch, seq]: padded batches, some texts alone, and a row of one token."""
-    facts = checkpoint.text
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(facts.longest)
-    found = [tokenizer.encode(facts.prefix + text) for text in texts[:MOST_TEXTS]]
-    if not found:
-        raise ValueError("no text to verify on; give a file with at least one line")
-    groups = [found[start : start + ROWS] for start in range(0, len(found), ROWS)]
-    by_length = sorted(found, key=lambda encoding: len(encoding.ids))
-    groups += [[one] for one in by_length[:: max(1, len(by_length) // ALONE)]]
-    groups += [[by_length[0]], [by_length[-1]]]
-    for group in groups:
-        longest = max(len(encoding.ids) for encoding in group)
-        ids = torch.full((len(group), longest), facts.pad_id)
-        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, encoding in enumerate(group):
-            ids[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
-            mask[row, : len(encoding.ids)] = 1
-            types[row, : len(encoding.ids)] = torch.tensor(encoding.type_ids)
-        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        yield batch
-    yield {name: value[:1, :1] for name, value in batch.items()}
 
 
 def _whole(

@@ -16,13 +16,24 @@ def pooling_weights(attention_mask: Tensor) -> Tensor:
     return keep / keep.sum(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-def pool(hidden: Tensor, weights: Tensor | None) -> Tensor:
+def patch_weights(hidden: Tensor, prefix: int) -> Tensor:
+    """Weights [1, 1, seq] of the mean over patches, the same for every row; hidden [batch, seq, hidden]."""
+    tokens = hidden.shape[1]
+    at = torch.arange(tokens, device=hidden.device)
+    return ((at >= prefix).float() / (tokens - prefix)).view(1, 1, tokens)
+
+
+def pool(hidden: Tensor, weights: Tensor | None, norm: nn.Module | None = None) -> Tensor:
     """One vector a row [batch, hidden]: the weighted mean of the tokens or, without weights, the first
     token.
+
+    norm: applied to every token that is read, before.
     """
     if weights is None:
-        return hidden[:, 0]
-    return (weights @ hidden).squeeze(1)  # a squeeze, not a gather: it moves no data
+        first = hidden[:, 0]  # before the norm, which then is paid for one token
+        return first if norm is None else norm(first)
+    seen = hidden if norm is None else norm(hidden)
+    return (weights @ seen).squeeze(1)  # a squeeze, not a gather: it moves no data
 
 
 class Pooler(nn.Module):

@@ -31,9 +31,14 @@ def linear_weights(module: nn.Module) -> int:
 
 
 def stem_macs(network: EarlyExitNetwork) -> Macs:
-    """The stem: look-ups are free, a projection of the embedding (ELECTRA) is not."""
+    """The stem: look-ups are free; a projection of the embedding (ELECTRA) or of patches is not."""
     projection = getattr(network.backbone, "embeddings_project", None)
-    return Macs(token=linear_weights(projection) if projection is not None else 0)
+    vision = network.family.vision
+    row = 0
+    if vision is not None:  # a row has one length, and its first tokens come from no patch
+        kernels = [m.weight.numel() for m in network.backbone.modules() if isinstance(m, nn.Conv2d)]
+        row = (network.longest - vision.prefix) * sum(kernels)
+    return Macs(token=linear_weights(projection) if projection is not None else 0, row=row)
 
 
 def block_macs(network: EarlyExitNetwork, block: int) -> Macs:
@@ -50,7 +55,7 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> Macs:
         row += linear_weights(network.pooler)
     if exit_index < len(network.policies):
         row += linear_weights(network.policies[exit_index])
-    return Macs(token=network.hidden_size if network.pooler is None else 0, row=row)
+    return Macs(token=network.hidden_size if network.spec.pooling == "mean" else 0, row=row)
 
 
 def segment_macs(network: EarlyExitNetwork) -> list[Macs]:

@@ -10,7 +10,7 @@ import torch
 from optimum.utils import NormalizedConfigManager
 from torch import Tensor, nn
 
-from offramp.models.exits import POOLINGS, Exit, Pooler, pool, pooling_weights
+from offramp.models.exits import POOLINGS, Exit, Pooler, patch_weights, pool, pooling_weights
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
 from offramp.models.policies import POLICY_INPUTS, make_policies, no_evidence, weigh_evidence
@@ -21,7 +21,8 @@ class NetworkSpec:
     """What is built on top of a backbone; everything about the backbone itself is in its own configuration.
 
     exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
-    pooling: "mean" over tokens, or "cls" with BERT's shared dense-and-tanh pooler behind it.
+    pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, with BERT's shared
+    dense-and-tanh pooler behind it where the backbone reads text.
     policy: what the policies read ("statistics", "state", "both"), or None for a network without policies.
     """
 
@@ -56,7 +57,7 @@ class WalkOutputs:
 
 
 class EarlyExitNetwork(nn.Module):
-    """A transformers encoder with exits and policies.
+    """A transformers encoder of text or of images with exits and policies.
 
     backbone: the base model that AutoModel gives (its own pooler, if any, is only used to start the shared
     one). Raises UnsupportedFamily where no adapter knows the backbone, ValueError where an exit lies beyond
@@ -67,18 +68,17 @@ class EarlyExitNetwork(nn.Module):
         super().__init__()
         self.family: Family = family_of(backbone.config.model_type)
         self.spec = spec
-        sizes = NormalizedConfigManager.get_normalized_config_class(backbone.config.model_type)(
-            backbone.config
-        )
-        self.hidden_size = int(sizes.hidden_size)
-        self.vocab_size = int(sizes.vocab_size)
-        self.block_count = int(sizes.num_layers)
+        config, text = backbone.config, self.family.vision is None
+        self.hidden_size = _size(config, "hidden_size", "hidden_size")
+        self.vocab_size = _size(config, "vocab_size", "vocab_size") if text else 0
+        self.block_count = count_blocks(config)
         self.longest = self.family.longest(backbone.config)
         if spec.exits[-1] != self.block_count:
             raise ValueError(
                 f"the last exit must follow the last block {self.block_count}, got {list(spec.exits)}"
             )
-        self.pooler = _shared_pooler(backbone, self.hidden_size) if spec.pooling == "cls" else None
+        shared = spec.pooling == "cls" and text
+        self.pooler = _shared_pooler(backbone, self.hidden_size) if shared else None
         backbone.pooler = None  # never called: exits pool for themselves
         self.backbone = backbone
         classes = len(spec.labels)
@@ -97,17 +97,34 @@ class EarlyExitNetwork(nn.Module):
         """The backbone's blocks in order."""
         return self.family.blocks(self.backbone)
 
-    def stem(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
-        """Embed input_ids (and token_type_ids) [batch, seq] with attention_mask [batch, seq].
+    @property
+    def norm(self) -> nn.Module | None:
+        """What is applied to a block's output before an exit reads it, or None."""
+        return self.family.for_exit(self.backbone)
 
-        Gives hidden [batch, seq, hidden] and what every segment reads: mask [batch, 1, 1, seq] additive, pool
-        [batch, 1, seq] with mean pooling, and what the family adds.
+    def blank(self, rows: int, length: int) -> dict[str, Tensor]:
+        """Stem inputs without a meaning: texts of `length` tokens, or images, which have only one size."""
+        if self.family.vision is not None:
+            return {"pixel_values": torch.zeros(rows, *self.family.vision.shape(self.config))}
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        return {"attention_mask": torch.ones_like(ids)} | {name: ids for name in self.family.inputs}
+
+    def stem(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
+        """Embed input_ids (and token_type_ids) [batch, seq] with attention_mask [batch, seq], or pixel_values
+        [batch, channels, height, width].
+
+        Gives hidden [batch, seq, hidden] and what every segment reads: of text the mask [batch, 1, 1, seq],
+        additive; with mean pooling pool [batch, 1, seq], of images [1, 1, seq]; and what the family adds.
         """
-        attention_mask = inputs["attention_mask"]
         hidden = self.family.embed(self.backbone, inputs)
-        context = {"mask": additive_mask(attention_mask)}
-        if self.spec.pooling == "mean":
-            context["pool"] = pooling_weights(attention_mask)
+        context: Context = {}
+        mean = self.spec.pooling == "mean"
+        if self.family.vision is None:
+            context["mask"] = additive_mask(inputs["attention_mask"])
+            if mean:
+                context["pool"] = pooling_weights(inputs["attention_mask"])
+        elif mean:
+            context["pool"] = patch_weights(hidden, self.family.vision.prefix)
         context.update(self.family.context(self.backbone, hidden))
         return hidden, context
 
@@ -117,7 +134,7 @@ class EarlyExitNetwork(nn.Module):
 
     def pooled(self, hidden: Tensor, context: Context) -> Tensor:
         """The vector [batch, hidden] that exits and policies read."""
-        vector = pool(hidden, context.get("pool"))
+        vector = pool(hidden, context.get("pool"), self.norm)
         return vector if self.pooler is None else self.pooler(vector)
 
     def classify(self, exit_index: int, pooled: Tensor) -> Tensor:
@@ -175,7 +192,7 @@ def default_exits(blocks: int) -> tuple[int, ...]:
 def count_blocks(config: Any) -> int:
     """Blocks of a supported configuration (1 or more); raises UnsupportedFamily for others."""
     family_of(config.model_type)
-    return int(NormalizedConfigManager.get_normalized_config_class(config.model_type)(config).num_layers)
+    return _size(config, "num_layers", "num_hidden_layers")
 
 
 def parse_exits(wish: str | Sequence[int], blocks: int) -> tuple[int, ...]:
@@ -197,6 +214,12 @@ def parse_exits(wish: str | Sequence[int], blocks: int) -> tuple[int, ...]:
     if beyond:
         raise ValueError(f"block {beyond[0]} does not exist: the backbone has blocks 1 to {blocks}")
     return tuple(sorted(chosen | {blocks}))
+
+
+def _size(config: Any, name: str, plain: str) -> int:
+    """A size by optimum's name for it or, where optimum's table of the type lacks it, by the usual one."""
+    sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    return int(getattr(sizes, name, None) or getattr(config, plain))
 
 
 def _shared_pooler(backbone: Any, hidden_size: int) -> Pooler:

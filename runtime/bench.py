@@ -19,10 +19,10 @@ from offramp.runtime import report as pages
 from offramp.runtime.bundle import Bundle, open_bundle
 from offramp.runtime.engines.threads import usable_cores
 from offramp.runtime.errors import BadInput, BadSetting, OfframpError
-from offramp.runtime.inputs import Encoder, Item
+from offramp.runtime.inputs import Item, reader_of
 from offramp.runtime.labelled import label_number
-from offramp.runtime.lines import read_lines
-from offramp.runtime.manifest import Manifest
+from offramp.runtime.lines import IMAGES, TEXTS, read_lines
+from offramp.runtime.manifest import Manifest, TextInput
 from offramp.runtime.rivals import (
     GRAPH_SCRIPT,
     MONOLITH,
@@ -63,6 +63,7 @@ HELP = """Measure on this machine what early exit saves: accuracy, time and memo
 \b
 FILE is plain text, one text a line, or JSON lines with "text", for pairs "text_b", and on
 every line or on none "label": its name or its number. Without labels there is no accuracy.
+For images lines are paths, seen from FILE's folder, or JSON with "image".
 Contenders, on one thread pool, in turns of a few rows:
   walk NAME        the bundle's operating point of that name
   walk full depth  every row to the last exit
@@ -127,8 +128,9 @@ def measure(
     if budget_ms is not None and not 0 < budget_ms < float("inf"):
         raise BadSetting(f"budget {budget_ms:g} ms: expected a number above 0")
     opened = open_bundle(bundle)
-    manifest, encoder = opened.manifest, Encoder(opened)
-    items, truth, there = read_data(data, manifest.labels, rows)
+    manifest, encoder = opened.manifest, reader_of(opened)
+    text = manifest.input if isinstance(manifest.input, TextInput) else None
+    items, truth, there = read_data(data, manifest.labels, rows, images=text is None)
     started = time.perf_counter()
     encoded = [encoder([item])[0] for item in items]
     tokenizing = (time.perf_counter() - started) / len(items)
@@ -147,7 +149,7 @@ def measure(
         running = {"engine": full.engine.name, "device": full.engine.device, **full.engine.facts}
     reference = monolith.name if monolith is not None else FULL
     budget = weigh(turned, reference) if budget_ms is None else budget_ms / 1e3
-    lengths = [len(row.ids) for row in encoded]
+    lengths = [row.length for row in encoded]
     stages = [[stage.macs.of(n) for stage in (manifest.stem, *manifest.segments)] for n in lengths]
     macs = np.cumsum(np.array(stages, float), axis=1)[:, 1:]  # [rows, segments]: of a walk that leaves there
     found = []
@@ -182,24 +184,27 @@ def measure(
     scripts: dict[str, tuple[str, list[Any]]] = {}
     item = [items[0]] if isinstance(items[0], str) else list(items[0])
     scripts[contenders[0].name] = (WALK_SCRIPT, [str(bundle), wishes_of(contenders[0], threads), item])
-    if monolith is not None and against is not None:
-        text = manifest.input
+    if monolith is not None and against is not None and text is not None:
         paths = [str(against / monolith.file), str(bundle / text.tokenizer), text.longest, text.prefix]
         scripts[reference] = (GRAPH_SCRIPT, [*paths, manifest.labels, threads or usable_cores(), item])
     cold = cold_starts(scripts, starts)
     return {"format": 1, "about": about, "contenders": found, "segments": segments, "cold_start": cold}
 
 
-def read_data(path: Path, names: Sequence[str], most: int) -> tuple[list[Item], Ids | None, int]:
+def read_data(
+    path: Path, names: Sequence[str], most: int, *, images: bool = False
+) -> tuple[list[Item], Ids | None, int]:
     """Items, numbers of their labels (None: there are none) and how many rows the file holds.
 
-    Raises BadInput naming the line; empty lines are passed over.
+    images: lines are paths seen from the file's folder, or JSON with "image". Raises BadInput naming the
+    line; empty lines are passed over.
     """
     try:
         data = path.read_bytes()
     except OSError as problem:
         raise BadInput(f"{path}: {problem.strerror}; name a file of lines with --data") from problem
-    lines = [line for line in read_lines(io.BytesIO(data)) if line.problem != "empty line"]
+    found = read_lines(io.BytesIO(data), names=IMAGES if images else TEXTS)
+    lines = [line for line in found if line.problem != "empty line"]
     if not lines:
         raise BadInput(f"{path}: no lines in it; put one text on each line")
     raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
@@ -214,7 +219,7 @@ def read_data(path: Path, names: Sequence[str], most: int) -> tuple[list[Item], 
         labels.append(label)
         if (label is None) != (labels[0] is None):
             raise BadInput(f'{where}: "label" must be on every line or on none')
-    items = [line.item for line in lines[:most]]
+    items = [str(path.parent / line.text) if images else line.item for line in lines[:most]]
     return items, None if labels[0] is None else np.array(labels, np.int64), len(lines)
 
 
@@ -271,7 +276,7 @@ def gather(
             raise BadSetting(f"{against}: graph {graph.name!r} has the name of a walk; rename one of them")
         opened = open_rival(against, graph, manifest, threads=threads, threshold=threshold)
         contenders.append(opened)
-    lengths = {single[0][1]["input_ids"].shape[1]: single for single in singles}
+    lengths = {next(iter(single[0][1].values())).shape: single for single in singles}
     for contender in contenders:
         for single in lengths.values():
             contender.run(single, 1, 1)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.errors import OfframpError
 from offramp.runtime.labelled import Labelled, read_labelled
-from offramp.runtime.manifest import FILE_NAME, Manifest, OperatingPoint
+from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint
 from offramp.runtime.rules.sweep import Costs, ExitTable, Point, choose_points
 from offramp.runtime.session import Session, load
 
@@ -29,6 +29,8 @@ points for each of its variants into its manifest.
 
 \b
 FILE is JSON lines with "text" (and "text_b") and "label": the label's name or its number.
+For images "image", a path seen from FILE's folder, or FILE is a folder of folders of images,
+one for each label and called so.
 Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
 of another variant carry its name, as in int8-default. "within" is held against the full
 depth of the default variant, so that int8-within-0.5 loses at most 0.5 in all.
@@ -91,7 +93,8 @@ def calibrated(
     Raises BadInput for the file, and what load() raises.
     """
     with load(folder, rule="never", engine=engine, device=device, threads=threads, share=False) as session:
-        rows = read_labelled(file, session.labels)
+        images = isinstance(session.manifest.input, ImageInput)
+        rows = read_labelled(file, session.labels, images=images)
         points = calibrate(session, rows, rule)
         facts = {"rows": len(rows.items), "engine": session.engine.name, "device": session.engine.device}
         return rewrite(folder, session.manifest, points, {**facts, **session.engine.facts})
@@ -118,7 +121,7 @@ def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPo
 
 
 @click.command(help=HELP, context_settings={"show_default": True})
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--bundle", default="bundle/", metavar="DIR", help="The bundle to measure.")
 @click.option(
     "--rule",

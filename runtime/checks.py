@@ -6,14 +6,18 @@ from collections.abc import Iterable
 
 from offramp.runtime.manifest import (
     AXES,
+    CHANNELS,
     DTYPES,
     FILE_NAME,
     FORMAT,
     NEXT,
+    RESAMPLING,
     SIGNALS,
     TASKS,
+    ImageInput,
     Manifest,
     Tensor,
+    TextInput,
     Variant,
 )
 
@@ -25,10 +29,8 @@ def check(manifest: Manifest) -> None:
     _unique("labels", manifest.labels)
     if len(manifest.labels) < 2:
         raise ValueError(f"labels: a classifier has at least two, found {list(manifest.labels)}")
-    for field in ("hidden_size", "vocab_size", "blocks"):
+    for field in ("hidden_size", "blocks"):
         _at_least(field, getattr(manifest, field), 1)
-    _at_least("input.longest", manifest.input.longest, 1)
-    _at_least("input.pad_id", manifest.input.pad_id, 0)
     if not manifest.segments:
         raise ValueError("segments: there is none")
     if manifest.stem.blocks:
@@ -54,7 +56,43 @@ def check(manifest: Manifest) -> None:
             )
     if FILE_NAME in manifest.files:
         raise ValueError(f"files: {FILE_NAME} cannot list itself")
-    _listed("input.tokenizer", manifest.input.tokenizer, manifest)
+    if isinstance(manifest.input, TextInput):
+        _check_text(manifest.input, manifest)
+    else:
+        _check_images(manifest.input, manifest)
+
+
+def _check_text(text: TextInput, manifest: Manifest) -> None:
+    _one_of("task", manifest.task, TASKS[:1])
+    _at_least("vocab_size", manifest.vocab_size, 1)
+    _at_least("input.longest", text.longest, 1)
+    _at_least("input.pad_id", text.pad_id, 0)
+    _listed("input.tokenizer", text.tokenizer, manifest)
+
+
+def _check_images(image: ImageInput, manifest: Manifest) -> None:
+    _one_of("task", manifest.task, TASKS[1:])
+    _one_of("vocab_size", manifest.vocab_size, (0,))
+    _one_of("input.resample", image.resample, RESAMPLING)
+    _one_of("input.channels", image.channels, CHANNELS)
+    for field, sizes in (("height", [image.height]), ("width", [image.width]), ("resize", image.resize)):
+        for size in sizes:
+            _at_least(f"input.{field}", size, 1)
+    if len(image.resize) > 2:
+        raise ValueError(f"input.resize: expected at most two sizes, found {list(image.resize)}")
+    for field, numbers in (("mean", image.mean), ("std", image.std)):
+        if len(numbers) != 3:
+            raise ValueError(f"input.{field}: expected one number a channel, 3, found {list(numbers)}")
+    if min(image.std) <= 0 or image.scale <= 0:
+        raise ValueError(f"input: scale {image.scale} and std {list(image.std)} must be above 0")
+    expected = ("batch", 3, image.height, image.width)
+    for variant in manifest.stem.variants.values():
+        shapes = [tensor.shape for tensor in variant.inputs]
+        if shapes != [expected]:
+            raise ValueError(f"stem: it reads {shapes}, images come as {list(expected)}")
+        hidden = next((tensor for tensor in variant.outputs if tensor.name == "hidden"), None)
+        if hidden is None or len(hidden.shape) != 3 or not isinstance(hidden.shape[1], int):
+            raise ValueError("stem: of an image 'hidden' is [batch, a fixed number of tokens, hidden size]")
 
 
 def _check_stages(manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""ee-run: lines in, one JSON line out for each."""
+"""ee-run: lines or images in, one JSON line out for each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -26,7 +26,8 @@ ENGINES, DEVICES, FORMATS = (
 AT_LEAST_1 = click.IntRange(min=1)
 ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
-HELP = """Answer every line of INPUT (a file, or - for standard input, the default) with one JSON line.
+HELP = """Answer every line of INPUT (a file, or - for standard input, the default) with one JSON line; of a
+bundle for images, every image file that is named.
 
 \b
 INPUT is plain text, one text a line, or JSON lines: objects with "text" and, for pairs,
@@ -34,13 +35,19 @@ INPUT is plain text, one text a line, or JSON lines: objects with "text" and, fo
 not empty: JSON lines if it begins with "{". Say --format text for texts that begin so.
 
 \b
+Images: name files, as in images/*.jpg, or a list of them: a .txt or .lst file of paths, a
+.jsonl file of objects with "image" (paths are seen from the list's folder), or - for a
+list on standard input. Each answer says which "file" it is about.
+
+\b
 An answer:  {"label": "positive", "score": 0.98, "exit": 3, "depth": 3, "ms": 4.1}
   score  probability of the label at the exit where the walk ended
   exit   that exit, counted from 1; depth: blocks of the network that were run
   ms     wall time of the walk; with --batch-size over 1 it includes waiting for neighbours
 A line that cannot be answered keeps its place:  {"error": "empty line", "line": 7}
-  empty lines; lines that are not UTF-8; in JSON lines, what is not an object with a
-  string "text", and lines over 256 KiB. Half of a surrogate pair is no text either.
+  images that cannot be read; empty lines; lines that are not UTF-8; in JSON lines, what is
+  not an object with a string "text", and lines over 256 KiB. Half of a surrogate pair is no
+  text either.
 Text that is longer than the network reads is cut and marked "truncated": true.
 
 \b
@@ -65,7 +72,7 @@ Exit codes:
 
 
 @click.command(help=HELP)
-@click.argument("source", metavar="[INPUT]", default="-")
+@click.argument("sources", metavar="[INPUT]...", nargs=-1)
 @click.option("--bundle", default="bundle/", metavar="DIR", show_default=True, help="The bundle to walk.")
 @click.option(
     "--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="What runs the graphs."
@@ -94,10 +101,16 @@ Exit codes:
 )
 @click.option("--stats", is_flag=True, help="At the end, on standard error: exits, times, what really ran.")
 def main(
-    source: str, bundle: str, batch_size: int, form: str, warm_up: bool, stats: bool, **wishes: Any
+    sources: tuple[str, ...],
+    bundle: str,
+    batch_size: int,
+    form: str,
+    warm_up: bool,
+    stats: bool,
+    **wishes: Any,
 ) -> None:
     try:
-        code = _run(source, bundle, batch_size, form, warm_up, stats, wishes)
+        code = _run(sources or ("-",), bundle, batch_size, form, warm_up, stats, wishes)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -109,21 +122,35 @@ def main(
 
 
 def _run(
-    source: str, bundle: str, batch_size: int, form: str, warm_up: bool, stats: bool, wishes: dict[str, Any]
+    sources: Sequence[str],
+    bundle: str,
+    batch_size: int,
+    form: str,
+    warm_up: bool,
+    stats: bool,
+    wishes: dict[str, Any],
 ) -> int:
-    from offramp.runtime.errors import OfframpError
-    from offramp.runtime.lines import read_lines
+    from offramp.runtime.errors import BadSetting, OfframpError
+    from offramp.runtime.lines import read_images, read_lines
+    from offramp.runtime.manifest import ImageInput
     from offramp.runtime.session import load
     from offramp.runtime.tally import Tally
 
     code = NOT_STARTED
     try:
-        with _open(source) as stream, load(bundle, batch_size=batch_size, lazy=True, **wishes) as session:
+        with ExitStack() as stack:
+            session = stack.enter_context(load(bundle, batch_size=batch_size, lazy=True, **wishes))
+            if isinstance(session.manifest.input, ImageInput):
+                lines = read_images(sources, form)
+            elif len(sources) > 1:
+                raise BadSetting(f"{bundle} reads text: name one INPUT, not {len(sources)}")
+            else:
+                lines = read_lines(stack.enter_context(_open(sources[0])), form)
             if warm_up:
                 session.warm_up(batch=batch_size)
             tally = Tally()
             code = SOME_FAILED
-            _answer(session, read_lines(stream, form), tally, each=batch_size == 1)
+            _answer(session, lines, tally, each=batch_size == 1)
             if stats:
                 engine, manifest = session.engine, session.manifest
                 rule = " ".join(
@@ -146,7 +173,8 @@ def _run(
         click.echo(f"ee-run: {problem}", err=True)
     except OSError as problem:
         cure = "name a file of lines, or - for standard input"
-        click.echo(f"ee-run: {source}: {problem.strerror or problem}; {cure}", err=True)
+        where = problem.filename or " ".join(sources)
+        click.echo(f"ee-run: {where}: {problem.strerror or problem}; {cure}", err=True)
     return code
 
 
@@ -157,7 +185,9 @@ def _open(source: str) -> AbstractContextManager[IO[bytes]]:
 def _answer(session: Session, lines: Iterator[Line], tally: Tally, *, each: bool) -> None:
     """Write one object for every line, in order; each: let the reader have every one at once."""
     from offramp.runtime.errors import BadInput
+    from offramp.runtime.manifest import ImageInput
 
+    images = isinstance(session.manifest.input, ImageInput)
     waiting: deque[Line] = deque()  # lines that were read and are not written yet: two windows of map at most
 
     def items() -> Iterator[Item]:
@@ -165,7 +195,7 @@ def _answer(session: Session, lines: Iterator[Line], tally: Tally, *, each: bool
         yield from [line.item for line in waiting if line.problem is None]
         for line in lines:
             if line.problem is not None and not waiting:
-                _write(_failed(line, line.problem, tally), flush=each)
+                _write(_failed(line, line.problem, tally, images), flush=each)
                 continue
             waiting.append(line)
             if line.problem is None:
@@ -173,11 +203,14 @@ def _answer(session: Session, lines: Iterator[Line], tally: Tally, *, each: bool
 
     def written(found: Answer | str) -> None:
         line = waiting.popleft()
-        out = _failed(line, found, tally) if isinstance(found, str) else _found(line, found, tally)
+        if isinstance(found, str):
+            out = _failed(line, found, tally, images)
+        else:
+            out = _found(line, found, tally, images)
         while waiting and waiting[0].problem is not None:
             _write(out)
             line = waiting.popleft()
-            out = _failed(line, str(line.problem), tally)
+            out = _failed(line, str(line.problem), tally, images)
         _write(out, flush=each or not waiting)
 
     unread = True
@@ -191,14 +224,15 @@ def _answer(session: Session, lines: Iterator[Line], tally: Tally, *, each: bool
     sys.stdout.buffer.flush()
 
 
-def _failed(line: Line, problem: str, tally: Tally) -> dict[str, Any]:
+def _failed(line: Line, problem: str, tally: Tally, images: bool) -> dict[str, Any]:
     tally.failed += 1
-    return {"error": problem, "line": line.number}
+    return {"error": problem, "line": line.number} | ({"file": line.name} if images and line.name else {})
 
 
-def _found(line: Line, answer: Answer, tally: Tally) -> dict[str, Any]:
+def _found(line: Line, answer: Answer, tally: Tally, images: bool) -> dict[str, Any]:
     tally.add(answer.exit, answer.depth, answer.seconds)
-    out: dict[str, Any] = {"label": answer.label, "score": round(answer.score, 6)}
+    out: dict[str, Any] = {"file": line.name} if images else {}
+    out |= {"label": answer.label, "score": round(answer.score, 6)}
     out |= {"exit": answer.exit, "depth": answer.depth, "ms": round(1e3 * answer.seconds, 3)}
     return out | {"truncated": True} if answer.truncated or line.cut else out
 

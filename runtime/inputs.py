@@ -4,24 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.errors import BadBundle, BadInput
+from offramp.runtime.images import ImageEncoder
+from offramp.runtime.manifest import ImageInput, TextInput
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Item = str | tuple[str, str]
+Item = str | tuple[str, str]  # of an image bundle: its path; Session says what else an image may be
 Ids = NDArray[np.int64]
 # Batches are padded to multiples of this, so that rows of several batches meet and buffers are used again.
 LENGTH_STEP = 8
 # Characters a token kept before tokenizing: a bound on memory for absurd lines; text that is cut so is
 # flagged as truncated.
 _CHARACTERS = 64
+
+
+class AnyRow(Protocol):
+    """One item as the stem wants it, text or image."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+    @property
+    def truncated(self) -> bool: ...
+
+
+class Reader(Protocol):
+    """What makes rows of items, and the stem's inputs of rows: Encoder, ImageEncoder."""
+
+    def __call__(self, items: Sequence[Any]) -> Sequence[AnyRow]:
+        """One row an item; BadInput naming "item N" for what cannot be read."""
+        ...
+
+    def arrays(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]]:
+        """The stem's inputs for its own rows."""
+        ...
+
+    def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
+        """The stem's inputs for rows without a meaning, of `length` tokens where that is free."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +62,16 @@ class Row:
     types: Sequence[int]
     truncated: bool
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+
+def reader_of(bundle: Bundle) -> Reader:
+    """What makes rows of the items that the bundle reads."""
+    return ImageEncoder(bundle) if isinstance(bundle.manifest.input, ImageInput) else Encoder(bundle)
+
 
 class Encoder:
     """The tokenizer with the manifest's prefix and longest input; safe to call from several threads."""
@@ -40,6 +80,8 @@ class Encoder:
         from tokenizers import Tokenizer  # here: `import offramp.runtime` stays light
 
         manifest = bundle.manifest
+        if not isinstance(manifest.input, TextInput):
+            raise BadBundle(f"{bundle.folder}: it reads images, not text")
         self._facts = manifest.input
         self._names = {tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs}
         unknown = self._names - {"input_ids", "attention_mask", "token_type_ids"}

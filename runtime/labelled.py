@@ -1,4 +1,4 @@
-"""Labelled rows from JSON lines: what calibrating and measuring a bundle needs."""
+"""Labelled rows from JSON lines, or images in folders: what calibrating and measuring a bundle needs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ from offramp.runtime.inputs import Item
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts (or pairs) and the numbers of their labels [rows]; name: the file's, without folders."""
+    """Texts (or pairs, or paths of images) and the numbers of their labels [rows]; name: the file's or
+    folder's, without those it lies in.
+    """
 
     name: str
     items: tuple[Item, ...]
     labels: NDArray[np.int64]
 
 
-def read_labelled(file: Path, names: Sequence[str]) -> Labelled:
+def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> Labelled:
     """Read JSON lines with "text" (and "text_b") and "label", a name out of `names` or its number.
 
-    Raises BadInput that names file, line and field.
+    images: "image", a path seen from the file's folder, instead of text; or `file` is a folder that holds one
+    folder of images a label. Raises BadInput that names file, line and field.
     """
+    if file.is_dir():
+        if not images:
+            raise BadInput(f"{file}: a folder; give a file of JSON lines with text and label")
+        return _class_folders(file, names)
     items: list[Item] = []
     labels: list[int] = []
     try:
@@ -36,27 +43,53 @@ def read_labelled(file: Path, names: Sequence[str]) -> Labelled:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     place = f"{file}, line {number}"
-                    row = _row(line, place)
-                    items.append(row["text"] if row.get("text_b") is None else (row["text"], row["text_b"]))
+                    row = _row(line, place, ("image",) if images else ("text", "text_b"))
+                    items.append(_image(row["image"], file, place) if images else _text(row))
                     labels.append(label_number(row.get("label"), names, place))
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInput(f"{file}: cannot be read as UTF-8 text: {problem}") from problem
     if not items:
-        raise BadInput(f"{file}: it is empty; give JSON lines with text and label")
+        raise BadInput(f"{file}: it is empty; give JSON lines with {'image' if images else 'text'} and label")
     return Labelled(file.name, tuple(items), np.array(labels, np.int64))
 
 
-def _row(line: str, place: str) -> dict[str, Any]:
+def _text(row: dict[str, Any]) -> Item:
+    return row["text"] if row.get("text_b") is None else (row["text"], row["text_b"])
+
+
+def _image(name: str, file: Path, place: str) -> str:
+    path = file.parent / name
+    if not path.is_file():
+        raise BadInput(f"{place}: no such image file: {path}")
+    return str(path)
+
+
+def _class_folders(folder: Path, names: Sequence[str]) -> Labelled:
+    items: list[Item] = []
+    labels: list[int] = []
+    for inside in sorted(folder.iterdir()):
+        if inside.is_dir() and not inside.name.startswith("."):
+            number = label_number(inside.name, names, str(inside))
+            found = sorted(file for file in inside.iterdir() if not file.name.startswith("."))
+            items += [str(file) for file in found]
+            labels += [number] * len(found)
+    if not items:
+        raise BadInput(f"{folder}: no images in it; expected a folder of images for each label")
+    return Labelled(folder.name, tuple(items), np.array(labels, np.int64))
+
+
+def _row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as problem:
         raise BadInput(f"{place}: not JSON: {problem}") from problem
     if not isinstance(row, dict):
         raise BadInput(f"{place}: expected a JSON object, found {type(row).__name__}")
-    for name in ("text", "text_b"):
+    for name in names:
         found = row.get(name)
         if not (isinstance(found, str) and found.strip()) and not (name == "text_b" and found is None):
-            raise BadInput(f'{place}: "{name}" is not a text: {found!r:.40}')
+            what = "a path" if name == "image" else "a text"
+            raise BadInput(f'{place}: "{name}" is not {what}: {found!r:.40}')
     return row
 
 

@@ -1,14 +1,18 @@
-"""Lines of a file or pipe: plain text, or JSON objects with `text` and `text_b`; each becomes one Line."""
+"""Lines of a file or pipe: plain text, or JSON objects; each becomes one Line, and so does an image file."""
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 FORMATS = ("auto", "text", "json")
+TEXTS, IMAGES = ("text", "text_b"), ("image",)  # what a JSON line holds; the first must be there
+LISTS = (".txt", ".lst", ".jsonl")  # a file that names images, one a line; all others are images
 LONGEST_LINE = (
     256 * 1024
 )  # bytes; far beyond what any encoder reads, and a bound on memory for a file without line ends
@@ -23,15 +27,46 @@ class Line:
     text_b: str | None = None
     problem: str | None = None
     cut: bool = False
+    folder: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of a line that names an image: its path, a relative one from the folder that holds the list."""
+        return os.path.join(self.folder, self.text) if self.folder and self.text else self.text
 
     @property
     def item(self) -> str | tuple[str, str]:
         """What Session.map takes."""
-        return self.text if self.text_b is None else (self.text, self.text_b)
+        return self.name if self.text_b is None else (self.text, self.text_b)
 
 
-def read_lines(stream: IO[bytes], form: str = "auto") -> Iterator[Line]:
-    """Read lines as they come, holding one at a time.
+def read_images(sources: Sequence[str], form: str = "auto") -> Iterator[Line]:
+    """A Line for every image: each source is an image file, or a list of them: "-" or a name in LISTS.
+
+    A list is plain paths or JSON lines with "image", as `form` says in read_lines. Paths in a file are seen
+    from its folder, those on standard input from the current one. Raises OSError where a list cannot be
+    opened; whether an image can be read is found out later.
+    """
+    for source in sources:
+        if source.lower().endswith(LISTS):
+            os.stat(source)  # said before the first answer
+    return _images(sources, form)
+
+
+def _images(sources: Sequence[str], form: str) -> Iterator[Line]:
+    for number, source in enumerate(sources, 1):
+        if source == "-":
+            yield from read_lines(sys.stdin.buffer, form, IMAGES)
+        elif source.lower().endswith(LISTS):
+            with open(source, "rb") as stream:
+                for line in read_lines(stream, form, IMAGES):
+                    yield replace(line, folder=os.path.dirname(source))
+        else:
+            yield Line(number, source)
+
+
+def read_lines(stream: IO[bytes], form: str = "auto", names: Sequence[str] = TEXTS) -> Iterator[Line]:
+    """Read lines as they come, holding one at a time; names: the strings of a JSON line, TEXTS or IMAGES.
 
     form "auto": JSON lines if the first line that is not empty begins with "{", else plain text. A line that
     is empty, not UTF-8, or (in JSON lines) not an object with a string `text` comes out with its problem;
@@ -46,10 +81,10 @@ def read_lines(stream: IO[bytes], form: str = "auto") -> Iterator[Line]:
         raw = raw.rstrip(b"\r\n")
         if form == "auto" and raw.strip():
             form = "json" if raw.lstrip().startswith(b"{") else "text"
-        yield _line(number, raw, form, cut)
+        yield _line(number, raw, form, cut, names)
 
 
-def _line(number: int, raw: bytes, form: str, cut: bool) -> Line:
+def _line(number: int, raw: bytes, form: str, cut: bool, names: Sequence[str]) -> Line:
     if not raw.strip():
         return Line(number, problem="empty line")
     if cut and form == "json":
@@ -60,11 +95,11 @@ def _line(number: int, raw: bytes, form: str, cut: bool) -> Line:
     except UnicodeDecodeError as problem:
         return Line(number, problem=f"not UTF-8 at byte {problem.start + 1}: {problem.reason}", cut=cut)
     if form == "json":
-        return _json_line(number, text)
+        return _json_line(number, text, names)
     return Line(number, text, cut=cut)
 
 
-def _json_line(number: int, text: str) -> Line:
+def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
     hint = "if these are lines of plain text, say --format text"
     try:
         value: Any = json.loads(text)
@@ -72,10 +107,10 @@ def _json_line(number: int, text: str) -> Line:
         return Line(number, problem=f"not JSON: {problem}; {hint}")
     if not isinstance(value, dict):
         return Line(
-            number, problem=f'expected a JSON object with "text", found {type(value).__name__}; {hint}'
+            number, problem=f'expected a JSON object with "{names[0]}", found {type(value).__name__}; {hint}'
         )
-    first, second = value.get("text"), value.get("text_b")
-    for name, found in (("text", first), ("text_b", second)):
+    given: list[Any] = [value.get(name) for name in names]
+    for name, found in zip(names, given, strict=True):
         if not isinstance(found, str) and not (name == "text_b" and found is None):
             what = type(found).__name__ if name in value else "nothing"
             return Line(number, problem=f'"{name}": expected a string, found {what}')
@@ -83,7 +118,7 @@ def _json_line(number: int, text: str) -> Line:
             return Line(number, problem=f'"{name}" is empty')
         if isinstance(found, str) and not _is_unicode(found):
             return Line(number, problem=f'"{name}": half of a surrogate pair, not Unicode text')
-    return Line(number, str(first), second)
+    return Line(number, given[0], given[1] if len(given) > 1 else None)
 
 
 def _skip_rest(stream: IO[bytes]) -> bool:

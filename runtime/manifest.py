@@ -16,7 +16,9 @@ from offramp.runtime.strict_json import build, parse
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
-TASKS = ("text-classification",)
+TASKS = ("text-classification", "image-classification")
+CHANNELS = ("RGB", "BGR")
+RESAMPLING = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's names
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")  # numpy's names
 # A graph cannot give a new value under the name of its own input: what a segment makes anew of its input
 # "hidden" comes out as "next_hidden", and is what the segment after it reads as "hidden".
@@ -87,6 +89,26 @@ class TextInput:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """How an image becomes pixel_values [batch, 3, height, width], in this order.
+
+    resize: (n,) the shorter side to n pixels, keeping the shape; (height, width) exactly; () not at all.
+    resample: Pillow's name of the filter. Then the centre of height, width is cut out. scale: what the values
+    0..255 are multiplied by; then minus mean and divided by std, one each for the channels in the order of
+    `channels`.
+    """
+
+    height: int
+    width: int
+    resize: tuple[int, ...]
+    resample: str
+    channels: str
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RuleSpec:
     """A rule by name with its parameters; offramp.runtime.rules.bind turns it into a function."""
 
@@ -119,6 +141,7 @@ class Manifest:
     """Everything that the runtime knows about a bundle.
 
     segments: in walking order; all offer the same variants, the first of which is the default ("fp32").
+    input: told apart by their fields. vocab_size: 0 where there is no text.
     rule: what decides when the caller wishes nothing. files: every file of the bundle but the manifest
     itself.
     """
@@ -126,7 +149,7 @@ class Manifest:
     format: int
     task: str
     labels: tuple[str, ...]
-    input: TextInput
+    input: TextInput | ImageInput
     hidden_size: int
     vocab_size: int
     blocks: int

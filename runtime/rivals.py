@@ -34,7 +34,6 @@ FORMAT = 1
 FILE_NAME = "rivals.json"
 MONOLITH, NESTED, TRUNCATED = KINDS = ("monolith", "nested", "truncated")
 CURE = "write the folder again with ee-split --rivals DIR"
-_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,10 @@ def open_rival(
         raise BadBundle(f"{path}: ONNX Runtime cannot open it: {problem}; {CURE}") from problem
     nested = fact.kind == NESTED
     names = {entry.name for entry in session.get_inputs()}
-    known = _INPUTS | ({"threshold"} if nested else set())
+    stem = [tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs]
+    known = {*stem, *({"threshold"} if nested else ())}
     wanted = ["logits", "exit"] if nested else ["logits"]
-    if not names <= known or "input_ids" not in names or (nested and "threshold" not in names):
+    if not names <= known or stem[0] not in names or (nested and "threshold" not in names):
         raise BadBundle(f"{path}: inputs {sorted(names)}, expected some of {sorted(known)}; {CURE}")
     outputs = {entry.name: entry.shape for entry in session.get_outputs()}
     if not set(wanted) <= set(outputs):

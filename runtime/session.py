@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from offramp.runtime import rules
 from offramp.runtime.bundle import Bundle, open_bundle
 from offramp.runtime.engines import Engine, open_engine
 from offramp.runtime.errors import BadInput, BadSetting, SessionClosed
-from offramp.runtime.inputs import Encoder, Item, Row
+from offramp.runtime.inputs import AnyRow, Item, Reader, reader_of
 from offramp.runtime.manifest import Manifest, RuleSpec
 from offramp.runtime.pipeline import Task, ahead, chunks
 from offramp.runtime.walker import Inputs, Trace, walk
@@ -25,7 +26,7 @@ from offramp.runtime.wishes import choose
 WINDOW = 8  # batches in a window: what map reads at once, to sort rows by length
 
 # Rows of a window, and what is wrong with the item after them.
-Window = tuple[list[Row], BadInput | None]
+Window = tuple[Sequence[AnyRow], BadInput | None]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ class Answer:
 
 
 class Session:
-    """Answers texts; made by load(). Any thread may call it: walks take turns behind one lock.
+    """Answers texts, or images; made by load(). Any thread may call it: walks take turns behind one lock.
+
+    An image is a path, the bytes of a file, a PIL image, or an array uint8 [height, width, 3] in RGB.
 
     engine: what really runs (name, device, facts). rule: the spec that decides. variant: the precision in
     which rows start.
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, encoder: Encoder, rule: RuleSpec, variant: str, batch_size: int
+        self, bundle: Bundle, engine: Engine, encoder: Reader, rule: RuleSpec, variant: str, batch_size: int
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.engine = engine
@@ -72,13 +75,13 @@ class Session:
         self._number = self.manifest.variants.index(variant)
         self._depths = np.array([len(segment.blocks) for segment in self.manifest.segments])
 
-    def __call__(self, text: str, text_b: str | None = None) -> Answer:
-        """Answer one text (or pair); raises BadInput for what is not text, SessionClosed after close()."""
+    def __call__(self, text: Any, text_b: str | None = None) -> Answer:
+        """Answer one text (or pair) or image; BadInput for what is neither, SessionClosed after close()."""
         rows = self._encode([text if text_b is None else (text, text_b)])
         return self._walk(rows, 1)[0]
 
-    def map(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[Answer]:
-        """Answers in the order of `items` (texts or pairs of texts), read and answered as they are asked for.
+    def map(self, items: Iterable[Any], batch_size: int | None = None) -> Iterator[Answer]:
+        """Answers in the order of `items` (texts, pairs, images), read and answered as they are asked for.
 
         Reads windows of 8 batches, two at most: while one is walked, a thread tokenizes the next. So a
         million items need the memory of a few hundred. `items` is read in the thread that asks for the
@@ -94,8 +97,8 @@ class Session:
         """The labels, in the order of the logits."""
         return self.manifest.labels
 
-    def encode(self, text: str, text_b: str | None = None) -> Inputs:
-        """The stem's inputs for one text (or pair), int64 [1, seq]: what a call would run on."""
+    def encode(self, text: Any, text_b: str | None = None) -> Inputs:
+        """The stem's inputs for one text (or pair) int64 [1, seq], or one image: what a call would run on."""
         return self._encode.arrays(self._encode([text if text_b is None else (text, text_b)]))
 
     def warm_up(self, lengths: Sequence[int] = (16, 32, 64, 128), batch: int = 1) -> None:
@@ -129,7 +132,7 @@ class Session:
         number = self._number if variant is None else self.manifest.variants.index(variant)
         never = rules.bind(RuleSpec("never", {}), len(self.manifest.segments))
         trace = self._trace(rows, self.batch_size, never, number)
-        return trace, np.array([len(row.ids) for row in rows], np.int64)
+        return trace, np.array([row.length for row in rows], np.int64)
 
     def close(self) -> None:
         """Free the engine; calling twice is fine."""
@@ -146,7 +149,7 @@ class Session:
     ) -> None:
         self.close()
 
-    def _map(self, source: Iterator[Item], size: int) -> Iterator[Answer]:
+    def _map(self, source: Iterator[Any], size: int) -> Iterator[Answer]:
         chunked = chunks(source, size * WINDOW if size > 1 else 1)
         # The built-in map reads an item when it is asked for, not sooner, and works in this thread.
         windows = ahead(chunked, self._window) if size > 1 else map(self._window, chunked)
@@ -155,7 +158,7 @@ class Session:
             if problem is not None:
                 raise problem
 
-    def _window(self, chunk: tuple[int, list[Item]]) -> Window:
+    def _window(self, chunk: tuple[int, list[Any]]) -> Window:
         done, items = chunk
         try:
             return self._encode(items), None
@@ -163,8 +166,8 @@ class Session:
             # One item is no text: find it, answer those before it, and name it by its place in the whole.
             return self._good(items, done)
 
-    def _good(self, chunk: Sequence[Item], done: int) -> Window:
-        rows: list[Row] = []
+    def _good(self, chunk: Sequence[Any], done: int) -> Window:
+        rows: list[AnyRow] = []
         for at, item in enumerate(chunk):
             try:
                 rows += self._encode([item])
@@ -172,13 +175,13 @@ class Session:
                 return rows, BadInput(str(problem).replace("item 0", f"item {done + at}", 1))
         return rows, None
 
-    def _walk(self, rows: Sequence[Row], size: int) -> list[Answer]:
+    def _walk(self, rows: Sequence[AnyRow], size: int) -> list[Answer]:
         if not rows:
             return []
         trace = self._trace(rows, size, self._rule, self._number)
         return [self._answer(trace, at, row.truncated) for at, row in enumerate(rows)]
 
-    def _trace(self, rows: Sequence[Row], size: int, rule: rules.Rule, variant: int) -> Trace:
+    def _trace(self, rows: Sequence[AnyRow], size: int, rule: rules.Rule, variant: int) -> Trace:
         with self._lock:
             self._check_open()
             return walk(
@@ -196,9 +199,9 @@ class Session:
         if self._closed:
             raise SessionClosed("the session is closed; load() another")
 
-    def _batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
+    def _batches(self, rows: Sequence[AnyRow], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
         """Rows of like length together, the shortest first."""
-        order = np.argsort([len(row.ids) for row in rows], kind="stable")
+        order = np.argsort([row.length for row in rows], kind="stable")
         for start in range(0, len(rows), size):
             ids = order[start : start + size]
             yield ids, self._encode.arrays([rows[at] for at in ids])
@@ -259,7 +262,7 @@ def load(
     spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
     # A bad wish is named before seconds go into opening graphs.
     rules.bind(spec, len(bundle.manifest.segments))
-    encoder = Task(Encoder, bundle)  # a vocabulary takes its time, and the engine mostly reads and waits
+    encoder = Task(reader_of, bundle)  # a vocabulary takes its time, and the engine mostly reads and waits
     try:
         opened = open_engine(
             engine,

@@ -39,6 +39,11 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:  # only dict[str, X]
         _is(isinstance(value, dict), where, "an object", value)
         return {name: build(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
+    if origin in (types.UnionType, typing.Union) and all(map(dataclasses.is_dataclass, arguments)):
+        # Told apart by their fields: whichever shares most keys with what was found is held to all of them.
+        keys = set(value) if isinstance(value, dict) else set()
+        shared = [len(keys & {field.name for field in dataclasses.fields(member)}) for member in arguments]
+        return _record(arguments[shared.index(max(shared))], value, where)
     if origin in (types.UnionType, typing.Union):
         fits = [member for member in arguments if isinstance(value, member) and not isinstance(value, bool)]
         _is(bool(fits), where, " or ".join(member.__name__ for member in arguments), value)

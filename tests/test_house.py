@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": (),
     "models": (),
-    "training": ("models", "runtime.rules"),
+    # Pixels are made by one code, in training as when walking.
+    "training": ("models", "runtime.rules", "runtime.images"),
     "export": (
         "models",
         "training.checkpoint",
@@ -39,11 +40,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.labelled",
         "runtime.errors",
         "runtime.rivals",  # what ee-split writes for ee-bench is read back before it gets its name
+        "runtime.images",
     ),
     "benchmarks": ("runtime", "models", "training", "export"),
 }
 # All that the runtime may import of others': its dependencies in pyproject, and the modules of its engines.
-RUNTIME_IMPORTS = {"numpy", "click", "tokenizers", "onnxruntime", "tensorrt", "tensorrt_rtx"}
+RUNTIME_IMPORTS = {"numpy", "click", "tokenizers", "PIL", "onnxruntime", "tensorrt", "tensorrt_rtx"}
 HEAVY = ("torch", "transformers", "onnx", "datasets")
 
 LONGEST = 300  # lines

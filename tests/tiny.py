@@ -1,14 +1,26 @@
-"""Tiny random twins of real transformers models: 3 blocks, width 32, a vocabulary of 60."""
+"""Tiny random twins of real transformers models: 3 blocks, width 32, a vocabulary of 60 or images of 16."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, BertConfig, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DeiTConfig,
+    Dinov2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    MPNetConfig,
+    RobertaConfig,
+    ViTConfig,
+)
 
 from offramp.models import EarlyExitNetwork, NetworkSpec
 
@@ -29,6 +41,17 @@ CONFIGS: dict[str, Any] = {
         vocab_size=60, dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=70
     ),
 }
+IMAGES: dict[str, Any] = {
+    **{name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+    "image_size": 16,
+    "patch_size": 4,
+}
+VISION: dict[str, Any] = {
+    "vit": lambda **more: ViTConfig(intermediate_size=64, **IMAGES | more),
+    "deit": lambda **more: DeiTConfig(intermediate_size=64, **IMAGES | more),
+    "dinov2": lambda **more: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES | more),
+}
+EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT go the whole road in test_images_journey
 GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
 WORDS = [
     "[PAD]",
@@ -44,7 +67,7 @@ WORDS = [
 def backbone(family: str, seed: int = 0) -> Any:
     """A random transformers base model of the family, in evaluation mode."""
     torch.manual_seed(seed)
-    return AutoModel.from_config(CONFIGS[family]()).eval()
+    return AutoModel.from_config((CONFIGS | VISION)[family]()).eval()
 
 
 def network(
@@ -65,6 +88,12 @@ def inputs(family: str = "bert", rows: int = 2, length: int = 7) -> dict[str, to
     ids[mask == 0] = pad
     types = (torch.arange(length) > 3).long().expand(rows, length)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def pixel_values(rows: int = 2, size: int = 16) -> dict[str, torch.Tensor]:
+    """Random images as the stem takes them."""
+    torch.manual_seed(1)
+    return {"pixel_values": torch.randn(rows, 3, size, size)}
 
 
 def tokenizer() -> Tokenizer:
@@ -113,4 +142,47 @@ def data_folder(folder: Path, train: int = 64, dev: int = 32, test: int = 32) ->
     for seed, (split, count) in enumerate({"train": train, "dev": dev, "test": test}.items()):
         lines = (json.dumps(row) + "\n" for row in rows(count, seed))
         (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def image(label: int, seed: int = 0, size: tuple[int, int] = (16, 16)) -> np.ndarray:
+    """uint8 [height, width, 3]: noise that is reddish for label 0 and bluish for label 1."""
+    drawn = np.random.default_rng([seed, label]).integers(0, 120, (*size, 3))
+    drawn[..., 2 * label] += 100
+    return drawn.astype(np.uint8)
+
+
+def png(label: int, seed: int = 0, size: tuple[int, int] = (16, 16)) -> bytes:
+    """The same as the bytes of a file."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(image(label, seed, size)).save(out, "PNG")
+    return out.getvalue()
+
+
+def image_model_folder(folder: Path, family: str = "vit", blocks: int = 2) -> Path:
+    """A folder that from_pretrained loads: tiny random weights and a preprocessor that cuts 16 out of 18."""
+    torch.manual_seed(0)
+    AutoModel.from_config(VISION[family](num_hidden_layers=blocks)).save_pretrained(folder)
+    facts = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 18},
+        "crop_size": {"height": 16, "width": 16},
+        "resample": 3,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.3, 0.4],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def image_folder(folder: Path, train: int = 48, dev: int = 24, test: int = 24) -> Path:
+    """train, dev and test folders of class folders "blue" and "red"."""
+    for part, (split, count) in enumerate({"train": train, "dev": dev, "test": test}.items()):
+        for number in range(count):
+            label = number % 2
+            place = folder / split / ("blue" if label else "red")
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:03}.png").write_bytes(png(label, 1000 * part + number))
     return folder

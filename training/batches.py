@@ -4,21 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from offramp.training.checkpoint import TextFacts
-from offramp.training.data import Rows
+from offramp.runtime.images import ImageInput
+from offramp.training.checkpoint import Checkpoint, TextFacts
+from offramp.training.pixels import encode_images
+from offramp.training.rows import BadData, Rows
 
 BUCKET = 50  # batches that are sorted by length together: enough to cut padding, few enough to stay shuffled
 
 
+class Encoded(Protocol):
+    """Rows as a recipe sees them, text or images."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def label(self) -> np.ndarray:
+        """Label numbers [rows] int64."""
+        ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row [rows]."""
+        ...
+
+    @property
+    def plain(self) -> Encoded:
+        """The same rows without augmentation, for measuring."""
+        ...
+
+    def take(self, index: np.ndarray) -> Encoded:
+        """The rows at `index`, in that order."""
+        ...
+
+    def batch(
+        self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The stem's inputs and labels [batch] of the rows at `index`."""
+        ...
+
+
 @dataclass(frozen=True)
-class Encoded:
+class EncodedText:
     """Rows as token ids, one list a row, cut to the longest input."""
 
     ids: list[list[int]]
@@ -34,9 +67,14 @@ class Encoded:
         """Tokens of every row [rows]."""
         return np.array([len(row) for row in self.ids])
 
-    def take(self, index: np.ndarray) -> Encoded:
+    @property
+    def plain(self) -> EncodedText:
+        """Text is never augmented."""
+        return self
+
+    def take(self, index: np.ndarray) -> EncodedText:
         """The rows at `index`, in that order."""
-        return Encoded(
+        return EncodedText(
             [self.ids[i] for i in index], [self.types[i] for i in index], self.label[index], self.pad_id
         )
 
@@ -56,14 +94,28 @@ class Encoded:
         return inputs, torch.from_numpy(self.label[np.asarray(index)]).to(device)
 
 
-def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> Encoded:
+def encode_for(checkpoint: Checkpoint, rows: Rows, augment: tuple[str, ...] = ()) -> Encoded:
+    """Rows as the checkpoint's network reads them, text or images; augment: of images (see EncodedImages).
+
+    Raises BadData where the rows are of the other kind, or an image cannot be read.
+    """
+    reads = checkpoint.input
+    if (rows.images is not None) != isinstance(reads, ImageInput):
+        kinds = ("images", "text") if rows.images is not None else ("text", "images")
+        raise BadData(f"the data holds {kinds[0]}, the network reads {kinds[1]}; choose another of the two")
+    if isinstance(reads, ImageInput):
+        return encode_images(rows, reads, checkpoint.network.longest, augment=augment)
+    return encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), reads)
+
+
+def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
     """Token ids by the very tokenizer.json that the bundle will carry."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(text.longest)
     first = [text.prefix + line for line in rows.text]
     pairs: Any = first if rows.text_b is None else list(zip(first, rows.text_b, strict=True))
     encodings = tokenizer.encode_batch(pairs)
-    return Encoded([e.ids for e in encodings], [e.type_ids for e in encodings], rows.label, text.pad_id)
+    return EncodedText([e.ids for e in encodings], [e.type_ids for e in encodings], rows.label, text.pad_id)
 
 
 def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

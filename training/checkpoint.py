@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
+from offramp.runtime.images import ImageInput
 
 WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "weights.safetensors",
@@ -43,15 +44,23 @@ class TextFacts:
 class Checkpoint:
     """A trained network with everything needed to use it.
 
+    input: how text becomes token ids, or images become pixels.
+    tokenizer: the tokenizer.json that belongs to it; None where the network reads images.
     training: what training.json holds: recipe, settings, data name, seeds, versions, dev measurements,
     operating points.
-    tokenizer: the tokenizer.json that belongs to it.
     """
 
     network: EarlyExitNetwork
-    text: TextFacts
-    tokenizer: Path
+    input: TextFacts | ImageInput
+    tokenizer: Path | None
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> TextFacts:
+        """The facts of a network that reads text; raises BadCheckpoint for one that reads images."""
+        if not isinstance(self.input, TextFacts):
+            raise BadCheckpoint("this checkpoint reads images, and text is needed here")
+        return self.input
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -67,15 +76,17 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()
     }
     save_file(state, beside / WEIGHTS)
+    reads = "text" if isinstance(checkpoint.input, TextFacts) else "image"
     facts = {
         "format": 1,
         "backbone": network.config.to_dict(),
         "network": dataclasses.asdict(network.spec),
-        "text": dataclasses.asdict(checkpoint.text),
+        reads: dataclasses.asdict(checkpoint.input),
     }
     write_json(beside / NETWORK, facts)
     write_json(beside / TRAINING, checkpoint.training)
-    shutil.copyfile(checkpoint.tokenizer, beside / TOKENIZER)
+    if checkpoint.tokenizer is not None:
+        shutil.copyfile(checkpoint.tokenizer, beside / TOKENIZER)
     replace_folder(beside, folder)
 
 
@@ -84,18 +95,15 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadCheckpoint(f"{folder}: no such folder; train one with: ee-train --out {folder}")
-    for name in (WEIGHTS, NETWORK, TRAINING, TOKENIZER):
-        if not (folder / name).is_file():
-            raise BadCheckpoint(
-                f"{folder / name} is missing: not a complete checkpoint; train it again with ee-train"
-            )
+    for name in (WEIGHTS, NETWORK, TRAINING):
+        _must_be_there(folder / name)
     facts = read_json(folder / NETWORK)
     try:
         spec = dict(facts["network"])
         spec["labels"], spec["exits"] = tuple(spec["labels"]), tuple(spec["exits"])
         backbone_facts = dict(facts["backbone"])
         config = AutoConfig.for_model(backbone_facts.pop("model_type"), **backbone_facts)
-        text = TextFacts(**facts["text"])
+        reads = _image(facts["image"]) if "image" in facts else TextFacts(**facts["text"])
         network = EarlyExitNetwork(AutoModel.from_config(config), NetworkSpec(**spec))
     except (KeyError, TypeError) as problem:
         raise BadCheckpoint(f"{folder / NETWORK}: field missing or unknown: {problem}") from problem
@@ -104,7 +112,20 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     except (SafetensorError, RuntimeError) as problem:
         raise BadCheckpoint(f"{folder / WEIGHTS} does not fit {NETWORK}: {problem}") from problem
     network.eval()
-    return Checkpoint(network, text, folder / TOKENIZER, read_json(folder / TRAINING))
+    tokenizer = None if "image" in facts else _must_be_there(folder / TOKENIZER)
+    return Checkpoint(network, reads, tokenizer, read_json(folder / TRAINING))
+
+
+def _image(facts: dict[str, Any]) -> ImageInput:
+    # JSON has no tuples.
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
+    return ImageInput(**values)
+
+
+def _must_be_there(file: Path) -> Path:
+    if not file.is_file():
+        raise BadCheckpoint(f"{file} is missing: not a complete checkpoint; train it again with ee-train")
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,10 @@ class UserError(click.ClickException):
 
 
 @click.command(context_settings=HELP)
-@click.option("--model", help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet).")
+@click.option(
+    "--model",
+    help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, ViT, DeiT, DINOv2).",
+)
 @click.option(
     "--init",
     "init",
@@ -31,7 +34,7 @@ class UserError(click.ClickException):
 @click.option(
     "--data",
     required=True,
-    help="Hub name (name or name:configuration), folder of train/dev/test files, or one file.",
+    help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images.",
 )
 @click.option("--recipe", type=click.Choice(RECIPES), default="consistentee", help="How to train.")
 @click.option(
@@ -44,7 +47,10 @@ class UserError(click.ClickException):
     "--exits", default="each", help="Blocks followed by an exit: each, 'every N', or a list such as 2,4,6."
 )
 @click.option(
-    "--pooling", type=click.Choice(["mean", "cls"]), default="mean", help="How an exit reads the tokens."
+    "--pooling",
+    type=click.Choice(["mean", "cls"]),
+    default="mean",
+    help="How an exit reads the tokens: their mean (of an image: of its patches), or the first.",
 )
 @click.option("--prefix", default="", help='Put before every text, such as "query: " for E5 models.')
 @click.option(
@@ -64,11 +70,29 @@ class UserError(click.ClickException):
     metavar="NAME=VALUE",
     help="A setting of the recipe, such as alpha=0.03; repeat for more.",
 )
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Side of the images that the network reads, a multiple of its patches; positions are interpolated "
+    "to it once.  [default: the model's]",
+)
+@click.option(
+    "--whole-image",
+    is_flag=True,
+    help="Resize the whole image to that size instead of cutting its centre out as the model's preprocessor "
+    "says.",
+)
+@click.option(
+    "--augment",
+    default="none",
+    help="What is done to training images: none, or some of flip (left to right), crop (moved by an eighth).",
+)
 @click.option("--save-every", default=120.0, help="Seconds between states to resume from.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in --out.")
 @click.option("--text-column", default="text", help="Column of the text.")
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
 @click.option("--label-column", default="label", help="Column of the label.")
+@click.option("--image-column", default="image", help="Column of the image, where there is no text.")
 def train(**wish: Any) -> None:
     """Train a network with exits and write a checkpoint folder.
 
@@ -111,6 +135,7 @@ def train(**wish: Any) -> None:
 @click.option("--text-column", default="text", help="Column of the text.")
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
 @click.option("--label-column", default="label", help="Column of the label.")
+@click.option("--image-column", default="image", help="Column of the image, where there is no text.")
 def evaluate(**wish: Any) -> None:
     """Measure a checkpoint: each exit, the learned policy against the standard rules, controls and oracle.
 

@@ -36,9 +36,10 @@ def collect(
     device: Any = "cpu",
     what: str = "reading",
 ) -> Collected:
-    """Every exit on every row, in the order of the rows, fp32, no dropout."""
+    """Every exit on every row, in the order of the rows, fp32, no dropout, no augmentation."""
     training = network.training
     network.eval()
+    rows = rows.plain
     order, parts = [], []
     batches = list(sorted_batches(rows.lengths, batch_size))
     for index in tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0):

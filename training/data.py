@@ -1,4 +1,4 @@
-"""Text rows from hub names, folders and files, checked row by row."""
+"""Rows of text or images from hub names, folders and files, checked row by row."""
 
 from __future__ import annotations
 
@@ -11,47 +11,26 @@ from typing import Any
 import datasets
 import numpy as np
 
+from offramp.training.rows import BadData, Columns, Pictures, Rows
+
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 
 
-class BadData(ValueError):
-    """Data that cannot be used; the message names the file, the row and the cure."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns that are read; text_b may be absent from the data."""
-
-    text: str = "text"
-    text_b: str = "text_b"
-    label: str = "label"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One split as plain lists; label is an index into the labels of the data."""
-
-    text: list[str]
-    text_b: list[str] | None
-    label: np.ndarray  # [rows] int64
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def take(self, index: np.ndarray) -> Rows:
-        """The rows at `index`, in that order."""
-        text_b = None if self.text_b is None else [self.text_b[i] for i in index]
-        return Rows([self.text[i] for i in index], text_b, self.label[index])
-
-
 @dataclass(frozen=True)
 class TextData:
-    """Splits by the names train, dev, test (those that there are), and the names of the labels."""
+    """Splits by the names train, dev, test (those that there are), and the names of the labels; text or
+    images.
+    """
 
     name: str
     labels: tuple[str, ...]
     splits: dict[str, Rows]
+
+    @property
+    def images(self) -> bool:
+        """Whether the rows are images."""
+        return any(rows.images is not None for rows in self.splits.values())
 
     def split(self, name: str) -> Rows:
         """A split by name; raises BadData listing those that there are."""
@@ -63,8 +42,12 @@ class TextData:
 def load_data(
     source: str, columns: Columns | None = None, *, dev_share: float = 0.1, say: Any = None
 ) -> TextData:
-    """Read a data set: a file (JSON lines, CSV, parquet), a folder of split files, or a hub name ("name" or
-    "name:configuration").
+    """Read a data set: a file (JSON lines, CSV, parquet), a folder of split files or of images, or a hub name
+    ("name" or "name:configuration").
+
+    Rows are images where there is no text column but an image column: the struct of bytes and path that
+    `datasets` writes, or paths, seen from the file's folder. A folder of images holds one folder a label, or
+    train, dev and test that do. Images are decoded later.
 
     Labels may be integers from 0 or strings. Without a dev split, `dev_share` of train is set aside with a
     fixed seed, and that is told on stderr. Raises BadData naming file and row.
@@ -75,7 +58,8 @@ def load_data(
     if path.is_file():
         raw, names = _read_files({"train": path})
     elif path.is_dir():
-        raw, names = _read_files(_split_files(path))
+        files = _split_files(path)
+        raw, names = _read_files(files) if files else _read_folders(path, columns)
     else:
         raw, names = _read_hub(source)
     labels = _label_names(raw, names, columns)
@@ -113,9 +97,31 @@ def _split_files(folder: Path) -> dict[str, Path]:
             raise BadData(f"{folder}: {files[0].name} and {files[1].name} are both a {split} split; keep one")
         if files:
             found[split] = files[0]
-    if not found:
-        raise BadData(f"{folder}: no train/dev/test file ({', '.join(BUILDERS)}) in this folder")
     return found
+
+
+def _read_folders(folder: Path, columns: Columns) -> tuple[dict[str, Any], dict[str, str]]:
+    """Class folders, in train, dev and test or without; paths are absolute."""
+    places = {
+        split: folder / alias
+        for split, aliases in SPLIT_NAMES.items()
+        for alias in aliases
+        if (folder / alias).is_dir()
+    }
+    raw, names = {}, {}
+    for split, place in (places or {"train": folder}).items():
+        classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        files = [
+            file.absolute() for entry in classes for file in sorted(entry.iterdir()) if file.name[0] != "."
+        ]
+        if not files:
+            raise BadData(
+                f"{place}: neither a train/dev/test file ({', '.join(BUILDERS)}) nor a folder of images for "
+                "each label"
+            )
+        found = {columns.image: [str(file) for file in files], columns.label: [f.parent.name for f in files]}
+        raw[split], names[split] = datasets.Dataset.from_dict(found), str(place)
+    return raw, names
 
 
 def _read_files(files: dict[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -173,12 +179,12 @@ def _read_hub(source: str) -> tuple[dict[str, Any], dict[str, str]]:
 def _label_names(raw: dict[str, Any], names: dict[str, str], columns: Columns) -> tuple[str, ...]:
     split = "train" if "train" in raw else next(iter(raw))
     table = raw[split]
-    for column in (columns.text, columns.label):
+    for column in (_kind(table, columns), columns.label):
         if column not in table.column_names:
             have = ", ".join(table.column_names)
             raise BadData(
                 f"{names[split]}: no column {column!r}; it has: {have}; "
-                "name yours with --text-column, --label-column"
+                "name yours with --text-column, --image-column, --label-column"
             )
     feature = table.features[columns.label]
     if isinstance(feature, datasets.ClassLabel):
@@ -202,15 +208,17 @@ def _label_names(raw: dict[str, Any], names: dict[str, str], columns: Columns) -
 
 def _check_rows(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
     """Rows of one split, or None for a split without labels (-1, as in public test sets)."""
+    if columns.label not in table.column_names or _kind(table, columns) not in table.column_names:
+        raise BadData(f"{name}: it has not the columns of the other splits, but {table.column_names}")
+    if _kind(table, columns) == columns.image:
+        return _check_images(table, name, columns, labels)
     text, label = table[columns.text], table[columns.label]
     text_b = table[columns.text_b] if columns.text_b in table.column_names else None
     if len(text) == 0:
         raise BadData(f"{name}: no rows")
     if all(value == -1 for value in label):
         return None
-    indices = {value: i for i, value in enumerate(labels)}
-    numbers = np.zeros(len(text), np.int64)
-    for row, (words, value) in enumerate(zip(text, label, strict=True), 1):
+    for row, words in enumerate(text, 1):
         if not isinstance(words, str) or not words.strip():
             raise BadData(
                 f"{name}, row {row}: column {columns.text!r} must be a non-empty text, found {words!r}"
@@ -219,8 +227,48 @@ def _check_rows(table: Any, name: str, columns: Columns, labels: tuple[str, ...]
             raise BadData(
                 f"{name}, row {row}: column {columns.text_b!r} must be a text, found {text_b[row - 1]!r}"
             )
+    numbers = _numbers(label, name, labels)
+    return Rows(list(text), None if text_b is None else list(text_b), numbers)
+
+
+def _numbers(values: Any, name: str, labels: tuple[str, ...]) -> np.ndarray:
+    """Numbers of the labels [rows], given by number or by name."""
+    indices = {value: i for i, value in enumerate(labels)}
+    numbers = np.zeros(len(values), np.int64)
+    for row, value in enumerate(values, 1):
         number = indices.get(value, -1) if isinstance(value, str) else value
         if not isinstance(number, int) or not 0 <= number < len(labels):
             raise BadData(f"{name}, row {row}: label {value!r} is not one of {list(labels)[:20]}")
         numbers[row - 1] = number
-    return Rows(list(text), None if text_b is None else list(text_b), numbers)
+    return numbers
+
+
+def _kind(table: Any, columns: Columns) -> str:
+    """The column that is read: the text's or, where only that is there, the image's."""
+    images = columns.text not in table.column_names and columns.image in table.column_names
+    return columns.image if images else columns.text
+
+
+def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
+    """Bytes or paths of one split's images; None without labels, as for text."""
+    label = table[columns.label]
+    if len(label) == 0:
+        raise BadData(f"{name}: no rows")
+    if all(value == -1 for value in label):
+        return None
+    if isinstance(table.features[columns.image], datasets.Image):
+        table = table.cast_column(columns.image, datasets.Image(decode=False))
+    files: list[bytes | Path] = []
+    places = [f"{name}, row {row}" for row in range(1, len(label) + 1)]
+    for place, value in zip(places, table[columns.image], strict=True):
+        found = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+        if not isinstance(found, (bytes, str)) or not found:
+            raise BadData(
+                f"{place}: column {columns.image!r} must hold the bytes or the path of an image, "
+                f"found {value!r:.60}"
+            )
+        files.append(found if isinstance(found, bytes) else Path(name).parent / found)
+    return Rows([], None, _numbers(label, name, labels), Pictures(files, places))
+
+
+__all__ = ["BadData", "Columns", "Rows", "TextData", "load_data"]

@@ -25,7 +25,8 @@ def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> Costs:
     tokens = lengths.astype(np.float64)
     segments = segment_macs(network)
     each = np.stack([cost.token * tokens + cost.pair * tokens**2 + cost.row for cost in segments], 1)
-    to_exit = (stem_macs(network).token * tokens)[:, None] + each.cumsum(1)  # [rows, exits]
+    stem = stem_macs(network)
+    to_exit = (stem.token * tokens + stem.row)[:, None] + each.cumsum(1)  # [rows, exits]
     heads = [exit_macs(network, index) for index in range(len(segments) - 1)]
     spared = np.sum([head.token * tokens + head.row for head in heads], axis=0)  # [rows]
     return Costs(to_exit, to_exit[:, -1] - spared, np.array(network.spec.exits))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import (
@@ -22,7 +21,7 @@ from offramp.runtime.rules.sweep import (
     shallowest,
     sweep,
 )
-from offramp.training.batches import encode
+from offramp.training.batches import encode_for
 from offramp.training.checkpoint import load_checkpoint, write_json
 from offramp.training.collect import collect
 from offramp.training.data import Columns, load_data
@@ -44,16 +43,16 @@ def evaluate_checkpoint(
     text_column: str,
     text_b_column: str,
     label_column: str,
+    image_column: str = "image",
 ) -> dict[str, Any]:
     """Measure on `split` with operating points chosen on `points_from`; print the table, write the files,
     give the figures.
     """
     loaded = load_checkpoint(checkpoint)
-    rows = load_data(data, Columns(text_column, text_b_column, label_column))
-    tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
+    rows = load_data(data, Columns(text_column, text_b_column, label_column, image_column))
     seen, costs = {}, {}
     for name in dict.fromkeys((points_from, split)):
-        encoded = encode(rows.split(name), tokenizer, loaded.text)
+        encoded = encode_for(loaded, rows.split(name))
         said = collect(loaded.network, encoded, batch_size=batch_size, what=name)
         seen[name], costs[name] = table_of(said), costs_of(loaded.network, said.lengths)
     figures = measure(

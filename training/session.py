@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from tokenizers import Tokenizer
 
-from offramp.training.batches import encode
+from offramp.training.batches import encode_for
 from offramp.training.checkpoint import Checkpoint, read_json, save_checkpoint, write_json
 from offramp.training.data import Columns, load_data
 from offramp.training.loop import Run, best_precision
+from offramp.training.pixels import parse_augment
 from offramp.training.prepare import (
     fresh_network,
+    image_facts,
     load_tokenizer,
     network_from_checkpoint,
     text_facts,
@@ -49,6 +50,10 @@ class TrainingWish:
     text_column: str
     text_b_column: str
     label_column: str
+    image_column: str = "image"
+    image_size: int | None = None
+    whole_image: bool = False
+    augment: str = "none"
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init is None):
@@ -59,42 +64,46 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     """Train as wished, resuming from `out`.partial if it is there, and write the checkpoint folder whole."""
     recipe = importlib.import_module(f"offramp.training.recipes.{wish.recipe}")
     settings = settings_from(recipe.SETTINGS, wish.wishes)
-    data = load_data(wish.data, Columns(wish.text_column, wish.text_b_column, wish.label_column))
+    try:
+        augment = parse_augment(wish.augment)
+    except ValueError as problem:
+        raise BadSetting(f"--augment {problem}") from problem
+    columns = Columns(wish.text_column, wish.text_b_column, wish.label_column, wish.image_column)
+    data = load_data(wish.data, columns)
+    if not data.images and (augment or wish.whole_image):
+        raise BadSetting(f"--augment and --whole-image are for images, and {wish.data} holds text")
     if "train" not in data.splits:
         raise BadSetting(f"{wish.data} has no train split")
     partial = wish.out.with_name(wish.out.name + ".partial")
     policy = recipe.policy_of(settings)
-    tokenizer_file = partial / "tokenizer.json"
     processes = PartialState()
     with processes.main_process_first():  # the first one writes the files that all of them read
         _same_command(partial, wish)
         if wish.init is not None:
-            start = network_from_checkpoint(wish.init, data.labels, policy, wish.seed)
-            network, facts = start.network, start.text
-            tokenizer = Tokenizer.from_file(str(start.tokenizer))
+            if wish.image_size is not None or wish.whole_image:
+                raise BadSetting("--image-size and --whole-image go with --model: a checkpoint has its own")
+            checkpoint = network_from_checkpoint(wish.init, data.labels, policy, wish.seed)
+            tokenizer = None if checkpoint.tokenizer is None else checkpoint.tokenizer.read_text("utf-8")
         else:
-            assert wish.model is not None
-            network = fresh_network(
-                wish.model, data.labels, exits=wish.exits, pooling=wish.pooling, policy=policy, seed=wish.seed
-            )
-            tokenizer, found_facts = load_tokenizer(wish.model)
-            facts = text_facts(found_facts, network, wish.prefix, wish.max_length)
+            checkpoint, tokenizer = _fresh(wish, data.labels, policy)
+        if tokenizer is not None:
+            checkpoint.tokenizer = partial / "tokenizer.json"
         if processes.is_main_process:
             partial.mkdir(parents=True, exist_ok=True)
-            tokenizer_file.write_text(tokenizer.to_str(), encoding="utf-8")
+            if checkpoint.tokenizer is not None and tokenizer is not None:
+                checkpoint.tokenizer.write_text(tokenizer, encoding="utf-8")
             write_json(partial / "command.json", _command(wish))
     precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[wish.precision]
-    run = Run(network, partial, seed=wish.seed, precision=precision, save_every=wish.save_every)
+    run = Run(checkpoint.network, partial, seed=wish.seed, precision=precision, save_every=wish.save_every)
     if run.position != {"stage": 0, "step": 0}:
         print(
             f"going on from {partial}: stage {run.position['stage'] + 1}, step {run.position['step']}",
             file=sys.stderr,
         )
-    encoded = {name: encode(rows, tokenizer, facts) for name, rows in data.splits.items() if name != "test"}
-    found = recipe.train(
-        run, encoded["train"], encoded["dev"], settings, skip_warm_start=wish.init is not None
-    )
-    training = {
+    train = encode_for(checkpoint, data.splits["train"], augment)
+    dev = encode_for(checkpoint, data.splits["dev"])
+    found = recipe.train(run, train, dev, settings, skip_warm_start=wish.init is not None)
+    checkpoint.training = {
         "recipe": wish.recipe,
         "settings": dataclasses.asdict(settings),
         "command": {**dataclasses.asdict(wish), "out": str(wish.out), "wishes": list(wish.wishes)},
@@ -108,12 +117,31 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
         | {"python": platform.python_version()},
         **found,
     }
-    checkpoint = Checkpoint(network.to("cpu"), facts, tokenizer_file, training)
+    checkpoint.network.to("cpu")
     if run.main:
         save_checkpoint(checkpoint, wish.out)
         shutil.copyfile(partial / "log.jsonl", wish.out / "log.jsonl")
         shutil.rmtree(partial)
     return checkpoint
+
+
+def _fresh(wish: TrainingWish, labels: tuple[str, ...], policy: str | None) -> tuple[Checkpoint, str | None]:
+    """The wished-for network on its pretrained backbone, and its tokenizer's JSON where it reads text."""
+    assert wish.model is not None
+    network = fresh_network(
+        wish.model,
+        labels,
+        exits=wish.exits,
+        pooling=wish.pooling,
+        policy=policy,
+        seed=wish.seed,
+        image_size=wish.image_size,
+    )
+    if network.family.vision is not None:
+        return Checkpoint(network, image_facts(wish.model, network, wish.whole_image), None), None
+    tokenizer, found = load_tokenizer(wish.model)
+    facts = text_facts(found, network, wish.prefix, wish.max_length)
+    return Checkpoint(network, facts, None), tokenizer.to_str()
 
 
 def _same_command(partial: Path, wish: TrainingWish) -> None:

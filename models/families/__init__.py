@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.models.families import bert, distilbert, mpnet, roberta
+from offramp.models.families import bert, distilbert, mpnet, roberta, vit
 from offramp.models.families.family import Family, UnsupportedFamily
 
 # Keyed by the configuration's model_type, the one name that transformers itself dispatches on.
@@ -12,6 +12,9 @@ FAMILIES: dict[str, Family] = {
     "roberta": roberta.FAMILY,
     "distilbert": distilbert.FAMILY,
     "mpnet": mpnet.FAMILY,
+    "vit": vit.FAMILY,
+    "deit": vit.DEIT,
+    "dinov2": vit.FAMILY,
 }
 
 

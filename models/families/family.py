@@ -41,16 +41,40 @@ def positions_after_padding(config: Any) -> int:
     return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
 
 
+def bare(backbone: nn.Module) -> nn.Module | None:
+    """Exits of most text families read what the block puts out: its own LayerNorm comes last."""
+    return None
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What a family of images adds: all rows have the same number of tokens, and none of them is padding.
+
+    prefix: tokens before the patches. shape: configuration -> channels, height, width of an image. patch:
+    configuration -> height, width of a patch. resize: (backbone, size) -> makes the backbone one for square
+    images of that size, a multiple of the patch.
+    """
+
+    prefix: int
+    shape: Callable[[Any], tuple[int, int, int]]
+    patch: Callable[[Any], tuple[int, int]]
+    resize: Callable[[nn.Module, int], None]
+
+
 @dataclass(frozen=True)
 class Family:
     """An adapter.
 
-    inputs: names of the stem's integer inputs besides attention_mask, each [batch, seq].
+    inputs: names of the stem's inputs besides attention_mask, which text has: integers [batch, seq] or, where
+    there is `vision`, pixel_values [batch, channels, height, width].
     embed: (backbone, inputs) -> hidden [batch, seq, hidden].
     blocks: backbone -> its blocks in order.
     context: (backbone, hidden) -> tensors that every block reads, computed once.
     call: (block, hidden, context) -> hidden.
-    longest: configuration -> most tokens that the position embedding can number.
+    longest: configuration -> most tokens that the position embedding can number; images: tokens of each.
+    for_exit: backbone -> what is applied, token by token, before an exit pools a block's output; None:
+    nothing.
+    vision: what there is to say of images; None: the family reads text.
     """
 
     inputs: tuple[str, ...]
@@ -59,6 +83,8 @@ class Family:
     context: Callable[[nn.Module, Tensor], Context] = no_context
     call: Callable[[nn.Module, Tensor, Context], Tensor] = plain_block
     longest: Callable[[Any], int] = all_positions
+    for_exit: Callable[[nn.Module], nn.Module | None] = bare
+    vision: Vision | None = None
 
 
 def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

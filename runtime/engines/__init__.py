@@ -58,7 +58,9 @@ class Engine(Protocol):
         ...
 
     def begin(self, inputs: Mapping[str, Array]) -> State:
-        """Run the stem on input_ids, attention_mask (and token_type_ids), int64 [batch, seq]."""
+        """Run the stem on input_ids, attention_mask (and token_type_ids), int64 [batch, seq], or on
+        pixel_values float32 [batch, 3, height, width].
+        """
         ...
 
     def step(self, segment: int, variant: int, state: Any) -> Signals:

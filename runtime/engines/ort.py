@@ -58,6 +58,9 @@ class OrtEngine:
         manifest = bundle.manifest
         self._variants = manifest.variants
         self._stem_facts = _stem_of(manifest, variant)
+        # Of images all rows have as many tokens as the stem puts out; of text as many as it is given.
+        (hidden,) = (tensor for tensor in self._stem_facts.outputs if tensor.name == "hidden")
+        self._length = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
         self._stem: Any = None
         self._graphs = Graphs(ort, bundle, device, pool, early, share)
         self._open: dict[Step, Graph] = {}
@@ -83,7 +86,8 @@ class OrtEngine:
 
     def begin(self, inputs: Mapping[str, Array]) -> OrtState:
         """Run the stem; see Engine.begin."""
-        rows, length = inputs["input_ids"].shape
+        rows = len(inputs[self._stem_facts.inputs[0].name])
+        length = self._length or inputs[self._stem_facts.inputs[0].name].shape[1]
         buffers = self._shelf.get(rows, length)
         for name, array in buffers.inputs.items():
             array[...] = inputs[name]

@@ -21,6 +21,7 @@ from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.runtime.engines.threads import fit
+from offramp.runtime.images import ImageInput
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
 # Pooling and policy inputs vary with the family: every kind is exported, but not every combination.
@@ -30,6 +31,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "roberta": ("mean", None),
     "distilbert": ("cls", "state"),
     "mpnet": ("mean", "both"),
+    "dinov2": ("mean", "both"),
 }
 
 
@@ -57,6 +59,12 @@ def lively(network: EarlyExitNetwork) -> EarlyExitNetwork:
 def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
     """A checkpoint of two blocks in memory, its tokenizer in the folder."""
     pooling, policy = KINDS[family]
+    if family in tiny.VISION:
+        torch.manual_seed(0)
+        base = AutoModel.from_config(tiny.VISION[family](num_hidden_layers=2))
+        seeing = lively(EarlyExitNetwork(base, NetworkSpec(("red", "blue"), (1, 2), pooling, policy)))
+        facts = ImageInput(16, 16, (16, 16), "bicubic", "RGB", 1 / 255, (0.5,) * 3, (0.5,) * 3)
+        return Checkpoint(seeing, facts, None)
     tiny.tokenizer().save(str(folder / "tokenizer.json"))
     config = tiny.CONFIGS[family]()
     config.num_hidden_layers = 2  # every block costs seconds of exporting

@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnxscript import ir
 
 from offramp.export.rewrite import shorten
-from offramp.models.families import FAMILIES
 from offramp.runtime.engines import threads
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", tiny.EXPORTED)
 def test_segments_compute_no_shapes_and_fuse_gelu(
     family: str, exported: Callable[[str], Any], tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ def walk(segments: list[Segment], given: dict[str, torch.Tensor]) -> list[dict[s
 )
 def test_segments_are_the_network(family: str, pooling: str, policy: str | None) -> None:
     network = tiny.network(family, pooling=pooling, policy=policy)
-    given = tiny.inputs(family)
+    given = tiny.inputs(family) if family in tiny.CONFIGS else tiny.pixel_values()
     said = walk(split(network), given)[1:]
     with torch.no_grad():
         whole = network(given)
@@ -64,6 +64,20 @@ def test_names_and_shapes_are_the_contract() -> None:
     assert [tensor.name for tensor in first.outputs] == ["next_hidden", "next_evidence", "logits", "gate"]
     assert last.outputs == (Tensor("logits", "float32", ("batch", 2)),)
     assert "evidence" not in [tensor.name for tensor in last.inputs]
+
+
+def test_images_travel_without_a_mask_and_share_their_weights() -> None:
+    stem, first, *_ = split(tiny.network("deit"))
+    assert stem.inputs == (Tensor("pixel_values", "float32", ("batch", 3, 16, 16)),)
+    assert (
+        stem.outputs
+        == first.inputs
+        == (
+            Tensor("hidden", "float32", ("batch", 18, 32)),
+            Tensor("pool", "float32", (1, 1, 18)),
+            Tensor("evidence", "float32", ("batch", 2)),
+        )
+    )
 
 
 def test_policies_of_the_state_alone_carry_no_evidence() -> None:

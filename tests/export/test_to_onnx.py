@@ -15,7 +15,6 @@ import torch
 
 from offramp.export.split import split
 from offramp.export.to_onnx import OPSET, eager_attention, to_onnx
-from offramp.models.families import FAMILIES
 from offramp.runtime.manifest import NEXT
 
 SIZES = [(1, 1), (1, 16), (3, 7), (2, 64)]
@@ -52,7 +51,7 @@ def walk(
     return said
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 def test_every_family_answers_as_torch_does_at_every_size(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
 ) -> None:
@@ -70,7 +69,7 @@ def test_every_family_answers_as_torch_does_at_every_size(
             assert np.abs(said[0]["gate"] - whole.gates[:, 0].sigmoid().numpy()).max() < 1e-4
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", tiny.EXPORTED)
 def test_graphs_are_plain_and_carry_no_notes(family: str, exported: Callable[[str], Any]) -> None:
     made = exported(family)
     for segment in made.segments:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from offramp.export.sentences import SENTENCES
 from offramp.export.split import split
 from offramp.export.verify import verify
-from offramp.models.families import FAMILIES
 
 BOTH = ("fp32", "int8")
 
@@ -27,7 +27,7 @@ def copy(exported: Callable[[str], Any], tmp_path: Path) -> Any:
     return dataclasses.replace(made, folder=tmp_path / "copy")
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", tiny.EXPORTED)
 def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str], Any]) -> None:
     made = exported(family)
     report = verify(made.checkpoint, made.folder, made.segments, BOTH)

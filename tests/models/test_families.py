@@ -7,10 +7,10 @@ import tiny
 import torch
 
 from offramp.models import EarlyExitNetwork, NetworkSpec, family_of, supported_families
-from offramp.models.families import FAMILIES, UnsupportedFamily
+from offramp.models.families import UnsupportedFamily
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 def test_every_block_matches_transformers(family: str) -> None:
     base = tiny.backbone(family)
     given = tiny.inputs(family)
@@ -26,7 +26,7 @@ def test_every_block_matches_transformers(family: str) -> None:
             torch.testing.assert_close(hidden[real], reference[block + 1][real], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 def test_padding_changes_nothing(family: str) -> None:
     network = tiny.network(family)
     given = tiny.inputs(family)
@@ -36,7 +36,7 @@ def test_padding_changes_nothing(family: str) -> None:
 
 
 def test_longest_input_is_accepted_and_numbered_from_padding() -> None:
-    for family in FAMILIES:
+    for family in tiny.CONFIGS:
         network = tiny.network(family)
         ids = torch.full((1, network.longest), 6)
         given = {
@@ -47,7 +47,13 @@ def test_longest_input_is_accepted_and_numbered_from_padding() -> None:
         assert network(given).logits.shape == (1, 3, 2)
 
 
+def test_every_family_has_its_twin() -> None:
+    assert set(supported_families()) == set(tiny.CONFIGS) | set(tiny.VISION)
+
+
 def test_unsupported_family_lists_the_supported() -> None:
-    with pytest.raises(UnsupportedFamily, match="bert, distilbert, electra, mpnet, roberta"):
+    with pytest.raises(
+        UnsupportedFamily, match="bert, deit, dinov2, distilbert, electra, mpnet, roberta, vit"
+    ):
         family_of("gpt2")
     assert "mpnet" in supported_families()

@@ -65,3 +65,30 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     file.write_bytes(b'{"text": "caf\xe9", "label": 1}\n')
     with pytest.raises(BadInput, match="cannot be read as UTF-8"):
         read_labelled(file, NAMES)
+
+
+def test_images_by_lines_and_by_folders(tmp_path: Path) -> None:
+    for name in ("no", "yes"):
+        (tmp_path / "dev" / name).mkdir(parents=True)
+        (tmp_path / "dev" / name / "a.png").write_bytes(b"")
+    (tmp_path / "dev" / "yes" / ".hidden").write_bytes(b"")
+    file = tmp_path / "dev.jsonl"
+    file.write_text('{"image": "dev/no/a.png", "label": "no"}\n{"image": "dev/yes/a.png", "label": 1}\n')
+    lines, folders = (read_labelled(place, ("no", "yes"), images=True) for place in (file, tmp_path / "dev"))
+    assert lines.items == folders.items == tuple(str(tmp_path / f"dev/{n}/a.png") for n in ("no", "yes"))
+    assert lines.labels.tolist() == folders.labels.tolist() == [0, 1]
+
+
+def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "dev.jsonl"
+    file.write_text('{"image": "nowhere.png", "label": 0}\n')
+    with pytest.raises(BadInput, match=r"dev\.jsonl, line 1: no such image file: .*nowhere\.png"):
+        read_labelled(file, ("no", "yes"), images=True)
+    file.write_text('{"text": "a", "label": 0}\n')
+    with pytest.raises(BadInput, match='"image" is not a path'):
+        read_labelled(file, ("no", "yes"), images=True)
+    (tmp_path / "strange").mkdir()
+    with pytest.raises(BadInput, match="'strange' is not one of: no, yes"):
+        read_labelled(tmp_path, ("no", "yes"), images=True)
+    with pytest.raises(BadInput, match="a folder"):
+        read_labelled(tmp_path, ("no", "yes"))
