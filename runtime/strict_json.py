@@ -59,10 +59,16 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     unknown = [name for name in value if name not in fields]
     if unknown:
         raise ValueError(f"{where}.{unknown[0]}: unknown key; known: {', '.join(fields)}")
-    missing = [name for name in fields if name not in value]
+    nothing = dataclasses.MISSING
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in value and field.default is nothing and field.default_factory is nothing
+    ]
     if missing:
         raise ValueError(f"{where}.{missing[0]}: missing")
-    return kind(**{name: build(hints[name], value[name], f"{where}.{name}") for name in fields})
+    there = [name for name in fields if name in value]
+    return kind(**{name: build(hints[name], value[name], f"{where}.{name}") for name in there})
 
 
 def _is(right: bool, where: str, expected: str, found: Any) -> None:
