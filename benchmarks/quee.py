@@ -12,7 +12,6 @@ recipe quee) adds the frontiers in its milliseconds.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def main(
         "split": split,
         "rows": len(test),
         "variants": list(settings.names),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": f"benchmarks/quee.py {checkpoint.name} --data {Path(data).name} --variants {variants}",
     }
     for ledger in ledgers:
         points = {kind: frontier(unseen, forecasters[kind], ledger) for kind in FORECASTERS}
