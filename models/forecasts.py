@@ -15,21 +15,19 @@ from torch import Tensor, nn
 
 STATISTICS = 3  # certainty, entropy, margin
 HIDDEN = 16
-_ONE = 1.0 + 1e-5  # keeps the logarithm of what is left beside the top probability finite
 
 
 def softmax_statistics(logits: Tensor) -> Tensor:
     """What a forecast sees [batch, 3]; logits [batch, classes].
 
-    certainty: -log(1 - top probability). entropy: as a share of its maximum, log(classes). margin: top
-    probability minus the second.
+    certainty: log of the top probability over the second. entropy: as a share of its maximum, log(classes).
+    margin: top probability minus the second. Not -log(1 - top), as policies read it: near 1 that multiplies
+    the last digit of float32 by up to 1e5, and a forecast would differ between engines.
     """
-    logs = logits.float().log_softmax(-1)
-    probabilities = logs.exp()  # [batch, classes]
-    first, second = probabilities.topk(2, dim=-1).values.split(1, dim=-1)  # each [batch, 1]
-    certainty = -(_ONE - first).log()
-    entropy = (probabilities * logs).sum(-1, keepdim=True) / -math.log(logits.shape[-1])
-    return torch.cat([certainty, entropy, first - second], dim=-1)
+    logs = logits.float().log_softmax(-1)  # [batch, classes]
+    first, second = logs.topk(2, dim=-1).values.split(1, dim=-1)  # each [batch, 1]
+    entropy = (logs.exp() * logs).sum(-1, keepdim=True) / -math.log(logits.shape[-1])
+    return torch.cat([first - second, entropy, first.exp() - second.exp()], dim=-1)
 
 
 def path_columns(variants: Sequence[int], of: int, exits: Sequence[int], ahead: int) -> list[int]:

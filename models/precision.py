@@ -33,8 +33,9 @@ class Cost(Protocol):
 def channels(weight: Tensor, bits: int) -> Tensor:
     """A weight [out, in] on a symmetric grid of `bits` bits, one scale an output."""
     levels = 2 ** (bits - 1) - 1
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
-    return (weight / scale).round() * scale
+    scale: Tensor = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
+    rounded: Tensor = (weight / scale).round() * scale
+    return rounded
 
 
 def rows(values: Tensor, bits: int) -> Tensor:
@@ -43,9 +44,10 @@ def rows(values: Tensor, bits: int) -> Tensor:
     flat = values.flatten(1)
     low, high = flat.amin(1).clamp(max=0.0), flat.amax(1).clamp(min=0.0)  # [batch]
     shape = (-1, *[1] * (values.dim() - 1))
-    scale = ((high - low) / levels).clamp(min=1e-12).view(shape)
+    scale: Tensor = ((high - low) / levels).clamp(min=1e-12).view(shape)
     zero = (-low.view(shape) / scale).round()
-    return ((values / scale).round() + zero).clamp(0, levels).sub(zero) * scale
+    rounded: Tensor = ((values / scale).round() + zero).clamp(0, levels).sub(zero) * scale
+    return rounded
 
 
 def groups(weight: Tensor) -> Tensor:
@@ -127,7 +129,8 @@ def bit_operations(cost: Cost, name: str, tokens: float) -> float:
 def _blocks(values: Tensor) -> Tensor:
     """[..., in] -> [..., blocks, BLOCK], zeros at the end."""
     missing = -values.shape[-1] % BLOCK
-    return functional.pad(values, (0, missing)).unflatten(-1, (-1, BLOCK))
+    padded: Tensor = functional.pad(values, (0, missing))
+    return padded.reshape(*values.shape[:-1], -1, BLOCK)
 
 
 def _whole(blocks: Tensor, like: Tensor) -> Tensor:

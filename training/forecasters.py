@@ -87,7 +87,8 @@ class Table:
     def look_up(self, seen: Floats, now: int) -> Floats:
         """Rates [rows, paths] for statistics [rows, 3] of rows in variant `now`."""
         nearest = _distances((seen - self.mean) / self.spread, self.centres[now]).argmin(1)
-        return self.rates[now][nearest]
+        found: Floats = self.rates[now][nearest]
+        return found
 
 
 def make_tables(outcomes: Outcomes, fit: Fit) -> list[Table]:
@@ -180,7 +181,8 @@ def by_truth(outcomes: Outcomes, place: Place) -> Floats:
 
 def _seen(outcomes: Outcomes, place: Place) -> Floats:
     """Statistics [rows, 3] of the exit where rows stand."""
-    return outcomes.seen[place.rows, place.start, place.now, place.change, place.segment]
+    found: Floats = outcomes.seen[place.rows, place.start, place.now, place.change, place.segment]
+    return found
 
 
 def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit: Fit) -> None:
@@ -191,7 +193,7 @@ def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit
         said = network.read(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, own, own]
         loss = functional.binary_cross_entropy_with_logits(said, targets)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
 
 

@@ -115,4 +115,5 @@ def charges(steps: NDArray[np.float64], price: float, segment: int) -> Floats:
     for now in range(variants):
         others = np.repeat(np.arange(variants) != now, ahead.shape[1])
         table[1, now, 1:][others] = np.inf
-    return table.astype(np.float32)
+    charged: Floats = table.astype(np.float32)
+    return charged

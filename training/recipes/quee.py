@@ -171,7 +171,7 @@ def cross_fitted(outcomes: Outcomes, fit: Fit, seed: int) -> dict[str, Forecaste
     def spread(kind: str) -> Forecaster:
         def forecast(rows: Outcomes, place: Place) -> Floats:
             parts = np.stack([found[kind](rows, place) for found in by_fold])  # [folds, rows, paths]
-            return parts[fold[place.rows], np.arange(len(place.rows))]  # type: ignore[no-any-return]
+            return parts[fold[place.rows], np.arange(len(place.rows))]
 
         return forecast
 
