@@ -1,7 +1,7 @@
 """Calibration of bundles that choose between variants: what every step takes here, and points in that unit.
 
-No table of exits can say what a walk does that changes its precision on the way, so every price is walked: a
-row at a time, as it will be used, which also measures the milliseconds.
+No table of exits can say what a walk does that changes its precision on the way, so every price is walked, a
+row at a time, as it will be used.
 """
 
 from __future__ import annotations
@@ -64,19 +64,18 @@ def priced_points(session: Session, rows: Labelled, costs: StepCosts) -> tuple[O
     """Operating points of rule quee that charge these milliseconds, each measured by walking all rows at it.
 
     A point starts in the variant that it names. "within" and savings are against walks to the end in the
-    default variant.
+    default variant; "ms" is what a row took in this very walk, on whatever else the machine was doing.
     """
     given = [_inputs(session, item) for item in rows.items]
     names = session.manifest.variants
     never = RuleSpec("never", {})
     _walk(session, given[:SAMPLE], never, 0, costs)  # opens and warms what all others need
     ends = [_walk(session, given, never, start, costs) for start in range(len(names))]
-    whole = ends[0].seconds.sum()
     walks = [(never, start, trace) for start, trace in enumerate(ends)]
     for price in PRICES:
         spec = RuleSpec("quee", {"price": float(price), "measured": 1.0})
         walks += [(spec, start, _walk(session, given, spec, start, costs)) for start in range(len(names))]
-    points = [_measured(session, spec, start, trace, rows, whole) for spec, start, trace in walks]
+    points = [_measured(session, spec, start, trace, rows, costs) for spec, start, trace in walks]
     figures = {
         id(point): _figures(session, given, walk[2]) for point, walk in zip(points, walks, strict=True)
     }
@@ -122,17 +121,25 @@ def _ends(trace: Trace) -> NDArray[np.int64]:
 
 
 def _measured(
-    session: Session, spec: RuleSpec, start: int, trace: Trace, rows: Labelled, whole: float
+    session: Session, spec: RuleSpec, start: int, trace: Trace, rows: Labelled, costs: StepCosts
 ) -> WalkPoint:
+    """The walk's figures; its cost are the steps' milliseconds, which were timed in turns: the walks' own are
+    minutes apart, and points would be chosen by whatever else ran in between.
+    """
     at, exits = np.arange(len(rows.items)), _ends(trace)
     right = trace.logits[at, exits].argmax(-1) == rows.labels
     blocks = np.array([segment.blocks[-1] for segment in session.manifest.segments])
+    steps, ran = (
+        np.array(list(costs.steps.values())),
+        trace.variants >= 0,
+    )  # [variants, segments], [rows, ...]
+    ms = steps[np.maximum(trace.variants, 0), np.arange(len(blocks))]  # [rows, segments]
     return WalkPoint(
         spec,
         session.manifest.variants[start],
         100 * float(right.mean()),
         float(blocks[exits].mean()),
-        100 * float(trace.seconds.sum() / whole),
+        100 * float((ms * ran).sum(1).mean() / steps[0].sum()),
         100 * float((trace.variants[at, exits] != start).mean()),
     )
 
