@@ -1,6 +1,6 @@
 """What recipe quee is worth on rows that it has never seen: frontiers by forecaster, and lines beside them.
 
-    python benchmarks/quee.py joint_ckpt/ --data DATA --json benchmarks/results/quee_trec6.json
+    python benchmarks/quee.py joint_ckpt/ --data DATA --json benchmarks/results/quee_trec6_int8.json
     python benchmarks/quee.py joint_ckpt/ --data DATA --bundle bundle/
 
 Forecasters are fitted on dev, walks are replayed on test, over one grid of prices for all. Every line is its
