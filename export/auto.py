@@ -80,7 +80,7 @@ def by_cost(checkpoint: Checkpoint, dev: Path) -> Choice:
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
-        parts = split(checkpoint.network)
+        parts = split(checkpoint.network, variants=("fp32",))
         for part in track(parts, "exporting every exit", console=Console(stderr=True)):
             to_onnx(part, folder / file_name(part.name, "fp32"))
         if checkpoint.tokenizer is not None:

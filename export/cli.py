@@ -166,13 +166,13 @@ def _split(
             images = loaded.network.family.vision is not None
             read_labelled(dev, loaded.network.spec.labels, images=images)
         if segments.strip() == "auto":
-            parts = split(loaded.network, _by_cost(loaded, dev))
+            parts = split(loaded.network, _by_cost(loaded, dev), names)
         else:
-            parts = split(loaded.network, kept_exits(loaded.network, segments))
+            parts = split(loaded.network, kept_exits(loaded.network, segments), names)
     except BadInput as problem:
         raise UserError(f"--dev: {problem}") from None
     except ValueError as problem:
-        raise UserError(f"--segments {segments}: {problem}") from None
+        raise UserError(f"--segments {segments} --variants {variants}: {problem}") from None
     blocks = _blocks(truncate, [part.blocks[-1] for part in parts[1:]], "the bundle")
     dropped = len(loaded.network.spec.exits) - len(parts) + 1
     if dropped and dev is None and loaded.training.get("operating_points"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from offramp.export.split import Segment
 from offramp.export.verify import file_name
+from offramp.models.precision import bit_operations
 from offramp.runtime.manifest import (
     FORMAT,
     ImageInput,
@@ -16,11 +17,13 @@ from offramp.runtime.manifest import (
     OperatingPoint,
     RuleSpec,
     Stage,
+    StepCosts,
     TextInput,
     Variant,
 )
 from offramp.training.checkpoint import TOKENIZER, Checkpoint, TextFacts
 
+TOKENS = 32  # the length that costs are stated for where training did not say its own
 PACKAGES = ("offramp", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -47,6 +50,7 @@ def describe(
         points=points,
         files={},
         provenance=_provenance(checkpoint, facts or {}),
+        costs=_costs(checkpoint, segments, variants),
     )
 
 
@@ -62,8 +66,10 @@ def operating_points(
     """The checkpoint's operating points, those whose variant is there; none where exits were dropped.
 
     They were measured with every exit: an exit number or a threshold means something else when some are gone.
+    Nor are those of a rule that chose between more variants than are written.
     """
-    if len(segments) - 1 != len(checkpoint.network.spec.exits):
+    spec = checkpoint.network.spec
+    if len(segments) - 1 != len(spec.exits) or set(spec.forecast) - set(variants):
         return ()
     name = _mapping(checkpoint.training.get("data")).get("name", "")
     return tuple(
@@ -99,6 +105,17 @@ def _stage(segment: Segment, variants: Sequence[str]) -> Stage:
         name: Variant(file_name(segment.name, name), segment.inputs, segment.outputs) for name in variants
     }
     return Stage(segment.name, segment.blocks, segment.macs, graphs)
+
+
+def _costs(
+    checkpoint: Checkpoint, segments: Sequence[Segment], variants: Sequence[str]
+) -> dict[str, StepCosts]:
+    """Bit operations of every step, for a network that chooses between variants by their cost."""
+    if not checkpoint.network.spec.forecast:
+        return {}
+    tokens = int(checkpoint.training.get("dev", {}).get("tokens", TOKENS))
+    steps = {v: tuple(bit_operations(part.macs, v, tokens) for part in segments[1:]) for v in variants}
+    return {"bops": StepCosts(tokens, steps)}
 
 
 def _provenance(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> dict[str, Any]:

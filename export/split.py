@@ -70,10 +70,20 @@ class Stem(nn.Module):
 
 
 class Stretch(nn.Module):
-    """Blocks, the exit after them and, at every exit but the last, its policy."""
+    """Blocks, the exit after them and, at every exit but the last, its policy or its error forecast.
+
+    ahead: exits behind this one that are kept, as numbers from here (0: the next of the network's). variants:
+    numbers of those between which the forecast chooses.
+    """
 
     def __init__(
-        self, network: EarlyExitNetwork, blocks: range, exit_index: int, reads: Sequence[str]
+        self,
+        network: EarlyExitNetwork,
+        blocks: range,
+        exit_index: int,
+        reads: Sequence[str],
+        ahead: Sequence[int] = (),
+        variants: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.family = network.family
@@ -86,6 +96,9 @@ class Stretch(nn.Module):
         if not self.last and len(network.policies):
             classes = len(network.spec.labels)
             self.policy = network.policies[exit_index].folded(classes)  # type: ignore[operator]
+        self.forecast: nn.Module | None = None
+        if not self.last and len(network.forecasts) and ahead:
+            self.forecast = network.forecasts[exit_index].folded(variants, ahead)  # type: ignore[operator]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         context = dict(zip(self.reads, tensors, strict=True))
@@ -98,20 +111,25 @@ class Stretch(nn.Module):
         logits = self.exit(pooled)  # [batch, classes]
         if self.last:
             return (logits,)
+        foreseen = () if self.forecast is None else (self.forecast(logits),)
         if self.policy is None:
-            return hidden, logits
+            return hidden, logits, *foreseen
         opening, seen = self.policy(pooled, logits, evidence)
         gate = opening.sigmoid()  # [batch]
-        return (hidden, logits, gate) if evidence is None else (hidden, seen, logits, gate)
+        said = (hidden,) if evidence is None else (hidden, seen)
+        return *said, logits, gate, *foreseen
 
 
-def split(network: EarlyExitNetwork, exits: Sequence[int] | None = None) -> list[Segment]:
+def split(
+    network: EarlyExitNetwork, exits: Sequence[int] | None = None, variants: Sequence[str] | None = None
+) -> list[Segment]:
     """Cut a network at its exits: the stem first, then one segment a kept exit.
 
     exits: 1-based blocks, exits of the network (None: all); the last block is always added. Where exits are
-    dropped, evidence flows through the kept ones alone, though the policies learned with all. The network is
-    put into evaluation mode. Raises ValueError for an exit that the network lacks, and for weights that are
-    not float32.
+    dropped, evidence flows through the kept ones alone, though the policies learned with all. variants: those
+    that will be written, which a network with error forecasts must know (None: all that it knows); others and
+    dropped exits vanish from the forecasts. The network is put into evaluation mode. Raises ValueError for an
+    exit or a forecast that the network lacks, and for weights that are not float32.
     """
     dtype = next(network.parameters()).dtype
     if dtype != torch.float32:
@@ -124,11 +142,19 @@ def split(network: EarlyExitNetwork, exits: Sequence[int] | None = None) -> list
     if missing:
         has = ", ".join(map(str, network.spec.exits))
         raise ValueError(f"there is no exit after block {missing[0]}: this checkpoint has exits after {has}")
+    chosen = network.spec.forecast if variants is None else tuple(variants)
+    strange = [name for name in chosen if name not in network.spec.forecast]
+    if network.spec.forecast and strange:
+        knows = ", ".join(network.spec.forecast)
+        raise ValueError(
+            f"there is no error forecast for variant {strange[0]}: this checkpoint knows {knows}"
+        )
     flows = network.spec.policy in ("statistics", "both") and len(kept) > 1
     stem = _stem(network, evidence=flows)
     segments = [stem]
     for number, (start, end) in enumerate(zip((0, *kept), kept, strict=False)):
-        segments.append(_stretch(network, f"segment_{number:02}", range(start, end), stem.outputs))
+        name = f"segment_{number:02}"
+        segments.append(_stretch(network, name, range(start, end), stem.outputs, kept, chosen))
     return segments
 
 
@@ -151,17 +177,31 @@ def _stem(network: EarlyExitNetwork, *, evidence: bool) -> Segment:
     return Segment("stem", module, inputs, outputs, (), Macs(**vars(stem_macs(network))), network.longest)
 
 
-def _stretch(network: EarlyExitNetwork, name: str, blocks: range, made: Sequence[Tensor]) -> Segment:
+def _stretch(
+    network: EarlyExitNetwork,
+    name: str,
+    blocks: range,
+    made: Sequence[Tensor],
+    kept: Sequence[int],
+    chosen: Sequence[str],
+) -> Segment:
     exit_index = network.spec.exits.index(blocks.stop)
+    behind = network.spec.exits[exit_index + 1 :]
+    ahead = [number for number, block in enumerate(behind) if block in kept]
+    variants = [network.spec.forecast.index(variant) for variant in chosen if network.spec.forecast]
     last = blocks.stop == network.block_count
     inputs = tuple(tensor for tensor in made if not (last and tensor.name == "evidence"))
-    module = Stretch(network, blocks, exit_index, [tensor.name for tensor in inputs]).eval()
+    reads = [tensor.name for tensor in inputs]
+    module = Stretch(network, blocks, exit_index, reads, ahead, variants).eval()
     outputs = [Tensor("logits", "float32", ("batch", len(network.spec.labels)))]
     if not last:
         anew = [tensor for tensor in inputs if tensor.name in ("hidden", "evidence")]
         outputs[:0] = [Tensor(NEXT + tensor.name, tensor.dtype, tensor.shape) for tensor in anew]
         if module.policy is not None:
             outputs.append(Tensor("gate", "float32", ("batch",)))
+        if module.forecast is not None:
+            paths = len(variants) * (1 + len(variants) * len(ahead))
+            outputs.append(Tensor("forecast", "float32", ("batch", paths)))
     macs = exit_macs(network, exit_index)
     for block in blocks:
         macs = macs + block_macs(network, block)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from offramp.export.samples import Values, batches
 from offramp.export.split import Segment, split
+from offramp.models.forecasts import path_columns
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.policies import no_evidence
 from offramp.runtime.bundle import open_bundle
@@ -95,13 +96,13 @@ def verify(
     network = checkpoint.network.float().eval()
     if segments is None or variants is None:
         manifest = open_bundle(folder).manifest
-        segments = split(network, [stage.blocks[-1] for stage in manifest.segments])
         variants = manifest.variants
+        segments = split(network, [stage.blocks[-1] for stage in manifest.segments], variants)
     names = [tensor.name for tensor in segments[0].inputs]
     samples = list(batches(checkpoint, texts))
     given = [{name: batch[name] for name in names} for batch, _ in samples]
     real = [tokens for _, tokens in samples]
-    wholes = [_whole(network, segments, batch) for batch in given]
+    wholes = [_whole(network, segments, variants, batch) for batch in given]
     others = {variant: [dict(batch) for batch in given] for variant in variants if variant != "fp32"}
     walks = {"torch": [dict(batch) for batch in given], "fp32": given, **others}
     report = Report()
@@ -121,7 +122,10 @@ def verify(
 
 
 def _whole(
-    network: EarlyExitNetwork, segments: Sequence[Segment], batch: Mapping[str, torch.Tensor]
+    network: EarlyExitNetwork,
+    segments: Sequence[Segment],
+    variants: Sequence[str],
+    batch: Mapping[str, torch.Tensor],
 ) -> Iterator[Values]:
     """What the network itself says behind stem and segments, by its own methods: the truth for both."""
     hidden, context = network.stem(batch)
@@ -136,6 +140,14 @@ def _whole(
         if exit_index < len(network.policies):
             gate, seen = network.gate(exit_index, pooled, said["logits"], seen)
             said |= {"gate": gate.sigmoid(), NEXT + "evidence": seen}
+        if exit_index < len(network.forecasts):
+            kept = {block for later in segments for block in later.blocks[-1:]}
+            behind = network.spec.exits[exit_index + 1 :]
+            ahead = [at for at, block in enumerate(behind) if block in kept]
+            knows = network.spec.forecast
+            numbers = [knows.index(variant) for variant in variants]
+            columns = path_columns(numbers, len(knows), ahead, len(behind))
+            said["forecast"] = network.forecasts[exit_index](said["logits"]).sigmoid()[:, columns]
         yield said
 
 

@@ -49,12 +49,14 @@ def block_macs(network: EarlyExitNetwork, block: int) -> Macs:
 
 
 def exit_macs(network: EarlyExitNetwork, exit_index: int) -> Macs:
-    """One exit (0-based) with its policy: pooling once a token, everything else once a row."""
+    """One exit (0-based) with its policy and forecast: pooling once a token, everything else once a row."""
     row = linear_weights(network.exits[exit_index])
     if network.pooler is not None:
         row += linear_weights(network.pooler)
     if exit_index < len(network.policies):
         row += linear_weights(network.policies[exit_index])
+    if exit_index < len(network.forecasts):
+        row += linear_weights(network.forecasts[exit_index])
     return Macs(token=network.hidden_size if network.spec.pooling == "mean" else 0, row=row)
 
 

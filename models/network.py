@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from offramp.models.exits import POOLINGS, Exit, Pooler, patch_weights, pool, pooling_weights
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
+from offramp.models.forecasts import Forecast
 from offramp.models.policies import POLICY_INPUTS, make_policies, no_evidence, weigh_evidence
+from offramp.models.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class NetworkSpec:
     pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, with BERT's shared
     dense-and-tanh pooler behind it where the backbone reads text.
     policy: what the policies read ("statistics", "state", "both"), or None for a network without policies.
+    forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
     """
 
     labels: tuple[str, ...]
@@ -31,6 +34,7 @@ class NetworkSpec:
     pooling: str = "mean"
     policy: str | None = None
     dropout: float = 0.1
+    forecast: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -41,6 +45,10 @@ class NetworkSpec:
             raise ValueError(f"policy {self.policy!r}; choose one of {', '.join(POLICY_INPUTS)}, or none")
         if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
             raise ValueError(f"exits must be ascending block numbers from 1, got {list(self.exits)}")
+        unknown = [name for name in self.forecast if name not in PRECISIONS]
+        if unknown or len(set(self.forecast)) != len(self.forecast):
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"forecast {list(self.forecast)}: expected precisions among {known}, each once")
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,10 @@ class EarlyExitNetwork(nn.Module):
         self.policies = nn.ModuleList()
         if spec.policy is not None:
             self.policies = make_policies(self.hidden_size, spec.policy, len(spec.exits) - 1)
+        self.forecasts = nn.ModuleList()
+        if spec.forecast:
+            ahead = range(len(spec.exits) - 1, 0, -1)
+            self.forecasts.extend(Forecast(len(spec.forecast), exits) for exits in ahead)
 
     @property
     def config(self) -> Any:

@@ -2,7 +2,8 @@
 
 Thresholds chosen in training belong to fp32 on torch with every exit. A bundle in int8, or one that keeps
 only some exits, gets points of its own here: every row is walked to the end in every variant, rules are swept
-over what the exits said, and the manifest is written again.
+over what the exits said, and the manifest is written again. A bundle that forecasts errors walks at every
+price instead (offramp.runtime.prices).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 
 from offramp.runtime.errors import OfframpError
 from offramp.runtime.labelled import Labelled, read_labelled
-from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint
+from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint, StepCosts
+from offramp.runtime.prices import check_foresees, foresees, priced_points, step_costs
 from offramp.runtime.rules.sweep import Costs, ExitTable, Point, choose_points
 from offramp.runtime.session import Session, load
 
@@ -34,6 +36,8 @@ one for each label and called so.
 Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
 of another variant carry its name, as in int8-default. "within" is held against the full
 depth of the default variant, so that int8-within-0.5 loses at most 0.5 in all.
+A bundle of recipe quee has its steps timed, and points of rule quee that charge these
+milliseconds; a point's variant is the one in which rows start. Let nothing else run.
 
 \b
 Exit codes: 0 written, 2 the bundle or the file cannot be used.
@@ -95,20 +99,31 @@ def calibrated(
     with load(folder, rule="never", engine=engine, device=device, threads=threads, share=False) as session:
         images = isinstance(session.manifest.input, ImageInput)
         rows = read_labelled(file, session.labels, images=images)
-        points = calibrate(session, rows, rule)
+        costs: dict[str, StepCosts] = {}
+        if rule == "quee" or (rule is None and foresees(session.manifest)):
+            check_foresees(session.manifest)
+            costs["ms"] = step_costs(session, rows)
+            points = priced_points(session, rows, costs["ms"])
+        else:
+            points = calibrate(session, rows, rule)
         facts = {"rows": len(rows.items), "engine": session.engine.name, "device": session.engine.device}
-        return rewrite(folder, session.manifest, points, {**facts, **session.engine.facts})
+        return rewrite(folder, session.manifest, points, {**facts, **session.engine.facts}, costs)
 
 
 def rewrite(
-    folder: Path, manifest: Manifest, points: tuple[OperatingPoint, ...], facts: Mapping[str, Any]
+    folder: Path,
+    manifest: Manifest,
+    points: tuple[OperatingPoint, ...],
+    facts: Mapping[str, Any],
+    costs: Mapping[str, StepCosts],
 ) -> Manifest:
-    """Write the manifest with these points and the rule of "default" in place of the bundle's; whole or not
-    at all.
+    """Write the manifest with these points and the rule of "default" in place of the bundle's, and these
+    costs beside its other ones; whole or not at all.
     """
     default = next(point for point in points if point.name == "default")
     provenance = {**manifest.provenance, "calibrated": dict(facts)}
-    new = dataclasses.replace(manifest, points=points, rule=default.rule, provenance=provenance)
+    told = {**manifest.costs, **costs}
+    new = dataclasses.replace(manifest, points=points, rule=default.rule, provenance=provenance, costs=told)
     Manifest.from_json(new.to_json(), source=str(folder / FILE_NAME))  # what we write, we can read
     beside = folder.with_name(f".{folder.name}.{FILE_NAME}.new")
     beside.write_text(new.to_json(), encoding="utf-8")
@@ -125,8 +140,8 @@ def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPo
 @click.option("--bundle", default="bundle/", metavar="DIR", help="The bundle to measure.")
 @click.option(
     "--rule",
-    type=click.Choice(["gate", "max_probability", "entropy", "margin", "patience"]),
-    help="Rule to sweep [default: gate where there are policies].",
+    type=click.Choice(["gate", "max_probability", "entropy", "margin", "patience", "quee"]),
+    help="Rule to sweep [default: quee where there are error forecasts, gate where there are policies].",
 )
 @click.option("--engine", default="ort", help="Engine to measure with.")
 @click.option("--device", default="cpu", help="Device to measure on.")

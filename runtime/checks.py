@@ -16,6 +16,7 @@ from offramp.runtime.manifest import (
     TASKS,
     ImageInput,
     Manifest,
+    StepCosts,
     Tensor,
     TextInput,
     Variant,
@@ -44,6 +45,8 @@ def check(manifest: Manifest) -> None:
         raise ValueError(f"segments: their blocks must be 1 to {manifest.blocks} in order, found {walked}")
     _unique("segments", [stage.name for stage in (manifest.stem, *manifest.segments)])
     _check_stages(manifest)
+    for unit, costs in manifest.costs.items():
+        _check_costs(f"costs[{unit!r}]", costs, manifest)
     _unique("points", [point.name for point in manifest.points])
     for index, point in enumerate(manifest.points):
         _one_of(f"points[{index}].variant", point.variant, manifest.variants)
@@ -124,6 +127,7 @@ def _check_stages(manifest: Manifest) -> None:
                 raise ValueError("stem: it has no output 'hidden'")
         else:
             _check_segment(where, facts, made, last=stage is manifest.segments[-1])
+            _check_forecast(where, facts, manifest, ahead=len(stages) - 1 - stages.index((where, stage)))
 
 
 def _check_segment(where: str, facts: Variant, made: dict[str, Tensor], *, last: bool) -> None:
@@ -139,7 +143,8 @@ def _check_segment(where: str, facts: Variant, made: dict[str, Tensor], *, last:
         read = made.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
         if read is None:
             raise ValueError(
-                f"{where}: output {tensor.name!r}; expected logits, gate or {NEXT}<a tensor of the stem>"
+                f"{where}: output {tensor.name!r}; expected {', '.join(SIGNALS)} or "
+                f"{NEXT}<a tensor of the stem>"
             )
         if (read.dtype, read.shape) != (tensor.dtype, tensor.shape):
             raise ValueError(f"{where}: output {tensor.name} differs from {read.name} in dtype or shape")
@@ -148,6 +153,27 @@ def _check_segment(where: str, facts: Variant, made: dict[str, Tensor], *, last:
         raise ValueError(f"{where}: it has no output 'logits'; every segment ends with an exit")
     if not last and f"{NEXT}hidden" not in outputs:
         raise ValueError(f"{where}: it has no output '{NEXT}hidden' for the segment after it")
+
+
+def _check_forecast(where: str, facts: Variant, manifest: Manifest, *, ahead: int) -> None:
+    """One number for leaving and one for every (variant, exit ahead), for each variant of the row so far."""
+    variants = len(manifest.variants)
+    right = ("batch", variants * (1 + variants * ahead))
+    for tensor in facts.outputs:
+        if tensor.name == "forecast" and tensor.shape != right:
+            raise ValueError(f"{where}: forecast must be {list(right)}, found {list(tensor.shape)}")
+
+
+def _check_costs(where: str, costs: StepCosts, manifest: Manifest) -> None:
+    _at_least(f"{where}.tokens", costs.tokens, 1)
+    if tuple(costs.steps) != manifest.variants:
+        raise ValueError(f"{where}.steps: expected {list(manifest.variants)}, found {list(costs.steps)}")
+    for variant, steps in costs.steps.items():
+        if len(steps) != len(manifest.segments) or min(steps) < 0 or not sum(steps):
+            raise ValueError(
+                f"{where}.steps[{variant!r}]: expected {len(manifest.segments)} costs from 0, one a segment, "
+                f"found {list(steps)}"
+            )
 
 
 def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offramp.runtime.errors import BadManifest
@@ -23,7 +23,7 @@ DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")  # nu
 # A graph cannot give a new value under the name of its own input: what a segment makes anew of its input
 # "hidden" comes out as "next_hidden", and is what the segment after it reads as "hidden".
 NEXT = "next_"
-SIGNALS = ("logits", "gate")
+SIGNALS = ("logits", "gate", "forecast")
 AXES = ("batch", "seq")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
 
@@ -46,8 +46,8 @@ class Variant:
     """One precision of a stage: its graph file and what goes in and comes out.
 
     The stem puts out tensors under the names that segments read (hidden, mask, pool, evidence ...). A segment
-    puts out logits, gate where it has a policy, and for those of its inputs that it makes anew (hidden,
-    evidence) `next_<name>`; the last one only logits.
+    puts out logits, gate where it has a policy, forecast where it has one (see rules.Signals), and for those
+    of its inputs that it makes anew (hidden, evidence) `next_<name>`; the last one only logits.
     """
 
     file: str
@@ -117,6 +117,17 @@ class RuleSpec:
 
 
 @dataclass(frozen=True)
+class StepCosts:
+    """What running each segment costs in one unit, for a row of `tokens` tokens.
+
+    steps: variant -> one number a segment, exit, policy and forecast included; the stem is not.
+    """
+
+    tokens: int
+    steps: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """A named setting of a rule with the accuracy and cost measured for it on a split of a data set."""
 
@@ -143,7 +154,8 @@ class Manifest:
     segments: in walking order; all offer the same variants, the first of which is the default ("fp32").
     input: told apart by their fields. vocab_size: 0 where there is no text.
     rule: what decides when the caller wishes nothing. files: every file of the bundle but the manifest
-    itself.
+    itself. costs: by unit ("bops": bit operations, "ms": milliseconds of one row, measured on an engine), for
+    rules that choose between variants; left out of the file where there are none.
     """
 
     format: int
@@ -159,6 +171,7 @@ class Manifest:
     points: tuple[OperatingPoint, ...]
     files: dict[str, FileFact]
     provenance: dict[str, Any]
+    costs: dict[str, StepCosts] = field(default_factory=dict)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -187,4 +200,6 @@ class Manifest:
     def to_json(self) -> str:
         """Write it: in the order of this class, indented by one, a newline at the end. ValueError on NaN."""
         facts = dataclasses.asdict(self)
+        if not self.costs:
+            del facts["costs"]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

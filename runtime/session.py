@@ -71,7 +71,7 @@ class Session:
         self._encode = encoder
         self._lock = threading.Lock()
         self._closed = False
-        self._rule = rules.bind(rule, len(self.manifest.segments))
+        self._rule = rules.bind(rule, len(self.manifest.segments), self.manifest.costs)
         self._number = self.manifest.variants.index(variant)
         self._depths = np.array([len(segment.blocks) for segment in self.manifest.segments])
 
@@ -261,7 +261,7 @@ def load(
     bundle = open_bundle(path)
     spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
     # A bad wish is named before seconds go into opening graphs.
-    rules.bind(spec, len(bundle.manifest.segments))
+    rules.bind(spec, len(bundle.manifest.segments), bundle.manifest.costs)
     encoder = Task(reader_of, bundle)  # a vocabulary takes its time, and the engine mostly reads and waits
     try:
         opened = open_engine(

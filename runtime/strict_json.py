@@ -64,10 +64,16 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     unknown = [name for name in value if name not in fields]
     if unknown:
         raise ValueError(f"{where}.{unknown[0]}: unknown key; known: {', '.join(fields)}")
-    missing = [name for name in fields if name not in value]
+    nothing = dataclasses.MISSING
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in value and field.default is nothing and field.default_factory is nothing
+    ]
     if missing:
         raise ValueError(f"{where}.{missing[0]}: missing")
-    return kind(**{name: build(hint, value[name], f"{where}.{name}") for name, hint in fields.items()})
+    there = {name: hint for name, hint in fields.items() if name in value}
+    return kind(**{name: build(hint, value[name], f"{where}.{name}") for name, hint in there.items()})
 
 
 @functools.cache  # a manifest has hundreds of objects of nine classes; hints were most of the time to read it

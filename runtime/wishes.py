@@ -6,6 +6,9 @@ from offramp.runtime import rules
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.manifest import Manifest, RuleSpec
 
+# What a rule reads beside logits, and what makes it.
+READS = {"gate": ("gate", "policy"), "quee": ("forecast", "error forecast")}
+
 
 def choose(
     manifest: Manifest,
@@ -31,7 +34,7 @@ def choose(
             raise BadSetting(
                 f"point {point!r} was measured in variant {found.variant}, not {variant}: wish for either"
             )
-        return _with_policies(manifest, found.rule), found.variant
+        return _readable(manifest, found.rule), found.variant
     if isinstance(rule, RuleSpec):
         spec = rule
     elif rule is None or rule == manifest.rule.name:
@@ -44,16 +47,23 @@ def choose(
         if parameter is None:
             raise BadSetting(f"rule {spec.name} has no threshold")
         spec = RuleSpec(spec.name, {**spec.parameters, parameter: float(threshold)})
-    return _with_policies(manifest, spec), variant or manifest.variants[0]
+    return _readable(manifest, spec), variant or _usual(manifest, spec)
 
 
-def _with_policies(manifest: Manifest, spec: RuleSpec) -> RuleSpec:
-    """The spec, unless it asks for a gate that the bundle does not have."""
+def _usual(manifest: Manifest, spec: RuleSpec) -> str:
+    """The variant in which rows start: that of the point "default" where the rule is its own."""
+    found = (p.variant for p in manifest.points if p.name == "default" and p.rule.name == spec.name)
+    return next(found, manifest.variants[0])
+
+
+def _readable(manifest: Manifest, spec: RuleSpec) -> RuleSpec:
+    """The spec, unless it asks for a signal that the bundle does not give."""
+    signal, maker = READS.get(spec.name, ("logits", "exit"))
     for segment in manifest.segments[:-1]:
         outputs = [tensor.name for tensor in next(iter(segment.variants.values())).outputs]
-        if spec.name == "gate" and "gate" not in outputs:
-            others = ", ".join(name for name in rules.KNOWN if name != "gate")
+        if signal not in outputs:
+            others = ", ".join(name for name in rules.KNOWN if name not in READS)
             raise BadSetting(
-                f"rule gate: {segment.name} has no policy in this bundle; choose one of: {others}"
+                f"rule {spec.name}: {segment.name} has no {maker} in this bundle; choose one of: {others}"
             )
     return spec

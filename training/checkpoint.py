@@ -100,7 +100,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     facts = read_json(folder / NETWORK)
     try:
         spec = dict(facts["network"])
-        spec["labels"], spec["exits"] = tuple(spec["labels"]), tuple(spec["exits"])
+        spec = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
         backbone_facts = dict(facts["backbone"])
         config = AutoConfig.for_model(backbone_facts.pop("model_type"), **backbone_facts)
         reads = _image(facts["image"]) if "image" in facts else TextFacts(**facts["text"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-RECIPES = ("joint", "consistentee")
+RECIPES = ("joint", "consistentee", "quee")
 NEEDED = ("torch", "transformers", "datasets", "accelerate", "optimum", "safetensors", "rich", "matplotlib")
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -166,6 +167,10 @@ def network_from_checkpoint(
         kept = {name: value for name, value in old.items() if not name.startswith("policies")}
         network.load_state_dict(kept, strict=False)
         checkpoint.network = network
+    elif spec.forecast:
+        # They tell the errors of the very weights that they were fitted on.
+        checkpoint.network.forecasts = torch.nn.ModuleList()
+        checkpoint.network.spec = dataclasses.replace(spec, forecast=())
     return checkpoint
 
 

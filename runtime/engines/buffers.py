@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from offramp.runtime.engines import Array, Rows
-from offramp.runtime.manifest import NEXT, Tensor, Variant
+from offramp.runtime.manifest import NEXT, SIGNALS, Tensor, Variant
 from offramp.runtime.rules import Signals
 
-SIGNALS = ("logits", "gate")  # outputs that are read on the host after every step
 _IDLE_BYTES = 64 * 2**20
 _IDLE_COUNT = 64  # each also holds two bindings a segment, some kilobytes of ORT's own memory
 
@@ -86,14 +85,11 @@ class Buffers:
         self.inputs: dict[str, Array] = {}
         self.stem: Run | None = None
         self.bound: dict[tuple[int, int, int], Bound] = {}
-        self._signals: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        sizes = {"batch": rows, "seq": length}
         for name, tensor in tensors.items():
-            shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
-            dtype = np.dtype(tensor.dtype)
+            shape, dtype = self._form(tensor)
             if name in SIGNALS:
-                self._signals[name] = (shape, dtype)
-            elif name in stem_inputs:
+                continue  # read on the host after every step, and not every segment's is of one shape
+            if name in stem_inputs:
                 self.inputs[name] = np.empty(shape, dtype)
             elif name in flows:
                 self.pairs[name] = (Slot(ort, device, shape, dtype), Slot(ort, device, shape, dtype))
@@ -119,12 +115,13 @@ class Buffers:
         said: dict[str, Array] = {}
         for tensor in facts.outputs:
             if tensor.name in SIGNALS:
-                said[tensor.name] = np.empty(*self._signals[tensor.name])
+                said[tensor.name] = np.empty(*self._form(tensor))
                 self._bind_array(binding.bind_output, tensor.name, said[tensor.name])
             else:
                 new = self._slot(tensor.name.removeprefix(NEXT), 1 - side)
                 self._bind_slot(binding.bind_output, tensor.name, new)
-        return runner(self._ort, session, binding), Signals(said["logits"], said.get("gate"))
+        signals = Signals(said["logits"], said.get("gate"), said.get("forecast"))
+        return runner(self._ort, session, binding), signals
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:
         """Fill side 0 and the shared tensors with rows (None: all) of (buffers, side), one after another."""
@@ -142,6 +139,11 @@ class Buffers:
             at = until
         for name in (*self.pairs, *self.shared):
             self._slot(name, 0).written()
+
+    def _form(self, tensor: Tensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        sizes = {"batch": self.rows, "seq": self.length}
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+        return shape, np.dtype(tensor.dtype)
 
     def _slot(self, name: str, side: int) -> Slot:
         pair = self.pairs.get(name)

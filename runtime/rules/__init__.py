@@ -22,6 +22,7 @@ from offramp.runtime.errors import BadSetting
 from offramp.runtime.manifest import (
     RuleSpec as RuleSpec,
 )  # training writes specs and may enter this file alone
+from offramp.runtime.manifest import StepCosts as StepCosts  # as above
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -30,10 +31,14 @@ Plan = NDArray[np.int8]  # [rows, segments]: variant number, -1 = not run
 
 @dataclass(frozen=True)
 class Signals:
-    """What one segment said: logits [rows, classes]; gate [rows], P(exit) 0..1, or None without a policy."""
+    """What one segment said: logits [rows, classes]; gate [rows], P(exit) 0..1, or None without a policy;
+    forecast [rows, variants * (1 + variants * exits ahead)], P(wrong) of leaving here and of every path, for
+    each variant in which the row may have come here, or None.
+    """
 
     logits: Floats
     gate: Floats | None = None
+    forecast: Floats | None = None
 
 
 class Rule(Protocol):
@@ -114,14 +119,23 @@ def never(signals: Signals, memory: Floats, segment: int) -> tuple[bool, Floats]
     return False, memory
 
 
+def _quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> Rule:
+    from offramp.runtime.rules.quee import make  # here: it needs the classes of this file
+
+    return make(spec, segments, costs)
+
+
 @dataclass(frozen=True)
 class _Facts:
-    """A predicate, its one parameter (None: it has none), and its memory."""
+    """A predicate, its one parameter (None: it has none), and its memory; or what makes a rule that does more
+    than leave.
+    """
 
     leave: Leave
     parameter: str | None = "threshold"
     whole: bool = False  # the parameter is a whole number, 1 or more
     width: int = 0
+    make: Callable[[RuleSpec, int, Mapping[str, StepCosts]], Rule] | None = None
 
 
 KNOWN: Mapping[str, _Facts] = {
@@ -132,6 +146,7 @@ KNOWN: Mapping[str, _Facts] = {
     "patience": _Facts(patience, "patience", whole=True, width=2),
     "fixed": _Facts(fixed, "exit", whole=True),
     "never": _Facts(never, None),
+    "quee": _Facts(never, "price", make=_quee),
 }
 
 
@@ -180,10 +195,15 @@ def main_parameter(name: str) -> str | None:
     return KNOWN[name].parameter
 
 
-def bind(spec: RuleSpec, segments: int) -> Rule:
-    """Make the rule that a spec describes for a walk of that many segments; BadSetting says what is wrong."""
+def bind(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts] | None = None) -> Rule:
+    """Make the rule that a spec describes for a walk of that many segments; BadSetting says what is wrong.
+
+    costs: the manifest's, which rules that choose between variants need.
+    """
     parameter = main_parameter(spec.name)
     facts = KNOWN[spec.name]
+    if facts.make is not None:
+        return facts.make(spec, segments, costs or {})
     known = {parameter} if parameter else set()
     unknown = sorted(set(spec.parameters) - known)
     if unknown:

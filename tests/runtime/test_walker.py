@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.runtime.manifest import RuleSpec
+from offramp.runtime.manifest import RuleSpec, StepCosts
 from offramp.runtime.rules import Signals, bind, simulate
 from offramp.runtime.walker import Trace, walk
 
@@ -33,7 +33,12 @@ class Script:
         self.largest, self.steps = max(self.largest, state.rows), self.steps + 1
         assert state.at < segment, "a segment was run twice or backwards"
         state.at = segment
-        return Signals(self.logits[state.ids, segment, variant], self.gates[state.ids, segment, variant])
+        said = self.logits[state.ids, segment, variant], self.gates[state.ids, segment, variant]
+        if segment + 1 == SEGMENTS:
+            return Signals(*said)
+        width = VARIANTS * (1 + VARIANTS * (SEGMENTS - 1 - segment))
+        foreseen = np.random.default_rng(segment).random((ROWS, VARIANTS, width)).astype("f4")
+        return Signals(*said, foreseen[state.ids, variant])
 
     def take(self, state: Any, rows: np.ndarray) -> Any:
         return self._state(state.ids[rows], state.length, state.at)
@@ -120,7 +125,13 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: getattr(getattr(rule, "spec", None), "name", "wild"))
+COSTS = StepCosts(8, {f"v{variant}": tuple(np.linspace(1, 2, SEGMENTS)) for variant in range(VARIANTS)})
+QUEE = bind(RuleSpec("quee", {"price": 0.3}), SEGMENTS, {"bops": COSTS})
+
+
+@pytest.mark.parametrize(
+    "rule", [*RULES, QUEE], ids=lambda rule: getattr(getattr(rule, "spec", None), "name", "wild")
+)
 @pytest.mark.parametrize("size", [2, 7, 64])
 def test_a_row_gets_with_others_what_it_gets_alone(rule: Any, size: int) -> None:
     for seed in range(4):
@@ -140,6 +151,16 @@ def test_exits_are_those_of_the_simulation(rule: Any) -> None:
     trace = run(engine, rule, np.arange(ROWS), 8, np.full(ROWS, 8))
     exits = simulate(rule, engine.logits[:, :, 0], engine.gates[:, :, 0])
     assert ((trace.variants >= 0).sum(axis=1) - 1).tolist() == exits.tolist()
+
+
+def test_rows_that_change_their_variant_on_the_way_keep_their_neighbours() -> None:
+    """Rule quee: rooms by (segment, variant), rows of several variants taken apart and joined again."""
+    engine = script(0)
+    trace = run(engine, QUEE, np.arange(ROWS), ROWS, np.full(ROWS, 8), variant=1)
+    kinds = {tuple(sorted({*row.tolist()} - {-1})) for row in trace.variants}
+    assert kinds >= {(1,), (0, 1), (1, 2)} and (0, 1, 2) not in kinds
+    assert (trace.variants[:, -1] < 0).any()
+    assert engine.steps <= 1 + VARIANTS * (SEGMENTS - 1), "rows of one room were not run together"
 
 
 def test_survivors_of_several_batches_are_run_together() -> None:

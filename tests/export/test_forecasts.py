@@ -1,0 +1,150 @@
+"""Forecasts in graphs, and the simulated precisions against the graphs that really have them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from offramp.export.describe import describe
+from offramp.export.precision import to_int4, to_int8
+from offramp.export.split import Segment, split
+from offramp.export.to_onnx import to_onnx
+from offramp.export.verify import verify
+from offramp.models import EarlyExitNetwork
+from offramp.models.forecasts import Forecast
+from offramp.models.precision import in_precision
+from offramp.runtime.manifest import FileFact, Manifest
+
+
+def foreseeing(network: EarlyExitNetwork) -> EarlyExitNetwork:
+    """The network with random forecasts for fp32, int6 and int8."""
+    torch.manual_seed(3)
+    ahead = range(len(network.spec.exits) - 1, 0, -1)
+    network.forecasts = torch.nn.ModuleList(Forecast(3, exits) for exits in ahead)
+    network.spec = dataclasses.replace(network.spec, forecast=("fp32", "int6", "int8"))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def made(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The tiny MPNet with a policy and forecasts, split for fp32 and int8 and exported."""
+    source = exported("mpnet")
+    checkpoint = dataclasses.replace(source.checkpoint, network=foreseeing(source.checkpoint.network))
+    folder = tmp_path_factory.mktemp("foreseeing")
+    segments = split(checkpoint.network, variants=("fp32", "int8"))
+    for name in ("stem", "segment_01", "segment_01_int8"):  # as they were: a forecast changes nothing there
+        shutil.copyfile(source.folder / f"{name}.onnx", folder / f"{name}.onnx")
+    to_onnx(segments[1], folder / "segment_00.onnx")
+    to_int8(folder / "segment_00.onnx", folder / "segment_00_int8.onnx")
+    yield checkpoint, segments, folder
+    checkpoint.network.forecasts = torch.nn.ModuleList()  # the network is shared with other tests
+    checkpoint.network.spec = dataclasses.replace(checkpoint.network.spec, forecast=())
+
+
+def test_graphs_say_what_torch_forecasts(made: tuple[Any, list[Segment], Path]) -> None:
+    checkpoint, segments, folder = made
+    report = verify(checkpoint, folder, segments, ("fp32", "int8"))
+    assert report.first_bad is None
+    seams = [seam for seam in report.seams if seam.tensor == "forecast"]
+    assert len(seams) == 2 and max(seam.difference for seam in seams) < 1e-5
+    shapes = [[t.shape for t in part.outputs if t.name == "forecast"] for part in segments]
+    assert shapes == [[], [("batch", 2 * (1 + 2 * 1))], []]
+
+
+def test_a_wrong_forecast_is_found(made: tuple[Any, list[Segment], Path]) -> None:
+    checkpoint, segments, folder = made
+    with torch.no_grad():
+        checkpoint.network.forecasts[0].last.bias[-1] += 0.1  # of int8 to the last exit: kept
+        bad = verify(checkpoint, folder, segments, ("fp32", "int8")).first_bad
+        checkpoint.network.forecasts[0].last.bias[-1] -= 0.1
+    assert bad is not None and bad.tensor == "forecast"
+
+
+def test_the_manifest_says_what_steps_cost(made: tuple[Any, list[Segment], Path]) -> None:
+    checkpoint, segments, _ = made
+    costs = describe(checkpoint, segments, ("fp32", "int8")).costs["bops"]
+    assert costs.tokens > 0 and list(costs.steps) == ["fp32", "int8"]
+    for part, full, small in zip(segments[1:], costs.steps["fp32"], costs.steps["int8"], strict=True):
+        assert full == part.macs.of(costs.tokens) * 1024
+        assert full / 16 < small < full / 2
+    network = tiny.network("bert")
+    plain = describe(dataclasses.replace(checkpoint, network=network), split(network), ("fp32",))
+    assert plain.costs == {} and '"costs"' not in plain.to_json()
+
+
+def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(made: tuple[Any, Any, Path]) -> None:
+    checkpoint, segments, _ = made
+    manifest = describe(checkpoint, segments, ("fp32", "int8"))
+    stages = (manifest.stem, *manifest.segments)
+    names = ["tokenizer.json", *(facts.file for stage in stages for facts in stage.variants.values())]
+    whole = dataclasses.replace(manifest, files=dict.fromkeys(names, FileFact("0" * 64, 1)))
+    text = whole.to_json()
+    assert Manifest.from_json(text, source="good").costs == manifest.costs
+    for change, named in [
+        (lambda value: value["costs"]["bops"]["steps"].pop("int8"), r"costs\['bops'\]\.steps"),
+        (lambda value: value["costs"]["bops"]["steps"]["int8"].pop(), "one a segment"),
+        (lambda value: value["costs"]["bops"].update(tokens=0), "tokens"),
+        (lambda value: _forecast(value)["shape"].__setitem__(1, 7), "forecast must be"),
+    ]:
+        value = json.loads(text)
+        change(value)
+        with pytest.raises(ValueError, match=named):
+            Manifest.from_json(json.dumps(value), source="bad")
+
+
+def _forecast(manifest: dict[str, Any]) -> dict[str, Any]:
+    outputs = manifest["segments"][0]["variants"]["fp32"]["outputs"]
+    return next(tensor for tensor in outputs if tensor["name"] == "forecast")
+
+
+def test_variants_without_a_forecast_are_refused(made: tuple[Any, Any, Path]) -> None:
+    with pytest.raises(ValueError, match="no error forecast for variant int4"):
+        split(made[0].network, variants=("fp32", "int4"))
+
+
+@pytest.mark.parametrize(("family", "variant"), [("bert", "int8"), ("mpnet", "int8"), ("bert", "int4")])
+def test_simulated_precisions_are_what_onnx_runtime_computes(
+    exported: Callable[[str], Any],
+    open_graph: Callable[[Path], Any],
+    tmp_path: Path,
+    family: str,
+    variant: str,
+) -> None:
+    """Same weights, same input, one row. The arithmetic is the same up to the last digits of float32; where
+    these lie on a boundary between two levels, an activation falls to the other one, which shows as a small
+    part of what quantizing does at all.
+    """
+    made = exported(family)
+    network, source = made.checkpoint.network, made.folder / "segment_00.onnx"
+    target = tmp_path / "out.onnx"
+    if variant == "int8":
+        to_int8(source, target, reduce_range=False)
+    else:
+        to_int4(source, target)
+    blocks = in_precision(network.blocks, variant)
+    session, names = open_graph(target), [tensor.name for tensor in made.segments[1].inputs]
+    torch.manual_seed(0)
+    far, wrong = [], []
+    for length in (3, 7, 12):
+        ids = torch.randint(5, 60, (1, length))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
+        with torch.no_grad():
+            hidden, context = network.stem(given)
+            after = network.family.call(blocks[0], hidden, context)
+            simulated = network.classify(0, network.pooled(after, context)).numpy()
+            plain = network.family.call(network.blocks[0], hidden, context)
+            full = network.classify(0, network.pooled(plain, context)).numpy()
+            made_by_stem = {"hidden": hidden, **context, "evidence": torch.zeros(1, 2)}
+        (real,) = session.run(["logits"], {name: made_by_stem[name].numpy() for name in names})
+        far.append(np.abs(simulated - real).max())
+        wrong.append(np.abs(full - real).max())
+    assert max(far) < 2e-3 and max(far) < 0.2 * max(wrong), (far, wrong)

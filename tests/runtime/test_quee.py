@@ -1,0 +1,98 @@
+"""Rule quee against a plain reference on random forecasts; test_walker walks it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.manifest import RuleSpec, StepCosts
+from offramp.runtime.rules import Signals, bind
+
+SEGMENTS, VARIANTS = 5, 3
+RANDOM = np.random.default_rng(7)
+STEPS = RANDOM.random((VARIANTS, SEGMENTS))
+COSTS = {
+    "bops": StepCosts(9, {f"v{v}": tuple(STEPS[v].tolist()) for v in range(VARIANTS)}),
+    "ms": StepCosts(9, {f"v{v}": tuple(STEPS[::-1][v].tolist()) for v in range(VARIANTS)}),
+}
+
+
+def reference(forecast: np.ndarray, plan: list[int], segment: int, price: float, steps: Any) -> list[int]:
+    """The rest of one row's plan, by trying every path; forecast [variants * (1 + variants * ahead)]."""
+    now, ahead = plan[segment], SEGMENTS - 1 - segment
+    width = 1 + VARIANTS * ahead
+    mine = forecast[now * width : (now + 1) * width]
+    best, rest = mine[0], [-1] * ahead
+    whole = sum(steps[0])
+    for variant, exits in itertools.product(range(VARIANTS), range(1, ahead + 1)):
+        if variant != now and plan[0] != now:
+            continue  # it has changed its variant before
+        cost = sum(steps[variant][segment + 1 : segment + 1 + exits]) / whole
+        total = mine[1 + variant * ahead + exits - 1] + price * cost
+        if total < best:
+            best, rest = total, [variant] * exits + [-1] * (ahead - exits)
+    return rest
+
+
+@pytest.mark.parametrize("price", [0.0, 0.05, 0.3, 2.0])
+@pytest.mark.parametrize("measured", [0.0, 1.0])
+def test_every_decision_is_the_best_of_all_paths(price: float, measured: float) -> None:
+    rule = bind(RuleSpec("quee", {"price": price, "measured": measured}), SEGMENTS, COSTS)
+    steps = STEPS[::-1] if measured else STEPS
+    random = np.random.default_rng(3)
+    chosen = set()
+    for segment in range(SEGMENTS - 1):
+        paths = 1 + VARIANTS * (SEGMENTS - 1 - segment)
+        forecast = random.random((64, VARIANTS * paths)).astype("f4")
+        plan = np.full((64, SEGMENTS), -1, np.int8)
+        plan[:, : segment + 1] = random.integers(0, VARIANTS, (64, 1))
+        if segment:
+            plan[:, segment] = random.integers(0, VARIANTS, 64)
+        before = plan.copy()
+        said = Signals(np.zeros((64, 3), np.float32), None, forecast)
+        found, _ = rule(said, np.zeros((64, 0), np.float32), plan, segment)
+        assert (plan == before).all(), "the argument was written to"
+        for row in range(64):
+            expected = reference(forecast[row], before[row].tolist(), segment, price, steps)
+            assert found[row].tolist() == [*before[row, : segment + 1].tolist(), *expected]
+            alone = Signals(said.logits[:1], None, forecast[row : row + 1])
+            single, _ = rule(alone, np.zeros((1, 0), np.float32), plan[row : row + 1], segment)
+            assert single[0].tolist() == found[row].tolist()
+            chosen.add(expected[0])
+    assert chosen >= {0, 1, 2} if price == 0 else -1 in chosen
+
+
+def test_of_equals_leaving_wins() -> None:
+    rule = bind(RuleSpec("quee", {"price": 0.0}), SEGMENTS, COSTS)
+    said = Signals(np.zeros((2, 3), np.float32), None, np.full((2, VARIANTS * 13), 0.5, np.float32))
+    plan, _ = rule(said, np.zeros((2, 0), np.float32), np.zeros((2, SEGMENTS), np.int8), 0)
+    assert plan.tolist() == [[0, -1, -1, -1, -1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("parameters", "costs", "named"),
+    [
+        ({}, COSTS, "needs price"),
+        ({"price": -1.0}, COSTS, "price -1.0"),
+        ({"price": float("nan")}, COSTS, "finite"),
+        ({"price": 1.0, "measured": 0.5}, COSTS, "measured 0.5"),
+        ({"price": 1.0, "threshold": 0.5}, COSTS, "threshold"),
+        ({"price": 1.0, "measured": 1.0}, {"bops": COSTS["bops"]}, "ee-calibrate"),
+        ({"price": 1.0}, None, "bops"),
+    ],
+)
+def test_what_cannot_be_is_refused(parameters: dict[str, float], costs: Any, named: str) -> None:
+    with pytest.raises(BadSetting, match=named):
+        bind(RuleSpec("quee", parameters), SEGMENTS, costs)
+
+
+def test_a_bundle_without_forecasts_is_named() -> None:
+    rule = bind(RuleSpec("quee", {"price": 1.0}), SEGMENTS, COSTS)
+    with pytest.raises(BadSetting, match="segment 1 has no error forecast"):
+        rule(
+            Signals(np.zeros((1, 3), np.float32)), np.zeros((1, 0), np.float32), np.zeros((1, 5), np.int8), 0
+        )

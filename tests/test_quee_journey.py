@@ -1,0 +1,134 @@
+"""Recipe quee from data to answers: joint, forecasts, bundle, walks that change precision, calibration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer
+
+from offramp.export.cli import main as split
+from offramp.runtime import load
+from offramp.runtime.bundle import open_bundle
+from offramp.runtime.calibrate import main as calibrate
+from offramp.runtime.manifest import RuleSpec
+from offramp.runtime.rules import bind
+from offramp.training.batches import encode
+from offramp.training.checkpoint import load_checkpoint, save_checkpoint
+from offramp.training.cli import evaluate, train
+from offramp.training.data import Rows
+from offramp.training.forecasters import by_network
+from offramp.training.outcomes import collect_outcomes
+from offramp.training.prepare import network_from_checkpoint
+from offramp.training.replanning import replay
+
+JOINT = ["epochs=4", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quee")
+    torch.set_num_threads(1)
+    model, data = tiny.model_folder(root / "model"), tiny.data_folder(root / "data", dev=48)
+    common = ["--data", str(data), "--precision", "fp32"]
+    sets = [word for name in JOINT for word in ("--set", name)]
+    for command, *words in [
+        [train, *common, "--model", str(model), "--recipe", "joint", "--out", str(root / "joint"), *sets],
+        [train, *common, "--init", str(root / "joint"), "--recipe", "quee", "--out", str(root / "ckpt")],
+    ]:
+        done = CliRunner().invoke(command, words)  # type: ignore[arg-type]
+        assert done.exit_code == 0, done.output
+    # 48 rows teach forecasts little: wild ones decide for everything there is, which is what the tests need.
+    wild = load_checkpoint(root / "ckpt")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for forecast in wild.network.forecasts:
+            forecast.last.weight.normal_(0, 1.0)
+            bias = forecast.last.bias.zero_().view(2, 1 + 2 * forecast.ahead)  # [variant now, paths]
+            bias[0, 1 + forecast.ahead :] = bias[1, 1 : 1 + forecast.ahead] = -1.5  # the other variant lures
+    save_checkpoint(wild, root / "wild")
+    done = CliRunner().invoke(split, [str(root / "wild"), "--out", str(root / "bundle")])
+    assert done.exit_code == 0, done.output
+    return root
+
+
+def test_the_backbone_is_not_touched(root: Path) -> None:
+    before, after = (load_checkpoint(root / name) for name in ("joint", "ckpt"))
+    assert after.network.spec.forecast == ("fp32", "int8")
+    old, new = before.network.state_dict(), after.network.state_dict()
+    assert all((new[name] == value).all() for name, value in old.items())
+    assert {name.split(".")[0] for name in set(new) - set(old)} == {"forecasts"}
+
+
+def test_training_tells_frontiers_and_points(root: Path) -> None:
+    told = load_checkpoint(root / "ckpt").training
+    lines = told["frontiers"]["accuracy_at"]
+    assert {"quee, mlp", "quee, oracle", "leaving alone, int8", "quantizing alone"} <= set(lines)
+    assert all(lines["quee, oracle"]["75"] >= line["75"] for line in lines.values())
+    points = {point["name"]: point for point in told["operating_points"]}
+    assert points["default"]["measured"]["accuracy"] >= points["full"]["measured"]["accuracy"] - 0.5
+
+
+def test_rows_that_change_their_precision_walk_as_they_were_replayed(root: Path) -> None:
+    """Simulated precision, forecasts and rule in torch and numpy against graphs, engine and walker."""
+    checkpoint = load_checkpoint(root / "wild")
+    texts = [row["text"] for row in map(json.loads, (root / "data/dev.jsonl").read_text().splitlines())]
+    rows = Rows(texts, None, np.zeros(len(texts), np.int64))
+    encoded = encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), checkpoint.text)
+    outcomes = collect_outcomes(checkpoint.network, encoded, ("fp32", "int8"))
+    forecast, costs = by_network(checkpoint.network.forecasts), open_bundle(root / "bundle").manifest.costs
+    kinds, same, batched = set(), [], []
+    for start, price in itertools.product(("fp32", "int8"), (0.02, 0.2)):
+        spec = RuleSpec("quee", {"price": price})
+        plans = replay(bind(spec, 3, costs), outcomes, forecast, outcomes.variants.index(start))
+        expected = [[outcomes.variants[v] for v in plan if v >= 0] for plan in plans]
+        with load(root / "bundle", rule=spec, variant=start) as session:
+            found = [[variant for _, variant in session(text).steps] for text in texts]
+            together = [[variant for _, variant in a.steps] for a in session.map(texts, batch_size=8)]
+        kinds |= {tuple(dict.fromkeys(steps)) for steps in found}
+        same += [a == b for a, b in zip(found, expected, strict=True)]
+        batched += [a == b for a, b in zip(found, together, strict=True)]
+    assert kinds == {("fp32",), ("int8",), ("fp32", "int8"), ("int8", "fp32")}
+    assert np.mean(same) > 0.95  # a level of int8 that falls to the other side can turn a close decision
+    assert np.mean(batched) > 0.8  # int8 takes one scale for all rows of a batch
+
+
+def test_calibration_measures_milliseconds_by_walking(root: Path) -> None:
+    done = CliRunner().invoke(calibrate, [str(root / "data/dev.jsonl"), "--bundle", str(root / "bundle")])
+    assert done.exit_code == 0, done.output
+    manifest = open_bundle(root / "bundle").manifest
+    assert set(manifest.costs) == {"bops", "ms"}
+    assert min(min(steps) for steps in manifest.costs["ms"].steps.values()) > 0
+    points = {point.name: point for point in manifest.points}
+    assert {"default", "full"} <= set(points) and points["full"].rule.name == "never"
+    assert points["default"].measured["accuracy"] >= points["full"].measured["accuracy"] - 0.5
+    rows = [json.loads(line) for line in (root / "data/dev.jsonl").read_text().splitlines()]
+    with load(root / "bundle") as session:
+        assert (session.rule, session.variant) == (points["default"].rule, points["default"].variant)
+        answers = [session(row["text"]) for row in rows]
+    right = [answer.label == str(row["label"]) for answer, row in zip(answers, rows, strict=True)]
+    assert 100 * np.mean(right) == pytest.approx(points["default"].measured["accuracy"], abs=1e-3)
+
+
+def test_ee_eval_reads_a_quee_checkpoint(root: Path, tmp_path: Path) -> None:
+    words = [str(root / "ckpt"), "--data", str(root / "data"), "--json", str(tmp_path / "e.json")]
+    done = CliRunner().invoke(evaluate, [*words, "--picture", str(tmp_path / "e.png")])
+    assert done.exit_code == 0, done.output
+
+
+def test_variants_without_forecasts_are_refused(root: Path, tmp_path: Path) -> None:
+    words = [str(root / "ckpt"), "--out", str(tmp_path / "b"), "--variants", "fp32,int4"]
+    done = CliRunner().invoke(split, words)
+    assert done.exit_code == 2 and "no error forecast for variant int4" in done.output
+
+
+def test_going_on_from_it_with_another_recipe_drops_its_forecasts(root: Path) -> None:
+    for policy in (None, "statistics"):
+        again = network_from_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
+        assert again.network.spec.forecast == () and len(again.network.forecasts) == 0
