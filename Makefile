@@ -1,6 +1,6 @@
 # Needs Python >= 3.10, pip and make. Everything else goes into .venv, once: again only after pyproject.toml changed.
 #   make demo    train, split and walk a real model; prints what it measured
-#   make test    the tests, without those marked slow, gpu or trt
+#   make test    the tests, without those marked slow, gpu or trt (CI runs the slow ones too)
 #   make check   ruff, mypy --strict, and whether the README's tree is the tree
 #   make bench   what early exit saves on this machine; rewrites the README's figures from it
 PYTHON ?= python3

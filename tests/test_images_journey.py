@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=tiny.with_slow(sorted(KINDS), "dinov2"))
 def made(root: Path, request: pytest.FixtureRequest) -> Path:
     """A folder with ckpt and bundle of one family; DINOv2 at another size than its own."""
     family: str = request.param

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -51,6 +53,7 @@ VISION: dict[str, Any] = {
     "deit": lambda **more: DeiTConfig(intermediate_size=64, **IMAGES | more),
     "dinov2": lambda **more: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES | more),
 }
+# Families whose graphs the export tests look at.
 EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT go the whole road in test_images_journey
 GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
 WORDS = [
@@ -62,6 +65,11 @@ WORDS = [
     *BAD,
     *["the", "a", "film", "plot", "scene", "was", "is", "and", "very", "quite", "not", "at", "all"],
 ]
+
+
+def with_slow(families: Sequence[str], *first: str) -> list[Any]:
+    """Parameters of a test: these families at once, the others where slow tests are asked for (as CI does)."""
+    return [f if f in first else pytest.param(f, marks=pytest.mark.slow) for f in families]
 
 
 def backbone(family: str, seed: int = 0) -> Any:

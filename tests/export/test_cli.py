@@ -119,6 +119,7 @@ def dev(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_exits_by_cost_and_points_on_the_engine(saved: Path, dev: Path, tmp_path: Path) -> None:
     result = run(saved, "--out", tmp_path / "bundle", "--segments", "auto", "--dev", dev)
     assert result.exit_code == 0, result.output
@@ -133,6 +134,7 @@ def test_exits_by_cost_and_points_on_the_engine(saved: Path, dev: Path, tmp_path
     assert all(point.data == "dev.jsonl" for point in manifest.points)
 
 
+@pytest.mark.slow
 def test_rivals_are_what_ee_bench_reads(
     saved: Path, open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
@@ -239,6 +241,7 @@ def test_an_interruption_says_what_is_written(
     assert ("written and verified" in result.stdout) == (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_an_interruption_while_the_old_bundle_goes(
     saved: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_it_leaves_where_the_walk_leaves_and_says_the_same(
             np.testing.assert_allclose(logits, said[expected]["logits"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_policies_the_top_probability_decides(
     open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from offramp.export.rewrite import shorten
 from offramp.runtime.engines import threads
 
 
-@pytest.mark.parametrize("family", tiny.EXPORTED)
+@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
 def test_segments_compute_no_shapes_and_fuse_gelu(
     family: str, exported: Callable[[str], Any], tmp_path: Path
 ) -> None:
