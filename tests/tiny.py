@@ -68,7 +68,7 @@ WORDS = [
 
 
 def with_slow(families: Sequence[str], *first: str) -> list[Any]:
-    """Parameters of a test: these families at once, the others where slow tests are asked for (as CI does)."""
+    """Parameters of a test: these families always, the others where slow tests are asked for, as in CI."""
     return [f if f in first else pytest.param(f, marks=pytest.mark.slow) for f in families]
 
 
