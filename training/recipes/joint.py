@@ -97,4 +97,4 @@ def train(
     """Train backbone and exits (after --init: further); gives dev figures and operating points."""
     warm_start(run, train, settings)
     seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
-    return operating_points(run.network, seen, learned=None)
+    return operating_points(run.network, seen, "max_probability")
