@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import (
+    COUNTED,
     SWEPT,
     Costs,
     ExitTable,
@@ -21,6 +22,7 @@ from offramp.runtime.rules.sweep import (
     settings_to_try,
     shallowest,
     sweep,
+    undominated,
 )
 from offramp.training.batches import encode
 from offramp.training.checkpoint import load_checkpoint, write_json
@@ -89,6 +91,8 @@ def measure(
     for rule in rules:
         values = settings_to_try(rule, dev)
         on_dev = sweep(rule, values, dev, dev_costs)
+        if rule in COUNTED:
+            values = [point.rule.parameters for point in undominated(on_dev)]
         curves[rule] = sweep(rule, values, test, test_costs)
         best = shallowest(on_dev, floor)
         if best is not None:

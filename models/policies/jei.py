@@ -1,12 +1,12 @@
-"""jei: a line through four uncertainties of the exit's own softmax opens the gate (JEI-DNN, arXiv 2310.09163).
+"""jei: a line through four uncertainties of the exit's own softmax is the gate (JEI-DNN, arXiv 2310.09163).
 
 The gates g of all exits share one unit of probability: P(leave at l) is P_l = max(0, min(g_l, 1 - sum of g
 before l)), and a row leaves at the first exit whose conditional c_l = P_l / prod over j < l of (1 - c_j),
 clipped to 0..1, is at least one half. The product is what is left of the unit, 1 - sum of g before l, until
 nothing is; so one number travels from exit to exit, the sum of g, and c_l = min(1, g_l / what is left).
 
-Two deviations, both in docs: the runtime's rule `gate` leaves above its threshold, not at it (a tie at
-exactly 0.5 walks on), and what is left counts as LEAST where it is less, because a quotient of two small
+Two deviations. The runtime's rule `gate` leaves above its threshold, not at it (a tie at
+exactly 0.5 walks on). And what is left counts as LEAST where it is less, because a quotient of two small
 differences would amplify the rounding of an engine into another decision.
 """
 
@@ -31,9 +31,7 @@ def uncertainties(logits: Tensor) -> Tensor:
     sharp = (2.0 * log_p).log_softmax(-1)
     p = log_p.exp()
     top, second = p.topk(2, dim=-1).values.unbind(-1)
-    return torch.stack(
-        [top, -(p * log_p).sum(-1), top - second, -(sharp.exp() * sharp).sum(-1)], dim=-1
-    )
+    return torch.stack([top, -(p * log_p).sum(-1), top - second, -(sharp.exp() * sharp).sum(-1)], dim=-1)
 
 
 def exit_probabilities(gates: Tensor) -> Tensor:
@@ -58,9 +56,7 @@ class Gate(nn.Module):
         """Logit of g [batch], which training teaches; logits [batch, classes] are detached, as published."""
         return self.line(uncertainties(logits.detach()))[:, 0]  # type: ignore[no-any-return]
 
-    def forward(
-        self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
         gate = self.own(logits).sigmoid()  # [batch]
         spent = torch.zeros_like(gate) if evidence is None else evidence[:, 0]
         return conditional(gate, spent).logit(_EDGE), (spent + gate)[:, None]
@@ -71,7 +67,7 @@ class Gate(nn.Module):
 
 
 class Folded(nn.Module):
-    """What Gate.folded() gives: the line's products taken apart, so that no vector of four is put together."""
+    """What Gate.folded() gives: the line taken apart, so that no vector of four has to be put together."""
 
     pair: Tensor
     bias: Tensor
@@ -85,9 +81,7 @@ class Folded(nn.Module):
         self.register_buffer("bias", line.bias.clone())
         self.entropy, self.sharp = entropy, sharp
 
-    def forward(
-        self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
         sharp = (2.0 * log_p).log_softmax(-1)
         p = log_p.exp()

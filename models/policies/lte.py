@@ -1,4 +1,4 @@
-"""lte: learning to exit, one linear layer for all exits tells whether an exit is wrong (BERxiT, EACL 2021)."""
+"""lte: learning to exit, one linear layer tells for all exits whether they are wrong (BERxiT, EACL 2021)."""
 
 from __future__ import annotations
 
