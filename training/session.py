@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import platform
 import shutil
@@ -26,6 +25,7 @@ from offramp.training.prepare import (
     network_from_checkpoint,
     text_facts,
 )
+from offramp.training.recipes import load_recipe
 from offramp.training.settings import BadSetting, settings_from
 
 
@@ -57,7 +57,7 @@ class TrainingWish:
 
 def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     """Train as wished, resuming from `out`.partial if it is there, and write the checkpoint folder whole."""
-    recipe = importlib.import_module(f"offramp.training.recipes.{wish.recipe}")
+    recipe = load_recipe(wish.recipe)
     settings = settings_from(recipe.SETTINGS, wish.wishes)
     data = load_data(wish.data, Columns(wish.text_column, wish.text_b_column, wish.label_column))
     if "train" not in data.splits:
@@ -94,6 +94,7 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     found = recipe.train(
         run, encoded["train"], encoded["dev"], settings, skip_warm_start=wish.init is not None
     )
+    run.log(finished=wish.recipe)  # a recipe whose stages were all spared logs nothing else
     training = {
         "recipe": wish.recipe,
         "settings": dataclasses.asdict(settings),

@@ -92,6 +92,7 @@ class ConsistentEE:
 
 
 SETTINGS = ConsistentEE
+STARTS_FROM = "joint"
 
 
 def policy_of(settings: ConsistentEE) -> str | None:
