@@ -39,7 +39,7 @@ from offramp.benchmarks.clock import Timings, interleave
 from offramp.export.monolith import write_monolith
 from offramp.export.nested import nest
 from offramp.models import EarlyExitNetwork, NetworkSpec
-from offramp.models.policies import Policy
+from offramp.models.policies.consistentee import Policy
 from offramp.runtime import Session, load
 from offramp.runtime.engines import threads
 from offramp.runtime.report import machine

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from offramp.models.policies import make_policies
+from offramp.models.policies import KINDS
 from offramp.runtime.rules.sweep import accuracy_at, settings_to_try, sweep
 from offramp.training.batches import encode
 from offramp.training.checkpoint import Checkpoint, load_checkpoint
@@ -62,14 +62,11 @@ def learn(checkpoint: Checkpoint, seen: Collected, settings: ConsistentEE, seed:
     """The recipe's policy stage, on what the frozen exits said of the rows in `seen`."""
     network = checkpoint.network
     torch.manual_seed(seed)
-    network.policies = make_policies(
-        network.hidden_size, settings.policy, len(network.spec.exits) - 1
-    ).train()
+    made = KINDS[settings.policy].make(network.hidden_size, len(network.spec.exits) - 1)
+    network.policies, network.spec = made.train(), dataclasses.replace(network.spec, policy=settings.policy)
     rows = len(seen.labels)
     quality = qualities(seen.logits, seen.labels, settings.quality)
     easy = easiness(seen.logits, seen.labels) if settings.hardness else torch.ones(rows)
-    with torch.no_grad():
-        statistics = network.statistics(seen.logits)
     optimizer = torch.optim.AdamW(network.policies.parameters(), lr=settings.policy_lr)
     # As many steps on few held-out rows as on the whole of train.
     steps = settings.policy_epochs * 28
@@ -78,7 +75,7 @@ def learn(checkpoint: Checkpoint, seen: Collected, settings: ConsistentEE, seed:
         for group in optimizer.param_groups:
             group["lr"] = settings.policy_lr * min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
         alpha, shift = draw_alpha(256, settings, torch.device("cpu"))
-        gates = network.gates(seen.pooled[chosen], statistics[chosen]) + shift[:, None]
+        gates = network.gates(seen.pooled[chosen], seen.logits[chosen]) + shift[:, None]
         loss = policy_loss(gates, rewards(quality[chosen], alpha, easy[chosen]), settings)
         optimizer.zero_grad()
         loss.backward()
@@ -90,7 +87,7 @@ def gains(checkpoint: Checkpoint, dev: Collected) -> list[float]:
     """Accuracy of the policies minus max-probability's at each share of the depth, where both reach it."""
     network = checkpoint.network
     with torch.no_grad():
-        gates = network.gates(dev.pooled, network.statistics(dev.logits))
+        gates = network.gates(dev.pooled, dev.logits)
     table, costs = table_of(dataclasses.replace(dev, gates=gates)), costs_of(network, dev.lengths)
     curves = [sweep(rule, settings_to_try(rule, table), table, costs) for rule in ("gate", "max_probability")]
     found = []

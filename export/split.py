@@ -26,7 +26,6 @@ from offramp.models.exits import pool
 from offramp.models.families.family import Context
 from offramp.models.macs import block_macs, exit_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork, parse_exits
-from offramp.models.policies import no_evidence
 from offramp.runtime.manifest import NEXT, Macs, Tensor
 
 
@@ -55,14 +54,14 @@ class Stem(nn.Module):
         self.network = network
         self.reads = stem_inputs(network)
         self.evidence = evidence
-        self.classes = len(network.spec.labels)
 
     def named(self, *tensors: torch.Tensor) -> Context:
         """What it puts out, by name; tensors as stem_inputs() names them."""
         hidden, context = self.network.stem(dict(zip(self.reads, tensors, strict=True)))
         made = {"hidden": hidden, **context}
-        if self.evidence:
-            made["evidence"] = no_evidence(hidden, self.classes)
+        seen = self.network.no_evidence(hidden) if self.evidence else None
+        if seen is not None:
+            made["evidence"] = seen
         return made
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -149,7 +148,7 @@ def split(
         raise ValueError(
             f"there is no error forecast for variant {strange[0]}: this checkpoint knows {knows}"
         )
-    flows = network.spec.policy in ("statistics", "both") and len(kept) > 1
+    flows = network.evidence_size > 0 and len(kept) > 1
     stem = _stem(network, evidence=flows)
     segments = [stem]
     for number, (start, end) in enumerate(zip((0, *kept), kept, strict=False)):

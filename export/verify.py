@@ -16,7 +16,6 @@ from offramp.export.samples import Values, batches
 from offramp.export.split import Segment, split
 from offramp.models.forecasts import path_columns
 from offramp.models.network import EarlyExitNetwork
-from offramp.models.policies import no_evidence
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.engines.threads import fit
 from offramp.runtime.manifest import NEXT
@@ -129,8 +128,8 @@ def _whole(
 ) -> Iterator[Values]:
     """What the network itself says behind stem and segments, by its own methods: the truth for both."""
     hidden, context = network.stem(batch)
-    seen = no_evidence(hidden, len(network.spec.labels))
-    yield {"hidden": hidden, "evidence": seen, **context}
+    seen = network.no_evidence(hidden)
+    yield {"hidden": hidden, **context} | ({} if seen is None else {"evidence": seen})
     for segment in segments[1:]:
         for block in segment.blocks:
             hidden = network.run_block(block - 1, hidden, context)
@@ -139,7 +138,7 @@ def _whole(
         said = {NEXT + "hidden": hidden, "logits": network.classify(exit_index, pooled)}
         if exit_index < len(network.policies):
             gate, seen = network.gate(exit_index, pooled, said["logits"], seen)
-            said |= {"gate": gate.sigmoid(), NEXT + "evidence": seen}
+            said |= {"gate": gate.sigmoid()} | ({} if seen is None else {NEXT + "evidence": seen})
         if exit_index < len(network.forecasts):
             kept = {block for later in segments for block in later.blocks[-1:]}
             behind = network.spec.exits[exit_index + 1 :]

@@ -14,7 +14,7 @@ from offramp.models.exits import POOLINGS, Exit, Pooler, patch_weights, pool, po
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
 from offramp.models.forecasts import Forecast
-from offramp.models.policies import POLICY_INPUTS, make_policies, no_evidence, weigh_evidence
+from offramp.models.policies import KINDS
 from offramp.models.precision import PRECISIONS
 
 
@@ -25,7 +25,8 @@ class NetworkSpec:
     exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
     pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, with BERT's shared
     dense-and-tanh pooler behind it where the backbone reads text.
-    policy: what the policies read ("statistics", "state", "both"), or None for a network without policies.
+    policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
+    policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
     """
 
@@ -41,8 +42,8 @@ class NetworkSpec:
             raise ValueError(f"a classifier needs at least two labels, got {list(self.labels)}")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {self.pooling!r}; choose one of {', '.join(POOLINGS)}")
-        if self.policy is not None and self.policy not in POLICY_INPUTS:
-            raise ValueError(f"policy {self.policy!r}; choose one of {', '.join(POLICY_INPUTS)}, or none")
+        if self.policy is not None and self.policy not in KINDS:
+            raise ValueError(f"policy {self.policy!r}; choose one of {', '.join(KINDS)}, or none")
         if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
             raise ValueError(f"exits must be ascending block numbers from 1, got {list(self.exits)}")
         unknown = [name for name in self.forecast if name not in PRECISIONS]
@@ -93,7 +94,7 @@ class EarlyExitNetwork(nn.Module):
         self.exits = nn.ModuleList(Exit(self.hidden_size, classes, spec.dropout) for _ in spec.exits)
         self.policies = nn.ModuleList()
         if spec.policy is not None:
-            self.policies = make_policies(self.hidden_size, spec.policy, len(spec.exits) - 1)
+            self.policies = KINDS[spec.policy].make(self.hidden_size, len(spec.exits) - 1)
         self.forecasts = nn.ModuleList()
         if spec.forecast:
             ahead = range(len(spec.exits) - 1, 0, -1)
@@ -153,25 +154,33 @@ class EarlyExitNetwork(nn.Module):
         """Logits [batch, classes] of exit number `exit_index` (0-based)."""
         return self.exits[exit_index](pooled)  # type: ignore[no-any-return]
 
+    @property
+    def evidence_size(self) -> int:
+        """Numbers a row that travel from policy to policy; 0: none."""
+        kind = self.spec.policy
+        return 0 if kind is None else KINDS[kind].evidence(len(self.spec.labels))
+
+    def no_evidence(self, rows: Tensor) -> Tensor | None:
+        """What the first policy is given: zeros [batch, numbers], None where nothing travels; `rows` is any
+        tensor with the batch first.
+        """
+        size = self.evidence_size
+        return torch.zeros(rows.shape[0], size, device=rows.device) if size else None
+
     def gate(
-        self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logit of P(exit) [batch] at an exit but the last, and the evidence for the next exit."""
-        statistics, evidence = weigh_evidence(logits, evidence)
-        return self.policies[exit_index](pooled, statistics), evidence
+        return self.policies[exit_index](pooled, logits, evidence)  # type: ignore[no-any-return]
 
-    def statistics(self, logits: Tensor) -> Tensor:
-        """What policies see of the softmax [batch, exits - 1, 2]; logits [batch, exits, classes]."""
-        evidence = no_evidence(logits, logits.shape[-1])
-        columns = []
-        for index in range(logits.shape[1] - 1):
-            column, evidence = weigh_evidence(logits[:, index], evidence)
+    def gates(self, pooled: Tensor, logits: Tensor) -> Tensor:
+        """Logits of P(exit) [batch, exits - 1]; pooled [batch, exits, hidden], logits [batch, exits,
+        classes].
+        """
+        evidence, columns = self.no_evidence(logits), []
+        for index in range(len(self.policies)):
+            column, evidence = self.gate(index, pooled[:, index], logits[:, index], evidence)
             columns.append(column)
-        return torch.stack(columns, dim=1)
-
-    def gates(self, pooled: Tensor, statistics: Tensor) -> Tensor:
-        """Logits of P(exit) [batch, exits - 1]; pooled [batch, exits, hidden], statistics as above."""
-        columns = [policy(pooled[:, i], statistics[:, i]) for i, policy in enumerate(self.policies)]
         return torch.stack(columns, dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor], *, policies_see: str = "graph") -> WalkOutputs:
@@ -192,7 +201,7 @@ class EarlyExitNetwork(nn.Module):
                 if policies_see == "graph"
                 else (all_pooled.detach(), all_logits.detach())
             )
-            gates = self.gates(seen[0].float(), self.statistics(seen[1].float()))
+            gates = self.gates(seen[0].float(), seen[1].float())
         return WalkOutputs(all_logits, all_pooled, gates)
 
 

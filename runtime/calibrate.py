@@ -23,7 +23,7 @@ from offramp.runtime.errors import OfframpError
 from offramp.runtime.labelled import Labelled, read_labelled
 from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint, StepCosts
 from offramp.runtime.prices import check_foresees, foresees, priced_points, step_costs
-from offramp.runtime.rules.sweep import Costs, ExitTable, Point, choose_points
+from offramp.runtime.rules.sweep import SWEPT, Costs, ExitTable, Point, choose_points
 from offramp.runtime.session import Session, load
 
 HELP = """Measure a bundle on the labelled rows of FILE (a dev set, never the test set) and write operating
@@ -67,10 +67,11 @@ def costs_of(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> 
 
 
 def calibrate(session: Session, rows: Labelled, rule: str | None = None) -> tuple[OperatingPoint, ...]:
-    """Operating points of every variant of the session's bundle; rule None: gate where there are policies,
-    else max_probability.
+    """Operating points of every variant of the session's bundle; rule None: the bundle's own, or where it has
+    none, gate with policies and max_probability without.
     """
     manifest = session.manifest
+    rule = rule or _own_rule(manifest)
     found: list[OperatingPoint] = []
     reference = None
     for variant in manifest.variants:
@@ -131,6 +132,12 @@ def rewrite(
     return new
 
 
+def _own_rule(manifest: Manifest) -> str | None:
+    """The rule for which the bundle was made, None where it names none that can be swept."""
+    names = (manifest.rule.name, *(point.rule.name for point in manifest.points))
+    return next((name for name in names if name in SWEPT), None)
+
+
 def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPoint:
     return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
 
@@ -140,8 +147,9 @@ def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPo
 @click.option("--bundle", default="bundle/", metavar="DIR", help="The bundle to measure.")
 @click.option(
     "--rule",
-    type=click.Choice(["gate", "max_probability", "entropy", "margin", "patience", "quee"]),
-    help="Rule to sweep [default: quee where there are error forecasts, gate where there are policies].",
+    type=click.Choice([*SWEPT, "quee"]),
+    help="Rule to sweep [default: quee where there are error forecasts, else the bundle's own; gate where "
+    "there are policies].",
 )
 @click.option("--engine", default="ort", help="Engine to measure with.")
 @click.option("--device", default="cpu", help="Device to measure on.")

@@ -58,8 +58,9 @@ the order of the lines. Memory does not grow with the number of lines.
 \b
 Rules and what --threshold means: gate (leave where P(exit) is above), max_probability
 (reaches), entropy (at most, 0..1), margin (top minus second reaches), patience (exits in
-a row that agree with the one before), fixed (the exit's number), never, quee (the errors
-that a full walk may cost: leaves or changes precision, by forecast). Without --rule,
+a row that agree with the one before), patience_confident (entropy below, as many exits in
+a row as the operating point says), fixed (the exit's number), never, quee (the errors that
+a full walk may cost: leaves or changes precision, by forecast). Without --rule,
 --threshold or --point, the bundle's own rule is used.
 
 \b

@@ -222,9 +222,9 @@ def cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:
 def wishes_of(walk: Contender, threads: int | None) -> dict[str, Any]:
     """Keyword arguments with which load() opens the same walk, for one answer as soon as may be."""
     assert walk.rule is not None
-    values = list(walk.rule.parameters.values())
+    value = walk.rule.parameters.get(rules.main_parameter(walk.rule.name) or "")
     wishes = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads, "lazy": True}
-    return wishes | ({"threshold": values[0]} if values else {})
+    return wishes | ({} if value is None else {"threshold": value})
 
 
 def cold_starts(scripts: Mapping[str, tuple[str, list[Any]]], starts: int) -> list[dict[str, Any]]:

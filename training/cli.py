@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-RECIPES = ("joint", "consistentee", "quee")
+from offramp.training.recipes import RECIPES
+
 NEEDED = ("torch", "transformers", "datasets", "accelerate", "optimum", "safetensors", "rich", "matplotlib")
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 

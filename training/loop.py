@@ -35,7 +35,7 @@ class Stage:
     trains: prefixes of parameter names that learn; all others are frozen for the stage.
     lengths: tokens of every row [rows], for length bucketing; zeros where length does not matter.
     heads_lr: learning rate of what starts from nothing (exits, policies) where it shares a stage with a
-    pretrained backbone; None: lr.
+    pretrained backbone; None: lr. policies_lr: that of policies alone; None: heads_lr.
     shared: whether processes share the work by gradient averaging; a stage over cached features is too small
     for that.
     """
@@ -52,6 +52,7 @@ class Stage:
     weight_decay: float = 0.01
     clip: float = 1.0
     shared: bool = True
+    policies_lr: float | None = None
 
 
 class Run:
@@ -86,6 +87,13 @@ class Run:
     def main(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def between(self) -> bool:
+        """Whether the stage after the one that was passed last has not begun: only then may weights be
+        changed outside of a stage, or a resumed run would change them again.
+        """
+        return self.position == {"stage": self.stages_begun, "step": 0}
 
     def log(self, **figures: Any) -> None:
         """Append one line to log.jsonl."""
@@ -245,19 +253,22 @@ def _schedule(step: int, total: int, warmup: float) -> float:
 
 def _groups(learning: list[tuple[str, nn.Parameter]], stage: Stage) -> list[dict[str, Any]]:
     groups = []
-    for heads in (False, True):
-        peak = stage.heads_lr if heads and stage.heads_lr is not None else stage.lr
+    heads = stage.lr if stage.heads_lr is None else stage.heads_lr
+    policies = heads if stage.policies_lr is None else stage.policies_lr
+    for part, peak in {"": stage.lr, "exits": heads, "policies": policies}.items():
         for matrices in (False, True):
-            chosen = [
-                p
-                for name, p in learning
-                if name.startswith(("exits", "policies")) == heads and (p.ndim > 1) == matrices
-            ]
+            chosen = [p for name, p in learning if _part(name) == part and (p.ndim > 1) == matrices]
             # Biases and norms are one-dimensional; decaying them only hurts.
             decay = stage.weight_decay if matrices else 0.0
             if chosen:
                 groups.append({"params": chosen, "peak": peak, "lr": peak, "weight_decay": decay})
     return groups
+
+
+def _part(name: str) -> str:
+    """ "exits", "policies" or, for the backbone and its pooler, nothing."""
+    top = name.partition(".")[0]
+    return top if top in ("exits", "policies") else ""
 
 
 def _restore(

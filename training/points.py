@@ -10,14 +10,15 @@ from offramp.training.collect import Collected
 from offramp.training.frontier import costs_of, table_of
 
 
-def operating_points(network: EarlyExitNetwork, dev: Collected, learned: str | None) -> dict[str, Any]:
+def operating_points(network: EarlyExitNetwork, dev: Collected, rule: str) -> dict[str, Any]:
     """What goes into training.json: dev figures and the points that choose_points gives.
 
-    learned: the rule that the recipe trained for ("gate"), or None for max-probability, the plain rule.
+    rule: the one that the recipe leaves by, a name in offramp.runtime.rules.sweep.SWEPT.
     """
     table, costs = table_of(dev), costs_of(network, dev.lengths)
-    points = choose_points(learned or "max_probability", table, costs)
+    points = choose_points(rule, table, costs)
     return {
+        "rule": rule,
         "dev": {
             "exit_accuracy": [round(100 * float(v), 2) for v in table.right.mean(0)],
             "full_depth": full_depth(table, costs).accuracy,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from offramp.runtime.rules import KNOWN, RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import (
+    COUNTED,
     SWEPT,
     Costs,
     ExitTable,
@@ -20,6 +21,7 @@ from offramp.runtime.rules.sweep import (
     settings_to_try,
     shallowest,
     sweep,
+    undominated,
 )
 from offramp.training.batches import encode_for
 from offramp.training.checkpoint import load_checkpoint, write_json
@@ -88,6 +90,8 @@ def measure(
     for rule in rules:
         values = settings_to_try(rule, dev)
         on_dev = sweep(rule, values, dev, dev_costs)
+        if rule in COUNTED:
+            values = [point.rule.parameters for point in undominated(on_dev)]
         curves[rule] = sweep(rule, values, test, test_costs)
         best = shallowest(on_dev, floor)
         if best is not None:

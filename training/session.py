@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import platform
 import shutil
@@ -27,6 +26,7 @@ from offramp.training.prepare import (
     network_from_checkpoint,
     text_facts,
 )
+from offramp.training.recipes import load_recipe
 from offramp.training.settings import BadSetting, settings_from
 
 
@@ -62,7 +62,7 @@ class TrainingWish:
 
 def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     """Train as wished, resuming from `out`.partial if it is there, and write the checkpoint folder whole."""
-    recipe = importlib.import_module(f"offramp.training.recipes.{wish.recipe}")
+    recipe = load_recipe(wish.recipe)
     settings = settings_from(recipe.SETTINGS, wish.wishes)
     try:
         augment = parse_augment(wish.augment)
@@ -103,6 +103,7 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     train = encode_for(checkpoint, data.splits["train"], augment)
     dev = encode_for(checkpoint, data.splits["dev"])
     found = recipe.train(run, train, dev, settings, skip_warm_start=wish.init is not None)
+    run.log(finished=wish.recipe)  # a recipe whose stages were all spared logs nothing else
     checkpoint.training = {
         "recipe": wish.recipe,
         "settings": dataclasses.asdict(settings),

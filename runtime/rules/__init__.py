@@ -65,6 +65,13 @@ def softmax(logits: Floats) -> Floats:
     return result
 
 
+def normalised_entropy(logits: Floats) -> Floats:
+    """Entropy of the softmax [...] as a share of its maximum log(classes); logits [..., classes]."""
+    probabilities = softmax(logits)
+    nats: Floats = -(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(axis=-1)
+    return nats / math.log(probabilities.shape[-1])
+
+
 def gate(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
     """Leave where the policy's P(exit) is above the threshold."""
     if signals.gate is None:
@@ -87,9 +94,7 @@ def max_probability(
 
 def entropy(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
     """Leave where the entropy, as a share of its maximum log(classes), is at most the threshold (0..1)."""
-    probabilities = softmax(signals.logits)
-    nats = -(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum(axis=-1)
-    return nats / math.log(probabilities.shape[-1]) <= threshold, memory
+    return normalised_entropy(signals.logits) <= threshold, memory
 
 
 def margin(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
@@ -107,6 +112,18 @@ def patience(signals: Signals, memory: Floats, segment: int, *, patience: float)
     label = signals.logits.argmax(axis=-1) + 1
     streak = np.where(label == memory[:, 0], memory[:, 1] + 1, 0)
     return streak >= patience, np.stack([label, streak], axis=1).astype(np.float32)
+
+
+def patience_confident(
+    signals: Signals, memory: Floats, segment: int, *, threshold: float, patience: float
+) -> tuple[Bools, Floats]:
+    """Leave where this many exits in a row had an entropy, as a share of its maximum, below the threshold
+    (PCEE-BERT).
+
+    memory: streak of confident exits.
+    """
+    streak = np.where(normalised_entropy(signals.logits) < threshold, memory[:, 0] + 1, 0)
+    return streak >= patience, streak[:, None].astype(np.float32)
 
 
 def fixed(signals: Signals, memory: Floats, segment: int, *, exit: float) -> tuple[bool, Floats]:
@@ -127,14 +144,15 @@ def _quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> Rule
 
 @dataclass(frozen=True)
 class _Facts:
-    """A predicate, its one parameter (None: it has none), and its memory; or what makes a rule that does more
-    than leave.
+    """A predicate, its main parameter (None: it has none), a count beside it, and its memory; or what makes a
+    rule that does more than leave.
     """
 
     leave: Leave
     parameter: str | None = "threshold"
     whole: bool = False  # the parameter is a whole number, 1 or more
     width: int = 0
+    count: str | None = None  # a second parameter, a whole number, 1 or more
     make: Callable[[RuleSpec, int, Mapping[str, StepCosts]], Rule] | None = None
 
 
@@ -144,6 +162,7 @@ KNOWN: Mapping[str, _Facts] = {
     "entropy": _Facts(entropy),
     "margin": _Facts(margin),
     "patience": _Facts(patience, "patience", whole=True, width=2),
+    "patience_confident": _Facts(patience_confident, width=1, count="patience"),
     "fixed": _Facts(fixed, "exit", whole=True),
     "never": _Facts(never, None),
     "quee": _Facts(never, "price", make=_quee),
@@ -204,24 +223,33 @@ def bind(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts] | None = 
     facts = KNOWN[spec.name]
     if facts.make is not None:
         return facts.make(spec, segments, costs or {})
-    known = {parameter} if parameter else set()
-    unknown = sorted(set(spec.parameters) - known)
+    known = [name for name in (parameter, facts.count) if name is not None]
+    unknown = sorted(set(spec.parameters) - set(known))
     if unknown:
-        takes = f"its parameter is {parameter}" if parameter else "it has none"
-        raise BadSetting(f"rule {spec.name}: parameter {unknown[0]!r} is not known; {takes}")
-    if parameter is None:
-        return ExitRule(spec, facts.leave, facts.width)
-    if parameter not in spec.parameters:
-        raise BadSetting(f"rule {spec.name} needs {parameter}: give a threshold (--threshold NUMBER)")
-    value = spec.parameters[parameter]
+        takes = ("it has none", f"its parameter is {parameter}", f"its parameters are {' and '.join(known)}")
+        raise BadSetting(f"rule {spec.name}: parameter {unknown[0]!r} is not known; {takes[len(known)]}")
+    bound = {name: _value(spec, name, whole=facts.whole or name == facts.count) for name in known}
+    if spec.name == "fixed" and bound["exit"] > segments:
+        raise BadSetting(
+            f"rule fixed: exit {bound['exit']:g} does not exist; there are exits 1 to {segments}"
+        )
+    return ExitRule(spec, facts.leave, facts.width, bound)
+
+
+def _value(spec: RuleSpec, name: str, *, whole: bool) -> float:
+    """A parameter of the spec, checked."""
+    if name not in spec.parameters:
+        cure = "give a threshold (--threshold NUMBER)"
+        if name != main_parameter(spec.name):
+            cure = "choose an operating point that sets it, or say RuleSpec(name, parameters) in Python"
+        raise BadSetting(f"rule {spec.name} needs {name}: {cure}")
+    value = spec.parameters[name]
     if not math.isfinite(value):
-        raise BadSetting(f"rule {spec.name}: {parameter} {value} is not a finite number")
-    if facts.whole and (value != int(value) or value < 1):
-        raise BadSetting(f"rule {spec.name}: {parameter} {value:g} must be a whole number from 1")
-    if spec.name == "fixed" and value > segments:
-        raise BadSetting(f"rule fixed: exit {value:g} does not exist; there are exits 1 to {segments}")
+        raise BadSetting(f"rule {spec.name}: {name} {value} is not a finite number")
+    if whole and (value != int(value) or value < 1):
+        raise BadSetting(f"rule {spec.name}: {name} {value:g} must be a whole number from 1")
     # In float32, as the signals are: one row and many must be compared alike, in every version of numpy.
-    return ExitRule(spec, facts.leave, facts.width, {parameter: float(np.float32(value))})
+    return float(np.float32(value))
 
 
 def simulate(rule: Rule, logits: Floats, gates: Floats | None) -> NDArray[np.int64]:

@@ -5,12 +5,13 @@ Training calls it with what torch said, calibration with what the deployed engin
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.rules import RuleSpec, bind, simulate, softmax
+from offramp.runtime.rules import RuleSpec, bind, normalised_entropy, simulate, softmax
 
 # The parameter that is swept for each rule; patience counts exits, the others cut a signal.
 SWEPT = {
@@ -19,7 +20,11 @@ SWEPT = {
     "entropy": "threshold",
     "margin": "threshold",
     "patience": "patience",
+    "patience_confident": "threshold",
 }
+# Rules with a count beside it: both are swept, and their settings are a cloud of points instead of a curve.
+COUNTED = {"patience_confident": "patience"}
+Setting = float | Mapping[str, float]  # the swept parameter, or both by name
 STEPS = 200
 SAVINGS = (50.0, 57.0, 65.0)  # per cent of the layers that a point saves at least
 LOSSES = (0.5, 1.0, 2.0)  # accuracy points that a point may lose against full depth
@@ -82,37 +87,52 @@ class Costs:
         )
 
 
-def settings_to_try(rule: str, table: ExitTable) -> list[float]:
+def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
     """Values of the swept parameter: STEPS quantiles of the signal itself, the same number for every rule,
-    so that no grid favours one.
+    so that no grid favours one. A rule with a count besides has them divided among its counts.
     """
+    counts = [float(count) for count in range(1, table.logits.shape[1])]
     if rule == "patience":
-        return [float(count) for count in range(1, table.logits.shape[1])]
+        return list(counts)
+    steps = STEPS // max(1, len(counts)) if rule in COUNTED else STEPS
     if rule == "gate":
         if table.gates is None:
             raise ValueError("rule gate: there are no policies")
         values = table.gates[:, :-1]
     else:
-        probabilities = softmax(table.logits)
-        ordered = np.sort(probabilities, -1)
-        if rule == "entropy":
-            values = -(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum(-1)
-            values = values / np.log(probabilities.shape[-1])
+        ordered = np.sort(softmax(table.logits), -1)
+        if rule in ("entropy", "patience_confident"):
+            values = normalised_entropy(table.logits)
         elif rule == "margin":
             values = ordered[..., -1] - ordered[..., -2]
         else:
             values = ordered[..., -1]
-    return [float(value) for value in np.unique(np.quantile(values, np.linspace(0, 1, STEPS)))]
+    cuts = [float(value) for value in np.unique(np.quantile(values, np.linspace(0, 1, steps)))]
+    if rule in COUNTED:
+        return [{SWEPT[rule]: cut, COUNTED[rule]: count} for count in counts for cut in cuts]
+    return list(cuts)
 
 
-def sweep(rule: str, values: list[float], table: ExitTable, costs: Costs) -> list[Point]:
+def sweep(rule: str, values: Sequence[Setting], table: ExitTable, costs: Costs) -> list[Point]:
     """A point for every value, shallowest first."""
     points = []
     for value in values:
-        spec = RuleSpec(rule, {SWEPT[rule]: value})
+        spec = RuleSpec(rule, dict(value) if isinstance(value, Mapping) else {SWEPT[rule]: value})
         bound = bind(spec, table.logits.shape[1])
         points.append(costs.point(spec, simulate(bound, table.logits, table.gates), table))
     return sorted(points, key=lambda point: point.mean_exit)
+
+
+def undominated(points: Sequence[Point]) -> list[Point]:
+    """Those that are more accurate than every shallower one, shallowest first: the edge of a cloud.
+
+    For rules with two parameters: chosen on dev, the settings of these points make a curve elsewhere.
+    """
+    edge: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.mean_exit, -point.accuracy)):
+        if not edge or point.accuracy > edge[-1].accuracy:
+            edge.append(point)
+    return edge
 
 
 def full_depth(table: ExitTable, costs: Costs) -> Point:

@@ -9,7 +9,7 @@ import torch
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.models.exits import Exit
 from offramp.models.network import parse_exits
-from offramp.models.policies import Policy, evidence_size, no_evidence, weigh_evidence
+from offramp.models.policies.consistentee import Policy, evidence_size, no_evidence, weigh_evidence
 
 
 def test_cls_pooling_starts_from_the_pretrained_pooler() -> None:
@@ -24,7 +24,7 @@ def test_gates_from_cached_features_equal_gates_of_the_forward() -> None:
     network = tiny.network(policy="both")
     with torch.no_grad():
         out = network(tiny.inputs())
-        torch.testing.assert_close(network.gates(out.pooled, network.statistics(out.logits)), out.gates)
+        torch.testing.assert_close(network.gates(out.pooled, out.logits), out.gates)
 
 
 def test_policies_that_see_values_send_no_gradient_to_the_exits() -> None:
@@ -38,7 +38,7 @@ def test_an_untrained_policy_opens_with_the_top_probability() -> None:
     policy = Policy(32, "statistics")
     sure, unsure = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.2, 0.0]])
     pooled = torch.zeros(1, 32)
-    opened = [policy(pooled, weigh_evidence(logits, no_evidence(logits, 2))[0]) for logits in (sure, unsure)]
+    opened = [policy(pooled, logits, None)[0] for logits in (sure, unsure)]
     assert opened[0] > 0 > opened[1]
 
 
@@ -60,9 +60,9 @@ def test_a_folded_policy_is_the_same_policy(kind: str) -> None:
         torch.nn.init.normal_(parameter)
     logits = torch.randn(6, 3) * 4
     pooled, evidence = torch.randn(6, 8), torch.rand(6, 3)
-    statistics, seen = weigh_evidence(logits, evidence)
+    opened, seen = policy(pooled, logits, evidence)
     folded, folded_seen = policy.folded(3)(pooled, logits, evidence)
-    torch.testing.assert_close(folded, policy(pooled, statistics))
+    torch.testing.assert_close(folded, opened)
     if kind != "state":
         torch.testing.assert_close(folded_seen, seen)
 

@@ -16,6 +16,7 @@ SPECS = [
     RuleSpec("entropy", {"threshold": 0.5}),
     RuleSpec("margin", {"threshold": 0.4}),
     RuleSpec("patience", {"patience": 2}),
+    RuleSpec("patience_confident", {"threshold": 0.6, "patience": 2}),
     RuleSpec("fixed", {"exit": 3}),
     RuleSpec("never", {}),
 ]
@@ -92,6 +93,21 @@ def test_patience_counts_agreements_in_a_row() -> None:
     assert simulate(bind(RuleSpec("patience", {"patience": 1}), 4), logits, None).tolist() == [1, 2, 3]
 
 
+def test_patience_confident_counts_confident_exits_in_a_row_whatever_they_say() -> None:
+    sure, other, unsure = [0.97, 0.03], [0.03, 0.97], [0.6, 0.4]  # entropies 0.19, 0.19, 0.97
+    said = [[sure, other, sure, sure], [sure, unsure, sure, sure], [unsure, unsure, unsure, sure]]
+    logits = np.log(np.array(said, np.float32))  # [rows, exits, classes]
+
+    def exits(**parameters: float) -> list[int]:
+        rule = bind(RuleSpec("patience_confident", {"threshold": 0.5, **parameters}), 4)
+        return [int(value) for value in simulate(rule, logits, None)]
+
+    assert exits(patience=1) == [0, 0, 3]
+    assert exits(patience=2) == [1, 3, 3]
+    assert exits(patience=3) == [2, 3, 3]
+    assert exits(patience=2, threshold=0.1) == [3, 3, 3]
+
+
 def test_a_rule_leaves_its_arguments_alone() -> None:
     random = np.random.default_rng(0)
     for spec in SPECS:
@@ -143,6 +159,10 @@ def test_an_unknown_rule_lists_the_known() -> None:
         (RuleSpec("patience", {"patience": 1.5}), "whole number"),
         (RuleSpec("patience", {"patience": 0}), "whole number"),
         (RuleSpec("fixed", {"exit": 5}), "exits 1 to 4"),
+        (RuleSpec("patience_confident", {"threshold": 0.2}), "needs patience: choose an operating point"),
+        (RuleSpec("patience_confident", {"patience": 2}), "--threshold"),
+        (RuleSpec("patience_confident", {"threshold": 0.2, "patience": 1.5}), "whole number"),
+        (RuleSpec("patience_confident", {"tau": 0.2}), "its parameters are threshold and patience"),
     ],
 )
 def test_what_cannot_be_bound(spec: RuleSpec, message: str) -> None:

@@ -17,6 +17,7 @@ from offramp.runtime.rules.sweep import (
     settings_to_try,
     shallowest,
     sweep,
+    undominated,
 )
 
 
@@ -45,6 +46,15 @@ def test_every_rule_can_be_swept_from_shallow_to_deep(rule: str) -> None:
     points = sweep(rule, settings_to_try(rule, table()), table(), costs())
     assert [p.mean_exit for p in points] == sorted(p.mean_exit for p in points)
     assert len({p.mean_exit for p in points}) > 1 and all(p.rule.name == rule for p in points)
+
+
+def test_two_parameters_are_swept_together_and_their_edge_is_a_curve() -> None:
+    points = sweep("patience_confident", settings_to_try("patience_confident", table()), table(), costs())
+    assert {p.rule.parameters["patience"] for p in points} == {1, 2}
+    assert len({p.rule.parameters["threshold"] for p in points}) > 2
+    edge = undominated(points)
+    assert [p.accuracy for p in edge] == sorted({p.accuracy for p in edge})
+    assert all(any(e.mean_exit <= p.mean_exit and e.accuracy >= p.accuracy for e in edge) for p in points)
 
 
 def test_no_policies_no_gate() -> None:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from offramp.models.policies import POLICY_INPUTS
+from offramp.models.policies.consistentee import POLICY_INPUTS
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect
 from offramp.training.hardness import easiness
@@ -92,6 +92,7 @@ class ConsistentEE:
 
 
 SETTINGS = ConsistentEE
+STARTS_FROM = "joint"
 
 
 def policy_of(settings: ConsistentEE) -> str | None:
@@ -171,7 +172,7 @@ def train(
         _fit_both(run, train, easy, settings, f"both {number + 1}")
     _fit_policies(run, rewarded, easy[judged], settings, "policy last")
     seen = collect(run.network, dev, device=device, what="dev")
-    return operating_points(run.network, seen, learned="gate")
+    return operating_points(run.network, seen, "gate")
 
 
 def _fit_policies(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE, name: str) -> None:
@@ -181,8 +182,6 @@ def _fit_policies(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE,
     device = run.accelerator.device
     seen = collect(run.network, rows, device=device, what=f"{name}: features")
     quality = qualities(seen.logits, seen.labels, settings.quality)
-    with torch.no_grad():
-        statistics = run.network.statistics(seen.logits)
 
     def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.from_numpy(index)
@@ -190,7 +189,7 @@ def _fit_policies(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE,
         with torch.autocast(
             device.type, enabled=False
         ):  # tiny layers: bf16 would only blur the probabilities
-            gates = run.network.gates(seen.pooled[chosen].to(device), statistics[chosen].to(device))
+            gates = run.network.gates(seen.pooled[chosen].to(device), seen.logits[chosen].to(device))
             reward = rewards(quality[chosen].to(device), alpha, easy[chosen].to(device))
             return policy_loss(gates + shift[:, None], reward, settings), _figures(gates, reward)
 

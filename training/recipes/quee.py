@@ -114,6 +114,7 @@ class Quee:
 
 
 SETTINGS = Quee
+STARTS_FROM = "joint"
 
 
 def policy_of(settings: Quee) -> str | None:

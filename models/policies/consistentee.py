@@ -1,4 +1,4 @@
-"""Policies: the learned part that gives, at an exit, the probability of leaving there.
+"""statistics, state, both: a small perceptron learned by reward opens the gate (ConsistentEE, AAAI 2024).
 
 ConsistentEE's policy reads the pooled state alone (inputs "state"), which overfits on small data sets. Two
 statistics of the exit's softmax are offered instead of it or beside it, few and cheap on purpose: at short
@@ -7,8 +7,12 @@ inputs an operator costs as much to start as to run, and a policy stands in ever
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+
+from offramp.models.policies.kind import Kind
 
 POLICY_INPUTS = ("statistics", "state", "both")
 STATISTICS = 2  # certainty, agreement
@@ -68,11 +72,23 @@ class Policy(nn.Module):
         # Closed at first: gates that start half open leave nobody to learn the deep ones from.
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
-    def forward(self, pooled: Tensor, statistics: Tensor) -> Tensor:
+    def forward(
+        self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.statistics is None:
+            return self.score(pooled, None), None
+        if evidence is None:
+            evidence = no_evidence(logits, logits.shape[-1])
+        statistics, evidence = weigh_evidence(logits, evidence)
+        return self.score(pooled, statistics), evidence
+
+    def score(self, pooled: Tensor, statistics: Tensor | None) -> Tensor:
+        """The logit [batch] from pooled [batch, hidden] and, where they are read, statistics [batch, 2]."""
         logit = self.bias
         if self.state is not None:
             logit = logit + self.state(pooled)[:, 0]
         if self.statistics is not None and self.slope is not None:
+            assert statistics is not None
             logit = logit + self.slope * statistics[:, 0] + self.statistics(statistics)[:, 0]
         return logit  # [batch]
 
@@ -135,7 +151,7 @@ class Folded(nn.Module):
         return logit, torch.addmm(probabilities, evidence, self.fade)
 
 
-def make_policies(hidden_size: int, inputs: str, count: int) -> nn.ModuleList:
+def make(hidden_size: int, count: int, *, inputs: str) -> nn.ModuleList:
     """One policy an exit.
 
     What reads the statistics is one perceptron for all of them (each exit keeps its bias): they mean the same
@@ -152,3 +168,10 @@ def _silent(width: int) -> nn.Linear:
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return last
+
+
+KINDS = {
+    "statistics": Kind(partial(make, inputs="statistics"), evidence_size),
+    "state": Kind(partial(make, inputs="state")),
+    "both": Kind(partial(make, inputs="both"), evidence_size),
+}
