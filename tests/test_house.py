@@ -53,6 +53,7 @@ PURPOSE = {
     ".ci": "what CI runs",
     "benchmarks/results": "what the benchmarks measured, as JSON",
     "docs": "what was tried",
+    "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
     "docs/log.md": "a dated log of what was tried, negative results too",
     ".ci/run": "check, test, then the wheel alone on the oldest and the newest Python",
     "tests": "one test file a source file, under the same names",

@@ -25,7 +25,7 @@ counts as a candidate of early stopping; turns are shortened until there are thr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -210,9 +210,9 @@ def _in_turns(
 
     learns = ("exits", "policies") if frozen else (*EVERYTHING, "policies")
     lengths = np.zeros(len(train), np.int64) if frozen else train.lengths
-    peaks = {"lr": settings.tuned_lr, "heads_lr": settings.exits_lr, "policies_lr": settings.gates_lr}
-    sizes = {"epochs": settings.turn_epochs, "batch_size": settings.turn_batch}
-    run.fit(Stage("turns", learns, lengths, loss, **sizes, **peaks, shared=not frozen))
+    s = settings
+    stage = Stage("turns", learns, lengths, loss, s.turn_epochs, s.turn_batch, s.tuned_lr, s.exits_lr)
+    run.fit(replace(stage, policies_lr=s.gates_lr, shared=not frozen))
 
 
 def _counting(run: Run, dev: Encoded, seen: Collected, settings: JeiDnn) -> Callable[[], Tensor]:
