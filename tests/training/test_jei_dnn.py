@@ -26,6 +26,7 @@ from offramp.training.recipes.jei_dnn import (
     positive_weights,
     turn_of,
 )
+from offramp.training.recipes.jei_dnn import train as recipe
 
 LEAVE = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [0.1, 0.0, 0.2]])
 
@@ -167,3 +168,40 @@ def test_what_learns_and_what_stays(folder: Path, tmp_path: Path, backbone: str)
     assert (moved & ({"backbone.encoder"} | last) == set()) == (backbone == "frozen")
     training = json.loads((tmp_path / "jei" / "training.json").read_text())
     assert training["rule"] == "gate" and training["operating_points"][-1]["name"] == "trained"
+
+
+class Interrupted(Exception):
+    """Stands for a kill: nothing is written after it."""
+
+
+class Torn(Run):
+    """A run that is interrupted at a step of a stage."""
+
+    at: tuple[str, int] | None = None
+
+    def log(self, **figures: object) -> None:
+        super().log(**figures)
+        if self.at is not None and (figures.get("stage"), figures.get("step")) == self.at:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("at", [("warm-up", 21), ("turns", 21), ("turns", 41)])
+def test_an_interrupted_run_ends_with_the_weights_of_the_whole_one(
+    folder: Path, tmp_path: Path, at: tuple[str, int]
+) -> None:
+    """Best weights and counts come back as they were remembered, not as they would be found now."""
+    rows = load_data(str(folder / "data"))
+    encoded = [encode(rows.split(name), tiny.tokenizer(), TextFacts("", 0, 64)) for name in ("train", "dev")]
+    settings = JeiDnn(warm_epochs=4, warm_lr=0.01, turn_epochs=6, turn_batch=8, switch=10)
+
+    def go(place: Path, stop: tuple[str, int] | None) -> dict[str, torch.Tensor]:
+        run = Torn(tiny.network(policy="jei"), place, seed=3, save_every=0)
+        run.at = stop
+        recipe(run, *encoded, settings, skip_warm_start=True)
+        return run.network.state_dict()
+
+    whole = go(tmp_path / "whole", None)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "torn", at)
+    resumed = go(tmp_path / "torn", None)
+    assert all(whole[name].equal(resumed[name]) for name in whole)
