@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.models.policies import KINDS
-from offramp.models.policies.jei import LEAST, conditional, exit_probabilities, uncertainties
+from offramp.models.policies.jei import LEAST, Gate, exit_probabilities, uncertainties
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -61,17 +61,28 @@ def naive(gates: list[float]) -> list[float]:
     return found
 
 
+class Given(Gate):
+    """A gate that opens as it is told."""
+
+    def own(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+
 def chain(gates: Tensor) -> Tensor:
-    """c_l [rows, exits - 1] by the module's own steps."""
-    spent = gates.cumsum(1) - gates
-    return conditional(gates, spent)
+    """What the modules put out [rows, exits - 1], one after the other, for gates as told; a probability."""
+    evidence, found = None, []
+    for column in gates.unbind(1):
+        opened, evidence = Given()(column, column.logit()[:, None], evidence)
+        found.append(opened.sigmoid())
+    return torch.stack(found, 1)
 
 
 @pytest.mark.parametrize("largest", [0.15, 0.5, 1.0])
 def test_the_chain_is_that_of_a_naive_loop(largest: float) -> None:
     torch.manual_seed(1)
     gates = torch.rand(400, 6, dtype=torch.float64) * largest
-    found, expected = chain(gates), torch.tensor([naive(row) for row in gates.tolist()], dtype=torch.float64)
+    said, expected = chain(gates), torch.tensor([naive(row) for row in gates.tolist()], dtype=torch.float64)
+    found = (said / (1 - said) / 2).clamp(max=1)  # the conditional that it stands for
     left = 1 - (gates.cumsum(1) - gates)
     # Where less than LEAST is left c_l is defined otherwise, and where nothing is, by nobody.
     told = left >= LEAST
@@ -80,7 +91,7 @@ def test_the_chain_is_that_of_a_naive_loop(largest: float) -> None:
     first = [[c >= 0.5 for c in row] for row in expected.tolist()]
     agree = [
         (row.index(True) if True in row else 6) == (mine.index(True) if True in mine else 6)
-        for row, mine in zip(first, (found >= 0.5).tolist(), strict=True)
+        for row, mine in zip(first, (said >= 0.5).tolist(), strict=True)
     ]
     assert sum(agree) >= 398
 
@@ -93,17 +104,20 @@ def test_exit_probabilities_share_one_unit() -> None:
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
-def test_what_is_put_out_is_the_conditional_finite_at_both_ends() -> None:
-    shut, open_ = torch.tensor([[30.0, -30.0]]), torch.tensor([[0.0, 0.0]])
-    gate = KINDS["jei"].make(4, 1)[0]
+def test_what_is_put_out_is_finite_and_grows_where_the_conditional_stands_at_one() -> None:
+    # g / left: 0.5, 0.4 / 0.5, 0.4 / 0.1; then 0.5, 1 and, with nothing left, 0.5 / LEAST
+    said = chain(torch.tensor([[0.5, 0.4, 0.4], [0.5, 0.5, 0.5]]))
+    expected = torch.tensor([[0.5, 0.8, 4.0], [0.5, 1.0, 0.5 / LEAST]])
+    torch.testing.assert_close(said, 2 * expected / (2 * expected + 1))
     with torch.no_grad():
+        gate = KINDS["jei"].make(4, 1)[0]
         gate.line.weight.copy_(torch.tensor([[-90.0, 90.0, -90.0, 90.0]]))  # opens where the exit is unsure
-    for module in (gate.eval(), gate.folded(2)):
-        said = [module(torch.zeros(1, 4), logits, torch.full((1, 1), 0.6))[0] for logits in (shut, open_)]
-        assert all(torch.isfinite(value).all() for value in said)
-        assert said[0].sigmoid().item() < 1e-5 and said[1].sigmoid().item() > 1 - 1e-5
-        half = module(torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1, 1))[1]
-        torch.testing.assert_close(half, torch.ones(1, 1))
+        for module in (gate.eval(), gate.folded(2)):
+            for logits in (torch.tensor([[90.0, -90.0]]), torch.zeros(1, 2)):
+                opened, spent = module(torch.zeros(1, 4), logits, torch.full((1, 1), 1.3))
+                assert torch.isfinite(opened).all()
+                assert opened.sigmoid().item() == pytest.approx(float(logits[0, 0] == 0), abs=0.03)
+                torch.testing.assert_close(spent, torch.full((1, 1), 1.3 + float(logits[0, 0] == 0)))
 
 
 def test_the_four_uncertainties_by_hand() -> None:
