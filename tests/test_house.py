@@ -55,8 +55,9 @@ LONGER: dict[str, str] = {}  # file -> why it is longer than that and still one 
 PURPOSE = {
     ".ci": "what CI runs",
     "benchmarks/results": "what the benchmarks measured, as JSON",
-    "docs": "what was tried and measured",
+    "docs": "how to, and what was tried and measured",
     "docs/measured.md": "every contender and every figure, written by `make bench`",
+    "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
     "docs/log.md": "a dated log of what was tried, negative results too",
     ".ci/run": "check, test, then the wheel alone on the oldest and the newest Python",
     "tests": "one test file a source file, under the same names",

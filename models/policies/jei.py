@@ -5,21 +5,27 @@ before l)), and a row leaves at the first exit whose conditional c_l = P_l / pro
 clipped to 0..1, is at least one half. The product is what is left of the unit, 1 - sum of g before l, until
 nothing is; so one number travels from exit to exit, the sum of g, and c_l = min(1, g_l / what is left).
 
-Two deviations. The runtime's rule `gate` leaves above its threshold, not at it (a tie at
-exactly 0.5 walks on). And what is left counts as LEAST where it is less, because a quotient of two small
-differences would amplify the rounding of an engine into another decision.
+What is put out is the logit log(2 * g_l / what is left). It is above zero where c_l is above one half, the
+published decision, and goes on growing where c_l stands at 1. So thresholds other than one half, which are our
+extension, reach every depth, and none lies where the gates of many rows are equal but for rounding. Two
+deviations: the runtime's rule `gate` leaves above its threshold, not at it (a tie at exactly 0.5 walks on);
+and what is left counts as LEAST where it is less, because a quotient of two small differences would make of
+an engine's rounding another decision.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from offramp.models.policies.kind import Kind
 
 UNCERTAINTIES = 4
-LEAST = 0.05  # share of rows like this one that are still there; of fewer, c_l is g_l / LEAST
-_EDGE = 1e-6  # keeps the logit of c_l finite where c_l is 0 or 1
+LEAST = 0.05  # of the unit: with less left, c_l is g_l / LEAST
+HALF = math.log(2.0)  # makes the logit zero where c_l is one half
 
 
 def uncertainties(logits: Tensor) -> Tensor:
@@ -40,13 +46,13 @@ def exit_probabilities(gates: Tensor) -> Tensor:
     return torch.minimum(gates, 1.0 - before).clamp(min=0.0)
 
 
-def conditional(gates: Tensor, spent: Tensor) -> Tensor:
-    """c_l of rows whose gates before this exit sum to `spent`; any shape, the same for both."""
-    return (gates / (1.0 - spent).clamp(min=LEAST)).clamp(max=1.0)
+def left_over(spent: Tensor) -> Tensor:
+    """What is left of the unit for rows whose gates so far sum to `spent`, any shape."""
+    return (1.0 - spent).clamp(min=LEAST)
 
 
 class Gate(nn.Module):
-    """The gate of one exit; called as a policy it gives c_l as a logit."""
+    """The gate of one exit; called as a policy it gives the logit that stands for c_l."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,9 +63,10 @@ class Gate(nn.Module):
         return self.line(uncertainties(logits.detach()))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
-        gate = self.own(logits).sigmoid()  # [batch]
-        spent = torch.zeros_like(gate) if evidence is None else evidence[:, 0]
-        return conditional(gate, spent).logit(_EDGE), (spent + gate)[:, None]
+        own = self.own(logits)  # [batch]
+        spent = torch.zeros_like(own) if evidence is None else evidence[:, 0]
+        opened = HALF + logsigmoid(own) - left_over(spent).log()
+        return opened, (spent + own.sigmoid())[:, None]
 
     def folded(self, classes: int) -> Folded:
         """The same gate for a graph."""
@@ -87,10 +94,9 @@ class Folded(nn.Module):
         p = log_p.exp()
         both = self.entropy * p * log_p + self.sharp * sharp.exp() * sharp  # [batch, classes]
         line = torch.addmm(self.bias, p.topk(2, dim=-1).values, self.pair) - both.sum(-1, keepdim=True)
-        gate = line.sigmoid()  # [batch, 1]
-        spent = torch.zeros_like(gate) if evidence is None else evidence
-        c = (gate / (1.0 - spent).clamp(min=LEAST)).clamp(_EDGE, 1.0 - _EDGE)
-        return (c / (1.0 - c)).log().squeeze(1), spent + gate
+        spent = torch.zeros_like(line) if evidence is None else evidence  # [batch, 1]
+        opened = HALF + logsigmoid(line) - left_over(spent).log()
+        return opened.squeeze(1), spent + line.sigmoid()
 
 
 def make(hidden_size: int, count: int) -> nn.ModuleList:

@@ -56,9 +56,10 @@ def lively(network: EarlyExitNetwork) -> EarlyExitNetwork:
     return network.eval()
 
 
-def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
-    """A checkpoint of two blocks in memory, its tokenizer in the folder."""
-    pooling, policy = KINDS[family]
+def tiny_checkpoint(folder: Path, family: str, policy: str | None = None) -> Checkpoint:
+    """A checkpoint of two blocks in memory, its tokenizer in the folder; policy None: the family's."""
+    pooling, usual = KINDS[family]
+    policy = policy or usual
     if family in tiny.VISION:
         torch.manual_seed(0)
         base = AutoModel.from_config(tiny.VISION[family](num_hidden_layers=2))
@@ -84,11 +85,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
     @cache
-    def export(family: str) -> Exported:
+    def export(family: str, policy: str | None = None) -> Exported:
         folder = tmp_path_factory.mktemp(family)
-        made = tiny_checkpoint(folder, family)
+        made = tiny_checkpoint(folder, family, policy)
         segments = split(made.network)
         for segment in segments:
             to_onnx(segment, folder / file_name(segment.name, "fp32"))

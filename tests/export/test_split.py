@@ -32,7 +32,15 @@ def walk(segments: list[Segment], given: dict[str, torch.Tensor]) -> list[dict[s
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize(
-    ("pooling", "policy"), [("mean", "both"), ("cls", "state"), ("mean", "statistics"), ("cls", None)]
+    ("pooling", "policy"),
+    [
+        ("mean", "both"),
+        ("cls", "state"),
+        ("mean", "statistics"),
+        ("cls", None),
+        ("mean", "jei"),
+        ("cls", "lte"),
+    ],
 )
 def test_segments_are_the_network(family: str, pooling: str, policy: str | None) -> None:
     network = tiny.network(family, pooling=pooling, policy=policy)

@@ -6,8 +6,8 @@ t_l = 1 for l >= l*, where l* = argmin over l of CE_l + price * cost_l (the last
 BCE with positives weighted min(5, #0 / #1), counted on dev before every epoch. Exits: see weighting. Policy
 jei holds the gates' chain; a row leaves where the conditional is above one half (point "trained").
 
-price is the paper's lambda: a sweep is a run for every price. Points at other thresholds of the conditional
-come from one run and are our extension.
+price is the paper's lambda: a sweep is a run for every price. Points at other thresholds than that of
+"trained" come from one run and are our extension.
 
 weighting: as_intended weighs CE_l by P_l, the probability of leaving there, scaled to the size of the sum of
 CE_l. as_run is what the public code computes: there the scale is not detached, so the weights cancel out of
@@ -25,7 +25,7 @@ counts as a candidate of early stopping; turns are shortened until there are thr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -179,7 +179,8 @@ def _in_turns(
             inputs, labels = train.batch(index, device)
             return model(inputs).logits, labels
         rows = torch.from_numpy(index)
-        logits = early_logits(network, seen.pooled[rows].to(device))
+        with torch.autocast(device.type, enabled=False):  # as in the warm-up
+            logits = early_logits(network, seen.pooled[rows].to(device))
         last = seen.logits[rows, -1:].to(device)
         return torch.cat([logits, last], 1), seen.labels[rows].to(device)
 
@@ -210,13 +211,9 @@ def _in_turns(
 
     learns = ("exits", "policies") if frozen else (*EVERYTHING, "policies")
     lengths = np.zeros(len(train), np.int64) if frozen else train.lengths
-    peaks: dict[str, Any] = {
-        "lr": settings.tuned_lr,
-        "heads_lr": settings.exits_lr,
-        "policies_lr": settings.gates_lr,
-    }
-    sizes = {"epochs": settings.turn_epochs, "batch_size": settings.turn_batch}
-    run.fit(Stage("turns", learns, lengths, loss, **sizes, **peaks, shared=not frozen))
+    s = settings
+    stage = Stage("turns", learns, lengths, loss, s.turn_epochs, s.turn_batch, s.tuned_lr, s.exits_lr)
+    run.fit(replace(stage, policies_lr=s.gates_lr, shared=not frozen))
 
 
 def _counting(run: Run, dev: Encoded, seen: Collected, settings: JeiDnn) -> Callable[[], Tensor]:

@@ -1,0 +1,207 @@
+"""JEI-DNN's surrogates by hand, the gradients of its two weightings, early stopping, and resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from offramp.training.batches import encode
+from offramp.training.checkpoint import TextFacts
+from offramp.training.cli import train
+from offramp.training.collect import collect
+from offramp.training.data import load_data
+from offramp.training.early_stopping import BestExits
+from offramp.training.loop import Run
+from offramp.training.recipes.jei_dnn import (
+    JeiDnn,
+    cost_shares,
+    exit_turn_loss,
+    gate_targets,
+    positive_weights,
+    turn_of,
+)
+from offramp.training.recipes.jei_dnn import train as recipe
+
+LEAVE = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [0.1, 0.0, 0.2]])
+
+
+def gradient(weighting: str, leave: torch.Tensor) -> torch.Tensor:
+    """Of the exits' loss with respect to what produced the exits' cross-entropies [3, 3]."""
+    torch.manual_seed(0)
+    source = torch.randn(3, 3, requires_grad=True)
+    (found,) = torch.autograd.grad(exit_turn_loss(source.exp(), leave, weighting), source)
+    return found
+
+
+def plain() -> torch.Tensor:
+    torch.manual_seed(0)
+    source = torch.randn(3, 3, requires_grad=True)
+    (found,) = torch.autograd.grad(source.exp().sum() / 9, source)
+    return found
+
+
+def test_as_run_teaches_by_the_plain_sum_whatever_the_gates_say() -> None:
+    torch.testing.assert_close(gradient("as_run", LEAVE), plain())
+    torch.testing.assert_close(gradient("as_run", LEAVE.flip(1)), plain())
+
+
+def test_as_intended_teaches_the_exits_where_rows_leave() -> None:
+    found = gradient("as_intended", LEAVE)
+    assert not torch.allclose(found, plain(), rtol=0.2)
+    assert found[1, 0] == 0 and found[2, 1] == 0  # nobody like that leaves there
+    weighted = (plain() * LEAVE)[0]
+    torch.testing.assert_close(found[0] / found[0].sum(), weighted / weighted.sum())
+
+
+def test_both_weightings_have_the_same_value_and_survive_rows_that_leave_nowhere() -> None:
+    losses = torch.tensor([[1.0, 2.0, 3.0]] * 3)
+    assert exit_turn_loss(losses, LEAVE, "as_run") == pytest.approx(2.0)
+    assert exit_turn_loss(losses, LEAVE, "as_intended") == pytest.approx(2.0)
+    nobody = torch.zeros(3, 3)
+    torch.testing.assert_close(gradient("as_run", nobody), plain())
+    assert gradient("as_intended", nobody).abs().max() == 0
+
+
+def test_targets_open_the_optimal_gate_and_all_behind_it() -> None:
+    losses = torch.tensor([[0.9, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1], [2.0, 2.0, 2.0, 0.1]])
+    costs = torch.tensor([[0.25, 0.5, 0.75, 1.0]]).expand(3, 4)
+    assert gate_targets(losses, costs, 1.0).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
+    assert gate_targets(losses, costs, 10.0).tolist() == [[1, 1, 1]] * 3  # dear: everybody leaves at once
+    assert gate_targets(losses, costs, 0.0).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
+
+
+def test_rare_positives_weigh_more_but_not_without_end() -> None:
+    targets = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 1, 1], [0, 1, 1]])
+    # no positive: 4 / 0.1 is cut to 5; 1 / 3; no negative: 0.1 / 4
+    assert positive_weights(targets.float()).tolist() == pytest.approx([5.0, 1 / 3, 0.025])
+
+
+def test_turns_begin_and_end_with_the_gates() -> None:
+    for steps, switch in ((1150, 200), (3000, 200), (15, 200), (400, 200), (800, 200)):
+        turns = [turn_of(step, steps, switch) for step in range(steps)]
+        assert turns[0] == 0 and turns[-1] % 2 == 0 and turns[-1] >= 2
+        assert turns == sorted(turns) and set(turns) == set(range(turns[-1] + 1))
+    assert turn_of(2999, 3000, 200) == 14  # 15 turns of 200
+
+
+def test_costs_are_shares_of_the_whole_walk_and_grow() -> None:
+    shares = cost_shares(tiny.network(policy="jei"), torch.tensor([4, 9]).numpy())
+    assert (shares.diff(dim=1) > 0).all() and shares[:, -1].tolist() == [1.0, 1.0]
+    assert 0.2 < shares[0, 0] < 0.4
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"backbone": "thawed"}, {"weighting": "as_told"}, {"price": -1.0}, {"switch": 0}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        JeiDnn(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("jei")
+    tiny.model_folder(root / "model")
+    tiny.data_folder(root / "data")
+    return root
+
+
+def test_each_exit_stops_by_itself_and_gets_its_best_weights_back(folder: Path, tmp_path: Path) -> None:
+    network = tiny.network(policy="jei")
+    rows = load_data(str(folder / "data")).split("dev")
+    dev = collect(network, encode(rows, tiny.tokenizer(), TextFacts("", 0, 64)))
+    run = Run(network, tmp_path, seed=0)
+    best = BestExits(run, dev, patience=2, name="try")
+    kept = [exit_head.classify.weight.clone() for exit_head in network.exits]
+    right = dev.labels.float() * 2 - 1  # +1 for label 1
+
+    def teach(index: int, sign: float) -> None:
+        """Weights that answer by least squares on dev, or their opposite."""
+        exit_head = network.exits[index]
+        features = exit_head.standardize(dev.pooled[:, index])
+        answer = torch.linalg.lstsq(features, right[:, None]).solution[:, 0] * sign
+        with torch.no_grad():
+            exit_head.classify.weight.copy_(torch.stack([-answer, answer]))
+            exit_head.classify.bias.zero_()
+
+    best.judge(0)
+    teach(0, 1.0)
+    teach(1, -1.0)
+    best.judge(1)
+    good = network.exits[0].classify.weight.clone()
+    assert best.learning.tolist() == [True, True]
+    teach(0, -1.0)
+    best.judge(2)
+    assert best.best.tolist() == [1, 0] and best.learning.tolist() == [True, False]
+    best.restore()
+    torch.testing.assert_close(network.exits[0].classify.weight, good)
+    torch.testing.assert_close(network.exits[1].classify.weight, kept[1])
+    again = BestExits(run, dev, patience=2, name="try")
+    again.judge(2)  # as a resumed run: from what was remembered
+    assert again.best.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "tuned"])
+def test_what_learns_and_what_stays(folder: Path, tmp_path: Path, backbone: str) -> None:
+    words = ["--data", str(folder / "data"), "--precision", "fp32"]
+    fast = ["epochs=3", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
+    first = [*words, "--model", str(folder / "model"), "--recipe", "joint", "--out", str(tmp_path / "joint")]
+    then = [*words, "--init", str(tmp_path / "joint"), "--recipe", "jei_dnn", "--out", str(tmp_path / "jei")]
+    then += ["--set", f"backbone={backbone}", "--set", "turn_epochs=6", "--set", "tuned_lr=0.001"]
+    for command in ([*first, *(word for name in fast for word in ("--set", name))], then):
+        done = CliRunner().invoke(train, command)
+        assert done.exit_code == 0, done.output
+    before, after = (load_file(tmp_path / name / "weights.safetensors") for name in ("joint", "jei"))
+    moved = {
+        name.split(".")[0] + "." + name.split(".")[1]
+        for name in before
+        if not before[name].equal(after[name])
+    }
+    last = {"exits.2"}
+    assert {"exits.0", "exits.1"} <= moved
+    assert (moved & ({"backbone.encoder"} | last) == set()) == (backbone == "frozen")
+    training = json.loads((tmp_path / "jei" / "training.json").read_text())
+    assert training["rule"] == "gate" and training["operating_points"][-1]["name"] == "trained"
+
+
+class Interrupted(Exception):
+    """Stands for a kill: nothing is written after it."""
+
+
+class Torn(Run):
+    """A run that is interrupted at a step of a stage."""
+
+    at: tuple[str, int] | None = None
+
+    def log(self, **figures: object) -> None:
+        super().log(**figures)
+        if self.at is not None and (figures.get("stage"), figures.get("step")) == self.at:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("at", [("warm-up", 21), ("turns", 21), ("turns", 41)])
+def test_an_interrupted_run_ends_with_the_weights_of_the_whole_one(
+    folder: Path, tmp_path: Path, at: tuple[str, int]
+) -> None:
+    """Best weights and counts come back as they were remembered, not as they would be found now."""
+    rows = load_data(str(folder / "data"))
+    encoded = [encode(rows.split(name), tiny.tokenizer(), TextFacts("", 0, 64)) for name in ("train", "dev")]
+    settings = JeiDnn(warm_epochs=4, warm_lr=0.01, turn_epochs=6, turn_batch=8, switch=10)
+
+    def go(place: Path, stop: tuple[str, int] | None) -> dict[str, torch.Tensor]:
+        run = Torn(tiny.network(policy="jei"), place, seed=3, save_every=0)
+        run.at = stop
+        recipe(run, *encoded, settings, skip_warm_start=True)
+        return run.network.state_dict()
+
+    whole = go(tmp_path / "whole", None)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "torn", at)
+    resumed = go(tmp_path / "torn", None)
+    assert all(whole[name].equal(resumed[name]) for name in whole)
