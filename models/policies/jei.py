@@ -6,11 +6,12 @@ clipped to 0..1, is at least one half. The product is what is left of the unit, 
 nothing is; so one number travels from exit to exit, the sum of g, and c_l = min(1, g_l / what is left).
 
 What is put out is the logit log(2 * g_l / what is left). It is above zero where c_l is above one half, the
-published decision, and goes on growing where c_l stands at 1. So thresholds other than one half, which are our
-extension, reach every depth, and none lies where the gates of many rows are equal but for rounding. Two
-deviations: the runtime's rule `gate` leaves above its threshold, not at it (a tie at exactly 0.5 walks on);
-and what is left counts as LEAST where it is less, because a quotient of two small differences would make of
-an engine's rounding another decision.
+published decision, and goes on growing where c_l stands at 1. So thresholds other than one half, which are
+our extension, reach every depth, and none lies where the gates of many rows are equal but for rounding.
+
+Two deviations: the runtime's rule `gate` leaves above its threshold, not at it (a tie at exactly 0.5 walks
+on); and what is left counts as LEAST where it is less, because a quotient of two small differences would make
+of an engine's rounding another decision.
 """
 
 from __future__ import annotations

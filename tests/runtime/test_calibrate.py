@@ -61,6 +61,18 @@ def test_the_rule_can_be_chosen_and_becomes_the_bundles_own(bundle: Path, dev: P
     assert manifest.rule == next(p for p in manifest.points if p.name == "default").rule
 
 
+def test_a_bundle_keeps_its_own_rule_though_it_has_policies(bundle: Path, dev: Path) -> None:
+    words = [str(dev), "--bundle", str(bundle)]
+    assert CliRunner().invoke(main, [*words, "--rule", "patience_confident"]).exit_code == 0
+    assert CliRunner().invoke(main, words).exit_code == 0
+    points = open_bundle(bundle).manifest.points
+    assert {p.rule.name for p in points} <= {"patience_confident", "never"}
+    counted = next(p for p in points if p.rule.name == "patience_confident")
+    assert set(counted.rule.parameters) == {"threshold", "patience"}
+    with load(bundle, point=counted.name) as session:  # two parameters walk
+        assert session("good film").depth >= 1
+
+
 def test_other_variants_are_held_against_the_default_ones_full_depth(dev: Path) -> None:
     with load(TINY, rule="never") as session:
         points = calibrate(session, read_labelled(dev, session.labels))
