@@ -54,14 +54,14 @@ def lively(network: EarlyExitNetwork) -> EarlyExitNetwork:
     return network.eval()
 
 
-def tiny_checkpoint(folder: Path, family: str, policy: str | None = None) -> Checkpoint:
-    """A checkpoint of two blocks in memory, its tokenizer in the folder; policy None: the family's."""
-    pooling, usual = KINDS[family]
+def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
+    """A checkpoint of two blocks in memory, its tokenizer in the folder."""
+    pooling, policy = KINDS[family]
     tiny.tokenizer().save(str(folder / "tokenizer.json"))
     config = tiny.CONFIGS[family]()
     config.num_hidden_layers = 2  # every block costs seconds of exporting
     torch.manual_seed(0)
-    spec = NetworkSpec(("negative", "positive"), (1, 2), pooling, policy or usual)
+    spec = NetworkSpec(("negative", "positive"), (1, 2), pooling, policy)
     network = lively(EarlyExitNetwork(AutoModel.from_config(config), spec))
     return Checkpoint(network, TextFacts("", config.pad_token_id, 64), folder / "tokenizer.json")
 
@@ -76,11 +76,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     @cache
-    def export(family: str, policy: str | None = None) -> Exported:
+    def export(family: str) -> Exported:
         folder = tmp_path_factory.mktemp(family)
-        made = tiny_checkpoint(folder, family, policy)
+        made = tiny_checkpoint(folder, family)
         segments = split(made.network)
         for segment in segments:
             to_onnx(segment, folder / file_name(segment.name, "fp32"))
