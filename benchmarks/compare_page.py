@@ -37,8 +37,8 @@ def page(result: dict[str, Any], head: Sequence[str], rows: Sequence[Sequence[st
     """One HTML page; head and rows: the table of ee-compare, method first and verdict last."""
     title = f"{result['data']}: methods compared"
     said = [f"{row[0]}: {row[-1]}." for row in rows if row[-1]]
-    said = said or ["Every method beats chance and truncation; none is apart from max-probability in every seed."]
-    words = "".join(f"<li>{html.escape(line)}</li>" for line in said)
+    tie = "Every method beats chance and truncation; none is apart from max-probability in every seed."
+    words = "".join(f"<li>{html.escape(line)}</li>" for line in said or [tie])
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     seeds = ", ".join(map(str, result["seeds"]))

@@ -56,10 +56,9 @@ def lively(network: EarlyExitNetwork) -> EarlyExitNetwork:
     return network.eval()
 
 
-def tiny_checkpoint(folder: Path, family: str, policy: str | None = None) -> Checkpoint:
-    """A checkpoint of two blocks in memory, its tokenizer in the folder; policy None: the family's."""
-    pooling, usual = KINDS[family]
-    policy = policy or usual
+def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
+    """A checkpoint of two blocks in memory, its tokenizer in the folder."""
+    pooling, policy = KINDS[family]
     if family in tiny.VISION:
         torch.manual_seed(0)
         base = AutoModel.from_config(tiny.VISION[family](num_hidden_layers=2))
@@ -85,11 +84,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     @cache
-    def export(family: str, policy: str | None = None) -> Exported:
+    def export(family: str) -> Exported:
         folder = tmp_path_factory.mktemp(family)
-        made = tiny_checkpoint(folder, family, policy)
+        made = tiny_checkpoint(folder, family)
         segments = split(made.network)
         for segment in segments:
             to_onnx(segment, folder / file_name(segment.name, "fp32"))

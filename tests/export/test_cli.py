@@ -65,6 +65,7 @@ def copied(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_dropped_exits_are_really_exported(
     saved: Path, open_graph: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_reduced_range_keeps_to_seven_bits(exported: Callable[[str], Any], tmp_p
     assert largest[True] <= 64 < largest[False]
 
 
+@pytest.mark.slow
 def test_a_stem_has_nothing_to_quantize(exported: Callable[[str], Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stem\.onnx: no product of a block"):
         to_int8(exported("electra").folder / "stem.onnx", tmp_path / "out.onnx")

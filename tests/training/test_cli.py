@@ -100,6 +100,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
     assert result.exit_code == 2 and told in result.output, result.output
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
     """Killed with SIGKILL in the middle, then run again: bit for bit the weights of the run that was left
     alone.
