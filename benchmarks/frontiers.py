@@ -1,47 +1,51 @@
 """Frontiers of accuracy against what is saved: areas between them, scores, and paired intervals.
 
 A frontier is a broken line through a method's settings, which were chosen on dev and read on test. Cost is
-the share of multiply-accumulates saved, in percent; accuracy is in percent too.
+the share saved on an axis (layers, multiply-accumulates, bit operations), accuracy likewise: in per cent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Line = tuple[Floats, Floats]  # saved and accuracy, by rising saving
 GRID = 61  # points at which two lines are compared when rows are drawn anew
+DRAWS = 500
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A method at its settings, row by row: right [settings, rows], macs [settings, rows] spent, full [rows]
-    of the network without early exits.
+    """A method at its settings, row by row: right [settings, rows]; by axis what was spent [settings, rows]
+    and what the network without early exits spends, full [rows].
     """
 
     right: NDArray[np.bool_]
-    macs: Floats
-    full: Floats
+    spent: Mapping[str, Floats]
+    full: Mapping[str, Floats]
 
-    def line(self, weights: Floats | None = None) -> tuple[Floats, Floats]:
-        """Saved and accuracy [settings] in percent, cheapest last; weights [rows]: how often a row counts."""
-        weights = np.ones(len(self.full)) if weights is None else weights
-        saved = 100 * (1 - self.macs @ weights / (self.full @ weights))
-        accuracy = 100 * (self.right @ weights) / weights.sum()
-        return ordered(saved, accuracy)
+    def line(self, axis: str = "macs") -> Line:
+        """Saved and accuracy on an axis."""
+        return self.lines(np.ones((len(self.full[axis]), 1)), axis)[0]
+
+    def lines(self, weights: Floats, axis: str = "macs") -> list[Line]:
+        """A line for every column of weights [rows, draws], which say how often a row counts."""
+        saved = 100 * (1 - self.spent[axis] @ weights / (self.full[axis] @ weights))
+        accuracy = 100 * (self.right.astype(float) @ weights) / weights.sum(0)
+        return [ordered(saved[:, at], accuracy[:, at]) for at in range(weights.shape[1])]
 
 
-def ordered(saved: Floats, accuracy: Floats) -> tuple[Floats, Floats]:
+def ordered(saved: Floats, accuracy: Floats) -> Line:
     """A line by rising saving; settings that save the same are averaged."""
     unique, place = np.unique(saved, return_inverse=True)
     return unique, np.bincount(place, accuracy) / np.bincount(place)
 
 
-def area(
-    one: tuple[Floats, Floats], other: tuple[Floats, Floats], low: float, high: float
-) -> tuple[float, float]:
+def area(one: Line, other: Line, low: float, high: float) -> tuple[float, float]:
     """How far `one` lies above and below `other` between two savings, each divided by the width where both
     exist: percent points, both positive. NaN where they have no width in common.
 
@@ -66,7 +70,7 @@ def area(
     return above / (high - low), below / (high - low)
 
 
-def score(line: tuple[Floats, Floats], static: tuple[Floats, Floats]) -> float:
+def score(line: Line, static: Line) -> float:
     """ELUE's score: mean over the line's points of accuracy less a static network's at the same cost.
 
     static: truncated networks, one an exit. Points outside of what they save are held against the nearest.
@@ -74,20 +78,27 @@ def score(line: tuple[Floats, Floats], static: tuple[Floats, Floats]) -> float:
     return float(np.mean(line[1] - np.interp(line[0], *static)))
 
 
-def paired(
-    one: Settings, other: Settings, low: float, high: float, *, resamples: int = 1000, seed: int = 0
-) -> dict[str, float]:
-    """Mean of `one` less `other` between two savings, and its 95 % interval over rows drawn anew, the same
-    rows for both.
-    """
-    draw, rows = np.random.default_rng(seed), len(one.full)
+def redrawn(rows: int, draws: int = DRAWS, seed: int = 0) -> Floats:
+    """How often each row counts when rows are drawn anew [rows, draws]; the same for everybody who asks."""
+    draw = np.random.default_rng(seed)
+    counts = [np.bincount(draw.integers(0, rows, rows), minlength=rows) for _ in range(draws)]
+    return np.stack(counts, axis=1).astype(float)
+
+
+def gaps(
+    one: Settings, other: Settings, low: float, high: float, weights: Floats, axis: str = "macs"
+) -> Floats:
+    """Mean of `one` less `other` between two savings, once as it is and then for every draw [1 + draws]."""
     grid = np.linspace(low, high, GRID)
+    weights = np.concatenate([np.ones((len(weights), 1)), weights], axis=1)
+    pairs = zip(one.lines(weights, axis), other.lines(weights, axis), strict=True)
+    return np.array([np.mean(np.interp(grid, *mine) - np.interp(grid, *yours)) for mine, yours in pairs])
 
-    def gap(weights: Floats) -> float:
-        return float(np.mean(np.interp(grid, *one.line(weights)) - np.interp(grid, *other.line(weights))))
 
-    gaps = [
-        gap(np.bincount(draw.integers(0, rows, rows), minlength=rows).astype(float)) for _ in range(resamples)
-    ]
-    least, most = np.percentile(gaps, [2.5, 97.5])
-    return {"difference": gap(np.ones(rows)), "low": float(least), "high": float(most)}
+def interval(found: Sequence[Floats]) -> dict[str, float]:
+    """Mean difference and its 95 % interval over rows: found holds gaps() of several seeds or data sets, in
+    which draw n drew the same rows of the same data; they are averaged first.
+    """
+    mean = np.mean(found, axis=0)
+    low, high = np.percentile(mean[1:], [2.5, 97.5])
+    return {"difference": float(mean[0]), "low": float(low), "high": float(high)}

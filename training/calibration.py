@@ -32,11 +32,15 @@ def calibration_error(logits: Floats, labels: Ids, bins: int = BINS) -> float:
     logits [rows, classes], labels [rows].
     """
     probabilities = softmax(logits.astype(np.float32))
-    confidence, right = probabilities.max(-1).astype(float), logits.argmax(-1) == labels
+    return binned_error(probabilities.max(-1).astype(float), logits.argmax(-1) == labels, bins)
+
+
+def binned_error(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
+    """The same from the probabilities of the answers themselves: confidence [rows], right [rows]."""
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     gaps = [abs(right[part].mean() - confidence[part].mean()) * len(part) for part in parts]
-    return float(np.sum(gaps) / len(labels))
+    return float(np.sum(gaps) / len(right))
 
 
 def negative_log_likelihood(logits: Floats, labels: Ids, temperature: float = 1.0) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offramp.benchmarks.frontiers import Settings, area, ordered, paired, score
+from offramp.benchmarks.frontiers import Settings, area, gaps, interval, ordered, redrawn, score
 
 
 def line(*points: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -47,22 +47,43 @@ def test_score_is_the_mean_over_a_static_network_of_the_same_cost() -> None:
 def settings(accuracy: float, rows: int, seed: int) -> Settings:
     """Two settings that save 0 and 80 %, right on that share of the rows."""
     right = np.random.default_rng(seed).random((2, rows)) < accuracy
-    return Settings(right, np.array([[1.0], [0.2]]) * np.ones((2, rows)), np.ones(rows))
+    spent = np.array([[1.0], [0.2]]) * np.ones((2, rows))
+    return Settings(right, {"macs": spent}, {"macs": np.ones(rows)})
+
+
+def compared(one: Settings, other: Settings) -> dict[str, float]:
+    return interval([gaps(one, other, 30, 60, redrawn(one.right.shape[1], 200))])
 
 
 def test_a_method_does_not_differ_from_itself() -> None:
     one = settings(0.8, 300, 1)
-    assert paired(one, one, 30, 60, resamples=50) == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert compared(one, one) == {"difference": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_the_interval_holds_zero_for_equals_and_not_for_a_clear_difference() -> None:
-    same = paired(settings(0.8, 400, 1), settings(0.8, 400, 2), 30, 60, resamples=200)
+    same = compared(settings(0.8, 400, 1), settings(0.8, 400, 2))
     assert same["low"] < 0 < same["high"]
-    better = paired(settings(0.9, 400, 1), settings(0.7, 400, 2), 30, 60, resamples=200)
+    better = compared(settings(0.9, 400, 1), settings(0.7, 400, 2))
     assert better["low"] > 0 and better["difference"] == pytest.approx(20, abs=4)
+
+
+def test_seeds_that_agree_on_the_rows_do_not_narrow_the_interval_and_those_that_do_not_do() -> None:
+    one, other, weights = settings(0.9, 400, 1), settings(0.7, 400, 2), redrawn(400, 200)
+    found = gaps(one, other, 30, 60, weights)
+    again = gaps(settings(0.9, 400, 3), settings(0.7, 400, 4), 30, 60, weights)
+    assert interval([found, found]) == interval([found])
+    both = interval([found, again])
+    assert both["high"] - both["low"] < 0.85 * (interval([found])["high"] - interval([found])["low"])
 
 
 def test_macs_are_summed_over_rows_and_not_averaged_by_row() -> None:
     # A long row of 9 that is walked whole and a short one of 1 that costs nothing: a tenth is saved.
-    one = Settings(np.ones((1, 2), bool), np.array([[9.0, 0.0]]), np.array([9.0, 1.0]))
-    assert one.line()[0] == pytest.approx([10.0])
+    macs, full = {"macs": np.array([[9.0, 0.0]])}, {"macs": np.array([9.0, 1.0])}
+    assert Settings(np.ones((1, 2), bool), macs, full).line()[0] == pytest.approx([10.0])
+
+
+def test_rows_that_are_drawn_often_count_often() -> None:
+    right, macs = np.array([[True, False]]), {"macs": np.array([[1.0, 3.0]])}
+    one = Settings(right, macs, {"macs": np.array([4.0, 4.0])})
+    (saved, accuracy), _ = one.lines(np.array([[3.0, 1.0], [1.0, 1.0]]))
+    assert saved == pytest.approx([100 * (1 - 6 / 16)]) and accuracy == pytest.approx([75.0])
