@@ -17,6 +17,7 @@ Where precision varies, bit operations; with --measure, milliseconds of the expo
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ from offramp.training.recipes import RECIPES, load_recipe
 PLAIN = ("max_probability", "entropy", "margin", "patience")
 REFERENCE = "max_probability (joint)"
 ORACLE = "first right (joint)"
+CORNERS = 61  # of a line as it is written to the file
 RANGE = (30.0, 60.0)  # per cent of multiply-accumulates saved
 FIGURES = (
     "accuracy_at_half",
@@ -116,9 +118,13 @@ def compare(
 
 
 def _lines(entry: Entry) -> dict[str, Any]:
-    """The frontier on every axis, rounded."""
-    lines = {axis: entry.settings.line(axis) for axis in entry.settings.spent}
-    return {"lines": {axis: [x.round(3).tolist(), y.round(3).tolist()] for axis, (x, y) in lines.items()}}
+    """The frontier on every axis, at savings that are evenly apart."""
+    lines = {}
+    for axis in entry.settings.spent:
+        saved, accuracy = entry.settings.line(axis)
+        grid = np.linspace(saved[0], saved[-1], CORNERS)
+        lines[axis] = [grid.round(2).tolist(), np.interp(grid, saved, accuracy).round(2).tolist()]
+    return {"lines": lines}
 
 
 def _bound(joint: Ears) -> dict[str, float]:
@@ -229,7 +235,12 @@ def main(
             f"{' '.join(map(str, problem.cmd))} ended with {problem.returncode}"
         ) from None
     show(result)
-    write_whole(out / "compare.json", json.dumps(result, indent=1) + "\n")
+    said = [model, "--data", data, *words[words.index("--data") + 2 :], "--recipes", recipes]
+    shown = [Path(word).name if Path(word).exists() else word for word in said]
+    tail = ["--seeds", str(seeds), *(["--", *more] if more else [])]
+    command = shlex.join(["ee-compare", "--model", *shown, *tail])
+    result = {"command": command, "settings": list(wishes)} | result
+    write_whole(out / "compare.json", json.dumps(result) + "\n")
     write_whole(out / "compare.html", page(result, HEAD, rows_of(result)))
 
 

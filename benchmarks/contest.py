@@ -159,8 +159,8 @@ def _quee_on_test(
     best = _half([(choice.macs_saved, accuracy) for accuracy, choice in chosen])
     figures = _figures(settings, best, static_line(heard), chances[best])
     figures |= {"setting": dict(chosen[best][1].rule.parameters)}
-    if len(heard.table.logits[0, 0]) == 2:  # the margin tells the probability with two classes only
-        figures["ece_raw"] = 100 * binned_error(certain[best], rights[best])
+    # No temperature: of a path's answer its statistics are kept, and not its logits.
+    figures["ece_raw"] = 100 * binned_error(certain[best], rights[best])
     return Entry(settings, [choice for _, choice in chosen], figures, ears.folder)
 
 
@@ -224,8 +224,10 @@ def _first_below(entropy: NDArray[np.float32], cut: float) -> NDArray[np.int64]:
 
 
 def _top(seen: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Top probability of two from their margin: seen [rows, 3]."""
-    found: NDArray[np.float64] = (1 + seen[:, 2].astype(float)) / 2
+    """The top probability p, since log(p / q) and p - q are kept: seen [rows, 3] -> [rows]."""
+    certainty, margin = seen[:, 0].astype(float), seen[:, 2].astype(float)
+    apart = -np.expm1(-np.maximum(certainty, 1e-12))  # 1 - q / p
+    found: NDArray[np.float64] = np.clip(margin / apart, 0.0, 1.0)
     return found
 
 

@@ -89,17 +89,19 @@ class Ears:
         alone = costs.to_exit - earlier_heads(network, rows.lengths)
         return Heard(table, costs, spent | {"bops": bops}, full | {"bops": ledger.full}, alone)
 
-    def paths(self, split: str) -> Paths:
-        """All paths of rule quee, in the variants that the checkpoint has forecasts for."""
+    def paths(self, split: str, names: tuple[str, ...] = ()) -> Paths:
+        """All paths of rule quee, in these variants or those that the checkpoint has forecasts for."""
         network, rows = self.loaded.network, self.rows[split]
-        names = network.spec.forecast
+        names = names or tuple(network.spec.forecast)
 
         def follow() -> dict[str, Any]:
             found = collect_outcomes(network, rows, names, what=f"{self.folder.name} {split} paths")
             return {"seen": found.seen, "wrong": found.wrong}
 
-        kept = self._kept(f"{split}.paths", f"{self.keys[split]} {names} {STATISTICS}", follow)
-        outcomes = Outcomes(tuple(names), kept["seen"], kept["wrong"], rows.lengths)
+        kept = self._kept(
+            f"{split}.paths.{'.'.join(names)}", f"{self.keys[split]} {names} {STATISTICS}", follow
+        )
+        outcomes = Outcomes(names, kept["seen"], kept["wrong"], rows.lengths)
         return Paths(outcomes, bit_ledger(network, rows.lengths, names))
 
     def _kept(self, what: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -117,13 +119,13 @@ class Ears:
         return made
 
 
-def listen_to(folder: Path, data: str) -> Ears:
+def listen_to(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -> Ears:
     """Load a checkpoint and the rows that it is judged on."""
     loaded, rows = load_checkpoint(folder), load_data(data, Columns())
-    encoded = {split: encode_for(loaded, rows.split(split)) for split in SPLITS}
+    encoded = {split: encode_for(loaded, rows.split(split)) for split in splits}
     weights = digest_of(folder)
     keys = {}
-    for split in SPLITS:
+    for split in splits:
         part = rows.split(split)
         pictures = None if part.images is None else part.images.files
         said = hashlib.sha256(repr((part.text, part.text_b, pictures)).encode())

@@ -6,7 +6,7 @@
 Forecasters are fitted on dev, walks are replayed on test, over one grid of prices for all. Every line is its
 upper hull on test, which flatters all lines alike. The oracle knows the answers: a bound, not a rival. A
 checkpoint of another recipe will do: backbone and exits are all that is read. --bundle (a calibrated one of
-recipe quee) adds the frontiers in its milliseconds.
+recipe quee) adds the frontiers in its milliseconds. What the paths ended in is kept beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.benchmarks.heard import listen_to
 from offramp.runtime.bundle import open_bundle
-from offramp.training.batches import Encoded, encode
-from offramp.training.checkpoint import load_checkpoint
-from offramp.training.data import load_data
-from offramp.training.outcomes import Outcomes, collect_outcomes
 from offramp.training.recipes.quee import FORECASTERS, Quee, compare, fitted
 from offramp.training.replanning import Ledger, bit_ledger, clock_ledger, frontier
 
@@ -48,14 +43,13 @@ def main(
     json_file: Path | None,
 ) -> None:
     settings = Quee(variants=variants)
-    loaded, rows = load_checkpoint(checkpoint), load_data(data)
-    tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
-    dev, test = (encode(rows.split(name), tokenizer, loaded.text) for name in ("dev", split))
-    known, unseen = (_outcomes(loaded.network, part, settings) for part in (dev, test))
+    ears = listen_to(checkpoint, data, ("dev", split))
+    network, test = ears.loaded.network, ears.rows[split]
+    known, unseen = (ears.paths(name, settings.names).outcomes for name in ("dev", split))
     fit = settings.fit(seed)
     forecasters = fitted(known, fit)
     exits = {name: fitted(known.only([name]), fit)["mlp"] for name in known.variants}
-    ledgers = [bit_ledger(loaded.network, test.lengths, settings.names)]
+    ledgers = [bit_ledger(network, test.lengths, settings.names)]
     if bundle is not None:
         ledgers.append(_clock(bundle, ledgers[0]))
     found: dict[str, Any] = {
@@ -72,10 +66,6 @@ def main(
         _print(found[ledger.unit], f"{found['checkpoint']} on {found['data']} ({split})")
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _outcomes(network: EarlyExitNetwork, rows: Encoded, settings: Quee) -> Outcomes:
-    return collect_outcomes(network, rows, settings.names, what="every path")
 
 
 def _clock(bundle: Path, like: Ledger) -> Ledger:

@@ -1,0 +1,155 @@
+"""docs/comparison.md from the files of ee-compare: a table a data set, and methods over all data sets.
+
+    python benchmarks/compare_all.py            # reads benchmarks/results/compare_*.json
+
+A file whose "settings" are not empty is a variant: it is held against the file of the same data without
+them, row by row, since both drew the same rows anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from offramp.benchmarks.compare import HEAD, REFERENCE, rows_of
+from offramp.benchmarks.frontiers import Floats, interval
+from offramp.runtime.report import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "comparison.md"
+INTRODUCTION = """# Methods compared
+
+Written by `python benchmarks/compare_all.py` out of `benchmarks/results/compare_*.json`, which the commands
+below made. Settings were chosen on dev; test was read once.
+
+- Accuracy (standard deviation over seeds), savings and controls: of the point that was the most accurate on
+  dev among those that save half of the multiply-accumulates. random: exits drawn by chance with the same
+  histogram. static: a truncated network of equal cost.
+- difference: mean accuracy between 30 and 60 % of multiply-accumulates saved, less that of max-probability on
+  the joint checkpoint, with its 95 % interval over rows drawn anew, the same rows for both and for all seeds.
+  It says nothing about other seeds.
+"""
+
+
+def read() -> list[dict[str, Any]]:
+    """All result files, in the order of their names."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("compare_*.json"))]
+
+
+def drawn(result: dict[str, Any], name: str) -> Floats:
+    """What gaps() gave, averaged over seeds: the difference as it is, then draw by draw."""
+    mean = result["against_max_probability"][name]["difference"]
+    return np.array([mean, *result["draws"][name]])
+
+
+def over_all(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Methods that all data sets have, each data set counted once."""
+    names = [name for name in results[0]["draws"] if all(name in one["draws"] for one in results)]
+    rows = []
+    for name in names:
+        if name == REFERENCE:
+            continue
+        found = interval([drawn(one, name) for one in results])
+        each = [f"{one['against_max_probability'][name]['difference']:+.2f}" for one in results]
+        rows.append([name, *each, said(found), judgement(found)])
+    return rows
+
+
+def said(found: dict[str, float]) -> str:
+    """A difference and its interval."""
+    return f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def judgement(found: dict[str, float]) -> str:
+    """Whether the interval leaves zero, in words."""
+    if found["low"] > 0:
+        return "above"
+    return "below" if found["high"] < 0 else "not apart"
+
+
+def variants(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Other settings of a recipe less its default ones."""
+    plain = {one["data"]: one for one in results if not one["settings"]}
+    rows = []
+    for one in results:
+        base = plain.get(one["data"])
+        if not one["settings"] or base is None or one["seeds"] != base["seeds"]:
+            continue
+        for name in one["draws"]:
+            if name.endswith("(joint)"):
+                continue
+            found = interval([drawn(one, name) - drawn(base, name)])
+            figures = (np.mean([s["accuracy_at_half"] for s in r["methods"][name]]) for r in (one, base))
+            accuracy = [f"{figure:.2f}" for figure in figures]
+            rows.append(
+                [one["data"], name, " ".join(one["settings"]), *accuracy, said(found), judgement(found)]
+            )
+    return rows
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def milliseconds(result: dict[str, Any]) -> list[list[str]]:
+    """The walked points of every method."""
+    rows = []
+    for name, points in result["milliseconds"]["points"].items():
+        for point in points:
+            rows.append(
+                [
+                    name,
+                    f"{point['ms']:.2f}",
+                    f"{point['share']:.1f}",
+                    f"{point['macs_saved']:.1f}",
+                    f"{point['accuracy']:.2f}",
+                ]
+            )
+    return rows
+
+
+def text(results: Sequence[dict[str, Any]]) -> str:
+    """The whole page."""
+    plain = [one for one in results if not one["settings"]]
+    lines = [INTRODUCTION]
+    if len(plain) > 1:
+        head = ("method (rule)", *(one["data"] for one in plain), "all, 95 %", "against max-probability")
+        lines += ["## Over all data sets", "", *grid(head, over_all(plain))]
+    for one in plain:
+        seeds = ", ".join(map(str, one["seeds"]))
+        title = f"## {one['data']} ({one['rows']['test']} rows of test, seeds {seeds})"
+        lines += [title, "", f"    {one['command']}", "", *grid(HEAD, rows_of(one))]
+        if "milliseconds" in one:
+            about = one["milliseconds"]
+            words = (
+                f"Walked at batch 1 ({about['rows']} rows of test, single graph {about['monolith_ms']} ms):"
+            )
+            head = ("method (rule)", "ms", "% of the single graph", "macs saved %", "accuracy %")
+            lines += [words, "", *grid(head, milliseconds(one))]
+    other = variants(results)
+    if other:
+        head = ("data", "method (rule)", "instead of the default", "accuracy at half", "default's")
+        head = (*head, "less the default", "")
+        lines += ["## Other settings", "", *grid(head, other)]
+    return "\n".join(lines)
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    results = read()
+    if not results:
+        raise click.ClickException(f"no compare_*.json in {RESULTS.name}/: run ee-compare and copy its file")
+    write_whole(PAGE, text(results))
+    click.echo(PAGE.name)
+
+
+if __name__ == "__main__":
+    main()
