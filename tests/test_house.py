@@ -57,6 +57,7 @@ PURPOSE = {
     "benchmarks/results": "what the benchmarks measured, as JSON",
     "docs": "how to, and what was tried and measured",
     "docs/measured.md": "every contender and every figure, written by `make bench`",
+    "docs/comparison.md": "every method by data set and over all, written by benchmarks/compare_all.py",
     "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
     "docs/log.md": "a dated log of what was tried, negative results too",
     ".ci/run": "check, test, then the wheel alone on the oldest and the newest Python",
