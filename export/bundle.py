@@ -24,7 +24,7 @@ def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> 
     listing: the file that makes it ours and names its files. A folder that holds anything beside these is not
     replaced: that would be lost.
     """
-    cure = "choose another --out"
+    cure = f"choose another {'--out' if listing == FILE_NAME else '--rivals'}"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise BadTarget(f"{folder} is a file or a link, not a folder; {cure}")
     if not folder.exists() or not any(folder.iterdir()):

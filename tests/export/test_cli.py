@@ -157,6 +157,8 @@ def test_rivals_are_what_ee_bench_reads(
     np.testing.assert_allclose(logits, truth, atol=1e-5)
     again = run(saved, *words, "--truncate", "1")
     assert again.exit_code == 2 and "or say --overwrite" in again.stderr
+    taken = run(saved, "--out", tmp_path / "other", "--rivals", tmp_path / "rivals")
+    assert taken.exit_code == 2 and "choose another --rivals" in taken.stderr
     bad = run(saved, "--out", tmp_path / "other", "--rivals", tmp_path / "more", "--truncate", "3")
     assert bad.exit_code == 2 and "this checkpoint has exits after 1, 2" in bad.stderr
     assert not (tmp_path / "more").exists() and not (tmp_path / "other").exists()
