@@ -29,16 +29,17 @@ BOTH = ("fp32", "int8")
 
 
 def bundle_of(checkpoint: Path, variants: tuple[str, ...], *, rivals: bool = False) -> Path:
-    """The checkpoint's bundle beside it, split now unless one of the same weights is there."""
+    """The checkpoint's bundle beside it, split now unless one of these weights has all of that."""
     bundle = checkpoint.with_name(f"{checkpoint.name}.bundle")
-    key_file, key = checkpoint.with_name(f"{checkpoint.name}.bundle.key"), digest_of(checkpoint)
-    key += f" {','.join(variants)} {rivals}"
-    if not key_file.is_file() or key_file.read_text(encoding="utf-8") != key:
+    key_file, asked = checkpoint.with_name(f"{checkpoint.name}.bundle.key"), {*variants}
+    asked |= {"rivals"} if rivals else set()
+    weights, *there = key_file.read_text(encoding="utf-8").split() if key_file.is_file() else ("",)
+    if weights != digest_of(checkpoint) or not asked <= {*there}:
         words = ["--out", str(bundle), "--variants", ",".join(variants), "--overwrite"]
         words += ["--rivals", str(rivals_of(checkpoint))] if rivals else []
         command = [str(Path(sys.executable).parent / "ee-split"), str(checkpoint), *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        key_file.write_text(key, encoding="utf-8")
+        key_file.write_text(" ".join([digest_of(checkpoint), *sorted(asked)]), encoding="utf-8")
     return bundle
 
 

@@ -89,9 +89,7 @@ def collect_outcomes(
     exits, count = len(network.spec.exits), len(variants)
     shape = (len(rows), count, count, exits, exits)
     seen, wrong = np.zeros((*shape, STATISTICS), np.float32), np.zeros(shape, np.bool_)
-    for index in tqdm(
-        _of_one_length(rows.lengths), desc=what, unit="batch", file=sys.stderr, mininterval=1.0
-    ):
+    for index in tqdm(of_one_length(rows.lengths), desc=what, unit="batch", file=sys.stderr, mininterval=1.0):
         inputs, labels = rows.batch(index, device)
         hidden, context = network.stem(inputs)
         for before in range(count):
@@ -142,7 +140,8 @@ def _put(seen: Floats, wrong: Bools, index: Numbers, place: tuple[Any, ...], fou
         seen[index, before, after, change, exit_at], wrong[index, before, after, change, exit_at] = found
 
 
-def _of_one_length(lengths: Numbers) -> list[Numbers]:
+def of_one_length(lengths: Numbers) -> list[Numbers]:
+    """Batches of row numbers, each of rows of one length: nothing has to be padded."""
     batches = []
     for length in np.unique(lengths):
         same = np.flatnonzero(lengths == length)
