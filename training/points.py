@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules.sweep import Point, choose_points, full_depth
-from offramp.training.collect import Collected
+from offramp.training.batches import Encoded
+from offramp.training.collect import collect
 from offramp.training.frontier import costs_of, table_of
+from offramp.training.loop import Run
 
 
-def operating_points(network: EarlyExitNetwork, dev: Collected, rule: str) -> dict[str, Any]:
-    """What goes into training.json: dev figures and the points that choose_points gives.
+def operating_points(run: Run, dev: Encoded, rule: str) -> dict[str, Any]:
+    """What goes into training.json: figures of the network on dev and the points that choose_points gives.
 
     rule: the one that the recipe leaves by, a name in offramp.runtime.rules.sweep.SWEPT.
     """
-    table, costs = table_of(dev), costs_of(network, dev.lengths)
+    seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
+    table, costs = table_of(seen), costs_of(run.network, seen.lengths)
     points = choose_points(rule, table, costs)
     return {
         "rule": rule,
         "dev": {
             "exit_accuracy": [round(100 * float(v), 2) for v in table.right.mean(0)],
             "full_depth": full_depth(table, costs).accuracy,
-            "rows": len(dev.labels),
+            "rows": len(seen.labels),
         },
         "operating_points": [_as_json(name, point) for name, point in points.items()],
     }

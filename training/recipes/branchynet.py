@@ -6,6 +6,9 @@ entropy below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016).
 We differ: weights are equal (the paper leaves them to the user), their sum is a mean, the threshold is one
 for all exits (the paper's can differ) and is chosen on dev, and the backbone is a pretrained transformer.
 
+Expect: e5-small on sst2, some 10 minutes on one core; 89.7 % on test with 52 % of multiply-accumulates saved,
+0.3 below max-probability on recipe joint (docs/comparison.md).
+
     ee-train --model MODEL --data DATA --recipe branchynet --out ckpt/
 """
 
@@ -16,7 +19,6 @@ from typing import Any
 from torch import Tensor
 
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect
 from offramp.training.loop import Run
 from offramp.training.points import operating_points
 from offramp.training.recipes.joint import Joint, warm_start
@@ -40,5 +42,4 @@ def train(
 ) -> dict[str, Any]:
     """Train backbone and exits (after --init: further); gives dev figures and operating points."""
     warm_start(run, train, settings, uniform, "branchynet")
-    seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
-    return operating_points(run.network, seen, "entropy")
+    return operating_points(run, dev, "entropy")

@@ -171,8 +171,7 @@ def train(
         _fit_policies(run, rewarded, easy[judged], settings, f"policy {number + 1}")
         _fit_both(run, train, easy, settings, f"both {number + 1}")
     _fit_policies(run, rewarded, easy[judged], settings, "policy last")
-    seen = collect(run.network, dev, device=device, what="dev")
-    return operating_points(run.network, seen, "gate")
+    return operating_points(run, dev, "gate")
 
 
 def _fit_policies(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE, name: str) -> None:

@@ -8,6 +8,9 @@ own), stage 2 runs on cached features, exit_epochs epochs of seconds each (their
 network), and warm-up, decay and rates are those of recipe joint. With --init stage 1 is taken from there: a
 checkpoint of this recipe or of fastbert, whose stage 1 is the same.
 
+Expect: e5-small on sst2, some 11 minutes on one core; 89.7 % on test with 51 % of multiply-accumulates saved,
+not apart from max-probability on recipe joint, below it on trec6 (docs/comparison.md).
+
     ee-train --model MODEL --data DATA --recipe deebert --out ckpt/
 """
 
@@ -64,5 +67,4 @@ def train(
 
         sizes = {"epochs": settings.exit_epochs, "batch_size": settings.exit_batch}
         fit_exits(run, seen, loss, name="exits", lr=settings.exit_lr, **sizes)
-    dev_seen = collect(run.network, dev, device=device, what="dev")
-    return operating_points(run.network, dev_seen, "entropy")
+    return operating_points(run, dev, "entropy")

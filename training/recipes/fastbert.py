@@ -8,6 +8,9 @@ We differ: a student is one linear layer on the standardized mean of the tokens 
 self-attention and two linear layers), it learns from the training rows alone (theirs may be unlabeled rows
 besides), on cached features. With --init stage 1 is taken from there; that of recipe deebert is the same.
 
+Expect: e5-small on sst2, a minute and a half on one core after stage 1; 89.5 % on test with 52 % of
+multiply-accumulates saved, not apart from max-probability on recipe joint (docs/comparison.md).
+
     ee-train --model MODEL --data DATA --recipe fastbert --out ckpt/
 """
 
@@ -58,5 +61,4 @@ def train(
 
         sizes = {"epochs": settings.exit_epochs, "batch_size": settings.exit_batch}
         fit_exits(run, seen, loss, name="students", lr=settings.exit_lr, **sizes)
-    dev_seen = collect(run.network, dev, device=device, what="dev")
-    return operating_points(run.network, dev_seen, "entropy")
+    return operating_points(run, dev, "entropy")

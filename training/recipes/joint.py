@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect
 from offramp.training.loop import Run, Stage
 from offramp.training.points import operating_points
 
@@ -107,5 +106,4 @@ def train(
 ) -> dict[str, Any]:
     """Train backbone and exits (after --init: further); gives dev figures and operating points."""
     warm_start(run, train, settings)
-    seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
-    return operating_points(run.network, seen, "max_probability")
+    return operating_points(run, dev, "max_probability")

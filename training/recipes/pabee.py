@@ -6,6 +6,9 @@ t-th in a row to say what the exit before it said.
 We differ: see recipe joint for the exits; regression is not built. With --init a joint checkpoint nothing is
 trained, only the points of the rule are chosen.
 
+Expect: e5-small on sst2, a quarter of a minute after recipe joint; 86.9 % on test with 51 % of
+multiply-accumulates saved, 2.2 below max-probability on the same exits (docs/comparison.md).
+
     ee-train --init JOINT --data DATA --recipe pabee --out ckpt/
 """
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 from typing import Any
 
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect
 from offramp.training.loop import Run
 from offramp.training.points import operating_points
 from offramp.training.recipes.joint import Joint, warm_start
@@ -34,5 +36,4 @@ def train(
     """Recipe joint, unless --init brings it; gives dev figures and operating points."""
     if not skip_warm_start:
         warm_start(run, train, settings)
-    seen = collect(run.network, dev, device=run.accelerator.device, what="dev")
-    return operating_points(run.network, seen, "patience")
+    return operating_points(run, dev, "patience")

@@ -21,7 +21,9 @@ Operating points are stated in bit operations; ee-calibrate measures millisecond
     ee-split ckpt/ --variants fp32,int8
     ee-calibrate dev.jsonl --bundle bundle/
 
-Expect: e5-small on trec6, 500 dev rows in fp32 and int8, some three minutes on 2 cores after the warm start.
+Expect: e5-small on sst2, 872 dev rows in fp32 and int8, three minutes on one core after recipe joint; 89.8 %
+on test with 57 % of multiply-accumulates and 97 % of bit operations saved, as leaving alone in int8 does
+(docs/comparison.md).
 """
 
 from __future__ import annotations
