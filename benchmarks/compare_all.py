@@ -1,6 +1,6 @@
 """docs/comparison.md from the files of ee-compare: a table a data set, and methods over all data sets.
 
-    python benchmarks/compare_all.py            # reads benchmarks/results/compare_*.json
+    python benchmarks/compare_all.py    # reads compare_*.json and agreement_*.json of benchmarks/results
 
 A file whose "settings" are not empty is a variant: it is held against the file of the same data without
 them, row by row, since both drew the same rows anew.
@@ -37,9 +37,19 @@ below made. Settings were chosen on dev; test was read once.
 """
 
 
-def read() -> list[dict[str, Any]]:
-    """All result files, in the order of their names."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("compare_*.json"))]
+AGREEMENT = """## Torch and the bundle decide alike
+
+The same rows through the trained modules and through the exported bundle, by two programs. same: the same
+segments in the same precision and the same label. ties: decided differently though no probability and no gate
+on the way was further apart than 1e-5. other: neither. In fp32 there is to be none of the last. In int8 a
+number between two grid points may fall to either side and moves all that comes after it, so that torch in
+float64 does not decide as torch in float32 does either; the bundle is held against that.
+"""
+
+
+def read(kind: str = "compare") -> list[dict[str, Any]]:
+    """All result files of a kind, in the order of their names."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
 
 
 def drawn(result: dict[str, Any], name: str) -> Floats:
@@ -116,7 +126,14 @@ def milliseconds(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def text(results: Sequence[dict[str, Any]]) -> str:
+def agreement(found: dict[str, Any]) -> list[str]:
+    """The command and a line for every walk of a file of agreement.py."""
+    head = list(found["lines"][0])
+    rows = [[str(value).replace("_", " ") for value in line.values()] for line in found["lines"]]
+    return [f"    python {found['command']}", "", *grid([name.replace("_", " ") for name in head], rows)]
+
+
+def text(results: Sequence[dict[str, Any]], agreements: Sequence[dict[str, Any]] = ()) -> str:
     """The whole page."""
     plain = [one for one in results if not one["settings"]]
     lines = [INTRODUCTION]
@@ -139,6 +156,8 @@ def text(results: Sequence[dict[str, Any]]) -> str:
         head = ("data", "method (rule)", "instead of the default", "accuracy at half", "default's")
         head = (*head, "less the default", "")
         lines += ["## Other settings", "", *grid(head, other)]
+    if agreements:
+        lines += [AGREEMENT, *(line for found in agreements for line in agreement(found))]
     return "\n".join(lines)
 
 
@@ -147,7 +166,7 @@ def main() -> None:
     results = read()
     if not results:
         raise click.ClickException(f"no compare_*.json in {RESULTS.name}/: run ee-compare and copy its file")
-    write_whole(PAGE, text(results))
+    write_whole(PAGE, text(results, read("agreement")))
     click.echo(PAGE.name)
 
 
