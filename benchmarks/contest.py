@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from offramp.benchmarks.frontiers import Line, Settings, ordered, score
 from offramp.benchmarks.heard import Ears, Heard, Paths
 from offramp.runtime.rules import Plan, Rule, RuleSpec, bind, simulate
-from offramp.runtime.rules.sweep import Point, full_depth, settings_to_try, sweep, undominated
+from offramp.runtime.rules.sweep import STEPS, Point, full_depth, settings_to_try, sweep, undominated
 from offramp.training.calibration import binned_error, trust
 from offramp.training.forecasters import Forecaster, by_network
 from offramp.training.recipes.quee import Quee, cross_fitted
@@ -91,8 +91,8 @@ def quee_entry(ears: Ears) -> Entry:
     return _quee_on_test(ears, test, _undominated(tried), by_network(ears.loaded.network.forecasts))
 
 
-def entropy_entry(ears: Ears, variant: str, checkpoint: Path) -> Entry:
-    """Leaving alone in one variant, by entropy: what rule quee has to beat.
+def sure_entry(ears: Ears, variant: str, checkpoint: Path) -> Entry:
+    """Leaving alone in one variant, by max-probability: what rule quee has to beat.
 
     ears: of recipe quee, whose exits are those of `checkpoint`, the one that is exported for this.
     """
@@ -102,18 +102,17 @@ def entropy_entry(ears: Ears, variant: str, checkpoint: Path) -> Entry:
     count = dev.outcomes.exits
     macs = {split: ears.heard(split) for split in ("dev", "test")}
     tried = []
-    cuts = np.unique(np.quantile(said["dev"][0][:, number, :, 1], np.linspace(0, 1, 200)))
-    for cut in [-1.0, *cuts.tolist()]:
-        exits = _first_below(said["dev"][0][:, number, :, 1], cut)
+    top = {split: _top(seen[:, number]) for split, (seen, _) in said.items()}  # [rows, exits]
+    cuts = np.unique(np.quantile(top["dev"], np.linspace(0, 1, STEPS)))
+    for cut in [2.0, *cuts.tolist()]:
+        exits = _first_above(top["dev"], cut)
         rows = np.arange(len(exits))
         accuracy = 100 * float(1 - said["dev"][1][rows, number, exits].mean())
         saved = 100 * float(1 - macs["dev"].spent["macs"][rows, exits].sum() / macs["dev"].full["macs"].sum())
-        spec = RuleSpec("entropy", {"threshold": cut})
+        spec = RuleSpec("max_probability", {"threshold": cut})
         tried.append((float(exits.mean()), accuracy, Choice(spec, variant, saved)))
     chosen = _undominated(tried)
-    exits = np.stack(
-        [_first_below(said["test"][0][:, number, :, 1], c.rule.parameters["threshold"]) for _, c in chosen]
-    )
+    exits = np.stack([_first_above(top["test"], c.rule.parameters["threshold"]) for _, c in chosen])
     rows = np.arange(exits.shape[1])
     right = ~said["test"][1][rows, number, exits]
     to_exit = test.ledger.stem[:, None] + test.ledger.steps[:, number].cumsum(1)
@@ -215,17 +214,17 @@ def _ends(plans: Plan, start: int) -> tuple[NDArray[np.int64], ...]:
     return exits, ended, np.maximum((plans == start).sum(1) - 1, 0)
 
 
-def _first_below(entropy: NDArray[np.float32], cut: float) -> NDArray[np.int64]:
-    """The first exit with an entropy below, else the last: entropy [rows, exits] -> [rows]."""
-    leaves = entropy < cut
+def _first_above(top: NDArray[np.float64], cut: float) -> NDArray[np.int64]:
+    """The first exit whose top probability reaches the cut, else the last: top [rows, exits] -> [rows]."""
+    leaves = top >= cut
     leaves[:, -1] = True
     found: NDArray[np.int64] = leaves.argmax(1)
     return found
 
 
 def _top(seen: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The top probability p, since log(p / q) and p - q are kept: seen [rows, 3] -> [rows]."""
-    certainty, margin = seen[:, 0].astype(float), seen[:, 2].astype(float)
+    """The top probability p, since log(p / q) and p - q are kept: seen [..., 3] -> [...]."""
+    certainty, margin = seen[..., 0].astype(float), seen[..., 2].astype(float)
     apart = -np.expm1(-np.maximum(certainty, 1e-12))  # 1 - q / p
     found: NDArray[np.float64] = np.clip(margin / apart, 0.0, 1.0)
     return found
@@ -243,7 +242,9 @@ def of_methods(said: Mapping[str, Ears], plain: tuple[str, ...]) -> dict[str, En
         if ears.loaded.network.spec.forecast:
             entries[f"{name} (bops)"] = quee_entry(ears)
             for variant in ears.loaded.network.spec.forecast[1:]:
-                entries[f"entropy (joint, {variant})"] = entropy_entry(ears, variant, said["joint"].folder)
+                entries[f"max_probability (joint, {variant})"] = sure_entry(
+                    ears, variant, said["joint"].folder
+                )
         elif name != "joint":
             entries[f"{name} ({ears.rule})"] = exit_entry(ears, ears.rule)
     return entries

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from offramp.benchmarks import compare
-from offramp.benchmarks.contest import entropy_entry
+from offramp.benchmarks.contest import _top, sure_entry
 from offramp.benchmarks.heard import listen_to
 from offramp.export.cli import main as split
 from offramp.training.cli import train
@@ -71,7 +71,7 @@ def test_interrupted_it_goes_on_and_trains_nothing_twice(root: Path, monkeypatch
     methods, against = result["methods"], result["against_max_probability"]
     page = (root / "out" / "compare.html").read_text()
     assert page.count("<svg") == 3 and "branchynet (entropy)" in page and "<link" not in page
-    names = {"branchynet (entropy)", "consistentee (gate)", "quee (bops)", "entropy (joint, int8)"}
+    names = {"branchynet (entropy)", "consistentee (gate)", "quee (bops)", "max_probability (joint, int8)"}
     assert names | {compare.REFERENCE} <= set(methods)
     (reference,) = methods[compare.REFERENCE]
     assert (reference["above"], reference["below"]) == (0.0, 0.0)
@@ -81,7 +81,9 @@ def test_interrupted_it_goes_on_and_trains_nothing_twice(root: Path, monkeypatch
         assert figures["lines"]["macs"][0][0] < 5, "a line begins at full depth"
         assert against[name]["low"] <= against[name]["difference"] <= against[name]["high"]
         assert 0 <= figures["accuracy_at_half"] <= methods["first right (joint)"][0]["accuracy_at_half"] + 15
-    assert methods["entropy (joint, int8)"][0]["lines"]["bops"][0][0] > 30, "int8 saves bits at full depth"
+    assert methods["max_probability (joint, int8)"][0]["lines"]["bops"][0][0] > 30, (
+        "int8 saves bits at full depth"
+    )
     fp32 = methods[compare.REFERENCE][0]["lines"]
     assert fp32["bops"] == fp32["macs"], "in one precision bits and multiply-accumulates are one"
 
@@ -103,14 +105,14 @@ def test_a_truncated_network_pays_for_its_own_exit_alone(root: Path) -> None:
     assert np.allclose(heard.alone[:, -1], heard.costs.full), "the last is the network without early exits"
 
 
-def test_static_exits_and_int8_leave_where_their_entropy_says(root: Path) -> None:
+def test_exits_in_int8_leave_where_their_top_probability_says(root: Path) -> None:
     ears = listen_to(root / "out" / "quee_0", str(root / "data"))
-    entry, paths = entropy_entry(ears, "int8", root), ears.paths("test")
+    entry, paths = sure_entry(ears, "int8", root), ears.paths("test")
     seen, wrong = paths.outcomes.straight()
     for at, choice in enumerate(entry.choices):
         for row in range(len(paths.outcomes)):
-            low = seen[row, 1, :-1, 1] < choice.rule.parameters["threshold"]
-            exit_at = int(np.flatnonzero([*low, True])[0])
+            sure = _top(seen[row, 1, :-1]) >= choice.rule.parameters["threshold"]
+            exit_at = int(np.flatnonzero([*sure, True])[0])
             assert entry.settings.right[at, row] == (not wrong[row, 1, exit_at])
             assert entry.settings.spent["layers"][at, row] == ears.loaded.network.spec.exits[exit_at]
 
@@ -122,7 +124,7 @@ def test_bundles_are_timed_beside_the_single_graph(root: Path, monkeypatch: pyte
     assert [what for what in made if what.startswith("split")] == ["split joint_0", "split quee_0"]
     found = json.loads((root / "out" / "compare.json").read_text())["milliseconds"]
     assert found["rows"] == 5 and found["monolith_ms"] > 0
-    for name in (compare.REFERENCE, "quee (bops)", "entropy (joint, int8)"):
+    for name in (compare.REFERENCE, "quee (bops)", "max_probability (joint, int8)"):
         assert found["points"][name] and all(point["ms"] > 0 for point in found["points"][name])
     again, nothing = run(root, monkeypatch, "quee", "--measure", "5")
     assert again.exit_code == 0 and nothing == [], "bundles of these weights are there"
