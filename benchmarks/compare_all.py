@@ -71,6 +71,15 @@ def over_all(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def summary(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The table over all data sets, nothing where there is only one."""
+    plain = [one for one in results if not one["settings"]]
+    if len(plain) < 2:
+        return []
+    head = ("method (rule)", *(one["data"] for one in plain), "all, 95 %", "against max-probability")
+    return grid(head, over_all(plain))
+
+
 def said(found: dict[str, float]) -> str:
     """A difference and its interval."""
     return f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
@@ -103,10 +112,10 @@ def variants(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def grid(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
 def milliseconds(result: dict[str, Any]) -> list[list[str]]:
@@ -135,12 +144,8 @@ def agreement(found: dict[str, Any]) -> list[str]:
 
 def text(results: Sequence[dict[str, Any]], agreements: Sequence[dict[str, Any]] = ()) -> str:
     """The whole page."""
-    plain = [one for one in results if not one["settings"]]
-    lines = [INTRODUCTION]
-    if len(plain) > 1:
-        head = ("method (rule)", *(one["data"] for one in plain), "all, 95 %", "against max-probability")
-        lines += ["## Over all data sets", "", *grid(head, over_all(plain))]
-    for one in plain:
+    lines = [INTRODUCTION, "## Over all data sets", "", *summary(results)]
+    for one in (one for one in results if not one["settings"]):
         seeds = ", ".join(map(str, one["seeds"]))
         title = f"## {one['data']} ({one['rows']['test']} rows of test, seeds {seeds})"
         lines += [title, "", f"    {one['command']}", "", *grid(HEAD, rows_of(one))]
@@ -153,9 +158,8 @@ def text(results: Sequence[dict[str, Any]], agreements: Sequence[dict[str, Any]]
             lines += [words, "", *grid(head, milliseconds(one))]
     other = variants(results)
     if other:
-        head = ("data", "method (rule)", "instead of the default", "accuracy at half", "default's")
-        head = (*head, "less the default", "")
-        lines += ["## Other settings", "", *grid(head, other)]
+        known = ("data", "method (rule)", "instead of the default", "accuracy at half", "default's")
+        lines += ["## Other settings", "", *grid((*known, "less the default", ""), other)]
     if agreements:
         lines += [AGREEMENT, *(line for found in agreements for line in agreement(found))]
     return "\n".join(lines)
