@@ -58,7 +58,8 @@ def main(
         "split": split,
         "rows": len(test),
         "variants": list(settings.names),
-        "command": f"benchmarks/quee.py {checkpoint.name} --data {Path(data).name} --variants {variants}",
+        "command": f"benchmarks/quee.py {checkpoint.name} --data {Path(data).name} --variants {variants}"
+        + (f" --bundle {bundle.name}" if bundle is not None else ""),
     }
     for ledger in ledgers:
         points = {kind: frontier(unseen, forecasters[kind], ledger) for kind in FORECASTERS}
