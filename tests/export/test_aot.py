@@ -1,0 +1,130 @@
+"""Tests of export.aot: bundles compile with TensorRT-RTX on the CPU, broken graphs do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from click.testing import CliRunner
+from onnx import helper, numpy_helper
+
+from offramp.export import aot
+from offramp.runtime.bundle import open_bundle
+from offramp.runtime.manifest import Tensor, Variant
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
+Change = Callable[[onnx.GraphProto], None]
+
+
+def segment() -> Variant:
+    return open_bundle(TINY).manifest.segments[0].variants["fp32"]
+
+
+def compiled(file: Path, change: Change | None = None, variant: Variant | None = None) -> aot.Compiled:
+    """The first segment of the tiny bundle, changed."""
+    model = onnx.load(TINY / segment().file)
+    if change is not None:
+        change(model.graph)
+    onnx.save(model, file)
+    sizes = aot.sizes_of(open_bundle(TINY))
+    return aot.compile_graph(aot.compiler(), file, variant or segment(), sizes, ("8.6",))
+
+
+def before_the_first_product(graph: onnx.GraphProto, op: str, domain: str = "") -> str:
+    """An operator between a product and what it reads; gives the name of what it puts out."""
+    number, product = next((n, node) for n, node in enumerate(graph.node) if node.op_type == "MatMul")
+    graph.node.insert(number, helper.make_node(op, [product.input[0]], ["between"], domain=domain))
+    product.input[0] = "between"
+    return "between"
+
+
+def vendor_op(graph: onnx.GraphProto) -> None:
+    before_the_first_product(graph, "FastGelu", "com.microsoft")
+
+
+def mixed_types(graph: onnx.GraphProto) -> None:
+    names = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    weight = next(tensor for tensor in graph.initializer if tensor.name in names)
+    half = numpy_helper.to_array(weight).astype(np.float16)
+    weight.CopyFrom(numpy_helper.from_array(half, weight.name))
+
+
+def test_every_graph_of_a_bundle_compiles_for_every_target() -> None:
+    found = list(aot.check(open_bundle(TINY)))
+    assert [one.graph for one in found] == ["stem.onnx", *(f"segment_0{n}.onnx" for n in range(3))]
+    assert all(one.size is not None and one.size > 1000 and not one.problems for one in found)
+
+
+def test_an_operator_of_a_vendor_is_refused_by_name(tmp_path: Path) -> None:
+    assert compiled(tmp_path / "good.onnx").size is not None
+    found = compiled(tmp_path / "bad.onnx", vendor_op)
+    assert found.size is None and "FastGelu" in " ".join(found.problems)
+
+
+def test_mixed_types_are_refused(tmp_path: Path) -> None:
+    found = compiled(tmp_path / "bad.onnx", mixed_types)
+    assert found.size is None and found.problems
+
+
+def test_a_profile_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    first, *rest = segment().inputs
+    crooked = replace(segment(), inputs=(replace(first, shape=(*first.shape[:-1], 5)), *rest))
+    found = compiled(tmp_path / "same.onnx", variant=crooked)
+    assert found.size is None and found.problems
+
+
+def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) -> None:
+    whole = CliRunner().invoke(aot.main, [str(TINY), "--trt"])
+    assert whole.exit_code == 0, whole.output
+    assert "segment_02.onnx: " in whole.output and "bytes" in whole.output
+    bundle = tmp_path / "bundle"
+    shutil.copytree(TINY, bundle)
+    assert compiled(bundle / segment().file, vendor_op).size is None
+    damaged = CliRunner().invoke(aot.main, [str(bundle), "--trt"])
+    assert damaged.exit_code == 2 and segment().file in damaged.output
+    # As if it had been exported so.
+    data, manifest = (bundle / segment().file).read_bytes(), bundle / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["files"][segment().file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest.write_text(json.dumps(told))
+    refused = CliRunner().invoke(aot.main, [str(bundle), "--trt"])
+    assert refused.exit_code == 1 and f"{segment().file}: refused" in refused.output
+
+
+def test_a_profile_with_its_bounds_swapped_is_refused() -> None:
+    bundle = open_bundle(TINY)
+    sizes = aot.sizes_of(bundle)[::-1]
+    found = aot.compile_graph(aot.compiler(), TINY / segment().file, segment(), sizes, ("8.6",))
+    assert found.size is None and "MIN<=OPT<=MAX" in " ".join(found.problems)
+
+
+@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
+def test_what_is_exported_compiles(family: str, exported: Callable[[str], Any]) -> None:
+    made = exported(family)
+    for part in made.segments:
+        file = made.folder / f"{part.name}.onnx"
+        inputs = onnx.load(file).graph.input
+        tensors = tuple(
+            Tensor(one.name, "", tuple(d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim))
+            for one in inputs
+        )
+        found = aot.compile_graph(aot.compiler(), file, Variant("", tensors, ()), ((1, 1), (1, 8), (4, 32)))
+        assert found.size is not None, found.problems
+
+
+def test_without_the_compiler_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(aot, "import_module", gone)
+    found = CliRunner().invoke(aot.main, [str(TINY), "--trt"])
+    assert found.exit_code == 2 and "pip install tensorrt-rtx-cu13" in found.output
