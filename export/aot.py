@@ -10,6 +10,7 @@ int8 and int4 graphs are ONNX Runtime's own; fp32 is what is meant for TensorRT.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import click
 
 from offramp.runtime.bundle import Bundle, open_bundle
-from offramp.runtime.errors import OfframpError
+from offramp.runtime.errors import BadSetting, OfframpError
 from offramp.runtime.manifest import TextInput, Variant
 
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities: Ampere, Ada, Blackwell
@@ -77,9 +78,9 @@ def compile_graph(
             shapes.set_shape(tensor.name, *profile(tensor.shape, sizes))
         config.add_optimization_profile(shapes)
         config.num_compute_capabilities = len(targets)
-        for at, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}"), at)
-        blob = builder.build_serialized_network(network, config)
+        # A target that is refused would be left out without a word.
+        taken = [config.set_compute_capability(_capability(trt, to), at) for at, to in enumerate(targets)]
+        blob = builder.build_serialized_network(network, config) if all(taken) else None
     size = None if blob is None else int(blob.nbytes)
     problems = () if size is not None else tuple(log.errors) or ("no reason was given",)
     return Compiled(file.name, size, time.perf_counter() - started, problems)
@@ -91,6 +92,15 @@ def check(bundle: Bundle, variant: str = "fp32", targets: Sequence[str] = TARGET
     for stage in (manifest.stem, *manifest.segments):
         graph = stage.variants.get(variant) or stage.variants[manifest.variants[0]]
         yield compile_graph(trt, bundle.folder / graph.file, graph, sizes_of(bundle), targets)
+
+
+def _capability(trt: Any, target: str) -> Any:
+    """The compiler's own constant; BadSetting names those that there are."""
+    known = [name for name in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
+    if (name := f"SM{target.replace('.', '')}") not in known:
+        offers = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in known)
+        raise BadSetting(f"--target {target}: TensorRT-RTX compiles for {offers}")
+    return getattr(trt.ComputeCapability, name)
 
 
 def _log(trt: Any) -> Any:

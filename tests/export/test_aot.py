@@ -107,6 +107,17 @@ def test_a_profile_with_its_bounds_swapped_is_refused() -> None:
     assert found.size is None and "MIN<=OPT<=MAX" in " ".join(found.problems)
 
 
+def test_a_target_that_there_is_not_is_named() -> None:
+    found = CliRunner().invoke(aot.main, [str(TINY), "--trt", "--target", "9.9"])
+    assert found.exit_code == 2 and "--target 9.9" in found.output and "8.6" in found.output
+
+
+def test_one_target_that_cannot_have_it_is_enough_to_refuse() -> None:
+    sizes = aot.sizes_of(open_bundle(TINY))
+    found = aot.compile_graph(aot.compiler(), TINY / segment().file, segment(), sizes, ("8.6", "7.5"))
+    assert found.size is None and "SM75" in " ".join(found.problems)
+
+
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
 def test_what_is_exported_compiles(family: str, exported: Callable[[str], Any]) -> None:
     made = exported(family)
