@@ -237,7 +237,8 @@ def main(
     show(result)
     said = [model, "--data", data, *words[words.index("--data") + 2 :], "--recipes", recipes]
     shown = [Path(word).name if Path(word).exists() else word for word in said]
-    tail = ["--seeds", str(seeds), *(["--", *more] if more else [])]
+    tail = ["--seeds", str(seeds), *(["--measure", str(measure)] if measure else [])]
+    tail += ["--", *more] if more else []
     command = shlex.join(["ee-compare", "--model", *shown, *tail])
     result = {"command": command, "settings": list(wishes)} | result
     write_whole(out / "compare.json", json.dumps(result) + "\n")
