@@ -11,8 +11,10 @@ from offramp.runtime.errors import (
     BadManifest,
     BadSetting,
     BundleNotFound,
+    DeviceFailed,
     EngineUnavailable,
     OfframpError,
+    OutOfMemory,
     SessionClosed,
 )
 from offramp.runtime.manifest import RuleSpec
@@ -25,8 +27,10 @@ __all__ = [
     "BadManifest",
     "BadSetting",
     "BundleNotFound",
+    "DeviceFailed",
     "EngineUnavailable",
     "OfframpError",
+    "OutOfMemory",
     "RuleSpec",
     "Session",
     "SessionClosed",

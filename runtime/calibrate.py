@@ -90,7 +90,7 @@ def calibrated(
     *,
     rule: str | None = None,
     engine: str = "ort",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
 ) -> Manifest:
     """Measure the bundle in `folder` on the rows of `file` and write its manifest anew; gives the new one.
@@ -152,9 +152,11 @@ def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPo
     "there are policies].",
 )
 @click.option("--engine", default="ort", help="Engine to measure with.")
-@click.option("--device", default="cpu", help="Device to measure on.")
+@click.option("--device", help="Device to measure on [default: cpu for ort, cuda for trt].")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: one a core].")
-def main(file: Path, bundle: str, rule: str | None, engine: str, device: str, threads: int | None) -> None:
+def main(
+    file: Path, bundle: str, rule: str | None, engine: str, device: str | None, threads: int | None
+) -> None:
     try:
         manifest = calibrated(Path(bundle), file, rule=rule, engine=engine, device=device, threads=threads)
     except OfframpError as problem:

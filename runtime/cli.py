@@ -18,9 +18,10 @@ if TYPE_CHECKING:  # what is heavy is imported when the command runs, so that --
     from offramp.runtime.session import Answer, Session
     from offramp.runtime.tally import Tally
 
-ENGINES, DEVICES, FORMATS = (
+ENGINES, DEVICES, PROVIDERS, FORMATS = (
     ("ort", "trt"),
     ("cpu", "cuda"),
+    ("cuda", "tensorrt"),
     ("auto", "text", "json"),
 )  # a test holds these to their sources
 AT_LEAST_1 = click.IntRange(min=1)
@@ -80,7 +81,15 @@ Exit codes:
     "--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="What runs the graphs."
 )
 @click.option(
-    "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Where ort runs them."
+    "--device", type=click.Choice(DEVICES), help="Where it runs them.  [default: cpu for ort, cuda for trt]"
+)
+@click.option(
+    "--provider",
+    type=click.Choice(PROVIDERS),
+    help="What ort uses on a GPU: its own CUDA kernels, or TensorRT through ort.  [default: cuda]",
+)
+@click.option(
+    "--cuda-graphs", is_flag=True, help="On a GPU, launch a step as one CUDA graph once its shape was seen."
 )
 @click.option("--variant", help="Precision of the segments, such as int8; a bundle says which it has.")
 @click.option("--rule", help="The rule that decides; see above.")

@@ -7,6 +7,8 @@ OfframpError                     catch this one to catch them all
 ├── BadInput                     ValueError          a text that cannot be answered
 ├── BadSetting                   ValueError          a wish that is unknown, incomplete or contradicts another
 ├── EngineUnavailable            RuntimeError        the engine or device asked for is not there
+├── OutOfMemory                  MemoryError         the GPU has not enough memory; the session stays usable
+├── DeviceFailed                 RuntimeError        the GPU failed in the middle of work: load() again
 └── SessionClosed                RuntimeError        the session was used after close()
 
 Each also inherits the builtin that fits, so a caller who knows nothing of offramp can still write `except
@@ -42,6 +44,14 @@ class BadSetting(OfframpError, ValueError):
 
 class EngineUnavailable(OfframpError, RuntimeError):
     """The engine or device asked for is not there; the message names the missing piece and how to get it."""
+
+
+class OutOfMemory(OfframpError, MemoryError):
+    """The GPU has not enough memory for this; what it was doing before still stands."""
+
+
+class DeviceFailed(OfframpError, RuntimeError):
+    """CUDA or TensorRT failed in the middle of work; the message holds what it said."""
 
 
 class SessionClosed(OfframpError, RuntimeError):

@@ -232,7 +232,7 @@ def load(
     path: str | PathLike[str] = "bundle/",
     *,
     engine: str = "ort",
-    device: str = "cpu",
+    device: str | None = None,
     variant: str | None = None,
     threads: int | None = None,
     global_pool: bool = True,
@@ -242,6 +242,8 @@ def load(
     batch_size: int = 32,
     lazy: bool = False,
     share: bool = True,
+    provider: str | None = None,
+    cuda_graphs: bool = False,
 ) -> Session:
     """Open a bundle folder as a session; what is not wished for is as the bundle's manifest says.
 
@@ -254,6 +256,9 @@ def load(
     lazy: open a segment when a row first gets there; the first answers are slower, and what no row reaches
     costs neither time nor memory (see Session.warm_up). share: with sessions of this process on the same
     bundle, device and threads, share the weights.
+    device: None is cpu for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or
+    "tensorrt" (then the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph once its
+    shape was seen.
     Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
     contradicting each other.
     """
@@ -273,6 +278,8 @@ def load(
             global_pool=global_pool,
             lazy=lazy,
             share=share,
+            provider=provider,
+            cuda_graphs=cuda_graphs,
         )
     finally:
         encoder.join()

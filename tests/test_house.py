@@ -59,10 +59,13 @@ PURPOSE = {
     "docs/measured.md": "every contender and every figure, written by `make bench`",
     "docs/comparison.md": "every method by data set and over all, written by benchmarks/compare_all.py",
     "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
+    "docs/gpu.md": "walking on NVIDIA GPUs, and what was verified how",
+    "docs/jetson.md": "walking on a Jetson",
     "docs/log.md": "a dated log of what was tried, negative results too",
     ".ci/run": "check, test, then the wheel alone on the oldest and the newest Python",
     "tests": "one test file a source file, under the same names",
     "tests/data": "a tiny bundle, checked in, with its generator",
+    "tests/doubles": "CUDA and TensorRT on host memory, which refuse what the real ones refuse",
 }
 BEGIN, END = "<!-- tree: make tree -->", "<!-- end of tree -->"
 
@@ -218,6 +221,11 @@ def test_pyproject_lists_exactly_the_folders() -> None:
     assert settings["package-dir"] == {f"offramp.{room}": room for room in rooms()}
     assert not (ROOT / "__init__.py").exists()
     assert not (ROOT / "offramp").exists(), "offramp is a namespace: it has no folder"
+
+
+def test_tensorrt_brings_nothing_but_bindings() -> None:
+    extra = pyproject()["project"]["optional-dependencies"]["trt"]
+    assert {re.split(r"[<>=\[]", wish)[0] for wish in extra} == {"tensorrt-cu13", "cuda-python"}
 
 
 def test_make_and_ruff_know_the_rooms() -> None:

@@ -16,10 +16,12 @@ from offramp.runtime.rules import Signals
 Array = NDArray[Any]
 Rows = NDArray[np.int64]
 
-# name: module with open(bundle, *, device, variant, threads, global_pool, share) -> Engine, imported when
-# asked for
+# name: module with open(bundle, *, device, variant, threads, global_pool, share, provider, cuda_graphs) ->
+# Engine, imported when asked for
 ENGINES = {"ort": "offramp.runtime.engines.ort", "trt": "offramp.runtime.engines.trt"}
 DEVICES = ("cpu", "cuda")
+HOME = {"ort": "cpu", "trt": "cuda"}  # the device of an engine for which none is named
+PROVIDERS = ("cuda", "tensorrt")  # of ONNX Runtime on a GPU
 
 
 class State(Protocol):
@@ -92,23 +94,31 @@ def open_engine(
     name: str,
     bundle: Bundle,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     variant: str | None = None,
     threads: int | None = None,
     global_pool: bool = True,
     lazy: bool = False,
     share: bool = True,
+    provider: str | None = None,
+    cuda_graphs: bool = False,
 ) -> Engine:
     """Open an engine by name with the stem and one variant of every segment (others when first stepped).
 
-    lazy: the stem alone is opened now, a segment when a row first gets there. share: the weights, with other
-    engines of this process on the same bundle. global_pool: see
-    offramp.runtime.engines.threads. Raises EngineUnavailable where engine or device is not there (never
+    device: None is cpu for ort, cuda for trt. lazy: the stem alone is opened now, a segment when a row first
+    gets there. share: the weights, with other engines of this process on the same bundle. global_pool: see
+    offramp.runtime.engines.threads. provider: what ONNX Runtime uses on a GPU, "cuda" or "tensorrt".
+    cuda_graphs: launch a step as one CUDA graph.
+    Raises EngineUnavailable where engine or device is not there (never
     another in its place), BadSetting for names that do not exist, BadBundle where a file is not what the
     manifest says.
     """
     if name not in ENGINES:
         raise BadSetting(f"engine {name!r} is not known; choose one of: {', '.join(ENGINES)}")
+    if provider is not None and provider not in PROVIDERS:
+        raise BadSetting(f"provider {provider!r} is not known; choose one of: {', '.join(PROVIDERS)}")
+    if device is None:
+        device = HOME[name] if provider is None else "cuda"
     if device not in DEVICES:
         raise BadSetting(f"device {device!r} is not known; choose one of: {', '.join(DEVICES)}")
     known = bundle.manifest.variants
@@ -117,8 +127,18 @@ def open_engine(
         raise BadSetting(f"variant {variant!r} is not in {bundle.folder}; it offers: {', '.join(known)}")
     if threads is not None and threads < 1:
         raise BadSetting(f"threads {threads}: expected 1 or more")
+    if device == "cpu" and (provider is not None or cuda_graphs):
+        wish = f"provider {provider}" if provider is not None else "cuda_graphs"
+        raise BadSetting(f"{wish} is for device cuda, not cpu: leave one of them out")
     engine: Engine = import_module(ENGINES[name]).open(
-        bundle, device=device, variant=variant, threads=threads, global_pool=global_pool, share=share
+        bundle,
+        device=device,
+        variant=variant,
+        threads=threads,
+        global_pool=global_pool,
+        share=share,
+        provider=provider,
+        cuda_graphs=cuda_graphs,
     )
     try:
         engine.prepare(known.index(variant), range(0 if lazy else len(bundle.manifest.segments)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,15 @@ from offramp.runtime.errors import BadBundle, EngineUnavailable
 from offramp.runtime.manifest import Variant
 from offramp.runtime.pipeline import Task
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU = "CPUExecutionProvider"
+Providers = Sequence[
+    tuple[str, Mapping[str, str]]
+]  # of ONNX Runtime with their options, the wanted one first
+# What may stay on the CPU when a graph runs on a GPU: arithmetic on sizes, which ONNX Runtime puts there.
+_ON_SIZES = {
+    *("Shape", "Size", "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Cast", "Range", "Constant"),
+    *("Add", "Sub", "Mul", "Div", "Equal", "Where", "ConstantOfShape", "Reshape"),
+}
 _DTYPES = {"float": "float32", "double": "float64"}  # ORT's names where they differ from numpy's
 
 _arena = False  # whether this process has an arena that its sessions share
@@ -45,10 +53,10 @@ class Graph:
 
 
 class Graphs:
-    """Opens the files of one bundle on one device and pool; thread-safe.
+    """Opens the files of one bundle on one provider and pool; thread-safe.
 
     early: files that are being read already, by name; each is used once. share: with the other Graphs of the
-    process that say so.
+    process that say so. providers: the first has to come, those behind it may take what it leaves.
     """
 
     def __init__(
@@ -59,8 +67,10 @@ class Graphs:
         pool: Pool,
         early: Mapping[str, Task[str, bytes]],
         share: bool = True,
+        providers: Providers = ((CPU, {}),),
     ) -> None:
         self._ort, self._bundle, self._device, self._pool = ort, bundle, device, pool
+        self._providers = providers
         self._early = dict(early)
         # All that the manifest says, the hashes of its files among it: a bundle that was written anew in the
         # same place is another bundle.
@@ -94,12 +104,16 @@ class Graphs:
         # Patterns are kept for every shape ever met; with free batch and length that is memory that only
         # grows.
         options.enable_mem_pattern = False
-        provider = PROVIDERS[self._device]
+        wanted = self._providers[0][0]
         if self._device != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            if hasattr(self._ort.InferenceSession, "get_provider_graph_assignment_info"):
+                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            elif any(tensor.name == "hidden" for tensor in facts.inputs):  # the stem may compute with sizes
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        providers = [(name, dict(settings)) for name, settings in self._providers]
         try:
             # enable_fallback: ORT's Python layer would print on stdout and try the CPU instead.
-            session = self._ort.InferenceSession(data, options, providers=[provider], enable_fallback=0)
+            session = self._ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as problem:  # ORT's error types share no base of their own
             raise self._refused(path, problem) from problem
         # The Python layer keeps the file's bytes, to open them once more on other providers; we never do, and
@@ -107,10 +121,13 @@ class Graphs:
         if hasattr(session, "_model_bytes"):
             session._model_bytes = None
         real = session.get_providers()[0]
-        if real != provider:
+        if real != wanted:
             raise EngineUnavailable(
-                f"engine ort: {provider} was asked for, {real} came; use --device cpu if that is enough"
+                f"engine ort: {wanted} was asked for, {real} came: a library that it needs is missing or of "
+                "another version; use --device cpu if that is enough"
             )
+        if wanted != CPU:
+            _all_there(str(path), session, wanted)
         _hold(str(path), facts, session)
         return session
 
@@ -147,6 +164,23 @@ def _share_arena(ort: ModuleType, options: Any) -> None:
                 ort.create_and_register_allocator(place, None)
             _arena = True
     options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+def _all_there(path: str, session: Any, wanted: str) -> None:
+    """No operator that counts was left to the CPU, where ONNX Runtime can tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return
+    left = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == CPU
+        for node in part.get_nodes()
+    }
+    if left - _ON_SIZES:
+        raise EngineUnavailable(
+            f"{path}: {wanted} does not have {', '.join(sorted(left - _ON_SIZES))} and leaves it to the CPU; "
+            "choose variant fp32 or fp16, or use --device cpu"
+        )
 
 
 def _hold(path: str, facts: Variant, session: Any) -> None:

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: sessions on one thread pool, hidden states between two pre-bound buffers.
+"""The ONNX Runtime engine on the CPU: sessions on one thread pool, states between two pre-bound buffers.
 
 Names, dtypes and shapes come from the manifest; the graphs are held to them when they are opened. A row's
 tensors live in buffers of its (rows, length) that are bound once and used again: a step copies and allocates
@@ -14,12 +14,13 @@ from types import ModuleType
 from typing import Any
 
 from offramp.runtime.bundle import Bundle
-from offramp.runtime.engines import Array, Rows
+from offramp.runtime.engines import Array, Engine, Rows
 from offramp.runtime.engines.buffers import Bound, Buffers, Shelf
-from offramp.runtime.engines.graphs import PROVIDERS, Graph, Graphs
+from offramp.runtime.engines.graphs import Graph, Graphs
+from offramp.runtime.engines.tensors import flows_of, stem_of, tensors_of
 from offramp.runtime.engines.threads import Pool, claim
 from offramp.runtime.errors import BadBundle, EngineUnavailable
-from offramp.runtime.manifest import NEXT, Manifest, Tensor, Variant
+from offramp.runtime.manifest import Tensor, Variant
 from offramp.runtime.pipeline import Task, ahead
 from offramp.runtime.rules import Signals
 
@@ -41,32 +42,29 @@ class OrtState:
 class OrtEngine:
     """See offramp.runtime.engines.Engine. Not thread-safe: the session in front of it holds a lock."""
 
-    name = "ort"
+    name, device = "ort", "cpu"
 
     def __init__(
         self,
         ort: ModuleType,
         bundle: Bundle,
-        device: str,
         variant: str,
         pool: Pool,
         early: Mapping[str, Task[str, bytes]],
         share: bool,
     ) -> None:
-        self.device = device
         self._ort, self._bundle, self._pool = ort, bundle, pool
         manifest = bundle.manifest
         self._variants = manifest.variants
-        self._stem_facts = _stem_of(manifest, variant)
+        self._stem_facts = stem_of(manifest, variant)
         # Of images all rows have as many tokens as the stem puts out; of text as many as it is given.
         (hidden,) = (tensor for tensor in self._stem_facts.outputs if tensor.name == "hidden")
         self._length = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
         self._stem: Any = None
-        self._graphs = Graphs(ort, bundle, device, pool, early, share)
+        self._graphs = Graphs(ort, bundle, "cpu", pool, early, share)
         self._open: dict[Step, Graph] = {}
-        self._shelf = Shelf(
-            ort, device, tensors_of(manifest), flows_of(manifest), _names(self._stem_facts.inputs)
-        )
+        forms = tensors_of(manifest), flows_of(manifest), _names(self._stem_facts.inputs)
+        self._shelf = Shelf(lambda rows, length: Buffers(ort, *forms, rows, length))
 
     @property
     def facts(self) -> dict[str, str]:
@@ -155,15 +153,32 @@ class OrtEngine:
 
 
 def open(
-    bundle: Bundle, *, device: str, variant: str, threads: int | None, global_pool: bool, share: bool
-) -> OrtEngine:
+    bundle: Bundle,
+    *,
+    device: str,
+    variant: str,
+    threads: int | None,
+    global_pool: bool,
+    share: bool,
+    provider: str | None,
+    cuda_graphs: bool,
+) -> Engine:
     """The engine, no file opened yet; EngineUnavailable where onnxruntime or the device is missing."""
-    extra = "gpu" if device == "cuda" else "cpu"
+    if device == "cuda":
+        from offramp.runtime.engines.ort_cuda import open_cuda  # here: it needs this file's imported()
+
+        return open_cuda(bundle, variant, threads, global_pool, provider or "cuda", cuda_graphs)
     early: dict[str, Task[str, bytes]] = {}
     if "onnxruntime" not in sys.modules:
         # Its import takes about as long as reading the stem, whose embeddings make it the largest file.
-        file = _stem_of(bundle.manifest, variant).file
+        file = stem_of(bundle.manifest, variant).file
         early[file] = Task(bundle.read, file)
+    ort = imported("cpu")
+    return OrtEngine(ort, bundle, variant, claim(ort, threads, global_pool), early, share)
+
+
+def imported(extra: str) -> ModuleType:
+    """The module onnxruntime; EngineUnavailable says how to get it. extra: of offramp, that brings it."""
     try:
         ort = import_module("onnxruntime")
     except ImportError as problem:
@@ -176,39 +191,7 @@ def open(
             "engine ort: the installation of onnxruntime is broken; pip uninstall onnxruntime "
             f"onnxruntime-gpu, then pip install 'offramp[{extra}]'"
         )
-    if PROVIDERS[device] not in ort.get_available_providers():
-        raise EngineUnavailable(
-            f"engine ort: this onnxruntime {ort.__version__} has no {PROVIDERS[device]}; "
-            "pip uninstall onnxruntime, then pip install 'offramp[gpu]' "
-            "(both packages own the same module), or use --device cpu"
-        )
-    return OrtEngine(ort, bundle, device, variant, claim(ort, threads, global_pool), early, share)
-
-
-def _stem_of(manifest: Manifest, variant: str) -> Variant:
-    """The stem that goes with a variant: its own, or that of the default."""
-    return manifest.stem.variants.get(variant) or manifest.stem.variants[manifest.variants[0]]
-
-
-def tensors_of(manifest: Manifest) -> dict[str, Tensor]:
-    """The stem's inputs and outputs and every segment's signals, by name."""
-    stages = [next(iter(stage.variants.values())) for stage in (manifest.stem, *manifest.segments)]
-    tensors = [*stages[0].inputs, *(tensor for stage in stages for tensor in stage.outputs)]
-    return {tensor.name: tensor for tensor in tensors if not tensor.name.startswith(NEXT)}
-
-
-def flows_of(manifest: Manifest) -> frozenset[str]:
-    """Tensors that segments make anew: hidden, evidence. BadBundle where segments disagree on which."""
-    flows: frozenset[str] | None = None
-    for stage in manifest.segments[:-1]:
-        facts = next(iter(stage.variants.values()))
-        found = frozenset(t.name.removeprefix(NEXT) for t in facts.outputs if t.name.startswith(NEXT))
-        if flows is not None and found != flows:
-            raise BadBundle(
-                f"manifest: {stage.name} makes {sorted(found)} anew, segments before it {sorted(flows)}"
-            )
-        flows = found
-    return flows or frozenset({"hidden"})
+    return ort
 
 
 def _names(tensors: Sequence[Tensor]) -> frozenset[str]:

@@ -31,8 +31,8 @@ CLASSES = [
     *("Builder", "INetworkDefinition", "OnnxParser", "ParserError", "IBuilderConfig", "IOptimizationProfile"),
     *("ITimingCache", "IHostMemory", "ITensor", "ILogger", "ILogger.Severity", "Logger", "Runtime"),
     *("ICudaEngine", "IExecutionContext", "BuilderFlag", "NetworkDefinitionCreationFlag", "MemoryPoolType"),
-    *("TensorIOMode", "DataType", "HardwareCompatibilityLevel", "ProfilingVerbosity"),
-    "ExecutionContextAllocationStrategy",
+    *("TensorIOMode", "DataType", "HardwareCompatibilityLevel", "ProfilingVerbosity", "PreviewFeature"),
+    *("ILayer", "ExecutionContextAllocationStrategy"),
 ]
 LIBRARIES = ("nvinfer", "nvonnxparser", "nvinfer_plugin", "nvparsers")
 SYMBOLS = [

@@ -1,26 +1,48 @@
-"""What export.aot asks of TensorRT's API is there in the real bindings, by tests/data/trt_names.json."""
+"""What is asked of TensorRT and CUDA is in the real bindings: tests/data/trt_names.json, cuda-bindings."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import json
+import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+from cuda.bindings import runtime as cudart
+from doubles import cuda_double
 
 from offramp.export import aot
+from offramp.runtime.engines import cuda, trt, trt_build, trt_open, trt_versions
 
 TABLE: dict[str, list[str]] = json.loads(
     (Path(__file__).parents[1] / "data" / "trt_names.json").read_text(encoding="utf-8")
 )
-# The class behind each variable; "" is the module.
+VERSIONS = ["8.6.1", "10.3.0", "10.16.1", "11.4.0"]
+# The class behind each variable, by its last name (self._trt is trt); "" is the module.
 OBJECTS = {
     "trt": "",
+    "_trt": "",
     "builder": "Builder",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
     "config": "IBuilderConfig",
     "shapes": "IOptimizationProfile",
+    "ranges": "IOptimizationProfile",
     "blob": "IHostMemory",
+    "layer": "ILayer",
+    "flag": "NetworkDefinitionCreationFlag",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
 }
+RETURNS = {
+    "IBuilderConfig.get_timing_cache": "ITimingCache",
+    "OnnxParser.get_error": "ParserError",
+    "ILayer.get_output": "ITensor",
+}
+OURS = ("__init__", "__name__", "__version__")
 ONLY_RTX = {
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",
@@ -28,35 +50,120 @@ ONLY_RTX = {
 }
 
 
+def dotted(node: ast.AST) -> str | None:
+    """The name in the table's words that an attribute, or a call of one, stands for; "" is the module."""
+    if isinstance(node, ast.Call):
+        return RETURNS.get(dotted(node.func) or "")
+    if isinstance(node, ast.Name):
+        return OBJECTS.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        if owner is None:
+            return OBJECTS.get(node.attr) if isinstance(node.value, ast.Name) else None
+        return f"{owner}.{node.attr}".lstrip(".")
+    return None
+
+
 def touched(source: str) -> set[str]:
-    """Dotted names, as in the table, of all attributes that the source reads or sets on such objects."""
+    """All names of TensorRT's that the source reads, sets, or asks for with hasattr."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        path: list[str] = []
-        while isinstance(node, ast.Attribute):
-            path.insert(0, node.attr)
-            node = node.value
-        if path and isinstance(node, ast.Name) and node.id in OBJECTS:
-            found.add(".".join([*filter(None, [OBJECTS[node.id]]), *path]))
-    return {name for name in found if not name.endswith("__init__")}
+        if isinstance(node, ast.Attribute):
+            found.add(dotted(node) or "")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
+            thing, name = node.args
+            assert isinstance(name, ast.Constant)
+            found.add(f"{dotted(thing)}.{name.value}".lstrip("."))
+    # trt_open and others keep such objects as their own attributes: "ICudaEngine" and the like are no names.
+    return {name for name in found - {""} if name.rpartition(".")[2] not in OURS}
+
+
+def source(module: ModuleType) -> str:
+    return inspect.getsource(module)
+
+
+def missing(names: set[str], versions: list[str]) -> list[str]:
+    real = {name for name in names if name not in OBJECTS.values()}
+    return sorted(name for name in real if not set(versions) <= set(TABLE.get(name, ())))
 
 
 def test_what_the_compiler_asks_for_is_in_tensorrt_11() -> None:
-    names = touched(Path(aot.__file__).read_text(encoding="utf-8"))
+    names = touched(source(aot))
     assert {"Builder", "Builder.create_network", "ILogger.Severity.ERROR"} <= names
     assert names >= ONLY_RTX
-    assert [name for name in sorted(names - ONLY_RTX) if "11.4.0" not in TABLE.get(name, ())] == []
+    assert missing(names - ONLY_RTX, ["11.4.0"]) == []
 
 
-def test_a_call_by_another_name_would_be_found() -> None:
-    source = (
-        Path(aot.__file__).read_text(encoding="utf-8").replace("build_serialized_network", "build_engine")
-    )
-    (gone,) = (name for name in touched(source) if name.endswith("build_engine"))
-    assert TABLE.get(gone) == ["8.6.1"] or gone not in TABLE
+@pytest.mark.parametrize("module", [trt, trt_build, trt_open], ids=lambda module: module.__name__)
+def test_what_the_engine_asks_for_is_in_every_version(module: ModuleType) -> None:
+    assert missing(touched(source(module)), VERSIONS) == []
+
+
+def test_the_engine_asks_for_what_it_is_known_to_need() -> None:
+    """The check above would pass on a source in which it recognises nothing."""
+    names = touched(source(trt_build)) | touched(source(trt_open))
+    assert names >= {
+        "Runtime.deserialize_cuda_engine",
+        "IExecutionContext.set_tensor_address",
+        "IExecutionContext.set_input_shape",
+        "IExecutionContext.execute_async_v3",
+        "IExecutionContext.set_optimization_profile_async",
+        "IOptimizationProfile.set_shape",
+        "ITimingCache.serialize",
+        "ParserError.desc",
+        "BuilderFlag.TF32",
+    }
+
+
+def test_what_differs_is_in_some_version_and_stands_in_one_file() -> None:
+    names = touched(source(trt_versions))
+    assert all(TABLE.get(name) for name in names if name not in OBJECTS.values())
+    only_some = set(missing(names, VERSIONS))
+    assert {"IExecutionContext.set_device_memory", "ICudaEngine.device_memory_size_v2"} <= only_some
+
+
+@pytest.mark.parametrize(
+    ("module", "was", "instead"),
+    [
+        (aot, "build_serialized_network", "build_engine"),
+        (trt_build, "set_timing_cache", "use_timing_cache"),
+        (trt_open, "execute_async_v3", "execute_async_v2"),
+        (trt_open, "set_tensor_address", "set_binding_address"),
+    ],
+)
+def test_a_call_by_another_name_is_found(module: ModuleType, was: str, instead: str) -> None:
+    text = source(module)
+    assert was in text and missing(touched(text) - ONLY_RTX, ["11.4.0"]) == []
+    gone = missing(touched(text.replace(was, instead)) - ONLY_RTX, ["11.4.0"])
+    assert [name.rpartition(".")[2] for name in gone] == [instead]
 
 
 def test_the_table_knows_what_came_and_went() -> None:
     assert TABLE["IExecutionContext.execute_async_v2"] == ["8.6.1"]
     assert TABLE["IExecutionContext.set_device_memory"] == ["10.3.0", "10.16.1", "11.4.0"]
     assert "11.4.0" not in TABLE["BuilderFlag.FP16"]
+
+
+def names_of_cuda() -> set[str]:
+    return set(re.findall(r"\bcuda[A-Z]\w*", source(cuda)))
+
+
+def test_what_is_asked_of_cuda_is_in_the_real_bindings_and_in_the_double() -> None:
+    names = names_of_cuda() - {"cudaMemcpyKind", "cudaStreamCaptureMode", "cudaError_t"}
+    assert {"cudaMemcpyAsync", "cudaEventSynchronize", "cudaGraphLaunch"} <= names
+    double = cuda_double.Cudart()
+    owners = (cudart, cudart.cudaMemcpyKind, cudart.cudaStreamCaptureMode, cudart.cudaError_t)
+    doubles = (double, double.cudaMemcpyKind, double.cudaStreamCaptureMode, double.cudaError_t)
+    for name in sorted(names):
+        assert any(hasattr(owner, name) for owner in owners), name
+        assert any(hasattr(owner, name) for owner in doubles), name
+
+
+def test_the_double_of_cuda_takes_as_many_arguments_as_the_real_one() -> None:
+    double = cuda_double.Cudart()
+    functions = [name for name in names_of_cuda() if callable(getattr(cudart, name, None))]
+    for name in (name for name in functions if not isinstance(getattr(cudart, name), type)):
+        signature = (getattr(cudart, name).__doc__ or "").splitlines()[0]
+        inside = signature[signature.index("(") + 1 : signature.rindex(")")]
+        real = len([part for part in inside.split(",") if part.strip()])
+        assert len(inspect.signature(getattr(double, name)).parameters) == real, name

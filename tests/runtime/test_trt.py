@@ -1,13 +1,14 @@
 """The TensorRT engine names what is missing; it never runs something else in its place."""
 
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from offramp.runtime import EngineUnavailable, load
-from offramp.runtime.engines import trt
+from offramp.runtime import BadSetting, EngineUnavailable, load
+from offramp.runtime.engines import cuda, trt
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 
@@ -21,46 +22,94 @@ def no_driver(name: str) -> Driver:
     raise OSError(name)
 
 
-def test_the_driver_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt.ctypes, "CDLL", no_driver)
-    monkeypatch.setattr(trt, "find_spec", lambda name: None)
-    with pytest.raises(EngineUnavailable, match=r"no CUDA driver on this machine .*use --engine ort"):
+def said() -> str:
+    with pytest.raises(EngineUnavailable) as found:
         load(TINY, engine="trt")
+    return str(found.value)
+
+
+def installed(patch: pytest.MonkeyPatch, *names: str) -> None:
+    patch.setattr(trt, "find_spec", lambda name: object() if name in names else None)
+
+
+def test_the_driver_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_load", no_driver)
+    installed(monkeypatch)
+    text = said()
+    assert "no CUDA driver on this machine" in text and "tensorrt is not installed either" in text
+    assert text.endswith("or use --engine ort")
 
 
 def test_no_tensorrt_module_is_imported_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt.ctypes, "CDLL", lambda name: Driver(100))
-    monkeypatch.setattr(trt, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda, "_load", lambda name: Driver(100))
+    installed(monkeypatch, "tensorrt")
     monkeypatch.setattr(trt, "import_module", lambda name: pytest.fail("imported: it may crash the process"))
-    assert "cuInit gives 100" in str(trt.missing_piece())
+    assert "cuInit gives 100" in said()
 
 
 def test_then_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt.ctypes, "CDLL", lambda name: Driver(0))
-    monkeypatch.setattr(trt, "find_spec", lambda name: None)
-    assert "pip install 'offramp[trt]'" in str(trt.missing_piece())
+    monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
+    installed(monkeypatch)
+    assert "pip install 'offramp[trt]'" in said()
+
+
+def test_a_runtime_that_cannot_build_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
+    installed(monkeypatch, "tensorrt_dispatch")
+    assert "tensorrt_dispatch is installed: it runs engines and cannot build them" in said()
 
 
 def test_then_whether_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> ModuleType:
         raise ImportError("libnvinfer.so: cannot open shared object file")
 
-    monkeypatch.setattr(trt.ctypes, "CDLL", lambda name: Driver(0))
-    monkeypatch.setattr(trt, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
+    installed(monkeypatch, "tensorrt")
     monkeypatch.setattr(trt, "import_module", broken)
-    assert "tensorrt cannot be imported: libnvinfer.so" in str(trt.missing_piece())
+    assert "tensorrt cannot be imported: libnvinfer.so" in said()
 
 
-def test_with_everything_there_it_says_that_it_cannot_walk_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt.ctypes, "CDLL", lambda name: Driver(0))
-    monkeypatch.setattr(trt, "find_spec", lambda name: object())
-    monkeypatch.setattr(trt, "import_module", lambda name: ModuleType(name))
-    with pytest.raises(EngineUnavailable, match="cannot walk on it yet: use --engine ort"):
-        load(TINY, engine="trt")
+def test_then_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> ModuleType:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
+    installed(monkeypatch, "tensorrt")
+    monkeypatch.setattr(trt, "import_module", ModuleType)
+    monkeypatch.setattr(cuda, "import_module", gone)
+    text = said()
+    assert "cuda.bindings.runtime" in text and "pip install cuda-python" in text
 
 
 def test_no_graph_is_opened_by_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt.ctypes, "CDLL", no_driver)
+    monkeypatch.setattr(cuda, "_load", no_driver)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EngineUnavailable, match="engine trt"):
-        load(TINY, engine="trt")
+    assert said().startswith("engine trt")
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"device": "cpu"}, "engine trt runs on device cuda alone, not cpu"),
+        ({"provider": "tensorrt"}, "provider tensorrt is for engine ort"),
+        ({"threads": 2}, "threads 2 is for engine ort"),
+        ({"variant": "int8"}, "variant int8 is ONNX Runtime's own; engine trt walks fp32 or fp16"),
+    ],
+)
+def test_wishes_that_contradict_it(wishes: dict[str, object], message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        load(TINY, engine="trt", **wishes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("beside", ["", "import tensorrt_lean, tensorrt_dispatch; "])
+def test_the_command_ends_with_2_and_one_line(beside: str) -> None:
+    """On this machine as it is; where it has TensorRT's lean and dispatch runtimes, with them loaded."""
+    if beside:
+        pytest.importorskip("tensorrt_lean")
+    if cuda.missing_driver() is None:
+        pytest.skip("this machine has a GPU")
+    code = f"{beside}from offramp.runtime.cli import main; main()"
+    command = [sys.executable, "-c", code, "--engine", "trt", "--bundle", str(TINY), "-"]
+    done = subprocess.run(command, input="good film\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ee-run: engine trt: no CUDA driver") and done.stderr.count("\n") == 1

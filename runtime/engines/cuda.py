@@ -1,0 +1,204 @@
+"""CUDA as far as a walk needs it: memory, one stream, one event, graphs. A thin layer over cuda-python.
+
+cuda-python gives every result as a tuple whose first item is an error code; here a bad code is an error with
+a cure. Nothing of CUDA is imported before the driver was asked for: see missing_driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.runtime.errors import DeviceFailed, EngineUnavailable, OutOfMemory
+
+ALIGNMENT = 256  # bytes; what cudaMalloc gives and what TensorRT asks of its scratch memory
+_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
+_MODULES = (
+    "cuda.bindings.runtime",
+    "cuda.cudart",
+)  # newer first; the older name is that of cuda-python < 12.8
+
+
+def missing_driver() -> str | None:
+    """What is wrong with the CUDA driver of this machine; None where it starts and sees a GPU.
+
+    Asked without any package of CUDA's or TensorRT's, whose own objects crash the process without a driver.
+    """
+    for name in _DRIVERS:
+        try:
+            driver = _load(name)
+        except OSError:
+            continue
+        code = driver.cuInit(0)
+        if code == 0:
+            return None
+        return f"the CUDA driver {name} does not start (cuInit gives {code}, no usable GPU)"
+    return f"no CUDA driver on this machine ({_DRIVERS[0]} is not found)"
+
+
+def cuda_python() -> Any:
+    """The module of CUDA's runtime; EngineUnavailable says how to get it."""
+    problem = ""
+    for name in _MODULES:
+        try:
+            return import_module(name)
+        except ImportError as missing:
+            problem = problem or str(missing)
+    raise EngineUnavailable(
+        f"cuda-python cannot be imported ({problem}); pip install cuda-python, of the CUDA major version "
+        "that the driver has (nvidia-smi shows it): 'cuda-python>=13,<14' or 'cuda-python>=12.8,<13'"
+    )
+
+
+class Memory:
+    """A stretch of the device's memory (pointer, bytes), given back when nobody holds it."""
+
+    __slots__ = ("__weakref__", "bytes", "pointer")
+
+    def __init__(self, pointer: int, size: int) -> None:
+        self.pointer, self.bytes = pointer, size
+
+
+class Pinned:
+    """Host memory that the device copies from and to by itself; array: its bytes, uint8."""
+
+    __slots__ = ("__weakref__", "array", "pointer")
+
+    def __init__(self, pointer: int, size: int) -> None:
+        self.pointer = pointer
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+
+
+class Cuda:
+    """The first GPU that the process may use (CUDA_VISIBLE_DEVICES picks another), and one stream on it.
+
+    Everything enqueued happens in turn on that stream; wait() is the one place where the host waits. Raises
+    EngineUnavailable where the GPU cannot be used, OutOfMemory, DeviceFailed for what goes wrong later.
+    """
+
+    def __init__(self, cudart: Any) -> None:
+        self._api = cudart
+        try:
+            self._call("cudaSetDevice", 0)
+            properties = self._call("cudaGetDeviceProperties", 0)
+            self.driver = _version(self._call("cudaDriverGetVersion"))
+            stream = self._call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
+            event = self._call("cudaEventCreateWithFlags", cudart.cudaEventDisableTiming)
+        except DeviceFailed as problem:
+            raise EngineUnavailable(
+                f"the GPU cannot be used: {problem}; is the driver as new as cuda-python "
+                f"({_version(self._call('cudaRuntimeGetVersion'))})? If not, pip install an older cuda-python"
+            ) from problem
+        name = properties.name
+        self.gpu = name.decode() if isinstance(name, bytes) else str(name)
+        self.capability = f"{properties.major}.{properties.minor}"
+        self._stream, self._event = stream, event
+        self.stream = int(stream)
+        self._closers = [
+            finalize(self, cudart.cudaEventDestroy, event),
+            finalize(self, cudart.cudaStreamDestroy, stream),
+        ]
+        for closer in self._closers:
+            closer.atexit = False  # the process gives back what it has, and CUDA may be gone before Python
+
+    def memory(self, size: int) -> Memory:
+        """Device memory, aligned to ALIGNMENT; OutOfMemory says how much there was."""
+        pointer = int(self._call("cudaMalloc", max(size, 1)))
+        held = Memory(pointer, size)
+        finalize(held, self._api.cudaFree, pointer).atexit = False
+        return held
+
+    def pinned(self, size: int) -> Pinned:
+        """Host memory for copies that do not wait."""
+        pointer = int(self._call("cudaHostAlloc", max(size, 1), self._api.cudaHostAllocDefault))
+        held = Pinned(pointer, size)
+        finalize(held, self._api.cudaFreeHost, pointer).atexit = False
+        return held
+
+    def upload(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy of pinned memory to the device."""
+        self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy within the device."""
+        self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
+    def download(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy to pinned memory; there once wait() returns."""
+        self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def wait(self) -> None:
+        """Until everything that was enqueued so far is done; by an event, which costs least."""
+        self._call("cudaEventRecord", self._event, self._stream)
+        self._call("cudaEventSynchronize", self._event)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Any]]:
+        """What is enqueued inside is kept and not run; then the list holds one graph for launch()."""
+        kept: list[Any] = []
+        mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self._stream, mode)
+        try:
+            yield kept
+        except BaseException:
+            self._api.cudaStreamEndCapture(self._stream)  # or the stream would stay in capture for good
+            raise
+        graph = self._call("cudaStreamEndCapture", self._stream)
+        try:
+            made = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._api.cudaGraphDestroy(graph)
+        kept.append(made)
+
+    def launch(self, graph: Any) -> None:
+        """Enqueue a captured graph."""
+        self._call("cudaGraphLaunch", graph, self._stream)
+
+    def forget(self, graph: Any) -> None:
+        """Give a captured graph back."""
+        self._api.cudaGraphExecDestroy(graph)
+
+    def close(self) -> None:
+        """Give the stream back; nothing can be enqueued after it."""
+        for closer in self._closers:
+            closer()
+
+    def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
+        if size:
+            self._call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        code, *values = getattr(self._api, name)(*args)
+        if int(code) == 0:
+            return values[0] if values else None
+        said = self._api.cudaGetErrorString(code)[1]
+        text = f"{name}: {said.decode() if isinstance(said, bytes) else said} (CUDA error {int(code)})"
+        if code == self._api.cudaError_t.cudaErrorMemoryAllocation:
+            wanted = f"{args[0] / 2**20:.1f} MiB wanted, " if name in ("cudaMalloc", "cudaHostAlloc") else ""
+            raise OutOfMemory(
+                f"{text}: {wanted}{self._free()}; choose a smaller batch size, close other sessions, or end "
+                "other programs on the GPU"
+            )
+        raise DeviceFailed(text)
+
+    def _free(self) -> str:
+        code, *values = self._api.cudaMemGetInfo()
+        if int(code):
+            return "CUDA does not say how much is free"
+        return f"{values[0] / 2**20:.1f} of {values[1] / 2**20:.1f} MiB free"
+
+
+def _load(name: str) -> Any:
+    return ctypes.CDLL(name)
+
+
+def _version(number: int) -> str:
+    """CUDA's way of writing a version: 13020 is 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"

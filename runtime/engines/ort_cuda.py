@@ -1,0 +1,185 @@
+"""ONNX Runtime on a GPU, by its own CUDA kernels or by TensorRT: sessions on our stream, bound to our memory.
+
+The walk is that of offramp.runtime.engines.device: states stay on the device, runs are enqueued and not
+waited for, and the host reads a segment's signals once they have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import ModuleType
+
+import numpy as np
+
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.engines.buffers import Run, runner
+from offramp.runtime.engines.cuda import Cuda, cuda_python, missing_driver
+from offramp.runtime.engines.device import STEM, DeviceEngine
+from offramp.runtime.engines.device_buffers import Layout, Places, Step
+from offramp.runtime.engines.graphs import Graph, Graphs, Providers
+from offramp.runtime.engines.ort import imported
+from offramp.runtime.engines.tensors import flows_of
+from offramp.runtime.engines.threads import Pool, claim
+from offramp.runtime.engines.trt_cache import EngineCache, default_folder
+from offramp.runtime.errors import BadBundle, BadSetting, EngineUnavailable
+from offramp.runtime.manifest import Variant
+
+NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PLACE = "cuda"  # ONNX Runtime's name of the memory that is bound
+
+
+class OrtOpener:
+    """See offramp.runtime.engines.device.Opener."""
+
+    captures = False  # ONNX Runtime captures by itself, each run under a number of its own
+
+    def __init__(
+        self,
+        ort: ModuleType,
+        graphs: Graphs,
+        graph: Callable[[Step], Variant],
+        bundle: Bundle,
+        numbered: bool,
+    ) -> None:
+        self._ort, self._graphs, self._graph, self._bundle = ort, graphs, graph, bundle
+        self._open: dict[Step, Graph] = {}
+        self._numbers = count(1) if numbered else None
+
+    def open(self, steps: Sequence[Step]) -> None:
+        """Open the graphs of these steps, those that are not open yet."""
+        for step in steps:
+            if step not in self._open:
+                self._open[step] = self._graphs.open(*self._graphs.read(self._graph(step)))
+
+    def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
+        """One run on these addresses; see Opener.bind."""
+        graph, session = self._graph(step), self._open[step].session
+        binding = self._ort.IOBinding(session)
+        for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
+            for tensor in tensors:
+                address, shape = places[tensor.name]
+                bind(tensor.name, PLACE, 0, np.dtype(tensor.dtype).type, shape, address)
+        # Not to wait for the device after every run: what comes next is enqueued on the same stream.
+        entries = {"disable_synchronize_execution_providers": "1"}
+        if self._numbers is not None:
+            entries["gpu_graph_id"] = str(next(self._numbers))
+        enqueue, path = runner(self._ort, session, binding, entries), self._bundle.folder / graph.file
+
+        def run() -> None:
+            try:
+                enqueue()
+            except Exception as problem:  # ORT's error types share no base of their own
+                raise BadBundle(f"{path}: ONNX Runtime cannot run {rows} x {length}: {problem}") from problem
+
+        return run
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._open.clear()
+
+
+class OrtCudaEngine(DeviceEngine):
+    """See offramp.runtime.engines.Engine."""
+
+    name = "ort"
+
+    def __init__(
+        self,
+        ort: ModuleType,
+        cuda: Cuda,
+        bundle: Bundle,
+        variant: str,
+        pool: Pool,
+        providers: Providers,
+        graphs: bool,
+    ) -> None:
+        manifest = bundle.manifest
+        stem = manifest.stem.variants[manifest.variants[0]]
+
+        def graph(step: Step) -> Variant:
+            if step == STEM:
+                return stem
+            name = manifest.variants[step[1]]
+            if name != variant and len(providers) > 1:
+                raise BadSetting(
+                    f"the rule goes on in {name}: provider tensorrt is set up for {variant} alone; use cuda"
+                )
+            return manifest.segments[step[0]].variants[name]
+
+        # Sessions hold on to the stream, which is this engine's own: they are shared with no other.
+        sessions = Graphs(ort, bundle, self.device, pool, {}, False, providers)
+        layout = Layout.of(manifest, flows_of(manifest), stem.inputs)
+        super().__init__(cuda, OrtOpener(ort, sessions, graph, bundle, graphs), layout, graph, manifest)
+        self._facts = {"onnxruntime": ort.__version__, "provider": providers[0][0]}
+        self._facts |= {"gpu": f"{cuda.gpu}, {cuda.capability}", "driver": cuda.driver}
+        self._facts["cuda graphs"] = "on" if graphs else "off"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Version of onnxruntime, the provider that really runs, GPU and driver."""
+        return dict(self._facts)
+
+
+def open_cuda(
+    bundle: Bundle, variant: str, threads: int | None, global_pool: bool, provider: str, graphs: bool
+) -> OrtCudaEngine:
+    """The engine, no file opened yet; EngineUnavailable names the first missing piece; never the CPU."""
+    ort, name = imported("gpu"), NAMES[provider]
+    if name not in ort.get_available_providers():
+        raise EngineUnavailable(
+            f"engine ort: this onnxruntime {ort.__version__} has no {name}; pip uninstall onnxruntime, then "
+            "pip install 'offramp[gpu]' (both packages own the same module), or use --device cpu"
+        )
+    driver = missing_driver()
+    if driver is not None:
+        raise EngineUnavailable(f"engine ort: {driver}: install the GPU's driver, or use --device cpu")
+    try:
+        cuda = Cuda(cuda_python())
+    except EngineUnavailable as problem:
+        raise EngineUnavailable(f"engine ort: {problem}, or use --device cpu") from problem
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is not None:
+        preload()  # CUDA's libraries from the Python packages of the extra, where the system has none
+    pool, providers = claim(ort, threads, global_pool), _providers(provider, cuda, graphs, variant == "fp16")
+    return OrtCudaEngine(ort, cuda, bundle, variant, pool, providers, graphs)
+
+
+def _providers(provider: str, cuda: Cuda, graphs: bool, half: bool) -> list[tuple[str, dict[str, str]]]:
+    """The wanted provider with its options, and behind TensorRT the CUDA kernels for what it leaves."""
+    found = [(NAMES["cuda"], _cuda_options(cuda, graphs and provider == "cuda"))]
+    if provider == "tensorrt":
+        found.insert(0, (NAMES["tensorrt"], _tensorrt_options(cuda, graphs, half)))
+    return found
+
+
+def _cuda_options(cuda: Cuda, graphs: bool) -> dict[str, str]:
+    return {
+        "device_id": "0",
+        "user_compute_stream": str(cuda.stream),
+        # Each session allocates for itself: in powers of two that would double what a bundle takes.
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",  # float32 is float32: a bundle's points were measured so
+        "enable_cuda_graph": "1" if graphs else "0",
+    }
+
+
+def _tensorrt_options(cuda: Cuda, graphs: bool, half: bool) -> dict[str, str]:
+    """ONNX Runtime builds TensorRT's engines for the shapes that it meets, and keeps them in our cache.
+
+    half: the graphs hold float16. It builds weakly typed networks, so exits may be rounded to it, too.
+    """
+    folder = EngineCache(default_folder() / "ort").folder
+    return {
+        "device_id": "0",
+        "user_compute_stream": str(cuda.stream),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+        "trt_fp16_enable": "1" if half else "0",
+        "trt_cuda_graph_enable": "1" if graphs else "0",
+    }
+
+
+__all__ = ["OrtCudaEngine", "OrtOpener", "open_cuda"]
