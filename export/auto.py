@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
 from offramp.export.bundle import finish
 from offramp.export.describe import describe
-from offramp.export.monolith import write_monolith
 from offramp.export.split import split
 from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
 from offramp.runtime.calibrate import costs_of, exit_table
-from offramp.runtime.engines import threads
 from offramp.runtime.labelled import read_labelled
 from offramp.runtime.rules import bind, simulate
 from offramp.runtime.rules.sweep import choose_points
@@ -71,23 +68,20 @@ class Choice:
         return "\n".join(lines)
 
 
-def by_cost(checkpoint: Checkpoint, dev: Path) -> Choice:
-    """Split with every exit in a temporary folder, walk the dev set, time it, and choose.
+def by_cost(checkpoint: Checkpoint, dev: Path, engine: str = "ort", device: str | None = None) -> Choice:
+    """Split with every exit in a temporary folder, walk the dev set on an engine, time it, and choose.
 
     Rows leave as the point "default" of the bundle has them, calibrated on the very rows. Raises BadInput for
-    the file.
+    the file, and what load() raises.
     """
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
-        folder = Path(scratch) / "bundle"
-        folder.mkdir()
-        parts = split(checkpoint.network, variants=("fp32",))
-        for part in track(parts, "exporting every exit", console=Console(stderr=True)):
-            to_onnx(part, folder / file_name(part.name, "fp32"))
-        if checkpoint.tokenizer is not None:
-            shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
-        finish(folder, describe(checkpoint, parts, ("fp32",)))
-        write_monolith(checkpoint, Path(scratch) / "monolith.onnx")
-        with load(folder, rule="never") as session:
+        every, none = Path(scratch) / "every", Path(scratch) / "none"
+        _write(checkpoint, None, every)
+        _write(checkpoint, checkpoint.network.spec.exits[-1:], none)
+        with (
+            load(every, rule="never", engine=engine, device=device) as session,
+            load(none, rule="never", engine=engine, device=device) as whole,
+        ):
             images = checkpoint.network.family.vision is not None
             rows = read_labelled(dev, session.labels, images=images)
             table, lengths = exit_table(session, rows, "fp32")
@@ -96,7 +90,17 @@ def by_cost(checkpoint: Checkpoint, dev: Path) -> Choice:
             count = table.logits.shape[1]
             exits = simulate(bind(point.rule, count), table.logits, table.gates)
             leaves = np.bincount(exits, minlength=count) / len(exits)
-            return measure(session, Path(scratch) / "monolith.onnx", rows.items, leaves)
+            return measure(session, whole, rows.items, leaves)
+
+
+def _write(checkpoint: Checkpoint, exits: Sequence[int] | None, folder: Path) -> None:
+    folder.mkdir()
+    parts = split(checkpoint.network, exits, variants=("fp32",))
+    for part in track(parts, f"exporting {len(parts) - 1} segments to time", console=Console(stderr=True)):
+        to_onnx(part, folder / file_name(part.name, "fp32"))
+    if checkpoint.tokenizer is not None:
+        shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
+    finish(folder, describe(checkpoint, parts, ("fp32",)))
 
 
 def keep_exits(leaves: NDArray[np.float64], block_ms: NDArray[np.float64], exit_ms: float) -> tuple[int, ...]:
@@ -124,36 +128,31 @@ def keep_exits(leaves: NDArray[np.float64], block_ms: NDArray[np.float64], exit_
 
 
 def measure(
-    session: Session, monolith: Path, texts: Sequence[str | tuple[str, str]], leaves: NDArray[np.float64]
+    session: Session, whole: Session, texts: Sequence[str | tuple[str, str]], leaves: NDArray[np.float64]
 ) -> Choice:
-    """Time the session's segments and the same network as one graph, in turn, row by row, and choose.
+    """Time the session's segments and the same network in one segment, in turn, row by row, and choose.
 
-    What an exit costs is what the full walk takes more than the one graph, shared out evenly.
+    What an exit costs is what the full walk takes more than that one segment, shared out evenly.
     """
-    manifest, engine = session.manifest, session.engine
-    options = onnxruntime.SessionOptions()
-    threads.fit(options)
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    graph = onnxruntime.InferenceSession(monolith, options, providers=["CPUExecutionProvider"])
+    manifest = session.manifest
     count = len(manifest.segments)
-    spent, whole = [], []
+    spent: list[NDArray[np.float64]] = []
+    single: list[NDArray[np.float64]] = []
     for turn, text in enumerate([*texts[:3], *texts[:SAMPLE]]):  # the first three are for warming up
         given = session.encode(*((text,) if isinstance(text, str) else text))
-        clock = [time.perf_counter()]
-        state = engine.begin(given)
-        clock.append(time.perf_counter())
-        for segment in range(count):
-            engine.step(segment, 0, state)
+        for times, engine, steps in ((spent, session.engine, count), (single, whole.engine, 1)):
+            clock = [time.perf_counter()]
+            state = engine.begin(given)
             clock.append(time.perf_counter())
-        engine.drop(state)
-        feed = {node.name: given[node.name] for node in graph.get_inputs()}
-        begun = time.perf_counter()
-        graph.run(None, feed)
-        if turn >= 3:
-            spent.append(np.diff(clock))
-            whole.append(time.perf_counter() - begun)
+            for segment in range(steps):
+                engine.step(segment, 0, state)
+                clock.append(time.perf_counter())
+            engine.drop(state)
+            if turn >= 3:
+                times.append(np.diff(clock))
     each = 1e3 * np.median(spent, axis=0)  # [1 + segments]
-    exit_ms = max(0.0, float(each.sum() - 1e3 * np.median(whole)) / max(1, count - 1))
+    least = 1e3 * float(np.median(np.sum(single, axis=1)))
+    exit_ms = max(0.0, (float(each.sum()) - least) / max(1, count - 1))
     block_ms = np.maximum(each[1:] - exit_ms, 0.0)
     kept = keep_exits(leaves, block_ms, exit_ms)
     blocks = tuple(stage.blocks[-1] for stage in manifest.segments)

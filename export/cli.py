@@ -59,10 +59,13 @@ class NotVerified(click.ClickException):
     "which operating points are measured, for every variant, by the engine itself (as ee-calibrate does); "
     "never the test set. [default: those of the checkpoint]",
 )
+@click.option("--engine", default="ort", help="On what --segments auto and --dev measure: ort or trt.")
+@click.option("--device", help="Where: cpu or cuda.  [default: cpu for ort, cuda for trt]")
 @click.option(
     "--variants",
     default="fp32,int8",
-    help="Precisions to write, fp32 first, such as fp32 or fp32,int8,int4 (int4: weights alone).",
+    help="Precisions to write, fp32 first, such as fp32 or fp32,int8,int4. fp16 is for GPUs, TensorRT and "
+    "CUDA (a CPU runs it slower than fp32); int8 and int4 (weights alone) are for CPUs.",
 )
 @click.option(
     "--texts",
@@ -80,7 +83,8 @@ class NotVerified(click.ClickException):
 @click.option(
     "--monolith",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write the same network as one graph without exits, int8 beside it as FILE_int8.onnx.",
+    help="Also write the same network as one graph without exits, other variants beside it, such as "
+    "FILE_int8.onnx.",
 )
 @click.option(
     "--rivals",
@@ -126,6 +130,8 @@ def _split(
     out: Path,
     segments: str,
     dev: Path | None,
+    engine: str,
+    device: str | None,
     variants: str,
     texts: Path | None,
     int8_range: str,
@@ -145,7 +151,7 @@ def _split(
     from offramp.export.verify import verify
     from offramp.models.families import UnsupportedFamily
     from offramp.runtime.calibrate import calibrated
-    from offramp.runtime.errors import BadInput
+    from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
     from offramp.runtime.labelled import read_labelled
     from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
 
@@ -166,11 +172,13 @@ def _split(
             images = loaded.network.family.vision is not None
             read_labelled(dev, loaded.network.spec.labels, images=images)
         if segments.strip() == "auto":
-            parts = split(loaded.network, _by_cost(loaded, dev), names)
+            parts = split(loaded.network, _by_cost(loaded, dev, engine, device), names)
         else:
             parts = split(loaded.network, kept_exits(loaded.network, segments), names)
     except BadInput as problem:
         raise UserError(f"--dev: {problem}") from None
+    except (BadSetting, EngineUnavailable) as problem:
+        raise UserError(f"--engine {engine}: {problem}") from None
     except ValueError as problem:
         raise UserError(f"--segments {segments} --variants {variants}: {problem}") from None
     blocks = _blocks(truncate, [part.blocks[-1] for part in parts[1:]], "the bundle")
@@ -192,7 +200,7 @@ def _split(
         manifest = finish(beside, describe(loaded, parts, names, facts))
         if dev is not None:
             click.echo("measuring operating points", err=True)
-            manifest = calibrated(beside, dev)
+            manifest = calibrated(beside, dev, engine=engine, device=device)
     click.echo(closing_table(manifest, report))
     click.echo(f"{out}: written and verified")
     if monolith is not None:
@@ -202,13 +210,13 @@ def _split(
         click.echo(f"{rivals}: written")
 
 
-def _by_cost(checkpoint: Checkpoint, dev: Path | None) -> tuple[int, ...]:
+def _by_cost(checkpoint: Checkpoint, dev: Path | None, engine: str, device: str | None) -> tuple[int, ...]:
     """Blocks to cut after, with the table behind the choice on stdout."""
     from offramp.export.auto import by_cost
 
     if dev is None:
         raise ValueError("say --dev FILE: which exits pay depends on where rows leave")
-    choice = by_cost(checkpoint, dev)
+    choice = by_cost(checkpoint, dev, engine, device)
     click.echo(choice.table() + "\n")
     return tuple(choice.blocks[at] for at in choice.kept)
 

@@ -26,7 +26,7 @@ class Monolith(nn.Module):
 
     def __init__(self, stem: Stem, stretch: Stretch) -> None:
         super().__init__()
-        # The blocks first: an exporter names what is in two places by the first, and int8 goes by that name.
+        # The blocks first: an exporter names what is in two places by the first, and variants go by it.
         self.stretch, self.stem = stretch, stem
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -119,7 +119,7 @@ def write_monolith(
     height, width] -> logits [batch, classes].
 
     exits: with every exit and policy inside, logits [batch, segments, classes], gates [batch, segments - 1].
-    Made by the same exporter, and for int8 by the same quantizer, as the segments are.
+    Made by the same exporter, and in other variants by the same code, as the segments are.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}; choose one of {', '.join(VARIANTS)}")
@@ -135,11 +135,11 @@ def write_monolith(
 def write_monoliths(
     checkpoint: Checkpoint, path: Path, variants: Sequence[str], *, reduce_range: bool | None = None
 ) -> None:
-    """Write the graph without exits at `path` and, where int8 is among the variants, int8 beside it as
-    <stem>_int8<suffix>. The file at `path` comes last and at once: where a new one stands, all is written.
-    Raises BadTarget where something else than a file stands there.
+    """Write the graph without exits at `path`, fp32, and every other of the variants beside it as
+    <stem>_<variant><suffix>. The file at `path` comes last and at once: where a new one stands, all is
+    written. Raises BadTarget where something else than a file stands there.
     """
-    small = path.with_name(f"{path.stem}_int8{path.suffix}")
+    places = {name: path.with_name(f"{path.stem}_{name}{path.suffix}") for name in variants if name != "fp32"}
     path = Path(os.path.realpath(path))  # through a link, as plain writing goes
     if path.exists() and not path.is_file():
         raise BadTarget(f"{path} is no regular file; choose another")
@@ -147,7 +147,8 @@ def write_monoliths(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         whole = Path(scratch) / "fp32.onnx"
         write_monolith(checkpoint, whole)
-        if "int8" in variants:
-            to_variant("int8", whole, Path(scratch) / "int8.onnx", reduce_range=reduce_range)
-            shutil.move(Path(scratch) / "int8.onnx", small)  # no rename where a link led to another disk
+        for name in places:
+            to_variant(name, whole, Path(scratch) / f"{name}.onnx", reduce_range=reduce_range)
+        for name, place in places.items():
+            shutil.move(Path(scratch) / f"{name}.onnx", place)  # no rename where a link led to another disk
         whole.replace(path)

@@ -1,4 +1,4 @@
-"""An fp32 graph into int8 (weights and activations) or int4 (weights alone), in the blocks alone."""
+"""An fp32 graph into fp16, int8 (weights and activations) or int4 (weights alone), in the blocks alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,26 @@ from typing import Any
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-VARIANTS = ("fp32", "int8", "int4")  # what can be written; fp32 comes first, the others are made from it
+from offramp.export.half import halve
+
+VARIANTS = ("fp32", "fp16", "int8", "int4")  # what can be written: fp32 and what is made from it
 BLOCK = 128  # weights that share a scale in int4
+
+
+def to_fp16(source: Path, target: Path) -> float:
+    """Write the fp16 form of a graph that to_onnx wrote; gives its size as a share of the original's.
+
+    Weights and arithmetic inside blocks are float16; pooling, exit, policy and forecast stay float32. So does
+    all that the graph reads and puts out: variants mix in one walk and share the stem. It is for GPUs, which
+    multiply float16 several times faster; a CPU runs it slower than fp32.
+    """
+    model = onnx.load(source)
+    _products_of_blocks(source, model)
+    # What rewrites put in place of the exporter's nodes has no type, and every float must be known as one.
+    made = halve(onnx.shape_inference.infer_shapes(model, strict_mode=True), in_block)
+    onnx.checker.check_model(made, full_check=True)  # types too: a float16 beside a float32 is refused
+    target.write_bytes(made.SerializeToString())
+    return target.stat().st_size / source.stat().st_size
 
 
 def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
@@ -63,7 +81,9 @@ def to_int4(source: Path, target: Path) -> float:
 
 
 def to_variant(name: str, source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
-    """Write the graph's form of that name, int8 or int4; gives its size as a share of the original's."""
+    """Write the graph's form of that name, all but fp32; gives its size as a share of the original's."""
+    if name == "fp16":
+        return to_fp16(source, target)
     if name == "int8":
         return to_int8(source, target, reduce_range=reduce_range)
     if name == "int4":
@@ -88,12 +108,15 @@ def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) 
     return not {"avx512_vnni", "avx_vnni"} & set((cpuinfo or "").split())
 
 
+def in_block(name: str) -> bool:
+    """Whether a node belongs to a block: to_onnx names nodes by their module."""
+    return "blocks." in name.rpartition("/")[0]
+
+
 def _products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
-    """Names of the products inside blocks; exporters name nodes by their module."""
+    """Names of the products inside blocks."""
     inside = [
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm") and "blocks." in node.name.rpartition("/")[0]
+        node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and in_block(node.name)
     ]
     if not inside:
         raise ValueError(f"{source}: no product of a block in it; variants are made from what to_onnx wrote")

@@ -9,7 +9,7 @@ TOKENS = 32  # the length of text at which the closing table counts
 
 
 def closing_table(manifest: Manifest, report: Report) -> str:
-    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, labels that int8 keeps."""
+    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, labels kept."""
     variants = manifest.variants
     (hidden,) = (t for t in manifest.stem.variants[variants[0]].outputs if t.name == "hidden")
     tokens = hidden.shape[1] if isinstance(hidden.shape[1], int) else TOKENS  # of an image there is no choice

@@ -19,7 +19,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.errors import OfframpError
+from offramp.runtime.errors import BadSetting, EngineUnavailable, OfframpError
 from offramp.runtime.labelled import Labelled, read_labelled
 from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint, StepCosts
 from offramp.runtime.prices import check_foresees, foresees, priced_points, step_costs
@@ -69,13 +69,22 @@ def costs_of(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> 
 def calibrate(session: Session, rows: Labelled, rule: str | None = None) -> tuple[OperatingPoint, ...]:
     """Operating points of every variant of the session's bundle; rule None: the bundle's own, or where it has
     none, gate with policies and max_probability without.
+
+    Of variants that the session's engine does not walk (int8 on TensorRT) the bundle's own points are kept.
     """
     manifest = session.manifest
     rule = rule or _own_rule(manifest)
     found: list[OperatingPoint] = []
     reference = None
     for variant in manifest.variants:
-        table, lengths = exit_table(session, rows, variant)
+        try:
+            table, lengths = exit_table(session, rows, variant)
+        except (BadSetting, EngineUnavailable) as problem:
+            if reference is None:  # the default has to be measured: the others are compared with it
+                raise
+            click.echo(f"{variant} is not measured, its points stay as they were: {problem}", err=True)
+            found += [point for point in manifest.points if point.variant == variant]
+            continue
         chosen = rule or ("max_probability" if table.gates is None else "gate")
         points = choose_points(chosen, table, costs_of(manifest, lengths), reference=reference)
         reference = points["full"].accuracy if reference is None else reference

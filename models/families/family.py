@@ -88,10 +88,11 @@ class Family:
 
 
 def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive form of a 0/1 mask [batch, seq] -> [batch, 1, 1, seq]: 0 where a token stands, the least
-    finite number at padding.
+    """Additive form of a 0/1 mask [batch, seq] -> [batch, 1, 1, seq]: 0 where a token stands, half the least
+    finite number of float16 at padding.
 
-    A finite number, not -inf, because a row of only -inf makes softmax NaN; transformers does the same.
+    Far below any score, so that softmax gives exactly 0 there in float32 too; and still finite in float16, as
+    is its sum with any score: a row of only -inf would make softmax NaN.
     """
     keep = attention_mask[:, None, None, :].to(dtype)  # [batch, 1, 1, seq]
-    return (1.0 - keep) * torch.finfo(dtype).min
+    return (1.0 - keep) * (torch.finfo(torch.float16).min / 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from offramp.runtime.engines import trt_versions
@@ -31,25 +31,32 @@ class Log:
 
     def take(self) -> str:
         """What was said since the last time, as one line."""
-        told = "; ".join(dict.fromkeys(self.said)) or "no reason was given"
+        told = "; ".join(dict.fromkeys(" ".join(text.split()) for text in self.said)) or "no reason was given"
         self.said.clear()
         return told
 
 
 def build(
-    trt: Any, log: Log, data: bytes, graph: Variant, known: Sequence[Profile], timings: bytes = b""
+    trt: Any,
+    log: Log,
+    data: bytes,
+    graph: Variant,
+    known: Sequence[Profile],
+    timings: bytes = b"",
+    adjust: Callable[[Any], None] | None = None,
 ) -> tuple[bytes, bytes]:
     """Compile a graph for this GPU under these profiles; gives the engine and the timings, longer by its own.
 
-    data: the verified bytes of graph.file. timings: of earlier builds on the same GPU and version. Raises
-    BadBundle with what TensorRT said.
+    data: the verified bytes of graph.file. timings: of earlier builds on the same GPU and version. adjust:
+    what else is to be set in the builder's configuration. Raises BadBundle with what TensorRT said.
     """
     builder = trt.Builder(log.logger)
     network = builder.create_network(trt_versions.network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(data):
-        reasons = "; ".join(parser.get_error(at).desc() for at in range(parser.num_errors))
-        raise BadBundle(f"{graph.file}: TensorRT cannot read it: {reasons or log.take()}")
+        # The parser says what is wrong, the log in which node.
+        log.said += [parser.get_error(at).desc() for at in range(parser.num_errors)]
+        raise BadBundle(f"{graph.file}: TensorRT cannot read it: {log.take()}")
     config = builder.create_builder_config()
     # float32 is float32: a bundle's points were measured so. For speed there is the variant fp16.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -60,12 +67,17 @@ def build(
         for tensor in graph.inputs:
             ranges.set_shape(tensor.name, *shapes(tensor, profile))
         config.add_optimization_profile(ranges)
-    cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
-    config.set_timing_cache(cache, False)
+    if trt_versions.keeps_timings(trt):
+        cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    if adjust is not None:
+        adjust(config)
     blob = builder.build_serialized_network(network, config)
     if blob is None:
         raise BadBundle(f"{graph.file}: TensorRT cannot compile it: {log.take()}")
-    return bytes(blob), bytes(config.get_timing_cache().serialize())
+    if trt_versions.keeps_timings(trt):
+        timings = bytes(config.get_timing_cache().serialize())
+    return bytes(blob), timings
 
 
 def hold(trt: Any, engine: Any, graph: Variant) -> None:

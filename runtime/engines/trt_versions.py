@@ -50,6 +50,11 @@ def share_profiles(trt: Any, config: Any) -> None:
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
 
+def keeps_timings(trt: Any) -> bool:
+    """Whether a build can use timings of earlier ones: TensorRT-RTX has none and deprecates the calls."""
+    return not hasattr(trt, "IRuntimeCache")
+
+
 def context(trt: Any, engine: Any) -> Any:
     """A context that owns no scratch memory: lend() gives it some. None where TensorRT cannot make one."""
     if hasattr(trt, "ExecutionContextAllocationStrategy"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,6 +221,8 @@ class IBuilderConfig(Thing):
         return self._limits.get(self._of(pool, "MemoryPoolType"), self._trt._cudart._total())
 
     def create_timing_cache(self, serialized_timing_cache: Any) -> Any:
+        if self._trt._rtx:
+            warnings.warn("timing caches are deprecated in TensorRT-RTX", DeprecationWarning, stacklevel=2)
         here = {"trt": self._trt._version, "gpu": list(self._trt._cudart.capability), "entries": []}
         data = bytes(memoryview(serialized_timing_cache))
         try:

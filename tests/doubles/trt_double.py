@@ -80,6 +80,8 @@ def make(version: str, cudart: Cudart, *, name: str = "tensorrt") -> Any:
             setattr(logger, member.name, member)
     for path in names[""] - set(vars(module)):
         setattr(module, path, Absent(path))
+    if module._rtx:
+        module.IRuntimeCache = Absent("IRuntimeCache")  # one of its own
     return module
 
 

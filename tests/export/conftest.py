@@ -15,7 +15,7 @@ import tiny
 import torch
 from transformers import AutoModel
 
-from offramp.export.precision import to_int8
+from offramp.export.precision import to_fp16, to_int8
 from offramp.export.split import Segment, split
 from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
@@ -94,6 +94,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
             to_onnx(segment, folder / file_name(segment.name, "fp32"))
             if segment.blocks:
                 to_int8(folder / f"{segment.name}.onnx", folder / f"{segment.name}_int8.onnx")
+                to_fp16(folder / f"{segment.name}.onnx", folder / f"{segment.name}_fp16.onnx")
         return Exported(made, segments, folder)
 
     return export

@@ -14,9 +14,10 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from offramp.export import bundle, monolith, rivals, to_onnx, verify
+from offramp.export import aot, bundle, monolith, rivals, to_onnx, verify
 from offramp.export.bundle import BadTarget
 from offramp.export.cli import main
+from offramp.export.sentences import SENTENCES
 from offramp.export.split import Segment
 from offramp.runtime import load
 from offramp.runtime.bundle import open_bundle
@@ -108,6 +109,24 @@ def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Pa
     told = manifest.provenance
     assert (told["recipe"], told["seed"]) == ("consistentee", 7) and "reduce_range" in told["int8"]
     assert "somebody" not in (tmp_path / "bundle" / "manifest.json").read_text()
+
+
+def test_fp16_is_written_compiles_and_says_what_fp32_says(saved: Path, copied: Path, tmp_path: Path) -> None:
+    result = run(saved, "--out", tmp_path / "bundle", "--variants", "fp32,fp16")
+    assert result.exit_code == 0, result.output
+    assert "fp16 labels kept" in result.stdout
+    said: dict[str, list[Any]] = {}
+    for variant in ("fp32", "fp16"):
+        with load(tmp_path / "bundle", variant=variant, rule="never", threads=1) as session:
+            said[variant] = list(session.map(SENTENCES[:12]))
+            stages = (session.manifest.stem, *session.manifest.segments)
+    assert [list(stage.variants) for stage in stages] == [["fp32"], ["fp32", "fp16"], ["fp32", "fp16"]]
+    names = [f"segment_0{n}{end}.onnx" for end in ("", "_fp16") for n in range(2)]
+    compiled = list(aot.check(open_bundle(tmp_path / "bundle"), targets=("8.6",)))
+    assert [one.graph for one in compiled] == ["stem.onnx", *names] and all(one.size for one in compiled)
+    pairs = list(zip(said["fp32"], said["fp16"], strict=True))
+    assert all(full.label == half.label for full, half in pairs)
+    assert 0 < max(abs(full.score - half.score) for full, half in pairs) < 0.01
 
 
 @pytest.fixture
@@ -325,7 +344,7 @@ def test_points_of_variants_that_are_not_written_are_left_out(
     [
         (("--segments", "3"), "block 3 does not exist"),
         (("--segments", "deep"), "say 'each', 'every N'"),
-        (("--variants", "fp32,fp8"), "'fp8' is not known; choose among fp32, int8"),
+        (("--variants", "fp32,fp8"), "'fp8' is not known; choose among fp32, fp16, int8"),
         (("--variants", "int8"), "fp32 comes first"),
         (("--texts", "nowhere.txt"), "nowhere.txt: cannot be read"),
     ],

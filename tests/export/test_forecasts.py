@@ -107,8 +107,9 @@ def _forecast(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_variants_without_a_forecast_are_refused(made: tuple[Any, Any, Path]) -> None:
-    with pytest.raises(ValueError, match="no error forecast for variant int4"):
-        split(made[0].network, variants=("fp32", "int4"))
+    for variant in ("fp16", "int4"):
+        with pytest.raises(ValueError, match=f"no error forecast for variant {variant}"):
+            split(made[0].network, variants=("fp32", variant))
 
 
 @pytest.mark.parametrize(("family", "variant"), [("bert", "int8"), ("mpnet", "int8"), ("bert", "int4")])

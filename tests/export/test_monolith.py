@@ -74,11 +74,11 @@ def test_int8_is_made_by_the_segments_quantizer(
 
 
 def test_an_unknown_variant_is_refused(exported: Callable[[str], Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="choose one of fp32, int8, int4"):
+    with pytest.raises(ValueError, match="choose one of fp32, fp16, int8, int4"):
         monolith.write_monolith(exported("bert").checkpoint, tmp_path / "x.onnx", "fp8")
 
 
-def test_a_graph_and_its_int8_form_take_their_places_at_the_end(
+def test_a_graph_and_its_other_forms_take_their_places_at_the_end(
     exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("bert")
@@ -90,8 +90,10 @@ def test_a_graph_and_its_int8_form_take_their_places_at_the_end(
         shutil.copyfile(made.folder / "segment_01.onnx", path)
 
     monkeypatch.setattr(monolith, "to_onnx", copy)
-    monolith.write_monoliths(made.checkpoint, tmp_path / "link.onnx", ("fp32", "int8"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.onnx", "link_int8.onnx", "one.onnx"]
+    monolith.write_monoliths(made.checkpoint, tmp_path / "link.onnx", ("fp32", "fp16", "int8"))
+    names = ["link.onnx", "link_fp16.onnx", "link_int8.onnx", "one.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert any(node.op_type == "Cast" for node in onnx.load(tmp_path / "link_fp16.onnx").graph.node)
     assert (tmp_path / "link.onnx").is_symlink() and len((tmp_path / "one.onnx").read_bytes()) > 3
 
 

@@ -1,4 +1,4 @@
-"""int8: smaller, close, and the decision stays in fp32."""
+"""int8 and int4: smaller, close, and the decision stays in fp32. fp16 has its own file, test_half."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from offramp.export.precision import needs_reduced_range, to_int4, to_int8, to_variant
+from offramp.export.precision import needs_reduced_range, to_fp16, to_int4, to_int8, to_variant
 
 VNNI, PLAIN = "flags : fpu avx2 avx512f avx512_vnni", "flags : fpu avx2 fma"
 
@@ -114,8 +114,9 @@ def test_int4_is_in_products_of_blocks_alone_and_close(
 
 
 def test_what_is_no_segment_and_no_variant(exported: Callable[[str], Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no product of a block"):
-        to_int4(exported("bert").folder / "stem.onnx", tmp_path / "out.onnx")
-    with pytest.raises(ValueError, match="choose one of int8, int4"):
+    for make in (to_fp16, to_int4):
+        with pytest.raises(ValueError, match="no product of a block"):
+            make(exported("bert").folder / "stem.onnx", tmp_path / "out.onnx")
+    with pytest.raises(ValueError, match="choose one of fp16, int8, int4"):
         to_variant("fp8", exported("bert").folder / "segment_00.onnx", tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())

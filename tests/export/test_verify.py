@@ -78,6 +78,14 @@ def test_int8_is_told_and_not_judged(copy: Any, break_weight: Callable[..., None
     assert report.first_bad is None and report.precisions[0].difference > 1
 
 
+def test_fp16_is_told_as_int8_is_and_is_nearer(copy: Any) -> None:
+    report = verify(copy.checkpoint, copy.folder, copy.segments, ("fp32", "fp16", "int8"), SENTENCES[::6])
+    said = {(one.segment, one.variant): one for one in report.precisions}
+    for segment in ("segment_00", "segment_01"):
+        half, eighth = said[segment, "fp16"], said[segment, "int8"]
+        assert half.agreement == 1 and 0 < half.difference < eighth.difference / 2
+
+
 def test_no_text_is_refused(copy: Any) -> None:
     with pytest.raises(ValueError, match="no text"):
         verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), texts=[])

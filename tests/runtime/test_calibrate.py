@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from doubles import gpu
 
 from offramp.runtime import load
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.calibrate import calibrate, costs_of, main
 from offramp.runtime.labelled import read_labelled
+from offramp.runtime.manifest import OperatingPoint
 
 TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
 TEXTS = ("good film", "bad film", "a good good plot", "dull", "film plot bad", "good", "so dull and bad")
@@ -80,6 +82,23 @@ def test_other_variants_are_held_against_the_default_ones_full_depth(dev: Path) 
     for name, accuracy in by_name.items():
         if "within-" in name:
             assert accuracy >= by_name["full"] - float(name.rpartition("-")[2]) - 1e-3
+
+
+def test_on_tensorrt_what_it_does_not_walk_keeps_its_points(
+    bundle: Path, dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def points() -> dict[str, OperatingPoint]:
+        return {point.name: point for point in open_bundle(bundle).manifest.points}
+
+    assert CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)]).exit_code == 0
+    before = points()
+    gpu.machine(monkeypatch, tmp_path / "cache")
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--engine", "trt"])
+    assert done.exit_code == 0 and "int8 is not measured, its points stay" in done.output
+    assert points()["int8-full"] == before["int8-full"]
+    assert points()["full"].measured["accuracy"] == before["full"].measured["accuracy"]
+    facts = open_bundle(bundle).manifest.provenance["calibrated"]
+    assert (facts["engine"], facts["device"], facts["gpu"]) == ("trt", "cuda", "Double GPU, 8.6")
 
 
 def test_costs_are_the_manifests() -> None:

@@ -1,0 +1,55 @@
+"""Real exported bundles on the doubles of TensorRT: the same labels as on the CPU, in fp32 and fp16."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from doubles import gpu
+
+from offramp.export.bundle import finish
+from offramp.export.describe import describe
+from offramp.export.sentences import SENTENCES
+from offramp.runtime import load
+from offramp.runtime.manifest import ImageInput
+
+WISHES = {
+    "trt-8.6.1": {"engine": "trt"},
+    "trt-10.3.0": {"engine": "trt"},
+    "trt-11.4.0": {"engine": "trt", "cuda_graphs": True},
+    "cuda": {"device": "cuda"},
+}
+
+
+@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
+def test_a_bundle_says_on_a_gpu_what_it_says_on_the_cpu(
+    family: str, exported: Callable[[str], Any], tmp_path: Path
+) -> None:
+    made = exported(family)
+    bundle = Path(shutil.copytree(made.folder, tmp_path / "bundle"))
+    manifest = finish(bundle, describe(made.checkpoint, made.segments, ("fp32", "fp16")))
+    if isinstance(manifest.input, ImageInput):
+        random = np.random.default_rng(0)
+        items: list[Any] = list(random.integers(0, 256, (9, 20, 24, 3), dtype=np.uint8))
+    else:
+        items = [*SENTENCES[:8], " ".join(SENTENCES[:3])]
+    for variant in ("fp32", "fp16"):
+        with load(bundle, rule="never", variant=variant) as session:
+            expected = list(session.map(items, batch_size=4))
+        for name, wishes in WISHES.items():
+            with pytest.MonkeyPatch.context() as patch:
+                version = name.removeprefix("trt-")
+                machine = gpu.machine(patch, tmp_path / "cache", "10.3.0" if version == "cuda" else version)
+                gpu.ort_on_cuda(patch, machine.cudart)
+                with load(bundle, rule="never", variant=variant, **wishes) as session:  # type: ignore[arg-type]
+                    for size in (1, 1, 1, 4):
+                        found = list(session.map(items, batch_size=size))
+                        for one, other in zip(found, expected, strict=True):
+                            assert one.label == other.label and one.steps == other.steps, name
+                            assert abs(one.score - other.score) < (1e-4 if variant == "fp32" else 5e-3)
+                assert machine.cudart.faults == []
