@@ -118,7 +118,7 @@ def open_engine(
     if provider is not None and provider not in PROVIDERS:
         raise BadSetting(f"provider {provider!r} is not known; choose one of: {', '.join(PROVIDERS)}")
     if device is None:
-        device = HOME[name] if provider is None else "cuda"
+        device = "cuda" if provider is not None or cuda_graphs else HOME[name]
     if device not in DEVICES:
         raise BadSetting(f"device {device!r} is not known; choose one of: {', '.join(DEVICES)}")
     known = bundle.manifest.variants
@@ -127,9 +127,9 @@ def open_engine(
         raise BadSetting(f"variant {variant!r} is not in {bundle.folder}; it offers: {', '.join(known)}")
     if threads is not None and threads < 1:
         raise BadSetting(f"threads {threads}: expected 1 or more")
-    if device == "cpu" and (provider is not None or cuda_graphs):
+    if device != "cuda" and (provider is not None or cuda_graphs):
         wish = f"provider {provider}" if provider is not None else "cuda_graphs"
-        raise BadSetting(f"{wish} is for device cuda, not cpu: leave one of them out")
+        raise BadSetting(f"{wish} is for device cuda, not {device}: leave one of them out")
     engine: Engine = import_module(ENGINES[name]).open(
         bundle,
         device=device,

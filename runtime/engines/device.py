@@ -9,6 +9,7 @@ and waits once. Rows that stay are gathered within the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 from weakref import finalize
 
@@ -17,7 +18,7 @@ from offramp.runtime.engines.buffers import Run, Shelf
 from offramp.runtime.engines.cuda import Cuda
 from offramp.runtime.engines.device_buffers import DeviceBuffers, Layout, Places, Step
 from offramp.runtime.engines.profiles import rounded
-from offramp.runtime.errors import OutOfMemory
+from offramp.runtime.errors import DeviceFailed, OutOfMemory
 from offramp.runtime.manifest import Manifest, TextInput, Variant
 from offramp.runtime.rules import Signals
 
@@ -129,7 +130,8 @@ class DeviceEngine:
 
     def close(self) -> None:
         """Give everything back, once the device is done with it."""
-        self._cuda.wait()
+        with suppress(DeviceFailed):  # what failed has been told to whoever was walking
+            self._cuda.wait()
         self._shelf.clear()
         self._opener.close()
         self._cuda.close()

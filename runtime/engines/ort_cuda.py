@@ -6,7 +6,9 @@ waited for, and the host reads a segment's signals once they have come.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from itertools import count
 from types import ModuleType
 
@@ -138,9 +140,11 @@ def open_cuda(
         cuda = Cuda(cuda_python())
     except EngineUnavailable as problem:
         raise EngineUnavailable(f"engine ort: {problem}, or use --device cpu") from problem
-    preload = getattr(ort, "preload_dlls", None)
-    if preload is not None:
-        preload()  # CUDA's libraries from the Python packages of the extra, where the system has none
+    if hasattr(ort, "preload_dlls"):
+        # CUDA's libraries from the Python packages of the extra, where the system has none. What it does not
+        # find it prints, and stdout is for answers.
+        with redirect_stdout(sys.stderr):
+            ort.preload_dlls()
     pool, providers = claim(ort, threads, global_pool), _providers(provider, cuda, graphs, variant == "fp16")
     return OrtCudaEngine(ort, cuda, bundle, variant, pool, providers, graphs)
 

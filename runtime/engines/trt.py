@@ -82,7 +82,7 @@ def open(
         cuda = Cuda(cuda_python())
     except EngineUnavailable as problem:
         raise EngineUnavailable(f"engine trt: {problem}, or use --engine ort") from problem
-    return TrtEngine(trt, cuda, bundle, EngineCache(default_folder()), share, cuda_graphs)
+    return TrtEngine(trt, cuda, bundle, EngineCache(default_folder() / "trt"), share, cuda_graphs)
 
 
 def find() -> ModuleType:

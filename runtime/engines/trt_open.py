@@ -29,10 +29,10 @@ _guard = threading.Lock()
 class Opened:
     """One deserialized engine with what must outlive it; it lives as long as somebody walks on it."""
 
-    __slots__ = ("__weakref__", "engine", "runtime")
+    __slots__ = ("__weakref__", "engine", "log", "runtime")
 
-    def __init__(self, runtime: Any, engine: Any) -> None:
-        self.runtime, self.engine = runtime, engine
+    def __init__(self, log: Log, runtime: Any, engine: Any) -> None:
+        self.log, self.runtime, self.engine = log, runtime, engine
 
 
 class _Context:
@@ -87,14 +87,14 @@ class TrtOpener:
         """One run on these addresses; see Opener.bind."""
         held = self._context(step, choose(self._profiles, rows, length))
         context, stream, graph = held.context, self._cuda.stream, self._graph(step)
-        mine = object()
+        mine, log = object(), self._opened[step].log
 
         def run() -> None:
             if held.current is not mine:
-                self._set(context, graph, places)
+                _set(context, graph, places, log)
                 held.current = mine
             if not context.execute_async_v3(stream):
-                raise DeviceFailed(f"{graph.file}: TensorRT cannot run {rows} x {length}: {self._log.take()}")
+                raise DeviceFailed(f"{graph.file}: TensorRT cannot run {rows} x {length}: {log.take()}")
 
         return run
 
@@ -128,7 +128,7 @@ class TrtOpener:
             raise kind(f"{graph.file}: TensorRT does not take the engine that it built: {said}")
         self._log.take()
         hold(self._trt, engine, graph)
-        return Opened(runtime, engine)
+        return Opened(self._log, runtime, engine)
 
     def _build(self, graph: Variant, facts: dict[str, str], place: str, refused: bytes | None) -> bytes:
         data = self._bundle.read(graph.file)
@@ -171,18 +171,18 @@ class TrtOpener:
         found = None if self.captures else self._contexts.get((step, profile))
         if found is not None:
             return found
-        engine = self._opened[step].engine
-        context = trt_versions.context(self._trt, engine)
+        file, opened = self._graph(step).file, self._opened[step]
+        context = trt_versions.context(self._trt, opened.engine)
         if context is None:
-            raise OutOfMemory(f"{self._graph(step).file}: TensorRT makes no context: {self._log.take()}")
+            raise OutOfMemory(f"{file}: TensorRT makes no context: {opened.log.take()}")
         if len(self._profiles) > 1 and not context.set_optimization_profile_async(profile, self._cuda.stream):
-            raise DeviceFailed(f"{self._graph(step).file}: profile {profile} is refused: {self._log.take()}")
+            raise DeviceFailed(f"{file}: profile {profile} is refused: {opened.log.take()}")
+        self._lend(context)  # before anybody can find it: there may be no memory to lend
         found = _Context(context)
         if self.captures:
             self._alone.append(found)
         else:
             self._contexts[step, profile] = found
-        self._lend(context)
         return found
 
     def _lend(self, context: Any) -> None:
@@ -199,18 +199,22 @@ class TrtOpener:
                 trt_versions.lend(other.context, memory.pointer, memory.bytes)
         trt_versions.lend(context, self._scratch[-1].pointer, self._scratch[-1].bytes)
 
-    def _set(self, context: Any, graph: Variant, places: Places) -> None:
-        """Set shapes and addresses; what TensorRT will put out must be as large as the place for it."""
-        refused = [
-            tensor.name
-            for tensor in graph.inputs
-            if not context.set_input_shape(tensor.name, places[tensor.name][1])
-        ]
-        refused += [name for name, (at, _) in places.items() if not context.set_tensor_address(name, at)]
+
+def _set(context: Any, graph: Variant, places: Places, log: Log) -> None:
+    """Set shapes and addresses; what TensorRT will put out must be as large as the place for it."""
+    refused = [
+        tensor.name
+        for tensor in graph.inputs
+        if not context.set_input_shape(tensor.name, places[tensor.name][1])
+    ]
+    refused += [name for name, (at, _) in places.items() if not context.set_tensor_address(name, at)]
+    try:
         refused += context.infer_shapes()
-        if refused:
-            raise DeviceFailed(f"{graph.file}: TensorRT refuses {', '.join(refused)}: {self._log.take()}")
-        for tensor in graph.outputs:
-            found, expected = tuple(context.get_tensor_shape(tensor.name)), places[tensor.name][1]
-            if found != expected:
-                raise BadBundle(f"{graph.file}: {tensor.name} would be {found}, the manifest says {expected}")
+    except RuntimeError as problem:  # sizes that contradict each other
+        raise DeviceFailed(f"{graph.file}: TensorRT refuses the shapes: {problem}; {log.take()}") from problem
+    if refused:
+        raise DeviceFailed(f"{graph.file}: TensorRT refuses {', '.join(refused)}: {log.take()}")
+    for tensor in graph.outputs:
+        found, expected = tuple(context.get_tensor_shape(tensor.name)), places[tensor.name][1]
+        if found != expected:
+            raise BadBundle(f"{graph.file}: {tensor.name} would be {found}, the manifest says {expected}")

@@ -132,7 +132,7 @@ def test_other_profiles_are_other_engines(machine: SimpleNamespace, monkeypatch:
 
 def test_nothing_that_was_tampered_with_is_deserialized(machine: SimpleNamespace, tmp_path: Path) -> None:
     opened().close()
-    for file in (tmp_path / "cache").glob("*.engine"):
+    for file in (tmp_path / "cache" / "trt").glob("*.engine"):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
@@ -350,15 +350,15 @@ def broken(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def test_an_address_that_is_not_set(broken: pytest.MonkeyPatch) -> None:
-    real = trt_open.TrtOpener._set
+    real = trt_open._set
 
-    def forgetful(self: Any, context: Any, graph: Any, places: Any) -> None:
+    def forgetful(context: Any, graph: Any, places: Any, log: Any) -> None:
         setter = type(context).set_tensor_address
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(context), "set_tensor_address", lambda c, n, a: n == "mask" or setter(c, n, a))
-            real(self, context, graph, places)
+            real(context, graph, places, log)
 
-    broken.setattr(trt_open.TrtOpener, "_set", forgetful)
+    broken.setattr(trt_open, "_set", forgetful)
     with pytest.raises(DeviceFailed, match="mask"):
         walk(opened())
 
