@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from offramp.runtime.engines import trt_versions
 from offramp.runtime.engines.profiles import Profile, shapes
 from offramp.runtime.errors import BadBundle
 from offramp.runtime.manifest import Tensor, Variant
+
+# The manifest's names and TensorRT's; 8.6 has no INT64, see trt_versions.as_read.
+DTYPES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "int64": "INT64",
+    "int32": "INT32",
+    "int8": "INT8",
+    "uint8": "UINT8",
+    "bool": "BOOL",
+}
 
 
 class Log:
@@ -97,17 +108,8 @@ def hold(trt: Any, engine: Any, graph: Variant) -> None:
 
 
 def _hold_tensor(trt: Any, engine: Any, graph: Variant, tensor: Tensor) -> None:
-    known: Mapping[str, str] = {
-        "float32": "FLOAT",
-        "float16": "HALF",
-        "int64": "INT64",
-        "int32": "INT32",
-        "int8": "INT8",
-        "uint8": "UINT8",
-        "bool": "BOOL",
-    }
     dtype = engine.get_tensor_dtype(tensor.name)
-    if dtype != getattr(trt.DataType, known[tensor.dtype], None):
+    if dtype != getattr(trt.DataType, DTYPES[tensor.dtype], None):
         raise BadBundle(f"{graph.file}: {tensor.name} is {dtype}, the manifest says {tensor.dtype}")
     sizes = list(zip(tuple(engine.get_tensor_shape(tensor.name)), tensor.shape, strict=False))
     if any(isinstance(said, int) and found not in (-1, said) for found, said in sizes):

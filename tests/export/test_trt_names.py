@@ -15,6 +15,7 @@ from cuda.bindings import runtime as cudart
 from doubles import cuda_double
 
 from offramp.export import aot
+from offramp.runtime import manifest
 from offramp.runtime.engines import cuda, trt, trt_build, trt_open, trt_versions
 
 TABLE: dict[str, list[str]] = json.loads(
@@ -119,6 +120,11 @@ def test_the_engine_asks_for_what_it_is_known_to_need() -> None:
         "ParserError.desc",
         "BuilderFlag.TF32",
     }
+
+
+def test_every_dtype_of_a_manifest_has_a_name_in_tensorrt() -> None:
+    assert set(trt_build.DTYPES) == set(manifest.DTYPES)
+    assert missing({f"DataType.{name}" for name in trt_build.DTYPES.values()}, VERSIONS) == ["DataType.INT64"]
 
 
 def test_what_differs_is_in_some_version_and_stands_in_one_file() -> None:
