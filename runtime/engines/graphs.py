@@ -105,7 +105,7 @@ class Graphs:
         # grows.
         options.enable_mem_pattern = False
         wanted = self._providers[0][0]
-        if self._device != "cpu":
+        if wanted != CPU:
             if hasattr(self._ort.InferenceSession, "get_provider_graph_assignment_info"):
                 options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             elif any(tensor.name == "hidden" for tensor in facts.inputs):  # the stem may compute with sizes

@@ -51,7 +51,7 @@ def walk(
     return said
 
 
-@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("family", tiny.with_slow(sorted(tiny.CONFIGS), "bert", "mpnet"))
 def test_every_family_answers_as_torch_does_at_every_size(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
 ) -> None:

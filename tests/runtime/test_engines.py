@@ -166,7 +166,7 @@ def walked(engine: Any, spec: RuleSpec, ids: np.ndarray, size: int) -> Trace:
 
 
 @pytest.mark.parametrize("spec", RULES, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("size", [1, 7, 32])
+@pytest.mark.parametrize("size", [1, pytest.param(7, marks=pytest.mark.slow), 32])
 def test_exits_and_labels_are_those_of_the_graphs(engine: Any, spec: RuleSpec, size: int) -> None:
     logits, gates = truth()
     trace = walked(engine, spec, np.arange(ROWS), size)
