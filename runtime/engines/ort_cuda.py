@@ -186,4 +186,4 @@ def _tensorrt_options(cuda: Cuda, graphs: bool, half: bool) -> dict[str, str]:
     }
 
 
-__all__ = ["OrtCudaEngine", "OrtOpener", "open_cuda"]
+__all__ = ["OrtCudaEngine", "OrtOpener", "open_cuda", "runner"]

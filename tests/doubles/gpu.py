@@ -38,16 +38,32 @@ def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:
     """ONNX Runtime's CUDA provider: its CPU kernels on the double's memory, in the stream's turn."""
     real, plain = ort_cuda.runner, ort_cuda.NAMES | {"cuda": graphs.CPU}
 
-    streams: list[int] = []
+    streams: list[int] = []  # the last is that of the session that is opened next
+    by_session: dict[int, int] = {}
 
     def runner(ort: Any, session: Any, binding: Any, entries: Any = None) -> Callable[[], None]:
-        run, stream = real(ort, session, binding, entries), streams[-1]
+        run = real(ort, session, binding, entries)
+        stream = by_session.get(id(session), streams[-1])
         return lambda: cudart.enqueue(stream, run)
+
+    class Options(dict[str, str]):
+        stream = 0
 
     def options(cuda: Any, graphs: bool) -> dict[str, str]:
         streams.append(cuda.stream)
-        return {}
+        made = Options()
+        made.stream = cuda.stream
+        return made
 
+    opened = graphs.Graphs._session
+
+    def session(self: Any, facts: Any, data: bytes) -> Any:
+        made = opened(self, facts, data)
+        if isinstance(self._providers[-1][1], Options):
+            by_session[id(made)] = self._providers[-1][1].stream
+        return made
+
+    patch.setattr(graphs.Graphs, "_session", session)
     patch.setattr(ort_cuda, "runner", runner)
     patch.setattr(ort_cuda, "NAMES", plain)
     patch.setattr(ort_cuda, "PLACE", "cpu")
