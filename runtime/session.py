@@ -284,6 +284,9 @@ def load(
     finally:
         encoder.join()
     try:
+        most = getattr(opened, "most_rows", size)  # of engines that are built for a range of shapes
+        if size > most:
+            raise BadSetting(f"batch size {size}: engine {engine} walks at most {most} rows together")
         return Session(bundle, opened, encoder.result(), spec, variant, size)
     except BaseException:
         opened.close()

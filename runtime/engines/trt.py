@@ -16,7 +16,7 @@ from offramp.runtime.engines import trt_versions
 from offramp.runtime.engines.cuda import Cuda, cuda_python, missing_driver
 from offramp.runtime.engines.device import STEM, DeviceEngine
 from offramp.runtime.engines.device_buffers import Layout, Step
-from offramp.runtime.engines.profiles import profiles
+from offramp.runtime.engines.profiles import MOST_ROWS, profiles
 from offramp.runtime.engines.tensors import flows_of
 from offramp.runtime.engines.trt_cache import EngineCache, default_folder
 from offramp.runtime.engines.trt_open import TrtOpener
@@ -31,7 +31,7 @@ _RUNTIMES = ("tensorrt_lean", "tensorrt_dispatch")  # they run engines and canno
 class TrtEngine(DeviceEngine):
     """See offramp.runtime.engines.Engine."""
 
-    name = "trt"
+    name, most_rows = "trt", MOST_ROWS
 
     def __init__(
         self, trt: Any, cuda: Cuda, bundle: Bundle, cache: EngineCache, share: bool, graphs: bool

@@ -245,11 +245,13 @@ def test_lengths_are_rounded_so_that_few_shapes_are_met(machine: SimpleNamespace
 
 
 def test_more_rows_than_engines_are_built_for(machine: SimpleNamespace) -> None:
+    with pytest.raises(BadSetting, match="batch size 33: engine trt walks at most 32 rows together"):
+        load(TINY, engine="trt", batch_size=33)
     with (
-        load(TINY, engine="trt", batch_size=33, rule="never") as session,
+        load(TINY, engine="trt", rule="never") as session,
         pytest.raises(BadSetting, match=r"33 rows of .* choose a batch size of 32 or less"),
     ):
-        list(session.map([TEXT] * 33))
+        list(session.map([TEXT] * 33, batch_size=33))
 
 
 def test_a_rule_that_goes_on_in_int8_is_refused(machine: SimpleNamespace) -> None:
