@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from offramp.models.families import bert, distilbert, mpnet, roberta, vit
+from offramp.models.families import bert, distilbert, gpt2, llama, mpnet, roberta, vit
+from offramp.models.families.decoder import DecoderFamily
 from offramp.models.families.family import Family, UnsupportedFamily
 
 # Keyed by the configuration's model_type, the one name that transformers itself dispatches on.
@@ -15,6 +16,14 @@ FAMILIES: dict[str, Family] = {
     "vit": vit.FAMILY,
     "deit": vit.DEIT,
     "dinov2": vit.FAMILY,
+}
+
+DECODERS: dict[str, DecoderFamily] = {
+    "llama": llama.FAMILY,
+    "mistral": llama.FAMILY,
+    "qwen2": llama.FAMILY,
+    "qwen3": llama.FAMILY,
+    "gpt2": gpt2.FAMILY,
 }
 
 
@@ -34,4 +43,23 @@ def family_of(model_type: str) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "Family", "UnsupportedFamily", "family_of", "supported_families"]
+def decoder_family_of(model_type: str) -> DecoderFamily:
+    """The adapter for a causal language model's `model_type`; raises UnsupportedFamily with those there are."""
+    family = DECODERS.get(model_type)
+    if family is None:
+        raise UnsupportedFamily(
+            f"no adapter for decoders of type {model_type!r}; supported: {', '.join(sorted(DECODERS))}"
+        )
+    return family
+
+
+__all__ = [
+    "DECODERS",
+    "FAMILIES",
+    "DecoderFamily",
+    "Family",
+    "UnsupportedFamily",
+    "decoder_family_of",
+    "family_of",
+    "supported_families",
+]

@@ -1,0 +1,116 @@
+"""Decoders taken apart say what transformers says: in one go, token by token, and behind an exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from offramp.models.decoder import DecoderNetwork, Pair
+from offramp.models.families import UnsupportedFamily, decoder_family_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES | {"num_key_value_heads": 1}, sliding_window=40),
+    "qwen2": Qwen2Config(**SIZES | {"num_key_value_heads": 4}),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+}
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    with torch.no_grad():  # fresh biases are zero, and fresh norms one: a missing one would not show
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def empty(network: DecoderNetwork, rows: int, places: int) -> tuple[list[Pair], torch.Tensor]:
+    """A cache with that many places, full of numbers that must not count, and past_valid."""
+    ids, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    hidden, context = network.stem(ids, positions, torch.zeros(1, 1))
+    _, keys, values = network.family.project(network.blocks[0], hidden, context)
+    shared, size = keys.shape[1], values.shape[3]
+    pairs = [
+        (torch.full((rows, shared, size, places), 9.0), torch.full((rows, shared, places, size), 9.0))
+        for _ in range(network.block_count)
+    ]
+    return pairs, torch.zeros(rows, places, dtype=torch.int64)
+
+
+def fed(network: DecoderNetwork, ids: torch.Tensor, cache: list[Pair], valid: torch.Tensor) -> torch.Tensor:
+    """Logits of ids behind what is in the cache, which they are added to."""
+    held, count = int(valid[0].sum()), ids.shape[1]
+    positions = torch.arange(held, held + count).expand(len(ids), -1)
+    hidden, context = network.stem(ids, positions, valid)
+    for block, (keys, values) in enumerate(cache):
+        hidden, (new_keys, new_values) = network.run_block(block, hidden, context, (keys, values))
+        keys[..., held : held + count], values[:, :, held : held + count] = new_keys, new_values
+    valid[:, held : held + count] = 1
+    return network.head(hidden)
+
+
+@torch.no_grad()
+def test_a_prompt_at_once(model: Any) -> None:
+    ids = torch.randint(3, 60, (2, 11))
+    network = DecoderNetwork(model)
+    torch.testing.assert_close(
+        fed(network, ids, *empty(network, 2, 16)), model(ids).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [(1,) * 12, (5, 1, 1, 5), (7, 4, 1)])
+def test_in_any_pieces(model: Any, pieces: tuple[int, ...]) -> None:
+    ids = torch.randint(3, 60, (2, 12))
+    network = DecoderNetwork(model)
+    cache, valid = empty(network, 2, 20)
+    said = [fed(network, piece, cache, valid) for piece in ids.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(said, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_head_behind_any_block_is_that_of_transformers(model: Any) -> None:
+    ids = torch.randint(3, 60, (1, 6))
+    network = DecoderNetwork(model)
+    cache, valid = empty(network, 1, 4)
+    hidden, context = network.stem(ids, torch.arange(6)[None], valid)
+    states = model(ids, output_hidden_states=True).hidden_states
+    for block in range(network.block_count - 1):  # the last of transformers' stands behind the norm
+        hidden, _ = network.run_block(block, hidden, context, cache[block])
+        torch.testing.assert_close(hidden, states[block + 1], atol=1e-4, rtol=1e-4)
+        expected = model.lm_head(network.family.norm(model)(states[block + 1]))
+        torch.testing.assert_close(network.head(hidden), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_within_a_sliding_window_everything_is_seen() -> None:
+    assert DecoderNetwork(AutoModelForCausalLM.from_config(CONFIGS["mistral"])).longest == 40
+
+
+def test_what_no_adapter_knows_is_named() -> None:
+    with pytest.raises(UnsupportedFamily, match="'bloom'; supported: gpt2, llama, mistral, qwen2, qwen3"):
+        decoder_family_of("bloom")
+    scaled = GPT2Config(n_embd=8, n_layer=1, n_head=1, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(UnsupportedFamily, match="scaled otherwise"):
+        DecoderNetwork(AutoModelForCausalLM.from_config(scaled))
