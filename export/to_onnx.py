@@ -19,10 +19,8 @@ from offramp.export.split import Segment
 from offramp.runtime.manifest import Tensor
 
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
-TRACED = {
-    "batch": 2,
-    "seq": 11,
-}  # differ from each other and from one, which an exporter may take for a constant
+# They differ from each other and from one, which an exporter may take for a constant.
+TRACED = {"batch": 2, "seq": 11, "past": 7}
 
 
 def to_onnx(segment: Segment, path: Path) -> None:
@@ -32,8 +30,8 @@ def to_onnx(segment: Segment, path: Path) -> None:
     RuntimeError where the exporter made a graph that is not what the segment says, or holds operators of a
     vendor.
     """
-    batch, seq = torch.export.Dim("batch", min=1), torch.export.Dim("seq", min=1, max=segment.longest)
-    axes = {"batch": batch, "seq": seq}
+    axes = {name: torch.export.Dim(name, min=1, max=segment.longest) for name in ("seq", "past")}
+    axes["batch"] = torch.export.Dim("batch", min=1)
     shapes = tuple(
         {axis: axes[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in segment.inputs

@@ -10,6 +10,7 @@ from offramp.runtime.manifest import (
     DTYPES,
     FILE_NAME,
     FORMAT,
+    GENERATION,
     NEXT,
     RESAMPLING,
     SIGNALS,
@@ -28,7 +29,12 @@ def check(manifest: Manifest) -> None:
     _one_of("format", manifest.format, (FORMAT,))
     _one_of("task", manifest.task, TASKS)
     _unique("labels", manifest.labels)
-    if len(manifest.labels) < 2:
+    decoder = manifest.task == GENERATION
+    if decoder == (manifest.head is None):
+        raise ValueError(f"head: {'missing' if decoder else 'there is none'} for task {manifest.task}")
+    if decoder and manifest.labels:
+        raise ValueError(f"labels: a decoder has none, found {list(manifest.labels)}")
+    if not decoder and len(manifest.labels) < 2:
         raise ValueError(f"labels: a classifier has at least two, found {list(manifest.labels)}")
     for field in ("hidden_size", "blocks"):
         _at_least(field, getattr(manifest, field), 1)
@@ -44,7 +50,12 @@ def check(manifest: Manifest) -> None:
     ):
         raise ValueError(f"segments: their blocks must be 1 to {manifest.blocks} in order, found {walked}")
     _unique("segments", [stage.name for stage in (manifest.stem, *manifest.segments)])
-    _check_stages(manifest)
+    if decoder:
+        from offramp.runtime.decoder_checks import check_stages  # here: it needs this file's functions
+
+        check_stages(manifest)
+    else:
+        _check_stages(manifest)
     for unit, costs in manifest.costs.items():
         _check_costs(f"costs[{unit!r}]", costs, manifest)
     _unique("points", [point.name for point in manifest.points])
@@ -66,7 +77,7 @@ def check(manifest: Manifest) -> None:
 
 
 def _check_text(text: TextInput, manifest: Manifest) -> None:
-    _one_of("task", manifest.task, TASKS[:1])
+    _one_of("task", manifest.task, (TASKS[0], GENERATION))
     _at_least("vocab_size", manifest.vocab_size, 1)
     _at_least("input.longest", text.longest, 1)
     _at_least("input.pad_id", text.pad_id, 0)
@@ -74,7 +85,7 @@ def _check_text(text: TextInput, manifest: Manifest) -> None:
 
 
 def _check_images(image: ImageInput, manifest: Manifest) -> None:
-    _one_of("task", manifest.task, TASKS[1:])
+    _one_of("task", manifest.task, TASKS[1:2])
     _one_of("vocab_size", manifest.vocab_size, (0,))
     _one_of("input.resample", image.resample, RESAMPLING)
     _one_of("input.channels", image.channels, CHANNELS)

@@ -16,7 +16,8 @@ from offramp.runtime.strict_json import build, parse
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
-TASKS = ("text-classification", "image-classification")
+GENERATION = "text-generation"
+TASKS = ("text-classification", "image-classification", GENERATION)
 CHANNELS = ("RGB", "BGR")
 RESAMPLING = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's names
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")  # numpy's names
@@ -24,7 +25,10 @@ DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")  # nu
 # "hidden" comes out as "next_hidden", and is what the segment after it reads as "hidden".
 NEXT = "next_"
 SIGNALS = ("logits", "gate", "forecast")
-AXES = ("batch", "seq")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
+# A decoder's segment reads what its block 3 attended to before as "past_k_3" and "past_v_3", and puts out
+# what it adds to them as "new_k_3" and "new_v_3".
+PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
+AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class Manifest:
 
     segments: in walking order; all offer the same variants, the first of which is the default ("fp32").
     input: told apart by their fields. vocab_size: 0 where there is no text.
+    labels: none of decoders. head: of decoders alone, what makes logits of hidden behind any segment.
     rule: what decides when the caller wishes nothing. files: every file of the bundle but the manifest
     itself. costs: by unit ("bops": bit operations, "ms": milliseconds of one row, measured on an engine), for
     rules that choose between variants; left out of the file where there are none.
@@ -172,6 +177,7 @@ class Manifest:
     files: dict[str, FileFact]
     provenance: dict[str, Any]
     costs: dict[str, StepCosts] = field(default_factory=dict)
+    head: Stage | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -200,6 +206,7 @@ class Manifest:
     def to_json(self) -> str:
         """Write it: in the order of this class, indented by one, a newline at the end. ValueError on NaN."""
         facts = dataclasses.asdict(self)
-        if not self.costs:
-            del facts["costs"]
+        for name in ("costs", "head"):
+            if not facts[name]:  # so that files without them read as they always did
+                del facts[name]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -39,6 +39,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:  # only dict[str, X]
         _is(isinstance(value, dict), where, "an object", value)
         return {name: build(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
+    if origin in (types.UnionType, typing.Union) and type(None) in arguments:  # only X | None
+        return None if value is None else build(arguments[0], value, where)
     if origin in (types.UnionType, typing.Union) and all(map(dataclasses.is_dataclass, arguments)):
         # Told apart by their fields: whichever shares most keys with what was found is held to all of them.
         keys = set(value) if isinstance(value, dict) else set()

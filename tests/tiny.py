@@ -14,12 +14,18 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     BertConfig,
     DeiTConfig,
     Dinov2Config,
     DistilBertConfig,
     ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
     MPNetConfig,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
     ViTConfig,
 )
@@ -53,6 +59,15 @@ VISION: dict[str, Any] = {
     "deit": lambda **more: DeiTConfig(intermediate_size=64, **IMAGES | more),
     "dinov2": lambda **more: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES | more),
 }
+# Grouped, single and whole heads of keys and values; a window; biases; normed queries; heads beyond hidden.
+TALKS: dict[str, Any] = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+DECODERS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**TALKS, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**TALKS | {"num_key_value_heads": 1}, sliding_window=40),
+    "qwen2": lambda: Qwen2Config(**TALKS | {"num_key_value_heads": 4}),
+    "qwen3": lambda: Qwen3Config(**TALKS, head_dim=16),
+    "gpt2": lambda: GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+}
 # Families whose graphs the export tests look at.
 EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT go the whole road in test_images_journey
 GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
@@ -76,6 +91,16 @@ def backbone(family: str, seed: int = 0) -> Any:
     """A random transformers base model of the family, in evaluation mode."""
     torch.manual_seed(seed)
     return AutoModel.from_config((CONFIGS | VISION)[family]()).eval()
+
+
+def decoder(family: str, seed: int = 0) -> Any:
+    """A random causal language model; no bias is zero and no norm is one: a missing one would show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(DECODERS[family]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
 
 
 def network(

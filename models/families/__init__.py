@@ -44,7 +44,7 @@ def family_of(model_type: str) -> Family:
 
 
 def decoder_family_of(model_type: str) -> DecoderFamily:
-    """The adapter for a causal language model's `model_type`; raises UnsupportedFamily with those there are."""
+    """The adapter for a decoder's `model_type`; raises UnsupportedFamily with the list of supported ones."""
     family = DECODERS.get(model_type)
     if family is None:
         raise UnsupportedFamily(

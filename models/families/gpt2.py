@@ -27,7 +27,7 @@ def _context(model: Any, hidden: Tensor, positions: Tensor) -> Context:
 def _project(block: Any, hidden: Tensor, context: Context) -> Heads:
     attention = block.attn
     rows, tokens, _ = hidden.shape
-    parts = attention.c_attn(block.ln_1(hidden)).split(attention.split_size, dim=2)
+    parts = _linear(attention.c_attn, block.ln_1(hidden)).split(attention.split_size, dim=2)
     queries, keys, values = (
         part.view(rows, tokens, -1, attention.head_dim).transpose(1, 2) for part in parts
     )
@@ -35,9 +35,17 @@ def _project(block: Any, hidden: Tensor, context: Context) -> Heads:
 
 
 def _finish(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    hidden = hidden + block.attn.c_proj(attended)
-    out: Tensor = hidden + block.mlp(block.ln_2(hidden))
-    return out  # [batch, seq, hidden]
+    hidden = hidden + _linear(block.attn.c_proj, attended)
+    wide = block.mlp.act(_linear(block.mlp.c_fc, block.ln_2(hidden)))
+    return hidden + _linear(block.mlp.c_proj, wide)  # [batch, seq, hidden]
+
+
+def _linear(layer: Any, values: Tensor) -> Tensor:
+    """As a plain product: transformers' Conv1D flattens its input first, which exports as what no quantizer
+    takes.
+    """
+    out: Tensor = values @ layer.weight + layer.bias
+    return out
 
 
 def _norm(model: Any) -> nn.Module:

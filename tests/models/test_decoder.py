@@ -5,45 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from offramp.models.decoder import DecoderNetwork, Pair
 from offramp.models.families import UnsupportedFamily, decoder_family_of
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES | {"num_key_value_heads": 1}, sliding_window=40),
-    "qwen2": Qwen2Config(**SIZES | {"num_key_value_heads": 4}),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "gpt2": GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64),
-}
 
-
-@pytest.fixture(params=sorted(CONFIGS))
+@pytest.fixture(params=sorted(tiny.DECODERS))
 def model(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
-    with torch.no_grad():  # fresh biases are zero, and fresh norms one: a missing one would not show
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model
+    return tiny.decoder(request.param)
 
 
 def empty(network: DecoderNetwork, rows: int, places: int) -> tuple[list[Pair], torch.Tensor]:
@@ -105,7 +77,7 @@ def test_the_head_behind_any_block_is_that_of_transformers(model: Any) -> None:
 
 
 def test_within_a_sliding_window_everything_is_seen() -> None:
-    assert DecoderNetwork(AutoModelForCausalLM.from_config(CONFIGS["mistral"])).longest == 40
+    assert DecoderNetwork(tiny.decoder("mistral")).longest == 40
 
 
 def test_what_no_adapter_knows_is_named() -> None:
