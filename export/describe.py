@@ -44,8 +44,8 @@ def describe(
         hidden_size=network.hidden_size,
         vocab_size=network.vocab_size,
         blocks=network.block_count,
-        stem=_stage(segments[0], variants[:1]),
-        segments=tuple(_stage(segment, variants) for segment in segments[1:]),
+        stem=stage_of(segments[0], variants[:1]),
+        segments=tuple(stage_of(segment, variants) for segment in segments[1:]),
         rule=_rule(segments, points),
         points=points,
         files={},
@@ -100,7 +100,8 @@ def _rule(segments: Sequence[Segment], points: Sequence[OperatingPoint]) -> Rule
     return points[0].rule if points else RuleSpec("max_probability", {"threshold": 0.9})
 
 
-def _stage(segment: Segment, variants: Sequence[str]) -> Stage:
+def stage_of(segment: Segment, variants: Sequence[str]) -> Stage:
+    """A segment's place in a manifest, with a file for each of these variants."""
     graphs = {
         name: Variant(file_name(segment.name, name), segment.inputs, segment.outputs) for name in variants
     }
@@ -127,9 +128,14 @@ def _provenance(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> dict[str, A
         "backbone": checkpoint.network.config.model_type,
         "network": {"pooling": checkpoint.network.spec.pooling, "policy": checkpoint.network.spec.policy},
         "trained_with": _mapping(training.get("versions")),
-        "exported_with": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "exported_with": exported_with(),
         **facts,
     }
+
+
+def exported_with() -> dict[str, str | None]:
+    """Versions of what makes graphs here."""
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def _mapping(value: object) -> dict[str, Any]:

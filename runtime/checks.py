@@ -30,8 +30,8 @@ def check(manifest: Manifest) -> None:
     _one_of("task", manifest.task, TASKS)
     _unique("labels", manifest.labels)
     decoder = manifest.task == GENERATION
-    if decoder == (manifest.head is None):
-        raise ValueError(f"head: {'missing' if decoder else 'there is none'} for task {manifest.task}")
+    if decoder == (manifest.decoder is None):
+        raise ValueError(f"decoder: {'missing' if decoder else 'there is none'} for task {manifest.task}")
     if decoder and manifest.labels:
         raise ValueError(f"labels: a decoder has none, found {list(manifest.labels)}")
     if not decoder and len(manifest.labels) < 2:
@@ -200,7 +200,8 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
                     _at_least(f"{where}.{side}[{index}].shape", size, 1)
     for tensor in variant.outputs:
         classes = len(manifest.labels)
-        if tensor.name == "logits" and tensor.shape != ("batch", classes):
+        generates = manifest.task == GENERATION  # whose head decoder_checks looks at
+        if tensor.name == "logits" and not generates and tensor.shape != ("batch", classes):
             raise ValueError(
                 f"{where}: logits must be [batch, {classes}], one a label, found {list(tensor.shape)}"
             )

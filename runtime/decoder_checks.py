@@ -10,10 +10,13 @@ STEM_INPUTS = {"input_ids", "position_ids", "past_valid"}
 
 def check_stages(manifest: Manifest) -> None:
     """Raise ValueError naming the first stage that does not fit to those before it."""
-    assert manifest.head is not None  # check() has seen it
+    assert manifest.decoder is not None  # check() has seen it
+    head = manifest.decoder.head
     stages = [("stem", manifest.stem), *((f"segments[{n}]", s) for n, s in enumerate(manifest.segments))]
-    for where, stage in (*stages, ("head", manifest.head)):
+    for where, stage in (*stages, ("decoder.head", head)):
         _check_stage(where, stage, manifest)
+    if bad := [token for token in manifest.decoder.stop if not 0 <= token < manifest.vocab_size]:
+        raise ValueError(f"decoder.stop: {bad[0]} is not in a vocabulary of {manifest.vocab_size}")
     made = {tensor.name: tensor for tensor in _first(manifest.stem).outputs}
     if "hidden" not in made:
         raise ValueError("stem: it has no output 'hidden'")
@@ -21,11 +24,11 @@ def check_stages(manifest: Manifest) -> None:
         raise ValueError(f"stem: it reads {sorted(found)}, a decoder's reads {sorted(STEM_INPUTS)}")
     for where, stage in stages[1:]:
         _check_segment(where, stage, made)
-    facts = _first(manifest.head)
+    facts = _first(head)
     if [tensor.name for tensor in facts.inputs] != ["hidden"] or facts.outputs != (
         Tensor("logits", "float32", ("batch", "seq", manifest.vocab_size)),
     ):
-        raise ValueError(f"head: it must make logits [batch, seq, {manifest.vocab_size}] of hidden")
+        raise ValueError(f"decoder.head: it must make logits [batch, seq, {manifest.vocab_size}] of hidden")
 
 
 def _check_stage(where: str, stage: Stage, manifest: Manifest) -> None:

@@ -152,12 +152,20 @@ class FileFact:
 
 
 @dataclass(frozen=True)
+class DecoderFacts:
+    """head: the stage that makes logits of hidden behind any segment. stop: ids that end an answer."""
+
+    head: Stage
+    stop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that the runtime knows about a bundle.
 
     segments: in walking order; all offer the same variants, the first of which is the default ("fp32").
     input: told apart by their fields. vocab_size: 0 where there is no text.
-    labels: none of decoders. head: of decoders alone, what makes logits of hidden behind any segment.
+    labels: none of decoders. decoder: what decoders alone have; left out of the file elsewhere.
     rule: what decides when the caller wishes nothing. files: every file of the bundle but the manifest
     itself. costs: by unit ("bops": bit operations, "ms": milliseconds of one row, measured on an engine), for
     rules that choose between variants; left out of the file where there are none.
@@ -177,7 +185,7 @@ class Manifest:
     files: dict[str, FileFact]
     provenance: dict[str, Any]
     costs: dict[str, StepCosts] = field(default_factory=dict)
-    head: Stage | None = None
+    decoder: DecoderFacts | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -206,7 +214,7 @@ class Manifest:
     def to_json(self) -> str:
         """Write it: in the order of this class, indented by one, a newline at the end. ValueError on NaN."""
         facts = dataclasses.asdict(self)
-        for name in ("costs", "head"):
+        for name in ("costs", "decoder"):
             if not facts[name]:  # so that files without them read as they always did
                 del facts[name]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

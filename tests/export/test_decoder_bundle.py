@@ -1,0 +1,114 @@
+"""A decoder's bundle generates what transformers generates, token for token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import tiny
+import torch
+
+from offramp.export.decoder_bundle import write_decoder
+from offramp.runtime.bundle import open_bundle
+from offramp.runtime.engines.decoder import PLACES, DecoderEngine
+from offramp.runtime.engines.threads import claim
+from offramp.runtime.errors import BadInput, BadManifest
+from offramp.runtime.generate import generate
+
+
+@pytest.fixture(scope="module", params=tiny.with_slow(sorted(tiny.DECODERS), "llama"))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model that reads 64 tokens, 40 for mistral, and its bundle of three segments."""
+    folder, model = tmp_path_factory.mktemp(request.param), tiny.decoder(request.param)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    tiny.tokenizer().save(str(folder / "tokenizer.json"))
+    write_decoder(model, folder / "tokenizer.json", folder / "bundle", cuts="each", variants=("fp32", "int8"))
+    return model, folder / "bundle"
+
+
+@pytest.fixture
+def engine(made: tuple[Any, Path]) -> DecoderEngine:
+    return DecoderEngine(onnxruntime, open_bundle(made[1]), "fp32", claim(onnxruntime, None, True))
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int], most: int) -> list[int]:
+    done = model.generate(torch.tensor([ids]), max_new_tokens=most, do_sample=False)
+    return [int(token) for token in done[0, len(ids) :]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 23])
+def test_it_says_what_transformers_says(made: tuple[Any, Path], engine: DecoderEngine, length: int) -> None:
+    model, _ = made
+    for seed in range(5):
+        ids = torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        said = list(generate(engine, ids, 17))
+        assert [token.id for token in said] == greedy(model, ids, 17)
+        assert {token.depth for token in said} == {3}
+
+
+def test_the_cache_grows_and_forgets_nothing(
+    made: tuple[Any, Path], engine: DecoderEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.runtime.engines.decoder.PLACES", 4)
+    assert engine.cache().places == 4 < PLACES
+    ids = [5, 9, 30]
+    most = engine.cache().longest - 5
+    assert [token.id for token in generate(engine, ids, most)] == greedy(made[0], ids, most)
+
+
+def test_it_ends_where_it_should(made: tuple[Any, Path], engine: DecoderEngine) -> None:
+    ids = [5, 9, 30]
+    whole = [token.id for token in generate(engine, ids, 12)]
+    end = whole.index(whole[6])
+    assert [token.id for token in generate(engine, ids, 12, stop=[whole[6]])] == whole[: end + 1]
+    longest = engine.cache().longest
+    assert len(list(generate(engine, ids, 1000))) == longest - len(ids) + 1
+    with pytest.raises(BadInput, match="the prompt has no token"):
+        list(generate(engine, [], 3))
+    with pytest.raises(BadInput, match=rf"{longest + 1} tokens: this network reads {longest}"):
+        list(generate(engine, [5] * (longest + 1), 3))
+
+
+def test_int8_talks_too(made: tuple[Any, Path]) -> None:
+    small = DecoderEngine(onnxruntime, open_bundle(made[1]), "int8", claim(onnxruntime, None, True))
+    assert len(list(generate(small, [5, 9, 30], 9))) == 9
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["decoder"], None, r"decoder: missing for task text-generation"),
+        (["decoder", "stop"], [60], r"decoder.stop: 60 is not in a vocabulary of 60"),
+        (["labels"], ["a", "b"], r"labels: a decoder has none"),
+        (["segments", 1, "blocks"], [3], r"segments: their blocks must be 1 to 3"),
+        (
+            ["segments", 0, "variants", "fp32", "outputs", 1, "name"],
+            "new_k_7",
+            r"variants\['int8'\]: tensors other",
+        ),
+        (["stem", "variants", "fp32", "outputs", 0, "name"], "state", r"stem: it has no output 'hidden'"),
+        (
+            ["decoder", "head", "variants", "fp32", "outputs", 0, "shape", 2],
+            59,
+            r"must make logits \[batch, seq, 60\]",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be(
+    made: tuple[Any, Path], tmp_path: Path, path: list[Any], value: Any, message: str
+) -> None:
+    bundle = Path(shutil.copytree(made[1], tmp_path / "bundle"))
+    told = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    *way, last = path
+    place = told
+    for step in way:
+        place = place[step]
+    place[last] = value
+    (bundle / "manifest.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(BadManifest, match=message):
+        open_bundle(bundle)
