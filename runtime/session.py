@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,13 @@ from offramp.runtime.bundle import Bundle, open_bundle
 from offramp.runtime.engines import Engine, open_engine
 from offramp.runtime.errors import BadInput, BadSetting, SessionClosed
 from offramp.runtime.inputs import AnyRow, Item, Reader, reader_of
-from offramp.runtime.manifest import Manifest, RuleSpec
+from offramp.runtime.manifest import GENERATION, Manifest, RuleSpec
 from offramp.runtime.pipeline import Task, ahead, chunks
 from offramp.runtime.walker import Inputs, Trace, walk
 from offramp.runtime.wishes import choose
+
+if TYPE_CHECKING:
+    from offramp.runtime.writer import Piece
 
 WINDOW = 8  # batches in a window: what map reads at once, to sort rows by length
 
@@ -91,6 +94,10 @@ class Session:
         """
         size = self.batch_size if batch_size is None else _batch_size(batch_size)
         return self._map(iter(items), size)
+
+    def generate(self, prompt: str, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> Iterator[Piece]:
+        """Of bundles that generate text: see offramp.runtime.writer.Writer. BadSetting for others."""
+        raise BadSetting("this bundle classifies: call the session, or map")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -264,6 +271,25 @@ def load(
     """
     size = _batch_size(batch_size)
     bundle = open_bundle(path)
+    if bundle.manifest.task == GENERATION:
+        from offramp.runtime.writer import open_writer  # here: it is a session, too
+
+        return open_writer(
+            bundle,
+            {
+                "engine": (engine, "ort"),
+                "device": (device or "cpu", "cpu"),
+                "rule": (rule, None),
+                "threshold": (threshold, None),
+                "point": (point, None),
+                "provider": (provider, None),
+                "cuda_graphs": (cuda_graphs, False),
+            },
+            variant=variant,
+            threads=threads,
+            global_pool=global_pool,
+            share=share,
+        )
     spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
     # A bad wish is named before seconds go into opening graphs.
     rules.bind(spec, len(bundle.manifest.segments), bundle.manifest.costs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import tiny
 import torch
 
 from offramp.export.decoder_bundle import write_decoder
+from offramp.runtime import BadSetting, Session, SessionClosed, load
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.engines.decoder import PLACES, DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.errors import BadInput, BadManifest
 from offramp.runtime.generate import generate
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 
 
 @pytest.fixture(scope="module", params=tiny.with_slow(sorted(tiny.DECODERS), "llama"))
@@ -112,3 +116,65 @@ def test_a_manifest_that_cannot_be(
     (bundle / "manifest.json").write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(BadManifest, match=message):
         open_bundle(bundle)
+
+
+@pytest.fixture(scope="module")
+def writer(made: tuple[Any, Path]) -> Iterator[Session]:
+    with load(made[1]) as session:
+        yield session
+
+
+PROMPT = "the film was good and the plot"
+
+
+def test_a_session_writes_what_the_engine_says(writer: Session, engine: DecoderEngine) -> None:
+    pieces = list(writer.generate(PROMPT, 12))
+    ids = tiny.tokenizer().encode(PROMPT).ids
+    assert [piece.token for piece in pieces] == [token.id for token in generate(engine, ids, 12)]
+    assert "".join(piece.text for piece in pieces) == tiny.tokenizer().decode(
+        [piece.token for piece in pieces]
+    )
+    seconds = [piece.seconds for piece in pieces]
+    assert seconds == sorted(seconds) and {piece.depth for piece in pieces} == {3}
+
+
+def test_it_stops_before_a_word(writer: Session) -> None:
+    whole = "".join(piece.text for piece in writer.generate(PROMPT, 12))
+    words = whole.split()
+    stop = next((word for word in words[2:] if word not in words[:2]), words[-1])
+    text = "".join(piece.text for piece in writer.generate(PROMPT, 12, stop=[stop, "nowhere"]))
+    assert text == whole[: whole.index(stop)]
+    assert "".join(piece.text for piece in writer.generate(PROMPT, 12, stop=["nowhere"])) == whole
+
+
+def test_two_texts_at_once_do_not_mix(writer: Session) -> None:
+    alone = [[piece.text for piece in writer.generate(prompt, 8)] for prompt in (PROMPT, "a dull scene")]
+    both = zip(writer.generate(PROMPT, 8), writer.generate("a dull scene", 8), strict=True)
+    assert [list(texts) for texts in zip(*((a.text, b.text) for a, b in both), strict=True)] == alone
+
+
+def test_what_a_session_of_a_decoder_does_not_do(writer: Session, made: tuple[Any, Path]) -> None:
+    for refused in (lambda: writer("good"), lambda: writer.map(["good"]), lambda: writer.encode("good")):
+        with pytest.raises(BadSetting, match="this bundle generates text"):
+            refused()
+    with pytest.raises(BadInput, match="expected a string, found 7"):
+        writer.generate(7)  # type: ignore[arg-type]
+    with pytest.raises(BadSetting, match="max_new_tokens 0"):
+        writer.generate("good", 0)
+    for wishes in ({"engine": "trt"}, {"rule": "gate"}, {"device": "cuda"}):
+        with pytest.raises(BadSetting, match="does not know this wish yet"):
+            load(made[1], **wishes)  # type: ignore[arg-type]
+    with pytest.raises(BadSetting, match="variant 'fp16' is not in"):
+        load(made[1], variant="fp16")
+    with load(TINY) as classifier, pytest.raises(BadSetting, match="this bundle classifies"):
+        classifier.generate("good")
+
+
+def test_closed_it_says_so(made: tuple[Any, Path]) -> None:
+    session = load(made[1])
+    session.warm_up()
+    pieces = session.generate(PROMPT, 5)
+    next(pieces)
+    session.close()
+    with pytest.raises(SessionClosed):
+        next(pieces)
