@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from offramp.benchmarks.contest import Choice, Entry
 from offramp.benchmarks.heard import digest_of
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.opening import load
 from offramp.runtime.rivals import MONOLITH, open_rival, read_rivals
 from offramp.runtime.rules import bind
-from offramp.runtime.session import Session, load
+from offramp.runtime.session import Session
 from offramp.runtime.turns import Batches, Contender, one_by_one, walking
 from offramp.training.batches import Encoded
 

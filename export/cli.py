@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from offramp.export.wishes import UserError, agree, blocks_of, identity_of, lines_of, outcome, variants_of
 
 if TYPE_CHECKING:
     from offramp.export.split import Segment
@@ -29,12 +29,6 @@ NEEDED = (
     "onnxruntime",
     "rich",
 )
-
-
-class UserError(click.ClickException):
-    """One line on stderr, exit code 2: what the user gave cannot be used."""
-
-    exit_code = 2
 
 
 class NotVerified(click.ClickException):
@@ -102,7 +96,8 @@ class NotVerified(click.ClickException):
     "--overwrite", is_flag=True, help="Replace what is in --out and --rivals, once the new is complete."
 )
 def main(**wish: Any) -> None:
-    """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle.
+    """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle; or a
+    causal language model as transformers saves it (Llama, Mistral, Qwen2, Qwen3, GPT-2).
 
     Every segment is compared with the network on real text before the bundle gets its name; one that fails is
     not written. Where --segments leaves exits out, policies see the remaining exits alone and the operating
@@ -115,13 +110,13 @@ def main(**wish: Any) -> None:
         raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[export,cpu]' first")
     from offramp.export.bundle import BadTarget
 
-    before = {path: _identity(path) for path in map(wish.get, ("out", "monolith", "rivals")) if path}
+    before = {path: identity_of(path) for path in map(wish.get, ("out", "monolith", "rivals")) if path}
     try:
         _split(**wish)
     except BadTarget as problem:
-        raise UserError(f"{problem}; {_outcome(before)}") from None
+        raise UserError(f"{problem}; {outcome(before)}") from None
     except KeyboardInterrupt:
-        click.echo(f"interrupted; {_outcome(before)}", err=True)
+        click.echo(f"interrupted; {outcome(before)}", err=True)
         sys.exit(130)
 
 
@@ -140,7 +135,7 @@ def _split(
     truncate: str | None,
     overwrite: bool,
 ) -> None:
-    _agree(out, monolith, rivals, truncate)  # before torch is loaded, which takes seconds
+    agree(out, monolith, rivals, truncate)  # before torch is loaded, which takes seconds
     from offramp.export.bundle import check_target, finish, writing
     from offramp.export.describe import describe
     from offramp.export.monolith import write_monoliths
@@ -155,7 +150,10 @@ def _split(
     from offramp.runtime.labelled import read_labelled
     from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
 
-    names = _variants(variants)
+    names = variants_of(variants)
+    if (checkpoint / "config.json").is_file() and not (checkpoint / "network.json").exists():
+        alone = {"--dev": dev, "--texts": texts, "--monolith": monolith, "--rivals": rivals}
+        return _decoder(checkpoint, out, segments, names, overwrite, [n for n, wish in alone.items() if wish])
     reduced = needs_reduced_range() if int8_range == "auto" else int8_range == "reduced"
     try:
         check_target(out, overwrite=overwrite)
@@ -165,8 +163,8 @@ def _split(
     except (BadCheckpoint, UnsupportedFamily) as problem:
         raise UserError(str(problem)) from None
     loaded.network.float()
-    _blocks(truncate, loaded.network.spec.exits, "this checkpoint")  # before --segments auto takes minutes
-    lines = None if texts is None else _lines(texts)
+    blocks_of(truncate, loaded.network.spec.exits, "this checkpoint")  # before --segments auto takes minutes
+    lines = None if texts is None else lines_of(texts)
     try:
         if dev is not None:  # before minutes go into exporting
             images = loaded.network.family.vision is not None
@@ -181,7 +179,7 @@ def _split(
         raise UserError(f"--engine {engine}: {problem}") from None
     except ValueError as problem:
         raise UserError(f"--segments {segments} --variants {variants}: {problem}") from None
-    blocks = _blocks(truncate, [part.blocks[-1] for part in parts[1:]], "the bundle")
+    blocks = blocks_of(truncate, [part.blocks[-1] for part in parts[1:]], "the bundle")
     dropped = len(loaded.network.spec.exits) - len(parts) + 1
     if dropped and dev is None and loaded.training.get("operating_points"):
         click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
@@ -210,6 +208,24 @@ def _split(
         click.echo(f"{rivals}: written")
 
 
+def _decoder(
+    folder: Path, out: Path, segments: str, variants: Sequence[str], overwrite: bool, others: Sequence[str]
+) -> None:
+    """A folder of transformers' own, with a causal language model, as it is."""
+    from offramp.export.decoder_bundle import split_folder
+    from offramp.models.families import UnsupportedFamily
+
+    if others:
+        raise UserError(f"{others[0]} is for trained checkpoints: {folder} is a model of transformers")
+    try:
+        manifest = split_folder(folder, out, cuts=segments, variants=variants, overwrite=overwrite)
+    except UnsupportedFamily as problem:
+        raise UserError(f"{folder}: {problem}") from None
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{folder}: {problem}") from None
+    click.echo(f"{out}: written, {len(manifest.segments)} segments of {manifest.blocks} blocks")
+
+
 def _by_cost(checkpoint: Checkpoint, dev: Path | None, engine: str, device: str | None) -> tuple[int, ...]:
     """Blocks to cut after, with the table behind the choice on stdout."""
     from offramp.export.auto import by_cost
@@ -219,61 +235,6 @@ def _by_cost(checkpoint: Checkpoint, dev: Path | None, engine: str, device: str 
     choice = by_cost(checkpoint, dev, engine, device)
     click.echo(choice.table() + "\n")
     return tuple(choice.blocks[at] for at in choice.kept)
-
-
-def _agree(out: Path, monolith: Path | None, rivals: Path | None, truncate: str | None) -> None:
-    """Refuse wishes that contradict each other; links and dots are seen through."""
-    if truncate is not None and rivals is None:
-        raise UserError(f"--truncate {truncate} says which rivals are cut off: say --rivals DIR too")
-    given = {"--out": out, "--rivals": rivals, "--monolith": monolith}
-    real = {f"{name} {path}": Path(os.path.realpath(path)) for name, path in given.items() if path}
-    for (one, first), (two, second) in combinations(real.items(), 2):
-        if first.is_relative_to(second) or second.is_relative_to(first):
-            raise UserError(f"{one} and {two} are one place, or one lies inside the other; choose them apart")
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Inode and device of what stands there: after a rename into its place they are others."""
-    return path.stat()[1:3] if os.path.exists(path) else None
-
-
-def _outcome(before: Mapping[Path, tuple[int, ...] | None]) -> str:
-    """What is true if all ends here; before: each target as it was found."""
-    new = [path for path, was in before.items() if _identity(path) not in (None, was)]
-    old = [path for path in before if path not in new]
-    said = f"written: {', '.join(map(str, new))}" if new else "no bundle was written"
-    return said + (f"; not written: {', '.join(map(str, old))}" if new and old else "")
-
-
-def _blocks(wish: str | None, exits: Sequence[int], whose: str) -> list[int] | None:
-    from offramp.export.rivals import parse_blocks
-
-    try:
-        return None if wish is None else parse_blocks(wish, exits, whose)
-    except ValueError as problem:
-        raise UserError(f"--truncate {problem}") from None
-
-
-def _variants(wish: str) -> tuple[str, ...]:
-    from offramp.export.precision import VARIANTS
-
-    names = tuple(word.strip() for word in wish.split(","))
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise UserError(f"--variants: {unknown[0]!r} is not known; choose among {', '.join(VARIANTS)}")
-    if names[0] != "fp32" or len(set(names)) != len(names):
-        raise UserError(f"--variants {wish}: fp32 comes first, as the others are made from it, and each once")
-    return names
-
-
-def _lines(file: Path) -> Sequence[str]:
-    try:
-        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"--texts {file}: cannot be read as UTF-8 text: {problem}") from None
-    if not found:
-        raise UserError(f"--texts {file}: it has no line; give real text, one a line")
-    return found
 
 
 def _export(parts: Sequence[Segment], variants: Sequence[str], folder: Path, reduced: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -18,6 +19,7 @@ from offramp.export.split import Segment
 from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
 from offramp.models.decoder import DecoderNetwork
+from offramp.models.families import decoder_family_of
 from offramp.runtime.manifest import (
     FORMAT,
     GENERATION,
@@ -27,6 +29,22 @@ from offramp.runtime.manifest import (
     TextInput,
 )
 from offramp.training.checkpoint import TOKENIZER
+
+
+def split_folder(
+    folder: Path, out: Path, *, cuts: str, variants: Sequence[str], overwrite: bool = False
+) -> Manifest:
+    """write_decoder for a folder that transformers loads, with a tokenizer.json in it.
+
+    Raises ValueError, or what transformers raises, for a folder that is no such thing; and as write_decoder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (tokenizer := folder / TOKENIZER).is_file():
+        raise ValueError(f"it has no {TOKENIZER}: save it with a fast tokenizer of transformers")
+    decoder_family_of(AutoConfig.from_pretrained(folder).model_type)  # before weights are read
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return write_decoder(model, tokenizer, out, cuts=cuts, variants=variants, overwrite=overwrite)
 
 
 def write_decoder(

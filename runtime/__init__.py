@@ -18,7 +18,8 @@ from offramp.runtime.errors import (
     SessionClosed,
 )
 from offramp.runtime.manifest import RuleSpec
-from offramp.runtime.session import Answer, Session, load
+from offramp.runtime.opening import load
+from offramp.runtime.session import Answer, Session
 
 __all__ = [
     "Answer",

@@ -23,6 +23,7 @@ from offramp.runtime.inputs import Item, reader_of
 from offramp.runtime.labelled import label_number
 from offramp.runtime.lines import IMAGES, TEXTS, read_lines
 from offramp.runtime.manifest import Manifest, TextInput
+from offramp.runtime.opening import load
 from offramp.runtime.rivals import (
     GRAPH_SCRIPT,
     MONOLITH,
@@ -36,7 +37,7 @@ from offramp.runtime.rivals import (
     read_rivals,
     wishes_of,
 )
-from offramp.runtime.session import WINDOW, Session, load
+from offramp.runtime.session import WINDOW, Session
 from offramp.runtime.turns import (
     Batches,
     Contender,
@@ -243,9 +244,8 @@ def gather(
 ) -> Field:
     """Open everybody, and let each run once on a row of every length, so that nobody is timed cold.
 
-    Each walk has weights of its own: if they shared, a walk would find them warmed by the one
-    before it, which no single graph does. Sessions opened late run 1 to 3 % faster than those before; the
-    graphs come last, so that what this is worth speaks against the walks.
+    Each walk has weights of its own: sharing, it would find them warmed by the one before, which no single
+    graph does. Sessions opened late run 1 to 3 % faster; graphs come last: that speaks against the walks.
     """
     manifest = bundle.manifest
     graphs = () if against is None else read_rivals(against, manifest).graphs

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from offramp.runtime.errors import BadSetting, EngineUnavailable, OfframpError
 from offramp.runtime.labelled import Labelled, read_labelled
 from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint, StepCosts
+from offramp.runtime.opening import load
 from offramp.runtime.prices import check_foresees, foresees, priced_points, step_costs
 from offramp.runtime.rules.sweep import SWEPT, Costs, ExitTable, Point, choose_points
-from offramp.runtime.session import Session, load
+from offramp.runtime.session import Session
 
 HELP = """Measure a bundle on the labelled rows of FILE (a dev set, never the test set) and write operating
 points for each of its variants into its manifest.

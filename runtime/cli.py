@@ -52,6 +52,12 @@ A line that cannot be answered keeps its place:  {"error": "empty line", "line":
 Text that is longer than the network reads is cut and marked "truncated": true.
 
 \b
+Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" and,
+where wished, "max_new_tokens" and "stop" (a string or a list of them). An answer:
+{"text": "…", "tokens": 12, "depth": 30.0, "ms": 310.2, "first_ms": 41.0, "tokens_per_s": 38.7};
+on a terminal the text itself, as it comes.
+
+\b
 With batch size 1 every answer is written before the next line is read. Larger batches
 read up to 16 batches ahead, sort 8 by length while 8 are walked, and write the answers in
 the order of the lines. Memory does not grow with the number of lines.
@@ -110,6 +116,9 @@ Exit codes:
     help="Open and run every segment once before the first line is read; without it a segment is opened when "
     "a row first gets there, which that row waits for.",
 )
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_1, default=64, show_default=True, help="Of a generated text, at most."
+)
 @click.option("--stats", is_flag=True, help="At the end, on standard error: exits, times, what really ran.")
 def main(
     sources: tuple[str, ...],
@@ -117,11 +126,12 @@ def main(
     batch_size: int,
     form: str,
     warm_up: bool,
+    max_new_tokens: int,
     stats: bool,
     **wishes: Any,
 ) -> None:
     try:
-        code = _run(sources or ("-",), bundle, batch_size, form, warm_up, stats, wishes)
+        code = _run(sources or ("-",), bundle, batch_size, form, warm_up, max_new_tokens, stats, wishes)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -138,13 +148,14 @@ def _run(
     batch_size: int,
     form: str,
     warm_up: bool,
+    most: int,
     stats: bool,
     wishes: dict[str, Any],
 ) -> int:
     from offramp.runtime.errors import BadSetting, OfframpError
-    from offramp.runtime.lines import read_images, read_lines
-    from offramp.runtime.manifest import ImageInput
-    from offramp.runtime.session import load
+    from offramp.runtime.lines import PROMPTS, TEXTS, read_images, read_lines
+    from offramp.runtime.manifest import GENERATION, ImageInput
+    from offramp.runtime.opening import load
     from offramp.runtime.tally import Tally
 
     code = NOT_STARTED
@@ -156,9 +167,12 @@ def _run(
             elif len(sources) > 1:
                 raise BadSetting(f"{bundle} reads text: name one INPUT, not {len(sources)}")
             else:
-                lines = read_lines(stack.enter_context(_open(sources[0])), form)
+                names = PROMPTS if session.manifest.task == GENERATION else TEXTS
+                lines = read_lines(stack.enter_context(_open(sources[0])), form, names)
             if warm_up:
                 session.warm_up(batch=batch_size)
+            if session.manifest.task == GENERATION:
+                return _generate(session, lines, most, stats)
             tally = Tally()
             code = SOME_FAILED
             _answer(session, lines, tally, each=batch_size == 1)
@@ -187,6 +201,19 @@ def _run(
         where = problem.filename or " ".join(sources)
         click.echo(f"ee-run: {where}: {problem.strerror or problem}; {cure}", err=True)
     return code
+
+
+def _generate(session: Session, lines: Iterator[Line], most: int, stats: bool) -> int:
+    from offramp.runtime.prompts import write_answers
+
+    out = sys.stdout.buffer
+    failed, told = write_answers(session, lines, out, most=most, as_it_comes=sys.stdout.isatty())
+    out.flush()
+    if stats:
+        facts = {"engine": session.engine.name, "device": session.engine.device, "variant": session.variant}
+        facts |= dict(session.engine.facts)
+        click.echo("\n".join([told, *(f"{name:10s} {value}" for name, value in facts.items())]), err=True)
+    return SOME_FAILED if failed else ALL_ANSWERED
 
 
 def _open(source: str) -> AbstractContextManager[IO[bytes]]:

@@ -6,12 +6,13 @@ import codecs
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
 FORMATS = ("auto", "text", "json")
-TEXTS, IMAGES = ("text", "text_b"), ("image",)  # what a JSON line holds; the first must be there
+# What a JSON line holds; the first must be there.
+TEXTS, IMAGES, PROMPTS = ("text", "text_b"), ("image",), ("prompt",)
 LISTS = (".txt", ".lst", ".jsonl")  # a file that names images, one a line; all others are images
 LONGEST_LINE = (
     256 * 1024
@@ -20,7 +21,9 @@ LONGEST_LINE = (
 
 @dataclass(frozen=True)
 class Line:
-    """One input line: its 1-based number, and what to answer or the problem; cut: over LONGEST_LINE."""
+    """One input line: its 1-based number, and what to answer or the problem; cut: over LONGEST_LINE. others:
+    of a JSON line with a prompt, its other keys.
+    """
 
     number: int
     text: str = ""
@@ -28,6 +31,7 @@ class Line:
     problem: str | None = None
     cut: bool = False
     folder: str | None = None
+    others: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +70,8 @@ def _images(sources: Sequence[str], form: str) -> Iterator[Line]:
 
 
 def read_lines(stream: IO[bytes], form: str = "auto", names: Sequence[str] = TEXTS) -> Iterator[Line]:
-    """Read lines as they come, holding one at a time; names: the strings of a JSON line, TEXTS or IMAGES.
+    """Read lines as they come, holding one at a time; names: the strings of a JSON line: TEXTS, IMAGES
+    or PROMPTS.
 
     form "auto": JSON lines if the first line that is not empty begins with "{", else plain text. A line that
     is empty, not UTF-8, or (in JSON lines) not an object with a string `text` comes out with its problem;
@@ -118,6 +123,8 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
             return Line(number, problem=f'"{name}" is empty')
         if isinstance(found, str) and not _is_unicode(found):
             return Line(number, problem=f'"{name}": half of a surrogate pair, not Unicode text')
+    if names == PROMPTS:
+        return Line(number, given[0], others={key: value[key] for key in value if key not in names})
     return Line(number, given[0], given[1] if len(given) > 1 else None)
 
 

@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime import rules
-from offramp.runtime.bundle import Bundle, open_bundle
-from offramp.runtime.engines import Engine, open_engine
+from offramp.runtime.bundle import Bundle
+from offramp.runtime.engines import Engine
 from offramp.runtime.errors import BadInput, BadSetting, SessionClosed
-from offramp.runtime.inputs import AnyRow, Item, Reader, reader_of
-from offramp.runtime.manifest import GENERATION, Manifest, RuleSpec
-from offramp.runtime.pipeline import Task, ahead, chunks
+from offramp.runtime.inputs import AnyRow, Item, Reader
+from offramp.runtime.manifest import Manifest, RuleSpec
+from offramp.runtime.pipeline import ahead, chunks
 from offramp.runtime.walker import Inputs, Trace, walk
-from offramp.runtime.wishes import choose
 
 if TYPE_CHECKING:
     from offramp.runtime.writer import Piece
@@ -92,7 +90,7 @@ class Session:
         answers it, and only then reads the next, without a thread. An item that is no text raises BadInput
         after the answers before it, and so does what `items` itself raises.
         """
-        size = self.batch_size if batch_size is None else _batch_size(batch_size)
+        size = self.batch_size if batch_size is None else checked_size(batch_size)
         return self._map(iter(items), size)
 
     def generate(self, prompt: str, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> Iterator[Piece]:
@@ -117,7 +115,7 @@ class Session:
         """
         if bad := [length for length in lengths if length < 1]:
             raise BadSetting(f"length {bad[0]}: expected 1 or more")
-        _batch_size(batch)
+        checked_size(batch)
         segments = range(len(self.manifest.segments))
         with self._lock:
             self._check_open()
@@ -235,91 +233,8 @@ class Session:
         )
 
 
-def load(
-    path: str | PathLike[str] = "bundle/",
-    *,
-    engine: str = "ort",
-    device: str | None = None,
-    variant: str | None = None,
-    threads: int | None = None,
-    global_pool: bool = True,
-    rule: str | RuleSpec | None = None,
-    threshold: float | None = None,
-    point: str | None = None,
-    batch_size: int = 32,
-    lazy: bool = False,
-    share: bool = True,
-    provider: str | None = None,
-    cuda_graphs: bool = False,
-) -> Session:
-    """Open a bundle folder as a session; what is not wished for is as the bundle's manifest says.
-
-    rule: a rule's name or a RuleSpec. threshold: the rule's one number (rule fixed: the exit; patience: the
-    streak). point: an operating point of the manifest, which sets rule and variant. threads: None is one a
-    core.
-    global_pool: run all segments on one pool of the whole process, the fastest; from then on ONNX Runtime
-    opens no session of the application that does not set use_per_session_threads = False. With False (or
-    threads=1) the process is left alone, for a few per cent.
-    lazy: open a segment when a row first gets there; the first answers are slower, and what no row reaches
-    costs neither time nor memory (see Session.warm_up). share: with sessions of this process on the same
-    bundle, device and threads, share the weights.
-    device: None is cpu for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or
-    "tensorrt" (then the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph once its
-    shape was seen.
-    Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
-    contradicting each other.
-    """
-    size = _batch_size(batch_size)
-    bundle = open_bundle(path)
-    if bundle.manifest.task == GENERATION:
-        from offramp.runtime.writer import open_writer  # here: it is a session, too
-
-        return open_writer(
-            bundle,
-            {
-                "engine": (engine, "ort"),
-                "device": (device or "cpu", "cpu"),
-                "rule": (rule, None),
-                "threshold": (threshold, None),
-                "point": (point, None),
-                "provider": (provider, None),
-                "cuda_graphs": (cuda_graphs, False),
-            },
-            variant=variant,
-            threads=threads,
-            global_pool=global_pool,
-            share=share,
-        )
-    spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
-    # A bad wish is named before seconds go into opening graphs.
-    rules.bind(spec, len(bundle.manifest.segments), bundle.manifest.costs)
-    encoder = Task(reader_of, bundle)  # a vocabulary takes its time, and the engine mostly reads and waits
-    try:
-        opened = open_engine(
-            engine,
-            bundle,
-            device=device,
-            variant=variant,
-            threads=threads,
-            global_pool=global_pool,
-            lazy=lazy,
-            share=share,
-            provider=provider,
-            cuda_graphs=cuda_graphs,
-        )
-    finally:
-        encoder.join()
-    try:
-        most = getattr(opened, "most_rows", size)  # of engines that are built for a range of shapes
-        if size > most:
-            raise BadSetting(f"batch size {size}: engine {engine} walks at most {most} rows together")
-        return Session(bundle, opened, encoder.result(), spec, variant, size)
-    except BaseException:
-        opened.close()
-        raise
-
-
-def _batch_size(size: int) -> int:
+def checked_size(size: int) -> int:
+    """The batch size, 1 or more."""
     if size < 1:
         raise BadSetting(f"batch size {size}: expected 1 or more")
     return size

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.rules",
         # --segments auto and --dev measure the bundle that was written, as its users will walk it.
         "runtime.session",
+        "runtime.opening",
         "runtime.calibrate",
         "runtime.labelled",
         "runtime.errors",

@@ -19,6 +19,9 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines.threads import fit
 from offramp.runtime.manifest import PAST
 
+# What a bundle of them says is a default test: test_decoder_bundle.
+pytestmark = pytest.mark.slow
+
 
 def opened(file: Path) -> Any:
     options = onnxruntime.SessionOptions()

@@ -12,10 +12,13 @@ import onnxruntime
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
+from offramp.export.cli import main as split
 from offramp.export.decoder_bundle import write_decoder
 from offramp.runtime import BadSetting, Session, SessionClosed, load
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.cli import main as run
 from offramp.runtime.engines.decoder import PLACES, DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.errors import BadInput, BadManifest
@@ -178,3 +181,80 @@ def test_closed_it_says_so(made: tuple[Any, Path]) -> None:
     session.close()
     with pytest.raises(SessionClosed):
         next(pieces)
+
+
+# By the commands.
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as transformers saves it, and its bundle in two segments, by ee-split."""
+    folder = tmp_path_factory.mktemp("talking")
+    tiny.decoder("qwen2").save_pretrained(folder / "model")
+    tiny.tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    words = [
+        str(folder / "model"),
+        "--out",
+        str(folder / "bundle"),
+        "--segments",
+        "2",
+        "--variants",
+        "fp32,fp16",
+    ]
+    done = CliRunner().invoke(split, words)
+    assert done.exit_code == 0 and "2 segments of 3 blocks" in done.output, done.output
+    return folder
+
+
+def ran(bundle: Path, given: str, *words: str) -> tuple[int, list[dict[str, Any]], str]:
+    done = CliRunner().invoke(run, ["--bundle", str(bundle), *words], input=given)
+    return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.mark.slow
+def test_ee_run_answers_prompts(talking: Path) -> None:
+    code, answers, told = ran(talking / "bundle", "the film\na plot\n", "--max-new-tokens", "5", "--stats")
+    assert code == 0 and len(answers) == 2
+    for answer, prompt in zip(answers, ("the film", "a plot"), strict=True):
+        with load(talking / "bundle") as session:
+            assert answer["text"] == "".join(piece.text for piece in session.generate(prompt, 5))
+        assert answer["tokens"] <= 5 and answer["depth"] == 3 and answer["tokens_per_s"] > 0
+    assert "tokens " in told and "mean depth 3.00 of 3" in told and "engine     ort" in told
+
+
+@pytest.mark.slow
+def test_ee_run_takes_wishes_line_by_line_and_keeps_the_place_of_what_cannot_be(talking: Path) -> None:
+    lines: list[Any] = [
+        {"prompt": "the film", "max_new_tokens": 2},
+        {"prompt": "the film", "stop": ["a", "b"], "max_new_tokens": 3},
+        {"prompt": "the film", "max_new_tokens": 0},
+        {"prompt": "the film", "stop": 7},
+        {"prompt": "the film", "top_p": 0.9},
+        {"text": "the film"},
+        {"prompt": "the film " * 80},
+    ]
+    code, answers, _ = ran(talking / "bundle", "".join(json.dumps(line) + "\n" for line in lines))
+    assert code == 1 and [answer.get("line") for answer in answers] == [None, None, 3, 4, 5, 6, 7]
+    assert answers[0]["tokens"] == 2
+    problems = [answer["error"] for answer in answers[2:]]
+    for problem, said in zip(
+        problems,
+        ("max_new_tokens: expected", "stop: expected", "'top_p'", '"prompt"', "this network reads 64"),
+        strict=True,
+    ):
+        assert said in problem
+
+
+@pytest.mark.slow
+def test_what_ee_split_does_not_do_with_a_model_of_transformers(talking: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "bundle")]
+    done = CliRunner().invoke(split, [str(talking / "model"), *out, "--monolith", str(tmp_path / "one.onnx")])
+    assert done.exit_code == 2 and "--monolith is for trained checkpoints" in done.output
+    tiny.model_folder(tmp_path / "encoder")
+    done = CliRunner().invoke(split, [str(tmp_path / "encoder"), *out])
+    assert done.exit_code == 2 and "supported: gpt2, llama" in done.output
+    (talking / "model" / "tokenizer.json").rename(tmp_path / "away.json")
+    done = CliRunner().invoke(split, [str(talking / "model"), *out])
+    (tmp_path / "away.json").rename(talking / "model" / "tokenizer.json")
+    assert done.exit_code == 2 and "it has no tokenizer.json" in done.output
+    assert not (tmp_path / "bundle").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp.runtime import cli, engines, lines, session
+from offramp.runtime import cli, engines, lines, load
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 RUN = [sys.executable, "-m", "offramp.runtime.cli", "--bundle", str(TINY)]
@@ -36,7 +36,7 @@ def test_standard_input_is_the_default() -> None:
 
 
 def test_the_answers_are_those_of_a_session() -> None:
-    with session.load(TINY) as opened:
+    with load(TINY) as opened:
         expected = [opened("good film"), opened("bad", "the plot")]
     data = b'{"text": "good film"}\n{"text": "bad", "text_b": "the plot"}\n'
     _, out, _ = run(data=data)
