@@ -128,15 +128,22 @@ def test_one_target_that_cannot_have_it_is_enough_to_refuse() -> None:
     assert found.size is None and "SM75" in found.problem
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
-def test_what_is_exported_compiles(family: str, exported: Callable[[str], Any]) -> None:
+# Three targets take three times as long as one.
+EVERY = [pytest.param(family, aot.TARGETS, marks=pytest.mark.slow) for family in tiny.EXPORTED]
+
+
+@pytest.mark.parametrize(("family", "targets"), [("bert", aot.TARGETS[:1]), *EVERY])
+def test_what_is_exported_compiles(
+    family: str, targets: tuple[str, ...], exported: Callable[[str], Any]
+) -> None:
     """Every graph that is meant for TensorRT, under the profiles with which it is built on a device."""
     made = exported(family)
     known = profiles(describe(made.checkpoint, made.segments, ("fp32",)))
     for part in made.segments:
         for name in VARIANTS if part.blocks else VARIANTS[:1]:
             graph = Variant(file_name(part.name, name), part.inputs, part.outputs)
-            found = aot.compile_graph(aot.compiler(), (made.folder / graph.file).read_bytes(), graph, known)
+            data = (made.folder / graph.file).read_bytes()
+            found = aot.compile_graph(aot.compiler(), data, graph, known, targets)
             assert found.size is not None, found.problem
 
 
