@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
@@ -15,14 +14,14 @@ from typing import Any
 import click
 import numpy as np
 
+from offramp.runtime import bench_text
 from offramp.runtime import report as pages
 from offramp.runtime.bundle import Bundle, open_bundle
 from offramp.runtime.engines.threads import usable_cores
-from offramp.runtime.errors import BadInput, BadSetting, OfframpError
-from offramp.runtime.inputs import Item, reader_of
-from offramp.runtime.labelled import label_number
-from offramp.runtime.lines import IMAGES, TEXTS, read_lines
-from offramp.runtime.manifest import Manifest, TextInput
+from offramp.runtime.errors import BadSetting, OfframpError
+from offramp.runtime.inputs import reader_of
+from offramp.runtime.labelled import read_data
+from offramp.runtime.manifest import GENERATION, TextInput
 from offramp.runtime.opening import load
 from offramp.runtime.rivals import (
     GRAPH_SCRIPT,
@@ -41,7 +40,6 @@ from offramp.runtime.session import WINDOW, Session
 from offramp.runtime.turns import (
     Batches,
     Contender,
-    Ids,
     accuracy,
     by_segment,
     in_bulk,
@@ -53,6 +51,7 @@ from offramp.runtime.turns import (
     walking,
     weigh,
 )
+from offramp.runtime.wishes import chosen_points
 
 FULL, CHANCE = "walk full depth", "random exits"
 BULK_WINDOWS = 2  # windows of rows that are measured in bulk: a rate needs no more
@@ -71,6 +70,11 @@ Contenders, on one thread pool, in turns of a few rows:
   random exits     as many rows at each exit as the first point has, drawn by chance
   graphs           of a folder that ee-split --rivals DIR wrote; a nested graph decides by the
                    first point's threshold
+
+\b
+Bundles that generate text: FILE is prompts, one a line, or JSON lines with "prompt" or
+"messages"; contenders are the full depth and --rules, in turns of a prompt.
+\b
 Exit codes: 0 measured; 2 a wrong option, file or bundle; 130 interrupted (Ctrl-C)
 """
 
@@ -80,7 +84,11 @@ Exit codes: 0 measured; 2 a wrong option, file or bundle; 130 interrupted (Ctrl-
 @click.option("--data", metavar="FILE", type=PATH, required=True, help="Lines to answer.")
 @click.option("--against", metavar="DIR", type=PATH, help="Single graphs to compare with.")
 @click.option("--points", metavar="A,B", help='Operating points.  [default: "default", or the first]')
-@click.option("--rows", type=AT_LEAST_1, default=300, help="Take the first rows of FILE, at most so many.")
+@click.option(
+    "--rules", metavar="A,B", help="Of generated text: rules, as gate:0.7.  [default: the bundle's]"
+)
+@click.option("--max-new-tokens", type=AT_LEAST_1, default=64, help="Of a generated text.")
+@click.option("--rows", type=AT_LEAST_1, help="First rows of FILE.  [default: 300, of prompts 20]")
 @click.option("--batch-size", type=AT_LEAST_1, default=32, help="Rows together when measuring in bulk.")
 @click.option("--turns", type=AT_LEAST_1, default=3, help="Rounds over the rows.")
 @click.option("--threads", type=AT_LEAST_1, help="Threads of the engine.  [default: one a core]")
@@ -91,13 +99,13 @@ def main(json_file: Path | None, report: Path | None, **wishes: Any) -> None:
     code = NOT_STARTED
     try:
         pages.check(json_file, report)  # before minutes go into measuring
-        figures = measure(**wishes)
+        figures, shown = _measured(report is not None, **wishes)
         if json_file is not None:
             text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
             pages.write_whole(json_file, text + "\n")
         if report is not None:
             pages.write_whole(report, pages.page(figures))
-        click.echo(pages.table(figures))
+        click.echo(shown)
         code = 0
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED
@@ -106,6 +114,25 @@ def main(json_file: Path | None, report: Path | None, **wishes: Any) -> None:
     except OSError as problem:
         click.echo(f"ee-bench: {problem.filename or 'output'}: {problem.strerror or problem}", err=True)
     sys.exit(code)
+
+
+def _measured(
+    page: bool, rules: str | None, max_new_tokens: int, rows: int | None, **wishes: Any
+) -> tuple[dict[str, Any], str]:
+    """Figures and their table, of what the bundle is for."""
+    bundle = open_bundle(wishes["bundle"])
+    if bundle.manifest.task != GENERATION:
+        if rules is not None:
+            raise BadSetting(f"--rules is for generated text; {bundle.folder} classifies: say --points")
+        figures = measure(**wishes, rows=rows or 300)
+        return figures, pages.table(figures)
+    for name in ("against", "points", "budget_ms"):
+        if page or wishes[name] is not None:
+            flag = "report" if page else name.replace("_", "-")
+            raise BadSetting(f"--{flag} is for bundles that classify; {bundle.folder} generates text")
+    given = {name: wishes[name] for name in ("data", "turns", "threads")}
+    figures = bench_text.measure_text(bundle, rules=rules, most=max_new_tokens, rows=rows or 20, **given)
+    return figures, bench_text.table(figures)
 
 
 def measure(
@@ -192,38 +219,6 @@ def measure(
     return {"format": 1, "about": about, "contenders": found, "segments": segments, "cold_start": cold}
 
 
-def read_data(
-    path: Path, names: Sequence[str], most: int, *, images: bool = False
-) -> tuple[list[Item], Ids | None, int]:
-    """Items, numbers of their labels (None: there are none) and how many rows the file holds.
-
-    images: lines are paths seen from the file's folder, or JSON with "image". Raises BadInput naming the
-    line; empty lines are passed over.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as problem:
-        raise BadInput(f"{path}: {problem.strerror}; name a file of lines with --data") from problem
-    found = read_lines(io.BytesIO(data), names=IMAGES if images else TEXTS)
-    lines = [line for line in found if line.problem != "empty line"]
-    if not lines:
-        raise BadInput(f"{path}: no lines in it; put one text on each line")
-    raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
-    labels: list[int | None] = []
-    for line in lines[:most]:
-        where = f"{path}:{line.number}"
-        if line.problem is not None:
-            raise BadInput(f"{where}: {line.problem}; repair the line or take it out")
-        label = None if plain else json.loads(raw[line.number - 1].decode("utf-8-sig")).get("label")
-        if label is not None:
-            label = label_number(label, names, where)
-        labels.append(label)
-        if (label is None) != (labels[0] is None):
-            raise BadInput(f'{where}: "label" must be on every line or on none')
-    items = [str(path.parent / line.text) if images else line.item for line in lines[:most]]
-    return items, None if labels[0] is None else np.array(labels, np.int64), len(lines)
-
-
 @dataclass(frozen=True)
 class Field:
     """Who runs, the walks first; the session at full depth; the first monolith; who is left out and why."""
@@ -281,19 +276,6 @@ def gather(
         for single in lengths.values():
             contender.run(single, 1, 1)
     return Field(full, contenders, next((g for g in graphs if g.kind == MONOLITH), None), left_out)
-
-
-def chosen_points(manifest: Manifest, wish: str | None) -> list[str | None]:
-    """Names of operating points (None: the bundle's own rule) but those that only name the full walk."""
-    known = {point.name: point for point in manifest.points}
-    if wish is None:
-        return ["default" if "default" in known else next(iter(known), None)]
-    names = [name for name in dict.fromkeys(part.strip() for part in wish.split(",")) if name]
-    if not names:
-        raise BadSetting(f"points {wish!r}: name at least one of: {', '.join(known) or 'full'}")
-    plain = ("never", manifest.variants[0])
-    whole = {"full"} - set(known) | {p.name for p in manifest.points if (p.rule.name, p.variant) == plain}
-    return [name for name in names if name not in whole]
 
 
 if __name__ == "__main__":

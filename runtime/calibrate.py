@@ -19,9 +19,18 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle import open_bundle
+from offramp.runtime.calibrate_text import calibrated_text
 from offramp.runtime.errors import BadSetting, EngineUnavailable, OfframpError
 from offramp.runtime.labelled import Labelled, read_labelled
-from offramp.runtime.manifest import FILE_NAME, ImageInput, Manifest, OperatingPoint, StepCosts
+from offramp.runtime.manifest import (
+    FILE_NAME,
+    GENERATION,
+    ImageInput,
+    Manifest,
+    OperatingPoint,
+    StepCosts,
+)
 from offramp.runtime.opening import load
 from offramp.runtime.prices import check_foresees, foresees, priced_points, step_costs
 from offramp.runtime.rules.sweep import SWEPT, Costs, ExitTable, Point, choose_points
@@ -39,6 +48,12 @@ of another variant carry its name, as in int8-default. "within" is held against 
 depth of the default variant, so that int8-within-0.5 loses at most 0.5 in all.
 A bundle of recipe quee has its steps timed, and points of rule quee that charge these
 milliseconds; a point's variant is the one in which rows start. Let nothing else run.
+
+
+\b
+Bundles that generate text: FILE is JSON lines with "prompt" and "completion". What routes past
+segments do to the completions is measured, a router learns to choose among them by the
+prompt, and points route-95 to route-60 (percent of the blocks) are written.
 
 \b
 Exit codes: 0 written, 2 the bundle or the file cannot be used.
@@ -168,6 +183,12 @@ def main(
     file: Path, bundle: str, rule: str | None, engine: str, device: str | None, threads: int | None
 ) -> None:
     try:
+        if open_bundle(bundle).manifest.task == GENERATION:
+            others = {"--rule": rule, "--device": device, "--engine": None if engine == "ort" else engine}
+            if flag := next((name for name, wish in others.items() if wish), None):
+                raise BadSetting(f"{flag} is for bundles that classify; {bundle} generates text")
+            click.echo(calibrated_text(Path(bundle), file, threads)[1])
+            return
         manifest = calibrated(Path(bundle), file, rule=rule, engine=engine, device=device, threads=threads)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)

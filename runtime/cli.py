@@ -18,11 +18,12 @@ if TYPE_CHECKING:  # what is heavy is imported when the command runs, so that --
     from offramp.runtime.session import Answer, Session
     from offramp.runtime.tally import Tally
 
-ENGINES, DEVICES, PROVIDERS, FORMATS = (
+ENGINES, DEVICES, PROVIDERS, FORMATS, CACHES = (
     ("ort", "trt"),
     ("cpu", "cuda"),
     ("cuda", "tensorrt"),
     ("auto", "text", "json"),
+    ("deferred", "propagate"),
 )  # a test holds these to their sources
 AT_LEAST_1 = click.IntRange(min=1)
 ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
@@ -52,10 +53,12 @@ A line that cannot be answered keeps its place:  {"error": "empty line", "line":
 Text that is longer than the network reads is cut and marked "truncated": true.
 
 \b
-Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" and,
-where wished, "max_new_tokens" and "stop" (a string or a list of them). An answer:
-{"text": "…", "tokens": 12, "depth": 30.0, "ms": 310.2, "first_ms": 41.0, "tokens_per_s": 38.7};
-on a terminal the text itself, as it comes.
+Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" or
+"messages" (of a chat) and, where wished, "max_new_tokens" and "stop" (a string or a list
+of them). On a terminal the text itself, as it comes; else an answer:
+{"text": "…", "tokens": 12, "depth": 30.0, "ran": 31.5, "ms": 310.2, "first_ms": 41.0, "tokens_per_s": 38.7}
+  depth  mean number of blocks behind which tokens were said
+  ran    mean number of blocks run a token, drafts and tokens that had waited included
 
 \b
 With batch size 1 every answer is written before the next line is read. Larger batches
@@ -67,8 +70,11 @@ Rules and what --threshold means: gate (leave where P(exit) is above), max_proba
 (reaches), entropy (at most, 0..1), margin (top minus second reaches), patience (exits in
 a row that agree with the one before), patience_confident (entropy below, as many exits in
 a row as the operating point says), fixed (the exit's number), never, quee (the errors that
-a full walk may cost: leaves or changes precision, by forecast). Without --rule,
---threshold or --point, the bundle's own rule is used.
+a full walk may cost: leaves or changes precision, by forecast). Of bundles that generate
+text: speculative (early exits draft, the full depth verifies: the same text, sooner), skip
+(segments that a token runs), route (such a way by the prompt; a point sets it), and those
+above but quee, asked of every token. Without --rule, --threshold or --point, the bundle's
+own rule is used.
 
 \b
 Exit codes:
@@ -118,6 +124,14 @@ Exit codes:
 )
 @click.option(
     "--max-new-tokens", type=AT_LEAST_1, default=64, show_default=True, help="Of a generated text, at most."
+)
+@click.option(
+    "--cache",
+    type=click.Choice(CACHES),
+    default="deferred",
+    show_default=True,
+    help="Of a generated text, where tokens leave early: have them wait until a token goes deeper, or leave "
+    "keys and values made of the hidden state with which they left.",
 )
 @click.option("--stats", is_flag=True, help="At the end, on standard error: exits, times, what really ran.")
 def main(
@@ -177,20 +191,9 @@ def _run(
             code = SOME_FAILED
             _answer(session, lines, tally, each=batch_size == 1)
             if stats:
-                engine, manifest = session.engine, session.manifest
-                rule = " ".join(
-                    [session.rule.name, *(f"{k}={v:g}" for k, v in session.rule.parameters.items())]
-                )
-                facts = {
-                    "rule": rule,
-                    "variant": session.variant,
-                    "engine": engine.name,
-                    "device": engine.device,
-                }
-                click.echo(
-                    tally.report(len(manifest.segments), manifest.blocks, facts | dict(engine.facts)),
-                    err=True,
-                )
+                manifest = session.manifest
+                told = tally.report(len(manifest.segments), manifest.blocks, _facts(session))
+                click.echo(told, err=True)
             return SOME_FAILED if tally.failed else ALL_ANSWERED
     except BrokenPipeError:
         raise
@@ -210,10 +213,17 @@ def _generate(session: Session, lines: Iterator[Line], most: int, stats: bool) -
     failed, told = write_answers(session, lines, out, most=most, as_it_comes=sys.stdout.isatty())
     out.flush()
     if stats:
-        facts = {"engine": session.engine.name, "device": session.engine.device, "variant": session.variant}
-        facts |= dict(session.engine.facts)
-        click.echo("\n".join([told, *(f"{name:10s} {value}" for name, value in facts.items())]), err=True)
+        ran = [f"{name:10s} {value}" for name, value in _facts(session).items()]
+        click.echo("\n".join([told, *ran]), err=True)
     return SOME_FAILED if failed else ALL_ANSWERED
+
+
+def _facts(session: Session) -> dict[str, str]:
+    """What really ran."""
+    rule, engine = session.rule, session.engine
+    named = " ".join([rule.name, *(f"{name}={value:g}" for name, value in rule.parameters.items())])
+    facts = {"rule": named, "variant": session.variant, "engine": engine.name, "device": engine.device}
+    return facts | dict(engine.facts)
 
 
 def _open(source: str) -> AbstractContextManager[IO[bytes]]:

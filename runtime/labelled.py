@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.errors import BadInput
 from offramp.runtime.inputs import Item
+from offramp.runtime.lines import IMAGES, TEXTS, read_lines
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,35 @@ def label_number(value: object, names: Sequence[str], place: str) -> int:
         raise BadInput(f'{place}: no "label"; every row needs one')
     known = ", ".join(names[:20])
     raise BadInput(f"{place}: label {value!r:.40} is not one of: {known} (or a number below {len(names)})")
+
+
+def read_data(
+    path: Path, names: Sequence[str], most: int, *, images: bool = False
+) -> tuple[list[Item], NDArray[np.int64] | None, int]:
+    """Items, numbers of their labels (None: there are none) and how many rows the file holds.
+
+    images: lines are paths seen from the file's folder, or JSON with "image". Raises BadInput naming the
+    line; empty lines are passed over.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise BadInput(f"{path}: {problem.strerror}; name a file of lines with --data") from problem
+    found = read_lines(io.BytesIO(data), names=IMAGES if images else TEXTS)
+    lines = [line for line in found if line.problem != "empty line"]
+    if not lines:
+        raise BadInput(f"{path}: no lines in it; put one text on each line")
+    raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
+    labels: list[int | None] = []
+    for line in lines[:most]:
+        where = f"{path}:{line.number}"
+        if line.problem is not None:
+            raise BadInput(f"{where}: {line.problem}; repair the line or take it out")
+        label = None if plain else json.loads(raw[line.number - 1].decode("utf-8-sig")).get("label")
+        if label is not None:
+            label = label_number(label, names, where)
+        labels.append(label)
+        if (label is None) != (labels[0] is None):
+            raise BadInput(f'{where}: "label" must be on every line or on none')
+    items = [str(path.parent / line.text) if images else line.item for line in lines[:most]]
+    return items, None if labels[0] is None else np.array(labels, np.int64), len(lines)

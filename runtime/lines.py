@@ -22,7 +22,7 @@ LONGEST_LINE = (
 @dataclass(frozen=True)
 class Line:
     """One input line: its 1-based number, and what to answer or the problem; cut: over LONGEST_LINE. others:
-    of a JSON line with a prompt, its other keys.
+    of a JSON line with a prompt, its other keys; "messages" may stand in for the prompt.
     """
 
     number: int
@@ -114,6 +114,8 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
         return Line(
             number, problem=f'expected a JSON object with "{names[0]}", found {type(value).__name__}; {hint}'
         )
+    if names == PROMPTS and "messages" in value and "prompt" not in value:
+        return Line(number, others=value)  # what they must be like, the session says
     given: list[Any] = [value.get(name) for name in names]
     for name, found in zip(names, given, strict=True):
         if not isinstance(found, str) and not (name == "text_b" and found is None):

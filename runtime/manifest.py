@@ -28,6 +28,8 @@ SIGNALS = ("logits", "gate", "forecast")
 # A decoder's segment reads what its block 3 attended to before as "past_k_3" and "past_v_3", and puts out
 # what it adds to them as "new_k_3" and "new_v_3".
 PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
+# Where a token may leave: how sure its policy is, and what the head reads if that is not hidden itself.
+GATE, LEAVING = "gate", "leaving"
 AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
 
@@ -153,10 +155,17 @@ class FileFact:
 
 @dataclass(frozen=True)
 class DecoderFacts:
-    """head: the stage that makes logits of hidden behind any segment. stop: ids that end an answer."""
+    """head: the stage that makes logits of hidden behind any segment. stop: ids that end an answer.
+
+    fills: for segments, by their blocks, the stage that makes of hidden what a token leaves in the cache
+    where it goes past them; all segments but the first have one, or none. draft: a head of fewer ids, the
+    first of the vocabulary, for tokens that are verified later.
+    """
 
     head: Stage
     stop: tuple[int, ...]
+    fills: tuple[Stage, ...] = ()
+    draft: Stage | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from offramp.runtime.manifest import GENERATION, RuleSpec
 from offramp.runtime.pipeline import Task
 from offramp.runtime.session import Session, checked_size
 from offramp.runtime.wishes import choose
-from offramp.runtime.writer import open_writer
 
 
 def load(
@@ -32,6 +31,7 @@ def load(
     share: bool = True,
     provider: str | None = None,
     cuda_graphs: bool = False,
+    cache: str = "deferred",
 ) -> Session:
     """Open a bundle folder as a session; what is not wished for is as the bundle's manifest says.
 
@@ -47,28 +47,36 @@ def load(
     device: None is cpu for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or
     "tensorrt" (then the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph once its
     shape was seen.
+    cache: of bundles that generate text, where tokens leave early: "deferred" has them wait and run later, in
+    one go, when a token goes deeper, so that the cache is that of the full depth; "propagate" leaves keys and
+    values there, made of the hidden state with which they left.
     Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
     contradicting each other.
     """
     size = checked_size(batch_size)
     bundle = open_bundle(path)
     if bundle.manifest.task == GENERATION:
+        from offramp.runtime.writer import open_writer  # here: a classifier needs none of it
+
         return open_writer(
             bundle,
             {
                 "engine": (engine, "ort"),
                 "device": (device or "cpu", "cpu"),
-                "rule": (rule, None),
-                "threshold": (threshold, None),
-                "point": (point, None),
                 "provider": (provider, None),
                 "cuda_graphs": (cuda_graphs, False),
             },
             variant=variant,
+            rule=rule,
+            threshold=threshold,
+            point=point,
+            cache=cache,
             threads=threads,
             global_pool=global_pool,
             share=share,
         )
+    if cache != "deferred":
+        raise BadSetting(f"cache {cache}: {path} classifies, it has no cache")
     spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
     # A bad wish is named before seconds go into opening graphs.
     rules.bind(spec, len(bundle.manifest.segments), bundle.manifest.costs)

@@ -91,10 +91,10 @@ def cells(figures: Figures) -> list[list[str]]:
 
 def table(figures: Figures) -> str:
     """All that was measured as plain text: contenders, segments, cold start, facts."""
-    lines = _aligned([list(COLUMNS), *cells(figures)])
+    lines = aligned([list(COLUMNS), *cells(figures)])
     lines += ["", *(f"{name:9} {text}" for name, text in LEGEND.items())]
-    lines += ["", *_aligned([["stage", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])])]
-    lines += ["", *_aligned([["fresh process", "s to the first answer", "peak MB"], *_cold(figures)])]
+    lines += ["", *aligned([["stage", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])])]
+    lines += ["", *aligned([["fresh process", "s to the first answer", "peak MB"], *_cold(figures)])]
     lines += ["", *(f"{name:14} {text}" for name, text in facts(figures))]
     return "\n".join(lines)
 
@@ -281,7 +281,8 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$").removeprefix("_")
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, the first column to the left, the others to the right."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return [
         "  ".join(

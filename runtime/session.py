@@ -22,6 +22,7 @@ from offramp.runtime.pipeline import ahead, chunks
 from offramp.runtime.walker import Inputs, Trace, walk
 
 if TYPE_CHECKING:
+    from offramp.runtime.chat import Message
     from offramp.runtime.writer import Piece
 
 WINDOW = 8  # batches in a window: what map reads at once, to sort rows by length
@@ -93,7 +94,9 @@ class Session:
         size = self.batch_size if batch_size is None else checked_size(batch_size)
         return self._map(iter(items), size)
 
-    def generate(self, prompt: str, max_new_tokens: int = 64, stop: Sequence[str] = ()) -> Iterator[Piece]:
+    def generate(
+        self, prompt: str | Sequence[Message], max_new_tokens: int = 64, stop: Sequence[str] = ()
+    ) -> Iterator[Piece]:
         """Of bundles that generate text: see offramp.runtime.writer.Writer. BadSetting for others."""
         raise BadSetting("this bundle classifies: call the session, or map")
 

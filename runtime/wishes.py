@@ -67,3 +67,16 @@ def _readable(manifest: Manifest, spec: RuleSpec) -> RuleSpec:
                 f"rule {spec.name}: {segment.name} has no {maker} in this bundle; choose one of: {others}"
             )
     return spec
+
+
+def chosen_points(manifest: Manifest, wish: str | None) -> list[str | None]:
+    """Names of operating points (None: the bundle's own rule) but those that only name the full walk."""
+    known = {point.name: point for point in manifest.points}
+    if wish is None:
+        return ["default" if "default" in known else next(iter(known), None)]
+    names = [name for name in dict.fromkeys(part.strip() for part in wish.split(",")) if name]
+    if not names:
+        raise BadSetting(f"points {wish!r}: name at least one of: {', '.join(known) or 'full'}")
+    plain = ("never", manifest.variants[0])
+    whole = {"full"} - set(known) | {p.name for p in manifest.points if (p.rule.name, p.variant) == plain}
+    return [name for name in names if name not in whole]

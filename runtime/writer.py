@@ -5,36 +5,48 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from offramp.runtime.bundle import Bundle
+from offramp.runtime.chat import Message, chat_of
+from offramp.runtime.drafting import Drafting
 from offramp.runtime.engines.decoder import DecoderEngine
 from offramp.runtime.engines.ort import imported
 from offramp.runtime.engines.threads import claim
-from offramp.runtime.errors import BadBundle, BadInput, BadSetting
-from offramp.runtime.generate import Token, generate
+from offramp.runtime.errors import BadBundle, BadSetting
+from offramp.runtime.generate import Chooser, Token, Way, generate
 from offramp.runtime.manifest import RuleSpec, TextInput
 from offramp.runtime.session import Session
+from offramp.runtime.ways import choose_rule, way_of
 
 MOST = 64  # tokens of an answer where nothing else is wished
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one more token adds to the text, which may be nothing yet; depth: blocks run for it. seconds: from
-    the start of the prompt until it was there. token -1: none, the end of what was held back.
+    """What one more token adds to the text, which may be nothing yet.
+
+    depth, ran, drafted: see generate.Token. seconds: from the start of the prompt until it was there. token
+    -1: none, the end of what was held back.
     """
 
     text: str
     token: int
     depth: int
     seconds: float
+    ran: int = 0
+    drafted: bool = False
 
 
 class Writer(Session):
-    """Generates text; made by load() of a decoder's bundle. One prompt at a time, any thread."""
+    """Generates text; made by load() of a decoder's bundle. Any thread may call it: texts take turns, token
+    by token.
+    """
 
-    def __init__(self, bundle: Bundle, engine: DecoderEngine, variant: str) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: DecoderEngine, variant: str, rule: RuleSpec, way: Way | Chooser
+    ) -> None:
         from tokenizers import Tokenizer  # here: `import offramp.runtime` stays light
 
         manifest = bundle.manifest
@@ -48,24 +60,64 @@ class Writer(Session):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # Neither engine nor reader are those of a classifier; what would use them is refused below.
-        never: Any = RuleSpec("never", {})
         unlike: Any = engine
-        super().__init__(bundle, unlike, unlike, never, variant, 1)
-        self._writes = engine
+        super().__init__(bundle, unlike, unlike, RuleSpec("never", {}), variant, 1)
+        self.rule, self._folder = rule, bundle.folder
+        self._writes, self._way, self._chat = engine, way, chat_of(bundle)
 
-    def generate(self, prompt: str, max_new_tokens: int = MOST, stop: Sequence[str] = ()) -> Iterator[Piece]:
+    def continued(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from another."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the network reads, prompt and answer together."""
+        reads = self.manifest.input
+        assert isinstance(reads, TextInput)
+        return reads.longest
+
+    @property
+    def decoder(self) -> DecoderEngine:
+        """What runs the graphs."""
+        return self._writes
+
+    @property
+    def way(self) -> Way | Chooser:
+        """How tokens behind the first come about."""
+        return self._way
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's."""
+        return self._folder
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """What became of drafts so far, where the rule makes some."""
+        return self._way if isinstance(self._way, Drafting) else None
+
+    def generate(
+        self, prompt: str | Sequence[Message], max_new_tokens: int = MOST, stop: Sequence[str] = ()
+    ) -> Iterator[Piece]:
         """The likeliest continuation of a prompt, piece by piece, as it is made.
 
-        It ends at a token that the bundle names (which gives an empty piece), before the first of `stop` in
-        the text, after max_new_tokens, or where the network reads no further. Raises BadInput for what is no
-        text or is too long, SessionClosed.
+        prompt: a text, or messages {role, content}, which the bundle's chat template makes one of. It ends at
+        a token that the bundle names (which gives an empty piece), before the first of `stop` in the text,
+        after max_new_tokens, or where the network reads no further. Raises BadInput for what is neither or is
+        too long, BadSetting where there is no template, SessionClosed.
         """
-        if not isinstance(prompt, str):
-            raise BadInput(f"expected a string, found {prompt!r:.60}")
         if max_new_tokens < 1:
             raise BadSetting(f"max_new_tokens {max_new_tokens}: expected 1 or more")
-        ids = self._tokenizer.encode(prompt).ids
-        return self._pieces(generate(self._writes, ids, max_new_tokens), [word for word in stop if word])
+        ids = self.ids_of(prompt)
+        tokens = generate(self._writes, ids, max_new_tokens, way=self._way)
+        return self._pieces(tokens, [word for word in stop if word])
+
+    def ids_of(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt; raises as generate does."""
+        if isinstance(prompt, str):
+            return list(self._tokenizer.encode(prompt).ids)
+        # A template writes the marks of beginnings and ends itself.
+        return list(self._tokenizer.encode(self._chat(prompt), add_special_tokens=False).ids)
 
     def _pieces(self, tokens: Iterator[Token], stop: Sequence[str]) -> Iterator[Piece]:
         facts = self.manifest.decoder
@@ -85,8 +137,11 @@ class Writer(Session):
             found = [at for word in stop if (at := said.find(word)) >= 0]
             end = min(found) if found else len(said) if over else max(shown, len(said) - held)
             if token is not None or end > shown:
-                number, depth = (-1, 0) if token is None else (token.id, token.depth)
-                yield Piece(said[shown:end], number, depth, time.perf_counter() - started)
+                took = time.perf_counter() - started
+                if token is None:
+                    yield Piece(said[shown:end], -1, 0, took)
+                else:
+                    yield Piece(said[shown:end], token.id, token.depth, took, token.ran, token.drafted)
             if found or over:
                 return
             shown = end
@@ -114,7 +169,8 @@ class Writer(Session):
         for length in lengths:
             with self._lock:
                 self._check_open()
-                for _ in generate(self._writes, [0] * min(length, reads.longest - 1), 2, stop=()):
+                ids = [0] * min(length, reads.longest - 1)
+                for _ in generate(self._writes, ids, 2, stop=(), way=self._way):
                     pass
 
 
@@ -123,6 +179,10 @@ def open_writer(
     wishes: Mapping[str, Any],
     *,
     variant: str | None,
+    rule: str | RuleSpec | None,
+    threshold: float | None,
+    point: str | None,
+    cache: str,
     threads: int | None,
     global_pool: bool,
     share: bool,
@@ -138,7 +198,8 @@ def open_writer(
     variant = known[0] if variant is None else variant
     if variant not in known:
         raise BadSetting(f"variant {variant!r} is not in {bundle.folder}; it offers: {', '.join(known)}")
+    spec = choose_rule(bundle.manifest, rule, threshold, point)
+    way = way_of(bundle, spec, cache)  # before seconds go into opening graphs
     ort = imported("cpu")
-    return Writer(
-        bundle, DecoderEngine(ort, bundle, variant, claim(ort, threads, global_pool), share), variant
-    )
+    engine = DecoderEngine(ort, bundle, variant, claim(ort, threads, global_pool), share)
+    return Writer(bundle, engine, variant, spec, way)

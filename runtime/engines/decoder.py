@@ -8,135 +8,141 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from offramp.runtime.bundle import Bundle
 from offramp.runtime.engines import Array
 from offramp.runtime.engines.buffers import Run, runner
-from offramp.runtime.engines.graphs import Graph, Graphs
+from offramp.runtime.engines.graphs import Graph, Graphs, give_back
 from offramp.runtime.engines.threads import Pool
 from offramp.runtime.errors import BadInput
-from offramp.runtime.manifest import NEXT, PAST, Stage, Tensor, Variant
+from offramp.runtime.manifest import GATE, LEAVING, NEXT, PAST, Stage, Tensor, Variant
 
 PLACES = 64  # of a fresh cache, and what it grows by at least
+KEPT = 16  # bindings are kept for steps of up to so many tokens; prompts come once
 
 
-class Cache:
-    """What one sequence has read: keys and values by the names under which segments read them.
+class Made(NamedTuple):
+    """What a segment made of n tokens; the arrays are used again by its next run on as many tokens.
 
-    length: tokens in it. places: tokens for which there is room; growing doubles it up to 4 * PLACES and adds
-    that much from there on.
+    hidden [n, hidden]. leaving: what the head reads where a token leaves here [n, hidden], hidden itself if
+    there is no translator. gate: logits of P(exit) [n], or None.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], longest: int) -> None:
-        self.length, self.places, self.longest = 0, min(PLACES, longest), longest
-        self._tensors = tensors
-        self.arrays: dict[str, Array] = {tensor.name: self._empty(tensor) for tensor in tensors}
-        self.valid = np.zeros((1, self.places), np.int64)
-        self.bound: dict[int, _Bound] = {}  # by number of tokens; to these very arrays
-
-    def make_room(self, tokens: int) -> None:
-        """Room for so many more tokens; BadInput where the network does not reach so far."""
-        need = self.length + tokens
-        if need > self.longest:
-            raise BadInput(f"{need} tokens: this network reads {self.longest}, prompt and answer together")
-        if need <= self.places:
-            return
-        while self.places < need:
-            self.places += min(self.places, 4 * PLACES)
-        self.places = min(self.places, self.longest)
-        for tensor in self._tensors:
-            old, new = self.arrays[tensor.name], self._empty(tensor)
-            new[_at(tensor, 0, self.length)] = old[_at(tensor, 0, self.length)]
-            self.arrays[tensor.name] = new
-        valid = np.zeros((1, self.places), np.int64)
-        valid[:, : self.length] = 1
-        self.valid = valid
-        self.bound.clear()
-
-    def _empty(self, tensor: Tensor) -> Array:
-        return np.zeros(_shape(tensor, 1, self.places), tensor.dtype)
-
-
-class DecoderState:
-    """Tokens on their way through the segments: where they begin in the cache, on which side hidden is."""
-
-    __slots__ = ("bound", "cache", "side", "start", "tokens")
-
-    def __init__(self, cache: Cache, bound: _Bound, tokens: int) -> None:
-        self.cache, self.bound, self.tokens, self.start, self.side = cache, bound, tokens, cache.length, 0
+    hidden: Array
+    leaving: Array
+    gate: Array | None
 
 
 class DecoderEngine:
-    """Runs stem, segments and head of one sequence at a time. Not thread-safe."""
+    """Opens a decoder's graphs, and runs them on a Cache. Not thread-safe."""
 
     name, device = "ort", "cpu"
 
     def __init__(self, ort: ModuleType, bundle: Bundle, variant: str, pool: Pool, share: bool = True) -> None:
-        self._ort, self._pool, manifest = ort, pool, bundle.manifest
+        self.ort, self._pool, manifest = ort, pool, bundle.manifest
         assert manifest.decoder is not None
-        self.manifest, self._variant = manifest, variant
+        self.manifest, self.variant = manifest, variant
         self._graphs = Graphs(ort, bundle, "cpu", pool, {}, share)
         self._open: dict[str, Graph] = {}
-        self._cached = [
-            tensor
-            for stage in manifest.segments
-            for tensor in _facts(stage, variant).inputs
-            if tensor.name.startswith(PAST)
-        ]
+        self.fills = {stage.blocks: stage for stage in manifest.decoder.fills}
         for stage in (manifest.stem, *manifest.segments, manifest.decoder.head):
-            self._open[stage.name] = self._graphs.open(*self._graphs.read(_facts(stage, variant)))
+            self.session(stage)
+        give_back()
 
     @property
     def facts(self) -> dict[str, str]:
         """Version of onnxruntime, threads and the pool that really runs."""
         return {
-            "onnxruntime": self._ort.__version__,
+            "onnxruntime": self.ort.__version__,
             "threads": str(self._pool.threads or "the application's"),
             "pool": self._pool.kind,
         }
 
     def cache(self) -> Cache:
         """An empty one."""
-        reads = self.manifest.input
-        return Cache(self._cached, reads.longest)  # type: ignore[union-attr]  # a decoder reads text
+        return Cache(self)
 
-    def begin(self, ids: Sequence[int], cache: Cache) -> DecoderState:
-        """Run the stem on these tokens, which stand behind what is in the cache."""
-        cache.make_room(len(ids))
-        bound = cache.bound.get(len(ids))
-        if bound is None:
-            bound = _Bound(self, cache, len(ids))
-            if len(ids) == 1:  # prompts come once
-                cache.bound[1] = bound
-        bound.ids[0], bound.positions[0] = ids, np.arange(cache.length, cache.length + len(ids))
-        bound.stem()
-        return DecoderState(cache, bound, len(ids))
+    def facts_of(self, stage: Stage) -> Variant:
+        """A stage in the engine's variant, or in the one that it has."""
+        return stage.variants.get(self.variant) or next(iter(stage.variants.values()))
 
-    def step(self, segment: int, state: DecoderState) -> None:
-        """Run one segment (0-based): hidden advances, and the cache of its blocks takes in what it adds."""
-        run, added = state.bound.segment(segment, state.side)
-        run()
-        end = state.start + state.tokens
-        for tensor, new in added:
-            state.cache.arrays[tensor.name][_at(tensor, state.start, end)] = new
-        state.side = 1 - state.side
-
-    def logits(self, state: DecoderState) -> Array:
-        """What the head makes of the last token [vocabulary]; the memory is used again by the next run."""
-        return state.bound.head(state.side)
-
-    def keep(self, state: DecoderState) -> None:
-        """The tokens have run through every segment: from now on they are part of the past."""
-        cache = state.cache
-        cache.valid[:, state.start : state.start + state.tokens] = 1
-        cache.length = state.start + state.tokens
+    def session(self, stage: Stage) -> Any:
+        """The stage's graph; fills and a head that drafts, which not every way asks, are opened here."""
+        if stage.name not in self._open:
+            self._open[stage.name] = self._graphs.open(*self._graphs.read(self.facts_of(stage)))
+        return self._open[stage.name].session
 
     def close(self) -> None:
         """Free graphs that no other engine runs."""
         self._open.clear()
+
+
+class Cache:
+    """Keys and values of one sequence, and the runs that read and extend them.
+
+    places: tokens for which there is room; growing doubles it up to 4 * PLACES and adds that much from there
+    on. Which places count is said with every run: a run on tokens from `start` on sees those before it.
+    """
+
+    def __init__(self, engine: DecoderEngine) -> None:
+        reads, self.engine = engine.manifest.input, engine
+        self.longest: int = reads.longest  # type: ignore[union-attr]  # a decoder reads text
+        self.places = min(PLACES, self.longest)
+        inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
+        self._tensors = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
+        self.arrays: dict[str, Array] = {tensor.name: self._empty(tensor) for tensor in self._tensors}
+        self._bound: dict[int, _Bound] = {}  # by number of tokens; to these very arrays
+
+    def make_room(self, tokens: int) -> None:
+        """Room for so many tokens in all; BadInput where the network does not reach so far."""
+        if tokens > self.longest:
+            raise BadInput(f"{tokens} tokens: this network reads {self.longest}, prompt and answer together")
+        if tokens <= self.places:
+            return
+        held = self.places
+        while self.places < tokens:
+            self.places += min(self.places, 4 * PLACES)
+        self.places = min(self.places, self.longest)
+        for tensor in self._tensors:
+            old, new = self.arrays[tensor.name], self._empty(tensor)
+            new[_at(tensor, 0, held)] = old
+            self.arrays[tensor.name] = new
+        self._bound.clear()
+
+    def embed(self, ids: Sequence[int], start: int) -> Array:
+        """Hidden [n, hidden] of these tokens from the stem, for which those before `start` count."""
+        return self._of(len(ids)).look(ids, start)
+
+    def segment(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> Made:
+        """Run a segment on tokens that stand from `start` on, with hidden [n, hidden] of them; the cache of
+        its blocks takes in what they add.
+        """
+        return self._of(len(ids)).run(self.engine.manifest.segments[number], ids, start, hidden)
+
+    def fill(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> None:
+        """Put keys and values into a segment's cache for tokens that go past it with this hidden state."""
+        stage = self.engine.fills[self.engine.manifest.segments[number].blocks]
+        self._of(len(ids)).run(stage, ids, start, hidden)
+
+    def logits(self, hidden: Array, draft: bool = False) -> Array:
+        """What the head makes of hidden [n, hidden]: [n, vocabulary], or fewer ids, those that a draft knows;
+        the memory is used again by the next run.
+        """
+        return self._of(len(hidden)).head(hidden, draft)
+
+    def _of(self, tokens: int) -> _Bound:
+        bound = self._bound.get(tokens)
+        if bound is None:
+            for long in [number for number in self._bound if number > KEPT]:
+                del self._bound[long]  # a prompt's; they come once
+            bound = self._bound[tokens] = _Bound(self.engine, self, tokens)
+        return bound
+
+    def _empty(self, tensor: Tensor) -> Array:
+        return np.zeros(_shape(tensor, 1, self.places), tensor.dtype)
 
 
 class _Bound:
@@ -144,64 +150,78 @@ class _Bound:
 
     def __init__(self, engine: DecoderEngine, cache: Cache, tokens: int) -> None:
         self._engine, self._cache, self._tokens = engine, cache, tokens
-        manifest = engine.manifest
-        stem = _facts(manifest.stem, engine._variant)
-        made = {tensor.name: self._array(tensor) for tensor in (*stem.inputs[:2], *stem.outputs)}
-        self.ids, self.positions = made["input_ids"], made["position_ids"]
-        hidden = made.pop("hidden")
-        self._sides = hidden, np.zeros_like(hidden)
-        self._shared = made | {"past_valid": cache.valid} | cache.arrays
-        self._segments: dict[tuple[int, int], tuple[Run, list[tuple[Tensor, Array]]]] = {}
-        self._heads: dict[int, Run] = {}
-        assert manifest.decoder is not None
-        self._head = _facts(manifest.decoder.head, engine._variant)
-        self._logits = np.zeros((1, 1, manifest.vocab_size), np.float32)
-        self.stem = self._run(manifest.stem.name, stem, {"hidden": hidden})
+        stem = engine.facts_of(engine.manifest.stem)
+        made = {tensor.name: self._array(tensor) for tensor in (*stem.inputs, *stem.outputs)}
+        self._ids, self._positions = made["input_ids"], made["position_ids"]
+        self._valid, self._embedded = made["past_valid"], made.pop("hidden")
+        self._hidden = np.zeros_like(self._embedded)
+        self._shared = made | cache.arrays
+        self._stages: dict[str, tuple[Run, Made, list[tuple[Tensor, Array]]]] = {}
+        self._heads: dict[bool, tuple[Run, Array]] = {}
+        self._stem = self._run(engine.manifest.stem, {"hidden": self._embedded})
+        self._seen: tuple[int, Sequence[int]] = (-1, ())
 
-    def segment(self, number: int, side: int) -> tuple[Run, list[tuple[Tensor, Array]]]:
-        """One run that reads hidden on `side`; and what it adds to the cache, by what that continues."""
-        found = self._segments.get((number, side))
+    def look(self, ids: Sequence[int], start: int) -> Array:
+        """Run the stem, unless it has just been run on the same."""
+        if self._seen != (start, ids):
+            self._ids[0], self._positions[0] = ids, np.arange(start, start + self._tokens)
+            self._valid[0, :start], self._valid[0, start:] = 1, 0
+            self._stem()
+            self._seen = start, list(ids)
+        hidden: Array = self._embedded[0]
+        return hidden
+
+    def run(self, stage: Stage, ids: Sequence[int], start: int, hidden: Array) -> Made:
+        """Run a segment, or what fills its cache."""
+        self.look(ids, start)
+        found = self._stages.get(stage.name)
         if found is None:
-            stage = self._engine.manifest.segments[number]
-            facts = _facts(stage, self._engine._variant)
-            new = {t.name: self._array(t) for t in facts.outputs if not t.name.startswith(NEXT)}
-            own = {"hidden": self._sides[side], f"{NEXT}hidden": self._sides[1 - side], **new}
-            pasts = [tensor for tensor in facts.inputs if tensor.name.startswith(PAST)]
-            added = [(tensor, new[tensor.name.replace("past", "new", 1)]) for tensor in pasts]
-            found = self._segments[number, side] = self._run(stage.name, facts, own), added
-        return found
-
-    def head(self, side: int) -> Array:
-        """Logits of the last token alone: a vocabulary is large."""
-        run = self._heads.get(side)
-        if run is None:
-            last = self._sides[side][:, -1:]  # contiguous, as there is one sequence
-            assert self._engine.manifest.decoder is not None
-            name = self._engine.manifest.decoder.head.name
-            own = {"hidden": last, "logits": self._logits}
-            run = self._heads[side] = self._run(name, self._head, own)
+            found = self._stages[stage.name] = self._bind(stage)
+        run, made, added = found
+        self._hidden[0] = hidden
         run()
-        logits: Array = self._logits[0, 0]
-        return logits
+        for tensor, new in added:
+            self._cache.arrays[tensor.name][_at(tensor, start, start + self._tokens)] = new
+        return made
 
-    def _run(self, name: str, facts: Variant, own: dict[str, Array]) -> Run:
-        engine = self._engine
-        session = engine._open[name].session
-        binding = engine._ort.IOBinding(session)
+    def head(self, hidden: Array, draft: bool) -> Array:
+        """Run the head, or the one that drafts, of n tokens."""
+        found = self._heads.get(draft)
+        if found is None:
+            facts = self._engine.manifest.decoder
+            assert facts is not None
+            stage = facts.draft if draft and facts.draft is not None else facts.head
+            logits = self._array(self._engine.facts_of(stage).outputs[0])
+            found = self._heads[draft] = self._run(stage, {"logits": logits}), logits
+        run, logits = found
+        self._hidden[0] = hidden
+        run()
+        said: Array = logits[0]
+        return said
+
+    def _bind(self, stage: Stage) -> tuple[Run, Made, list[tuple[Tensor, Array]]]:
+        outputs = {tensor.name: self._array(tensor) for tensor in self._engine.facts_of(stage).outputs}
+        added = []
+        for tensor in self._cache._tensors:
+            if (new := outputs.get(tensor.name.replace("past", "new", 1))) is not None:
+                added.append((tensor, new))
+        behind = outputs.get(f"{NEXT}hidden", self._hidden)  # a fill leaves hidden as it is
+        gate = outputs.get(GATE)
+        made = Made(behind[0], outputs.get(LEAVING, behind)[0], None if gate is None else gate[0])
+        return self._run(stage, outputs), made, added
+
+    def _run(self, stage: Stage, own: dict[str, Array]) -> Run:
+        session, facts = self._engine.session(stage), self._engine.facts_of(stage)
+        binding = self._engine.ort.IOBinding(session)
+        known = self._shared | {"hidden": self._hidden} | own
         for bind, tensors in ((binding.bind_input, facts.inputs), (binding.bind_output, facts.outputs)):
             for tensor in tensors:
-                array = own.get(tensor.name)
-                array = self._shared[tensor.name] if array is None else array
+                array = known[tensor.name]
                 bind(tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return runner(engine._ort, session, binding)
+        return runner(self._engine.ort, session, binding)
 
     def _array(self, tensor: Tensor) -> Array:
         return np.zeros(_shape(tensor, self._tokens, self._cache.places), tensor.dtype)
-
-
-def _facts(stage: Stage, variant: str) -> Variant:
-    """Stem and head have one precision, segments all."""
-    return stage.variants.get(variant) or next(iter(stage.variants.values()))
 
 
 def _shape(tensor: Tensor, tokens: int, places: int) -> tuple[int, ...]:
@@ -215,4 +235,4 @@ def _at(tensor: Tensor, start: int, end: int) -> tuple[Any, ...]:
     return (slice(None),) * axis + (slice(start, end),)
 
 
-__all__ = ["Cache", "DecoderEngine", "DecoderState"]
+__all__ = ["Cache", "DecoderEngine", "Made"]

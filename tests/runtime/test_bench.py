@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from offramp.runtime import BadInput, BadSetting, load
-from offramp.runtime.bench import CHANCE, FULL, chosen_points, measure, read_data
+from offramp.runtime.bench import CHANCE, FULL, measure
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.labelled import read_data
+from offramp.runtime.wishes import chosen_points
 
 DATA = Path(__file__).parents[1] / "data"
 TINY, RIVALS = DATA / "tiny_bundle", DATA / "tiny_rivals"

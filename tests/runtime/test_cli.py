@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp.runtime import cli, engines, lines, load
+from offramp.runtime import cli, engines, lines, load, ways
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 RUN = [sys.executable, "-m", "offramp.runtime.cli", "--bundle", str(TINY)]
@@ -191,5 +191,6 @@ def test_help_names_every_exit_code_and_choice() -> None:
 
 def test_the_command_repeats_what_light_imports_cannot_tell() -> None:
     assert tuple(engines.ENGINES) == cli.ENGINES
+    assert ways.CACHES == cli.CACHES
     assert engines.DEVICES == cli.DEVICES
     assert lines.FORMATS == cli.FORMATS

@@ -53,3 +53,11 @@ def test_opening_and_answering_loads_no_training_software() -> None:
         "safetensors",
         "huggingface_hub",
     }
+
+
+def test_a_classifier_loads_nothing_of_decoders_or_gpus() -> None:
+    code = f"from offramp.runtime import load; load({str(TINY)!r})('good film')\n"
+    code += (
+        "import sys; assert not [n for n in sys.modules if 'writer' in n or 'trt' in n or n.endswith('cuda')]"
+    )
+    assert "onnxruntime" in loaded(code)

@@ -1,0 +1,62 @@
+"""Write tests/data/tiny_writer: the bundle of a random decoder, so that tests of the runtime need no torch.
+
+    python tests/data/make_tiny_writer.py          (needs the extra export; the bundle is checked in)
+
+A Llama of three blocks, width 16, a segment each, with translators and policies, fills, a draft of 20 ids and
+a chat template; fp32 and int8. Tests may use no number of it, only relations.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from offramp.export.decoder_bundle import write_decoder
+from offramp.models.decoder import DecoderNetwork
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import tiny  # noqa: E402
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}the"
+
+
+def network() -> DecoderNetwork:
+    """Random everywhere; no bias is zero."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=60, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    made = DecoderNetwork(model)
+    made.add_exits((1, 2), policies=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        for part in (*made.exits.values(), *made.policies.values()):
+            assert isinstance(part, nn.Linear)
+            part.weight.normal_(std=0.3)
+            part.bias.normal_(std=0.3)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return made
+
+
+def main() -> None:
+    """Write it anew."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tiny.tokenizer().save(str(folder / "tokenizer.json"))
+        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        wishes = {"variants": ("fp32", "int8"), "draft": 20, "training": {"recipe": "consistentee_lm"}}
+        write_decoder(network(), folder, folder / "bundle", cuts="each", **wishes)
+        shutil.rmtree(HERE / "tiny_writer", ignore_errors=True)
+        shutil.copytree(folder / "bundle", HERE / "tiny_writer")
+
+
+if __name__ == "__main__":
+    main()
