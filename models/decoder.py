@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.models.depth import Decide, hidden_states
 from offramp.models.families import decoder_family_of
 from offramp.models.families.decoder import DecoderFamily
 from offramp.models.families.family import Context
@@ -32,11 +34,19 @@ class DecoderNetwork(nn.Module):
         self.model = model
         self.block_count = len(self.family.blocks(model))
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
+        # By block: what stands before the head where a token leaves there, what tells whether it may, and
+        # what tells whether a token runs the block at all (a models.controllers.Controllers, if trained).
+        # Names begin as a classifier's do, for their learning rates.
+        self.exits, self.policies, self.controllers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The blocks in order."""
         return self.family.blocks(self.model)
+
+    def forward(self, ids: Tensor, decide: Decide | None = None) -> list[Tensor]:
+        """Hidden behind every block, for training: see depth.hidden_states."""
+        return list(hidden_states(self, ids, decide))
 
     def stem(self, ids: Tensor, positions: Tensor, past_valid: Tensor) -> tuple[Tensor, Context]:
         """Embed ids [batch, seq] at positions [batch, seq] behind a past that counts where past_valid
@@ -57,8 +67,34 @@ class DecoderNetwork(nn.Module):
         """
         return run_block(self.family, self.blocks[block], hidden, context, past)
 
+    def add_exits(self, blocks: Sequence[int], *, policies: bool = False) -> None:
+        """Translators, which change nothing yet, and policies where wished, behind these blocks (1-based).
+
+        A translator is a linear map of the normed hidden state, added to it before the head (as the "tuned
+        lens", arXiv 2303.08112); a policy is one number of it (ConsistentEE's for LLaMA).
+        """
+        for block in blocks:
+            translator = nn.Linear(self.hidden_size, self.hidden_size)
+            nn.init.zeros_(translator.weight)
+            nn.init.zeros_(translator.bias)
+            self.exits[str(block)] = translator
+            if policies:
+                self.policies[str(block)] = nn.Linear(self.hidden_size, 1)
+
+    def leaving(self, block: int, hidden: Tensor) -> Tensor:
+        """What the head reads of tokens that leave behind this block (1-based), the same shape as hidden."""
+        if (name := str(block)) not in self.exits:
+            return hidden
+        translated: Tensor = self.exits[name](self.family.norm(self.model)(hidden))
+        return hidden + translated
+
+    def gate(self, block: int, hidden: Tensor) -> Tensor:
+        """Logit of P(exit) of each token behind this block (1-based) [batch, seq]."""
+        told: Tensor = self.policies[str(block)](self.family.norm(self.model)(hidden))
+        return told[..., 0]
+
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [batch, seq, vocabulary] of hidden [batch, seq, hidden] behind any block."""
+        """Logits [..., vocabulary] of hidden [..., hidden] behind the last block, or of `leaving`."""
         return self.model.lm_head(self.family.norm(self.model)(hidden))  # type: ignore[no-any-return]
 
 

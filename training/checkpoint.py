@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
+from offramp.models.controllers import load_controllers
+from offramp.models.decoder import DecoderNetwork
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
 from offramp.runtime.images import ImageInput
 
@@ -23,6 +25,9 @@ WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "training.json",
     "tokenizer.json",
 )
+
+
+EXITS = "exits.safetensors"  # beside a language model as transformers saves it
 
 
 class BadCheckpoint(ValueError):
@@ -114,6 +119,36 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     network.eval()
     tokenizer = None if "image" in facts else _must_be_there(folder / TOKENIZER)
     return Checkpoint(network, reads, tokenizer, read_json(folder / TRAINING))
+
+
+def save_exits(network: DecoderNetwork, folder: Path) -> None:
+    """Write what a language model learned beyond itself, if anything: translators, policies, controllers."""
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("model.")}
+    if own:
+        save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / EXITS)
+
+
+def load_exits(network: DecoderNetwork, folder: str | Path) -> None:
+    """Give a language model the translators, policies and controllers of its folder, if any; raises
+    BadCheckpoint where they do not fit.
+    """
+    if not (file := Path(folder) / EXITS).is_file():
+        return
+    try:
+        own = load_file(file)
+        named = [name.split(".") for name in own]
+        if beyond := [int(block) for _, block, *_ in named if int(block) > network.block_count]:
+            raise ValueError(f"it is for block {beyond[0]}, the model has {network.block_count}")
+        blocks = sorted({int(block) for part, block, *_ in named if part in ("exits", "policies")})
+        network.add_exits(blocks, policies=any(part == "policies" for part, *_ in named))
+        if any(part == "controllers" for part, *_ in named):
+            network.controllers = load_controllers(own, network.block_count, network.hidden_size)
+        found = network.load_state_dict(own, strict=False)
+        missing = [name for name in found.missing_keys if not name.startswith("model.")]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"{[*missing, *found.unexpected_keys][0]} is missing or unknown")
+    except (SafetensorError, RuntimeError, ValueError, IndexError) as problem:
+        raise BadCheckpoint(f"{file} does not fit the model beside it: {problem}") from problem
 
 
 def _image(facts: dict[str, Any]) -> ImageInput:

@@ -25,7 +25,9 @@ class UserError(click.ClickException):
 @click.command(context_settings=HELP)
 @click.option(
     "--model",
-    help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, ViT, DeiT, DINOv2).",
+    help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, ViT, DeiT, DINOv2); for "
+    "recipes layerskip, consistentee_lm and layer_selection a causal language model (Llama, Mistral, Qwen2, "
+    "Qwen3, GPT-2), as it is or as one of them left it.",
 )
 @click.option(
     "--init",
@@ -35,7 +37,8 @@ class UserError(click.ClickException):
 @click.option(
     "--data",
     required=True,
-    help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images.",
+    help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images. "
+    "For language models rows of text, or of prompt and completion, of which completions are learned.",
 )
 @click.option("--recipe", type=click.Choice(RECIPES), default="consistentee", help="How to train.")
 @click.option(
@@ -101,7 +104,7 @@ def train(**wish: Any) -> None:
     --set with a wrong name, which lists them.
     """
     _need_extra()
-    from offramp.training.session import TrainingWish, train_checkpoint
+    from offramp.training.session import TrainingWish, train_wish
 
     out: Path = wish["out"]
     if (out / "training.json").is_file() and not wish["overwrite"]:
@@ -110,8 +113,8 @@ def train(**wish: Any) -> None:
         raise UserError(f"{out} exists and is not a checkpoint; choose another --out")
     del wish["overwrite"]  # the old checkpoint stands until the new one is whole
     with _plain_errors():
-        checkpoint = train_checkpoint(TrainingWish(**wish))
-    click.echo(json.dumps({"checkpoint": str(out), **checkpoint.training.get("dev", {})}))
+        told = train_wish(TrainingWish(**wish))
+    click.echo(json.dumps({"checkpoint": str(out), **told.get("dev", {})}))
 
 
 @click.command(context_settings=HELP)

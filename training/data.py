@@ -53,15 +53,7 @@ def load_data(
     fixed seed, and that is told on stderr. Raises BadData naming file and row.
     """
     columns = columns or Columns()
-    datasets.disable_progress_bars()
-    path = Path(source)
-    if path.is_file():
-        raw, names = _read_files({"train": path})
-    elif path.is_dir():
-        files = _split_files(path)
-        raw, names = _read_files(files) if files else _read_folders(path, columns)
-    else:
-        raw, names = _read_hub(source)
+    raw, names = _read(Path(source), source, columns)
     labels = _label_names(raw, names, columns)
     splits: dict[str, Rows] = {}
     for split, table in raw.items():
@@ -82,6 +74,24 @@ def load_data(
             file=say or sys.stderr,
         )
     return TextData(source, labels, splits)
+
+
+def read_splits(source: str) -> dict[str, tuple[Any, str]]:
+    """Tables of a data set of whatever columns, by the names of their splits; and what to call each in
+    messages. Raises BadData naming the file.
+    """
+    raw, names = _read(Path(source), source, Columns())
+    return {split: (table, names[split]) for split, table in raw.items()}
+
+
+def _read(path: Path, source: str, columns: Columns) -> tuple[dict[str, Any], dict[str, str]]:
+    datasets.disable_progress_bars()
+    if path.is_file():
+        return _read_files({"train": path})
+    if path.is_dir():
+        files = _split_files(path)
+        return _read_files(files) if files else _read_folders(path, columns)
+    return _read_hub(source)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
@@ -271,4 +281,4 @@ def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ..
     return Rows([], None, _numbers(label, name, labels), Pictures(files, places))
 
 
-__all__ = ["BadData", "Columns", "Rows", "TextData", "load_data"]
+__all__ = ["BadData", "Columns", "Rows", "TextData", "load_data", "read_splits"]

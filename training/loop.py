@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from offramp.models.network import EarlyExitNetwork
 from offramp.training.batches import shuffled_batches
 from offramp.training.checkpoint import read_json, write_json
 
@@ -65,7 +64,7 @@ class Run:
 
     def __init__(
         self,
-        network: EarlyExitNetwork,
+        network: Any,
         folder: Path,
         *,
         seed: int,

@@ -60,6 +60,15 @@ class TrainingWish:
             raise BadSetting("give one of --model (a backbone) and --init (a checkpoint to go on from)")
 
 
+def train_wish(wish: TrainingWish) -> dict[str, Any]:
+    """Train a classifier or, with a recipe for those, a language model; gives what training.json says."""
+    if getattr(load_recipe(wish.recipe), "GENERATES", False):
+        from offramp.training.decoders import train_decoder
+
+        return train_decoder(wish)
+    return train_checkpoint(wish).training
+
+
 def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     """Train as wished, resuming from `out`.partial if it is there, and write the checkpoint folder whole."""
     recipe = load_recipe(wish.recipe)
@@ -78,7 +87,7 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     policy = recipe.policy_of(settings)
     processes = PartialState()
     with processes.main_process_first():  # the first one writes the files that all of them read
-        _same_command(partial, wish)
+        same_command(partial, wish)
         if wish.init is not None:
             if wish.image_size is not None or wish.whole_image:
                 raise BadSetting("--image-size and --whole-image go with --model: a checkpoint has its own")
@@ -92,14 +101,10 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
             partial.mkdir(parents=True, exist_ok=True)
             if checkpoint.tokenizer is not None and tokenizer is not None:
                 checkpoint.tokenizer.write_text(tokenizer, encoding="utf-8")
-            write_json(partial / "command.json", _command(wish))
-    precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[wish.precision]
+            write_json(partial / "command.json", command_of(wish))
+    precision = precision_of(wish)
     run = Run(checkpoint.network, partial, seed=wish.seed, precision=precision, save_every=wish.save_every)
-    if run.position != {"stage": 0, "step": 0}:
-        print(
-            f"going on from {partial}: stage {run.position['stage'] + 1}, step {run.position['step']}",
-            file=sys.stderr,
-        )
+    say_resumed(run)
     train = encode_for(checkpoint, data.splits["train"], augment)
     dev = encode_for(checkpoint, data.splits["dev"])
     found = recipe.train(run, train, dev, settings, skip_warm_start=wish.init is not None)
@@ -107,15 +112,7 @@ def train_checkpoint(wish: TrainingWish) -> Checkpoint:
     checkpoint.training = {
         "recipe": wish.recipe,
         "settings": dataclasses.asdict(settings),
-        "command": {**dataclasses.asdict(wish), "out": str(wish.out), "wishes": list(wish.wishes)},
-        "data": {
-            "name": Path(wish.data).name,
-            "rows": {name: len(rows) for name, rows in data.splits.items()},
-        },
-        "seed": wish.seed,
-        "precision": precision,
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-        | {"python": platform.python_version()},
+        **told(wish, precision, {name: len(rows) for name, rows in data.splits.items()}),
         **found,
     }
     checkpoint.network.to("cpu")
@@ -145,12 +142,36 @@ def _fresh(wish: TrainingWish, labels: tuple[str, ...], policy: str | None) -> t
     return Checkpoint(network, facts, None), tokenizer.to_str()
 
 
-def _same_command(partial: Path, wish: TrainingWish) -> None:
+def precision_of(wish: TrainingWish) -> str:
+    """What accelerate calls the wished precision."""
+    return {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[wish.precision]
+
+
+def say_resumed(run: Run) -> None:
+    """Tell on stderr where a run goes on, unless it begins."""
+    if run.position != {"stage": 0, "step": 0}:
+        place = f"stage {run.position['stage'] + 1}, step {run.position['step']}"
+        print(f"going on from {run.folder}: {place}", file=sys.stderr)
+
+
+def told(wish: TrainingWish, precision: str, rows: dict[str, int]) -> dict[str, Any]:
+    """What training.json says of any training: command, data, versions."""
+    return {
+        "command": {**dataclasses.asdict(wish), "out": str(wish.out), "wishes": list(wish.wishes)},
+        "data": {"name": Path(wish.data).name, "rows": rows},
+        "seed": wish.seed,
+        "precision": precision,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def same_command(partial: Path, wish: TrainingWish) -> None:
     """A resumed run must be the same run: refuse to go on from the state of a different command."""
     file = partial / "command.json"
     if file.is_file() and (partial / "state.json").is_file():
         before = read_json(file)
-        changed = [name for name, value in _command(wish).items() if before.get(name) != value]
+        changed = [name for name, value in command_of(wish).items() if before.get(name) != value]
         if changed:
             raise BadSetting(
                 f"{partial} holds an unfinished run with another {', '.join(changed)}; "
@@ -158,7 +179,7 @@ def _same_command(partial: Path, wish: TrainingWish) -> None:
             )
 
 
-def _command(wish: TrainingWish) -> dict[str, Any]:
+def command_of(wish: TrainingWish) -> dict[str, Any]:
     # Through JSON and back, so that tuples compare with the lists that were read.
     facts: dict[str, Any] = json.loads(
         json.dumps({**dataclasses.asdict(wish), "out": str(wish.out), "save_every": None})

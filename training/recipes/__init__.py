@@ -17,6 +17,9 @@ RECIPES: dict[str, str] = {
     "berxit": "offramp.training.recipes.berxit",
     "fastbert": "offramp.training.recipes.fastbert",
     "pcee_bert": "offramp.training.recipes.pcee_bert",
+    "layerskip": "offramp.training.recipes.layerskip",
+    "layer_selection": "offramp.training.recipes.layer_selection",
+    "consistentee_lm": "offramp.training.recipes.consistentee_lm",
 }
 
 
@@ -27,5 +30,8 @@ def load_recipe(name: str) -> Any:
     network carries, or None; train(run, train, dev, settings, *, skip_warm_start), which runs its stages and
     gives what training.json is to hold; and STARTS_FROM, the recipe whose checkpoint, given as --init, spares
     it the first stage, or None where it begins with the pretrained backbone.
+
+    A recipe for language models says GENERATES = True in place of policy_of, and its train is
+    train(run, texts, exits, settings): see training.decoders.
     """
     return importlib.import_module(RECIPES[name])
