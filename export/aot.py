@@ -27,7 +27,7 @@ from offramp.runtime.engines.profiles import Profile, profiles
 from offramp.runtime.engines.trt import VARIANTS
 from offramp.runtime.engines.trt_build import Log, build
 from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
-from offramp.runtime.manifest import Variant
+from offramp.runtime.manifest import GENERATION, Variant
 
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities: Ampere, Ada, Blackwell
 CURE = "pip install tensorrt-rtx-cu13 (dev machines only: 97 MB; it needs no GPU)"
@@ -78,6 +78,8 @@ def check(
 ) -> Iterator[Compiled]:
     """Every graph of the bundle in these variants, those of them that it has, stem first."""
     trt, manifest = compiler(), bundle.manifest
+    if manifest.task == GENERATION:
+        raise BadSetting(f"{bundle.folder} generates text, which engine trt does not walk yet")
     graphs = [manifest.stem.variants[manifest.variants[0]]]
     for variant in (name for name in manifest.variants if name in variants):
         graphs += [stage.variants[variant] for stage in manifest.segments]

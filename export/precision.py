@@ -17,6 +17,9 @@ from offramp.export.half import halve
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")  # what can be written: fp32 and what is made from it
 BLOCK = 128  # weights that share a scale in int4
+WEIGHTS_ALONE = {"int8": 8, "int4": 4}  # bits of what weights_alone writes
+FINE = 32  # weights that share a scale there: a decoder's errors add up from token to token
+OWN = ("exit/", "policy/")  # modules of a decoder's segment that stay as they are
 
 
 def to_fp16(source: Path, target: Path) -> float:
@@ -67,12 +70,31 @@ def to_int4(source: Path, target: Path) -> float:
     Its operator (MatMulNBits) is ONNX Runtime's own.
     """
     model = onnx.load(source)
-    inside = set(_products_of_blocks(source, model))
-    others = [node.name for node in model.graph.node if node.name not in inside]
+    return _few_bits(model, set(_products_of_blocks(source, model)), 4, BLOCK, source, target)
+
+
+def weights_alone(name: str, source: Path, target: Path) -> float:
+    """Write the int8 or int4 form of a decoder's segment, fill or head; gives its size as a share.
+
+    Weights alone: activations are quantized in pieces of one token, so that a token says the same among
+    others as alone, which to_int8's scale a tensor does not allow. Translators and policies stay fp32.
+    """
+    model = onnx.load(source)
+    products = {
+        node.name for node in model.graph.node if node.op_type == "MatMul" and not node.name.startswith(OWN)
+    }
+    return _few_bits(model, products, WEIGHTS_ALONE[name], FINE, source, target)
+
+
+def _few_bits(
+    model: onnx.ModelProto, products: set[str], bits: int, block: int, source: Path, target: Path
+) -> float:
+    """Write a graph with the weights of these products in few bits; gives its size as a share."""
+    others = [node.name for node in model.graph.node if node.name not in products]
     with _quiet():
         nbits = _nbits()
         config = nbits.DefaultWeightOnlyQuantConfig(
-            block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=4, op_types_to_quantize=("MatMul",)
+            block_size=block, is_symmetric=True, accuracy_level=4, bits=bits, op_types_to_quantize=("MatMul",)
         )
         made = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
         made.process()

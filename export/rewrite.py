@@ -14,7 +14,8 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 
 
 class FixedReshape(RewriteRuleClassBase):
-    """Reshape by a constant where every size is a number or stays where it was (0: "as in the input").
+    """Reshape by a constant where sizes are numbers or stay where they were (0: "as in the input"); one may
+    move (-1: what is left).
 
     The exporter reads the free sizes off some input of the graph, by Shape and Concat, in every segment
     anew.
@@ -28,12 +29,22 @@ class FixedReshape(RewriteRuleClassBase):
         if shape.const_value is not None:
             return result.fail("constant already")
         if _sizes(data, reshaped) is None:
-            return result.fail("a free size moves or is not known")
+            return result.fail("two free sizes move or are not known")
         return result
 
     def rewrite(self, op: Any, data: ir.Value, shape: ir.Value, reshaped: ir.Value) -> Any:
         sizes = _sizes(data, reshaped) or []  # check() has seen it
         return op.Reshape(data, op.Constant(value=ir.tensor(sizes, dtype=ir.DataType.INT64)))
+
+
+class Quotient(RewriteRuleClassBase):
+    """x / sqrt(v) in RMS norms, the form that ONNX Runtime fuses into one operator, for x * (1 / sqrt(v))."""
+
+    def pattern(self, op: Any, x: Any, v: Any) -> Any:
+        return op.Mul(x, op.Reciprocal(op.Sqrt(v)))
+
+    def rewrite(self, op: Any, x: ir.Value, v: ir.Value) -> Any:
+        return op.Div(x, op.Sqrt(v))
 
 
 class HalfLast(RewriteRuleClassBase):
@@ -60,18 +71,20 @@ class HalfLast(RewriteRuleClassBase):
 
 
 RULES = RewriteRuleSet(
-    [rule.rule() for rule in (FixedReshape, HalfLast)],  # type: ignore[no-untyped-call]
+    [rule.rule() for rule in (FixedReshape, Quotient, HalfLast)],  # type: ignore[no-untyped-call]
     commute=True,
 )
 
 
 def shorten(model: ir.Model) -> ir.Model:
-    """The model with both rewrites done and everything removed that nothing uses any more."""
+    """The model with all rewrites done and everything removed that nothing uses any more."""
     return rewrite(model, RULES)
 
 
 def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
-    """Constant sizes of a Reshape: numbers, and 0 where a free size is the input's at the same place."""
+    """Constant sizes of a Reshape: numbers, 0 where a free size is the input's at the same place, and -1 for
+    one that is not.
+    """
     if data.shape is None or reshaped.shape is None:
         return None
     sizes: list[int] = []
@@ -81,8 +94,8 @@ def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
         elif size.value is not None and axis < len(data.shape) and data.shape[axis] == size:
             sizes.append(0)
         else:
-            return None
-    return sizes
+            sizes.append(-1)
+    return sizes if sizes.count(-1) < 2 else None
 
 
 def _is(value: ir.Value, number: float) -> bool:

@@ -21,6 +21,7 @@ from offramp.export.sentences import SENTENCES
 from offramp.export.split import Segment
 from offramp.runtime import load
 from offramp.runtime.bundle import open_bundle
+from offramp.runtime.engines import cuda
 from offramp.runtime.rivals import read_rivals
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -295,6 +296,19 @@ def test_rivals_that_cannot_be_put_in_place_leave_the_bundle(
     result = run(saved, "--variants", "fp32", "--rivals", "rivals")
     assert result.exit_code == 2
     assert "somebody was faster; written: bundle; not written: rivals" in result.stderr
+
+
+def test_an_engine_that_is_not_there_is_one_line(
+    saved: Path, copied: Path, dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda, "_load", gone)
+    wishes = ["--variants", "fp32", "--dev", dev, "--engine", "trt"]
+    result = run(saved, "--out", tmp_path / "bundle", *wishes)
+    assert result.exit_code == 2 and "--engine trt: engine trt: no CUDA driver" in result.stderr
+    assert "no bundle was written" in result.stderr and not (tmp_path / "bundle").exists()
 
 
 def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import tiny
 import torch
 from click.testing import CliRunner
 
+from offramp.export.aot import main as verify
 from offramp.export.cli import main as split
 from offramp.export.decoder_bundle import write_decoder
+from offramp.models.decoder import DecoderNetwork
 from offramp.runtime import BadSetting, Session, SessionClosed, load
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.cli import main as run
@@ -34,7 +36,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, model = tmp_path_factory.mktemp(request.param), tiny.decoder(request.param)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     tiny.tokenizer().save(str(folder / "tokenizer.json"))
-    write_decoder(model, folder / "tokenizer.json", folder / "bundle", cuts="2", variants=("fp32", "int8"))
+    write_decoder(DecoderNetwork(model), folder, folder / "bundle", cuts="2", variants=("fp32", "int8"))
     return model, folder / "bundle"
 
 
@@ -103,7 +105,7 @@ def test_int8_talks_too(made: tuple[Any, Path]) -> None:
         (
             ["decoder", "head", "variants", "fp32", "outputs", 0, "shape", 2],
             59,
-            r"must make logits \[batch, seq, 60\]",
+            r"decoder.head.variants\['int8'\]: tensors other",
         ),
     ],
 )
@@ -161,13 +163,15 @@ def test_what_a_session_of_a_decoder_does_not_do(writer: Session, made: tuple[An
     for refused in (lambda: writer("good"), lambda: writer.map(["good"]), lambda: writer.encode("good")):
         with pytest.raises(BadSetting, match="this bundle generates text"):
             refused()
-    with pytest.raises(BadInput, match="expected a string, found 7"):
+    with pytest.raises(BadInput, match="expected a string or messages, found 7"):
         writer.generate(7)  # type: ignore[arg-type]
     with pytest.raises(BadSetting, match="max_new_tokens 0"):
         writer.generate("good", 0)
-    for wishes in ({"engine": "trt"}, {"rule": "gate"}, {"device": "cuda"}):
+    for wishes in ({"engine": "trt"}, {"provider": "cuda"}, {"device": "cuda"}):
         with pytest.raises(BadSetting, match="does not know this wish yet"):
             load(made[1], **wishes)  # type: ignore[arg-type]
+    with pytest.raises(BadSetting, match=r"cache propagate: .*it has no cache"):
+        load(TINY, cache="propagate")
     with pytest.raises(BadSetting, match="variant 'fp16' is not in"):
         load(made[1], variant="fp16")
     with load(TINY) as classifier, pytest.raises(BadSetting, match="this bundle classifies"):
@@ -182,6 +186,11 @@ def test_closed_it_says_so(made: tuple[Any, Path]) -> None:
     session.close()
     with pytest.raises(SessionClosed):
         next(pieces)
+
+
+def test_tensorrt_is_not_for_decoders_yet(made: tuple[Any, Path]) -> None:
+    done = CliRunner().invoke(verify, [str(made[1]), "--trt"])
+    assert done.exit_code == 2 and "generates text, which engine trt does not walk yet" in done.output
 
 
 # By the commands.
@@ -249,8 +258,8 @@ def test_ee_run_takes_wishes_line_by_line_and_keeps_the_place_of_what_cannot_be(
 @pytest.mark.slow
 def test_what_ee_split_does_not_do_with_a_model_of_transformers(talking: Path, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "bundle")]
-    done = CliRunner().invoke(split, [str(talking / "model"), *out, "--monolith", str(tmp_path / "one.onnx")])
-    assert done.exit_code == 2 and "--monolith is for trained checkpoints" in done.output
+    done = CliRunner().invoke(split, [str(talking / "model"), *out, "--rivals", str(tmp_path / "rivals")])
+    assert done.exit_code == 2 and "--rivals is for trained checkpoints" in done.output
     tiny.model_folder(tmp_path / "encoder")
     done = CliRunner().invoke(split, [str(tmp_path / "encoder"), *out])
     assert done.exit_code == 2 and "supported: gpt2, llama" in done.output

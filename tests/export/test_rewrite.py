@@ -18,7 +18,10 @@ import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnxscript import ir
 
+from offramp.export.decoder import split_decoder
 from offramp.export.rewrite import shorten
+from offramp.export.to_onnx import to_onnx
+from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines import threads
 
 
@@ -67,6 +70,35 @@ def test_a_reshape_that_moves_a_free_size_keeps_its_shape() -> None:
     assert operators(swapped) == ["Shape", "Gather", "Reshape"]
     kept = graph(nodes, ["batch", "seq"], ["batch", "seq"], order=np.array([0, 1]))
     assert operators(kept) == ["Constant", "Reshape"]
+    nodes[1] = helper.make_node("Concat", ["four", "sizes"], ["turned"], axis=0)
+    nodes[0] = helper.make_node("Shape", ["x"], ["sizes"], start=1, end=2)
+    moved = graph(nodes, [4, "seq", 2], [8, "seq"], four=np.array([8]))
+    assert operators(moved) == ["Constant", "Reshape"]
+
+
+def test_a_norm_divides() -> None:
+    nodes = [
+        helper.make_node("Sqrt", ["x"], ["root"]),
+        helper.make_node("Reciprocal", ["root"], ["share"]),
+        helper.make_node("Mul", ["x", "share"], ["y"]),
+    ]
+    assert operators(graph(nodes, ["batch"], ["batch"])) == ["Sqrt", "Div"]
+
+
+@pytest.mark.parametrize("family", tiny.with_slow(["llama", "qwen3"], "llama"))
+def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_path: Path) -> None:
+    segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2").segments[0]
+    to_onnx(segment, tmp_path / "segment.onnx")
+    plain = Counter(node.op_type for node in onnx.load(tmp_path / "segment.onnx").graph.node)
+    assert plain["Shape"] == 1 and not plain["Gather"]  # how long the past is, which shares are cut by
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.log_severity_level = 3
+    threads.fit(options)
+    onnxruntime.InferenceSession(tmp_path / "segment.onnx", options, providers=["CPUExecutionProvider"])
+    fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
+    norms = fused["SimplifiedLayerNormalization"] + fused["SkipSimplifiedLayerNormalization"]
+    assert norms >= 2 * len(segment.blocks) and not fused["Sqrt"]
 
 
 @pytest.mark.parametrize(("one", "changes"), [(1.0, True), (2.0, False)])
