@@ -17,9 +17,9 @@ import click
 import numpy as np
 
 from offramp.runtime import load
-from offramp.runtime.bench import read_data
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.inputs import Encoder
+from offramp.runtime.labelled import read_data
 from offramp.runtime.report import machine
 from offramp.runtime.rivals import MONOLITH, open_rival, read_rivals
 from offramp.runtime.rules import RuleSpec

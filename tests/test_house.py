@@ -42,11 +42,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.errors",
         "runtime.rivals",  # what ee-split writes for ee-bench is read back before it gets its name
         "runtime.images",
+        # A decoder's bundle is walked before it gets its name, and timed to find where to cut.
+        "runtime.lane",
+        "runtime.generate",
+        "runtime.chat",
     ),
     "benchmarks": ("runtime", "models", "training", "export"),
 }
 # All that the runtime may import of others': its dependencies in pyproject, and the modules of its engines.
-RUNTIME_IMPORTS = {"numpy", "click", "tokenizers", "PIL", "onnxruntime", "tensorrt", "tensorrt_rtx"}
+RUNTIME_IMPORTS = {"numpy", "click", "tokenizers", "PIL", "jinja2", "onnxruntime", "tensorrt", "tensorrt_rtx"}
 HEAVY = ("torch", "transformers", "onnx", "datasets")
 
 LONGEST = 300  # lines
@@ -60,6 +64,7 @@ PURPOSE = {
     "docs/measured.md": "every contender and every figure, written by `make bench`",
     "docs/comparison.md": "every method by data set and over all, written by benchmarks/compare_all.py",
     "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
+    "docs/decoders.md": "language models: early exit per token, routes, and the lossless mode",
     "docs/gpu.md": "walking on NVIDIA GPUs, and what was verified how",
     "docs/jetson.md": "walking on a Jetson",
     "docs/log.md": "a dated log of what was tried, negative results too",

@@ -1,0 +1,51 @@
+"""Who decodes beside offramp at a precision, each as a function from prompt to answer: for decoders.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from offramp.benchmarks.decoder_rivals import Genai, Llama, Rival, genai_model, llama_model
+from offramp.benchmarks.decoders import Answer, Says, clocked, saying
+from offramp.benchmarks.whole import OneGraph
+from offramp.runtime import load
+from offramp.runtime.engines.threads import claim
+from offramp.runtime.writer import Writer
+
+GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # of llama.cpp's kinds the one of the same bits
+THREADS = 2
+
+
+def asking(rival: Rival) -> Says:
+    """A worker's answers, by its own clock."""
+
+    def says(prompt: list[int], most: int) -> Answer:
+        told = rival.greedy(prompt, most)
+        return Answer(list(told.ids), told.first_s, sum(told.seconds))
+
+    return says
+
+
+@contextmanager
+def field(model: Path, scratch: Path, variant: str, facts: dict[str, Any]) -> Iterator[dict[str, Says]]:
+    """Contenders by name: the bundle "auto" of the scratch folder, its one graph, onnxruntime-genai and
+    llama.cpp; what the rivals said of themselves goes to `facts`.
+    """
+    with ExitStack() as stack:
+        writer = stack.enter_context(load(scratch / "auto", rule="never", variant=variant, threads=None))
+        assert isinstance(writer, Writer)
+        whole = "one.onnx" if variant == "fp32" else f"one_{variant}.onnx"
+        one = OneGraph(scratch / whole, claim(onnxruntime, None, True))
+        genai = stack.enter_context(Genai(genai_model(model, variant, scratch / "genai"), THREADS))
+        llama = stack.enter_context(Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS))
+        facts[variant] = {"genai": genai.facts, "llama": llama.facts}
+        yield {
+            "offramp": saying(writer),
+            "one graph": lambda prompt, most: clocked(one.generate(prompt, most)),
+            "onnxruntime-genai": asking(genai),
+            "llama.cpp": asking(llama),
+        }

@@ -1,0 +1,252 @@
+"""Full-depth decoding: segments against one graph, transformers, onnxruntime-genai and llama.cpp.
+
+    python benchmarks/decoders.py full --model MODEL --scratch DIR --texts TEXTS --out FULL.json
+    python benchmarks/decoders.py rivals --model MODEL --scratch DIR --texts TEXTS --out RIVALS.json
+    python benchmarks/decoders.py memory --scratch DIR --texts TEXTS --out MEMORY.json
+
+full: fp32, cuts of several finenesses and that of --segments auto, prompt by prompt in turns with the one
+graph that ee-split --monolith writes; ratios are tokens/s over the one graph's, median of prompts; "same"
+says that ids are those that transformers generates, of the first 20 prompts. rivals: the cut of auto beside
+the other two, at three precisions, in processes of their own that wait while others answer. memory: resident
+set of fresh processes that read and write up to 1,024 tokens. Bundles stay in --scratch and are not written
+twice; full has to come first.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from offramp.benchmarks.lossless import prompts_of
+from offramp.benchmarks.whole import OneGraph
+from offramp.export.decoder_auto import choose_cuts, even_cuts
+from offramp.export.decoder_bundle import read_folder, write_decoder
+from offramp.export.decoder_monolith import write_monolith
+from offramp.runtime import load
+from offramp.runtime.engines.threads import claim
+from offramp.runtime.generate import generate
+from offramp.runtime.report import machine
+from offramp.runtime.writer import Writer
+from offramp.training.checkpoint import read_json, write_json
+
+VARIANTS = ("fp32", "int8", "int4")
+FINENESS = (30, 10, 5, 3, 1)  # segments, where the model has as many blocks
+PAUSE = 0.15  # seconds: threads that look for work after a run would be in the next one's way
+
+
+class Answer(NamedTuple):
+    """Ids, seconds to the first of them and from there to the last."""
+
+    ids: list[int]
+    first: float
+    behind: float
+
+
+Says = Callable[[list[int], int], Answer]
+
+
+def prepared(model: Path, scratch: Path) -> dict[str, Any]:
+    """Write bundles and the one graph, those that are not there yet; gives what auto found."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    network, _ = read_folder(model)
+    if not (scratch / "auto.json").is_file():
+        choice = choose_cuts(network, model)
+        click.echo(choice.table(), err=True)
+        facts = {"cuts": choice.cuts, "one_ms": 1e3 * choice.one, "seam_us": 1e6 * choice.seam}
+        write_json(scratch / "auto.json", {**facts, "table": choice.table().splitlines()})
+    chosen = read_json(scratch / "auto.json")
+    if not (scratch / "auto").is_dir():
+        write_decoder(network, model, scratch / "auto", cuts=chosen["cuts"], variants=VARIANTS)
+    if not (scratch / "one.onnx").is_file():
+        write_monolith(network, scratch / "one.onnx", VARIANTS)
+    for count in FINENESS:
+        bundle = scratch / f"segments_{count}"
+        if count <= network.block_count and not bundle.is_dir():
+            write_decoder(network, model, bundle, cuts=even_cuts(network.block_count, count))
+    return chosen
+
+
+def saying(writer: Writer) -> Says:
+    """Full depth by a session's engine."""
+    return lambda prompt, most: clocked(t.id for t in generate(writer.decoder, prompt, most, stop=()))
+
+
+def clocked(ids: Iterator[int]) -> Answer:
+    """What an iterator gives, and when."""
+    said, seen = list[int](), [time.perf_counter()]
+    for token in ids:
+        said.append(token)
+        seen.append(time.perf_counter())
+    return Answer(said, seen[1] - seen[0], seen[-1] - seen[1])
+
+
+def turns(contenders: dict[str, Says], prompts: list[list[int]], most: int) -> dict[str, list[Answer]]:
+    """Answers by contender, a prompt each."""
+    found: dict[str, list[Answer]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for says in contenders.values():
+        says(prompts[0], 8)
+    for turn, prompt in enumerate(track(prompts, "prompts", console=Console(stderr=True))):
+        for at in range(len(names)):
+            name = names[(at + turn) % len(names)]
+            time.sleep(PAUSE)
+            found[name].append(contenders[name](prompt, most))
+    return found
+
+
+def greedy(model: Path, prompts: list[list[int]], most: int) -> list[list[int]]:
+    """What transformers generates, ends of answers not heeded."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network.generation_config.eos_token_id = None
+    found = []
+    with torch.no_grad():
+        for prompt in track(prompts, "transformers", console=Console(stderr=True)):
+            made = network.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False)
+            found.append([int(token) for token in made[0, len(prompt) :]])
+    return found
+
+
+def compared(
+    answers: dict[str, list[Answer]], against: str, right: list[list[int]]
+) -> dict[str, dict[str, Any]]:
+    """Tokens/s of all prompts, and by that of one contender: median, 5th and 95th percentile of prompts.
+
+    same: how many answers are those of `right`.
+    """
+    base, found = np.array([one.behind for one in answers[against]]), {}
+    for name, mine in answers.items():
+        taken = np.array([one.behind for one in mine])
+        low, high = np.percentile(base / taken, [5, 95])
+        found[name] = {
+            "tokens_per_s": round(sum(len(one.ids) - 1 for one in mine) / float(taken.sum()), 2),
+            "ratio": round(float(np.median(base / taken)), 4),
+            "ratio_5_95": [round(float(low), 4), round(float(high), 4)],
+            "first_ms": round(1e3 * float(np.median([one.first for one in mine])), 2),
+            "same": sum(one.ids == theirs for one, theirs in zip(mine, right, strict=False)),
+        }
+    return found
+
+
+def told(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """A table of these rows, columns as the first has them."""
+    table = Table("", *next(iter(rows.values())), title=title)
+    for name, row in rows.items():
+        table.add_row(name, *map(str, row.values()))
+    Console(width=120).print(table)
+
+
+@click.group()
+def main() -> None:
+    """See above."""
+
+
+MODEL = click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
+SCRATCH = click.option("--scratch", required=True, type=click.Path(path_type=Path), help="For bundles.")
+TEXTS = click.option("--texts", required=True, type=click.Path(exists=True, path_type=Path))
+COUNT = click.option("--count", default=20, show_default=True, help="Prompts.")
+TOKENS = click.option("--tokens", default=64, show_default=True, help="Tokens of an answer.")
+OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
+
+
+@main.command()
+@MODEL
+@SCRATCH
+@TEXTS
+@COUNT
+@TOKENS
+@OUT
+def full(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) -> None:
+    """Segments against one graph, fp32."""
+    chosen = prepared(model, scratch)
+    pool = claim(onnxruntime, None, True)
+    one = OneGraph(scratch / "one.onnx", pool)
+    writers: dict[str, Writer] = {}
+    for name in ("auto", *(f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir())):
+        opened = load(scratch / name, rule="never", share=False)
+        assert isinstance(opened, Writer)
+        writers[name] = opened
+    prompts = prompts_of(writers["auto"], texts, count, 24)
+    contenders: dict[str, Says] = {"one graph": lambda prompt, most: clocked(one.generate(prompt, most))}
+    contenders |= {name: saying(writer) for name, writer in writers.items()}
+    answers = turns(contenders, prompts, tokens)
+    right = greedy(model, prompts[:20], tokens)
+    rows = compared(answers, "one graph", right)
+    if out is not None:
+        facts = {"command": "benchmarks/decoders.py full", "model": model.name, "prompts": count}
+        facts |= {"tokens": tokens, "texts": texts.name, "held_to_transformers": len(right)}
+        write_json(out, {**facts, "machine": machine(), "auto": chosen, "contenders": rows})
+    told(f"{model.name}, fp32, auto cuts behind {chosen['cuts']}", rows)
+
+
+@main.command()
+@MODEL
+@SCRATCH
+@TEXTS
+@COUNT
+@TOKENS
+@OUT
+def rivals(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) -> None:
+    """Beside onnxruntime-genai and llama.cpp, at three precisions."""
+    from offramp.benchmarks.decoder_contest import field
+
+    chosen, found = read_json(scratch / "auto.json"), {}
+    facts: dict[str, Any] = {}
+    for variant in VARIANTS:
+        with field(model, scratch, variant, facts) as contenders:
+            with load(scratch / "auto", rule="never") as writer:
+                assert isinstance(writer, Writer)
+                prompts = prompts_of(writer, texts, count, 24)
+            answers = turns(contenders, prompts, tokens)
+        found[variant] = compared(answers, "offramp", [one.ids for one in answers["offramp"]])
+        told(f"{model.name}, {variant}", found[variant])
+    if out is not None:
+        about = {"command": "benchmarks/decoders.py rivals", "model": model.name, "prompts": count}
+        about |= {"tokens": tokens, "texts": texts.name, "cuts": chosen["cuts"], "rivals": facts}
+        write_json(out, {**about, "machine": machine(), "contenders": found})
+
+
+@main.command()
+@SCRATCH
+@TEXTS
+@click.option("--context", default=1024, show_default=True, help="Tokens read and written in all.")
+@click.option("--turns", "rounds", default=3, show_default=True, help="Fresh processes of each kind.")
+@OUT
+def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | None) -> None:
+    """Resident set of the walk and of the one graph."""
+    found: dict[str, dict[str, Any]] = {}
+    for variant in VARIANTS:
+        for kind in ("segments", "one graph"):
+            worker = [sys.executable, "-m", "offramp.benchmarks.worker_memory", kind, str(scratch), variant]
+            runs = []
+            for _ in range(rounds):
+                done = subprocess.run(
+                    [*worker, str(texts), str(context)], check=True, capture_output=True, text=True
+                )
+                runs.append([float(word) for word in done.stdout.split()])
+            resident, peak = np.median(runs, axis=0)
+            found[f"{kind}, {variant}"] = {"resident_mb": round(resident, 1), "peak_mb": round(peak, 1)}
+        for row in (found[f"segments, {variant}"], found[f"one graph, {variant}"]):
+            whole = found[f"one graph, {variant}"]
+            row["ratio"] = round(row["resident_mb"] / whole["resident_mb"], 4)
+            row["peak_ratio"] = round(row["peak_mb"] / whole["peak_mb"], 4)
+    if out is not None:
+        facts = {"command": "benchmarks/decoders.py memory", "context": context, "rounds": rounds}
+        write_json(out, {**facts, "machine": machine(), "contenders": found})
+    told(f"memory at {context} tokens", found)
+
+
+if __name__ == "__main__":
+    main()

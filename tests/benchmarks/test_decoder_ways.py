@@ -1,0 +1,103 @@
+"""The benchmarks of decoders run, on a tiny bundle, and their figures fit together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import CliRunner
+from transformers import PreTrainedTokenizerFast
+
+from offramp.benchmarks import decoders
+from offramp.benchmarks.decoder_cache import main as caches
+from offramp.benchmarks.decoders import Answer, compared, saying
+from offramp.benchmarks.lossless import main as lossless
+from offramp.benchmarks.worker_memory import resident
+from offramp.export.decoder_bundle import write_decoder
+from offramp.models.decoder import DecoderNetwork
+from offramp.runtime import load
+from offramp.runtime.writer import Writer
+
+WRITER = Path(__file__).parents[1] / "data" / "tiny_writer"
+SENTENCE = "the film was good and the plot was very dull at all"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{SENTENCE} {w}"}) + "\n" for w in tiny.GOOD), "utf-8")
+    return file
+
+
+def told(command: Any, *words: str) -> Any:
+    out = Path(words[words.index("--out") + 1])
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 0, done.output
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_the_lossless_mode_is_held_to_the_full_depth(texts: Path, tmp_path: Path) -> None:
+    given = ["--bundle", str(WRITER), "--texts", str(texts)]
+    sizes = ["--count", "3", "--prompt", "4", "--tokens", "12", "--fixed", "1,2 2,1"]
+    one = told(lossless, *given, *sizes, "--out", str(tmp_path / "o"))["bundles"]["tiny_writer"]
+    assert one["cuts"] == [1, 2, 3] and list(one["ways"]) == ["full", "speculative", "1,2", "2,1"]
+    asked = {"full": set[str](), "1,2": {"1"}, "2,1": {"2"}}
+    for name, row in one["ways"].items():
+        assert row["same"] == 3 and row["tokens_per_s"] > 0
+        assert set(row.get("accepted", {})) <= asked.get(name, {"1", "2"})
+        assert name == "full" or sum(row["rounds"].values()) > 0
+    assert one["ways"]["full"]["speed"] == 1.0
+    pairs = [(exit, drafts) for exit in (1, 2) for drafts in range(1, 5)]
+    assert [(need["exit"], need["drafts"]) for need in one["needs"]] == pairs
+    assert all(0 <= need["accepted"] <= 1.01 for need in one["needs"])
+    done = CliRunner().invoke(lossless, given)
+    assert done.exit_code == 1 and "0 texts of 24 tokens, 100 are asked for" in done.output
+
+
+def test_caches_are_held_to_transformers(texts: Path, tmp_path: Path) -> None:
+    model = tiny.decoder("llama")
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    write_decoder(DecoderNetwork(model), tmp_path, tmp_path / "bundle", cuts="each")
+    words = ["--bundle", str(tmp_path / "bundle"), "--model", str(tmp_path / "model"), "--texts", str(texts)]
+    sizes = ["--count", "2", "--prompt", "3", "--tokens", "12", "--rule", "max_probability"]
+    found = told(caches, *words, *sizes, "--thresholds", "0.03,1.0", "--out", str(tmp_path / "o"))["ways"]
+    names = [f"{cache}, {threshold}" for threshold in ("0.03", "1") for cache in ("deferred", "propagate")]
+    assert list(found) == ["full", *names]
+    assert found["full"]["deep"] == 16 and found["full"]["deep_diff"] < 1e-3
+    assert len({found[name]["perplexity"] for name in ("full", "deferred, 1", "propagate, 1")}) == 1
+    assert found["deferred, 0.03"]["depth"] < 3
+    if found["deferred, 0.03"]["deep"]:
+        assert found["deferred, 0.03"]["deep_diff"] < 1e-3
+
+
+def test_answers_are_compared_prompt_by_prompt() -> None:
+    fast, slow = Answer([1, 2, 3], 0.5, 1.0), Answer([1, 2, 4], 0.5, 2.0)
+    rows = compared({"a": [slow, slow], "b": [fast, slow]}, "a", [[1, 2, 3], [1, 2, 4]])
+    assert rows["a"]["ratio"] == 1.0 and rows["b"]["ratio"] == 1.5 and rows["b"]["same"] == 2
+    assert rows["a"]["tokens_per_s"] == 1.0 and rows["a"]["same"] == 1 and rows["b"]["first_ms"] == 500.0
+    with load(WRITER, rule="never") as session:
+        assert isinstance(session, Writer)
+        answer = saying(session)(session.ids_of(SENTENCE), 5)
+    assert len(answer.ids) == 5 and answer.first > 0 and answer.behind > 0
+    assert all(number > 10 for number in resident())
+
+
+@pytest.mark.slow
+def test_segments_against_one_graph(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.decoder("llama")
+    model.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tiny.tokenizer()).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(decoders, "PAUSE", 0.0)
+    monkeypatch.setattr(decoders, "prompts_of", lambda writer, *_: [writer.ids_of("the film was good")] * 2)
+    words = ["--scratch", str(tmp_path / "scratch"), "--texts", str(texts)]
+    out = ["--tokens", "6", "--out", str(tmp_path / "o")]
+    found = told(decoders.full, "--model", str(tmp_path / "model"), *words, *out)
+    rows = found["contenders"]
+    assert list(rows) == ["one graph", "auto", "segments_3", "segments_1"]
+    assert all(row["same"] == 2 for row in rows.values()) and rows["one graph"]["ratio"] == 1.0
+    found = told(decoders.memory, *words, "--context", "40", "--turns", "1", "--out", str(tmp_path / "m"))
+    assert found["contenders"]["one graph, int4"]["ratio"] == 1.0
