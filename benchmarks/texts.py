@@ -2,7 +2,7 @@
 
     python benchmarks/texts.py model OUT            # SmolLM2-135M-Instruct, as transformers loads it
     python benchmarks/texts.py films OUT            # film reviews {text}: train, dev, test
-    python benchmarks/texts.py answers OUT --model MODEL   # what the model itself says to beginnings of reviews
+    python benchmarks/texts.py answers OUT --model MODEL     # what it says itself to beginnings of reviews
     python benchmarks/texts.py mixed OUT --summaries ../shared/data/t0_summaries
 
 mixed: rows {prompt, completion}: prompts with a summary, and beginnings of film reviews behind no prompt, so
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-
 from typing import Any
 
 import click
@@ -26,7 +25,7 @@ from rich.progress import track
 from offramp.benchmarks.fetch import film_texts, smollm2
 
 CHARACTERS = 700  # of a review; some 170 tokens
-BEGINNING, ANSWER, BATCH = 24, 96, 64  # tokens, tokens, answers made at a time
+BEGINNING, ANSWER, BATCH = 24, 72, 256  # tokens, tokens, answers made at a time
 
 
 @click.group()

@@ -97,8 +97,7 @@ def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Pa
     assert lines[0].split()[:2] == ["segment", "blocks"] and lines[-1].endswith("written and verified")
     assert [line.split()[0] for line in lines[1:-1]] == ["stem", "segment_00", "segment_01"]
     assert lines[3].split()[1] == "2" and lines[3].endswith("%")
-    # one thread: the process's one pool is left for the tests of the runtime to make
-    with load(tmp_path / "bundle", rule="never", threads=1) as session:
+    with load(tmp_path / "bundle", rule="never") as session:
         assert session("a lovely film").depth == 2
         manifest = session.manifest
     assert manifest.variants == ("fp32", "int8") and list(manifest.stem.variants) == ["fp32"]
@@ -118,7 +117,7 @@ def test_fp16_is_written_compiles_and_says_what_fp32_says(saved: Path, copied: P
     assert "fp16 labels kept" in result.stdout
     said: dict[str, list[Any]] = {}
     for variant in ("fp32", "fp16"):
-        with load(tmp_path / "bundle", variant=variant, rule="never", threads=1) as session:
+        with load(tmp_path / "bundle", variant=variant, rule="never") as session:
             said[variant] = list(session.map(SENTENCES[:12]))
             stages = (session.manifest.stem, *session.manifest.segments)
     assert [list(stage.variants) for stage in stages] == [["fp32"], ["fp32", "fp16"], ["fp32", "fp16"]]
