@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from offramp.benchmarks.decoder_cache import main as caches
 from offramp.benchmarks.decoders import Answer, compared, saying
 from offramp.benchmarks.lossless import main as lossless
 from offramp.benchmarks.worker_memory import resident
-from offramp.export.decoder_bundle import write_decoder
-from offramp.models.decoder import DecoderNetwork
 from offramp.runtime import load
 from offramp.runtime.writer import Writer
 
@@ -57,12 +56,11 @@ def test_the_lossless_mode_is_held_to_the_full_depth(texts: Path, tmp_path: Path
     assert done.exit_code == 1 and "0 texts of 24 tokens, 100 are asked for" in done.output
 
 
-def test_caches_are_held_to_transformers(texts: Path, tmp_path: Path) -> None:
-    model = tiny.decoder("llama")
-    model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
-    write_decoder(DecoderNetwork(model), tmp_path, tmp_path / "bundle", cuts="each")
-    words = ["--bundle", str(tmp_path / "bundle"), "--model", str(tmp_path / "model"), "--texts", str(texts)]
+def test_caches_are_held_to_transformers(
+    texts: Path, tmp_path: Path, decoder_bundle: Callable[[str], Any]
+) -> None:
+    _, bundle = decoder_bundle("llama")
+    words = ["--bundle", str(bundle), "--model", str(bundle.parent / "model"), "--texts", str(texts)]
     sizes = ["--count", "2", "--prompt", "3", "--tokens", "12", "--rule", "max_probability"]
     found = told(caches, *words, *sizes, "--thresholds", "0.03,1.0", "--out", str(tmp_path / "o"))["ways"]
     names = [f"{cache}, {threshold}" for threshold in ("0.03", "1") for cache in ("deferred", "propagate")]

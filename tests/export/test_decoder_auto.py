@@ -19,6 +19,7 @@ from offramp.runtime.engines.threads import claim
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(["llama", "gpt2"], "llama"))
+@pytest.mark.slow
 def test_one_graph_says_what_transformers_says(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,22 +140,7 @@ def test_small_weights_are_small_and_wholly_so(made: Any) -> None:
     assert 1e-3 < apart < 1.0
 
 
-def test_drafts_come_from_the_first_ids(tmp_path: Path) -> None:
-    network = DecoderNetwork(tiny.decoder("llama"))
-    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
-    write_decoder(network, tmp_path, tmp_path / "bundle", cuts="1", draft=20)
-    cache = engine(tmp_path / "bundle").cache()
-    hidden = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
-    whole = cache.logits(hidden).copy()
-    np.testing.assert_allclose(cache.logits(hidden, draft=True), whole[:, :20], atol=1e-5)
-    assert whole.shape == (2, 60)
-    with load(tmp_path / "bundle", rule="never") as session:
-        plain = [piece.token for piece in session.generate("the film was good", 30)]
-    with load(tmp_path / "bundle", rule="speculative") as session:
-        assert [piece.token for piece in session.generate("the film was good", 30)] == plain
-
-
-def test_messages_become_a_prompt(made: Any, tmp_path: Path) -> None:
+def test_messages_become_a_prompt(made: Any, decoder_bundle: Callable[[str], Any]) -> None:
     with load(made[1]) as session:
         messages = [{"role": "user", "content": "the film"}, {"role": "user", "content": "was good"}]
         assert isinstance(session, Writer)
@@ -171,9 +157,7 @@ def test_messages_become_a_prompt(made: Any, tmp_path: Path) -> None:
         ):
             with pytest.raises(BadInput, match=said):
                 session.generate(wrong)  # type: ignore[arg-type]
-    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
-    write_decoder(DecoderNetwork(tiny.decoder("llama")), tmp_path, tmp_path / "bundle", cuts="3")
-    with load(tmp_path / "bundle") as session, pytest.raises(BadSetting, match="has no chat template"):
+    with load(decoder_bundle("llama")[1]) as session, pytest.raises(BadSetting, match="has no chat template"):
         session.generate(messages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import tiny
 import torch
 
-from offramp.export.decoder_bundle import write_decoder
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.depth import hidden_states, leaves_behind
 from offramp.runtime import BadSetting, RuleSpec, load
@@ -29,13 +29,9 @@ PROMPT = [5, 9, 30, 12, 44]
 
 # Keys that turn with positions (llama) and such that do not (gpt2).
 @pytest.fixture(scope="module", params=tiny.with_slow(["llama", "gpt2"], "llama"))
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A model of three blocks and its bundle, a segment a block."""
-    folder, model = tmp_path_factory.mktemp(request.param), tiny.decoder(request.param)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    tiny.tokenizer().save(str(folder / "tokenizer.json"))
-    write_decoder(DecoderNetwork(model), folder, folder / "bundle", cuts="each")
-    return model, folder / "bundle"
+def made(request: pytest.FixtureRequest, decoder_bundle: Callable[[str], Any]) -> tuple[Any, Path]:
+    """A model of three blocks and its bundle, a segment a block; drafts come from the first 20 of 60 ids."""
+    return decoder_bundle(request.param)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -162,10 +158,9 @@ def test_a_draft_that_agrees_is_accepted(engine: DecoderEngine, monkeypatch: pyt
     drafting, real = Drafting((1, 2), (1, 4)), Drafting._logits
 
     def knows(self: Drafting, lane: Lane, hidden: Any, draft: bool = False) -> Any:
-        logits = real(self, lane, hidden, draft)
-        if draft:
-            logits[0, plain[len(lane.ids) - len(PROMPT)]] = 100.0
-        return logits
+        if not draft:
+            return real(self, lane, hidden)
+        return np.eye(1, 60, plain[len(lane.ids) - len(PROMPT)], dtype=np.float32) * 100
 
     monkeypatch.setattr(Drafting, "_logits", knows)
     tokens = said(engine, drafting, 31)
@@ -182,6 +177,18 @@ def test_a_close_call_is_asked_again_alone(engine: DecoderEngine, monkeypatch: p
     drafting = Drafting((1, 2), (2, 3))
     assert [token.id for token in said(engine, drafting, 20)] == plain
     assert drafting.offered[2] > 0 and drafting.accepted[2] == 0
+
+
+def test_drafts_come_from_the_first_ids(made: tuple[Any, Path], engine: DecoderEngine) -> None:
+    cache = engine.cache()
+    hidden = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+    whole = cache.logits(hidden).copy()
+    np.testing.assert_allclose(cache.logits(hidden, draft=True), whole[:, :20], atol=1e-5)
+    assert whole.shape == (2, 60)
+    with load(made[1], rule="never") as session:
+        plain = [piece.token for piece in session.generate("the film was good", 30)]
+    with load(made[1], rule="speculative") as session:
+        assert [piece.token for piece in session.generate("the film was good", 30)] == plain
 
 
 def test_drafting_learns_what_pays() -> None:

@@ -196,6 +196,12 @@ def test_exits_learn_and_the_folder_is_a_model(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "ckpt")
     ids = AutoTokenizer.from_pretrained(folder / "ckpt")("the film was", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+@pytest.mark.slow
+def test_its_bundle_drafts(folder: Path) -> None:
+    done = trained(folder, "ckpt", "--set", "epochs=1")
+    assert done.exit_code == 0, done.output
     words = [str(folder / "ckpt"), "--out", str(folder / "bundle"), "--variants", "fp32"]
     done = CliRunner().invoke(split, words)
     assert done.exit_code == 0, done.output
