@@ -204,18 +204,18 @@ def rivals(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out
 
     chosen, found = read_json(scratch / "auto.json"), {}
     facts: dict[str, Any] = {}
+    with load(scratch / "auto", rule="never") as writer:
+        assert isinstance(writer, Writer)
+        prompts = prompts_of(writer, texts, count, 24)
+    about = {"command": "benchmarks/decoders.py rivals", "model": model.name, "prompts": count}
+    about |= {"tokens": tokens, "texts": texts.name, "cuts": chosen["cuts"], "machine": machine()}
     for variant in VARIANTS:
         with field(model, scratch, variant, facts) as contenders:
-            with load(scratch / "auto", rule="never") as writer:
-                assert isinstance(writer, Writer)
-                prompts = prompts_of(writer, texts, count, 24)
             answers = turns(contenders, prompts, tokens)
         found[variant] = compared(answers, "offramp", [one.ids for one in answers["offramp"]])
         told(f"{model.name}, {variant}", found[variant])
-    if out is not None:
-        about = {"command": "benchmarks/decoders.py rivals", "model": model.name, "prompts": count}
-        about |= {"tokens": tokens, "texts": texts.name, "cuts": chosen["cuts"], "rivals": facts}
-        write_json(out, {**about, "machine": machine(), "contenders": found})
+        if out is not None:  # after each precision: the next one may take a compiler's while
+            write_json(out, {**about, "rivals": facts, "contenders": found})
 
 
 @main.command()

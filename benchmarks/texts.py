@@ -51,7 +51,7 @@ def films(out: Path, train: int) -> None:
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="Who answers.")
-@click.option("--count", default=4000, show_default=True, help="Answers to learn from.")
+@click.option("--count", default=3200, show_default=True, help="Answers to learn from.")
 @click.option("--reviews", default=900, show_default=True, help="Film reviews to learn from, others.")
 def answers(out: Path, model: Path, count: int, reviews: int) -> None:
     """Write a model's own answers and film reviews, shuffled with seed 0; dev and test as of films."""
