@@ -50,7 +50,6 @@ class DecoderEngine:
         self.fills = {stage.blocks: stage for stage in manifest.decoder.fills}
         for stage in (manifest.stem, *manifest.segments, manifest.decoder.head):
             self.session(stage)
-        give_back()
 
     @property
     def facts(self) -> dict[str, str]:
@@ -73,6 +72,7 @@ class DecoderEngine:
         """The stage's graph; fills and a head that drafts, which not every way asks, are opened here."""
         if stage.name not in self._open:
             self._open[stage.name] = self._graphs.open(*self._graphs.read(self.facts_of(stage)))
+            give_back()  # each time: the next file's bytes then take the place of this one's
         return self._open[stage.name].session
 
     def close(self) -> None:
@@ -111,6 +111,7 @@ class Cache:
             new[_at(tensor, 0, held)] = old
             self.arrays[tensor.name] = new
         self._bound.clear()
+        give_back()  # the smaller arrays lie between others, where the C library would keep them
 
     def embed(self, ids: Sequence[int], start: int) -> Array:
         """Hidden [n, hidden] of these tokens from the stem, for which those before `start` count."""
