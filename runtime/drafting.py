@@ -26,13 +26,13 @@ MOST = 8  # drafts in a row
 # (logits), the token is run alone, as the full depth would have.
 CLOSE = 1e-3
 CLOSE_ROUNDED = 0.1  # of variants that round activations to 8 bits, where a last bit may become a step
-MEMORY = 0.98  # of what was accepted, by round of that exit: about the last fifty count
-UNUSED = 0.995  # by round of another: an exit that was given up is tried again after some hundreds
+MEMORY = 0.998  # of what was accepted, by round of that exit: about the last five hundred count
+UNUSED = 0.9995  # by round of another: an exit that was given up is tried again, about once in a hundred
 # Of a draft's own probability, which says much by its order and little by its value: early exits of layerskip
 # are right twice as often as they think.
 BINS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
-FRESH, WEIGHT = 0.8, 8.0  # chance of a draft where none was made yet, and how many drafts that is worth
-HOPE = 0.4  # what may be hoped for beyond, by the square root of drafts seen: what is little known is tried
+FRESH, WEIGHT = 0.8, 4.0  # chance of a draft where none was made yet, and how many drafts that is worth
+HOPE = 0.2  # what may be hoped for beyond, by the square root of drafts seen: what is little known is tried
 SLOPE = 0.1  # of a token more in a run, by the time of one, until it was measured
 
 
@@ -160,12 +160,12 @@ class Drafting:
 
     def _learn(self, exit: int, drafts: list[tuple[int, float]], words: list[int], fed: int) -> None:
         self.rounds[exit] += 1
+        for other, chance in self._chances.items():
+            chance.forget(MEMORY if other == exit else UNUSED)
         if not exit:
             return
         self.offered[exit] += fed
         self.accepted[exit] += len(words) - 1
-        for other, chance in self._chances.items():
-            chance.forget(MEMORY if other == exit else UNUSED)
         # A draft that was not worth verifying is known all the same, where all before it were right.
         for (draft, probability), word in zip(drafts, words, strict=False):
             self._chances[exit].note(probability, draft == word)
