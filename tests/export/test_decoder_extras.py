@@ -190,12 +190,13 @@ def test_a_manifest_that_cannot_be(
 
 
 def test_graphs_of_another_network_are_told(made: Any) -> None:
-    network = with_exits("llama", (1, 2), True)
+    family = made[0].model.config.model_type
+    network = with_exits(family, (1, 2), True)
     with torch.no_grad():
         network.policies["2"].bias += 1.0  # type: ignore[operator]
     with pytest.raises(NotTheNetwork, match="segment_01, variant fp32, tensor gate"):
         verify_decoder(network, made[1])
-    network = with_exits("llama", (1, 2), True)
+    network = with_exits(family, (1, 2), True)
     with torch.no_grad():
         network.model.lm_head.weight[50] += 1.0
     with pytest.raises(NotTheNetwork, match="head, variant fp32, tensor logits"):
