@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from offramp.benchmarks import readme_decoders as decoders
 from offramp.benchmarks.compare_all import grid
 from offramp.benchmarks.compare_all import read as read_comparisons
 from offramp.benchmarks.compare_all import summary as methods
@@ -177,12 +178,12 @@ def recipes() -> list[str]:
 
 def short() -> str:
     """What stands between the README's marks."""
-    return "\n".join([*summary(), *recipes(), *starts()])
+    return "\n".join([*summary(), *recipes(), *decoders.short(), *starts()])
 
 
 def tables() -> str:
     """All of docs/measured.md."""
-    return "\n".join([HEAD, *accuracy_and_time(), *overhead(), *bulk(), *starts()])
+    return "\n".join([HEAD, *accuracy_and_time(), *overhead(), *bulk(), *starts(), *decoders.all_tables()])
 
 
 @click.command()

@@ -1,0 +1,168 @@
+"""Tables of language models for readme.py, from what the benchmarks of decoders left in results/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from offramp.benchmarks.compare_all import grid
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NAME = "smollm2"
+
+
+def read(kind: str) -> dict[str, Any] | None:
+    """A result file, or None where it was not made."""
+    file = RESULTS / f"{kind}_{NAME}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def measured_on(found: dict[str, Any]) -> str:
+    """On what machine, when."""
+    about = found["machine"]
+    return f"{about['cpu']}, {about['when'][:10]}"
+
+
+def segments() -> list[str]:
+    """Full depth in segments against the one graph, by fineness."""
+    found = read("decoders")
+    if found is None:
+        return []
+    title = (
+        f"**{found['model']} at full depth, fp32**, {found['prompts']} prompts, {found['tokens']} tokens each"
+    )
+    cuts = len(found["auto"]["cuts"])
+    rows = []
+    for name, row in found["contenders"].items():
+        shown = f"--segments auto ({cuts})" if name == "auto" else name.replace("_", " ")
+        same = f"{row['same']} of {found['held_to_transformers']}"
+        rows.append([shown, row["tokens_per_s"], f"{row['ratio']:.3f}", row["first_ms"], same])
+    head = ("", "tokens/s", "x one graph", "ms to the first token", "as transformers")
+    return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
+
+
+def rivals() -> list[str]:
+    """Beside onnxruntime-genai and llama.cpp."""
+    found = read("decoders_rivals")
+    if found is None:
+        return []
+    title = f"**{found['model']} beside others at full depth**, {found['prompts']} prompts, "
+    title += f"{found['tokens']} tokens each"
+    rows = []
+    for variant, contenders in found["contenders"].items():
+        for name, row in contenders.items():
+            rows.append([variant, name, row["tokens_per_s"], f"{row['ratio']:.2f}", row["first_ms"]])
+    head = ("precision", "", "tokens/s", "x offramp", "ms to the first token")
+    return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
+
+
+def memory() -> list[str]:
+    """Resident set beside the one graph's."""
+    found = read("decoders_memory")
+    if found is None:
+        return []
+    title = f"**Resident set at {found['context']} tokens of context** ({measured_on(found)})"
+    rows = [
+        [name, row["resident_mb"], f"{row['ratio']:.2f}", row["peak_mb"], f"{row['peak_ratio']:.2f}"]
+        for name, row in found["contenders"].items()
+    ]
+    head = ("", "MB", "x one graph", "peak MB", "x one graph")
+    return [title, "", *grid(head, rows)]
+
+
+def lossless() -> list[str]:
+    """Drafts against the full depth, by bundle and way."""
+    found = read("lossless")
+    if found is None:
+        return []
+    title = (
+        f"**Lossless drafts**, {found['variant']}, {found['count']} prompts, {found['tokens']} tokens each"
+    )
+    rows = []
+    for bundle, one in found["bundles"].items():
+        for way, row in one["ways"].items():
+            if way == "full":
+                continue
+            shown = way if way == "speculative" else "exit {}, {} drafts".format(*way.split(","))
+            accepted = ", ".join(f"exit {e}: {share:.0%}" for e, share in row["accepted"].items())
+            same = f"{row['same']} of {found['count']}"
+            rows.append([bundle, shown, same, f"{row['speed']:.2f}", f"{row['speed_median']:.2f}", accepted])
+    head = ("bundle", "way", "as full depth", "x full depth", "median", "accepted")
+    return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
+
+
+def needs() -> list[str]:
+    """What drafts would have to be accepted at for 1.2, by bundle."""
+    found = read("lossless")
+    if found is None:
+        return []
+    rows = []
+    for bundle, one in found["bundles"].items():
+        cuts = one["cuts"]
+        for row in one["needs"]:
+            if row["exit"] > 3:
+                continue
+            share = f"{row['accepted']:.0%}" if row["accepted"] <= 1 else "not reached"
+            exit = f"{row['exit']} (block {cuts[row['exit'] - 1]})"
+            rows.append([bundle, exit, row["drafts"], share, f"{row['speed_at_most']:.2f}"])
+    title = "**Share of drafts that must be right for 1.2 x full depth**, by what runs took"
+    head = ("bundle", "exit", "drafts", "accepted", "x full depth if all are")
+    return [title, "", *grid(head, rows)]
+
+
+def caches() -> list[str]:
+    """Deferred and propagated caches."""
+    found = read("decoder_cache")
+    if found is None:
+        return []
+    title = f"**Caches of tokens that left early**, {found['count']} texts read as they stand, "
+    title += f"rule {found['rule']}"
+    rows = []
+    for name, row in found["ways"].items():
+        apart = "" if row["deep_diff"] is None else f"{row['deep_diff']:.1g}"
+        figures = [f"{row[key]:.2f}" for key in ("perplexity", "depth", "ran", "time")]
+        rows.append([name, *figures, row["deep"], apart])
+    head = (
+        "cache, threshold",
+        "perplexity",
+        "depth",
+        "blocks run",
+        "x time of full",
+        "deep tokens",
+        "their logits off by",
+    )
+    return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
+
+
+def depth() -> list[str]:
+    """Quality against depth, every method, all tasks side by side."""
+    found = read("depth")
+    if found is None:
+        return []
+    title = f"**Quality against depth**, {found['model']} ({found['blocks']} blocks), test: "
+    title += f"{found['tokens']} tokens of wikitext, {found['prompts']} dialogues of samsum"
+    tasks = found["tasks"]
+    head: list[str] = [""]
+    for task in tasks:
+        quality = "perplexity" if task == "wikitext" else "ROUGE-L"
+        head += [f"{task}: depth", "cost", quality]
+    rows = []
+    for method in dict.fromkeys(name for lines in tasks.values() for name in lines):
+        cells: list[str] = [method]
+        for lines in tasks.values():
+            line = lines.get(method, {})
+            cells += [f"{line[key]:.2f}" if key in line else "" for key in ("depth", "cost", "quality")]
+        rows.append(cells)
+    return [title, "", *grid(head, rows)]
+
+
+def short() -> list[str]:
+    """For the README."""
+    return [*lossless(), *rivals()]
+
+
+def all_tables() -> list[str]:
+    """For docs/measured.md."""
+    parts = (segments(), rivals(), memory(), lossless(), needs(), caches(), depth())
+    return [line for part in parts for line in part]
