@@ -136,13 +136,14 @@ def caches() -> list[str]:
 
 
 def depth() -> list[str]:
-    """Quality against depth, every method, all tasks side by side."""
-    found = read("depth")
-    if found is None:
+    """Quality against depth, every method, the tasks side by side."""
+    files = [found for task in ("wikitext", "samsum") if (found := read(f"depth_{task}"))]
+    if not files:
         return []
-    title = f"**Quality against depth**, {found['model']} ({found['blocks']} blocks), test: "
-    title += f"{found['tokens']} tokens of wikitext, {found['prompts']} dialogues of samsum"
-    tasks = found["tasks"]
+    tasks = {task: lines for found in files for task, lines in found["tasks"].items()}
+    about = files[0]
+    title = f"**Quality against depth**, {about['model']} ({about['blocks']} blocks), test: "
+    title += f"{about['tokens']} tokens of wikitext, {about['prompts']} dialogues of samsum"
     head: list[str] = [""]
     for task in tasks:
         quality = "perplexity" if task == "wikitext" else "ROUGE-L"
