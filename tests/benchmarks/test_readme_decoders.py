@@ -1,4 +1,4 @@
-"""Tests of benchmarks.readme_decoders: tables say what the files say, and are not there where a file is not."""
+"""Tests of benchmarks.readme_decoders: tables say what the files say; without a file there is no table."""
 
 from __future__ import annotations
 
