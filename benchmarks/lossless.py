@@ -6,9 +6,8 @@
 Every prompt (the first --prompt tokens of a text) is answered at full depth and by drafts, in changing order,
 --tokens tokens each, the ends of answers not heeded. "same" counts answers that are those of the full depth,
 id by id; "speed" is the full depth's seconds over the way's, all prompts together, prompts' own passes left
-out; "speed_median" the median of prompts. "needs" is what drafts would have to be accepted at for 1.2, were
-all other things as measured, by exit and number of drafts. The way "speculative" chooses for itself and
-learns from prompt to prompt; those named (exit, drafts) do not.
+out; "speed_median" the median of prompts. The way "speculative" chooses for itself and learns from prompt to
+prompt; those named (exit, drafts) do not. How often drafts must be right is what draft_costs.py tells.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ from offramp.runtime.report import machine
 from offramp.runtime.writer import Writer
 from offramp.training.checkpoint import write_json
 
-WISHED = 1.2
-
 
 def prompts_of(writer: Writer, texts: Path, count: int, tokens: int) -> list[list[int]]:
     """The first tokens of the first texts that are long enough."""
@@ -54,24 +51,6 @@ def answered(writer: Writer, prompt: list[int], most: int, way: Way) -> tuple[li
         ids.append(token.id)
         seen.append(time.perf_counter())
     return ids, seen[-1] - seen[0]
-
-
-def needed(drafting: Drafting, segments: int) -> list[dict[str, Any]]:
-    """The share of drafts that has to be right for WISHED, by exit and drafts, from what runs took; 1.01:
-    none is enough.
-    """
-    alone, found = drafting.seconds(0, 1, segments), []
-    for exit in drafting.exits:
-        for drafts in (1, 2, 3, 4):
-            takes = drafting.seconds(exit, drafts + 1, segments) + (drafts + 1) * drafting.shallow(exit)
-            takes += drafts * drafting.seconds_of("draft", 0, 1)
-            shares = np.linspace(0, 1, 1001)
-            rates = np.sum([shares**number for number in range(drafts + 1)], axis=0) * alone / takes
-            enough = shares[rates >= WISHED]
-            share = float(enough[0]) if len(enough) else 1.01
-            best = round(float(rates[-1]), 3)
-            found.append({"exit": exit, "drafts": drafts, "accepted": round(share, 3), "speed_at_most": best})
-    return found
 
 
 def contest(writer: Writer, prompts: list[list[int]], most: int, fixed: list[tuple[int, int]]) -> Any:
@@ -109,9 +88,7 @@ def contest(writer: Writer, prompts: list[list[int]], most: int, fixed: list[tup
                 "offered": way.offered,
                 "accepted": {e: round(way.accepted[e] / n, 4) for e, n in way.offered.items() if n},
             }
-    drafting = ways["speculative"]
-    assert isinstance(drafting, Drafting)
-    return {"ways": rows, "needs": needed(drafting, segments)}
+    return {"ways": rows}
 
 
 @click.command(context_settings={"show_default": True})

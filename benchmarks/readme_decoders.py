@@ -94,7 +94,7 @@ def lossless() -> list[str]:
 
 def needs() -> list[str]:
     """What drafts would have to be accepted at for 1.2, by bundle."""
-    found = read("lossless")
+    found = read("draft_costs")
     if found is None:
         return []
     rows = []
@@ -103,10 +103,11 @@ def needs() -> list[str]:
         for row in one["needs"]:
             if row["exit"] > 3:
                 continue
-            share = f"{row['accepted']:.0%}" if row["accepted"] <= 1 else "not reached"
+            share = "not reached" if row["accepted"] is None else f"{row['accepted']:.0%}"
             exit = f"{row['exit']} (block {cuts[row['exit'] - 1]})"
             rows.append([bundle, exit, row["drafts"], share, f"{row['speed_at_most']:.2f}"])
-    title = "**Share of drafts that must be right for 1.2 x full depth**, by what runs took"
+    title = f"**Share of drafts that must be right for {found['wished']} x full depth**, by what runs take"
+    title += f" ({measured_on(found)})"
     head = ("bundle", "exit", "drafts", "accepted", "x full depth if all are")
     return [title, "", *grid(head, rows)]
 

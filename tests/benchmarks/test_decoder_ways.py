@@ -12,7 +12,7 @@ import tiny
 from click.testing import CliRunner
 from transformers import PreTrainedTokenizerFast
 
-from offramp.benchmarks import decoders
+from offramp.benchmarks import decoders, draft_costs
 from offramp.benchmarks.decoder_cache import main as caches
 from offramp.benchmarks.decoders import Answer, compared, saying
 from offramp.benchmarks.lossless import main as lossless
@@ -49,11 +49,24 @@ def test_the_lossless_mode_is_held_to_the_full_depth(texts: Path, tmp_path: Path
         assert set(row.get("accepted", {})) <= asked.get(name, {"1", "2"})
         assert name == "full" or sum(row["rounds"].values()) > 0
     assert one["ways"]["full"]["speed"] == 1.0
-    pairs = [(exit, drafts) for exit in (1, 2) for drafts in range(1, 5)]
-    assert [(need["exit"], need["drafts"]) for need in one["needs"]] == pairs
-    assert all(0 <= need["accepted"] <= 1.01 for need in one["needs"])
     done = CliRunner().invoke(lossless, given)
     assert done.exit_code == 1 and "0 texts of 24 tokens, 100 are asked for" in done.output
+
+
+def test_what_drafts_must_be_right_at_follows_from_what_runs_take(tmp_path: Path) -> None:
+    words = ["--bundle", str(WRITER), "--turns", "3", "--out", str(tmp_path / "o")]
+    one = told(draft_costs.main, *words)["bundles"]["tiny_writer"]
+    pairs = [(exit, drafts) for exit in (1, 2) for drafts in range(1, 5)]
+    assert [(need["exit"], need["drafts"]) for need in one["needs"]] == pairs
+    assert all(taken > 0 for taken in one["ms"].values())
+    # Two tokens to the exit, a drafting head and 8 behind are 11; alone a token takes 9.
+    took = {("0", 1): 1.0, ("1", 1): 6.0, ("head", 1): 2.0, ("draft", 1): 1.0}
+    took |= {(name, n): took[name, 1] for name in ("0", "1", "head") for n in range(2, 6)}
+    first = draft_costs.needs(took, 2)[0]
+    assert first["speed_at_most"] == pytest.approx(2 * 9 / 11, abs=1e-3)
+    assert first["accepted"] == pytest.approx(1.2 * 11 / 9 - 1, abs=1e-3)
+    slow = draft_costs.needs(took | {("draft", 1): 9.0}, 2)[0]
+    assert slow["accepted"] is None and slow["speed_at_most"] < 1.2
 
 
 def test_caches_are_held_to_transformers(

@@ -30,9 +30,11 @@ def test_without_results_there_are_no_tables(results: Path) -> None:
 def test_drafts_by_bundle_and_what_they_would_have_to_be_right_at(results: Path) -> None:
     way = {"same": 99, "speed": 1.3, "speed_median": 1.25, "accepted": {"1": 0.5}}
     need = {"exit": 1, "drafts": 1, "accepted": 0.4, "speed_at_most": 1.5}
-    never = {"exit": 2, "drafts": 1, "accepted": 1.01, "speed_at_most": 1.1}
-    one = {"cuts": [4, 8, 30], "ways": {"full": {}, "1,2": way}, "needs": [need, never]}
+    never = {"exit": 2, "drafts": 1, "accepted": None, "speed_at_most": 1.1}
+    one = {"cuts": [4, 8, 30], "ways": {"full": {}, "1,2": way}}
     write(results, "lossless", {"variant": "fp32", "count": 100, "tokens": 64, "bundles": {"trained": one}})
+    one = {"cuts": [4, 8, 30], "needs": [need, never]}
+    write(results, "draft_costs", {"wished": 1.2, "bundles": {"trained": one}})
     table = readme_decoders.lossless()
     assert table[0].endswith("(A CPU, 2026-11-28)")
     assert table[-2] == "| trained | exit 1, 2 drafts | 99 of 100 | 1.30 | 1.25 | exit 1: 50% |"
