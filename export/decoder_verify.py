@@ -21,7 +21,7 @@ PIECES = (8, 1, 1)  # tokens of a prompt, and steps behind it
 TOLERANCE = 1e-3  # of fp32, by the largest value of the tensor
 # Of other variants only that they are numbers, and near enough that a wrong graph would show.
 LOOSE = {"fp16": 0.1, "int8": 0.2, "int4": 1.5}
-SURE = 1.0  # logit of a gate: one near 0 is half open, and what rounding moves it by is nothing to its own size
+SURE = 1.0  # logit of a gate: one near 0 is half open, whatever its own size
 
 
 class NotTheNetwork(ValueError):
