@@ -138,13 +138,14 @@ def caches() -> list[str]:
 
 def depth() -> list[str]:
     """Quality against depth, every method, the tasks side by side."""
-    files = [found for task in ("wikitext", "samsum") if (found := read(f"depth_{task}"))]
+    files = {task: found for task in ("wikitext", "samsum") if (found := read(f"depth_{task}"))}
     if not files:
         return []
-    tasks = {task: lines for found in files for task, lines in found["tasks"].items()}
-    about = files[0]
+    tasks = {task: lines for found in files.values() for task, lines in found["tasks"].items()}
+    about = next(iter(files.values()))
+    sizes = {"wikitext": "{tokens} tokens of wikitext", "samsum": "{prompts} dialogues of samsum"}
     title = f"**Quality against depth**, {about['model']} ({about['blocks']} blocks), test: "
-    title += f"{about['tokens']} tokens of wikitext, {about['prompts']} dialogues of samsum"
+    title += ", ".join(sizes[task].format(**found) for task, found in files.items())
     head: list[str] = [""]
     for task in tasks:
         quality = "perplexity" if task == "wikitext" else "ROUGE-L"

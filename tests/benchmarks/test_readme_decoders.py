@@ -49,6 +49,7 @@ def test_tasks_of_two_files_stand_side_by_side(results: Path) -> None:
     line = {"depth": 30.0, "cost": 1.0, "quality": 20.0}
     write(results, "depth_wikitext", about | {"tasks": {"wikitext": {"full": line}}})
     write(results, "depth_samsum", about | {"tasks": {"samsum": {"full": line, "static exit, 6": line}}})
+    assert "512 tokens of wikitext, 4 dialogues of samsum" in readme_decoders.depth()[0]
     assert readme_decoders.depth()[-3:-1] == [
         "| full | 30.00 | 1.00 | 20.00 | 30.00 | 1.00 | 20.00 |",
         "| static exit, 6 |  |  |  | 30.00 | 1.00 | 20.00 |",
