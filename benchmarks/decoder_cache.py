@@ -90,7 +90,8 @@ def main(bundle: str, model: str, texts: Path, out: Path | None, **o: Any) -> No
         count, thresholds = len(writer.manifest.segments), [float(x) for x in o["thresholds"].split(",")]
 
         def way(spec: RuleSpec, fills: bool) -> Callable[[], Exiting]:
-            return lambda: Exiting(rules.bind(spec, count), spec.name not in SILENT, fills, count)
+            asks = spec.name not in (*SILENT, "never")  # at full depth no exit is asked: a head costs blocks
+            return lambda: Exiting(rules.bind(spec, count), asks, fills, count)
 
         ways = {"full": way(RuleSpec("never", {}), False)}
         for threshold in thresholds:
