@@ -85,9 +85,9 @@ def _hold_fills(network: DecoderNetwork, engine: DecoderEngine, ids: torch.Tenso
 def _hold(
     what: str, found: NDArray[np.float32], wanted: torch.Tensor, variant: str, least: float = 1e-6
 ) -> None:
-    """least: what the largest value counts as where it is smaller."""
+    """least: what the largest value counts as where it is smaller, in variants that round."""
     right = wanted.numpy()
-    scale = max(least, float(np.abs(right).max()))
+    scale = max(1e-6 if variant == "fp32" else least, float(np.abs(right).max()))
     apart = float(np.abs(found - right).max()) / scale
     allowed = TOLERANCE if variant == "fp32" else LOOSE[variant]
     if not apart <= allowed:
