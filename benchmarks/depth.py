@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from offramp.benchmarks.depth_methods import Costs, Dev, costs_of, ways_of
+from offramp.benchmarks.depth_fit import Dev
+from offramp.benchmarks.depth_methods import Costs, costs_of, ways_of
 from offramp.benchmarks.depth_rows import Score, Task, evaluate, losses, summaries, wikitext
 from offramp.benchmarks.fetch import cache_folder
 from offramp.models.controllers import Controllers, controllers_of, load_controllers

@@ -1,4 +1,4 @@
-"""Ways of tokens through a decoder's blocks, what they cost, and how they are fitted on dev: for depth.py."""
+"""Ways of tokens through a decoder's blocks, what they cost, and which of them depth.py measures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from offramp.benchmarks.depth_rows import Judge, Rows, Task, follow, losses
+from offramp.benchmarks.depth_fit import Dev, dialled, search, skips
+from offramp.benchmarks.depth_rows import Task
 from offramp.models.controllers import Controllers
 from offramp.models.decoder import DecoderNetwork
-from offramp.models.generation import Walk, Way, read_prompts
+from offramp.models.generation import Walk, Way
 from offramp.training.checkpoint import read_json, write_json
 
 
@@ -64,16 +65,6 @@ def costs_of(network: DecoderNetwork) -> Costs:
 
 
 # --- ways ---
-
-
-def skips(skipped: Sequence[int]) -> Way:
-    """All tokens go past these blocks (0-based)."""
-    past = frozenset(skipped)
-
-    def way(number: int, hidden: Tensor, walk: Walk) -> Tensor | None:
-        return torch.zeros_like(hidden[..., 0]) if number in past else None
-
-    return way
 
 
 def uniform(blocks: int, budget: int) -> list[int]:
@@ -163,61 +154,6 @@ def controlled(controllers: Controllers, shift: float, costs: Costs, *, free: bo
         return (controllers.margin(number + 1, hidden) + shift > 0).to(hidden)
 
     return way
-
-
-# --- fitting on dev ---
-
-
-class Dev:
-    """Rows to fit on, their prompts read once. Where there are texts to hold answers against, depth is that
-    of answers, which a way that says other things makes other than it is on the texts themselves.
-    """
-
-    def __init__(self, network: DecoderNetwork, rows: Rows, batch: int, judge: Judge = losses) -> None:
-        self.network, self.rows, self.judge = network, rows, judge
-        self.caches = [(i, read_prompts(network, [rows.prompts[n] for n in i])) for i in rows.batches(batch)]
-
-    def loss(self, way: Way | None) -> float:
-        """Nats a token, every row alike."""
-        found = [s for i, cache in self.caches for s in losses(self.network, self.rows, i, cache, way)]
-        return -float(np.mean([s["score"] for s in found]))
-
-    def depth(self, way: Way) -> float:
-        """Blocks a token, every row alike."""
-        means = []
-        for index, cache in self.caches:
-            if self.rows.references is not None:
-                found = self.judge(self.network, self.rows, index, cache, way)
-                means += [float(score["depth"]) for score in found]  # type: ignore[arg-type]
-                continue
-            depth = follow(self.network, self.rows, index, cache, way)[1].depth.float()
-            means += [float(depth[row, : len(self.rows.after[i]) - 1].mean()) for row, i in enumerate(index)]
-        return float(np.nanmean(means))
-
-
-def search(dev: Dev, most: int, found: list[int], step: Callable[[list[int]], None]) -> list[int]:
-    """Blocks (0-based) to go past, the one that dev's loss misses least first, given those before: greedy.
-
-    found: where to go on; step is given the list whenever it has grown.
-    """
-    middle = range(1, dev.network.block_count - 1)
-    while len(found) < most:
-        free = [block for block in middle if block not in found]
-        found = [*found, min(free, key=lambda block: dev.loss(skips([*found, block])))]
-        step(found)
-    return found
-
-
-def dialled(dev: Dev, make: Callable[[float], Way], low: float, high: float, depth: float) -> float:
-    """The setting of a way, whose depth grows with it, that comes nearest to a mean depth on dev."""
-    tried: dict[float, float] = {}
-    for _ in range(12):
-        middle = (low + high) / 2
-        tried[middle] = dev.depth(make(middle))
-        if abs(tried[middle] - depth) < 0.05:
-            break
-        low, high = (middle, high) if tried[middle] < depth else (low, middle)
-    return min(tried, key=lambda setting: abs(tried[setting] - depth))
 
 
 # --- what is measured ---

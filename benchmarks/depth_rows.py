@@ -60,6 +60,14 @@ def losses(
     token (halves), depth, extra. The first token is the prompt's to predict: it is not scored.
     """
     hidden, walk = follow(network, rows, index, cache, way)
+    return judged(network, rows, index, hidden, walk)
+
+
+@torch.no_grad()
+def judged(
+    network: DecoderNetwork, rows: Rows, index: Sequence[int], hidden: Tensor, walk: Walk
+) -> list[Score]:
+    """The same of hidden states that a walk has left [batch, seq, hidden]."""
     found: list[Score] = []
     for row, i in enumerate(index):
         after = torch.tensor(rows.after[i][1:], device=hidden.device)
@@ -77,9 +85,17 @@ def losses(
 
 @torch.no_grad()
 def follow(
-    network: DecoderNetwork, rows: Rows, index: Sequence[int], cache: Cache, way: Way | None
+    network: DecoderNetwork,
+    rows: Rows,
+    index: Sequence[int],
+    cache: Cache,
+    way: Way | None,
+    states: list[Tensor] | None = None,
+    start: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Walk]:
-    """What follows the prompts, its last token not: hidden as the head reads it, and the walk."""
+    """What follows the prompts, its last token not: hidden as the head reads it, and the walk; states and
+    start as of `advance`.
+    """
     device = cache.counts.device
     longest = max(len(rows.after[i]) for i in index) - 1
     ids = torch.zeros(len(index), longest, dtype=torch.long)
@@ -88,7 +104,8 @@ def follow(
         fed = rows.after[i][:-1]
         ids[row, : len(fed)], counts[row, : len(fed)] = torch.tensor(fed), True
     walk = Walk(torch.tensor(index, device=device), torch.full_like(ids, network.block_count, device=device))
-    return advance(network, cache.copy(longest), ids.to(device), counts.to(device), walk, way), walk
+    fed_ = ids.to(device), counts.to(device)
+    return advance(network, cache.copy(longest), *fed_, walk, way, states, start), walk
 
 
 @torch.no_grad()

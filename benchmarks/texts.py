@@ -92,13 +92,14 @@ def answered(model: Path, texts: list[str], count: int) -> list[str]:
 @click.option("--summaries", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--pairs", default=1000, show_default=True, help="Summaries to learn from.")
 @click.option("--reviews", default=800, show_default=True, help="Film reviews to learn from.")
-def mixed(out: Path, summaries: Path, pairs: int, reviews: int) -> None:
+@click.option("--characters", default=0, help="Longest prompt of a summary; 0: any. A token has some 4.")
+def mixed(out: Path, summaries: Path, pairs: int, reviews: int, characters: int) -> None:
     """Write summaries and film reviews, shuffled with seed 0."""
     parts = film_texts(out, reviews)  # its files give way to the mixed ones
     for split, count, most in (("train", pairs, reviews), ("dev", 60, 40)):
         lines = (summaries / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        drawn = np.random.default_rng(0).permutation(len(lines))[:count]
-        rows = [json.loads(lines[number]) for number in drawn]
+        shuffled = map(json.loads, [lines[i] for i in np.random.default_rng(0).permutation(len(lines))])
+        rows = [row for row in shuffled if not characters or len(row["prompt"]) <= characters][:count]
         rows = [{"prompt": row["prompt"], "completion": _plain(row["completion"])} for row in rows]
         texts = (parts / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:most]
         rows += [{"prompt": "", "completion": json.loads(text)["text"][:CHARACTERS]} for text in texts]

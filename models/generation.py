@@ -112,10 +112,12 @@ def advance(
     walk: Walk,
     way: Way | None,
     states: list[Tensor] | None = None,
+    start: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """Tokens [batch, seq] that follow what the cache holds, which grows by them: hidden as the head reads it.
 
-    counts [batch, seq]: False for padding. states: where hidden behind every block is put.
+    counts [batch, seq]: False for padding. states: where hidden behind every block is put. start: a block
+    (0-based) and what enters it, where that is known; those before it then keep nothing of these tokens.
     """
     begin, end = cache.length, cache.length + ids.shape[1]
     cache.counts[:, begin:end] = counts
@@ -127,7 +129,8 @@ def advance(
     positions = (cache.counts.cumsum(1)[:, begin:end] - 1).clamp(min=0)
     family, hidden = network.family, network.family.embed(network.model, ids, positions)
     context = family.context(network.model, hidden, positions)
-    for number, block in enumerate(network.blocks):
+    first, hidden = start or (0, hidden)
+    for number, block in enumerate(network.blocks[first:], first):
         share = None if way is None else way(number, hidden, walk)
         walk.depth += 1 if share is None else share.long()
         queries, keys, values = family.project(block, hidden, context)

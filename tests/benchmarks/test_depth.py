@@ -15,18 +15,8 @@ from torch import Tensor
 
 from offramp.benchmarks import depth_rows
 from offramp.benchmarks.depth import main
-from offramp.benchmarks.depth_methods import (
-    Dev,
-    controlled,
-    costs_of,
-    dialled,
-    drawn,
-    exiting,
-    search,
-    skips,
-    static,
-    uniform,
-)
+from offramp.benchmarks.depth_fit import Dev, dialled, search, skips
+from offramp.benchmarks.depth_methods import controlled, costs_of, drawn, exiting, static, uniform
 from offramp.benchmarks.depth_rows import Rows, evaluate, losses
 from offramp.models.controllers import Controllers
 from offramp.models.decoder import DecoderNetwork
@@ -136,7 +126,10 @@ def test_the_search_takes_the_block_missed_least() -> None:
     assert search(dev, 1, [1], steps.append) == [1] and len(steps) == 1
 
     class Told(Dev):
-        def loss(self, way: Any) -> float:
+        def states(self, way: Any) -> list[list[Tensor]]:
+            return []
+
+        def loss(self, way: Any, block: int, before: list[list[Tensor]]) -> float:
             hidden = torch.zeros(1, 1, 4)
             walk = Walk(torch.zeros(1, dtype=torch.long), torch.full((1, 1), 6))
             past = [block for block in range(6) if isinstance(way(block, hidden, walk), Tensor)]
@@ -145,6 +138,18 @@ def test_the_search_takes_the_block_missed_least() -> None:
     told = object.__new__(Told)
     told.network = type("Six", (), {"block_count": 6})()
     assert search(told, 3, [], steps.append) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_search_goes_on_from_what_it_knows(family: str) -> None:
+    network, found = made(family), []
+    dev = Dev(network, ROWS, 4)
+    for known, block in (([], 1), ([], 2), ([1], 2)):
+        way = skips([*known, block])
+        whole = [score for i, cache in dev.caches for score in losses(network, ROWS, i, cache, way)]
+        found.append(dev.loss(way, block, dev.states(skips(known))))
+        assert found[-1] == pytest.approx(-float(np.mean([score["score"] for score in whole])), rel=1e-5)
+    assert len({round(loss, 4) for loss in found}) == 3
 
 
 def test_rows_are_not_computed_twice_and_half_lines_are_mended(tmp_path: Path) -> None:
