@@ -119,11 +119,14 @@ class Rival:
 
 
 class Genai(Rival):
-    """onnxruntime-genai with a folder of genai_model."""
+    """onnxruntime-genai with a folder of genai_model; profile: how the name of its profile begins, if it is
+    is to be one.
+    """
 
-    def __init__(self, folder: Path, threads: int = 2) -> None:
+    def __init__(self, folder: Path, threads: int = 2, profile: Path | None = None) -> None:
         python = environment("genai") / "bin" / "python"
-        super().__init__([python, "-I", HERE / "worker_genai.py", folder, str(threads)])
+        asked = [] if profile is None else [profile]
+        super().__init__([python, "-I", HERE / "worker_genai.py", folder, str(threads), *asked])
 
 
 class Llama(Rival):

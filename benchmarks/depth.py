@@ -11,7 +11,8 @@ values that skipped blocks are left, heads, and all that deciding took.
 
 Everything is fitted on dev rows of the task, by loss where it has one; the rows of the table are test rows.
 "oracle" chooses one of the fixed ways a text, by the test scores themselves; its controls are in
-training.knapsack. "router" makes the same choice by the prompt.
+training.knapsack ("held out": by every other token of the text, or by the answer to the same dialogue where
+the prompt asks in other words). "router" makes the same choice by the prompt.
 
 --controllers, --fixed: folders of recipe layer_selection with backbone=frozen, trained from this model; where
 the first is not given, controllers that lie in the model's own folder are taken. Policies are asked where the
@@ -43,8 +44,10 @@ from offramp.training.decoders import load_decoder
 from offramp.training.knapsack import best, held_out, shuffled, smallest_depth
 
 
-def measured(task: Task, scores: list[Score], costs: Costs) -> dict[str, Any]:
-    """Figures of a way: means over rows; rows whose answer ends at once have no depth."""
+def measured(task: Task, scores: list[Score], full: list[Score], costs: Costs) -> dict[str, Any]:
+    """Figures of a way: means over rows; rows whose answer ends at once have no depth. se: standard error of
+    how far the score is from that of full depth, over texts.
+    """
     depths, shares = [], []
     for row, score in enumerate(scores):
         depth, extra = float(score["depth"]), float(score["extra"])  # type: ignore[arg-type]
@@ -52,9 +55,13 @@ def measured(task: Task, scores: list[Score], costs: Costs) -> dict[str, Any]:
         depths.append(depth)
         shares.append(costs.share(depth, extra, context))
     mean = float(np.mean([score["score"] for score in scores]))
+    apart = np.array([one["score"] for one in scores]) - np.array([one["score"] for one in full])
+    if task.test.twins is not None:
+        apart = (apart + apart[task.test.twins])[::2] / 2  # they stand in twos
     return {
         "quality": round(task.quality(mean), 3),
         "score": round(mean, 5),
+        "se": round(float(apart.std() / len(apart) ** 0.5), 5),
         "depth": round(float(np.nanmean(depths)), 3),
         "cost": round(float(np.nanmean(shares)), 4),
     }
@@ -79,16 +86,30 @@ def chosen(
         facts = {"quality": round(task.quality(score), 3), "score": round(score, 5)}
         lines[name] = {**facts, "depth": round(depth, 3), "cost": round(cost, 4)}
 
+    # What a choice is made by and what it is judged by: halves of a text's tokens, or two wordings.
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    if task.test.references is None:
+        halves = np.array([[one["halves"] for one in found[name]] for name in names]).transpose(2, 1, 0)
+        pairs = [(halves[0], halves[1]), (halves[1], halves[0])]
+    elif task.test.twins is not None:
+        pairs = [(scores, scores[task.test.twins])]
+
+    def unseen(depth: int) -> float:
+        return float(np.mean([held_out(seen, judged, layers, depth * rows) for seen, judged in pairs]))
+
     for depth in depths:
         budget = depth * rows
         line(f"oracle, {depth}", best(scores, layers)[budget], depth)
         for name, centred in (("shuffled", False), ("shuffled within texts", True)):
             drawn_ = [best(shuffled(scores, seed, centred=centred), layers)[budget] for seed in range(20)]
             line(f"oracle {name}, {depth}", float(np.mean(drawn_)), depth)
-        if task.test.references is None:
-            halves = np.array([[one["halves"] for one in found[name]] for name in names]).transpose(2, 1, 0)
-            both = [held_out(halves[one], halves[1 - one], layers, budget) for one in (0, 1)]
-            line(f"oracle held out, {depth}", float(np.mean(both)), depth)
+        if pairs:
+            line(f"oracle held out, {depth}", unseen(depth), depth)
+    if pairs:
+        enough = (d for d in range(min(layers), max(layers)) if unseen(d) >= scores[:, 0].mean())
+        reached = next(enough, max(layers))
+        score = unseen(reached) if reached < max(layers) else float(scores[:, 0].mean())
+        line("oracle held out, as good as full", score, reached)
     depth_ = smallest_depth(scores, layers)
     line("oracle, as good as full", best(scores, layers)[round(depth_ * rows)], depth_)
     for name, centred in (("shuffled", False), ("shuffled within texts", True)):
@@ -143,7 +164,7 @@ def run_task(
     seen, known = evaluate(network, task.fit, menu, losses, task.folder / "fit", **sizes)
     _, dev_features = evaluate(network, task.dev, {}, losses, task.folder / "dev", **sizes)
     found, features = evaluate(network, task.test, ways, task.judge, task.folder / "test", **sizes)
-    lines = {name: measured(task, scores, costs) for name, scores in found.items()}
+    lines = {name: measured(task, scores, found["full"], costs) for name, scores in found.items()}
     for budget in budgets:
         drawn = [lines.pop(f"random route, {budget}, seed {seed}") for seed in range(of["seeds"])]
         mean = {key: float(np.mean([one[key] for one in drawn])) for key in ("score", "depth", "cost")}

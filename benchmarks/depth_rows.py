@@ -26,13 +26,15 @@ SEEN = 4  # test rows that were looked at while ways were designed: they are lef
 
 @dataclass(frozen=True)
 class Rows:
-    """Prompts and what follows each, as ids; rouge: texts that answers are held against, or None where what
-    follows is what is scored.
+    """Prompts and what follows each, as ids; references: texts that answers are held against, or None where
+    what follows is what is scored. twins: by row, the row that asks for the same in other words, where all
+    have one.
     """
 
     prompts: list[list[int]]
     after: list[list[int]]
     references: list[str] | None = None
+    twins: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -179,7 +181,9 @@ def wikitext(
 def summaries(
     source: str, tokenizer: Any, prompts: int, answer: int, dev: int, fitted: int, folder: Path
 ) -> Task:
-    """Pairs: dev and train as they stand, prompts of test's samsum part, drawn with seed 0."""
+    """Pairs: dev and train as they stand, prompts of test's samsum part, drawn with seed 0: dialogues, each
+    in two wordings of the prompt where it has as many.
+    """
     longest, plain = 1024, partial(tokenizer.decode, skip_special_tokens=True)
     found = load_texts(source, tokenizer, longest)
     pairs = {}
@@ -192,12 +196,27 @@ def summaries(
         pairs[split] = Rows([texts.ids[i][: texts.starts[i]] for i in taken], after, said)
     lines = (Path(source) / "test.jsonl").read_text(encoding="utf-8").splitlines()
     raw = [row for row in map(json.loads, lines) if row["task"].startswith("samsum")]
-    raw = [raw[i] for i in np.random.default_rng(0).permutation(len(raw))[SEEN : SEEN + prompts]]
+    raw, twins = _twice([raw[i] for i in np.random.default_rng(0).permutation(len(raw))], prompts)
     ids = [tokenizer(r["prompt"], add_special_tokens=False).input_ids[answer - longest :] for r in raw]
     texts_ = [r["completion"].replace("<|endoftext|>", "").strip() for r in raw]
     judge = partial(answers, tokenizer=tokenizer, most=answer)
-    test = Rows(ids, [[] for _ in ids], texts_)
+    test = Rows(ids, [[] for _ in ids], texts_, twins)
     return Task("samsum", pairs["dev"], pairs["train"], test, judge, folder)
+
+
+def _twice(rows: list[dict[str, str]], most: int) -> tuple[list[dict[str, str]], list[int] | None]:
+    """Rows in twos that have a completion in common, and each one's twin; the rows as they stand where there
+    is only one of each. Texts of which a row was seen are left out.
+    """
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row["completion"], []).append(row)
+    for row in rows[:SEEN]:
+        groups.pop(row["completion"], None)
+    if any(len(group) < 2 for group in groups.values()):
+        return [row for group in groups.values() for row in group][:most], None
+    drawn = [row for group in groups.values() for row in group[:2]][: most - most % 2]
+    return drawn, [row ^ 1 for row in range(len(drawn))]
 
 
 def evaluate(

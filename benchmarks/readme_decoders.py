@@ -57,6 +57,24 @@ def rivals() -> list[str]:
     return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
 
 
+def profile() -> list[str]:
+    """Where a token's time goes, beside onnxruntime-genai."""
+    found = read("decoder_profile")
+    if found is None:
+        return []
+    rows = []
+    for precision, kinds in found["profiles"].items():
+        for kind, row in kinds.items():
+            name = {"ours": "one graph", "genai": "onnxruntime-genai"}[kind]
+            figures = [f"{row[key]:.1f}" for key in ("weights", "other", "between")]
+            rows.append([precision, name, row["operators"], *figures])
+    title = (
+        f"**Where a token's time goes**, by ONNX Runtime's profiler, which slows both ({measured_on(found)})"
+    )
+    head = ("precision", "", "operators", "ms in products with weights", "in other operators", "between them")
+    return [title, "", *grid(head, rows)]
+
+
 def memory() -> list[str]:
     """Resident set beside the one graph's."""
     found = read("decoders_memory")
@@ -137,27 +155,23 @@ def caches() -> list[str]:
 
 
 def depth() -> list[str]:
-    """Quality against depth, every method, the tasks side by side."""
-    files = {task: found for task in ("wikitext", "samsum") if (found := read(f"depth_{task}"))}
-    if not files:
-        return []
-    tasks = {task: lines for found in files.values() for task, lines in found["tasks"].items()}
-    about = next(iter(files.values()))
+    """Quality against depth, every method: a table a model and task."""
+    lines: list[str] = []
     sizes = {"wikitext": "{tokens} tokens of wikitext", "samsum": "{prompts} dialogues of samsum"}
-    title = f"**Quality against depth**, {about['model']} ({about['blocks']} blocks), test: "
-    title += ", ".join(sizes[task].format(**found) for task, found in files.items())
-    head: list[str] = [""]
-    for task in tasks:
-        quality = "perplexity" if task == "wikitext" else "ROUGE-L"
-        head += [f"{task}: depth", "cost", quality]
-    rows = []
-    for method in dict.fromkeys(name for lines in tasks.values() for name in lines):
-        cells: list[str] = [method]
-        for lines in tasks.values():
-            line = lines.get(method, {})
-            cells += [f"{line[key]:.2f}" if key in line else "" for key in ("depth", "cost", "quality")]
-        rows.append(cells)
-    return [title, "", *grid(head, rows)]
+    for file in sorted(RESULTS.glob(f"depth_*_{NAME}.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for task, ways in found["tasks"].items():
+            title = f"**Quality against depth**, {found['model']} ({found['blocks']} blocks), test: "
+            title += sizes[task].format(**found)
+            unit, quality = ("nats", "perplexity") if task == "wikitext" else ("points", "ROUGE-L")
+            head = ("", "depth", "cost", quality, f"± {unit}, against full")
+            keys = ("depth", "cost", "quality", "se")
+            rows = [
+                [name, *(f"{way[key]:.2f}" if key in way else "" for key in keys)]
+                for name, way in ways.items()
+            ]
+            lines += [title, "", *grid(head, rows)]
+    return lines
 
 
 def short() -> list[str]:
@@ -167,5 +181,5 @@ def short() -> list[str]:
 
 def all_tables() -> list[str]:
     """For docs/measured.md."""
-    parts = (segments(), rivals(), memory(), lossless(), needs(), caches(), depth())
+    parts = (segments(), rivals(), profile(), memory(), lossless(), needs(), caches(), depth())
     return [line for part in parts for line in part]

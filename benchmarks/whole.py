@@ -17,10 +17,15 @@ PLACES = 64  # as in runtime.engines.decoder
 
 
 class OneGraph:
-    """What ee-split --monolith wrote of a language model, opened; generates greedily."""
+    """What ee-split --monolith wrote of a language model, opened; generates greedily.
 
-    def __init__(self, file: Path, pool: Pool) -> None:
+    profile: how the name of ONNX Runtime's profile begins, where there is to be one.
+    """
+
+    def __init__(self, file: Path, pool: Pool, profile: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         apply(pool, options)
         options.log_severity_level = 3
         options.enable_mem_pattern = False

@@ -1,7 +1,8 @@
 """Worker of benchmarks/decoder_rivals.py: greedy tokens of onnxruntime-genai, a line of JSON for a line of
 JSON.
 
-A script for the rival's own environment, where offramp is not: `worker_genai.py FOLDER THREADS`.
+A script for the rival's own environment, where offramp is not: `worker_genai.py FOLDER THREADS [PROFILE]`,
+PROFILE being how the name of ONNX Runtime's profile begins.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ def rare(folder: str) -> int:
         return int(json.load(file)["model"]["vocab_size"]) - 1
 
 
-def opened(folder: str, threads: int, stop: int) -> Callable[[Sequence[int], int], Any]:
+def opened(
+    folder: str, threads: int, stop: int, profile: str | None = None
+) -> Callable[[Sequence[int], int], Any]:
     """What begins a generator of so many tokens after a prompt, of the model in a folder of the builder."""
     genai = importlib.import_module("onnxruntime_genai")
     config = genai.Config(folder)
-    asked = {"eos_token_id": stop, "decoder": {"session_options": {"intra_op_num_threads": threads}}}
+    options: dict[str, Any] = {"intra_op_num_threads": threads}
+    if profile is not None:
+        options["enable_profiling"] = profile
+    asked = {"eos_token_id": stop, "decoder": {"session_options": options}}
     config.overlay(json.dumps({"model": asked}))
     model = genai.Model(config)
 
@@ -50,7 +56,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     stop = rare(sys.argv[1])
-    begin = opened(sys.argv[1], int(sys.argv[2]), stop)
+    begin = opened(sys.argv[1], int(sys.argv[2]), stop, *sys.argv[3:])
     packages = ("onnxruntime-genai", "onnxruntime")
     print(json.dumps({name: importlib.metadata.version(name) for name in packages}), file=answers, flush=True)
     for line in sys.stdin:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -74,16 +75,30 @@ def to_int4(source: Path, target: Path) -> float:
 
 
 def weights_alone(name: str, source: Path, target: Path) -> float:
-    """Write the int8 or int4 form of a decoder's segment, fill or head; gives its size as a share.
+    """Write the int8 or int4 form of a decoder's segment, fill, head or one graph; gives its size as a share.
 
     Weights alone: activations are quantized in pieces of one token, so that a token says the same among
     others as alone, which to_int8's scale a tensor does not allow. Translators and policies stay fp32.
     """
     model = onnx.load(source)
+    _untie(model)
     products = {
         node.name for node in model.graph.node if node.op_type == "MatMul" and not node.name.startswith(OWN)
     }
     return _few_bits(model, products, WEIGHTS_ALONE[name], FINE, source, target)
+
+
+def _untie(model: onnx.ModelProto) -> None:
+    """Turn weights that a node transposes at run time into such that stand transposed: where stem and head
+    are one graph and share a table, the head's product has no weight of its own to quantize.
+    """
+    kept = {one.name: one for one in model.graph.initializer}
+    for node in [one for one in model.graph.node if one.op_type == "Transpose" and one.input[0] in kept]:
+        turned = onnx.numpy_helper.to_array(kept[node.input[0]])
+        order = next((list(one.ints) for one in node.attribute if one.name == "perm"), None)
+        made = onnx.numpy_helper.from_array(np.ascontiguousarray(turned.transpose(order)), node.output[0])
+        model.graph.initializer.append(made)
+        model.graph.node.remove(node)
 
 
 def _few_bits(

@@ -44,13 +44,18 @@ def test_drafts_by_bundle_and_what_they_would_have_to_be_right_at(results: Path)
     ]
 
 
-def test_tasks_of_two_files_stand_side_by_side(results: Path) -> None:
-    about = {"model": "m", "blocks": 30, "tokens": 512, "prompts": 4}
-    line = {"depth": 30.0, "cost": 1.0, "quality": 20.0}
-    write(results, "depth_wikitext", about | {"tasks": {"wikitext": {"full": line}}})
-    write(results, "depth_samsum", about | {"tasks": {"samsum": {"full": line, "static exit, 6": line}}})
-    assert "512 tokens of wikitext, 4 dialogues of samsum" in readme_decoders.depth()[0]
-    assert readme_decoders.depth()[-3:-1] == [
-        "| full | 30.00 | 1.00 | 20.00 | 30.00 | 1.00 | 20.00 |",
-        "| static exit, 6 |  |  |  | 30.00 | 1.00 | 20.00 |",
+def test_a_table_a_model_and_task(results: Path) -> None:
+    line = {"depth": 30.0, "cost": 1.0, "quality": 20.0, "se": 0.0}
+    about = {"blocks": 30, "tokens": 512, "prompts": 4}
+    write(results, "depth_wikitext", about | {"model": "m", "tasks": {"wikitext": {"full": line}}})
+    oracle = {"depth": 6.5, "cost": 0.25, "quality": 21.0}
+    ways = {"full": line, "oracle, as good as full": oracle}
+    write(results, "depth_samsum", about | {"model": "other", "tasks": {"samsum": ways}})
+    table = readme_decoders.depth()
+    assert table[0] == "**Quality against depth**, other (30 blocks), test: 4 dialogues of samsum"
+    assert table[2] == "|  | depth | cost | ROUGE-L | ± points, against full |"
+    assert table[4:6] == [
+        "| full | 30.00 | 1.00 | 20.00 | 0.00 |",
+        "| oracle, as good as full | 6.50 | 0.25 | 21.00 |  |",
     ]
+    assert table[7].endswith("m (30 blocks), test: 512 tokens of wikitext") and "± nats" in table[9]

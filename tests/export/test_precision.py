@@ -10,7 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
-from offramp.export.precision import needs_reduced_range, to_fp16, to_int4, to_int8, to_variant
+from offramp.export.precision import (
+    needs_reduced_range,
+    to_fp16,
+    to_int4,
+    to_int8,
+    to_variant,
+    weights_alone,
+)
 
 VNNI, PLAIN = "flags : fpu avx2 avx512f avx512_vnni", "flags : fpu avx2 fma"
 
@@ -120,3 +127,32 @@ def test_what_is_no_segment_and_no_variant(exported: Callable[[str], Any], tmp_p
     with pytest.raises(ValueError, match="choose one of fp16, int8, int4"):
         to_variant("fp8", exported("bert").folder / "segment_00.onnx", tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_table_that_stem_and_head_share_is_small_in_the_head(
+    name: str, open_graph: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    # What the exporter writes of a table too large for it to fold its transpose.
+    table = np.random.default_rng(0).standard_normal((60, 64), dtype=np.float32)
+    parts = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["hidden"], name="stem/Gather"),
+        onnx.helper.make_node("Transpose", ["table"], ["turned"], name="head/Transpose", perm=[1, 0]),
+        onnx.helper.make_node("MatMul", ["hidden", "turned"], ["logits"], name="head/MatMul"),
+    ]
+    ids, logits = (
+        onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [1, 5]),
+        onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, 5, 60]),
+    )
+    graph = onnx.helper.make_graph(
+        parts, "whole", [ids], [logits], [onnx.numpy_helper.from_array(table, "table")]
+    )
+    imports = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=imports), tmp_path / "whole.onnx")
+    weights_alone(name, tmp_path / "whole.onnx", tmp_path / "small.onnx")
+    made = onnx.load(tmp_path / "small.onnx").graph
+    assert [node.op_type for node in made.node] == ["Gather", "MatMulNBits"]
+    given = {"ids": np.array([[3, 1, 4, 1, 5]])}
+    full, few = (open_graph(tmp_path / f"{file}.onnx").run(None, given)[0] for file in ("whole", "small"))
+    assert 0 < np.abs(full - few).max() < (0.6 if name == "int8" else 8)
+    assert (few.argmax(-1) == given["ids"]).all()  # a word is likest to itself
