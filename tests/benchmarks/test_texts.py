@@ -15,7 +15,7 @@ def test_mixed_texts_can_be_short_ones(tmp_path: Path, monkeypatch: pytest.Monke
     def films(out: Path, train: int) -> Path:
         out.mkdir(parents=True)
         for split in ("train", "dev", "test"):
-            rows = [json.dumps({"text": f"a film {n}"}) + "\n" for n in range(train)]
+            rows = [json.dumps({"text": f"a film {n}"}) + "\n" for n in range(50)]
             (out / f"{split}.jsonl").write_text("".join(rows))
         return out
 
