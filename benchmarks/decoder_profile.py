@@ -92,6 +92,9 @@ def profiled(folder: Path, prefix: str) -> dict[str, Any]:
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 def main(scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) -> None:
     """Profile both at every precision, in turns, and show where they differ."""
+    for needed in (scratch / "auto", *(scratch / "genai" / precision for precision in PRECISIONS)):
+        if not needed.is_dir():
+            raise click.ClickException(f"{needed} is not there: run benchmarks/decoders.py full, then rivals")
     with load(scratch / "auto", rule="never") as writer:
         assert isinstance(writer, Writer)
         prompts = prompts_of(writer, texts, count, 24)

@@ -119,9 +119,7 @@ class Rival:
 
 
 class Genai(Rival):
-    """onnxruntime-genai with a folder of genai_model; profile: how the name of its profile begins, if it is
-    is to be one.
-    """
+    """onnxruntime-genai with a folder of genai_model; profile: how its name begins, None: there is none."""
 
     def __init__(self, folder: Path, threads: int = 2, profile: Path | None = None) -> None:
         python = environment("genai") / "bin" / "python"
