@@ -117,7 +117,8 @@ def advance(
     """Tokens [batch, seq] that follow what the cache holds, which grows by them: hidden as the head reads it.
 
     counts [batch, seq]: False for padding. states: where hidden behind every block is put. start: a block
-    (0-based) and what enters it, where that is known; those before it then keep nothing of these tokens.
+    (0-based) and what enters it, where that is known; those before it then keep nothing of these tokens, nor
+    do they count as depth.
     """
     begin, end = cache.length, cache.length + ids.shape[1]
     cache.counts[:, begin:end] = counts
