@@ -86,7 +86,7 @@ class FilledBlock(nn.Module):
         self.family, self.block = network.family, network.blocks[block]
 
     def forward(self, hidden: torch.Tensor, context: Context) -> Pair:
-        _, keys, values = self.family.project(self.block, hidden, context)
+        keys, values = self.family.keep(self.block, hidden, context)
         return keys.transpose(2, 3), values
 
 

@@ -74,7 +74,7 @@ def _hold_fills(network: DecoderNetwork, engine: DecoderEngine, ids: torch.Tenso
     for number, stage in enumerate(engine.manifest.segments[1:], 1):
         lane.fill(number)
         for block in stage.blocks:
-            _, keys, values = network.family.project(network.blocks[block - 1], hidden, context)
+            keys, values = network.family.keep(network.blocks[block - 1], hidden, context)
             for kind, wanted in (("k", keys.transpose(2, 3)), ("v", values)):
                 found = lane.cache.arrays[f"past_{kind}_{block}"]
                 found = found[..., :total] if kind == "k" else found[:, :, :total]

@@ -7,8 +7,10 @@ All results are ONNX's own operators; the rules run on onnxscript's pattern rewr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from onnxscript import ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet, rewrite
 
@@ -70,8 +72,30 @@ class HalfLast(RewriteRuleClassBase):
         return op.Mul(op.Mul(x, bracket), half)
 
 
+class Abreast(RewriteRuleClassBase):
+    """One product for products of the same input whose results stand side by side, biases too."""
+
+    def pattern(self, op: Any, first: Any) -> Any:
+        return op.Concat(first, _allow_other_inputs=True, axis=-1, _outputs=["joined"])
+
+    def check(self, context: Any, first: ir.Value, joined: ir.Value) -> MatchResult:
+        result = MatchResult()
+        parts = [_product(value) for value in joined.producer().inputs]
+        if len(parts) < 2 or any(part is None for part in parts):
+            return result.fail("not all are products with weights, alone or with a bias")
+        if len({(id(part[0]), part[2] is None) for part in parts}) != 1:
+            return result.fail("of different inputs, or some with a bias and some without")
+        return result
+
+    def rewrite(self, op: Any, first: ir.Value, joined: ir.Value) -> Any:
+        parts = [_product(value) for value in joined.producer().inputs]
+        weights, biases = ([part[at] for part in parts] for at in (1, 2))
+        made = op.MatMul(parts[0][0], _beside(op, weights, f"{joined.name}_weights"))
+        return made if biases[0] is None else op.Add(made, _beside(op, biases, f"{joined.name}_biases"))
+
+
 RULES = RewriteRuleSet(
-    [rule.rule() for rule in (FixedReshape, Quotient, HalfLast)],  # type: ignore[no-untyped-call]
+    [rule.rule() for rule in (FixedReshape, Quotient, HalfLast, Abreast)],  # type: ignore[no-untyped-call]
     commute=True,
 )
 
@@ -96,6 +120,27 @@ def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
         else:
             sizes.append(-1)
     return sizes if sizes.count(-1) < 2 else None
+
+
+def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
+    """Input, weights and bias of a product with weights, None for what is none."""
+    node, bias = None if value is None else value.producer(), None
+    if node is not None and node.op_type == "Add":
+        known = [one for one in node.inputs if one is not None and one.const_value is not None]
+        others = [one for one in node.inputs if one is not None and one.const_value is None]
+        if len(known) != 1 or len(others) != 1:
+            return None
+        bias, node = known[0], others[0].producer()
+    if node is None or node.op_type != "MatMul":
+        return None
+    data, weights = node.inputs
+    return None if data is None or weights is None or weights.const_value is None else (data, weights, bias)
+
+
+def _beside(op: Any, values: Sequence[ir.Value], name: str) -> Any:
+    """A constant of these constants, side by side."""
+    arrays = [value.const_value.numpy() for value in values]
+    return op.initializer(ir.tensor(np.concatenate(arrays, axis=-1)), name=name)
 
 
 def _is(value: ir.Value, number: float) -> bool:

@@ -52,11 +52,12 @@ class DecoderNetwork(nn.Module):
         """Embed ids [batch, seq] at positions [batch, seq] behind a past that counts where past_valid
         [batch, past] is 1.
 
-        Gives hidden [batch, seq, hidden] and what every block reads: mask_past [batch, 1, 1, past] and
+        Gives hidden [batch, seq, hidden] and what every block reads: mask_past [batch, 1, seq, past] and
         mask_new [batch, 1, seq, seq], additive, and what the family adds. Positions grow within a row.
         """
         hidden = self.family.embed(self.model, ids, positions)
         past = (1.0 - past_valid[:, None, None, :].to(hidden.dtype)) * HIDDEN_PAST
+        past = past.expand(-1, -1, ids.shape[1], -1)
         later = positions[:, None, :, None] < positions[:, None, None, :]  # [batch, 1, seq, seq]
         context = {"mask_past": past, "mask_new": later.to(hidden.dtype) * HIDDEN_PAST}
         return hidden, context | self.family.context(self.model, hidden, positions)
@@ -113,17 +114,15 @@ def attend(queries: Tensor, past: Pair, new: Pair, mask_past: Tensor, mask_new: 
     heads * size].
 
     Scores of the two stand side by side for one softmax, so that the cache, which is long, is read where it
-    lies; and queries of heads that share keys are rows of one product, so that keys are not repeated.
+    lies; and queries of heads that share keys are rows of one product, so that keys are not repeated, and the
+    mask is, which is the same for every block of a graph.
     """
     rows, heads, tokens, size = queries.shape
     shared = past[0].shape[1]  # heads of keys and values
     groups = heads // shared
     queries = queries.reshape(rows, shared, groups * tokens, size)
-    before = queries @ past[0] + mask_past  # [batch, kv heads, groups * seq, past]
-    among = (queries @ new[0]).view(rows, shared, groups, tokens, tokens) + mask_new[:, :, None]
-    among = among.view(rows, shared, groups * tokens, tokens)
-    shares = torch.cat([before, among], dim=-1).softmax(-1)
-    length = past[0].shape[3]
-    seen = shares[..., :length] @ past[1] + shares[..., length:] @ new[1]
-    seen = seen.view(rows, shared, groups, tokens, size).permute(0, 3, 1, 2, 4)
-    return seen.reshape(rows, tokens, heads * size)
+    mask = torch.cat([mask_past, mask_new], dim=-1).repeat(1, 1, groups, 1)  # [batch, 1, groups * seq, all]
+    shares = (torch.cat([queries @ past[0], queries @ new[0]], dim=-1) + mask).softmax(-1)
+    before, among = shares.split([mask_past.shape[-1], tokens], dim=-1)
+    seen = before @ past[1] + among @ new[1]  # [batch, kv heads, groups * seq, size]
+    return seen.view(rows, heads, tokens, size).transpose(1, 2).reshape(rows, tokens, heads * size)

@@ -24,7 +24,8 @@ class DecoderFamily:
     embed: (model, ids [batch, seq], positions [batch, seq]) -> hidden [batch, seq, hidden].
     blocks: model -> its blocks in order.
     context: (model, hidden, positions) -> what every block reads beside it, such as rotations.
-    project: (block, hidden, context) -> queries, scaled, keys and values.
+    project: (block, hidden, context) -> queries, keys and values; the product of the first two is scaled.
+    keep: the same without queries: what a token that goes past a block leaves there.
     finish: (block, hidden, attended [batch, seq, heads * size]) -> hidden.
     norm: model -> what stands between the last block and the head.
     longest: configuration -> most tokens of prompt and answer together.
@@ -34,6 +35,7 @@ class DecoderFamily:
     blocks: Callable[[Any], nn.ModuleList]
     context: Callable[[Any, Tensor, Tensor], Context]
     project: Callable[[nn.Module, Tensor, Context], Heads]
+    keep: Callable[[nn.Module, Tensor, Context], tuple[Tensor, Tensor]]
     finish: Callable[[nn.Module, Tensor, Tensor], Tensor]
     norm: Callable[[Any], nn.Module]
     longest: Callable[[Any], int]

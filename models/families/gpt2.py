@@ -34,6 +34,11 @@ def _project(block: Any, hidden: Tensor, context: Context) -> Heads:
     return queries * attention.head_dim**-0.5, keys, values
 
 
+def _keep(block: Any, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    _, keys, values = _project(block, hidden, context)  # one product makes all three
+    return keys, values
+
+
 def _finish(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     hidden = hidden + _linear(block.attn.c_proj, attended)
     wide = block.mlp.act(_linear(block.mlp.c_fc, block.ln_2(hidden)))
@@ -59,4 +64,4 @@ def _longest(config: Any) -> int:
     return int(config.n_positions)
 
 
-FAMILY = DecoderFamily(_embed, _blocks, _context, _project, _finish, _norm, _longest)
+FAMILY = DecoderFamily(_embed, _blocks, _context, _project, _keep, _finish, _norm, _longest)

@@ -60,6 +60,16 @@ def operators(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in ir.to_proto(shorten(ir.from_proto(model))).graph.node]
 
 
+def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    threads.fit(options)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    said: np.ndarray = session.run(None, {"x": x})[0]
+    return said
+
+
 def test_a_reshape_that_moves_a_free_size_keeps_its_shape() -> None:
     nodes = [
         helper.make_node("Shape", ["x"], ["sizes"]),
@@ -90,7 +100,11 @@ def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_
     segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2").segments[0]
     to_onnx(segment, tmp_path / "segment.onnx")
     plain = Counter(node.op_type for node in onnx.load(tmp_path / "segment.onnx").graph.node)
-    assert plain["Shape"] == 1 and not plain["Gather"]  # how long the past is, which shares are cut by
+    # How long the past and the new are, which shares are cut by: once for all blocks.
+    assert plain["Shape"] == 2 and plain["Tile"] == 1 and not plain["Gather"]
+    # A block has one product for queries, keys and values, one for the two halves of its MLP, two behind
+    # them, and four of attention.
+    assert plain["MatMul"] == 8 * len(segment.blocks)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
     options.log_severity_level = 3
@@ -99,6 +113,41 @@ def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_
     fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
     norms = fused["SimplifiedLayerNormalization"] + fused["SkipSimplifiedLayerNormalization"]
     assert norms >= 2 * len(segment.blocks) and not fused["Sqrt"]
+
+
+def test_products_of_one_input_that_stand_side_by_side_become_one() -> None:
+    rng = np.random.default_rng(0)
+    nodes, names = [], ["a", "b", "c"]
+    for name in names:
+        nodes.append(helper.make_node("MatMul", ["x", f"{name}_weight"], [f"{name}_product"]))
+        nodes.append(helper.make_node("Add", [f"{name}_product", f"{name}_bias"], [name]))
+    nodes.append(helper.make_node("Concat", names, ["y"], axis=-1))
+    sizes = dict(zip(names, (3, 1, 2), strict=True))
+    numbers = {f"{n}_weight": rng.normal(size=(4, k)).astype(np.float32) for n, k in sizes.items()}
+    numbers |= {f"{n}_bias": rng.normal(size=k).astype(np.float32) for n, k in sizes.items()}
+    model = graph(nodes, ["n", 4], ["n", 6], **numbers)
+    after = ir.to_proto(shorten(ir.from_proto(model)))
+    assert [node.op_type for node in after.graph.node] == ["MatMul", "Add"]
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    np.testing.assert_allclose(answer(model, x), answer(after, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("spoiled", ["another input", "one without a bias", "not a product", "not a weight"])
+def test_what_only_stands_side_by_side_stays(spoiled: str) -> None:
+    nodes = [
+        helper.make_node("Neg", ["x"], ["z"]),
+        helper.make_node("MatMul", ["x", "w"], ["a_product"]),
+        helper.make_node("Add", ["a_product", "bias"], ["a"]),
+        helper.make_node("MatMul", ["z" if spoiled == "another input" else "x", "v"], ["b_product"]),
+        helper.make_node("Add", ["b_product", "bias"], ["b"]),
+    ]
+    side = {"one without a bias": "b_product", "not a product": "z"}.get(spoiled, "b")
+    if spoiled == "not a weight":
+        nodes[3] = helper.make_node("MatMul", ["x", "z"], ["b_product"])
+    nodes.append(helper.make_node("Concat", ["a", side], ["y"], axis=-1))
+    square = {name: np.eye(4, dtype=np.float32) for name in ("w", "v")}
+    model = graph(nodes, [4, 4], [4, 8], **square, bias=np.ones(4, np.float32))
+    assert operators(model).count("Concat") == 1
 
 
 @pytest.mark.parametrize(("one", "changes"), [(1.0, True), (2.0, False)])
@@ -115,12 +164,4 @@ def test_only_the_constants_of_gelu_make_a_gelu(one: float, changes: bool) -> No
     after = ir.to_proto(shorten(ir.from_proto(model)))
     assert ("half" in after.graph.node[-1].input) == changes
     x = np.linspace(-3, 3, 7, dtype=np.float32)
-    options = onnxruntime.SessionOptions()
-    threads.fit(options)
-    said = [
-        onnxruntime.InferenceSession(m.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
-            None, {"x": x}
-        )[0]
-        for m in (model, after)
-    ]
-    np.testing.assert_allclose(said[0], said[1], atol=1e-6)
+    np.testing.assert_allclose(answer(model, x), answer(after, x), atol=1e-6)
