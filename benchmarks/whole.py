@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
 from offramp.runtime.engines.buffers import Run, runner
+from offramp.runtime.engines.decoder import KEPT, PLACES
 from offramp.runtime.engines.graphs import CPU, give_back
 from offramp.runtime.engines.threads import Pool, apply
-
-PLACES = 64  # as in runtime.engines.decoder
 
 
 class OneGraph:
@@ -45,34 +44,39 @@ class OneGraph:
             given, start = [token], start + len(given)
 
 
+class _Bound(NamedTuple):
+    """Runs on so many tokens: their memory, and by block what takes in what they add, tokens first."""
+
+    run: Run
+    known: dict[str, np.ndarray]
+    added: list[tuple[np.ndarray, np.ndarray]]
+
+
 class _Lane:
     """One sequence: its cache, and runs on so many tokens bound to it."""
 
     def __init__(self, graph: OneGraph) -> None:
         self.graph, self.places = graph, PLACES
-        self.arrays = {name: self._empty(shape) for name, shape in graph.past.items()}
-        self._bound: dict[int, tuple[Run, dict[str, np.ndarray]]] = {}
+        self.arrays = {name: self._empty(shape, PLACES) for name, shape in graph.past.items()}
+        self._bound: dict[tuple[int, int], _Bound] = {}
 
     def step(self, ids: Sequence[int], start: int) -> int:
         count = len(ids)
         if start + count > self.places:
             self._grow(start + count)
-        if count not in self._bound:
-            self._bound[count] = self._bind(count)
-        run, known = self._bound[count]
+        places = 1 if start == 0 and count > KEPT else self.places
+        if (count, places) not in self._bound:
+            self._bound[count, places] = self._bind(count, places)
+        run, known, added = self._bound[count, places]
         known["input_ids"][0], known["position_ids"][0] = ids, np.arange(start, start + count)
         known["past_valid"][0, :start], known["past_valid"][0, start:] = 1, 0
         run()
-        for name, array in self.arrays.items():
-            new = known[name.replace("past", "new", 1)]
-            if name.startswith("past_k_"):
-                array[..., start : start + count] = new
-            else:
-                array[:, :, start : start + count] = new
+        for kept, new in added:
+            kept[start : start + count] = new
         return int(known["logits"][0, 0].argmax())
 
-    def _empty(self, shape: Sequence[Any]) -> np.ndarray:
-        sizes = {"batch": 1, "past": self.places}
+    def _empty(self, shape: Sequence[Any], places: int) -> np.ndarray:
+        sizes = {"batch": 1, "past": places}
         return np.zeros([sizes.get(size, size) for size in shape], np.float32)
 
     def _grow(self, tokens: int) -> None:
@@ -80,30 +84,35 @@ class _Lane:
         while self.places < tokens:
             self.places += min(self.places, 4 * PLACES)
         for name, old in self.arrays.items():
-            new = self._empty(self.graph.past[name])
-            new[(..., slice(held)) if name.startswith("past_k_") else (..., slice(held), slice(None))] = old
-            self.arrays[name] = new
+            self.arrays[name] = self._empty(self.graph.past[name], self.places)
+            _tokens_first(name, self.arrays[name])[:held] = _tokens_first(name, old)
         self._bound.clear()
 
-    def _bind(self, count: int) -> tuple[Run, dict[str, np.ndarray]]:
+    def _bind(self, count: int, places: int) -> _Bound:
         graph = self.graph
         known: dict[str, np.ndarray] = {
             "input_ids": np.zeros((1, count), np.int64),
             "position_ids": np.zeros((1, count), np.int64),
-            "past_valid": np.zeros((1, self.places), np.int64),
+            "past_valid": np.zeros((1, places), np.int64),
             "logits": np.zeros((1, 1, graph.vocabulary), np.float32),
         }
-        sizes = {"batch": 1, "past": count}
+        added = []
         for name, shape in graph.past.items():
             new = name.replace("past", "new", 1)
-            known[new] = np.zeros([sizes.get(size, size) for size in shape], np.float32)
+            known[new] = self._empty(shape, count)
+            known[name] = self.arrays[name] if places == self.places else self._empty(shape, places)
+            added.append((_tokens_first(name, self.arrays[name]), _tokens_first(name, known[new])))
         binding = onnxruntime.IOBinding(graph.session)
         for bind, nodes in (
             (binding.bind_input, graph.session.get_inputs()),
             (binding.bind_output, graph.session.get_outputs()),
         ):
             for node in nodes:
-                array = self.arrays.get(node.name, known.get(node.name))
-                assert array is not None
+                array = known[node.name]
                 bind(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return runner(onnxruntime, graph.session, binding), known
+        return _Bound(runner(onnxruntime, graph.session, binding), known, added)
+
+
+def _tokens_first(name: str, array: np.ndarray) -> np.ndarray:
+    """A view of keys [1, heads, size, tokens] or values [1, heads, tokens, size]."""
+    return np.moveaxis(array, 3 if name.startswith("past_k_") else 2, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from onnxscript import ir
@@ -79,19 +79,20 @@ class Abreast(RewriteRuleClassBase):
         return op.Concat(first, _allow_other_inputs=True, axis=-1, _outputs=["joined"])
 
     def check(self, context: Any, first: ir.Value, joined: ir.Value) -> MatchResult:
-        result = MatchResult()
-        parts = [_product(value) for value in joined.producer().inputs]
-        if len(parts) < 2 or any(part is None for part in parts):
+        result, parts = MatchResult(), _products(joined)
+        if len(parts) < 2:
             return result.fail("not all are products with weights, alone or with a bias")
-        if len({(id(part[0]), part[2] is None) for part in parts}) != 1:
+        if len({(id(part.data), part.bias is None) for part in parts}) > 1:
             return result.fail("of different inputs, or some with a bias and some without")
         return result
 
     def rewrite(self, op: Any, first: ir.Value, joined: ir.Value) -> Any:
-        parts = [_product(value) for value in joined.producer().inputs]
-        weights, biases = ([part[at] for part in parts] for at in (1, 2))
-        made = op.MatMul(parts[0][0], _beside(op, weights, f"{joined.name}_weights"))
-        return made if biases[0] is None else op.Add(made, _beside(op, biases, f"{joined.name}_biases"))
+        parts = _products(joined)
+        made = op.MatMul(
+            parts[0].data, _beside(op, [part.weights for part in parts], f"{joined.name}_weights")
+        )
+        biases = [part.bias for part in parts if part.bias is not None]
+        return op.Add(made, _beside(op, biases, f"{joined.name}_biases")) if biases else made
 
 
 RULES = RewriteRuleSet(
@@ -122,24 +123,44 @@ def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
     return sizes if sizes.count(-1) < 2 else None
 
 
-def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
-    """Input, weights and bias of a product with weights, None for what is none."""
+class _Product(NamedTuple):
+    """Of an input and weights, with a bias or without."""
+
+    data: ir.Value
+    weights: np.ndarray
+    bias: np.ndarray | None
+
+
+def _products(joined: ir.Value) -> list[_Product]:
+    """What a Concat puts side by side, where all of it is products with weights; none where not."""
+    node = joined.producer()
+    found = [_product(value) for value in (() if node is None else node.inputs)]
+    known = [product for product in found if product is not None]
+    return known if len(known) == len(found) else []
+
+
+def _product(value: ir.Value | None) -> _Product | None:
     node, bias = None if value is None else value.producer(), None
     if node is not None and node.op_type == "Add":
-        known = [one for one in node.inputs if one is not None and one.const_value is not None]
-        others = [one for one in node.inputs if one is not None and one.const_value is None]
-        if len(known) != 1 or len(others) != 1:
+        values = [(one, _constant(one)) for one in node.inputs]
+        biases = [array for _, array in values if array is not None]
+        if len(biases) != 1:
             return None
-        bias, node = known[0], others[0].producer()
+        product = next(one for one, array in values if array is None)
+        bias, node = biases[0], None if product is None else product.producer()
     if node is None or node.op_type != "MatMul":
         return None
-    data, weights = node.inputs
-    return None if data is None or weights is None or weights.const_value is None else (data, weights, bias)
+    data, weights = node.inputs[0], _constant(node.inputs[1])
+    return None if data is None or weights is None else _Product(data, weights, bias)
 
 
-def _beside(op: Any, values: Sequence[ir.Value], name: str) -> Any:
-    """A constant of these constants, side by side."""
-    arrays = [value.const_value.numpy() for value in values]
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    constant = None if value is None else value.const_value
+    return None if constant is None else constant.numpy()
+
+
+def _beside(op: Any, arrays: Sequence[np.ndarray], name: str) -> Any:
+    """A constant of these, side by side."""
     return op.initializer(ir.tensor(np.concatenate(arrays, axis=-1)), name=name)
 
 

@@ -124,5 +124,5 @@ def attend(queries: Tensor, past: Pair, new: Pair, mask_past: Tensor, mask_new: 
     mask = torch.cat([mask_past, mask_new], dim=-1).repeat(1, 1, groups, 1)  # [batch, 1, groups * seq, all]
     shares = (torch.cat([queries @ past[0], queries @ new[0]], dim=-1) + mask).softmax(-1)
     before, among = shares.split([mask_past.shape[-1], tokens], dim=-1)
-    seen = before @ past[1] + among @ new[1]  # [batch, kv heads, groups * seq, size]
+    seen: Tensor = before @ past[1] + among @ new[1]  # [batch, kv heads, groups * seq, size]
     return seen.view(rows, heads, tokens, size).transpose(1, 2).reshape(rows, tokens, heads * size)

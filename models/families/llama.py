@@ -22,14 +22,14 @@ def _blocks(model: Any) -> nn.ModuleList:
 
 
 def _context(model: Any, hidden: Tensor, positions: Tensor) -> Context:
-    """Rotations, with what every block would do done once: the scale of scores is in them, its root in queries
-    and in keys, and the sign of the half that changes places with the other is in the sine.
+    """Rotations, with what every block would do done once: the scale of scores is in them, its root in
+    queries and in keys, and the sign of the half that changes places with the other is in the sine.
     """
     cos, sin = model.model.rotary_emb(hidden, positions)
     first, second = sin.chunk(2, dim=-1)
     half = model.model.layers[0].self_attn.scaling ** 0.5
     cos, sin = cos * half, torch.cat([-first, second], dim=-1) * half
-    return {"cos": cos[:, None], "sin": sin[:, None]}  # [batch, 1, seq, size]
+    return {"cosine": cos[:, None], "sine": sin[:, None]}  # [batch, 1, seq, size]
 
 
 def _project(block: Any, hidden: Tensor, context: Context) -> Heads:
@@ -62,7 +62,7 @@ def _turned(attention: Any, products: list[Any], normed: Tensor, context: Contex
         pieces = heads.split(turning, dim=1)
         heads = torch.cat([norm(piece) for norm, piece in zip(norms, pieces, strict=True)], dim=1)
     first, second = heads.chunk(2, dim=-1)
-    heads = heads * context["cos"] + torch.cat([second, first], dim=-1) * context["sin"]
+    heads = heads * context["cosine"] + torch.cat([second, first], dim=-1) * context["sine"]
     return *heads.split(turning, dim=1), values
 
 

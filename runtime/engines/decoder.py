@@ -92,9 +92,10 @@ class Cache:
         self.longest: int = reads.longest  # type: ignore[union-attr]  # a decoder reads text
         self.places = min(PLACES, self.longest)
         inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
-        self._tensors = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
-        self.arrays: dict[str, Array] = {tensor.name: self._empty(tensor) for tensor in self._tensors}
-        self._bound: dict[int, _Bound] = {}  # by number of tokens; to these very arrays
+        self.tensors = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
+        self.arrays: dict[str, Array] = {tensor.name: self._empty(tensor) for tensor in self.tensors}
+        # By number of tokens and of places that they read; to these very arrays.
+        self._bound: dict[tuple[int, int], _Bound] = {}
 
     def make_room(self, tokens: int) -> None:
         """Room for so many tokens in all; BadInput where the network does not reach so far."""
@@ -106,7 +107,7 @@ class Cache:
         while self.places < tokens:
             self.places += min(self.places, 4 * PLACES)
         self.places = min(self.places, self.longest)
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             old, new = self.arrays[tensor.name], self._empty(tensor)
             new[_at(tensor, 0, held)] = old
             self.arrays[tensor.name] = new
@@ -115,18 +116,18 @@ class Cache:
 
     def embed(self, ids: Sequence[int], start: int) -> Array:
         """Hidden [n, hidden] of these tokens from the stem, for which those before `start` count."""
-        return self._of(len(ids)).look(ids, start)
+        return self._of(len(ids), start).look(ids, start)
 
     def segment(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> Made:
         """Run a segment on tokens that stand from `start` on, with hidden [n, hidden] of them; the cache of
         its blocks takes in what they add.
         """
-        return self._of(len(ids)).run(self.engine.manifest.segments[number], ids, start, hidden)
+        return self._of(len(ids), start).run(self.engine.manifest.segments[number], ids, start, hidden)
 
     def fill(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> None:
         """Put keys and values into a segment's cache for tokens that go past it with this hidden state."""
         stage = self.engine.fills[self.engine.manifest.segments[number].blocks]
-        self._of(len(ids)).run(stage, ids, start, hidden)
+        self._of(len(ids), start).run(stage, ids, start, hidden)
 
     def logits(self, hidden: Array, draft: bool = False) -> Array:
         """What the head makes of hidden [n, hidden]: [n, vocabulary], or fewer ids, those that a draft knows;
@@ -134,12 +135,15 @@ class Cache:
         """
         return self._of(len(hidden)).head(hidden, draft)
 
-    def _of(self, tokens: int) -> _Bound:
-        bound = self._bound.get(tokens)
+    def _of(self, tokens: int, start: int = -1) -> _Bound:
+        # A prompt has nothing before it: one place, which does not count, stands for the past that a graph
+        # has to read, and not as many as the prompt is about to fill.
+        places = 1 if start == 0 and tokens > KEPT else self.places
+        bound = self._bound.get((tokens, places))
         if bound is None:
-            for long in [number for number in self._bound if number > KEPT]:
+            for long in [key for key in self._bound if key[0] > KEPT]:
                 del self._bound[long]  # a prompt's; they come once
-            bound = self._bound[tokens] = _Bound(self.engine, self, tokens)
+            bound = self._bound[tokens, places] = _Bound(self.engine, self, tokens, places)
         return bound
 
     def _empty(self, tensor: Tensor) -> Array:
@@ -149,15 +153,17 @@ class Cache:
 class _Bound:
     """Memory for so many tokens, bound to the graphs and to one cache's arrays when first needed."""
 
-    def __init__(self, engine: DecoderEngine, cache: Cache, tokens: int) -> None:
-        self._engine, self._cache, self._tokens = engine, cache, tokens
+    def __init__(self, engine: DecoderEngine, cache: Cache, tokens: int, places: int) -> None:
+        self._engine, self._cache, self._tokens, self._places = engine, cache, tokens, places
         stem = engine.facts_of(engine.manifest.stem)
         made = {tensor.name: self._array(tensor) for tensor in (*stem.inputs, *stem.outputs)}
         self._ids, self._positions = made["input_ids"], made["position_ids"]
         self._valid, self._embedded = made["past_valid"], made.pop("hidden")
         self._hidden = np.zeros_like(self._embedded)
-        self._shared = made | cache.arrays
-        self._stages: dict[str, tuple[Run, Made, list[tuple[Tensor, Array]]]] = {}
+        whole = places == cache.places
+        past = cache.arrays if whole else {one.name: self._array(one) for one in cache.tensors}
+        self._shared = made | past
+        self._stages: dict[str, tuple[Run, Made, list[tuple[Array, Array]]]] = {}
         self._heads: dict[bool, tuple[Run, Array]] = {}
         self._stem = self._run(engine.manifest.stem, {"hidden": self._embedded})
         self._seen: tuple[int, Sequence[int]] = (-1, ())
@@ -181,8 +187,8 @@ class _Bound:
         run, made, added = found
         self._hidden[0] = hidden
         run()
-        for tensor, new in added:
-            self._cache.arrays[tensor.name][_at(tensor, start, start + self._tokens)] = new
+        for kept, new in added:
+            kept[start : start + self._tokens] = new
         return made
 
     def head(self, hidden: Array, draft: bool) -> Array:
@@ -200,12 +206,14 @@ class _Bound:
         said: Array = logits[0]
         return said
 
-    def _bind(self, stage: Stage) -> tuple[Run, Made, list[tuple[Tensor, Array]]]:
+    def _bind(self, stage: Stage) -> tuple[Run, Made, list[tuple[Array, Array]]]:
         outputs = {tensor.name: self._array(tensor) for tensor in self._engine.facts_of(stage).outputs}
         added = []
-        for tensor in self._cache._tensors:
+        for tensor in self._cache.tensors:
             if (new := outputs.get(tensor.name.replace("past", "new", 1))) is not None:
-                added.append((tensor, new))
+                kept, axis = self._cache.arrays[tensor.name], tensor.shape.index("past")
+                # Views with tokens first, made once: every token writes to all of them.
+                added.append((np.moveaxis(kept, axis, 0), np.moveaxis(new, axis, 0)))
         behind = outputs.get(f"{NEXT}hidden", self._hidden)  # a fill leaves hidden as it is
         gate = outputs.get(GATE)
         made = Made(behind[0], outputs.get(LEAVING, behind)[0], None if gate is None else gate[0])
@@ -222,7 +230,7 @@ class _Bound:
         return runner(self._engine.ort, session, binding)
 
     def _array(self, tensor: Tensor) -> Array:
-        return np.zeros(_shape(tensor, self._tokens, self._cache.places), tensor.dtype)
+        return np.zeros(_shape(tensor, self._tokens, self._places), tensor.dtype)
 
 
 def _shape(tensor: Tensor, tokens: int, places: int) -> tuple[int, ...]:
