@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 
 from offramp.benchmarks.decoder_rivals import Genai, Llama, Rival, genai_model, llama_model
-from offramp.benchmarks.decoders import Answer, Says, clocked, saying
+from offramp.benchmarks.decoders import Answer, Says, answering, saying, whole_of
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
 from offramp.runtime.engines.threads import claim
@@ -38,14 +38,13 @@ def field(model: Path, scratch: Path, variant: str, facts: dict[str, Any]) -> It
     with ExitStack() as stack:
         writer = stack.enter_context(load(scratch / "auto", rule="never", variant=variant, threads=None))
         assert isinstance(writer, Writer)
-        whole = "one.onnx" if variant == "fp32" else f"one_{variant}.onnx"
-        one = OneGraph(scratch / whole, claim(onnxruntime, None, True))
+        one = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True))
         genai = stack.enter_context(Genai(genai_model(model, variant, scratch / "genai"), THREADS))
         llama = stack.enter_context(Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS))
         facts[variant] = {"genai": genai.facts, "llama": llama.facts}
         yield {
             "offramp": saying(writer),
-            "one graph": lambda prompt, most: clocked(one.generate(prompt, most)),
+            "one graph": answering(one),
             "onnxruntime-genai": asking(genai),
             "llama.cpp": asking(llama),
         }

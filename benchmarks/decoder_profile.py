@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.benchmarks.decoder_rivals import PRECISIONS, Genai
+from offramp.benchmarks.decoders import whole_of
 from offramp.benchmarks.lossless import prompts_of
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
@@ -100,10 +101,9 @@ def main(scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) 
         prompts = prompts_of(writer, texts, count, 24)
     pool, found = claim(onnxruntime, None, True), dict[str, dict[str, Any]]()
     for precision in PRECISIONS:
-        mine = scratch / ("one.onnx" if precision == "fp32" else f"one_{precision}.onnx")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            one = OneGraph(mine, pool, folder / "ours")
+            one = OneGraph(whole_of(scratch, precision), pool, folder / "ours")
             with Genai(scratch / "genai" / precision, profile=folder / "genai") as rival:
                 for prompt in prompts:
                     list(itertools.islice(one.generate(prompt, tokens), tokens))

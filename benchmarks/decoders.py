@@ -4,20 +4,22 @@
     python benchmarks/decoders.py rivals --model MODEL --scratch DIR --texts TEXTS --out RIVALS.json
     python benchmarks/decoders.py memory --scratch DIR --texts TEXTS --out MEMORY.json
 
-full: fp32, cuts of several finenesses and that of --segments auto, prompt by prompt in turns with the one
-graph that ee-split --monolith writes; ratios are tokens/s over the one graph's, median of prompts; "same"
-says that ids are those that transformers generates, of the first 20 prompts. rivals: the cut of auto beside
-the other two, at three precisions, in processes of their own that wait while others answer. memory: resident
-set of fresh processes that read and write up to 1,024 tokens. Bundles stay in --scratch and are not written
-twice; full has to come first.
+full: cuts of several finenesses and that of --segments auto, prompt by prompt in turns with the one graph
+that ee-split --monolith writes, at three precisions; ratios are tokens/s over the one graph's, median of
+prompts; "same" says that ids are those that transformers generates (fp32, of the first 20 prompts) or that
+the one graph says (int8, int4). rivals: the cut of auto beside the other two, at three precisions, in
+processes of their own that wait while others answer. memory: resident set of fresh processes that read and
+write up to 1,024 tokens. Bundles stay in --scratch and are not written twice; full has to come first.
 """
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +65,9 @@ def prepared(model: Path, scratch: Path) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
     network, _ = read_folder(model)
     if not (scratch / "auto.json").is_file():
-        choice = choose_cuts(network, model)
+        choice = choose_cuts(network, model, VARIANTS)
         click.echo(choice.table(), err=True)
-        facts = {"cuts": choice.cuts, "one_ms": 1e3 * choice.one, "seam_us": 1e6 * choice.seam}
-        write_json(scratch / "auto.json", {**facts, "table": choice.table().splitlines()})
+        write_json(scratch / "auto.json", {"cuts": choice.cuts, "table": choice.table().splitlines()})
     chosen = read_json(scratch / "auto.json")
     if not (scratch / "auto").is_dir():
         write_decoder(network, model, scratch / "auto", cuts=chosen["cuts"], variants=VARIANTS)
@@ -75,13 +76,24 @@ def prepared(model: Path, scratch: Path) -> dict[str, Any]:
     for count in FINENESS:
         bundle = scratch / f"segments_{count}"
         if count <= network.block_count and not bundle.is_dir():
-            write_decoder(network, model, bundle, cuts=even_cuts(network.block_count, count))
+            cuts = even_cuts(network.block_count, count)
+            write_decoder(network, model, bundle, cuts=cuts, variants=VARIANTS)
     return chosen
 
 
 def saying(writer: Writer) -> Says:
     """Full depth by a session's engine."""
     return lambda prompt, most: clocked(t.id for t in generate(writer.decoder, prompt, most, stop=()))
+
+
+def answering(one: OneGraph) -> Says:
+    """The one graph's."""
+    return lambda prompt, most: clocked(one.generate(prompt, most))
+
+
+def whole_of(scratch: Path, variant: str) -> Path:
+    """The one graph's file."""
+    return scratch / ("one.onnx" if variant == "fp32" else f"one_{variant}.onnx")
 
 
 def clocked(ids: Iterator[int]) -> Answer:
@@ -94,14 +106,15 @@ def clocked(ids: Iterator[int]) -> Answer:
 
 
 def turns(contenders: dict[str, Says], prompts: list[list[int]], most: int) -> dict[str, list[Answer]]:
-    """Answers by contender, a prompt each."""
+    """Answers by contender, a prompt each; who comes behind whom is drawn anew each time, since what one
+    leaves in the processor's caches, or still runs, is in the next one's way.
+    """
     found: dict[str, list[Answer]] = {name: [] for name in contenders}
-    names = list(contenders)
+    draw = random.Random(0)
     for says in contenders.values():
         says(prompts[0], 8)
-    for turn, prompt in enumerate(track(prompts, "prompts", console=Console(stderr=True))):
-        for at in range(len(names)):
-            name = names[(at + turn) % len(names)]
+    for prompt in track(prompts, "prompts", console=Console(stderr=True)):
+        for name in draw.sample(list(contenders), len(contenders)):
             time.sleep(PAUSE)
             found[name].append(contenders[name](prompt, most))
     return found
@@ -169,26 +182,28 @@ OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 @TOKENS
 @OUT
 def full(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) -> None:
-    """Segments against one graph, fp32."""
-    chosen = prepared(model, scratch)
-    pool = claim(onnxruntime, None, True)
-    one = OneGraph(scratch / "one.onnx", pool)
-    writers: dict[str, Writer] = {}
-    for name in ("auto", *(f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir())):
-        opened = load(scratch / name, rule="never", share=False)
-        assert isinstance(opened, Writer)
-        writers[name] = opened
-    prompts = prompts_of(writers["auto"], texts, count, 24)
-    contenders: dict[str, Says] = {"one graph": lambda prompt, most: clocked(one.generate(prompt, most))}
-    contenders |= {name: saying(writer) for name, writer in writers.items()}
-    answers = turns(contenders, prompts, tokens)
-    right = greedy(model, prompts[:20], tokens)
-    rows = compared(answers, "one graph", right)
-    if out is not None:
-        facts = {"command": "benchmarks/decoders.py full", "model": model.name, "prompts": count}
-        facts |= {"tokens": tokens, "texts": texts.name, "held_to_transformers": len(right)}
-        write_json(out, {**facts, "machine": machine(), "auto": chosen, "contenders": rows})
-    told(f"{model.name}, fp32, auto cuts behind {chosen['cuts']}", rows)
+    """Segments against one graph."""
+    chosen, found = prepared(model, scratch), dict[str, dict[str, dict[str, Any]]]()
+    names = ["auto", *(f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir())]
+    facts = {"command": "benchmarks/decoders.py full", "model": model.name, "prompts": count}
+    facts |= {"tokens": tokens, "texts": texts.name, "held_to_transformers": min(count, 20)}
+    for variant in VARIANTS:
+        one = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True))
+        contenders: dict[str, Says] = {"one graph": answering(one)}
+        with ExitStack() as stack:
+            for name in names:
+                opened = load(scratch / name, rule="never", variant=variant, threads=None, share=False)
+                writer = stack.enter_context(opened)
+                assert isinstance(writer, Writer)
+                contenders[name] = saying(writer)
+            prompts = prompts_of(writer, texts, count, 24)
+            answers = turns(contenders, prompts, tokens)
+        theirs = [answer.ids for answer in answers["one graph"]]
+        right = greedy(model, prompts[:20], tokens) if variant == "fp32" else theirs
+        found[variant] = compared(answers, "one graph", right)
+        told(f"{model.name}, {variant}, auto cuts behind {chosen['cuts']}", found[variant])
+        if out is not None:
+            write_json(out, {**facts, "machine": machine(), "auto": chosen, "contenders": found})
 
 
 @main.command()

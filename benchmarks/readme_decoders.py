@@ -29,16 +29,17 @@ def segments() -> list[str]:
     found = read("decoders")
     if found is None:
         return []
-    title = (
-        f"**{found['model']} at full depth, fp32**, {found['prompts']} prompts, {found['tokens']} tokens each"
-    )
+    title = f"**{found['model']} at full depth**, {found['prompts']} prompts, {found['tokens']} tokens each"
     cuts = len(found["auto"]["cuts"])
     rows = []
-    for name, row in found["contenders"].items():
-        shown = f"--segments auto ({cuts})" if name == "auto" else name.replace("_", " ")
-        same = f"{row['same']} of {found['held_to_transformers']}"
-        rows.append([shown, row["tokens_per_s"], f"{row['ratio']:.3f}", row["first_ms"], same])
-    head = ("", "tokens/s", "x one graph", "ms to the first token", "as transformers")
+    for variant, contenders in found["contenders"].items():
+        held = found["held_to_transformers"] if variant == "fp32" else found["prompts"]
+        for name, row in contenders.items():
+            shown = f"--segments auto ({cuts})" if name == "auto" else name.replace("_", " ")
+            figures = [row["tokens_per_s"], f"{row['ratio']:.3f}", row["first_ms"]]
+            rows.append([variant, shown, *figures, f"{row['same']} of {held}"])
+    said = "same text (fp32: as transformers, others: as one graph)"
+    head = ("precision", "", "tokens/s", "x one graph", "ms to the first token", said)
     return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
 
 

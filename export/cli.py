@@ -248,7 +248,7 @@ def _decoder(
         network, training = read_folder(folder)
         cuts: str | Sequence[int] = segments or training.get("exits") or "auto"
         if cuts == "auto":
-            choice = choose_cuts(network, folder, variants[0])
+            choice = choose_cuts(network, folder, variants)
             click.echo(choice.table() + "\n")
             cuts = choice.cuts
         wishes = {"cuts": cuts, "variants": variants, "training": training, "overwrite": overwrite}

@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -34,31 +35,43 @@ LOSS = 0.02  # of the speed of one segment that seams may take
 PROMPT, STEPS = 32, 60  # tokens; timed steps behind them
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """What was measured: seconds of a token through one segment and of a seam; and what was chosen, cuts."""
+class Timed(NamedTuple):
+    """Seconds of a token through one segment, and of a seam."""
 
-    blocks: int
     one: float
     seam: float
-    variant: str
-    cuts: tuple[int, ...]
 
     def seconds(self, segments: int) -> float:
         """Of a token that goes through so many segments."""
         return self.one + self.seam * (segments - 1)
 
+    def speed(self, segments: int) -> float:
+        """By that of one segment."""
+        return self.one / self.seconds(segments)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What was measured of each variant; and what was chosen, cuts."""
+
+    blocks: int
+    timed: Mapping[str, Timed]
+    cuts: tuple[int, ...]
+
     def table(self) -> str:
-        """The trade-off, a line a grouping."""
-        lines = ["segments   blocks in one   ms a token   speed of one segment   kept"]
+        """The trade-off, a line a grouping: milliseconds a token and the speed by that of one segment."""
+        heads = "".join(f"{name + ' ms':>11}{'speed':>8}" for name in self.timed)
+        lines = [f"segments   blocks in one{heads}   kept"]
         for count in groupings(self.blocks):
             ends = even_cuts(self.blocks, count)
             sizes = sorted({end - begin for begin, end in zip((0, *ends), ends, strict=False)})
-            ms, share = 1e3 * self.seconds(count), self.one / self.seconds(count)
+            cells = "".join(
+                f"{1e3 * t.seconds(count):11.3f}{t.speed(count):8.3f}" for t in self.timed.values()
+            )
             kept = "yes" if ends == self.cuts else ""
-            sizes_ = "-".join(map(str, sizes))
-            lines.append(f"{count:8d}{sizes_:>16}{ms:13.3f}{share:23.3f}{kept:>7}".rstrip())
-        lines.append(f"of {self.variant}; a seam takes {1e6 * self.seam:.0f} us")
+            lines.append(f"{count:8d}{'-'.join(map(str, sizes)):>16}{cells}{kept:>7}".rstrip())
+        seams = ", ".join(f"{1e6 * timed.seam:.0f} us in {name}" for name, timed in self.timed.items())
+        lines.append(f"a seam takes {seams}; speed: by that of one segment")
         return "\n".join(lines)
 
 
@@ -72,29 +85,35 @@ def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
     return tuple(round((number + 1) * blocks / segments) for number in range(segments))
 
 
-def choose_cuts(network: DecoderNetwork, folder: Path, variant: str = "fp32") -> Grouping:
+def choose_cuts(network: DecoderNetwork, folder: Path, variants: Sequence[str] = ("fp32",)) -> Grouping:
     """Write the finest and the coarsest cut to a temporary folder, time one-token steps of both in turns, and
-    choose the most segments that keep the speed of one but for LOSS.
+    choose the most segments that keep the speed of one but for LOSS, in every variant: a bundle has one cut,
+    and where arithmetic takes less time seams are more of it.
     """
-    blocks = network.block_count
+    blocks, timed = network.block_count, dict[str, Timed]()
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         bundles = [Path(scratch) / "one", Path(scratch) / "each"]
         for bundle, count in zip(bundles, (1, blocks), strict=True):
-            _write(network, even_cuts(blocks, count), folder, bundle, variant, bundles[0])
-        one, each = _steps(bundles, variant)
-    seam = max(0.0, float(np.median(each) - np.median(one)) / max(1, blocks - 1))
-    taken = float(np.median(one))
-    fine = [n for n in groupings(blocks) if taken / (taken + seam * (n - 1)) >= 1 - LOSS]
-    return Grouping(blocks, taken, seam, variant, even_cuts(blocks, fine[0]))
+            _write(network, even_cuts(blocks, count), folder, bundle, variants, bundles[0])
+        for variant in variants:
+            one, each = (float(np.median(seconds)) for seconds in _steps(bundles, variant))
+            timed[variant] = Timed(one, max(0.0, (each - one) / max(1, blocks - 1)))
+    fine = [n for n in groupings(blocks) if all(t.speed(n) >= 1 - LOSS for t in timed.values())]
+    return Grouping(blocks, timed, even_cuts(blocks, fine[0]))
 
 
 def _write(
-    network: DecoderNetwork, cuts: Sequence[int], folder: Path, bundle: Path, variant: str, other: Path
+    network: DecoderNetwork,
+    cuts: Sequence[int],
+    folder: Path,
+    bundle: Path,
+    variants: Sequence[str],
+    other: Path,
 ) -> None:
     """A bundle of stem, segments and head alone; what both have in common is written once."""
     whole = split_decoder(network, cuts)
     parts = DecoderParts(whole.stem, whole.segments, (), whole.head, None)
-    variants = ("fp32",) if variant == "fp32" else ("fp32", variant)
+    variants = ("fp32", *(name for name in variants if name != "fp32"))  # the others are made from it
     bundle.mkdir()
     console = Console(stderr=True)
     for part in track(list(parts), f"exporting {len(cuts)} segments to time", console=console):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from offramp.benchmarks.whole import PLACES, OneGraph
 from offramp.export.cli import main as split
-from offramp.export.decoder_auto import Grouping, choose_cuts, even_cuts, groupings
+from offramp.export.decoder_auto import Grouping, Timed, choose_cuts, even_cuts, groupings
 from offramp.export.decoder_monolith import write_monolith
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines.threads import claim
@@ -30,7 +30,7 @@ def test_one_graph_says_what_transformers_says(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.onnx", "one_int8.onnx"]
     one = OneGraph(files["fp32"], claim(onnxruntime, None, True))
     monkeypatch.setattr("offramp.benchmarks.whole.PLACES", PLACES // 16)  # it has to grow
-    for length in (1, 9):
+    for length in (1, 9, 21):  # the last one reads no past
         ids = torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         with torch.no_grad():
             done = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, length:]
@@ -45,27 +45,33 @@ def test_groupings_are_even() -> None:
 
 
 def test_the_choice_is_shown() -> None:
-    choice = Grouping(12, 20e-3, 100e-6, "fp32", even_cuts(12, 4))
-    assert choice.seconds(1) == 20e-3 and choice.seconds(12) == pytest.approx(21.1e-3)
-    table = choice.table().splitlines()
+    times = {"fp32": Timed(20e-3, 100e-6), "int8": Timed(10e-3, 90e-6)}
+    assert times["fp32"].seconds(1) == 20e-3 and times["fp32"].seconds(12) == pytest.approx(21.1e-3)
+    table = Grouping(12, times, even_cuts(12, 3)).table().splitlines()
     assert [line.endswith("yes") for line in table[1:-1]].count(True) == 1
-    assert table[1].split() == ["12", "1", "21.100", "0.948"]
-    assert table[-1] == "of fp32; a seam takes 100 us"
+    assert table[1].split() == ["12", "1", "21.100", "0.948", "10.990", "0.910"]
+    assert table[-1] == "a seam takes 100 us in fp32, 90 us in int8; speed: by that of one segment"
 
 
 def test_auto_cuts_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = DecoderNetwork(tiny.decoder("llama"))
-    monkeypatch.setattr("offramp.export.decoder_auto._write", lambda *_: None)
+    network, written = DecoderNetwork(tiny.decoder("llama")), []
+    monkeypatch.setattr("offramp.export.decoder_auto._write", lambda *said: written.append(said[4]))
     for each, cuts in ((1.001, (1, 2, 3)), (1.03, (2, 3)), (2.0, (3,))):
         monkeypatch.setattr("offramp.export.decoder_auto._steps", lambda *_, x=each: [[1.0] * 9, [x] * 9])
         assert choose_cuts(network, tmp_path).cuts == cuts
+    seconds = {"fp32": 1.001, "int4": 1.03}  # the cut is one, and has to do for both
+    monkeypatch.setattr(
+        "offramp.export.decoder_auto._steps", lambda _, variant: [[1.0] * 9, [seconds[variant]] * 9]
+    )
+    assert choose_cuts(network, tmp_path, ("fp32", "int4")).cuts == (2, 3)
+    assert written[-1] == ("fp32", "int4")
 
 
 @pytest.mark.slow
 def test_ee_split_asks_auto_where_no_training_said_where(tmp_path: Path) -> None:
     tiny.decoder("llama").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
-    words = [str(tmp_path / "model"), "--out", str(tmp_path / "bundle"), "--variants", "fp32"]
+    words = [str(tmp_path / "model"), "--out", str(tmp_path / "bundle"), "--variants", "fp32,int8"]
     done = CliRunner().invoke(split, [*words, "--monolith", str(tmp_path / "one.onnx")])
     assert done.exit_code == 0, done.output
-    assert "a seam takes" in done.output and "yes" in done.output and (tmp_path / "one.onnx").is_file()
+    assert " us in int8; speed" in done.output and "yes" in done.output and (tmp_path / "one.onnx").is_file()
