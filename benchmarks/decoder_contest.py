@@ -1,8 +1,9 @@
-"""Who decodes beside offramp at a precision, each as a function from prompt to answer: for decoders.py."""
+"""Who decodes at a precision, each as a function from prompt to answer: for decoders.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,42 @@ def asking(rival: Rival) -> Says:
 
     def says(prompt: list[int], most: int) -> Answer:
         told = rival.greedy(prompt, most)
-        return Answer(list(told.ids), told.first_s, sum(told.seconds))
+        return Answer(list(told.ids), told.first_s, list(told.seconds))
 
     return says
 
 
 @contextmanager
-def field(model: Path, scratch: Path, variant: str, facts: dict[str, Any]) -> Iterator[dict[str, Says]]:
+def cuts(scratch: Path, variant: str, names: Sequence[str], draw: random.Random) -> Iterator[dict[str, Says]]:
+    """Contenders of full by name, opened in a drawn order: the one graph, and the bundles of these names."""
+    found: dict[str, Says] = {}
+    with ExitStack() as stack:
+        for name in draw.sample(["one graph", *names], len(names) + 1):
+            if name == "one graph":
+                found[name] = answering(OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True)))
+                continue
+            opened = load(scratch / name, rule="never", variant=variant, threads=None, share=False)
+            writer = stack.enter_context(opened)
+            assert isinstance(writer, Writer)
+            found[name] = saying(writer)
+        yield {name: found[name] for name in ("one graph", *names)}
+
+
+@contextmanager
+def field(
+    model: Path, scratch: Path, variant: str, facts: dict[str, Any], draw: random.Random
+) -> Iterator[dict[str, Says]]:
     """Contenders by name: the bundle "auto" of the scratch folder, its one graph, onnxruntime-genai and
     llama.cpp; what the rivals said of themselves goes to `facts`.
     """
     with ExitStack() as stack:
-        writer = stack.enter_context(load(scratch / "auto", rule="never", variant=variant, threads=None))
-        assert isinstance(writer, Writer)
-        one = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True))
+        ours = stack.enter_context(cuts(scratch, variant, ["auto"], draw))
         genai = stack.enter_context(Genai(genai_model(model, variant, scratch / "genai"), THREADS))
         llama = stack.enter_context(Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS))
         facts[variant] = {"genai": genai.facts, "llama": llama.facts}
         yield {
-            "offramp": saying(writer),
-            "one graph": answering(one),
+            "offramp": ours["auto"],
+            "one graph": ours["one graph"],
             "onnxruntime-genai": asking(genai),
             "llama.cpp": asking(llama),
         }

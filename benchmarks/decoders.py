@@ -5,11 +5,12 @@
     python benchmarks/decoders.py memory --scratch DIR --texts TEXTS --out MEMORY.json
 
 full: cuts of several finenesses and that of --segments auto, prompt by prompt in turns with the one graph
-that ee-split --monolith writes, at three precisions; ratios are tokens/s over the one graph's, median of
-prompts; "same" says that ids are those that transformers generates (fp32, of the first 20 prompts) or that
-the one graph says (int8, int4). rivals: the cut of auto beside the other two, at three precisions, in
-processes of their own that wait while others answer. memory: resident set of fresh processes that read and
-write up to 1,024 tokens. Bundles stay in --scratch and are not written twice; full has to come first.
+that ee-split --monolith writes, at three precisions; ratios are speeds of a prompt's median token over the
+one graph's, median of prompts; "same" says that ids are those that transformers generates (fp32, of the first
+20 prompts) or that the one graph says (int8, int4). rivals: the cut of auto beside the other two, at three
+precisions, in processes of their own that wait while others answer. memory: resident set of fresh processes
+that read and write up to 1,024 tokens. Bundles stay in --scratch and are not written twice; full has to come
+first.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import random
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import numpy as np
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +40,6 @@ from offramp.export.decoder_auto import choose_cuts, even_cuts
 from offramp.export.decoder_bundle import read_folder, write_decoder
 from offramp.export.decoder_monolith import write_monolith
 from offramp.runtime import load
-from offramp.runtime.engines.threads import claim
 from offramp.runtime.generate import generate
 from offramp.runtime.report import machine
 from offramp.runtime.writer import Writer
@@ -50,11 +51,11 @@ PAUSE = 0.15  # seconds: threads that look for work after a run would be in the 
 
 
 class Answer(NamedTuple):
-    """Ids, seconds to the first of them and from there to the last."""
+    """Ids, seconds to the first of them and from each to the next."""
 
     ids: list[int]
     first: float
-    behind: float
+    steps: list[float]
 
 
 Says = Callable[[list[int], int], Answer]
@@ -102,22 +103,42 @@ def clocked(ids: Iterator[int]) -> Answer:
     for token in ids:
         said.append(token)
         seen.append(time.perf_counter())
-    return Answer(said, seen[1] - seen[0], seen[-1] - seen[1])
+    first, *steps = np.diff(seen).tolist()
+    return Answer(said, first, steps)
 
 
-def turns(contenders: dict[str, Says], prompts: list[list[int]], most: int) -> dict[str, list[Answer]]:
-    """Answers by contender, a prompt each; who comes behind whom is drawn anew each time, since what one
-    leaves in the processor's caches, or still runs, is in the next one's way.
+def turns(
+    opened: Callable[[random.Random], AbstractContextManager[dict[str, Says]]],
+    prompts: list[list[int]],
+    most: int,
+    rounds: int,
+) -> dict[str, list[Answer]]:
+    """Answers by contender, a prompt each.
+
+    Where memory happens to lie makes the same graph several percent faster or slower for as long as it is
+    open, so all are opened anew every round. Who comes behind whom is drawn, too: what one leaves in the
+    processor's caches, or still runs, is in the next one's way.
     """
-    found: dict[str, list[Answer]] = {name: [] for name in contenders}
-    draw = random.Random(0)
-    for says in contenders.values():
-        says(prompts[0], 8)
-    for prompt in track(prompts, "prompts", console=Console(stderr=True)):
-        for name in draw.sample(list(contenders), len(contenders)):
-            time.sleep(PAUSE)
-            found[name].append(contenders[name](prompt, most))
-    return found
+    found, draw = defaultdict[str, list[Answer]](list), random.Random(0)
+    size = -(-len(prompts) // rounds)
+    shares = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+    for share in track(shares, "rounds", console=Console(stderr=True)):
+        with opened(draw) as contenders:
+            for name, says in contenders.items():
+                found[name] += []  # in the order in which they are shown
+                says(share[0], 8)
+            for prompt in share:
+                for name in draw.sample(list(contenders), len(contenders)):
+                    time.sleep(PAUSE)
+                    found[name].append(contenders[name](prompt, most))
+    return dict(found)
+
+
+def prompts_for(scratch: Path, texts: Path, count: int) -> list[list[int]]:
+    """Ids of the beginnings of so many texts."""
+    with load(scratch / "auto", rule="never") as writer:
+        assert isinstance(writer, Writer)
+        return prompts_of(writer, texts, count, 24)
 
 
 def greedy(model: Path, prompts: list[list[int]], most: int) -> list[list[int]]:
@@ -135,16 +156,18 @@ def greedy(model: Path, prompts: list[list[int]], most: int) -> list[list[int]]:
 def compared(
     answers: dict[str, list[Answer]], against: str, right: list[list[int]]
 ) -> dict[str, dict[str, Any]]:
-    """Tokens/s of all prompts, and by that of one contender: median, 5th and 95th percentile of prompts.
+    """Tokens/s of all prompts, hiccups of the machine included, and by those of one contender the speed of
+    the median token: median, 5th and 95th percentile of prompts.
 
     same: how many answers are those of `right`.
     """
-    base, found = np.array([one.behind for one in answers[against]]), {}
+    base, found = np.array([np.median(one.steps) for one in answers[against]]), {}
     for name, mine in answers.items():
-        taken = np.array([one.behind for one in mine])
+        taken = np.array([np.median(one.steps) for one in mine])
+        steps = [step for one in mine for step in one.steps]
         low, high = np.percentile(base / taken, [5, 95])
         found[name] = {
-            "tokens_per_s": round(sum(len(one.ids) - 1 for one in mine) / float(taken.sum()), 2),
+            "tokens_per_s": round(len(steps) / sum(steps), 2),
             "ratio": round(float(np.median(base / taken)), 4),
             "ratio_5_95": [round(float(low), 4), round(float(high), 4)],
             "first_ms": round(1e3 * float(np.median([one.first for one in mine])), 2),
@@ -171,6 +194,7 @@ SCRATCH = click.option("--scratch", required=True, type=click.Path(path_type=Pat
 TEXTS = click.option("--texts", required=True, type=click.Path(exists=True, path_type=Path))
 COUNT = click.option("--count", default=20, show_default=True, help="Prompts.")
 TOKENS = click.option("--tokens", default=64, show_default=True, help="Tokens of an answer.")
+ROUNDS = click.option("--rounds", default=5, show_default=True, help="Times that all is opened anew.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 
 
@@ -180,27 +204,25 @@ OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 @TEXTS
 @COUNT
 @TOKENS
+@ROUNDS
 @OUT
-def full(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) -> None:
+def full(
+    model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
+) -> None:
     """Segments against one graph."""
+    from offramp.benchmarks.decoder_contest import cuts
+
     chosen, found = prepared(model, scratch), dict[str, dict[str, dict[str, Any]]]()
     names = ["auto", *(f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir())]
+    prompts = prompts_for(scratch, texts, count)
     facts = {"command": "benchmarks/decoders.py full", "model": model.name, "prompts": count}
-    facts |= {"tokens": tokens, "texts": texts.name, "held_to_transformers": min(count, 20)}
+    facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name, "held_to_transformers": min(count, 20)}
+    right = greedy(model, prompts[:20], tokens)
     for variant in VARIANTS:
-        one = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True))
-        contenders: dict[str, Says] = {"one graph": answering(one)}
-        with ExitStack() as stack:
-            for name in names:
-                opened = load(scratch / name, rule="never", variant=variant, threads=None, share=False)
-                writer = stack.enter_context(opened)
-                assert isinstance(writer, Writer)
-                contenders[name] = saying(writer)
-            prompts = prompts_of(writer, texts, count, 24)
-            answers = turns(contenders, prompts, tokens)
+        opened = partial(cuts, scratch, variant, names)
+        answers = turns(opened, prompts, tokens, rounds)
         theirs = [answer.ids for answer in answers["one graph"]]
-        right = greedy(model, prompts[:20], tokens) if variant == "fp32" else theirs
-        found[variant] = compared(answers, "one graph", right)
+        found[variant] = compared(answers, "one graph", right if variant == "fp32" else theirs)
         told(f"{model.name}, {variant}, auto cuts behind {chosen['cuts']}", found[variant])
         if out is not None:
             write_json(out, {**facts, "machine": machine(), "auto": chosen, "contenders": found})
@@ -212,21 +234,22 @@ def full(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out: 
 @TEXTS
 @COUNT
 @TOKENS
+@ROUNDS
 @OUT
-def rivals(model: Path, scratch: Path, texts: Path, count: int, tokens: int, out: Path | None) -> None:
+def rivals(
+    model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
+) -> None:
     """Beside onnxruntime-genai and llama.cpp, at three precisions."""
     from offramp.benchmarks.decoder_contest import field
 
-    chosen, found = read_json(scratch / "auto.json"), {}
+    chosen, found = read_json(scratch / "auto.json"), dict[str, Any]()
     facts: dict[str, Any] = {}
-    with load(scratch / "auto", rule="never") as writer:
-        assert isinstance(writer, Writer)
-        prompts = prompts_of(writer, texts, count, 24)
+    prompts = prompts_for(scratch, texts, count)
     about = {"command": "benchmarks/decoders.py rivals", "model": model.name, "prompts": count}
-    about |= {"tokens": tokens, "texts": texts.name, "cuts": chosen["cuts"], "machine": machine()}
+    about |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
+    about |= {"cuts": chosen["cuts"], "machine": machine()}
     for variant in VARIANTS:
-        with field(model, scratch, variant, facts) as contenders:
-            answers = turns(contenders, prompts, tokens)
+        answers = turns(partial(field, model, scratch, variant, facts), prompts, tokens, rounds)
         found[variant] = compared(answers, "offramp", [one.ids for one in answers["offramp"]])
         told(f"{model.name}, {variant}", found[variant])
         if out is not None:  # after each precision: the next one may take a compiler's while

@@ -86,14 +86,14 @@ def test_caches_are_held_to_transformers(
 
 
 def test_answers_are_compared_prompt_by_prompt() -> None:
-    fast, slow = Answer([1, 2, 3], 0.5, 1.0), Answer([1, 2, 4], 0.5, 2.0)
+    fast, slow = Answer([1, 2, 3], 0.5, [0.5] * 2), Answer([1, 2, 4], 0.5, [1.0] * 2)
     rows = compared({"a": [slow, slow], "b": [fast, slow]}, "a", [[1, 2, 3], [1, 2, 4]])
     assert rows["a"]["ratio"] == 1.0 and rows["b"]["ratio"] == 1.5 and rows["b"]["same"] == 2
     assert rows["a"]["tokens_per_s"] == 1.0 and rows["a"]["same"] == 1 and rows["b"]["first_ms"] == 500.0
     with load(WRITER, rule="never") as session:
         assert isinstance(session, Writer)
         answer = saying(session)(session.ids_of(SENTENCE), 5)
-    assert len(answer.ids) == 5 and answer.first > 0 and answer.behind > 0
+    assert len(answer.ids) == 5 and answer.first > 0 and len(answer.steps) == 4
     assert all(number > 10 for number in resident())
 
 
@@ -107,8 +107,9 @@ def test_segments_against_one_graph(texts: Path, tmp_path: Path, monkeypatch: py
     words = ["--scratch", str(tmp_path / "scratch"), "--texts", str(texts)]
     out = ["--tokens", "6", "--out", str(tmp_path / "o")]
     found = told(decoders.full, "--model", str(tmp_path / "model"), *words, *out)
-    rows = found["contenders"]
-    assert list(rows) == ["one graph", "auto", "segments_3", "segments_1"]
-    assert all(row["same"] == 2 for row in rows.values()) and rows["one graph"]["ratio"] == 1.0
+    assert list(found["contenders"]) == ["fp32", "int8", "int4"]
+    for rows in found["contenders"].values():
+        assert list(rows) == ["one graph", "auto", "segments_3", "segments_1"]
+        assert all(row["same"] == 2 for row in rows.values()) and rows["one graph"]["ratio"] == 1.0
     found = told(decoders.memory, *words, "--context", "40", "--turns", "1", "--out", str(tmp_path / "m"))
     assert found["contenders"]["one graph, int4"]["ratio"] == 1.0
