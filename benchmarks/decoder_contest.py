@@ -11,10 +11,11 @@ from typing import Any
 import onnxruntime
 
 from offramp.benchmarks.decoder_rivals import Genai, Llama, Rival, genai_model, llama_model
-from offramp.benchmarks.decoders import Answer, Says, answering, saying, whole_of
+from offramp.benchmarks.decoder_turns import Answer, Says, Writes, clocked
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
 from offramp.runtime.engines.threads import claim
+from offramp.runtime.generate import generate
 from offramp.runtime.writer import Writer
 
 GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # of llama.cpp's kinds the one of the same bits
@@ -31,19 +32,36 @@ def asking(rival: Rival) -> Says:
     return says
 
 
+def writing(writer: Writer) -> Writes:
+    """Full depth by a session's engine."""
+    return lambda prompt, most: (t.id for t in generate(writer.decoder, prompt, most, stop=()))
+
+
+def whole_of(scratch: Path, variant: str) -> Path:
+    """The one graph's file."""
+    return scratch / ("one.onnx" if variant == "fp32" else f"one_{variant}.onnx")
+
+
+def saying(writes: Writes) -> Says:
+    """Answers of one in this process."""
+    return lambda prompt, most: clocked(writes(prompt, most))
+
+
 @contextmanager
-def cuts(scratch: Path, variant: str, names: Sequence[str], draw: random.Random) -> Iterator[dict[str, Says]]:
+def cuts(
+    scratch: Path, variant: str, names: Sequence[str], draw: random.Random
+) -> Iterator[dict[str, Writes]]:
     """Contenders of full by name, opened in a drawn order: the one graph, and the bundles of these names."""
-    found: dict[str, Says] = {}
+    found: dict[str, Writes] = {}
     with ExitStack() as stack:
         for name in draw.sample(["one graph", *names], len(names) + 1):
             if name == "one graph":
-                found[name] = answering(OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True)))
+                found[name] = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True)).generate
                 continue
             opened = load(scratch / name, rule="never", variant=variant, threads=None, share=False)
             writer = stack.enter_context(opened)
             assert isinstance(writer, Writer)
-            found[name] = saying(writer)
+            found[name] = writing(writer)
         yield {name: found[name] for name in ("one graph", *names)}
 
 
@@ -60,8 +78,8 @@ def field(
         llama = stack.enter_context(Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS))
         facts[variant] = {"genai": genai.facts, "llama": llama.facts}
         yield {
-            "offramp": ours["auto"],
-            "one graph": ours["one graph"],
+            "offramp": saying(ours["auto"]),
+            "one graph": saying(ours["one graph"]),
             "onnxruntime-genai": asking(genai),
             "llama.cpp": asking(llama),
         }

@@ -24,8 +24,8 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
+from offramp.benchmarks.decoder_contest import whole_of
 from offramp.benchmarks.decoder_rivals import PRECISIONS, Genai
-from offramp.benchmarks.decoders import whole_of
 from offramp.benchmarks.lossless import prompts_of
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load

@@ -4,27 +4,23 @@
     python benchmarks/decoders.py rivals --model MODEL --scratch DIR --texts TEXTS --out RIVALS.json
     python benchmarks/decoders.py memory --scratch DIR --texts TEXTS --out MEMORY.json
 
-full: cuts of several finenesses and that of --segments auto, prompt by prompt in turns with the one graph
-that ee-split --monolith writes, at three precisions; ratios are speeds of a prompt's median token over the
-one graph's, median of prompts; "same" says that ids are those that transformers generates (fp32, of the first
-20 prompts) or that the one graph says (int8, int4). rivals: the cut of auto beside the other two, at three
-precisions, in processes of their own that wait while others answer. memory: resident set of fresh processes
-that read and write up to 1,024 tokens. Bundles stay in --scratch and are not written twice; full has to come
-first.
+full: cuts of several finenesses and that of --segments auto, in turns of a few tokens with the one graph that
+ee-split --monolith writes, at three precisions; ratios are speeds of a prompt's median token over the one
+graph's, median of prompts; "same" says that ids are those that transformers generates (fp32, of the first 20
+prompts) or that the one graph says (int8, int4). rivals: the cut of auto beside the other two, prompt by
+prompt in turns, at three precisions, in processes of their own that wait while others answer. Both open
+everything anew every round: where memory happens to lie makes the same graph several percent faster or
+slower. memory: resident set of fresh processes that read and write up to 1,024 tokens. Bundles stay in
+--scratch and are not written twice; full has to come first.
 """
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -34,31 +30,18 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from offramp.benchmarks.decoder_turns import compared, turns, woven
 from offramp.benchmarks.lossless import prompts_of
-from offramp.benchmarks.whole import OneGraph
 from offramp.export.decoder_auto import choose_cuts, even_cuts
 from offramp.export.decoder_bundle import read_folder, write_decoder
 from offramp.export.decoder_monolith import write_monolith
 from offramp.runtime import load
-from offramp.runtime.generate import generate
 from offramp.runtime.report import machine
 from offramp.runtime.writer import Writer
 from offramp.training.checkpoint import read_json, write_json
 
 VARIANTS = ("fp32", "int8", "int4")
 FINENESS = (30, 10, 5, 3, 1)  # segments, where the model has as many blocks
-PAUSE = 0.15  # seconds: threads that look for work after a run would be in the next one's way
-
-
-class Answer(NamedTuple):
-    """Ids, seconds to the first of them and from each to the next."""
-
-    ids: list[int]
-    first: float
-    steps: list[float]
-
-
-Says = Callable[[list[int], int], Answer]
 
 
 def prepared(model: Path, scratch: Path) -> dict[str, Any]:
@@ -82,58 +65,6 @@ def prepared(model: Path, scratch: Path) -> dict[str, Any]:
     return chosen
 
 
-def saying(writer: Writer) -> Says:
-    """Full depth by a session's engine."""
-    return lambda prompt, most: clocked(t.id for t in generate(writer.decoder, prompt, most, stop=()))
-
-
-def answering(one: OneGraph) -> Says:
-    """The one graph's."""
-    return lambda prompt, most: clocked(one.generate(prompt, most))
-
-
-def whole_of(scratch: Path, variant: str) -> Path:
-    """The one graph's file."""
-    return scratch / ("one.onnx" if variant == "fp32" else f"one_{variant}.onnx")
-
-
-def clocked(ids: Iterator[int]) -> Answer:
-    """What an iterator gives, and when."""
-    said, seen = list[int](), [time.perf_counter()]
-    for token in ids:
-        said.append(token)
-        seen.append(time.perf_counter())
-    first, *steps = np.diff(seen).tolist()
-    return Answer(said, first, steps)
-
-
-def turns(
-    opened: Callable[[random.Random], AbstractContextManager[dict[str, Says]]],
-    prompts: list[list[int]],
-    most: int,
-    rounds: int,
-) -> dict[str, list[Answer]]:
-    """Answers by contender, a prompt each.
-
-    Where memory happens to lie makes the same graph several percent faster or slower for as long as it is
-    open, so all are opened anew every round. Who comes behind whom is drawn, too: what one leaves in the
-    processor's caches, or still runs, is in the next one's way.
-    """
-    found, draw = defaultdict[str, list[Answer]](list), random.Random(0)
-    size = -(-len(prompts) // rounds)
-    shares = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-    for share in track(shares, "rounds", console=Console(stderr=True)):
-        with opened(draw) as contenders:
-            for name, says in contenders.items():
-                found[name] += []  # in the order in which they are shown
-                says(share[0], 8)
-            for prompt in share:
-                for name in draw.sample(list(contenders), len(contenders)):
-                    time.sleep(PAUSE)
-                    found[name].append(contenders[name](prompt, most))
-    return dict(found)
-
-
 def prompts_for(scratch: Path, texts: Path, count: int) -> list[list[int]]:
     """Ids of the beginnings of so many texts."""
     with load(scratch / "auto", rule="never") as writer:
@@ -150,29 +81,6 @@ def greedy(model: Path, prompts: list[list[int]], most: int) -> list[list[int]]:
         for prompt in track(prompts, "transformers", console=Console(stderr=True)):
             made = network.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False)
             found.append([int(token) for token in made[0, len(prompt) :]])
-    return found
-
-
-def compared(
-    answers: dict[str, list[Answer]], against: str, right: list[list[int]]
-) -> dict[str, dict[str, Any]]:
-    """Tokens/s of all prompts, hiccups of the machine included, and by those of one contender the speed of
-    the median token: median, 5th and 95th percentile of prompts.
-
-    same: how many answers are those of `right`.
-    """
-    base, found = np.array([np.median(one.steps) for one in answers[against]]), {}
-    for name, mine in answers.items():
-        taken = np.array([np.median(one.steps) for one in mine])
-        steps = [step for one in mine for step in one.steps]
-        low, high = np.percentile(base / taken, [5, 95])
-        found[name] = {
-            "tokens_per_s": round(len(steps) / sum(steps), 2),
-            "ratio": round(float(np.median(base / taken)), 4),
-            "ratio_5_95": [round(float(low), 4), round(float(high), 4)],
-            "first_ms": round(1e3 * float(np.median([one.first for one in mine])), 2),
-            "same": sum(one.ids == theirs for one, theirs in zip(mine, right, strict=False)),
-        }
     return found
 
 
@@ -220,7 +128,7 @@ def full(
     right = greedy(model, prompts[:20], tokens)
     for variant in VARIANTS:
         opened = partial(cuts, scratch, variant, names)
-        answers = turns(opened, prompts, tokens, rounds)
+        answers = woven(opened, prompts, tokens, rounds)
         theirs = [answer.ids for answer in answers["one graph"]]
         found[variant] = compared(answers, "one graph", right if variant == "fp32" else theirs)
         told(f"{model.name}, {variant}, auto cuts behind {chosen['cuts']}", found[variant])

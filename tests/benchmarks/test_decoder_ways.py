@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from offramp.benchmarks import decoders, draft_costs
 from offramp.benchmarks.decoder_cache import main as caches
-from offramp.benchmarks.decoders import Answer, compared, saying
+from offramp.benchmarks.decoder_contest import writing
+from offramp.benchmarks.decoder_turns import Answer, clocked, compared
 from offramp.benchmarks.lossless import main as lossless
 from offramp.benchmarks.worker_memory import resident
 from offramp.runtime import load
@@ -92,7 +93,7 @@ def test_answers_are_compared_prompt_by_prompt() -> None:
     assert rows["a"]["tokens_per_s"] == 1.0 and rows["a"]["same"] == 1 and rows["b"]["first_ms"] == 500.0
     with load(WRITER, rule="never") as session:
         assert isinstance(session, Writer)
-        answer = saying(session)(session.ids_of(SENTENCE), 5)
+        answer = clocked(writing(session)(session.ids_of(SENTENCE), 5))
     assert len(answer.ids) == 5 and answer.first > 0 and len(answer.steps) == 4
     assert all(number > 10 for number in resident())
 
@@ -102,7 +103,6 @@ def test_segments_against_one_graph(texts: Path, tmp_path: Path, monkeypatch: py
     model = tiny.decoder("llama")
     model.save_pretrained(tmp_path / "model")
     PreTrainedTokenizerFast(tokenizer_object=tiny.tokenizer()).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(decoders, "PAUSE", 0.0)
     monkeypatch.setattr(decoders, "prompts_of", lambda writer, *_: [writer.ids_of("the film was good")] * 2)
     words = ["--scratch", str(tmp_path / "scratch"), "--texts", str(texts)]
     out = ["--tokens", "6", "--out", str(tmp_path / "o")]
