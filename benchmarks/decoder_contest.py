@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import onnxruntime
 
 from offramp.benchmarks.decoder_rivals import Genai, Llama, Rival, genai_model, llama_model
-from offramp.benchmarks.decoder_turns import Answer, Says, Writes, clocked
+from offramp.benchmarks.decoder_turns import Answer, Order, Says, Writes, clocked
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
 from offramp.runtime.engines.threads import claim
@@ -48,13 +47,11 @@ def saying(writes: Writes) -> Says:
 
 
 @contextmanager
-def cuts(
-    scratch: Path, variant: str, names: Sequence[str], draw: random.Random
-) -> Iterator[dict[str, Writes]]:
-    """Contenders of full by name, opened in a drawn order: the one graph, and the bundles of these names."""
+def cuts(scratch: Path, variant: str, names: Sequence[str], order: Order) -> Iterator[dict[str, Writes]]:
+    """Contenders of full by name, opened in this order: the one graph, and the bundles of these names."""
     found: dict[str, Writes] = {}
     with ExitStack() as stack:
-        for name in draw.sample(["one graph", *names], len(names) + 1):
+        for name in sorted(["one graph", *names], key=order):
             if name == "one graph":
                 found[name] = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True)).generate
                 continue
@@ -67,13 +64,13 @@ def cuts(
 
 @contextmanager
 def field(
-    model: Path, scratch: Path, variant: str, facts: dict[str, Any], draw: random.Random
+    model: Path, scratch: Path, variant: str, facts: dict[str, Any], order: Order
 ) -> Iterator[dict[str, Says]]:
     """Contenders by name: the bundle "auto" of the scratch folder, its one graph, onnxruntime-genai and
     llama.cpp; what the rivals said of themselves goes to `facts`.
     """
     with ExitStack() as stack:
-        ours = stack.enter_context(cuts(scratch, variant, ["auto"], draw))
+        ours = stack.enter_context(cuts(scratch, variant, ["auto"], order))
         genai = stack.enter_context(Genai(genai_model(model, variant, scratch / "genai"), THREADS))
         llama = stack.enter_context(Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS))
         facts[variant] = {"genai": genai.facts, "llama": llama.facts}

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,9 +29,11 @@ class Answer(NamedTuple):
     steps: list[float]
 
 
+Order = Callable[[str], float]
 Says = Callable[[list[int], int], Answer]
 Writes = Callable[[list[int], int], Iterator[int]]  # ids, one after another
-Opened = Callable[[random.Random], AbstractContextManager[dict[str, T]]]  # contenders, in a drawn order
+# Opens contenders, sorted by a key of their names; gives them in the order in which they are shown.
+Opened = Callable[[Order], AbstractContextManager[dict[str, T]]]
 
 
 def clocked(ids: Iterator[int]) -> Answer:
@@ -44,12 +47,15 @@ def clocked(ids: Iterator[int]) -> Answer:
 
 
 def turns(opened: Opened[Says], prompts: list[list[int]], most: int, rounds: int) -> dict[str, list[Answer]]:
-    """Answers by contender, a prompt each. All are opened anew every round, and who comes behind whom is
-    drawn: what one leaves in the processor's caches, or still runs, is in the next one's way.
+    """Answers by contender, a prompt each. Who comes behind whom is drawn: what one leaves in the processor's
+    caches, or still runs, is in the next one's way.
+
+    All are opened anew every round, in a drawn order and then in its reverse: what is opened first gets the
+    worse memory and is up to a tenth slower for as long as it is open.
     """
     found, draw = defaultdict[str, list[Answer]](list), random.Random(0)
-    for share in shares(prompts, rounds):
-        with opened(draw) as contenders:
+    for order, share in shares(prompts, rounds):
+        with opened(order) as contenders:
             for name, says in contenders.items():
                 found[name] += []  # in the order in which they are shown
                 says(share[0], 8)
@@ -68,8 +74,8 @@ def woven(
     each burst is left out of the steps, since its contender's memory has been out of use.
     """
     found, draw = defaultdict[str, list[Answer]](list), random.Random(0)
-    for share in shares(prompts, rounds):
-        with opened(draw) as contenders:
+    for order, share in shares(prompts, rounds):
+        with opened(order) as contenders:
             for prompt in share:
                 tokens = {name: writes(prompt, most) for name, writes in contenders.items()}
                 answers = {name: clocked(islice(one, 1)) for name, one in tokens.items()}
@@ -83,12 +89,17 @@ def woven(
     return dict(found)
 
 
-def shares(prompts: list[list[int]], rounds: int) -> Iterator[list[list[int]]]:
-    """Prompts of each round, with progress."""
+def shares(prompts: list[list[int]], rounds: int) -> Iterator[tuple[Order, list[list[int]]]]:
+    """Prompts of each round and an order for it, with progress."""
     size = -(-len(prompts) // rounds)
-    starts = range(0, len(prompts), size)
-    for at in track(starts, "rounds", console=Console(stderr=True)):
-        yield prompts[at : at + size]
+    for number in track(range(0, len(prompts), size), "rounds", console=Console(stderr=True)):
+        at = number // size
+        yield partial(_drawn, at // 2, 1 - 2 * (at % 2)), prompts[number : number + size]
+
+
+def _drawn(seed: int, sign: int, name: str) -> float:
+    """A number for a name; sign -1 turns the order of names round."""
+    return sign * random.Random(f"{seed} {name}").random()
 
 
 def compared(

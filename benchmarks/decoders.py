@@ -9,8 +9,8 @@ ee-split --monolith writes, at three precisions; ratios are speeds of a prompt's
 graph's, median of prompts; "same" says that ids are those that transformers generates (fp32, of the first 20
 prompts) or that the one graph says (int8, int4). rivals: the cut of auto beside the other two, prompt by
 prompt in turns, at three precisions, in processes of their own that wait while others answer. Both open
-everything anew every round: where memory happens to lie makes the same graph several percent faster or
-slower. memory: resident set of fresh processes that read and write up to 1,024 tokens. Bundles stay in
+everything anew every round, and back to front every other round: what is opened first gets worse memory.
+memory: resident set of fresh processes that read and write up to 1,024 tokens. Bundles stay in
 --scratch and are not written twice; full has to come first.
 """
 
@@ -100,9 +100,9 @@ def main() -> None:
 MODEL = click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
 SCRATCH = click.option("--scratch", required=True, type=click.Path(path_type=Path), help="For bundles.")
 TEXTS = click.option("--texts", required=True, type=click.Path(exists=True, path_type=Path))
-COUNT = click.option("--count", default=20, show_default=True, help="Prompts.")
+COUNT = click.option("--count", default=24, show_default=True, help="Prompts.")
 TOKENS = click.option("--tokens", default=64, show_default=True, help="Tokens of an answer.")
-ROUNDS = click.option("--rounds", default=5, show_default=True, help="Times that all is opened anew.")
+ROUNDS = click.option("--rounds", default=8, show_default=True, help="Times that all is opened anew.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 
 

@@ -56,13 +56,14 @@ def test_the_choice_is_shown() -> None:
 def test_auto_cuts_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, written = DecoderNetwork(tiny.decoder("llama")), []
     monkeypatch.setattr("offramp.export.decoder_auto._write", lambda *said: written.append(said[4]))
-    for each, cuts in ((1.001, (1, 2, 3)), (1.03, (2, 3)), (2.0, (3,))):
-        monkeypatch.setattr("offramp.export.decoder_auto._steps", lambda *_, x=each: [[1.0] * 9, [x] * 9])
-        assert choose_cuts(network, tmp_path).cuts == cuts
-    seconds = {"fp32": 1.001, "int4": 1.03}  # the cut is one, and has to do for both
+    seconds: dict[str, float] = {}
     monkeypatch.setattr(
-        "offramp.export.decoder_auto._steps", lambda _, variant: [[1.0] * 9, [seconds[variant]] * 9]
+        "offramp.export.decoder_auto._steps",
+        lambda bundles, variant: [[1.0 if b.name == "one" else seconds[variant]] * 9 for b in bundles],
     )
+    for seconds["fp32"], cuts in ((1.001, (1, 2, 3)), (1.03, (2, 3)), (2.0, (3,))):
+        assert choose_cuts(network, tmp_path).cuts == cuts
+    seconds |= {"fp32": 1.001, "int4": 1.03}  # the cut is one, and has to do for both
     assert choose_cuts(network, tmp_path, ("fp32", "int4")).cuts == (2, 3)
     assert written[-1] == ("fp32", "int4")
 
