@@ -1,7 +1,8 @@
-"""--segments auto of a language model: as fine as it can be cut for a given part of its speed.
+"""--segments auto of a language model: as fine as it can be cut for a given part of one graph's speed.
 
-A token takes what the blocks take and, for every segment but one, what a seam takes: a call, and the hidden
-state and a few masks once more through memory. Both are measured on the finest cut and on the coarsest.
+A token takes what the blocks take and, for every seam, a call, and the hidden state and a few masks once more
+through memory. Both are measured on the finest cut and on the coarsest; one segment has two seams already, to
+the stem and to the head, that one graph of all has not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from offramp.runtime.generate import through
 from offramp.runtime.lane import Lane
 from offramp.training.checkpoint import TOKENIZER
 
-LOSS = 0.02  # of the speed of one segment that seams may take
+LOSS = 0.02  # of the speed of one graph that seams may take
 PROMPT, STEPS = 32, 60  # tokens; timed steps behind them
 
 
@@ -46,8 +47,8 @@ class Timed(NamedTuple):
         return self.one + self.seam * (segments - 1)
 
     def speed(self, segments: int) -> float:
-        """By that of one segment."""
-        return self.one / self.seconds(segments)
+        """By that of one graph, which has no seam."""
+        return self.seconds(-1) / self.seconds(segments)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Grouping:
     cuts: tuple[int, ...]
 
     def table(self) -> str:
-        """The trade-off, a line a grouping: milliseconds a token and the speed by that of one segment."""
+        """The trade-off, a line a grouping: milliseconds a token and the speed by that of one graph."""
         heads = "".join(f"{name + ' ms':>11}{'speed':>8}" for name in self.timed)
         lines = [f"segments   blocks in one{heads}   kept"]
         for count in groupings(self.blocks):
@@ -71,7 +72,7 @@ class Grouping:
             kept = "yes" if ends == self.cuts else ""
             lines.append(f"{count:8d}{'-'.join(map(str, sizes)):>16}{cells}{kept:>7}".rstrip())
         seams = ", ".join(f"{1e6 * timed.seam:.0f} us in {name}" for name, timed in self.timed.items())
-        lines.append(f"a seam takes {seams}; speed: by that of one segment")
+        lines.append(f"a seam takes {seams}; speed: by that of one graph")
         return "\n".join(lines)
 
 
@@ -87,8 +88,8 @@ def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
 
 def choose_cuts(network: DecoderNetwork, folder: Path, variants: Sequence[str] = ("fp32",)) -> Grouping:
     """Write the finest and the coarsest cut to a temporary folder, time one-token steps of both in turns, and
-    choose the most segments that keep the speed of one but for LOSS, in every variant: a bundle has one cut,
-    and where arithmetic takes less time seams are more of it.
+    choose the most segments that keep the speed of one graph but for LOSS, in every variant, or one where none
+    do: a bundle has one cut, and where arithmetic takes less time seams are more of it.
     """
     blocks, timed = network.block_count, dict[str, Timed]()
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
@@ -101,7 +102,7 @@ def choose_cuts(network: DecoderNetwork, folder: Path, variants: Sequence[str] =
             one, each = (float(np.median(a) + np.median(b)) / 2 for a, b in zip(there, back, strict=True))
             timed[variant] = Timed(one, max(0.0, (each - one) / max(1, blocks - 1)))
     fine = [n for n in groupings(blocks) if all(t.speed(n) >= 1 - LOSS for t in timed.values())]
-    return Grouping(blocks, timed, even_cuts(blocks, fine[0]))
+    return Grouping(blocks, timed, even_cuts(blocks, fine[0] if fine else 1))
 
 
 def _write(
