@@ -88,8 +88,8 @@ def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
 
 def choose_cuts(network: DecoderNetwork, folder: Path, variants: Sequence[str] = ("fp32",)) -> Grouping:
     """Write the finest and the coarsest cut to a temporary folder, time one-token steps of both in turns, and
-    choose the most segments that keep the speed of one graph but for LOSS, in every variant, or one where none
-    do: a bundle has one cut, and where arithmetic takes less time seams are more of it.
+    choose the most segments that keep the speed of one graph but for LOSS, in every variant, or one where
+    none do: a bundle has one cut, and where arithmetic takes less time seams are more of it.
     """
     blocks, timed = network.block_count, dict[str, Timed]()
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
