@@ -15,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from offramp.runtime.engines.graphs import give_back
+
 BURST = 9  # tokens
 PAUSE = 0.15  # seconds: threads that look for work after a run would be in the next one's way
 
@@ -63,6 +65,8 @@ def turns(opened: Opened[Says], prompts: list[list[int]], most: int, rounds: int
                 for name in draw.sample(list(contenders), len(contenders)):
                     time.sleep(PAUSE)
                     found[name].append(contenders[name](prompt, most))
+            contenders.clear()
+        give_back()
     return dict(found)
 
 
@@ -86,6 +90,9 @@ def woven(
                         answers[name].steps.extend(steps)
                 for name, answer in answers.items():
                     found[name].append(answer)
+                tokens.clear()  # each holds its contender open
+            contenders.clear()
+        give_back()
     return dict(found)
 
 

@@ -113,17 +113,27 @@ OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 @COUNT
 @TOKENS
 @ROUNDS
+@click.option("--alone", is_flag=True, help="The cut of auto and the one graph, no other cuts beside.")
 @OUT
 def full(
-    model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
+    model: Path,
+    scratch: Path,
+    texts: Path,
+    count: int,
+    tokens: int,
+    rounds: int,
+    alone: bool,
+    out: Path | None,
 ) -> None:
     """Segments against one graph."""
     from offramp.benchmarks.decoder_contest import cuts
 
     chosen, found = prepared(model, scratch), dict[str, dict[str, dict[str, Any]]]()
-    names = ["auto", *(f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir())]
+    others = [f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir()]
+    names = ["auto", *([] if alone else others)]
     prompts = prompts_for(scratch, texts, count)
-    facts = {"command": "benchmarks/decoders.py full", "model": model.name, "prompts": count}
+    command = "benchmarks/decoders.py full" + " --alone" * alone
+    facts: dict[str, Any] = {"command": command, "model": model.name, "prompts": count}
     facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name, "held_to_transformers": min(count, 20)}
     right = greedy(model, prompts[:20], tokens)
     for variant in VARIANTS:

@@ -24,12 +24,14 @@ def measured_on(found: dict[str, Any]) -> str:
     return f"{about['cpu']}, {about['when'][:10]}"
 
 
-def segments() -> list[str]:
-    """Full depth in segments against the one graph, by fineness."""
-    found = read("decoders")
+def segments(kind: str = "decoders") -> list[str]:
+    """Full depth in segments against the one graph, by fineness; decoders_alone: the cut of auto."""
+    found = read(kind)
     if found is None:
         return []
-    title = f"**{found['model']} at full depth**, {found['prompts']} prompts, {found['tokens']} tokens each"
+    alone = ", no other cuts beside" * (kind == "decoders_alone")
+    title = f"**{found['model']} at full depth{alone}**, {found['prompts']} prompts, "
+    title += f"{found['tokens']} tokens each"
     cuts = len(found["auto"]["cuts"])
     rows = []
     for variant, contenders in found["contenders"].items():
@@ -182,5 +184,8 @@ def short() -> list[str]:
 
 def all_tables() -> list[str]:
     """For docs/measured.md."""
-    parts = (segments(), rivals(), profile(), memory(), lossless(), needs(), caches(), depth())
+    parts = (
+        *(segments(), segments("decoders_alone"), rivals(), profile(), memory()),
+        *(lossless(), needs(), caches(), depth()),
+    )
     return [line for part in parts for line in part]
