@@ -57,7 +57,7 @@ def contest(writer: Writer, prompts: list[list[int]], most: int, fixed: list[tup
     """All ways on all prompts."""
     segments = len(writer.manifest.segments)
     ways: dict[str, Way] = {"full": full, "speculative": Drafting(range(1, segments))}
-    ways |= {f"{exit},{drafts}": Drafting(range(1, segments), (exit, drafts)) for exit, drafts in fixed}
+    ways |= {f"{e},{d}": Drafting(range(1, segments), (e, d)) for e, d in fixed if e < segments}
     for way in ways.values():
         answered(writer, prompts[0], most, way)
     ways |= {"speculative": Drafting(range(1, segments))}  # has learned nothing yet
@@ -98,7 +98,11 @@ def contest(writer: Writer, prompts: list[list[int]], most: int, fixed: list[tup
 @click.option("--count", default=100, help="Prompts.")
 @click.option("--prompt", default=24, help="Tokens of a prompt.")
 @click.option("--tokens", default=64, help="Tokens of an answer.")
-@click.option("--fixed", default="1,1 1,2 1,3 2,2", help="Ways that do not choose: exit,drafts.")
+@click.option(
+    "--fixed",
+    default="1,1 1,2 1,3 2,2",
+    help="Ways that do not choose: exit,drafts; those whose exit a bundle lacks are left out.",
+)
 @click.option("--threads", type=int, help="As load() takes it.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 def main(bundles: tuple[str, ...], texts: Path, out: Path | None, **o: Any) -> None:
