@@ -44,8 +44,8 @@ class NotVerified(click.ClickException):
     "--segments",
     help="Where to cut: each (every exit), 'every N' blocks, blocks such as 2,4,6, or auto: times segments "
     "and exits here and keeps the exits that save more than they cost the rows of --dev; of language models "
-    "times seams and cuts as finely as 2 % of the speed allow.  [default: each; of language models where the "
-    "training had its exits, else auto]",
+    "times seams and cuts as finely as 2 % of the speed allow in every variant.  [default: each; of language "
+    "models where the training had its exits, else auto]",
 )
 @click.option(
     "--dev",
