@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from offramp.benchmarks.lossless import prompts_of
 from offramp.runtime import RuleSpec, load, rules
-from offramp.runtime.generate import SILENT, Exiting, through
+from offramp.runtime.generate import SILENT, Exiting
 from offramp.runtime.lane import Lane
 from offramp.runtime.report import machine
 from offramp.runtime.ways import CACHES
@@ -41,7 +41,7 @@ def read(writer: Writer, ids: list[int], prompt: int, way: Exiting, truth: np.nd
     """
     lane = Lane(writer.decoder)
     lane.feed(ids[:prompt])
-    through(lane, most=prompt)
+    lane.through(most=prompt)
     nats, depths, ran, seconds, apart = list[float](), list[int](), lane.ran, 0.0, list[float]()
     for at in range(prompt, len(ids) - 1):
         started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -45,7 +45,7 @@ class OneGraph:
 
 
 class _Bound(NamedTuple):
-    """Runs on so many tokens: their memory, and by block what takes in what they add, tokens first."""
+    """Runs on so many tokens: their memory, and what takes in what they add, tokens first."""
 
     run: Run
     known: dict[str, np.ndarray]
@@ -57,7 +57,10 @@ class _Lane:
 
     def __init__(self, graph: OneGraph) -> None:
         self.graph, self.places = graph, PLACES
-        self.arrays = {name: self._empty(shape, PLACES) for name, shape in graph.past.items()}
+        self.keys = [name for name in graph.past if name.startswith("past_k_")]
+        self.values = [name for name in graph.past if not name.startswith("past_k_")]
+        # Keys, and values, of all blocks in one array each, as a cache has them by segment.
+        self.stacks = [self._stack(names, PLACES) for names in (self.keys, self.values)]
         self._bound: dict[tuple[int, int], _Bound] = {}
 
     def step(self, ids: Sequence[int], start: int) -> int:
@@ -75,18 +78,21 @@ class _Lane:
             kept[start : start + count] = new
         return int(known["logits"][0, 0].argmax())
 
-    def _empty(self, shape: Sequence[Any], places: int) -> np.ndarray:
+    def _stack(self, names: Sequence[str], places: int) -> np.ndarray:
         sizes = {"batch": 1, "past": places}
-        return np.zeros([sizes.get(size, size) for size in shape], np.float32)
+        shape = [sizes.get(size, size) for size in self.graph.past[names[0]]]
+        return np.zeros((len(names), *shape), np.float32)
 
     def _grow(self, tokens: int) -> None:
         held = self.places
         while self.places < tokens:
             self.places += min(self.places, 4 * PLACES)
-        for name, old in self.arrays.items():
-            self.arrays[name] = self._empty(self.graph.past[name], self.places)
-            _tokens_first(name, self.arrays[name])[:held] = _tokens_first(name, old)
         self._bound.clear()
+        for at, names in enumerate((self.keys, self.values)):
+            new = self._stack(names, self.places)
+            _tokens_first(names, new)[:held] = _tokens_first(names, self.stacks[at])
+            self.stacks[at] = new
+        give_back()
 
     def _bind(self, count: int, places: int) -> _Bound:
         graph = self.graph
@@ -97,11 +103,14 @@ class _Lane:
             "logits": np.zeros((1, 1, graph.vocabulary), np.float32),
         }
         added = []
-        for name, shape in graph.past.items():
-            new = name.replace("past", "new", 1)
-            known[new] = self._empty(shape, count)
-            known[name] = self.arrays[name] if places == self.places else self._empty(shape, places)
-            added.append((_tokens_first(name, self.arrays[name]), _tokens_first(name, known[new])))
+        for names, kept in zip((self.keys, self.values), self.stacks, strict=True):
+            new, read = (
+                self._stack(names, count),
+                kept if places == self.places else self._stack(names, places),
+            )
+            for name, mine, past in zip(names, new, read, strict=True):
+                known[name.replace("past", "new", 1)], known[name] = mine, past
+            added.append((_tokens_first(names, kept), _tokens_first(names, new)))
         binding = onnxruntime.IOBinding(graph.session)
         for bind, nodes in (
             (binding.bind_input, graph.session.get_inputs()),
@@ -113,6 +122,6 @@ class _Lane:
         return _Bound(runner(onnxruntime, graph.session, binding), known, added)
 
 
-def _tokens_first(name: str, array: np.ndarray) -> np.ndarray:
-    """A view of keys [1, heads, size, tokens] or values [1, heads, tokens, size]."""
-    return np.moveaxis(array, 3 if name.startswith("past_k_") else 2, 0)
+def _tokens_first(names: Sequence[str], stack: np.ndarray) -> np.ndarray:
+    """A view of keys [blocks, 1, heads, size, tokens] or values [blocks, 1, heads, tokens, size]."""
+    return np.moveaxis(stack, 4 if names[0].startswith("past_k_") else 3, 0)

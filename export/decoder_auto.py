@@ -28,7 +28,6 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.bundle import open_bundle
 from offramp.runtime.engines.decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
-from offramp.runtime.generate import through
 from offramp.runtime.lane import Lane
 from offramp.training.checkpoint import TOKENIZER
 
@@ -137,13 +136,13 @@ def _steps(bundles: Sequence[Path], variant: str) -> list[list[float]]:
     prompt = min(PROMPT, lanes[0].cache.longest // 2)
     for lane in lanes:
         lane.feed([0] * prompt)
-        through(lane, most=prompt)
+        lane.through(most=prompt)
     seconds: list[list[float]] = [[] for _ in lanes]
     for step in range(min(STEPS, lanes[0].cache.longest - prompt)):
         for at in (0, 1) if step % 2 else (1, 0):
             started = time.perf_counter()
             lanes[at].feed([0])
-            lanes[at].cache.logits(through(lanes[at]).hidden)
+            lanes[at].cache.logits(lanes[at].through().hidden)
             if step > 4:  # the first ones bind memory
                 seconds[at].append(time.perf_counter() - started)
     return seconds

@@ -20,7 +20,7 @@ from offramp.runtime.bundle import open_bundle
 from offramp.runtime.engines import Array
 from offramp.runtime.engines.decoder import DecoderEngine
 from offramp.runtime.errors import BadInput
-from offramp.runtime.generate import past, through
+from offramp.runtime.generate import past
 from offramp.runtime.lane import Lane
 from offramp.runtime.manifest import FILE_NAME, FileFact, Manifest, OperatingPoint, RuleSpec
 from offramp.runtime.opening import load
@@ -70,7 +70,7 @@ def scored(
     lane = Lane(engine)
     lane.feed(prompt)
     seen: Array = lane.advance(0, len(prompt)).hidden[-1].copy()
-    through(lane, 1, len(prompt))
+    lane.through(1, len(prompt))
     scores = []
     for route in routes:
         lane.truncate(len(prompt))

@@ -58,17 +58,8 @@ def full(lane: Lane, token: int, most: int) -> list[Token]:
     """The way through all blocks."""
     before = lane.ran
     lane.feed([token])
-    said = _likeliest(lane, through(lane).hidden)
+    said = _likeliest(lane, lane.through().hidden)
     return [Token(said, lane.engine.manifest.blocks, lane.ran - before)]
-
-
-def through(lane: Lane, first: int = 0, most: int | None = None) -> Made:
-    """Run all segments from `first` on, on who waits for them; gives what the last one made, whose hidden is
-    its leaving, too.
-    """
-    for segment in range(first, len(lane.filled)):
-        made = lane.advance(segment) if most is None else lane.advance(segment, most)
-    return made
 
 
 class Exiting:
@@ -162,7 +153,7 @@ def generate(
     made = lane.advance(0, len(ids))
     if isinstance(way, Chooser):
         way = way.chosen(made.hidden[-1])
-    made = through(lane, 1, len(ids)) if len(lane.filled) > 1 else made
+    made = lane.through(1, len(ids)) if len(lane.filled) > 1 else made
     said = _likeliest(lane, made.hidden)
     told = [Token(said, engine.manifest.blocks, engine.manifest.blocks)]
     given = 0

@@ -51,6 +51,22 @@ class Lane:
             made = self._run(segment, most)
         return made
 
+    def through(self, first: int = 0, most: int = KEPT) -> Made:
+        """Run all segments from `first` on, as advance does; gives what the last one made, whose hidden is
+        its leaving, too.
+        """
+        start, count = self.filled[first], self.waiting(first)
+        if count > most or any(filled != start for filled in self.filled[first:]):
+            for segment in range(first, len(self.filled)):
+                made = self.advance(segment, most)
+            return made
+        # Nobody waits further on: straight through, nothing is put down between.
+        hidden = self._rows[first].take(count) if first else None
+        made = self.cache.through(first, self.ids[start : start + count], start, hidden)
+        self.ran += count * sum(self._blocks[first:])
+        self.filled[first:] = [start + count] * len(self._blocks[first:])
+        return made
+
     def fill(self, segment: int, keep: int = 0) -> None:
         """All who wait but the last `keep` go past a segment, which is left keys and values made of the
         hidden state that passes by.

@@ -16,6 +16,7 @@ from offramp.runtime.bundle import Bundle
 from offramp.runtime.engines import Array
 from offramp.runtime.engines.buffers import Run, runner
 from offramp.runtime.engines.graphs import Graph, Graphs, give_back
+from offramp.runtime.engines.stacks import Stack, shape_of, stacks_of
 from offramp.runtime.engines.threads import Pool
 from offramp.runtime.errors import BadInput
 from offramp.runtime.manifest import GATE, LEAVING, NEXT, PAST, Stage, Tensor, Variant
@@ -25,7 +26,8 @@ KEPT = 16  # bindings are kept for steps of up to so many tokens; prompts come o
 
 
 class Made(NamedTuple):
-    """What a segment made of n tokens; the arrays are used again by its next run on as many tokens.
+    """What a segment made of n tokens; the arrays are used again by the next run of it, or of the segment
+    behind it, on as many tokens.
 
     hidden [n, hidden]. leaving: what the head reads where a token leaves here [n, hidden], hidden itself if
     there is no translator. gate: logits of P(exit) [n], or None.
@@ -91,9 +93,10 @@ class Cache:
         reads, self.engine = engine.manifest.input, engine
         self.longest: int = reads.longest  # type: ignore[union-attr]  # a decoder reads text
         self.places = min(PLACES, self.longest)
-        inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
-        self.tensors = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
-        self.arrays: dict[str, Array] = {tensor.name: self._empty(tensor) for tensor in self.tensors}
+        self.stacks: list[Stack] = []
+        for stage in engine.manifest.segments:
+            past = [tensor for tensor in engine.facts_of(stage).inputs if tensor.name.startswith(PAST)]
+            self.stacks += stacks_of(past, self.places)
         # By number of tokens and of places that they read; to these very arrays.
         self._bound: dict[tuple[int, int], _Bound] = {}
 
@@ -107,11 +110,11 @@ class Cache:
         while self.places < tokens:
             self.places += min(self.places, 4 * PLACES)
         self.places = min(self.places, self.longest)
-        for tensor in self.tensors:
-            old, new = self.arrays[tensor.name], self._empty(tensor)
-            new[_at(tensor, 0, held)] = old
-            self.arrays[tensor.name] = new
-        self._bound.clear()
+        self._bound.clear()  # they hold the smaller arrays
+        for at, old in enumerate(self.stacks):
+            new = old.like(1, self.places)
+            new.by_token[:held] = old.by_token
+            self.stacks[at] = new
         give_back()  # the smaller arrays lie between others, where the C library would keep them
 
     def embed(self, ids: Sequence[int], start: int) -> Array:
@@ -122,12 +125,17 @@ class Cache:
         """Run a segment on tokens that stand from `start` on, with hidden [n, hidden] of them; the cache of
         its blocks takes in what they add.
         """
-        return self._of(len(ids), start).run(self.engine.manifest.segments[number], ids, start, hidden)
+        return self._of(len(ids), start).run(number, ids, start, hidden)
+
+    def through(self, first: int, ids: Sequence[int], start: int, hidden: Array | None) -> Made:
+        """Run all segments from `first` on, each on what the one before it made; hidden as for segment, None
+        if the stem's is meant. Gives what the last one made.
+        """
+        return self._of(len(ids), start).through(first, ids, start, hidden)
 
     def fill(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> None:
         """Put keys and values into a segment's cache for tokens that go past it with this hidden state."""
-        stage = self.engine.fills[self.engine.manifest.segments[number].blocks]
-        self._of(len(ids), start).run(stage, ids, start, hidden)
+        self._of(len(ids), start).run(number, ids, start, hidden, fill=True)
 
     def logits(self, hidden: Array, draft: bool = False) -> Array:
         """What the head makes of hidden [n, hidden]: [n, vocabulary], or fewer ids, those that a draft knows;
@@ -146,26 +154,37 @@ class Cache:
             bound = self._bound[tokens, places] = _Bound(self.engine, self, tokens, places)
         return bound
 
-    def _empty(self, tensor: Tensor) -> Array:
-        return np.zeros(_shape(tensor, 1, self.places), tensor.dtype)
+
+class _Stage(NamedTuple):
+    """A bound segment, or what fills its cache: what it makes, and by stack what takes in what it adds, both
+    with tokens first.
+    """
+
+    run: Run
+    made: Made
+    added: list[tuple[Array, Array]]
 
 
 class _Bound:
-    """Memory for so many tokens, bound to the graphs and to one cache's arrays when first needed."""
+    """Memory for so many tokens, bound to the graphs and to one cache's arrays when first needed.
+
+    Hidden states stand between segments, where one writes them and the next reads them.
+    """
 
     def __init__(self, engine: DecoderEngine, cache: Cache, tokens: int, places: int) -> None:
         self._engine, self._cache, self._tokens, self._places = engine, cache, tokens, places
-        stem = engine.facts_of(engine.manifest.stem)
+        stem, segments = engine.facts_of(engine.manifest.stem), engine.manifest.segments
         made = {tensor.name: self._array(tensor) for tensor in (*stem.inputs, *stem.outputs)}
         self._ids, self._positions = made["input_ids"], made["position_ids"]
-        self._valid, self._embedded = made["past_valid"], made.pop("hidden")
-        self._hidden = np.zeros_like(self._embedded)
-        whole = places == cache.places
-        past = cache.arrays if whole else {one.name: self._array(one) for one in cache.tensors}
-        self._shared = made | past
-        self._stages: dict[str, tuple[Run, Made, list[tuple[Array, Array]]]] = {}
+        self._valid, embedded = made["past_valid"], made.pop("hidden")
+        self._between = [embedded, *(np.zeros_like(embedded) for _ in segments)]  # each [1, tokens, hidden]
+        self._leaving = np.zeros_like(embedded)  # what a head reads
+        for kept in cache.stacks:
+            made |= (kept if places == cache.places else kept.like(1, places)).parts()
+        self._shared = made
+        self._stages: dict[tuple[int, bool], _Stage] = {}
         self._heads: dict[bool, tuple[Run, Array]] = {}
-        self._stem = self._run(engine.manifest.stem, {"hidden": self._embedded})
+        self._stem = self._run(engine.manifest.stem, {"hidden": embedded})
         self._seen: tuple[int, Sequence[int]] = (-1, ())
 
     def look(self, ids: Sequence[int], start: int) -> Array:
@@ -175,21 +194,29 @@ class _Bound:
             self._valid[0, :start], self._valid[0, start:] = 1, 0
             self._stem()
             self._seen = start, list(ids)
-        hidden: Array = self._embedded[0]
+        hidden: Array = self._between[0][0]
         return hidden
 
-    def run(self, stage: Stage, ids: Sequence[int], start: int, hidden: Array) -> Made:
+    def run(self, number: int, ids: Sequence[int], start: int, hidden: Array, fill: bool = False) -> Made:
         """Run a segment, or what fills its cache."""
         self.look(ids, start)
-        found = self._stages.get(stage.name)
-        if found is None:
-            found = self._stages[stage.name] = self._bind(stage)
-        run, made, added = found
-        self._hidden[0] = hidden
-        run()
-        for kept, new in added:
-            kept[start : start + self._tokens] = new
+        self._between[number][0] = hidden
+        return self._extend(self._stages.get((number, fill)) or self._bind(number, fill), start)
+
+    def through(self, first: int, ids: Sequence[int], start: int, hidden: Array | None) -> Made:
+        """Run all segments from `first` on."""
+        self.look(ids, start)
+        if hidden is not None:
+            self._between[first][0] = hidden
+        for number in range(first, len(self._between) - 1):
+            made = self._extend(self._stages.get((number, False)) or self._bind(number, False), start)
         return made
+
+    def _extend(self, stage: _Stage, start: int) -> Made:
+        stage.run()
+        for kept, new in stage.added:
+            kept[start : start + self._tokens] = new
+        return stage.made
 
     def head(self, hidden: Array, draft: bool) -> Array:
         """Run the head, or the one that drafts, of n tokens."""
@@ -199,30 +226,36 @@ class _Bound:
             assert facts is not None
             stage = facts.draft if draft and facts.draft is not None else facts.head
             logits = self._array(self._engine.facts_of(stage).outputs[0])
-            found = self._heads[draft] = self._run(stage, {"logits": logits}), logits
+            run = self._run(stage, {"hidden": self._leaving, "logits": logits})
+            found = self._heads[draft] = run, logits
         run, logits = found
-        self._hidden[0] = hidden
+        self._leaving[0] = hidden
         run()
         said: Array = logits[0]
         return said
 
-    def _bind(self, stage: Stage) -> tuple[Run, Made, list[tuple[Array, Array]]]:
-        outputs = {tensor.name: self._array(tensor) for tensor in self._engine.facts_of(stage).outputs}
-        added = []
-        for tensor in self._cache.tensors:
-            if (new := outputs.get(tensor.name.replace("past", "new", 1))) is not None:
-                kept, axis = self._cache.arrays[tensor.name], tensor.shape.index("past")
-                # Views with tokens first, made once: every token writes to all of them.
-                added.append((np.moveaxis(kept, axis, 0), np.moveaxis(new, axis, 0)))
-        behind = outputs.get(f"{NEXT}hidden", self._hidden)  # a fill leaves hidden as it is
+    def _bind(self, number: int, fill: bool) -> _Stage:
+        segment = self._engine.manifest.segments[number]
+        stage = self._engine.fills[segment.blocks] if fill else segment
+        puts = {tensor.name: tensor for tensor in self._engine.facts_of(stage).outputs}
+        outputs, added = {NEXT + "hidden": self._between[number + 1]}, []
+        for kept in self._cache.stacks:
+            if (new := kept.added(puts, self._tokens)) is not None:
+                outputs |= new.parts()
+                added.append((kept.by_token, new.by_token))
+        outputs |= {name: self._array(tensor) for name, tensor in puts.items() if name not in outputs}
+        # A fill leaves hidden as it is.
+        behind = self._between[number] if fill else self._between[number + 1]
         gate = outputs.get(GATE)
         made = Made(behind[0], outputs.get(LEAVING, behind)[0], None if gate is None else gate[0])
-        return self._run(stage, outputs), made, added
+        run = self._run(stage, {"hidden": self._between[number]} | outputs)
+        found = self._stages[number, fill] = _Stage(run, made, added)
+        return found
 
     def _run(self, stage: Stage, own: dict[str, Array]) -> Run:
         session, facts = self._engine.session(stage), self._engine.facts_of(stage)
         binding = self._engine.ort.IOBinding(session)
-        known = self._shared | {"hidden": self._hidden} | own
+        known = self._shared | own
         for bind, tensors in ((binding.bind_input, facts.inputs), (binding.bind_output, facts.outputs)):
             for tensor in tensors:
                 array = known[tensor.name]
@@ -230,18 +263,7 @@ class _Bound:
         return runner(self._engine.ort, session, binding)
 
     def _array(self, tensor: Tensor) -> Array:
-        return np.zeros(_shape(tensor, self._tokens, self._places), tensor.dtype)
-
-
-def _shape(tensor: Tensor, tokens: int, places: int) -> tuple[int, ...]:
-    sizes: dict[Any, int] = {"batch": 1, "seq": tokens, "past": places}
-    return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
-
-
-def _at(tensor: Tensor, start: int, end: int) -> tuple[Any, ...]:
-    """The places from start to end of an array of that tensor."""
-    axis = tensor.shape.index("past")
-    return (slice(None),) * axis + (slice(start, end),)
+        return np.zeros(shape_of(tensor, self._tokens, self._places), tensor.dtype)
 
 
 __all__ = ["Cache", "DecoderEngine", "Made"]

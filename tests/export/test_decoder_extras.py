@@ -26,7 +26,7 @@ from offramp.runtime.bundle import open_bundle
 from offramp.runtime.engines.decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.errors import BadManifest
-from offramp.runtime.generate import generate, through
+from offramp.runtime.generate import generate
 from offramp.runtime.lane import Lane
 from offramp.runtime.writer import Writer
 from offramp.training.checkpoint import save_exits
@@ -117,10 +117,10 @@ def test_a_token_says_the_same_among_others_as_alone(made: Any, variant: str) ->
     ids = torch.randint(3, 60, (12,), generator=torch.Generator().manual_seed(2)).tolist()
     lanes = [Lane(engine(made[1], variant)) for _ in range(2)]
     lanes[0].feed(ids)
-    whole = through(lanes[0]).hidden.copy()
+    whole = lanes[0].through().hidden.copy()
     for at, token in enumerate(ids):
         lanes[1].feed([token])
-        alone = through(lanes[1]).hidden[0]
+        alone = lanes[1].through().hidden[0]
         # A last bit may round an activation to the next of 8 bits.
         allowed = 1e-5 if variant == "fp32" else 0.03
         np.testing.assert_allclose(whole[at], alone, atol=allowed * float(np.abs(alone).max()))

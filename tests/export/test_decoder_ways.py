@@ -19,7 +19,7 @@ from offramp.runtime.bundle import open_bundle
 from offramp.runtime.drafting import Drafting
 from offramp.runtime.engines.decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
-from offramp.runtime.generate import Exiting, Token, Way, full, generate, through
+from offramp.runtime.generate import Exiting, Token, Way, full, generate
 from offramp.runtime.lane import Lane
 from offramp.runtime.routes import skipped
 from offramp.runtime.ways import way_of
@@ -84,7 +84,7 @@ def test_a_deferred_cache_gives_the_logits_of_the_full_depth(
 ) -> None:
     lane, ids = Lane(engine), torch.randint(3, 60, (25,), generator=torch.Generator().manual_seed(3)).tolist()
     lane.feed(ids[:6])
-    through(lane, most=6)
+    lane.through(most=6)
     logits = made[0](torch.tensor([ids])).logits[0].numpy()
     deep = 0
     for at, token in enumerate(ids[6:], 6):
@@ -104,23 +104,23 @@ def test_more_wait_than_go_in_one_run(made: tuple[Any, Path], engine: DecoderEng
     lanes = [Lane(engine), Lane(engine)]
     for lane in lanes:
         lane.feed(ids[:4])
-        through(lane, most=4)
+        lane.through(most=4)
     for token in ids[4:]:
         lanes[0].feed([token])
         lanes[0].advance(0)
         lanes[1].feed([token])
-        last = through(lanes[1]).hidden[-1].copy()
+        last = lanes[1].through().hidden[-1].copy()
     assert lanes[0].waiting(1) == 41
-    np.testing.assert_allclose(through(lanes[0], 1).hidden[-1], last, atol=1e-5)
+    np.testing.assert_allclose(lanes[0].through(1).hidden[-1], last, atol=1e-5)
     assert lanes[0].ran == lanes[1].ran
 
 
 def test_a_lane_forgets_what_was_not_said(engine: DecoderEngine) -> None:
     lane = Lane(engine)
     lane.feed(PROMPT)
-    through(lane, most=5)
+    lane.through(most=5)
     lane.feed([7])
-    alone = through(lane).hidden[-1].copy()
+    alone = lane.through().hidden[-1].copy()
     for first in (1, 3, 0):  # wrong tokens at several depths
         lane.truncate(len(PROMPT))
         for token in (41, 42, 43):
@@ -130,7 +130,7 @@ def test_a_lane_forgets_what_was_not_said(engine: DecoderEngine) -> None:
         lane.truncate(len(PROMPT))
         assert not any(lane.waiting(segment) for segment in range(3))
         lane.feed([7])
-        np.testing.assert_allclose(through(lane).hidden[-1], alone, atol=1e-6)
+        np.testing.assert_allclose(lane.through().hidden[-1], alone, atol=1e-6)
     lane.truncate(0)
     assert lane.filled == [0, 0, 0]
 

@@ -18,7 +18,7 @@ from offramp.runtime.bundle import open_bundle
 from offramp.runtime.calibrate import main as calibrate
 from offramp.runtime.calibrate_text import scored
 from offramp.runtime.cli import main as run
-from offramp.runtime.generate import Token, through
+from offramp.runtime.generate import Token
 from offramp.runtime.lane import Lane
 from offramp.runtime.routes import FILE, menu, open_routing
 from offramp.runtime.writer import Writer
@@ -216,16 +216,16 @@ def test_a_route_says_what_its_segments_say(tmp_path: Path) -> None:
         _, scores = scored(session.decoder, menu(session.manifest), prompt, completion)
         lane = Lane(session.decoder)
         lane.feed([*prompt, *completion[:1]])
-        through(lane, most=99)
+        lane.through(most=99)
         nats = []
         for now, after in zip(completion[1:], [*completion[2:], None], strict=True):
             lane.feed([now])
-            logits = lane.cache.logits(through(lane).hidden)[0]
+            logits = lane.cache.logits(lane.through().hidden)[0]
             if after is not None:
                 nats.append(float(np.log(np.exp(logits).sum()) - logits[after]))
         first = Lane(session.decoder)
         first.feed([*prompt, completion[0]])
-        logits = first.cache.logits(through(first, most=99).hidden[-1:])[0]
+        logits = first.cache.logits(first.through(most=99).hidden[-1:])[0]
         nats.insert(0, float(np.log(np.exp(logits).sum()) - logits[completion[1]]))
     assert scores[0] == pytest.approx(-float(np.mean(nats)), abs=1e-4)
     assert len(set(scores)) == 3
