@@ -73,7 +73,7 @@ def _hold_fills(network: DecoderNetwork, engine: DecoderEngine, ids: torch.Tenso
     context = network.family.context(network.model, hidden, positions)
     for number, stage in enumerate(engine.manifest.segments[1:], 1):
         lane.fill(number)
-        caches = {name: part for stack in lane.cache.stacks for name, part in stack.parts().items()}
+        caches = {name: part for stack in lane.cache.stacks for name, part in stack.parts.items()}
         for block in stage.blocks:
             keys, values = network.family.keep(network.blocks[block - 1], hidden, context)
             for kind, wanted in (("k", keys.transpose(2, 3)), ("v", values)):

@@ -16,7 +16,7 @@ from offramp.runtime.bundle import Bundle
 from offramp.runtime.engines import Array
 from offramp.runtime.engines.buffers import Run, runner
 from offramp.runtime.engines.graphs import Graph, Graphs, give_back
-from offramp.runtime.engines.stacks import Stack, shape_of, stacks_of
+from offramp.runtime.engines.stacks import shape_of, stacks_of
 from offramp.runtime.engines.threads import Pool
 from offramp.runtime.errors import BadInput
 from offramp.runtime.manifest import GATE, LEAVING, NEXT, PAST, Stage, Tensor, Variant
@@ -93,10 +93,9 @@ class Cache:
         reads, self.engine = engine.manifest.input, engine
         self.longest: int = reads.longest  # type: ignore[union-attr]  # a decoder reads text
         self.places = min(PLACES, self.longest)
-        self.stacks: list[Stack] = []
-        for stage in engine.manifest.segments:
-            past = [tensor for tensor in engine.facts_of(stage).inputs if tensor.name.startswith(PAST)]
-            self.stacks += stacks_of(past, self.places)
+        inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
+        past = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
+        self.stacks = stacks_of(past, self.places)
         # By number of tokens and of places that they read; to these very arrays.
         self._bound: dict[tuple[int, int], _Bound] = {}
 
@@ -112,7 +111,7 @@ class Cache:
         self.places = min(self.places, self.longest)
         self._bound.clear()  # they hold the smaller arrays
         for at, old in enumerate(self.stacks):
-            new = old.like(1, self.places)
+            new = old.like(self.places)
             new.by_token[:held] = old.by_token
             self.stacks[at] = new
         give_back()  # the smaller arrays lie between others, where the C library would keep them
@@ -125,17 +124,17 @@ class Cache:
         """Run a segment on tokens that stand from `start` on, with hidden [n, hidden] of them; the cache of
         its blocks takes in what they add.
         """
-        return self._of(len(ids), start).run(number, ids, start, hidden)
+        return self._of(len(ids), start).run(number, number + 1, ids, start, hidden)
 
     def through(self, first: int, ids: Sequence[int], start: int, hidden: Array | None) -> Made:
         """Run all segments from `first` on, each on what the one before it made; hidden as for segment, None
         if the stem's is meant. Gives what the last one made.
         """
-        return self._of(len(ids), start).through(first, ids, start, hidden)
+        return self._of(len(ids), start).run(first, len(self.engine.manifest.segments), ids, start, hidden)
 
     def fill(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> None:
         """Put keys and values into a segment's cache for tokens that go past it with this hidden state."""
-        self._of(len(ids), start).run(number, ids, start, hidden, fill=True)
+        self._of(len(ids), start).run(number, number + 1, ids, start, hidden, fill=True)
 
     def logits(self, hidden: Array, draft: bool = False) -> Array:
         """What the head makes of hidden [n, hidden]: [n, vocabulary], or fewer ids, those that a draft knows;
@@ -155,12 +154,13 @@ class Cache:
         return bound
 
 
-class _Stage(NamedTuple):
-    """A bound segment, or what fills its cache: what it makes, and by stack what takes in what it adds, both
-    with tokens first.
+class _Stretch(NamedTuple):
+    """Runs of bound segments, one after another, or of what fills the cache of one.
+
+    made: by the last of them. added: places in the cache, tokens first, and what they put there.
     """
 
-    run: Run
+    runs: tuple[Run, ...]
     made: Made
     added: list[tuple[Array, Array]]
 
@@ -179,10 +179,13 @@ class _Bound:
         self._valid, embedded = made["past_valid"], made.pop("hidden")
         self._between = [embedded, *(np.zeros_like(embedded) for _ in segments)]  # each [1, tokens, hidden]
         self._leaving = np.zeros_like(embedded)  # what a head reads
-        for kept in cache.stacks:
-            made |= (kept if places == cache.places else kept.like(1, places)).parts()
+        self._new = [kept.added(tokens) for kept in cache.stacks]
+        past = [kept if places == cache.places else kept.like(places) for kept in cache.stacks]
+        for stack in (*past, *self._new):
+            made |= stack.parts
         self._shared = made
-        self._stages: dict[tuple[int, bool], _Stage] = {}
+        self._stretches: dict[tuple[int, int, bool], _Stretch] = {}
+        self._said: dict[tuple[int, str], Array] = {}
         self._heads: dict[bool, tuple[Run, Array]] = {}
         self._stem = self._run(engine.manifest.stem, {"hidden": embedded})
         self._seen: tuple[int, Sequence[int]] = (-1, ())
@@ -197,26 +200,23 @@ class _Bound:
         hidden: Array = self._between[0][0]
         return hidden
 
-    def run(self, number: int, ids: Sequence[int], start: int, hidden: Array, fill: bool = False) -> Made:
-        """Run a segment, or what fills its cache."""
-        self.look(ids, start)
-        self._between[number][0] = hidden
-        return self._extend(self._stages.get((number, fill)) or self._bind(number, fill), start)
-
-    def through(self, first: int, ids: Sequence[int], start: int, hidden: Array | None) -> Made:
-        """Run all segments from `first` on."""
+    def run(
+        self, first: int, end: int, ids: Sequence[int], start: int, hidden: Array | None, fill: bool = False
+    ) -> Made:
+        """Run segments from `first` to before `end`, or what fills the cache of the one; hidden: None for the
+        stem's.
+        """
         self.look(ids, start)
         if hidden is not None:
             self._between[first][0] = hidden
-        for number in range(first, len(self._between) - 1):
-            made = self._extend(self._stages.get((number, False)) or self._bind(number, False), start)
-        return made
-
-    def _extend(self, stage: _Stage, start: int) -> Made:
-        stage.run()
-        for kept, new in stage.added:
+        found = self._stretches.get((first, end, fill))
+        if found is None:
+            found = self._stretches[first, end, fill] = self._bind(first, end, fill)
+        for run in found.runs:
+            run()
+        for kept, new in found.added:
             kept[start : start + self._tokens] = new
-        return stage.made
+        return found.made
 
     def head(self, hidden: Array, draft: bool) -> Array:
         """Run the head, or the one that drafts, of n tokens."""
@@ -234,23 +234,25 @@ class _Bound:
         said: Array = logits[0]
         return said
 
-    def _bind(self, number: int, fill: bool) -> _Stage:
-        segment = self._engine.manifest.segments[number]
-        stage = self._engine.fills[segment.blocks] if fill else segment
-        puts = {tensor.name: tensor for tensor in self._engine.facts_of(stage).outputs}
-        outputs, added = {NEXT + "hidden": self._between[number + 1]}, []
-        for kept in self._cache.stacks:
-            if (new := kept.added(puts, self._tokens)) is not None:
-                outputs |= new.parts()
-                added.append((kept.by_token, new.by_token))
-        outputs |= {name: self._array(tensor) for name, tensor in puts.items() if name not in outputs}
-        # A fill leaves hidden as it is.
-        behind = self._between[number] if fill else self._between[number + 1]
-        gate = outputs.get(GATE)
-        made = Made(behind[0], outputs.get(LEAVING, behind)[0], None if gate is None else gate[0])
-        run = self._run(stage, {"hidden": self._between[number]} | outputs)
-        found = self._stages[number, fill] = _Stage(run, made, added)
-        return found
+    def _bind(self, first: int, end: int, fill: bool) -> _Stretch:
+        runs, puts = [], set[str]()
+        for number, segment in enumerate(self._engine.manifest.segments[first:end], first):
+            stage = self._engine.fills[segment.blocks] if fill else segment
+            outputs = {tensor.name: tensor for tensor in self._engine.facts_of(stage).outputs}
+            before, behind = self._between[number : number + 2]
+            own = {"hidden": before, f"{NEXT}hidden": behind}
+            for name in (LEAVING, GATE):
+                if name in outputs:  # held by this object: a binding holds nothing
+                    own[name] = self._said.setdefault((number, name), self._array(outputs[name]))
+            runs.append(self._run(stage, own))
+            puts |= set(outputs)
+        added = []
+        for kept, new in zip(self._cache.stacks, self._new, strict=True):
+            if (rows := new.rows(puts)) is not None:
+                added.append((kept.by_token[:, rows], new.by_token[:, rows]))
+        out, gate = before if fill else behind, own.get(GATE)  # a fill leaves hidden as it is
+        made = Made(out[0], own.get(LEAVING, out)[0], None if gate is None else gate[0])
+        return _Stretch(tuple(runs), made, added)
 
     def _run(self, stage: Stage, own: dict[str, Array]) -> Run:
         session, facts = self._engine.session(stage), self._engine.facts_of(stage)

@@ -1,11 +1,11 @@
-"""Keys, or values, of all blocks of a segment in one array: one assignment takes in what a token adds.
+"""Keys, or values, of all blocks in one array: one assignment takes in what a token adds to all of them.
 
 An assignment a block, sixty of them a token where there are thirty blocks, took as long as the seams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,37 +15,42 @@ from offramp.runtime.manifest import Tensor
 
 
 class Stack:
-    """Tensors of one form, of a past or of what is added to it: array [blocks, *shape], and a view of it with
-    tokens first.
+    """Tensors of one form, of a past or of what is added to it; parts: by name of the tensor, views of one
+    array [blocks, *shape], which by_token shows with tokens first.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], axis: int, tokens: int, places: int) -> None:
-        self.tensors, self._axis = tuple(tensors), axis
-        self.array = np.zeros((len(tensors), *shape_of(tensors[0], tokens, places)), tensors[0].dtype)
-        self.by_token: Array = np.moveaxis(self.array, 1 + axis, 0)
+    def __init__(self, names: Sequence[str], form: Tensor, axis: int, tokens: int, places: int) -> None:
+        self._names, self._form, self._axis = tuple(names), form, axis
+        array = np.zeros((len(self._names), *shape_of(form, tokens, places)), form.dtype)
+        self.by_token: Array = np.moveaxis(array, 1 + axis, 0)  # [tokens, blocks, ...]
+        self.parts: dict[str, Array] = dict(zip(self._names, array, strict=True))
 
-    def like(self, tokens: int, places: int) -> Stack:
-        """One of as many blocks, empty."""
-        return Stack(self.tensors, self._axis, tokens, places)
+    def like(self, places: int) -> Stack:
+        """An empty one of the same tensors, for a past."""
+        return Stack(self._names, self._form, self._axis, 0, places)
 
-    def added(self, puts: Mapping[str, Tensor], tokens: int) -> Stack | None:
-        """Memory for what a stage that puts out these tensors adds to this past; None: nothing."""
-        names = [tensor.name.replace("past", "new", 1) for tensor in self.tensors]
-        if any(name not in puts for name in names):
-            return None
-        return Stack([puts[name] for name in names], self._axis, tokens, 0)
+    def added(self, tokens: int) -> Stack:
+        """For what is added to this past by so many tokens."""
+        shape = list(self._form.shape)
+        shape[self._axis] = "seq"
+        names = [name.replace("past", "new", 1) for name in self._names]
+        return Stack(names, Tensor("new", self._form.dtype, tuple(shape)), self._axis, tokens, 0)
 
-    def parts(self) -> dict[str, Array]:
-        """By name of the tensor."""
-        return {tensor.name: part for tensor, part in zip(self.tensors, self.array, strict=True)}
+    def rows(self, names: set[str]) -> slice | None:
+        """Which blocks of by_token these tensors are, which stand in a row; None: none."""
+        found = [at for at, name in enumerate(self._names) if name in names]
+        return slice(found[0], found[-1] + 1) if found else None
 
 
 def stacks_of(past: Sequence[Tensor], places: int) -> list[Stack]:
-    """Of a segment's past, each with so many places."""
+    """Of all blocks' past, each with so many places."""
     alike: dict[Any, list[Tensor]] = {}
     for tensor in past:
         alike.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
-    return [Stack(tensors, tensors[0].shape.index("past"), 1, places) for tensors in alike.values()]
+    return [
+        Stack([tensor.name for tensor in tensors], tensors[0], tensors[0].shape.index("past"), 0, places)
+        for tensors in alike.values()
+    ]
 
 
 def shape_of(tensor: Tensor, tokens: int, places: int) -> tuple[int, ...]:
