@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 
 from offramp.benchmarks.decoder_rivals import Genai, Llama, Rival, genai_model, llama_model
-from offramp.benchmarks.decoder_turns import Answer, Order, Says, Writes, clocked
+from offramp.benchmarks.decoder_turns import Answer, Says, Writes, clocked
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
 from offramp.runtime.engines.threads import claim
@@ -19,6 +19,7 @@ from offramp.runtime.writer import Writer
 
 GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # of llama.cpp's kinds the one of the same bits
 THREADS = 2
+FIELD = OURS, ONE, GENAI, LLAMA = "offramp", "one graph", "onnxruntime-genai", "llama.cpp"
 
 
 def asking(rival: Rival) -> Says:
@@ -47,36 +48,38 @@ def saying(writes: Writes) -> Says:
 
 
 @contextmanager
-def cuts(scratch: Path, variant: str, names: Sequence[str], order: Order) -> Iterator[dict[str, Writes]]:
-    """Contenders of full by name, opened in this order: the one graph, and the bundles of these names."""
+def cuts(scratch: Path, variant: str, order: Sequence[str]) -> Iterator[dict[str, Writes]]:
+    """Contenders by name, opened in this order: "one graph", and bundles of the scratch folder."""
     found: dict[str, Writes] = {}
     with ExitStack() as stack:
-        for name in sorted(["one graph", *names], key=order):
-            if name == "one graph":
+        for name in order:
+            if name == ONE:
                 found[name] = OneGraph(whole_of(scratch, variant), claim(onnxruntime, None, True)).generate
                 continue
             opened = load(scratch / name, rule="never", variant=variant, threads=None, share=False)
             writer = stack.enter_context(opened)
             assert isinstance(writer, Writer)
             found[name] = writing(writer)
-        yield {name: found[name] for name in ("one graph", *names)}
+        yield found
 
 
 @contextmanager
 def field(
-    model: Path, scratch: Path, variant: str, facts: dict[str, Any], order: Order
+    model: Path, scratch: Path, variant: str, facts: dict[str, Any], order: Sequence[str]
 ) -> Iterator[dict[str, Says]]:
-    """Contenders by name: the bundle "auto" of the scratch folder, its one graph, onnxruntime-genai and
-    llama.cpp; what the rivals said of themselves goes to `facts`.
-    """
+    """Contenders by name, FIELD, opened in this order; what rivals said of themselves goes to `facts`."""
+    found: dict[str, Says] = {}
     with ExitStack() as stack:
-        ours = stack.enter_context(cuts(scratch, variant, ["auto"], order))
-        genai = stack.enter_context(Genai(genai_model(model, variant, scratch / "genai"), THREADS))
-        llama = stack.enter_context(Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS))
-        facts[variant] = {"genai": genai.facts, "llama": llama.facts}
-        yield {
-            "offramp": saying(ours["auto"]),
-            "one graph": saying(ours["one graph"]),
-            "onnxruntime-genai": asking(genai),
-            "llama.cpp": asking(llama),
-        }
+        for name in order:
+            if name in (OURS, ONE):
+                mine = "auto" if name == OURS else ONE
+                found[name] = saying(stack.enter_context(cuts(scratch, variant, [mine]))[mine])
+                continue
+            rival: Rival
+            if name == GENAI:
+                rival = stack.enter_context(Genai(genai_model(model, variant, scratch / "genai"), THREADS))
+            else:
+                kind = GGUF[variant]
+                rival = stack.enter_context(Llama(llama_model(model, kind, scratch / "llama"), THREADS))
+            facts[name], found[name] = rival.facts, asking(rival)
+        yield found

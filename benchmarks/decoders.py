@@ -6,12 +6,13 @@
 
 full: cuts of several finenesses and that of --segments auto, in turns of a few tokens with the one graph that
 ee-split --monolith writes, at three precisions; ratios are speeds of a prompt's median token over the one
-graph's, median of prompts; "same" says that ids are those that transformers generates (fp32, of the first 20
-prompts) or that the one graph says (int8, int4). rivals: the cut of auto beside the other two, prompt by
-prompt in turns, at three precisions, in processes of their own that wait while others answer. Both open
-everything anew every round, and back to front every other round: what is opened first gets worse memory.
-memory: resident set of fresh processes that read and write up to 1,024 tokens. Bundles stay in
---scratch and are not written twice; full has to come first.
+graph's, geometric mean, with the standard error over pairs of rounds; "same" says that ids are those that
+transformers generates (fp32, of the first 20 prompts) or that the one graph says (int8, int4).
+rivals: the cut of auto beside the other two, prompt by prompt in turns, in processes of their own that wait
+while others answer. Every round of both is a fresh process, and every other one opens back to front: what is
+opened first gets worse memory.
+memory: resident set of fresh processes that read and write up to 1,024 tokens. Bundles stay in --scratch and
+are not written twice; full has to come first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from offramp.benchmarks.decoder_turns import compared, turns, woven
+from offramp.benchmarks.decoder_contest import FIELD, ONE, OURS
+from offramp.benchmarks.decoder_turns import Answer, Round, compared, fresh
+from offramp.benchmarks.decoder_turns import rounds as in_rounds
 from offramp.benchmarks.lossless import prompts_of
 from offramp.export.decoder_auto import choose_cuts, even_cuts
 from offramp.export.decoder_bundle import read_folder, write_decoder
@@ -84,6 +87,15 @@ def greedy(model: Path, prompts: list[list[int]], most: int) -> list[list[int]]:
     return found
 
 
+def asked_of(
+    given: dict[str, Any], facts: dict[str, Any], order: list[str], prompts: list[list[int]], seed: int
+) -> Round:
+    """A round in a fresh process; what rivals say of themselves goes to `facts`."""
+    said = fresh("worker_round", {**given, "order": order, "prompts": prompts, "seed": seed})
+    facts.update(said["facts"])
+    return {name: [Answer(*answer) for answer in answers] for name, answers in said["answers"].items()}
+
+
 def told(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """A table of these rows, columns as the first has them."""
     table = Table("", *next(iter(rows.values())), title=title)
@@ -126,8 +138,6 @@ def full(
     out: Path | None,
 ) -> None:
     """Segments against one graph."""
-    from offramp.benchmarks.decoder_contest import cuts
-
     chosen, found = prepared(model, scratch), dict[str, dict[str, dict[str, Any]]]()
     others = [f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir()]
     names = ["auto", *([] if alone else others)]
@@ -137,10 +147,10 @@ def full(
     facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name, "held_to_transformers": min(count, 20)}
     right = greedy(model, prompts[:20], tokens)
     for variant in VARIANTS:
-        opened = partial(cuts, scratch, variant, names)
-        answers = woven(opened, prompts, tokens, rounds)
-        theirs = [answer.ids for answer in answers["one graph"]]
-        found[variant] = compared(answers, "one graph", right if variant == "fp32" else theirs)
+        given = {"scratch": str(scratch), "variant": variant, "tokens": tokens}
+        said = in_rounds(partial(asked_of, given, {}), [ONE, *names], prompts, rounds)
+        theirs = [answer.ids for one in said for answer in one[ONE]]
+        found[variant] = compared(said, ONE, right if variant == "fp32" else theirs)
         told(f"{model.name}, {variant}, auto cuts behind {chosen['cuts']}", found[variant])
         if out is not None:
             write_json(out, {**facts, "machine": machine(), "auto": chosen, "contenders": found})
@@ -158,17 +168,16 @@ def rivals(
     model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
 ) -> None:
     """Beside onnxruntime-genai and llama.cpp, at three precisions."""
-    from offramp.benchmarks.decoder_contest import field
-
     chosen, found = read_json(scratch / "auto.json"), dict[str, Any]()
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {variant: {} for variant in VARIANTS}
     prompts = prompts_for(scratch, texts, count)
     about = {"command": "benchmarks/decoders.py rivals", "model": model.name, "prompts": count}
     about |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
     about |= {"cuts": chosen["cuts"], "machine": machine()}
     for variant in VARIANTS:
-        answers = turns(partial(field, model, scratch, variant, facts), prompts, tokens, rounds)
-        found[variant] = compared(answers, "offramp", [one.ids for one in answers["offramp"]])
+        given = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
+        said = in_rounds(partial(asked_of, given, facts[variant]), FIELD, prompts, rounds)
+        found[variant] = compared(said, OURS, [answer.ids for one in said for answer in one[OURS]])
         told(f"{model.name}, {variant}", found[variant])
         if out is not None:  # after each precision: the next one may take a compiler's while
             write_json(out, {**about, "rivals": facts, "contenders": found})

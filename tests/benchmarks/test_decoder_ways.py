@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from offramp.benchmarks import decoders, draft_costs
 from offramp.benchmarks.decoder_cache import main as caches
 from offramp.benchmarks.decoder_contest import writing
-from offramp.benchmarks.decoder_turns import Answer, clocked, compared
+from offramp.benchmarks.decoder_turns import Answer, Round, clocked, compared, rounds
 from offramp.benchmarks.lossless import main as lossless
 from offramp.benchmarks.worker_memory import resident
 from offramp.runtime import load
@@ -86,11 +86,32 @@ def test_caches_are_held_to_transformers(
         assert found["deferred, 0.03"]["deep_diff"] < 1e-3
 
 
-def test_answers_are_compared_prompt_by_prompt() -> None:
+def test_answers_are_compared_by_pairs_of_rounds() -> None:
     fast, slow = Answer([1, 2, 3], 0.5, [0.5] * 2), Answer([1, 2, 4], 0.5, [1.0] * 2)
-    rows = compared({"a": [slow, slow], "b": [fast, slow]}, "a", [[1, 2, 3], [1, 2, 4]])
-    assert rows["a"]["ratio"] == 1.0 and rows["b"]["ratio"] == 1.5 and rows["b"]["same"] == 2
+    said: list[Round] = [{"a": [slow], "b": [fast]}, {"a": [slow], "b": [slow]}]
+    rows = compared(said, "a", [[1, 2, 3], [1, 2, 4]])
+    assert rows["a"]["ratio"] == 1.0 and rows["b"]["same"] == 2 and rows["b"]["error"] is None
+    assert rows["b"]["ratio"] == rows["b"]["ratio_median"] == pytest.approx(2**0.5, abs=1e-4)
     assert rows["a"]["tokens_per_s"] == 1.0 and rows["a"]["same"] == 1 and rows["b"]["first_ms"] == 500.0
+    rows = compared([*said, {"a": [slow], "b": [fast]}, {"a": [slow], "b": [fast]}], "a", [])
+    assert rows["b"]["ratio"] == pytest.approx(2**0.75, abs=1e-4)
+    assert rows["b"]["ratio_median"] == 2.0 and rows["b"]["error"] > 0
+
+
+def test_rounds_come_in_pairs_the_second_back_to_front() -> None:
+    asked = []
+
+    def ask(order: list[str], prompts: list[list[int]], seed: int) -> Round:
+        asked.append((order, prompts, seed))
+        return {name: [] for name in order}
+
+    found = rounds(ask, ["a", "b", "c"], [[1], [2], [3], [4], [5]], 3)
+    assert [list(one) for one in found] == [["a", "b", "c"]] * 3
+    assert [(prompts, seed) for _, prompts, seed in asked] == [([[1], [2]], 0), ([[3], [4]], 1), ([[5]], 2)]
+    assert asked[0][0] == asked[1][0][::-1] and sorted(asked[2][0]) == ["a", "b", "c"]
+
+
+def test_an_answer_is_clocked() -> None:
     with load(WRITER, rule="never") as session:
         assert isinstance(session, Writer)
         answer = clocked(writing(session)(session.ids_of(SENTENCE), 5))
