@@ -38,7 +38,8 @@ def segments(kind: str = "decoders") -> list[str]:
         held = found["held_to_transformers"] if variant == "fp32" else found["prompts"]
         for name, row in contenders.items():
             shown = f"--segments auto ({cuts})" if name == "auto" else name.replace("_", " ")
-            figures = [row["tokens_per_s"], f"{row['ratio']:.3f}", row["first_ms"]]
+            ratio = f"{row['ratio']:.3f}" + (f" ± {row['error']:.3f}" if name != "one graph" else "")
+            figures = [row["tokens_per_s"], ratio, row["first_ms"]]
             rows.append([variant, shown, *figures, f"{row['same']} of {held}"])
     said = "same text (fp32: as transformers, others: as one graph)"
     head = ("precision", "", "tokens/s", "x one graph", "ms to the first token", said)
@@ -55,7 +56,8 @@ def rivals() -> list[str]:
     rows = []
     for variant, contenders in found["contenders"].items():
         for name, row in contenders.items():
-            rows.append([variant, name, row["tokens_per_s"], f"{row['ratio']:.2f}", row["first_ms"]])
+            ratio = f"{row['ratio']:.2f}" + (f" ± {row['error']:.2f}" if name != "offramp" else "")
+            rows.append([variant, name, row["tokens_per_s"], ratio, row["first_ms"]])
     head = ("precision", "", "tokens/s", "x offramp", "ms to the first token")
     return [f"{title} ({measured_on(found)})", "", *grid(head, rows)]
 

@@ -58,8 +58,9 @@ def full(lane: Lane, token: int, most: int) -> list[Token]:
     """The way through all blocks."""
     before = lane.ran
     lane.feed([token])
-    said = _likeliest(lane, lane.through().hidden)
-    return [Token(said, lane.engine.manifest.blocks, lane.ran - before)]
+    logits = lane.through(head=True).logits
+    assert logits is not None
+    return [Token(int(logits[-1].argmax()), lane.engine.manifest.blocks, lane.ran - before)]
 
 
 class Exiting:

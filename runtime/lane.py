@@ -51,20 +51,23 @@ class Lane:
             made = self._run(segment, most)
         return made
 
-    def through(self, first: int = 0, most: int = KEPT) -> Made:
+    def through(self, first: int = 0, most: int = KEPT, head: bool = False) -> Made:
         """Run all segments from `first` on, as advance does; gives what the last one made, whose hidden is
-        its leaving, too.
+        its leaving, too. head: with the logits of the last token [1, vocabulary].
         """
         start, count = self.filled[first], self.waiting(first)
-        if count > most or any(filled != start for filled in self.filled[first:]):
+        behind = len(self.filled) - first
+        if count > most or self.filled[first:].count(start) < behind:
             for segment in range(first, len(self.filled)):
                 made = self.advance(segment, most)
-            return made
-        # Nobody waits further on: straight through, nothing is put down between.
-        hidden = self._rows[first].take(count) if first else None
-        made = self.cache.through(first, self.ids[start : start + count], start, hidden)
-        self.ran += count * sum(self._blocks[first:])
-        self.filled[first:] = [start + count] * len(self._blocks[first:])
+        else:  # nobody waits further on: straight through, nothing is put down between
+            hidden = self._rows[first].take(count) if first else None
+            ids = self.ids[start : start + count]
+            made = self.cache.through(first, ids, start, hidden, head and count == 1)
+            self.ran += count * sum(self._blocks[first:])
+            self.filled[first:] = [start + count] * behind
+        if head and made.logits is None:
+            made = made._replace(logits=self.cache.logits(made.hidden[-1:]))
         return made
 
     def fill(self, segment: int, keep: int = 0) -> None:

@@ -30,12 +30,14 @@ class Made(NamedTuple):
     behind it, on as many tokens.
 
     hidden [n, hidden]. leaving: what the head reads where a token leaves here [n, hidden], hidden itself if
-    there is no translator. gate: logits of P(exit) [n], or None.
+    there is no translator. gate: logits of P(exit) [n], or None. logits: of the head [n, vocabulary] where it
+    was asked at once, or None.
     """
 
     hidden: Array
     leaving: Array
     gate: Array | None
+    logits: Array | None = None
 
 
 class DecoderEngine:
@@ -96,6 +98,7 @@ class Cache:
         inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
         past = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
         self.stacks = stacks_of(past, self.places)
+        self.positions = np.arange(self.longest)
         # By number of tokens and of places that they read; to these very arrays.
         self._bound: dict[tuple[int, int], _Bound] = {}
 
@@ -126,11 +129,14 @@ class Cache:
         """
         return self._of(len(ids), start).run(number, number + 1, ids, start, hidden)
 
-    def through(self, first: int, ids: Sequence[int], start: int, hidden: Array | None) -> Made:
-        """Run all segments from `first` on, each on what the one before it made; hidden as for segment, None
-        if the stem's is meant. Gives what the last one made.
+    def through(
+        self, first: int, ids: Sequence[int], start: int, hidden: Array | None, head: bool = False
+    ) -> Made:
+        """Run all segments from `first` on, each on what the one before it made, and the head where it is
+        asked; hidden as for segment, None if the stem's is meant. Gives what the last one made.
         """
-        return self._of(len(ids), start).run(first, len(self.engine.manifest.segments), ids, start, hidden)
+        end = len(self.engine.manifest.segments)
+        return self._of(len(ids), start).run(first, end, ids, start, hidden, head=head)
 
     def fill(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> None:
         """Put keys and values into a segment's cache for tokens that go past it with this hidden state."""
@@ -184,34 +190,46 @@ class _Bound:
         for stack in (*past, *self._new):
             made |= stack.parts
         self._shared = made
-        self._stretches: dict[tuple[int, int, bool], _Stretch] = {}
+        self._stretches: dict[tuple[int, int, bool, bool], _Stretch] = {}
         self._said: dict[tuple[int, str], Array] = {}
         self._heads: dict[bool, tuple[Run, Array]] = {}
         self._stem = self._run(engine.manifest.stem, {"hidden": embedded})
         self._seen: tuple[int, Sequence[int]] = (-1, ())
+        self._counted = 0  # places, of which past_valid says so
 
     def look(self, ids: Sequence[int], start: int) -> Array:
         """Run the stem, unless it has just been run on the same."""
         if self._seen != (start, ids):
-            self._ids[0], self._positions[0] = ids, np.arange(start, start + self._tokens)
-            self._valid[0, :start], self._valid[0, start:] = 1, 0
+            self._ids[0], self._positions[0] = ids, self._cache.positions[start : start + self._tokens]
+            if start < self._counted:
+                self._valid[0, start:] = 0
+            else:
+                self._valid[0, self._counted : start] = 1
+            self._counted = start
             self._stem()
             self._seen = start, list(ids)
         hidden: Array = self._between[0][0]
         return hidden
 
     def run(
-        self, first: int, end: int, ids: Sequence[int], start: int, hidden: Array | None, fill: bool = False
+        self,
+        first: int,
+        end: int,
+        ids: Sequence[int],
+        start: int,
+        hidden: Array | None,
+        fill: bool = False,
+        head: bool = False,
     ) -> Made:
-        """Run segments from `first` to before `end`, or what fills the cache of the one; hidden: None for the
-        stem's.
+        """Run segments from `first` to before `end`, or what fills the cache of the one, and the head where
+        it is asked; hidden: None for the stem's.
         """
         self.look(ids, start)
         if hidden is not None:
             self._between[first][0] = hidden
-        found = self._stretches.get((first, end, fill))
+        found = self._stretches.get((first, end, fill, head))
         if found is None:
-            found = self._stretches[first, end, fill] = self._bind(first, end, fill)
+            found = self._stretches[first, end, fill, head] = self._bind(first, end, fill, head)
         for run in found.runs:
             run()
         for kept, new in found.added:
@@ -222,19 +240,20 @@ class _Bound:
         """Run the head, or the one that drafts, of n tokens."""
         found = self._heads.get(draft)
         if found is None:
-            facts = self._engine.manifest.decoder
-            assert facts is not None
-            stage = facts.draft if draft and facts.draft is not None else facts.head
-            logits = self._array(self._engine.facts_of(stage).outputs[0])
-            run = self._run(stage, {"hidden": self._leaving, "logits": logits})
-            found = self._heads[draft] = run, logits
+            found = self._heads[draft] = self._bind_head(self._leaving, draft)
         run, logits = found
         self._leaving[0] = hidden
         run()
-        said: Array = logits[0]
-        return said
+        return logits
 
-    def _bind(self, first: int, end: int, fill: bool) -> _Stretch:
+    def _bind_head(self, hidden: Array, draft: bool) -> tuple[Run, Array]:
+        facts = self._engine.manifest.decoder
+        assert facts is not None
+        stage = facts.draft if draft and facts.draft is not None else facts.head
+        logits = self._array(self._engine.facts_of(stage).outputs[0])
+        return self._run(stage, {"hidden": hidden, "logits": logits}), logits[0]
+
+    def _bind(self, first: int, end: int, fill: bool, head: bool) -> _Stretch:
         runs, puts = [], set[str]()
         for number, segment in enumerate(self._engine.manifest.segments[first:end], first):
             stage = self._engine.fills[segment.blocks] if fill else segment
@@ -252,6 +271,9 @@ class _Bound:
                 added.append((kept.by_token[:, rows], new.by_token[:, rows]))
         out, gate = before if fill else behind, own.get(GATE)  # a fill leaves hidden as it is
         made = Made(out[0], own.get(LEAVING, out)[0], None if gate is None else gate[0])
+        if head:
+            run, logits = self._bind_head(out, draft=False)
+            runs, made = [*runs, run], made._replace(logits=logits)
         return _Stretch(tuple(runs), made, added)
 
     def _run(self, stage: Stage, own: dict[str, Array]) -> Run:

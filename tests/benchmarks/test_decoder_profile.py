@@ -11,6 +11,7 @@ import pytest
 
 from offramp.benchmarks.decoder_profile import profiled, runs_of, spent
 from offramp.export.precision import weights_alone
+from offramp.runtime.engines.threads import fit
 
 
 def graph_with_two_products(path: Path) -> None:
@@ -38,6 +39,7 @@ def test_a_profile_is_sorted(variant: str, tmp_path: Path) -> None:
     if variant != "fp32":
         weights_alone(variant, file, tmp_path / f"{variant}.onnx")
     options = onnxruntime.SessionOptions()
+    fit(options)  # another test may have made the process's pool
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "ours")
     session = onnxruntime.InferenceSession(
         str(tmp_path / f"{variant}.onnx"), options, providers=["CPUExecutionProvider"]

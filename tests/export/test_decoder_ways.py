@@ -115,6 +115,26 @@ def test_more_wait_than_go_in_one_run(made: tuple[Any, Path], engine: DecoderEng
     assert lanes[0].ran == lanes[1].ran
 
 
+def test_straight_through_is_segment_after_segment(engine: DecoderEngine) -> None:
+    """The same hidden states, caches and counts, where nobody waits further on and where somebody does."""
+    straight, stepwise = Lane(engine), Lane(engine)
+    for tokens in ([5, 9, 11, 2], [7], [8, 3]):
+        for lane in (straight, stepwise):
+            lane.feed(tokens)
+        if tokens == [8, 3]:  # both wait before the last segment
+            for lane in (straight, stepwise):
+                lane.advance(0)
+                lane.advance(1)
+        first = 2 if tokens == [8, 3] else 0
+        wanted = [stepwise.advance(segment) for segment in range(first, 3)][-1].hidden.copy()
+        made = straight.through(first)
+        np.testing.assert_array_equal(made.hidden, wanted)
+        assert np.shares_memory(made.leaving, made.hidden) and made.gate is None
+        assert straight.filled == stepwise.filled and straight.ran == stepwise.ran
+    for mine, theirs in zip(straight.cache.stacks, stepwise.cache.stacks, strict=True):
+        np.testing.assert_array_equal(mine.by_token, theirs.by_token)
+
+
 def test_a_lane_forgets_what_was_not_said(engine: DecoderEngine) -> None:
     lane = Lane(engine)
     lane.feed(PROMPT)
