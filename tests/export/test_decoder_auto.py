@@ -57,10 +57,15 @@ def test_auto_cuts_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: pytest.
     network, written = DecoderNetwork(tiny.decoder("llama")), []
     monkeypatch.setattr("offramp.export.decoder_auto._write", lambda *said: written.append(said[4]))
     seconds: dict[str, float] = {}
-    monkeypatch.setattr(
-        "offramp.export.decoder_auto._steps",
-        lambda bundles, variant: [[1.0 if b.name == "one" else seconds[variant]] * 9 for b in bundles],
-    )
+
+    def steps(bundles: list[Path], variant: str) -> list[float]:
+        """What is opened first is slower, which must cancel out."""
+        return [
+            (1.0 if bundle.name == "one" else seconds[variant]) * (1.1 if bundle == bundles[0] else 1.0)
+            for bundle in bundles
+        ]
+
+    monkeypatch.setattr("offramp.export.decoder_auto._steps", steps)
     for seconds["fp32"], cuts in ((1.001, (1, 2, 3)), (1.012, (2, 3)), (2.0, (3,))):
         assert choose_cuts(network, tmp_path).cuts == cuts
     seconds |= {"fp32": 1.001, "int4": 1.012}  # the cut is one, and has to do for both
