@@ -70,6 +70,7 @@ def test_what_drafts_must_be_right_at_follows_from_what_runs_take(tmp_path: Path
     assert slow["accepted"] is None and slow["speed_at_most"] < 1.2
 
 
+@pytest.mark.slow
 def test_caches_are_held_to_transformers(
     texts: Path, tmp_path: Path, decoder_bundle: Callable[[str], Any]
 ) -> None:
