@@ -65,7 +65,6 @@ def run(
 RECIPES = "branchynet,consistentee,quee"
 
 
-@pytest.mark.slow
 def test_interrupted_it_goes_on_and_trains_nothing_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped, before = run(root, monkeypatch, RECIPES, stop_at="consistentee")
     assert stopped.exit_code != 0 and before == ["joint", "branchynet"]
