@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from offramp.benchmarks.whole import PLACES, OneGraph
 from offramp.export.cli import main as split
-from offramp.export.decoder_auto import Grouping, Timed, choose_cuts, even_cuts, groupings
+from offramp.export.decoder_auto import Grouping, Timed, _steps, choose_cuts, even_cuts, groupings
 from offramp.export.decoder_monolith import write_monolith
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines.threads import claim
@@ -71,6 +71,11 @@ def test_auto_cuts_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: pytest.
     seconds |= {"fp32": 1.001, "int4": 1.012}  # the cut is one, and has to do for both
     assert choose_cuts(network, tmp_path, ("fp32", "int4")).cuts == (2, 3)
     assert written[-1] == ("fp32", "int4")
+
+
+def test_a_timing_that_ends_early_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ChildProcessError, match="seams in int8 ended with code 1; .* --segments 'every N'"):
+        _steps([tmp_path / "none"], "int8")
 
 
 @pytest.mark.slow
