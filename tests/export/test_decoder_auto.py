@@ -74,7 +74,7 @@ def test_auto_cuts_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_timing_that_ends_early_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ChildProcessError, match="seams in int8 ended with code 1; .* --segments 'every N'"):
+    with pytest.raises(ChildProcessError, match=r"seams in int8 ended with code 1; .* --segments 'every N'"):
         _steps([tmp_path / "none"], "int8")
 
 
