@@ -200,9 +200,9 @@ def test_exits_learn_and_the_folder_is_a_model(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_its_bundle_drafts(folder: Path) -> None:
-    done = trained(folder, "ckpt", "--set", "epochs=1")
+    done = trained(folder, "drafting", "--set", "epochs=1")
     assert done.exit_code == 0, done.output
-    words = [str(folder / "ckpt"), "--out", str(folder / "bundle"), "--variants", "fp32"]
+    words = [str(folder / "drafting"), "--out", str(folder / "bundle"), "--variants", "fp32"]
     done = CliRunner().invoke(split, words)
     assert done.exit_code == 0, done.output
     manifest = open_bundle(folder / "bundle").manifest
