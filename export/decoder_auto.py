@@ -10,6 +10,7 @@ One segment has two seams already, to the stem and to the head, that one graph o
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -136,7 +137,9 @@ def _steps(bundles: Sequence[Path], variant: str) -> list[float]:
     before, memory is scattered, and what has many small files gets the worse of it. Raises ChildProcessError.
     """
     words = [sys.executable, "-m", "offramp.export.decoder_steps", variant, *map(str, bundles)]
-    done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
+    # Safe: what lies in the folder where the command was given is no module of ours (Python 3.11).
+    surroundings = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True, env=surroundings)
     if done.returncode:
         cure = "what it said stands above; cut without timing: --segments 'every N'"
         raise ChildProcessError(f"timing seams in {variant} ended with code {done.returncode}; {cure}")
