@@ -59,7 +59,7 @@ class _Lane:
         self.graph, self.places = graph, PLACES
         self.keys = [name for name in graph.past if name.startswith("past_k_")]
         self.values = [name for name in graph.past if not name.startswith("past_k_")]
-        # Keys, and values, of all blocks in one array each, as a cache has them by segment.
+        # Keys, and values, of all blocks in one array each, as a cache has them.
         self.stacks = [self._stack(names, PLACES) for names in (self.keys, self.values)]
         self._bound: dict[tuple[int, int], _Bound] = {}
 
@@ -104,10 +104,8 @@ class _Lane:
         }
         added = []
         for names, kept in zip((self.keys, self.values), self.stacks, strict=True):
-            new, read = (
-                self._stack(names, count),
-                kept if places == self.places else self._stack(names, places),
-            )
+            new = self._stack(names, count)
+            read = kept if places == self.places else self._stack(names, places)
             for name, mine, past in zip(names, new, read, strict=True):
                 known[name.replace("past", "new", 1)], known[name] = mine, past
             added.append((_tokens_first(names, kept), _tokens_first(names, new)))

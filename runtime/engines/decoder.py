@@ -52,6 +52,7 @@ class DecoderEngine:
         self._graphs = Graphs(ort, bundle, "cpu", pool, {}, share)
         self._open: dict[str, Graph] = {}
         self.fills = {stage.blocks: stage for stage in manifest.decoder.fills}
+        self.positions = np.arange(manifest.input.longest)  # type: ignore[union-attr]  # a decoder reads text
         for stage in (manifest.stem, *manifest.segments, manifest.decoder.head):
             self.session(stage)
 
@@ -98,7 +99,6 @@ class Cache:
         inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
         past = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
         self.stacks = stacks_of(past, self.places)
-        self.positions = np.arange(self.longest)
         # By number of tokens and of places that they read; to these very arrays.
         self._bound: dict[tuple[int, int], _Bound] = {}
 
@@ -200,7 +200,7 @@ class _Bound:
     def look(self, ids: Sequence[int], start: int) -> Array:
         """Run the stem, unless it has just been run on the same."""
         if self._seen != (start, ids):
-            self._ids[0], self._positions[0] = ids, self._cache.positions[start : start + self._tokens]
+            self._ids[0], self._positions[0] = ids, self._engine.positions[start : start + self._tokens]
             if start < self._counted:
                 self._valid[0, start:] = 0
             else:
