@@ -35,10 +35,10 @@ from tqdm import tqdm
 from offramp.benchmarks.compare_ms import bundle_of
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.precision import in_precision
-from offramp.runtime.opening import load
-from offramp.runtime.report import write_whole
+from offramp.runtime.classifier import Session
+from offramp.runtime.loading import load
 from offramp.runtime.rules import Rule, Signals, StepCosts, bind, softmax
-from offramp.runtime.session import Session
+from offramp.runtime.tuning.report import write_whole
 from offramp.runtime.walker import Trace, walk
 from offramp.training.batches import Encoded, encode_for
 from offramp.training.checkpoint import load_checkpoint

@@ -17,14 +17,14 @@ import click
 import numpy as np
 
 from offramp.runtime import load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.inputs import Encoder
-from offramp.runtime.labelled import read_data
-from offramp.runtime.report import machine
-from offramp.runtime.rivals import MONOLITH, open_rival, read_rivals
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.classifier import WINDOW
+from offramp.runtime.inputs.text import Encoder
 from offramp.runtime.rules import RuleSpec
-from offramp.runtime.session import WINDOW
-from offramp.runtime.turns import Batches, in_bulk, walking
+from offramp.runtime.tuning.baselines import MONOLITH, open_rival, read_rivals
+from offramp.runtime.tuning.labelled import read_data
+from offramp.runtime.tuning.report import machine
+from offramp.runtime.tuning.timing import Batches, in_bulk, walking
 
 TO_THE_END = RuleSpec("gate", {"threshold": 1.0})  # the gate is read and never taken
 

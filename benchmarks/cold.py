@@ -22,9 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.manifest import TextInput
-from offramp.runtime.report import machine
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import TextInput
+from offramp.runtime.tuning.report import machine
 
 TEXT = "a stirring , funny film that stays with you"
 GRAPH = """

@@ -34,7 +34,7 @@ from offramp.benchmarks.compare_page import page
 from offramp.benchmarks.contest import Entry, of_methods
 from offramp.benchmarks.frontiers import Floats, area, gaps, interval, redrawn
 from offramp.benchmarks.heard import Ears, listen_to
-from offramp.runtime.report import write_whole
+from offramp.runtime.tuning.report import write_whole
 from offramp.training.frontier import oracle
 from offramp.training.recipes import RECIPES, load_recipe
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from offramp.benchmarks.compare import HEAD, REFERENCE, rows_of
 from offramp.benchmarks.frontiers import Floats, interval
-from offramp.runtime.report import write_whole
+from offramp.runtime.tuning.report import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from offramp.benchmarks.contest import Choice, Entry
 from offramp.benchmarks.heard import digest_of
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.opening import load
-from offramp.runtime.rivals import MONOLITH, open_rival, read_rivals
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.classifier import Session
+from offramp.runtime.loading import load
 from offramp.runtime.rules import bind
-from offramp.runtime.session import Session
-from offramp.runtime.turns import Batches, Contender, one_by_one, walking
+from offramp.runtime.tuning.baselines import MONOLITH, open_rival, read_rivals
+from offramp.runtime.tuning.timing import Batches, Contender, one_by_one, walking
 from offramp.training.batches import Encoded
 
 TARGETS = (0.0, 30.0, 40.0, 50.0, 60.0, 70.0)  # per cent of multiply-accumulates saved on dev, about

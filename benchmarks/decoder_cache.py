@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM
 from offramp.benchmarks.lossless import prompts_of
 from offramp.runtime import RuleSpec, load, rules
 from offramp.runtime.generate import SILENT, Exiting
-from offramp.runtime.lane import Lane
-from offramp.runtime.report import machine
+from offramp.runtime.generator import Writer
+from offramp.runtime.sequence import Lane
+from offramp.runtime.tuning.report import machine
 from offramp.runtime.ways import CACHES
-from offramp.runtime.writer import Writer
 from offramp.training.checkpoint import write_json
 
 

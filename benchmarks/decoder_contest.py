@@ -15,7 +15,7 @@ from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.generate import generate
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
 
 GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # of llama.cpp's kinds the one of the same bits
 THREADS = 2

@@ -30,8 +30,8 @@ from offramp.benchmarks.lossless import prompts_of
 from offramp.benchmarks.whole import OneGraph
 from offramp.runtime import load
 from offramp.runtime.engines.threads import claim
-from offramp.runtime.report import machine
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
+from offramp.runtime.tuning.report import machine
 from offramp.training.checkpoint import write_json
 
 PRODUCTS = ("MatMul", "Gemm")  # MatMulNBits and others have these in their names

@@ -39,8 +39,8 @@ from offramp.export.decoder_auto import choose_cuts, even_cuts
 from offramp.export.decoder_bundle import read_folder, write_decoder
 from offramp.export.decoder_monolith import write_monolith
 from offramp.runtime import load
-from offramp.runtime.report import machine
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
+from offramp.runtime.tuning.report import machine
 from offramp.training.checkpoint import read_json, write_json
 
 VARIANTS = ("fp32", "int8", "int4")

@@ -38,7 +38,7 @@ from offramp.benchmarks.depth_rows import Score, Task, evaluate, losses, summari
 from offramp.benchmarks.fetch import cache_folder
 from offramp.models.controllers import Controllers, controllers_of, load_controllers
 from offramp.models.decoder import DecoderNetwork
-from offramp.runtime.router import fit
+from offramp.runtime.rules.router import fit
 from offramp.training.checkpoint import EXITS, TRAINING, read_json, write_json
 from offramp.training.decoders import load_decoder
 from offramp.training.knapsack import best, held_out, shuffled, smallest_depth

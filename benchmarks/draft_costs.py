@@ -23,9 +23,9 @@ from rich.progress import track
 from rich.table import Table
 
 from offramp.runtime import load
-from offramp.runtime.lane import Lane
-from offramp.runtime.report import machine
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
+from offramp.runtime.sequence import Lane
+from offramp.runtime.tuning.report import machine
 from offramp.training.checkpoint import write_json
 
 WISHED = 1.2

@@ -30,7 +30,7 @@ from offramp.benchmarks.clock import Timings, interleave
 from offramp.benchmarks.gpu_rivals import one_graph, torch_network
 from offramp.runtime import OfframpError, Session, load
 from offramp.runtime.engines.device import DeviceEngine
-from offramp.runtime.report import machine
+from offramp.runtime.tuning.report import machine
 
 CUTS = {"each": "each", "thirds": "every 3"}
 OVERHEAD, REALISED = 1.10, 0.85  # what is asked of ONNX Runtime at batch 1 in fp16, 12 x 768

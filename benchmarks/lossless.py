@@ -24,10 +24,10 @@ from rich.progress import track
 from rich.table import Table
 
 from offramp.runtime import load
-from offramp.runtime.drafting import Drafting
 from offramp.runtime.generate import Way, full, generate
-from offramp.runtime.report import machine
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
+from offramp.runtime.rules.speculative import Drafting
+from offramp.runtime.tuning.report import machine
 from offramp.training.checkpoint import write_json
 
 

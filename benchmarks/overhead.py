@@ -42,8 +42,8 @@ from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.models.policies.consistentee import Policy
 from offramp.runtime import Session, load
 from offramp.runtime.engines import threads
-from offramp.runtime.report import machine
 from offramp.runtime.rules import RuleSpec, bind
+from offramp.runtime.tuning.report import machine
 from offramp.runtime.walker import walk
 from offramp.training.checkpoint import Checkpoint, TextFacts, load_checkpoint, save_checkpoint
 

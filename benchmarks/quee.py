@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.benchmarks.heard import listen_to
-from offramp.runtime.bundle import open_bundle
+from offramp.runtime.bundle.files import open_bundle
 from offramp.training.recipes.quee import FORECASTERS, Quee, compare, fitted
 from offramp.training.replanning import Ledger, bit_ledger, clock_ledger, frontier
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from offramp.benchmarks.overhead import a_walk, random_checkpoint, some_inputs
 from offramp.runtime import load
-from offramp.runtime.report import machine
+from offramp.runtime.tuning.report import machine
 
 
 class Clocked:

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 
 from offramp.runtime.engines.buffers import Run, runner
-from offramp.runtime.engines.decoder import KEPT, PLACES
 from offramp.runtime.engines.graphs import CPU, give_back
+from offramp.runtime.engines.ort_decoder import KEPT, PLACES
 from offramp.runtime.engines.threads import Pool, apply
 
 

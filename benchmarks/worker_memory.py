@@ -15,8 +15,8 @@ from pathlib import Path
 import onnxruntime
 from tokenizers import Tokenizer
 
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines.decoder import DecoderEngine
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.engines.ort_decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.generate import generate
 

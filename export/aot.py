@@ -22,12 +22,12 @@ from typing import Any
 
 import click
 
-from offramp.runtime.bundle import Bundle, open_bundle
+from offramp.runtime.bundle.files import Bundle, open_bundle
+from offramp.runtime.bundle.manifest import GENERATION, Variant
 from offramp.runtime.engines.profiles import Profile, profiles
 from offramp.runtime.engines.trt import VARIANTS
 from offramp.runtime.engines.trt_build import Log, build
 from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
-from offramp.runtime.manifest import GENERATION, Variant
 
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities: Ampere, Ada, Blackwell
 CURE = "pip install tensorrt-rtx-cu13 (dev machines only: 97 MB; it needs no GPU)"

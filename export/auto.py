@@ -23,12 +23,12 @@ from offramp.export.describe import describe
 from offramp.export.split import split
 from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
-from offramp.runtime.calibrate import costs_of, exit_table
-from offramp.runtime.labelled import read_labelled
-from offramp.runtime.opening import load
+from offramp.runtime.classifier import Session
+from offramp.runtime.loading import load
 from offramp.runtime.rules import bind, simulate
 from offramp.runtime.rules.sweep import choose_points
-from offramp.runtime.session import Session
+from offramp.runtime.tuning.calibrate import costs_of, exit_table
+from offramp.runtime.tuning.labelled import read_labelled
 from offramp.training.checkpoint import TOKENIZER, Checkpoint
 
 SAMPLE = 100  # rows that are timed

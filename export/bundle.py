@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.manifest import FILE_NAME, FileFact, Manifest
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import FILE_NAME, FileFact, Manifest
 
 
 class BadTarget(ValueError):

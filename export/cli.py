@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offramp.export.wishes import UserError, agree, blocks_of, identity_of, lines_of, outcome, variants_of
+from offramp.export.options import UserError, agree, blocks_of, identity_of, lines_of, outcome, variants_of
 
 if TYPE_CHECKING:
     from offramp.export.split import Segment
@@ -146,18 +146,18 @@ def _split(
     overwrite: bool,
 ) -> None:
     agree(out, monolith, rivals, truncate)  # before torch is loaded, which takes seconds
+    from offramp.export.baselines import write_rivals
     from offramp.export.bundle import check_target, finish, writing
     from offramp.export.describe import describe
     from offramp.export.monolith import write_monoliths
     from offramp.export.precision import needs_reduced_range
-    from offramp.export.rivals import write_rivals
     from offramp.export.split import kept_exits, split
     from offramp.export.table import closing_table
     from offramp.export.verify import verify
     from offramp.models.families import UnsupportedFamily
-    from offramp.runtime.calibrate import calibrated
     from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
-    from offramp.runtime.labelled import read_labelled
+    from offramp.runtime.tuning.calibrate import calibrated
+    from offramp.runtime.tuning.labelled import read_labelled
     from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
 
     names = variants_of(variants)

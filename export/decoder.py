@@ -13,7 +13,7 @@ from offramp.models.decoder import DecoderNetwork, Pair, run_block
 from offramp.models.families.family import Context
 from offramp.models.macs import linear_weights
 from offramp.models.network import parse_exits
-from offramp.runtime.manifest import GATE, LEAVING, NEXT, Macs, Tensor
+from offramp.runtime.bundle.manifest import GATE, LEAVING, NEXT, Macs, Tensor
 
 IDS, POSITIONS = (
     Tensor("input_ids", "int64", ("batch", "seq")),

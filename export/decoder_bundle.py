@@ -21,8 +21,7 @@ from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.families import decoder_family_of
-from offramp.runtime.chat import TEMPLATE
-from offramp.runtime.manifest import (
+from offramp.runtime.bundle.manifest import (
     FORMAT,
     GATE,
     GENERATION,
@@ -32,6 +31,7 @@ from offramp.runtime.manifest import (
     Stage,
     TextInput,
 )
+from offramp.runtime.inputs.chat import TEMPLATE
 from offramp.training.checkpoint import TOKENIZER, TRAINING, load_exits, read_json
 
 

@@ -16,7 +16,7 @@ from offramp.export.precision import WEIGHTS_ALONE, weights_alone
 from offramp.export.split import Segment
 from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
-from offramp.runtime.manifest import Macs, Tensor
+from offramp.runtime.bundle.manifest import Macs, Tensor
 
 
 class Whole(nn.Module):

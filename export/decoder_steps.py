@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines.decoder import DecoderEngine
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.engines.ort_decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
-from offramp.runtime.lane import Lane
+from offramp.runtime.sequence import Lane
 
 PROMPT, STEPS = 32, 60  # tokens; timed steps behind them
 UNTIMED = 5  # of these, which bind memory

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.depth import hidden_states
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines.decoder import DecoderEngine
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import GATE, LEAVING, NEXT
+from offramp.runtime.engines.ort_decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
-from offramp.runtime.lane import Lane
-from offramp.runtime.manifest import GATE, LEAVING, NEXT
+from offramp.runtime.sequence import Lane
 
 PIECES = (8, 1, 1)  # tokens of a prompt, and steps behind it
 TOLERANCE = 1e-3  # of fp32, by the largest value of the tensor

@@ -10,7 +10,7 @@ from typing import Any
 from offramp.export.split import Segment
 from offramp.export.verify import file_name
 from offramp.models.precision import bit_operations
-from offramp.runtime.manifest import (
+from offramp.runtime.bundle.manifest import (
     FORMAT,
     ImageInput,
     Manifest,

@@ -17,7 +17,7 @@ from offramp.export.split import Segment, Stem, Stretch, split
 from offramp.export.to_onnx import to_onnx
 from offramp.models.macs import block_macs, exit_macs, linear_weights
 from offramp.models.network import EarlyExitNetwork
-from offramp.runtime.manifest import NEXT, Macs, Tensor
+from offramp.runtime.bundle.manifest import NEXT, Macs, Tensor
 from offramp.training.checkpoint import Checkpoint
 
 

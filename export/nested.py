@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from offramp.export.to_onnx import OPSET
-from offramp.runtime.manifest import NEXT
+from offramp.runtime.bundle.manifest import NEXT
 
 LOGITS, GATE, EXIT, THRESHOLD = "logits", "gate", "exit", "threshold"
 DEEPEST = 30  # every If is three messages deeper (node, attribute, graph), and protobuf reads 100 at most

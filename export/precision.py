@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from offramp.export.half import halve
+from offramp.export.fp16 import halve
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")  # what can be written: fp32 and what is made from it
 BLOCK = 128  # weights that share a scale in int4

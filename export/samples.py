@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from offramp.export.sentences import SENTENCES
-from offramp.runtime.images import ImageInput, normalized, pixels
+from offramp.runtime.inputs.images import ImageInput, normalized, pixels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
 MOST, ROWS, ALONE = 256, 4, 8  # samples that are used, rows of a batch, samples that also go alone

@@ -26,7 +26,7 @@ from offramp.models.exits import pool
 from offramp.models.families.family import Context
 from offramp.models.macs import block_macs, exit_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork, parse_exits
-from offramp.runtime.manifest import NEXT, Macs, Tensor
+from offramp.runtime.bundle.manifest import NEXT, Macs, Tensor
 
 
 @dataclass(frozen=True)

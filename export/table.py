@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offramp.export.verify import Report
-from offramp.runtime.manifest import Manifest
+from offramp.runtime.bundle.manifest import Manifest
 
 TOKENS = 32  # the length of text at which the closing table counts
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from offramp.export.rewrite import shorten
 from offramp.export.split import Segment
-from offramp.runtime.manifest import Tensor
+from offramp.runtime.bundle.manifest import Tensor
 
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
 # They differ from each other and from one, which an exporter may take for a constant.

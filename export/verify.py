@@ -16,9 +16,9 @@ from offramp.export.samples import Values, batches
 from offramp.export.split import Segment, split
 from offramp.models.forecasts import path_columns
 from offramp.models.network import EarlyExitNetwork
-from offramp.runtime.bundle import open_bundle
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.engines.threads import fit
-from offramp.runtime.manifest import NEXT
 from offramp.training.checkpoint import Checkpoint
 
 TOLERANCE = 1e-4

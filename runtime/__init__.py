@@ -5,6 +5,8 @@ Importing this loads numpy and nothing heavy: onnxruntime and tokenizers come in
 
 from __future__ import annotations
 
+from offramp.runtime.bundle.manifest import RuleSpec
+from offramp.runtime.classifier import Answer, Session
 from offramp.runtime.errors import (
     BadBundle,
     BadInput,
@@ -17,9 +19,7 @@ from offramp.runtime.errors import (
     OutOfMemory,
     SessionClosed,
 )
-from offramp.runtime.manifest import RuleSpec
-from offramp.runtime.opening import load
-from offramp.runtime.session import Answer, Session
+from offramp.runtime.loading import load
 
 __all__ = [
     "Answer",

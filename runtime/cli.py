@@ -13,10 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:  # what is heavy is imported when the command runs, so that --help is instant
-    from offramp.runtime.inputs import Item
-    from offramp.runtime.lines import Line
-    from offramp.runtime.session import Answer, Session
-    from offramp.runtime.tally import Tally
+    from offramp.runtime.classifier import Answer, Session
+    from offramp.runtime.inputs.lines import Line
+    from offramp.runtime.inputs.text import Item
+    from offramp.runtime.run_stats import Tally
 
 ENGINES, DEVICES, PROVIDERS, FORMATS, CACHES = (
     ("ort", "trt"),
@@ -166,11 +166,11 @@ def _run(
     stats: bool,
     wishes: dict[str, Any],
 ) -> int:
+    from offramp.runtime.bundle.manifest import GENERATION, ImageInput
     from offramp.runtime.errors import BadSetting, OfframpError
-    from offramp.runtime.lines import PROMPTS, TEXTS, read_images, read_lines
-    from offramp.runtime.manifest import GENERATION, ImageInput
-    from offramp.runtime.opening import load
-    from offramp.runtime.tally import Tally
+    from offramp.runtime.inputs.lines import PROMPTS, TEXTS, read_images, read_lines
+    from offramp.runtime.loading import load
+    from offramp.runtime.run_stats import Tally
 
     code = NOT_STARTED
     try:
@@ -207,7 +207,7 @@ def _run(
 
 
 def _generate(session: Session, lines: Iterator[Line], most: int, stats: bool) -> int:
-    from offramp.runtime.prompts import write_answers
+    from offramp.runtime.generate_cli import write_answers
 
     out = sys.stdout.buffer
     failed, told = write_answers(session, lines, out, most=most, as_it_comes=sys.stdout.isatty())
@@ -232,8 +232,8 @@ def _open(source: str) -> AbstractContextManager[IO[bytes]]:
 
 def _answer(session: Session, lines: Iterator[Line], tally: Tally, *, each: bool) -> None:
     """Write one object for every line, in order; each: let the reader have every one at once."""
+    from offramp.runtime.bundle.manifest import ImageInput
     from offramp.runtime.errors import BadInput
-    from offramp.runtime.manifest import ImageInput
 
     images = isinstance(session.manifest.input, ImageInput)
     waiting: deque[Line] = deque()  # lines that were read and are not written yet: two windows of map at most

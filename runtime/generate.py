@@ -12,11 +12,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from offramp.runtime.engines import Array
-from offramp.runtime.engines.decoder import DecoderEngine, Made
+from offramp.runtime.engines.base import Array
+from offramp.runtime.engines.ort_decoder import DecoderEngine, Made
 from offramp.runtime.errors import BadInput
-from offramp.runtime.lane import Lane
 from offramp.runtime.rules import Plan, Rule, Signals
+from offramp.runtime.sequence import Lane
 
 SILENT = ("gate", "fixed")  # rules that ask no head: a head costs several blocks
 

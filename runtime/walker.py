@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.engines import Engine, State
+from offramp.runtime.engines.base import Engine, State
 from offramp.runtime.rules import Floats, Plan, Rule, Signals
 
 Key = tuple[int, int, int]  # segment, variant, length: what rows must share to be run together

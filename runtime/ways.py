@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from offramp.runtime import rules
-from offramp.runtime.bundle import Bundle
-from offramp.runtime.drafting import Drafting
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import GATE, Manifest, RuleSpec, Stage
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.generate import SILENT, Chooser, Exiting, Skipping, Way, full
-from offramp.runtime.manifest import GATE, Manifest, RuleSpec, Stage
-from offramp.runtime.routes import open_routing, skipped
+from offramp.runtime.rules.route import open_routing, skipped
+from offramp.runtime.rules.speculative import Drafting
 
 CACHES = ("deferred", "propagate")  # what becomes of a token's cache behind the exit where it left
 LEAVING_RULES = tuple(name for name in rules.KNOWN if name != "quee")

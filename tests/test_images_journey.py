@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from offramp.export.cli import main as split
 from offramp.models import EarlyExitNetwork
 from offramp.runtime import load
-from offramp.runtime.bench import measure
-from offramp.runtime.calibrate import main as calibrate
 from offramp.runtime.cli import main as run
+from offramp.runtime.tuning.bench import measure
+from offramp.runtime.tuning.calibrate import main as calibrate
 from offramp.training.batches import encode_for
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import evaluate, train

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from offramp.export.cli import main as split
 from offramp.runtime import load
-from offramp.runtime.manifest import RuleSpec
+from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.rules import bind, simulate
 from offramp.runtime.rules.sweep import ExitTable
 from offramp.training.batches import encode

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 
 from offramp.export.cli import main as split
 from offramp.runtime import load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.calibrate import main as calibrate
-from offramp.runtime.manifest import RuleSpec
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.rules import bind
+from offramp.runtime.tuning.calibrate import main as calibrate
 from offramp.training.batches import encode
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
 from offramp.training.cli import evaluate, train

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from offramp.runtime.images import ImageInput
+from offramp.runtime.inputs.images import ImageInput
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.pixels import encode_images
 from offramp.training.rows import BadData, Rows

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from offramp.models.controllers import load_controllers
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
-from offramp.runtime.images import ImageInput
+from offramp.runtime.inputs.images import ImageInput
 
 WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "weights.safetensors",

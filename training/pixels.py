@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from offramp.runtime.images import BadInput, ImageInput, normalized, pixels
+from offramp.runtime.inputs.images import BadInput, ImageInput, normalized, pixels
 from offramp.training.rows import BadData, Rows
 
 AUGMENTATIONS = ("flip", "crop")

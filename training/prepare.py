@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from offramp.models.families import UnsupportedFamily, family_of
 from offramp.models.network import EarlyExitNetwork, NetworkSpec, count_blocks, parse_exits
-from offramp.runtime.images import ImageInput
+from offramp.runtime.inputs.images import ImageInput
 from offramp.training.checkpoint import BadCheckpoint, Checkpoint, TextFacts, load_checkpoint
 from offramp.training.settings import BadSetting
 

@@ -10,8 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from offramp.runtime.engines import Array, Rows
-from offramp.runtime.manifest import NEXT, SIGNALS, Tensor, Variant
+from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Tensor, Variant
+from offramp.runtime.engines.base import Array, Rows
 from offramp.runtime.rules import Signals
 
 _IDLE_BYTES = 64 * 2**20

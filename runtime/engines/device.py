@@ -13,13 +13,13 @@ from contextlib import suppress
 from typing import Any, Protocol
 from weakref import finalize
 
-from offramp.runtime.engines import Array, Rows
+from offramp.runtime.bundle.manifest import Manifest, TextInput, Variant
+from offramp.runtime.engines.base import Array, Rows
 from offramp.runtime.engines.buffers import Run, Shelf
 from offramp.runtime.engines.cuda import Cuda
 from offramp.runtime.engines.device_buffers import DeviceBuffers, Layout, Places, Step
 from offramp.runtime.engines.profiles import rounded
 from offramp.runtime.errors import DeviceFailed, OutOfMemory
-from offramp.runtime.manifest import Manifest, TextInput, Variant
 from offramp.runtime.rules import Signals
 
 STEM: Step = (-1, 0)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from offramp.runtime.engines import Array, Rows
+from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Manifest, Tensor, Variant
+from offramp.runtime.engines.base import Array, Rows
 from offramp.runtime.engines.buffers import Run
 from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
 from offramp.runtime.engines.profiles import shape_of
-from offramp.runtime.manifest import NEXT, SIGNALS, Manifest, Tensor, Variant
 from offramp.runtime.rules import Signals
 
 Step = tuple[int, int]  # segment, variant; the stem's segment is -1 and its variant 0

@@ -19,10 +19,10 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from offramp.runtime.bundle import Bundle
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines.threads import Pool, apply
 from offramp.runtime.errors import BadBundle, EngineUnavailable
-from offramp.runtime.manifest import Variant
 from offramp.runtime.pipeline import Task
 
 CPU = "CPUExecutionProvider"

@@ -13,14 +13,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from offramp.runtime.bundle import Bundle
-from offramp.runtime.engines import Array, Engine, Rows
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import Tensor, Variant
+from offramp.runtime.engines.base import Array, Engine, Rows
 from offramp.runtime.engines.buffers import Bound, Buffers, Shelf
 from offramp.runtime.engines.graphs import Graph, Graphs
 from offramp.runtime.engines.tensors import flows_of, stem_of, tensors_of
 from offramp.runtime.engines.threads import Pool, claim
 from offramp.runtime.errors import BadBundle, EngineUnavailable
-from offramp.runtime.manifest import Tensor, Variant
 from offramp.runtime.pipeline import Task, ahead
 from offramp.runtime.rules import Signals
 

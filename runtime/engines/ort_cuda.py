@@ -14,7 +14,8 @@ from types import ModuleType
 
 import numpy as np
 
-from offramp.runtime.bundle import Bundle
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines.buffers import Run, runner
 from offramp.runtime.engines.cuda import Cuda, cuda_python, missing_driver
 from offramp.runtime.engines.device import STEM, DeviceEngine
@@ -25,7 +26,6 @@ from offramp.runtime.engines.tensors import flows_of
 from offramp.runtime.engines.threads import Pool, claim
 from offramp.runtime.engines.trt_cache import EngineCache, default_folder
 from offramp.runtime.errors import BadBundle, BadSetting, EngineUnavailable
-from offramp.runtime.manifest import Variant
 
 NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 PLACE = "cuda"  # ONNX Runtime's name of the memory that is bound

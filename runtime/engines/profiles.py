@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from offramp.runtime.bundle.manifest import Manifest, Tensor, TextInput
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.manifest import Manifest, Tensor, TextInput
 
 Size = tuple[int, int]  # rows, tokens
 Profile = tuple[Size, Size, Size]  # the least, what is tuned for, the most

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from offramp.runtime.bundle.manifest import NEXT, Manifest, Tensor, Variant
 from offramp.runtime.errors import BadBundle
-from offramp.runtime.manifest import NEXT, Manifest, Tensor, Variant
 
 
 def stem_of(manifest: Manifest, variant: str) -> Variant:

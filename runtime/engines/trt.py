@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from offramp.runtime.bundle import Bundle
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import Manifest, Variant
 from offramp.runtime.engines import trt_versions
 from offramp.runtime.engines.cuda import Cuda, cuda_python, missing_driver
 from offramp.runtime.engines.device import STEM, DeviceEngine
@@ -21,7 +22,6 @@ from offramp.runtime.engines.tensors import flows_of
 from offramp.runtime.engines.trt_cache import EngineCache, default_folder
 from offramp.runtime.engines.trt_open import TrtOpener
 from offramp.runtime.errors import BadSetting, EngineUnavailable
-from offramp.runtime.manifest import Manifest, Variant
 
 VARIANTS = ("fp32", "fp16")  # int8 and int4 graphs hold operators of ONNX Runtime's own
 _MODULES = ("tensorrt", "tensorrt_rtx")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from offramp.runtime.bundle.manifest import Tensor, Variant
 from offramp.runtime.engines import trt_versions
 from offramp.runtime.engines.profiles import Profile, shapes
 from offramp.runtime.errors import BadBundle
-from offramp.runtime.manifest import Tensor, Variant
 
 # The manifest's names and TensorRT's; 8.6 has no INT64, see trt_versions.as_read.
 DTYPES = {

@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
-from offramp.runtime.bundle import Bundle
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines import trt_versions
 from offramp.runtime.engines.buffers import Run
 from offramp.runtime.engines.cuda import Cuda, Memory
@@ -20,7 +21,6 @@ from offramp.runtime.engines.profiles import Profile, choose
 from offramp.runtime.engines.trt_build import Log, build, hold
 from offramp.runtime.engines.trt_cache import EngineCache
 from offramp.runtime.errors import BadBundle, DeviceFailed, EngineUnavailable, OutOfMemory
-from offramp.runtime.manifest import Variant
 
 _known: WeakValueDictionary[Hashable, Opened] = WeakValueDictionary()
 _guard = threading.Lock()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from offramp.runtime.manifest import Tensor
+from offramp.runtime.bundle.manifest import Tensor
 
 
 def network_flags(trt: Any) -> int:

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.errors import BadSetting
-from offramp.runtime.manifest import (
+from offramp.runtime.bundle.manifest import (
     RuleSpec as RuleSpec,
 )  # training writes specs and may enter this file alone
-from offramp.runtime.manifest import StepCosts as StepCosts  # as above
+from offramp.runtime.bundle.manifest import StepCosts as StepCosts  # as above
+from offramp.runtime.errors import BadSetting
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]

@@ -19,7 +19,7 @@ from offramp.benchmarks.decoder_turns import Answer, Round, clocked, compared, r
 from offramp.benchmarks.lossless import main as lossless
 from offramp.benchmarks.worker_memory import resident
 from offramp.runtime import load
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
 
 WRITER = Path(__file__).parents[1] / "data" / "tiny_writer"
 SENTENCE = "the film was good and the plot was very dull at all"

@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, checker, compose, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from offramp.runtime.manifest import (
+from offramp.runtime.bundle.manifest import (
     NEXT,
     FileFact,
     Macs,

@@ -21,7 +21,7 @@ from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import file_name
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.runtime.engines.threads import fit
-from offramp.runtime.images import ImageInput
+from offramp.runtime.inputs.images import ImageInput
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
 # Pooling and policy inputs vary with the family: every kind is exported, but not every combination.

@@ -20,10 +20,10 @@ from onnx import helper, numpy_helper
 from offramp.export import aot
 from offramp.export.describe import describe
 from offramp.export.verify import file_name
-from offramp.runtime.bundle import open_bundle
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines.profiles import Profile, profiles
 from offramp.runtime.engines.trt import VARIANTS
-from offramp.runtime.manifest import Variant
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 Change = Callable[[onnx.GraphProto], None]

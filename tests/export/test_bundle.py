@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from offramp.export.bundle import BadTarget, finish, writing
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.manifest import Manifest
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import Manifest
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "tiny_bundle"
 

@@ -14,15 +14,16 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from offramp.export import aot, bundle, monolith, rivals, to_onnx, verify
+from offramp.export import aot, bundle, monolith, to_onnx, verify
+from offramp.export import baselines as rivals
 from offramp.export.bundle import BadTarget
 from offramp.export.cli import main
 from offramp.export.sentences import SENTENCES
 from offramp.export.split import Segment
 from offramp.runtime import load
-from offramp.runtime.bundle import open_bundle
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.engines import cuda
-from offramp.runtime.rivals import read_rivals
+from offramp.runtime.tuning.baselines import read_rivals
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
 
 RULE = {"name": "gate", "parameters": {"threshold": 0.4}}

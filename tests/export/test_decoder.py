@@ -16,8 +16,8 @@ from offramp.export.decoder import split_decoder
 from offramp.export.precision import to_variant
 from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
+from offramp.runtime.bundle.manifest import PAST
 from offramp.runtime.engines.threads import fit
-from offramp.runtime.manifest import PAST
 
 # What a bundle of them says is a default test: test_decoder_bundle.
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from offramp.export.aot import main as verify
 from offramp.export.cli import main as split
 from offramp.runtime import BadSetting, Session, SessionClosed, load
-from offramp.runtime.bundle import open_bundle
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.cli import main as run
-from offramp.runtime.engines.decoder import PLACES, DecoderEngine
+from offramp.runtime.engines.ort_decoder import PLACES, DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.errors import BadInput, BadManifest
 from offramp.runtime.generate import generate

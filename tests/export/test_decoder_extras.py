@@ -22,13 +22,13 @@ from offramp.export.decoder_verify import NotTheNetwork, verify_decoder
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.depth import hidden_states
 from offramp.runtime import BadInput, BadSetting, load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines.decoder import DecoderEngine
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.engines.ort_decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.errors import BadManifest
 from offramp.runtime.generate import generate
-from offramp.runtime.lane import Lane
-from offramp.runtime.writer import Writer
+from offramp.runtime.generator import Writer
+from offramp.runtime.sequence import Lane
 from offramp.training.checkpoint import save_exits
 
 TEMPLATE = (

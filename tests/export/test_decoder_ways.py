@@ -15,13 +15,13 @@ import torch
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.depth import hidden_states, leaves_behind
 from offramp.runtime import BadSetting, RuleSpec, load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.drafting import Drafting
-from offramp.runtime.engines.decoder import DecoderEngine
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.engines.ort_decoder import DecoderEngine
 from offramp.runtime.engines.threads import claim
 from offramp.runtime.generate import Exiting, Token, Way, full, generate
-from offramp.runtime.lane import Lane
-from offramp.runtime.routes import skipped
+from offramp.runtime.rules.route import skipped
+from offramp.runtime.rules.speculative import Drafting
+from offramp.runtime.sequence import Lane
 from offramp.runtime.ways import way_of
 
 PROMPT = [5, 9, 30, 12, 44]

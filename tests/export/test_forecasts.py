@@ -22,7 +22,7 @@ from offramp.export.verify import verify
 from offramp.models import EarlyExitNetwork
 from offramp.models.forecasts import Forecast
 from offramp.models.precision import in_precision
-from offramp.runtime.manifest import FileFact, Manifest
+from offramp.runtime.bundle.manifest import FileFact, Manifest
 
 
 def foreseeing(network: EarlyExitNetwork) -> EarlyExitNetwork:

@@ -17,7 +17,7 @@ from offramp.export import nested
 from offramp.export.nested import nest
 from offramp.export.split import split
 from offramp.export.to_onnx import to_onnx
-from offramp.runtime.manifest import NEXT
+from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.rules import RuleSpec, bind, simulate
 
 

@@ -13,7 +13,7 @@ import torch
 from offramp.export.split import Segment, kept_exits, split
 from offramp.models.families import FAMILIES
 from offramp.models.macs import segment_macs, stem_macs
-from offramp.runtime.manifest import NEXT, Tensor
+from offramp.runtime.bundle.manifest import NEXT, Tensor
 
 SCRIPT = Path(__file__).resolve().parents[2] / "export" / "split.py"
 

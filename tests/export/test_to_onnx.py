@@ -15,7 +15,7 @@ import torch
 
 from offramp.export.split import split
 from offramp.export.to_onnx import OPSET, eager_attention, to_onnx
-from offramp.runtime.manifest import NEXT
+from offramp.runtime.bundle.manifest import NEXT
 
 SIZES = [(1, 1), (1, 16), (3, 7), (2, 64)]
 

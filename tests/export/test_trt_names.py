@@ -15,7 +15,7 @@ from cuda.bindings import runtime as cudart
 from doubles import cuda_double
 
 from offramp.export import aot
-from offramp.runtime import manifest
+from offramp.runtime.bundle import manifest
 from offramp.runtime.engines import cuda, trt, trt_build, trt_open, trt_versions
 
 TABLE: dict[str, list[str]] = json.loads(

@@ -16,7 +16,7 @@ from offramp.export.bundle import finish
 from offramp.export.describe import describe
 from offramp.export.sentences import SENTENCES
 from offramp.runtime import load
-from offramp.runtime.manifest import ImageInput
+from offramp.runtime.bundle.manifest import ImageInput
 
 WISHES = {
     "trt-8.6.1": {"engine": "trt"},

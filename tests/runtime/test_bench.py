@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from offramp.runtime import BadInput, BadSetting, load
-from offramp.runtime.bench import CHANCE, FULL, measure
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.labelled import read_data
-from offramp.runtime.wishes import chosen_points
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.rules.resolve import chosen_points
+from offramp.runtime.tuning.bench import CHANCE, FULL, measure
+from offramp.runtime.tuning.labelled import read_data
 
 DATA = Path(__file__).parents[1] / "data"
 TINY, RIVALS = DATA / "tiny_bundle", DATA / "tiny_rivals"
-BENCH = [sys.executable, "-m", "offramp.runtime.bench", "--bundle", str(TINY)]
+BENCH = [sys.executable, "-m", "offramp.runtime.tuning.bench", "--bundle", str(TINY)]
 LABELS = ("negative", "positive")
 WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]
 TEXTS = [" ".join(WORDS[(3 * k + j * j) % len(WORDS)] for j in range(1 + k % 7)) for k in range(24)]
@@ -199,7 +199,7 @@ def test_what_cannot_start(tmp_path: Path) -> None:
 
 
 def test_a_graph_may_not_pass_for_a_walk(tmp_path: Path) -> None:
-    from offramp.runtime.bench import gather
+    from offramp.runtime.tuning.bench import gather
 
     value = json.loads((RIVALS / "rivals.json").read_text(encoding="utf-8"))
     value["graphs"][0]["name"] = FULL

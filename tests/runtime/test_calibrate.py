@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from doubles import gpu
 
 from offramp.runtime import load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.calibrate import calibrate, costs_of, main
-from offramp.runtime.labelled import read_labelled
-from offramp.runtime.manifest import OperatingPoint
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import OperatingPoint
+from offramp.runtime.tuning.calibrate import calibrate, costs_of, main
+from offramp.runtime.tuning.labelled import read_labelled
 
 TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
 TEXTS = ("good film", "bad film", "a good good plot", "dull", "film plot bad", "good", "so dull and bad")

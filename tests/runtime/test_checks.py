@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from offramp.runtime.errors import BadManifest
-from offramp.runtime.manifest import (
+from offramp.runtime.bundle.manifest import (
     FileFact,
     ImageInput,
     Macs,
@@ -19,6 +18,7 @@ from offramp.runtime.manifest import (
     Tensor,
     Variant,
 )
+from offramp.runtime.errors import BadManifest
 
 HIDDEN = Tensor("hidden", "float32", ("batch", 17, 8))
 LOGITS = Tensor("logits", "float32", ("batch", 2))

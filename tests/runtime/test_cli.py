@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from offramp.runtime import cli, engines, lines, load, ways
+from offramp.runtime import cli, engines, load, ways
+from offramp.runtime.inputs import lines
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 RUN = [sys.executable, "-m", "offramp.runtime.cli", "--bundle", str(TINY)]

@@ -14,10 +14,11 @@ import onnxruntime
 import pytest
 from doubles import gpu
 
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines import open_engine, threads
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import NEXT, RuleSpec
+from offramp.runtime.engines import threads
+from offramp.runtime.engines.base import open_engine
 from offramp.runtime.errors import BadBundle
-from offramp.runtime.manifest import NEXT, RuleSpec
 from offramp.runtime.rules import Signals, bind, simulate
 from offramp.runtime.walker import Trace, walk
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle.manifest import ImageInput
 from offramp.runtime.errors import BadInput
-from offramp.runtime.images import decode, normalized, pixels
-from offramp.runtime.manifest import ImageInput
+from offramp.runtime.inputs.images import decode, normalized, pixels
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offramp.runtime.errors import BadInput
-from offramp.runtime.labelled import read_labelled
+from offramp.runtime.tuning.labelled import read_labelled
 
 NAMES = ("negative", "positive")
 

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from offramp.runtime import lines
-from offramp.runtime.lines import Line, read_lines
+from offramp.runtime.inputs import lines
+from offramp.runtime.inputs.lines import Line, read_lines
 
 
 def read(data: bytes, form: str = "auto") -> list[Line]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp.runtime.errors import BadManifest
-from offramp.runtime.manifest import (
+from offramp.runtime.bundle.manifest import (
     FileFact,
     Macs,
     Manifest,
@@ -18,6 +17,7 @@ from offramp.runtime.manifest import (
     TextInput,
     Variant,
 )
+from offramp.runtime.errors import BadManifest
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle" / "manifest.json"
 

@@ -14,8 +14,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from offramp.runtime.bundle import Bundle, open_bundle
-from offramp.runtime.engines import buffers, graphs, open_engine, threads
+from offramp.runtime.bundle.files import Bundle, open_bundle
+from offramp.runtime.engines import buffers, graphs, threads
+from offramp.runtime.engines.base import open_engine
 from offramp.runtime.engines.ort import OrtEngine
 from offramp.runtime.errors import BadBundle, EngineUnavailable
 

@@ -13,8 +13,9 @@ import pytest
 from doubles import gpu
 
 from offramp.runtime import BadSetting, EngineUnavailable, load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines import cuda, graphs, open_engine, ort_cuda
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.engines import cuda, graphs, ort_cuda
+from offramp.runtime.engines.base import open_engine
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 

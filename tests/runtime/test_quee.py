@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.manifest import RuleSpec, StepCosts
 from offramp.runtime.rules import Signals, bind
 
 SEGMENTS, VARIANTS = 5, 3

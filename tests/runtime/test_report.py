@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from offramp.runtime import BadSetting, report
-from offramp.runtime.bench import measure
+from offramp.runtime import BadSetting
+from offramp.runtime.tuning import report
+from offramp.runtime.tuning.bench import measure
 
 DATA = Path(__file__).parents[1] / "data"
 EVIL = "<script>alert(1)</script> & $x_1$"
@@ -126,7 +127,8 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 sys.modules["matplotlib"] = None
-from offramp.runtime import EngineUnavailable, report
+from offramp.runtime.tuning import report
+from offramp.runtime import EngineUnavailable
 report.check(Path({str(tmp_path)!r}) / "out.json", None)
 try:
     report.check(None, Path({str(tmp_path)!r}) / "out.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offramp.runtime.router import fit
+from offramp.runtime.rules.router import fit
 
 COSTS = np.array([30.0, 10.0, 20.0])  # in no order
 

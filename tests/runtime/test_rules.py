@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from offramp.runtime import rules
+from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.manifest import RuleSpec
 from offramp.runtime.rules import Signals, bind, simulate
 
 SPECS = [

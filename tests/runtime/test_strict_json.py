@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from offramp.runtime.strict_json import build
+from offramp.runtime.bundle.strict_json import build
 
 
 @dataclass(frozen=True)

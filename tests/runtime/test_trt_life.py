@@ -18,10 +18,11 @@ import pytest
 from doubles import cuda_double, gpu
 
 from offramp.runtime import BadBundle, BadSetting, DeviceFailed, OutOfMemory, load
-from offramp.runtime.bundle import open_bundle
-from offramp.runtime.engines import device_buffers, open_engine, profiles, trt_build, trt_open, trt_versions
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import RuleSpec
+from offramp.runtime.engines import device_buffers, profiles, trt_build, trt_open, trt_versions
+from offramp.runtime.engines.base import open_engine
 from offramp.runtime.engines.cuda import Cuda
-from offramp.runtime.manifest import RuleSpec
 
 TESTS = Path(__file__).parents[1]
 TINY = TESTS / "data" / "tiny_bundle"

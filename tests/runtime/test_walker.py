@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.runtime.manifest import RuleSpec, StepCosts
+from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.rules import Signals, bind, simulate
 from offramp.runtime.walker import Trace, walk
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from offramp.export.cli import main as split
 from offramp.models.decoder import DecoderNetwork
-from offramp.runtime.bundle import open_bundle
+from offramp.runtime.bundle.files import open_bundle
 from offramp.training.allocator import keep_large_blocks
 from offramp.training.checkpoint import BadCheckpoint, load_exits, save_exits
 from offramp.training.cli import train

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from offramp.runtime.images import ImageInput
+from offramp.runtime.inputs.images import ImageInput
 from offramp.training.data import BadData, Columns, load_data
 from offramp.training.pixels import encode_images, parse_augment, shifted
 from offramp.training.rows import Rows

@@ -13,7 +13,7 @@ import tiny
 from transformers import AutoImageProcessor
 
 from offramp.models import EarlyExitNetwork
-from offramp.runtime.images import normalized, pixels
+from offramp.runtime.inputs.images import normalized, pixels
 from offramp.training.batches import encode_for
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.data import BadData, load_data

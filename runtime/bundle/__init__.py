@@ -1,0 +1,1 @@
+"""A bundle on disk: its manifest, what is checked of it, and its files."""

@@ -1,0 +1,72 @@
+"""Messages to a prompt, by the chat template that came with the tokenizer (needs jinja2: extra `chat`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.errors import BadBundle, BadInput, BadSetting, EngineUnavailable
+
+TEMPLATE = "chat_template.jinja"  # in a bundle
+Message = Mapping[str, str]  # role, content
+
+
+def chat_of(bundle: Bundle) -> Callable[[Sequence[Message]], str]:
+    """What makes a prompt of messages; the template is read and compiled when it is first asked.
+
+    The prompt ends where the answer begins. Raises (when asked) BadSetting where the bundle has no template,
+    EngineUnavailable without jinja2, BadInput for what are no messages or what the template refuses.
+    """
+    compiled: list[Any] = []
+
+    def prompt_of(messages: Sequence[Message]) -> str:
+        _check(messages)
+        if TEMPLATE not in bundle.manifest.files:
+            raise BadSetting(f"{bundle.folder} has no chat template: give the prompt as one text")
+        if not compiled:
+            compiled.append(_compiled(bundle))
+        try:
+            found: str = compiled[0].render(messages=list(messages), add_generation_prompt=True)
+        except Exception as problem:  # whatever a template raises
+            raise BadInput(f"the chat template refuses these messages: {problem}") from problem
+        return found
+
+    return prompt_of
+
+
+def _check(messages: Any) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray)):
+        raise BadInput(f"expected a string or messages, found {messages!r:.60}")
+    if not messages:
+        raise BadInput("expected messages, found none")
+    for number, message in enumerate(messages):
+        fits = isinstance(message, Mapping) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not fits:
+            raise BadInput(f"message {number}: expected a role and a content, found {message!r:.60}")
+
+
+def _compiled(bundle: Bundle) -> Any:
+    try:
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as problem:
+        raise EngineUnavailable(
+            f"chat templates need jinja2, which cannot be imported ({problem}); pip install 'offramp[chat]'"
+        ) from problem
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    # As transformers has it; a bundle may come from anywhere, hence the sandbox.
+    room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    room.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    tokens = bundle.manifest.provenance.get("special_tokens", {})
+    room.globals |= {name: str(token) for name, token in dict(tokens).items()}
+    try:
+        return room.from_string(bundle.read(TEMPLATE).decode("utf-8"))
+    except (TemplateError, UnicodeDecodeError) as problem:
+        raise BadBundle(f"{bundle.folder / TEMPLATE}: not a chat template: {problem}") from problem

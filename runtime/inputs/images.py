@@ -1,0 +1,166 @@
+"""Images into pixels: decoded and resized by Pillow, normalized by numpy, as the manifest says.
+
+Training makes its pixels with this file too, so that a bundle sees what its network has learned from. The
+steps are those of transformers' image processors on Pillow: RGB, resize, cut the centre out, rescale,
+normalize.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.runtime.bundle.manifest import ImageInput
+from offramp.runtime.errors import BadBundle, BadInput, EngineUnavailable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from offramp.runtime.bundle.files import Bundle
+
+Pixels = NDArray[np.uint8]
+PIXELS = "pixel_values"
+
+
+def decode(picture: Any) -> Image:
+    """A picture in RGB: a path, the bytes of a file, a PIL image, or uint8 [height, width] (grey) or [height,
+    width, 3] (RGB).
+
+    What a camera says of its rotation is followed in files, not in images that are already open. Raises
+    BadInput for what is no picture, EngineUnavailable where Pillow is not installed.
+    """
+    images = _pillow("PIL.Image")
+    try:
+        if isinstance(picture, np.ndarray):
+            return _of_array(picture, images)
+        if isinstance(picture, images.Image):
+            return picture.convert("RGB")  # type: ignore[no-any-return]
+        if not isinstance(picture, (str, bytes, bytearray, os.PathLike)):
+            raise BadInput(f"expected a path, bytes, a PIL image or an array, found {picture!r:.60}")
+        source = io.BytesIO(picture) if isinstance(picture, (bytes, bytearray)) else picture
+        with images.open(source) as opened:
+            turned: Image = _pillow("PIL.ImageOps").exif_transpose(opened)
+            return turned.convert("RGB")
+    except BadInput:
+        raise
+    except FileNotFoundError:
+        raise BadInput(f"no such image file: {os.fspath(picture)!r}") from None
+    except Exception as problem:  # a broken file makes Pillow raise nearly anything
+        name = repr(os.fspath(picture)) if isinstance(picture, (str, os.PathLike)) else "the bytes"
+        unknown = isinstance(problem, images.UnidentifiedImageError)
+        what = "no format that Pillow knows" if unknown else f"{type(problem).__name__}: {problem}"
+        raise BadInput(f"{name} cannot be read as an image: {' '.join(what.split())}") from problem
+
+
+def pixels(picture: Any, facts: ImageInput) -> Pixels:
+    """A picture resized and cut to uint8 [height, width, 3], channels still in the order RGB."""
+    image = decode(picture)
+    if facts.resize:
+        wide, high = _target(image.size, facts.resize)
+        filters = _pillow("PIL.Image").Resampling
+        image = image.resize((wide, high), filters[facts.resample.upper()])
+    return _centre(np.asarray(image), facts.height, facts.width)
+
+
+def normalized(found: Pixels, facts: ImageInput) -> NDArray[np.float32]:
+    """What the stem reads, float32 [batch, 3, height, width]; found uint8 [batch, height, width, 3]."""
+    scale, mean, std = facts.scale, np.array(facts.mean), np.array(facts.std)
+    if facts.channels == "BGR":
+        found = found[..., ::-1]
+    factor, shift = (scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+    made = found.astype(np.float32) * factor + shift  # [batch, height, width, 3]
+    return np.ascontiguousarray(made.transpose(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image as pixels uint8 [height, width, 3]; length: tokens that the network makes of it."""
+
+    pixels: Pixels
+    length: int
+    truncated: bool = False
+
+
+class ImageEncoder:
+    """The manifest's image preprocessing; safe to call from several threads."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        stem = next(iter(bundle.manifest.stem.variants.values()))
+        facts = bundle.manifest.input
+        assert isinstance(facts, ImageInput)
+        self._facts = facts
+        strange = [tensor.name for tensor in stem.inputs if tensor.name != PIXELS]
+        if strange:
+            raise BadBundle(f"{bundle.folder}: stem input {strange[0]!r} cannot be made from an image")
+        (hidden,) = (tensor for tensor in stem.outputs if tensor.name == "hidden")
+        self._length = int(hidden.shape[1])
+        _pillow("PIL.Image")  # said when a bundle is opened, not at the first image
+
+    def __call__(self, items: Sequence[Any]) -> list[ImageRow]:
+        """Rows of pixels. Raises BadInput with the number of the item in `items`."""
+        rows = []
+        for number, item in enumerate(items):
+            try:
+                rows.append(ImageRow(pixels(item, self._facts), self._length))
+            except BadInput as problem:
+                raise BadInput(f"item {number}: {problem}") from problem
+        return rows
+
+    def arrays(self, rows: Sequence[ImageRow]) -> dict[str, NDArray[Any]]:
+        """The stem's input, float32 [batch, 3, height, width]."""
+        return {PIXELS: normalized(np.stack([row.pixels for row in rows]), self._facts)}
+
+    def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
+        """The stem's input for rows without a meaning; images have but one length."""
+        return {PIXELS: np.zeros((rows, 3, self._facts.height, self._facts.width), np.float32)}
+
+
+def _target(size: tuple[int, int], resize: Sequence[int]) -> tuple[int, int]:
+    """Width and height to resize to; size is width, height, as Pillow has it."""
+    if len(resize) == 2:
+        return resize[1], resize[0]
+    short, long = sorted(size)
+    scaled = resize[0], max(1, int(resize[0] * long / short))
+    return scaled if size[0] <= size[1] else (scaled[1], scaled[0])
+
+
+def _centre(found: Pixels, height: int, width: int) -> Pixels:
+    """The middle of an image [any, any, 3]; where it is smaller, black around it."""
+    high, wide = found.shape[:2]
+    if high < height or wide < width:
+        canvas = np.zeros((max(high, height), max(wide, width), 3), np.uint8)
+        top, left = -((high - len(canvas)) // 2), -((wide - canvas.shape[1]) // 2)
+        canvas[top : top + high, left : left + wide] = found
+        found, (high, wide) = canvas, canvas.shape[:2]
+    top, left = (high - height) // 2, (wide - width) // 2
+    return found[top : top + height, left : left + width]
+
+
+def _of_array(array: NDArray[Any], images: Any) -> Image:
+    grey = array.ndim == 2
+    if array.dtype != np.uint8 or not array.size or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
+        raise BadInput(
+            f"an array of {array.dtype} {list(array.shape)}; expected uint8 [height, width, 3] in RGB "
+            "or [height, width]"
+        )
+    made: Image = images.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    return made
+
+
+def _pillow(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as problem:
+        raise EngineUnavailable(
+            f"images need Pillow, which cannot be imported ({problem}); pip install 'offramp[vision]'"
+        ) from problem
+
+
+__all__ = ["BadInput", "ImageEncoder", "ImageInput", "ImageRow", "decode", "normalized", "pixels"]
