@@ -74,7 +74,7 @@ class DecoderStretch(nn.Module):
         if self.exit is not None:
             added.append(hidden + self.exit(self.norm(hidden)))
         if self.policy is not None:
-            added.append(self.policy(self.norm(hidden))[..., 0])
+            added.append(self.policy(self.norm(hidden))[..., 0].sigmoid())  # P(exit), as in classifiers
         return hidden, *added
 
 

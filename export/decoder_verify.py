@@ -52,7 +52,7 @@ def verify_decoder(network: DecoderNetwork, folder: Path) -> None:
                     continue
                 _hold(f"{name} {LEAVING}", made.leaving, network.leaving(end, state), variant)
                 if made.gate is not None:
-                    _hold(f"{name} {GATE}", made.gate, network.gate(end, state), variant, least=SURE)
+                    _hold(f"{name} {GATE}", made.gate, network.gate(end, state).sigmoid(), variant, least=SURE)
             logits = network.head(states[-1][here])
             for draft in (False, True):
                 said = lane.cache.logits(made.hidden, draft)

@@ -31,7 +31,7 @@ def decoder_table(manifest: Manifest) -> str:
     assert facts is not None
     heads = [facts.head] if facts.draft is None else [facts.head, facts.draft]
     rows = [["graph", "blocks", "MACs a token", *(f"{name} bytes" for name in variants)]]
-    for stage in (manifest.stem, *manifest.segments, *facts.fills, *heads):
+    for stage in (manifest.stem, *manifest.segments, *facts.cache_fills, *heads):
         blocks = "-".join(map(str, sorted({*stage.blocks[:1], *stage.blocks[-1:]})))
         files = [stage.variants[name].file if name in stage.variants else None for name in variants]
         sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]

@@ -5,7 +5,6 @@ Prompts and first tokens go through every block, whatever the way of those that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -95,7 +94,7 @@ class Exiting:
             if segment + 1 == len(lane.filled):
                 break
             logits = lane.cache.logits(made.leaving[-1:]) if self._asks else None
-            gate = None if made.gate is None else _probability(made.gate[-1:])
+            gate = None if made.gate is None else made.gate[-1:]
             signals = Signals(logits, gate)  # type: ignore[arg-type]  # a rule that reads logits has them
             if self._leaves is not None:
                 left = self._leaves(signals, segment)
@@ -172,8 +171,3 @@ def generate(
 
 def _likeliest(lane: Lane, hidden: Array) -> int:
     return int(lane.cache.logits(hidden[-1:]).argmax())
-
-
-def _probability(logits: Array) -> Array:
-    """Of gates, which a walker's rules know as P(exit)."""
-    return np.array([1 / (1 + math.exp(-min(max(x, -60.0), 60.0))) for x in logits.tolist()], np.float32)

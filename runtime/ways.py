@@ -81,7 +81,7 @@ def way_of(bundle: Bundle, spec: RuleSpec, cache: str = CACHES[0]) -> Way | Choo
     assert manifest.decoder is not None
     if spec.name == "gate" and not all(_puts_out(segment, GATE) for segment in manifest.segments[:-1]):
         raise BadSetting(f"rule gate: the bundle has no policies; choose one of: {', '.join(KNOWN)}")
-    if cache == "propagate" and not manifest.decoder.fills:
+    if cache == "propagate" and not manifest.decoder.cache_fills:
         raise BadSetting("cache propagate: the bundle has no graphs for it; write it again with ee-split")
     return Exiting(rules.bind(spec, count), spec.name not in SILENT, cache == "propagate", count)
 

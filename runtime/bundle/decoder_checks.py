@@ -13,7 +13,7 @@ def check_stages(manifest: Manifest) -> None:
     facts = manifest.decoder
     assert facts is not None  # check() has seen it
     segments = [(f"segments[{n}]", stage) for n, stage in enumerate(manifest.segments)]
-    fills = [(f"decoder.fills[{n}]", stage) for n, stage in enumerate(facts.fills)]
+    fills = [(f"decoder.cache_fills[{n}]", stage) for n, stage in enumerate(facts.cache_fills)]
     heads = [("decoder.head", facts.head)]
     if facts.draft is not None:
         heads.append(("decoder.draft", facts.draft))
@@ -30,7 +30,7 @@ def check_stages(manifest: Manifest) -> None:
         _check_segment(where, stage, made)
     _check_leaving(manifest)
     if fills and [stage.blocks for _, stage in fills] != [stage.blocks for _, stage in segments[1:]]:
-        raise ValueError("decoder.fills: their blocks must be those of the segments behind the first")
+        raise ValueError("decoder.cache_fills: their blocks must be those of the segments behind the first")
     for (where, stage), (_, segment) in zip(fills, segments[1:], strict=False):
         _check_fill(where, stage, segment, made)
     for where, stage in heads:

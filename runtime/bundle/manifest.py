@@ -28,8 +28,8 @@ SIGNALS = ("logits", "gate", "forecast")
 # A decoder's segment reads what its block 3 attended to before as "past_k_3" and "past_v_3", and puts out
 # what it adds to them as "new_k_3" and "new_v_3".
 PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
-# Where a token may leave: how sure its policy is, and what the head reads if that is not hidden itself.
-GATE, LEAVING = "gate", "leaving"
+# Where a token may exit: P(exit) of its policy, and what the head reads there where that is not hidden itself.
+GATE, EXIT_HIDDEN = "gate", "exit_hidden"
 AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
 
@@ -75,8 +75,11 @@ class Macs:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The stem (no blocks) or a segment: consecutive 1-based blocks with the exit that follows them."""
+class Segment:
+    """Consecutive blocks (1-based) exported as one graph a variant, with the exit that follows them.
+
+    The stem, a head and a draft head have the same form, without blocks.
+    """
 
     name: str
     blocks: tuple[int, ...]
@@ -155,17 +158,18 @@ class FileFact:
 
 @dataclass(frozen=True)
 class DecoderFacts:
-    """head: the stage that makes logits of hidden behind any segment. stop: ids that end an answer.
+    """What only a decoder has.
 
-    fills: for segments, by their blocks, the stage that makes of hidden what a token leaves in the cache
-    where it goes past them; all segments but the first have one, or none. draft: a head of fewer ids, the
-    first of the vocabulary, for tokens that are verified later.
+    head: the graph that makes logits from the hidden state after any segment. stop: ids that end an answer.
+    cache_fills: one graph a segment, in the order of their blocks, that makes the keys and values of tokens
+    which exited before it from their hidden state; every segment but the first has one, or none has. draft: a
+    head with fewer ids, the first of the vocabulary, for draft tokens that are verified later.
     """
 
-    head: Stage
+    head: Segment
     stop: tuple[int, ...]
-    fills: tuple[Stage, ...] = ()
-    draft: Stage | None = None
+    cache_fills: tuple[Segment, ...] = ()
+    draft: Segment | None = None
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,8 @@ class Manifest:
     hidden_size: int
     vocab_size: int
     blocks: int
-    stem: Stage
-    segments: tuple[Stage, ...]
+    stem: Segment
+    segments: tuple[Segment, ...]
     rule: RuleSpec
     points: tuple[OperatingPoint, ...]
     files: dict[str, FileFact]
@@ -227,3 +231,7 @@ class Manifest:
             if not facts[name]:  # so that files without them read as they always did
                 del facts[name]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+Stage = Segment  # transition: the former name
+LEAVING = EXIT_HIDDEN  # transition: the former name

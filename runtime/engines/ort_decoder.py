@@ -51,7 +51,7 @@ class DecoderEngine:
         self.manifest, self.variant = manifest, variant
         self._graphs = Graphs(ort, bundle, "cpu", pool, {}, share)
         self._open: dict[str, Graph] = {}
-        self.fills = {stage.blocks: stage for stage in manifest.decoder.fills}
+        self.fills = {stage.blocks: stage for stage in manifest.decoder.cache_fills}
         self.positions = np.arange(manifest.input.longest)  # type: ignore[union-attr]  # a decoder reads text
         for stage in (manifest.stem, *manifest.segments, manifest.decoder.head):
             self.session(stage)

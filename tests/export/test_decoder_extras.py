@@ -130,7 +130,7 @@ def test_small_weights_are_small_and_wholly_so(made: Any) -> None:
     """Weights of blocks and heads, 8 and 4 bits; the stem has none."""
     bundle = open_bundle(made[1])
     assert bundle.manifest.decoder is not None
-    for stage in (*bundle.manifest.segments, *bundle.manifest.decoder.fills, bundle.manifest.decoder.head):
+    for stage in (*bundle.manifest.segments, *bundle.manifest.decoder.cache_fills, bundle.manifest.decoder.head):
         sizes = [bundle.manifest.files[stage.variants[name].file].bytes for name in ("fp32", "int8", "int4")]
         assert sizes[2] < sizes[1] < sizes[0]
     assert list(bundle.manifest.stem.variants) == ["fp32"]
@@ -166,8 +166,8 @@ def test_messages_become_a_prompt(made: Any, decoder_bundle: Callable[[str], Any
     [
         ("segments 0", ["outputs", -1, "name"], "gates", r"segments\[0\]: it puts out"),
         ("segments 0", ["outputs", -2, "shape", 2], 31, "all but the last put out leaving"),
-        ("decoder fills 0", ["outputs", 0, "name"], "new_k_9", r"decoder.fills\[0\]: it must put out"),
-        ("decoder fills 0", ["inputs", 0, "name"], "state", r"decoder.fills\[0\]: its input state"),
+        ("decoder cache_fills 0", ["outputs", 0, "name"], "new_k_9", r"decoder.cache_fills\[0\]: it must put out"),
+        ("decoder cache_fills 0", ["inputs", 0, "name"], "state", r"decoder.cache_fills\[0\]: its input state"),
         ("decoder head", ["outputs", 0, "shape", 2], 59, r"must make logits \[batch, seq, 60\]"),
     ],
 )
