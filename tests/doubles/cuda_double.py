@@ -1,286 +1,358 @@
-"""A double of cuda-python's runtime bindings: host memory, and streams that run only when somebody waits.
+"""A double of cuda-python's runtime bindings on host memory; a stream runs only when somebody waits for it.
 
-What is legal on a GPU gives the same results here; what merely happens to work there is caught: reading
-before waiting shows POISON, and an access outside of a live allocation breaks the process for good.
+A program that is correct on a GPU gives the same results here. Mistakes show: what is read before a wait is
+POISON, and an access to freed memory or out of bounds makes every later call fail, as on a GPU.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+import traceback
+from bisect import bisect_right, insort
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import wraps
 from operator import index
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from doubles.cuda_machine import (
-    POISON,
-    Event,
-    Fault,
-    Machine,
-    Stream,
-    cudaError_t,
-    cudaEvent_t,
-    cudaGraph_t,
-    cudaGraphExec_t,
-    cudaMemcpyKind,
-    cudaStream_t,
-    cudaStreamCaptureMode,
+
+# Every byte of fresh and of freed memory. As float32 it is 3.4e38, as int64 beyond every index: it shows in
+# whatever is computed from it.
+POISON = 0x7F
+ALIGNMENT = 256
+Op = Callable[[], object]
+cudaError_t = IntEnum(
+    "cudaError_t",
+    {
+        **{"cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorMemoryAllocation": 2},
+        **{"cudaErrorNoDevice": 100, "cudaErrorInvalidResourceHandle": 400, "cudaErrorIllegalState": 401},
+        **{"cudaErrorIllegalAddress": 700, "cudaErrorMisalignedAddress": 716, "cudaErrorLaunchFailure": 719},
+        "cudaErrorStreamCaptureUnsupported": 900,
+    },
+)
+_TEXTS = {2: "out of memory", 100: "no CUDA-capable device", 700: "an illegal memory access was encountered"}
+cudaMemcpyKind = IntEnum(
+    "cudaMemcpyKind",
+    [f"cudaMemcpy{way}" for way in ("HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice")],
+    start=0,
+)
+cudaStreamCaptureMode = IntEnum(
+    "cudaStreamCaptureMode",
+    [f"cudaStreamCaptureMode{name}" for name in ("Global", "ThreadLocal", "Relaxed")],
+    start=0,
 )
 
-__all__ = ["POISON", "Cudart", "Fault", "cudaError_t"]
+
+class Fault(Exception):
+    """A CUDA error by its name, with the reason, which CUDA itself would not give."""
+
+    def __init__(self, error: str, reason: str = "") -> None:
+        super().__init__(f"{error}: {reason}")
+        self.error = cudaError_t[error]
 
 
-def _call(results: int = 0, *, unsafe: bool = False, free: bool = False) -> Callable[[Any], Any]:
-    """One function of the bindings: a tuple, error first. unsafe: not allowed while a stream captures.
+@dataclass
+class Allocation:
+    """A piece of memory; kept after it was freed, so that its addresses are not handed out again."""
 
-    free: answers without a device and after a fault.
-    """
-
-    def wrap(body: Any) -> Any:
-        @wraps(body)
-        def call(self: Cudart, *args: Any) -> tuple[Any, ...]:
-            with self._lock:
-                self.calls[body.__name__] += 1
-                try:
-                    if not free:
-                        self._ready(unsafe)
-                    found = body(self, *args)
-                    if not free and self.sticky is not None:
-                        raise Fault(self.sticky.name)
-                except Fault as problem:
-                    return (problem.error, *[None] * results)
-                return (cudaError_t.cudaSuccess, *(found if results > 1 else [found] * results))
-
-        return call
-
-    return wrap
+    base: int
+    bytes: np.ndarray
+    kind: str  # device, pinned, or tensorrt: what TensorRT allocates for itself
+    live: bool = True
 
 
-class Cudart(Machine):
+@dataclass
+class Stream:
+    """Enqueued operations that have not run; captured: what a capture has recorded so far."""
+
+    queue: deque[Op] = field(default_factory=deque)
+    captured: list[Op] | None = None
+
+
+@dataclass
+class Event:
+    """The stream on which it was recorded last."""
+
+    stream: Stream | None = None
+
+
+@dataclass
+class Graph:
+    """Operations of a capture; executable: whether it was instantiated."""
+
+    ops: list[Op]
+    executable: bool = False
+
+
+def _call(body: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """One function of the bindings: it is counted, and gives a tuple whose first item is the error code."""
+
+    @wraps(body)
+    def call(self: Cudart, *args: Any) -> tuple[Any, ...]:
+        self.calls[body.__name__] += 1
+        try:
+            self.check_device()
+            result = body(self, *args)
+            self.check_device()  # a call that waits reports what went wrong on the device
+        except Fault as fault:
+            return (fault.error,)
+        return (cudaError_t.cudaSuccess, *(result if isinstance(result, tuple) else (result,)))
+
+    return call
+
+
+class Cudart:
     """Stands in for the module cuda.bindings.runtime.
 
-    limit, used: bytes of device memory, in all and held. calls: how often each function was called. faults:
-    what went wrong on the device, in words. default_stream_uses: how often no stream of one's own was named.
+    limit: bytes of device memory in all. used: bytes of it that are allocated. calls: how often each function
+    was called. faults: what went wrong on the device. default_stream_uses: calls with no stream of their own.
     """
 
-    cudaStreamDefault, cudaStreamNonBlocking = 0, 1
-    cudaEventDefault, cudaEventDisableTiming = 0, 2
-    cudaHostAllocDefault = 0
+    cudaStreamNonBlocking, cudaEventDisableTiming, cudaHostAllocDefault = 1, 2, 0
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
-    cudaStream_t, cudaEvent_t, cudaGraph_t, cudaGraphExec_t = (
-        *(cudaStream_t, cudaEvent_t),
-        *(cudaGraph_t, cudaGraphExec_t),
-    )
 
-    # Device and errors.
+    def __init__(
+        self,
+        *,
+        devices: int = 1,
+        name: str = "Double GPU",
+        capability: tuple[int, int] = (8, 6),
+        limit: int = 8 * 2**30,
+    ) -> None:
+        self.devices, self.name, self.capability, self.limit = devices, name, capability, limit
+        self.calls: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.default_stream_uses = self.used = 0
+        self._sticky: cudaError_t | None = None  # after a fault on the device, every call gives this error
+        self._bases: list[int] = []
+        self._allocations: dict[int, Allocation] = {}
+        self._handles: dict[int, Stream | Event | Graph] = {}
+        self._last_handle = 0x10000
 
-    @_call(1)
-    def cudaGetDeviceCount(self) -> int:
-        return self.devices
+    # For tests and for the double of TensorRT.
 
-    @_call()
-    def cudaSetDevice(self, device: int) -> None:
-        self._device(device)
+    def check_device(self) -> None:
+        """Fault where there is no device, or where an earlier fault broke it."""
+        if not self.devices:
+            raise Fault("cudaErrorNoDevice")
+        if self._sticky is not None:
+            raise Fault(self._sticky.name)
 
-    @_call(1)
-    def cudaGetDeviceProperties(self, device: int) -> Any:
-        self._device(device)
-        major, minor = self.capability
-        return SimpleNamespace(
-            name=self.name.encode(),
-            major=major,
-            minor=minor,
-            totalGlobalMem=self._total(),
-            multiProcessorCount=8,
-        )
-
-    @_call(1, free=True)
-    def cudaDriverGetVersion(self) -> int:
-        return 13000 if self.devices else 0
-
-    @_call(1, free=True)
-    def cudaRuntimeGetVersion(self) -> int:
-        return 13000
-
-    @_call(1, free=True)
-    def cudaGetErrorName(self, error: cudaError_t) -> bytes:
-        return error.name.encode()
-
-    @_call(1, free=True)
-    def cudaGetErrorString(self, error: cudaError_t) -> bytes:
-        said = {
-            2: "out of memory",
-            700: "an illegal memory access was encountered",
-            100: "no CUDA-capable device",
-        }
-        return said.get(int(error), error.name).encode()
-
-    # Memory.
-
-    @_call(1, unsafe=True)
-    def cudaMalloc(self, size: int) -> int:
-        return self.reserve(_size(size), "device") if size else 0
-
-    @_call(unsafe=True)
-    def cudaFree(self, pointer: int) -> None:
-        self._run_all()
-        if pointer:
-            self.release(index(pointer), "device")
-
-    @_call(1, unsafe=True)
-    def cudaHostAlloc(self, size: int, flags: int) -> int:
-        return self.reserve(_size(size), "pinned") if size else 0
-
-    @_call(unsafe=True)
-    def cudaFreeHost(self, pointer: int) -> None:
-        if pointer:
-            self.release(index(pointer), "pinned")
-
-    @_call(2)
-    def cudaMemGetInfo(self) -> tuple[int, int]:
-        return self._total() - self.used, self._total()
-
-    @_call()
-    def cudaMemcpyAsync(self, dst: Any, src: Any, count: int, kind: cudaMemcpyKind, stream: Any) -> None:
+    def enqueue(self, stream: Any, op: Op) -> None:
+        """Have op run in its turn, or record it while the stream captures."""
+        self.check_device()
         target = self._stream(stream)
-        way, count = cudaMemcpyKind(int(kind)).name.removeprefix("cudaMemcpy"), _size(count)
-        (to, to_kinds), (start, start_kinds) = (
-            self._side(place, count, way, end) for place, end in ((dst, "ToDevice"), (src, "DeviceTo"))
-        )
-        if target.captured is not None and not (to_kinds and start_kinds):
-            target.broken = True
-            raise Fault("cudaErrorStreamCaptureUnsupported", "pageable memory")
-        # Pageable memory is read when the call is made, and written before it returns.
-        staged = None if start_kinds else ctypes.string_at(start, count)
+        (target.queue if target.captured is None else target.captured).append(op)
+
+    def capturing(self, stream: Any) -> bool:
+        """Whether a capture is open on the stream."""
+        return self._stream(stream).captured is not None
+
+    def check(self, address: int, nbytes: int, kinds: Sequence[str] = ("device", "pinned")) -> np.ndarray:
+        """The bytes at an address; Fault where they are not wholly within one live allocation."""
+        at = bisect_right(self._bases, address)
+        memory = self._allocations[self._bases[at - 1]] if at else None
+        if memory is None or address - memory.base + nbytes > len(memory.bytes):
+            raise Fault("cudaErrorIllegalAddress", f"{nbytes} bytes at {address:#x} are in no allocation")
+        if not memory.live or memory.kind not in kinds:
+            kind = memory.kind if memory.live else "freed"
+            raise Fault("cudaErrorIllegalAddress", f"{address:#x} is {kind} memory, not {kinds}")
+        return memory.bytes[address - memory.base :][:nbytes]
+
+    def view(self, address: int, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """Memory as an array, as it is now: nobody waits for what is enqueued."""
+        dtype = np.dtype(dtype)
+        if address % dtype.itemsize:
+            raise Fault("cudaErrorMisalignedAddress", f"{address:#x} for {dtype}")
+        count = int(np.prod(shape, dtype=np.int64))
+        return self.check(address, count * dtype.itemsize).view(dtype).reshape(shape)
+
+    def live(self) -> dict[str, list[int]]:
+        """Sizes of the allocations that are held, by kind; kinds with none are left out."""
+        sizes: dict[str, list[int]] = {}
+        for memory in self._allocations.values():
+            if memory.live:
+                sizes.setdefault(memory.kind, []).append(len(memory.bytes))
+        return sizes
+
+    def handles(self) -> Counter[str]:
+        """How many streams, events and graphs there are."""
+        return Counter(type(thing).__name__ for thing in self._handles.values())
+
+    def reserve(self, size: int, kind: str = "tensorrt") -> int:
+        """Allocate; Fault where no memory is left or a capture is open."""
+        self.check_device()
+        if any(isinstance(thing, Stream) and thing.captured is not None for thing in self._handles.values()):
+            raise Fault("cudaErrorStreamCaptureUnsupported", "memory is allocated during a capture")
+        if kind != "pinned":
+            if self.used + size > self.limit:
+                raise Fault("cudaErrorMemoryAllocation", f"{self.used} bytes are used, {size} more wanted")
+            self.used += size
+        raw = np.full(size + ALIGNMENT, POISON, np.uint8)
+        base = raw.ctypes.data + -raw.ctypes.data % ALIGNMENT
+        insort(self._bases, base)
+        self._allocations[base] = Allocation(base, raw[base - raw.ctypes.data :][:size], kind)
+        return base
+
+    def release(self, address: int, kind: str = "tensorrt") -> None:
+        """Free; Fault where the address is no live memory of that kind."""
+        memory = self._allocations.get(address)
+        if memory is None or not memory.live or memory.kind != kind:
+            raise Fault("cudaErrorInvalidValue", f"{address:#x} is no {kind} memory")
+        memory.live = False
+        memory.bytes[:] = POISON
+        self.used -= len(memory.bytes) if kind != "pinned" else 0
+
+    # The bindings: device and memory.
+
+    @_call
+    def cudaSetDevice(self, device: int) -> None: ...
+
+    @_call
+    def cudaGetDeviceProperties(self, device: int) -> Any:
+        major, minor = self.capability
+        return SimpleNamespace(name=self.name.encode(), major=major, minor=minor)
+
+    def cudaDriverGetVersion(self) -> tuple[cudaError_t, int]:
+        return cudaError_t.cudaSuccess, 13000
+
+    def cudaRuntimeGetVersion(self) -> tuple[cudaError_t, int]:
+        return cudaError_t.cudaSuccess, 13000
+
+    def cudaGetErrorString(self, error: cudaError_t) -> tuple[cudaError_t, bytes]:
+        return cudaError_t.cudaSuccess, _TEXTS.get(int(error), error.name).encode()
+
+    @_call
+    def cudaMalloc(self, size: int) -> int:
+        return self.reserve(index(size), "device")
+
+    @_call
+    def cudaFree(self, pointer: int) -> None:
+        for thing in list(self._handles.values()):
+            if isinstance(thing, Stream):
+                self._run(thing)
+        self.release(pointer, "device")
+
+    @_call
+    def cudaHostAlloc(self, size: int, flags: int) -> int:
+        return self.reserve(index(size), "pinned")
+
+    @_call
+    def cudaFreeHost(self, pointer: int) -> None:
+        self.release(pointer, "pinned")
+
+    @_call
+    def cudaMemGetInfo(self) -> tuple[int, int]:
+        return self.limit - self.used, self.limit
+
+    @_call
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: Any) -> None:
+        source, target = kind.name.removeprefix("cudaMemcpy").split("To")
+        memory = {"Host": ("pinned",), "Device": ("device",)}
 
         def copy() -> None:
-            data = staged if staged is not None else self.check(start, count, start_kinds).tobytes()
-            if to_kinds:
-                self.check(to, count, to_kinds)[:] = np.frombuffer(data, np.uint8)
-            else:
-                ctypes.memmove(to, data, count)
+            self.check(dst, count, memory[target])[:] = self.check(src, count, memory[source]).copy()
 
-        self._enqueue(target, copy)
-        if not to_kinds:
-            self._run(target)
+        self.enqueue(stream, copy)
 
-    @_call()
-    def cudaMemsetAsync(self, pointer: int, value: int, count: int, stream: Any) -> None:
-        def fill() -> None:
-            self.check(index(pointer), _size(count), ("device",))[:] = value & 0xFF
+    # Streams, events and graphs.
 
-        self._enqueue(self._stream(stream), fill)
+    @_call
+    def cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._handle(Stream())
 
-    # Streams and events.
-
-    @_call(1)
-    def cudaStreamCreateWithFlags(self, flags: int) -> cudaStream_t:
-        self._streams[number := self._number()] = Stream()
-        return cudaStream_t(number)
-
-    @_call()
-    def cudaStreamDestroy(self, stream: Any) -> None:
-        self._gone.append(self._stream(stream))
-        del self._streams[index(stream)]
-
-    @_call()
-    def cudaStreamSynchronize(self, stream: Any) -> None:
+    @_call
+    def cudaStreamDestroy(self, stream: int) -> None:
         self._run(self._stream(stream))
+        del self._handles[stream]
 
-    @_call()
-    def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> None:
-        found = self._other(event, Event)
-        of, at = found.stream, found.at
-        if of is not None:
-            self._enqueue(self._stream(stream), lambda: self._run(of, at))
+    @_call
+    def cudaEventCreateWithFlags(self, flags: int) -> int:
+        return self._handle(Event())
 
-    @_call(unsafe=True)
-    def cudaDeviceSynchronize(self) -> None:
-        self._run_all()
+    @_call
+    def cudaEventRecord(self, event: int, stream: Any) -> None:
+        self._thing(event, Event).stream = self._stream(stream)
 
-    @_call(1)
-    def cudaEventCreateWithFlags(self, flags: int) -> cudaEvent_t:
-        self._others[number := self._number()] = Event(flags)
-        return cudaEvent_t(number)
+    @_call
+    def cudaEventSynchronize(self, event: int) -> None:
+        stream = self._thing(event, Event).stream
+        if stream is not None:
+            self._run(stream)
 
-    @_call()
-    def cudaEventRecord(self, event: Any, stream: Any) -> None:
-        found, target = self._other(event, Event), self._stream(stream)
-        self._enqueue(target, lambda: setattr(found, "time", perf_counter()))
-        found.captured = target.captured is not None
-        if not found.captured:
-            found.stream, found.at, found.time = target, target.added, None
+    @_call
+    def cudaEventDestroy(self, event: int) -> None:
+        self._thing(event, Event)
+        del self._handles[event]
 
-    @_call()
-    def cudaEventSynchronize(self, event: Any) -> None:
-        found = self._other(event, Event)
-        if found.captured:
-            raise Fault("cudaErrorCapturedEvent")
-        if found.stream is not None:
-            self._run(found.stream, found.at)
-
-    @_call()
-    def cudaEventDestroy(self, event: Any) -> None:
-        self._other(event, Event)
-        del self._others[index(event)]
-
-    @_call(1)
-    def cudaEventElapsedTime(self, start: Any, end: Any) -> float:
-        first, last = self._other(start, Event), self._other(end, Event)
-        if (first.flags | last.flags) & self.cudaEventDisableTiming or None in (first.stream, last.stream):
-            raise Fault("cudaErrorInvalidResourceHandle", "without timing, or never recorded")
-        if first.time is None or last.time is None:
-            raise Fault("cudaErrorNotReady")
-        return 1000 * (last.time - first.time)
-
-    # Graphs.
-
-    @_call()
+    @_call
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> None:
         target = self._stream(stream)
-        if target is self._default:
-            raise Fault("cudaErrorStreamCaptureUnsupported", "the default stream cannot capture")
         if target.captured is not None:
-            raise Fault("cudaErrorIllegalState", "it captures already")
-        target.captured, target.mode, target.broken = [], int(mode), False
+            raise Fault("cudaErrorIllegalState", "the stream captures already")
+        target.captured = []
 
-    @_call(1)
-    def cudaStreamEndCapture(self, stream: Any) -> cudaGraph_t:
+    @_call
+    def cudaStreamEndCapture(self, stream: Any) -> int:
         target = self._stream(stream)
-        if (captured := target.captured) is None:
-            raise Fault("cudaErrorIllegalState", "it does not capture")
-        target.captured = None
-        if target.broken:
-            raise Fault("cudaErrorStreamCaptureInvalidated")
-        self._others[number := self._number()] = captured
-        return cudaGraph_t(number)
+        if target.captured is None:
+            raise Fault("cudaErrorIllegalState", "the stream does not capture")
+        ops, target.captured = target.captured, None
+        return self._handle(Graph(ops))
 
-    @_call(1)
-    def cudaGraphInstantiate(self, graph: Any, flags: int) -> cudaGraphExec_t:
-        ops = tuple(self._other(graph, list))
-        self._others[number := self._number()] = ops
-        return cudaGraphExec_t(number)
+    @_call
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> int:
+        return self._handle(Graph(list(self._thing(graph, Graph).ops), executable=True))
 
-    @_call()
-    def cudaGraphLaunch(self, graph: Any, stream: Any) -> None:
-        ops = self._other(graph, tuple)
-        self._enqueue(self._stream(stream), lambda: [op() for op in ops])
+    @_call
+    def cudaGraphLaunch(self, graph: int, stream: Any) -> None:
+        executable = self._thing(graph, Graph)
+        if not executable.executable:
+            raise Fault("cudaErrorInvalidResourceHandle", "the graph was not instantiated")
+        self.enqueue(stream, lambda: [op() for op in executable.ops])
 
-    @_call()
-    def cudaGraphExecDestroy(self, graph: Any) -> None:
-        self._other(graph, tuple)
-        del self._others[index(graph)]
+    @_call
+    def cudaGraphDestroy(self, graph: int) -> None:
+        self._thing(graph, Graph)
+        del self._handles[graph]
 
-    @_call()
-    def cudaGraphDestroy(self, graph: Any) -> None:
-        self._other(graph, list)
-        del self._others[index(graph)]
+    cudaGraphExecDestroy = cudaGraphDestroy
 
+    # Inside.
 
-def _size(count: int) -> int:
-    if count < 0:
-        raise OverflowError("can't convert negative value to size_t")
-    return index(count)
+    def _handle(self, thing: Stream | Event | Graph) -> int:
+        self._last_handle += 16
+        self._handles[self._last_handle] = thing
+        return self._last_handle
+
+    def _thing(self, handle: Any, kind: type) -> Any:
+        thing = self._handles.get(index(handle))
+        if not isinstance(thing, kind):
+            raise Fault("cudaErrorInvalidResourceHandle", f"no {kind.__name__} {index(handle):#x}")
+        return thing
+
+    def _stream(self, stream: Any) -> Stream:
+        if not stream:
+            self.default_stream_uses += 1
+            raise Fault("cudaErrorInvalidResourceHandle", "the default stream is never to be used")
+        target: Stream = self._thing(stream, Stream)
+        return target
+
+    def _run(self, stream: Stream) -> None:
+        """Run what is enqueued, in turn; after a fault nothing runs any more."""
+        if stream.captured is not None:
+            raise Fault("cudaErrorStreamCaptureUnsupported", "a wait during a capture")
+        while stream.queue:
+            op = stream.queue.popleft()
+            try:
+                if self._sticky is None:
+                    op()
+            except Fault as fault:
+                self._sticky = fault.error
+                self.faults.append(str(fault))
+            except Exception:  # whatever the operation's own code could not do
+                self._sticky = cudaError_t["cudaErrorLaunchFailure"]
+                self.faults.append(traceback.format_exc())

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from offramp.runtime import BadSetting, EngineUnavailable, load
-from offramp.runtime.engines import cuda, trt
+from offramp.runtime.engines import cuda, trt, trt_versions
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 
@@ -113,3 +113,34 @@ def test_the_command_ends_with_2_and_one_line(beside: str) -> None:
     done = subprocess.run(command, input="good film\n", capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("ee-run: engine trt: no CUDA driver") and done.stderr.count("\n") == 1
+
+
+class Layer:
+    """One layer of a weakly typed network, with one output of a dtype."""
+
+    def __init__(self, dtype: str) -> None:
+        self.precision, self.output_type, self.num_outputs = "", "", 1
+        self.get_output = lambda at: SimpleNamespace(dtype=dtype)
+
+    def set_output_type(self, at: int, dtype: str) -> None:
+        self.output_type = dtype
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "flags"), [(["FLOAT", "INT32"], []), (["HALF", "FLOAT", "INT32"], [1, 2])]
+)
+def test_a_weakly_typed_network_keeps_the_types_of_its_graph(dtypes: list[str], flags: list[int]) -> None:
+    """TensorRT 8.6: a type is asked for layer by layer, and only where something is half precision."""
+    module = SimpleNamespace(
+        NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0),
+        DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF"),
+        BuilderFlag=SimpleNamespace(FP16=1, OBEY_PRECISION_CONSTRAINTS=2),
+    )
+    layers = [Layer(dtype) for dtype in dtypes]
+    network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    set_flags: list[int] = []
+    trt_versions.keep_types(module, network, SimpleNamespace(set_flag=set_flags.append))
+    assert set_flags == flags
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        asked = dtype if flags and dtype != "INT32" else ""
+        assert (layer.precision, layer.output_type) == (asked, asked)
