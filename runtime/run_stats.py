@@ -1,4 +1,4 @@
-"""What a run looked like: exits, depth and times of any number of answers, in memory that does not grow."""
+"""Statistics of a run of ee-run: exits, depth and times of any number of answers, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_STEP = math.log(1.02)  # times are counted in classes 2 % wide, so percentiles are right to 1 %
+_STEP = math.log(1.02)  # times are counted in bins 2 % wide, so percentiles are right to 1 %
 
 
 @dataclass
-class Tally:
-    """Counts of answers; failed: lines that had an error."""
+class RunStats:
+    """Counts of answers.
+
+    exits: answers by exit (1-based). time_bins: answers by bin of the logarithm of their seconds. depth:
+    blocks run for all answers. failed: lines that had an error. started: perf_counter at the start of the
+    run.
+    """
 
     exits: Counter[int] = field(default_factory=Counter)
-    classes: Counter[int] = field(default_factory=Counter)  # of the logarithm of the seconds
+    time_bins: Counter[int] = field(default_factory=Counter)
     depth: int = 0
     failed: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -25,14 +30,14 @@ class Tally:
         """Count one answer."""
         self.exits[exit] += 1
         self.depth += depth
-        self.classes[math.floor(math.log(max(seconds, 1e-9)) / _STEP)] += 1
+        self.time_bins[math.floor(math.log(max(seconds, 1e-9)) / _STEP)] += 1
 
     def percentile(self, share: float) -> float:
-        """Seconds within which that share (0..1) of the answers came, to 1 %; NaN when there is none."""
-        wanted, seen = share * self.answers, 0
-        for number in sorted(self.classes):
-            seen += self.classes[number]
-            if seen >= wanted:
+        """Seconds within which that share (0..1) of the answers came, right to 1 %; NaN without answers."""
+        rank, counted = share * self.answers, 0
+        for number in sorted(self.time_bins):
+            counted += self.time_bins[number]
+            if counted >= rank:
                 return math.exp((number + 0.5) * _STEP)
         return math.nan
 
@@ -42,7 +47,7 @@ class Tally:
         return sum(self.exits.values())
 
     def report(self, exits: int, blocks: int, facts: Mapping[str, str]) -> str:
-        """Lines for people; exits and blocks: how many the network has; facts: what else to say."""
+        """Lines of text; exits and blocks: numbers of the network; facts: further lines by name."""
         answers, lines = self.answers, []
         for number in range(1, exits + 1):
             share = self.exits[number] / max(answers, 1)
@@ -58,3 +63,6 @@ class Tally:
             )
         lines += [f"{name:10s} {value}" for name, value in facts.items()]
         return "\n".join(lines)
+
+
+Tally = RunStats  # transition: the former name

@@ -1,7 +1,7 @@
-"""What a walk is measured against: single graphs, exits drawn by chance, and the start of a fresh process.
+"""Baselines of a walk: single graphs, exits drawn at random, and the start of a fresh process.
 
-A folder of single graphs is read as strictly as a bundle: rivals.json field by field, every graph held to its
-size and sha256, and the very bytes that were checked are opened, on the walk's own thread pool and arena.
+A folder of single graphs is checked as strictly as a bundle: baselines.json field by field, every graph's
+size and sha256. The same bytes that were checked are opened, on the thread pool and arena of the walk.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,18 @@ from offramp.runtime.bundle.strict_json import build, parse
 from offramp.runtime.engines import threads as pools
 from offramp.runtime.errors import BadBundle, BundleNotFound, EngineUnavailable
 from offramp.runtime.rules import Floats, Signals
-from offramp.runtime.tuning.timing import Batches, Contender, Found, Ids, short
+from offramp.runtime.tuning.figures import rounded
+from offramp.runtime.tuning.timing import Batches, Candidate, LabelsAndExits, take_turns
 
 FORMAT = 1
-FILE_NAME = "rivals.json"
+FILE_NAME = "baselines.json"
 MONOLITH, NESTED, TRUNCATED = KINDS = ("monolith", "nested", "truncated")
-CURE = "write the folder again with ee-split --rivals DIR"
+CURE = "write the folder again with ee-split --baselines DIR"
 
 
 @dataclass(frozen=True)
 class GraphFact:
-    """One graph of rivals.json. exit: 1-based number of the exit whose logits come out."""
+    """One graph of baselines.json. exit: 1-based number of the exit whose logits it puts out."""
 
     name: str
     kind: str
@@ -50,16 +52,16 @@ class GraphFact:
 
 
 @dataclass(frozen=True)
-class Rivals:
-    """rivals.json (format 1): labels in the order of the logits, graphs in the order of the table."""
+class Baselines:
+    """baselines.json (format 1): labels in the order of the logits, graphs in the order of the table."""
 
     format: int
     labels: tuple[str, ...]
     graphs: tuple[GraphFact, ...]
 
 
-def read_rivals(folder: Path, manifest: Manifest) -> Rivals:
-    """Read and check rivals.json against the bundle that the graphs are to be rivals of.
+def read_baselines(folder: Path, manifest: Manifest) -> Baselines:
+    """Read baselines.json and check it against the bundle with which its graphs are to be compared.
 
     Raises BundleNotFound where the folder or the file is missing, BadBundle naming the field.
     """
@@ -74,20 +76,20 @@ def read_rivals(folder: Path, manifest: Manifest) -> Rivals:
         value = parse(text)
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise ValueError(f"format: {value['format']!r} is not known; this version reads format {FORMAT}")
-        rivals: Rivals = build(Rivals, value, "rivals")
-        _check(rivals, manifest)
+        baselines: Baselines = build(Baselines, value, "baselines")
+        _check(baselines, manifest)
     except ValueError as problem:
         raise BadBundle(f"{path}: {problem}; {CURE}") from problem
-    return rivals
+    return baselines
 
 
-def open_rival(
+def open_baseline(
     folder: Path, fact: GraphFact, manifest: Manifest, *, threads: int | None, threshold: float | None
-) -> Contender:
-    """Open one graph on the pool and arena of the walks: they must have been opened first, with the same
-    threads. threshold: what a nested graph compares its gates with.
+) -> Candidate:
+    """Open one graph on the pool and arena of the walks, which must be open with the same number of threads.
 
-    Raises BadBundle where the file is not what rivals.json says, BundleNotFound where it is missing.
+    threshold: with which a nested graph compares its gates. Raises BadBundle where the file is not as
+    baselines.json describes it, BundleNotFound where it is missing.
     """
     path, ort = folder / fact.file, import_module("onnxruntime")
     options = ort.SessionOptions()
@@ -98,56 +100,57 @@ def open_rival(
     data = _verified(path, fact)
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as problem:  # ORT's error types share no base of their own
+    except Exception as problem:  # ORT's error types have no common base of their own
         raise BadBundle(f"{path}: ONNX Runtime cannot open it: {problem}; {CURE}") from problem
     nested = fact.kind == NESTED
-    names = {entry.name for entry in session.get_inputs()}
-    stem = [tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs]
-    known = {*stem, *({"threshold"} if nested else ())}
-    wanted = ["logits", "exit"] if nested else ["logits"]
-    if not names <= known or stem[0] not in names or (nested and "threshold" not in names):
-        raise BadBundle(f"{path}: inputs {sorted(names)}, expected some of {sorted(known)}; {CURE}")
-    outputs = {entry.name: entry.shape for entry in session.get_outputs()}
-    if not set(wanted) <= set(outputs):
-        raise BadBundle(f"{path}: outputs {sorted(outputs)}, expected {wanted}; {CURE}")
-    classes = outputs["logits"][-1:]
+    inputs = {entry.name for entry in session.get_inputs()}
+    stem_inputs = [tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs]
+    known = {*stem_inputs, *({"threshold"} if nested else ())}
+    outputs = ["logits", "exit"] if nested else ["logits"]
+    if not inputs <= known or stem_inputs[0] not in inputs or (nested and "threshold" not in inputs):
+        raise BadBundle(f"{path}: inputs {sorted(inputs)}, expected some of {sorted(known)}; {CURE}")
+    shapes = {entry.name: entry.shape for entry in session.get_outputs()}
+    if not set(outputs) <= set(shapes):
+        raise BadBundle(f"{path}: outputs {sorted(shapes)}, expected {outputs}; {CURE}")
+    classes = shapes["logits"][-1:]
     if isinstance(next(iter(classes), None), int) and classes != [len(manifest.labels)]:
         raise BadBundle(f"{path}: {classes[0]} logits for {len(manifest.labels)} labels; {CURE}")
     constant = {"threshold": np.array(threshold, np.float32)} if nested else {}
-    fed = names - {"threshold"}
+    row_inputs = inputs - {"threshold"}
 
-    def run(batches: Batches, rows: int, limit: int) -> list[tuple[Ids, list[Any]]]:
+    def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
         try:
-            return [
-                (ids, session.run(wanted, {name: inputs[name] for name in fed} | constant))
-                for ids, inputs in batches
+            results = [
+                (ids, session.run(outputs, {name: arrays[name] for name in row_inputs} | constant))
+                for ids, arrays in batches
             ]
         except Exception as problem:  # as above
             raise BadBundle(f"{path}: ONNX Runtime cannot run it: {problem}; {CURE}") from problem
 
-    def read(raw: list[tuple[Ids, list[Any]]]) -> Found:
-        rows = sum(len(ids) for ids, _ in raw)
-        labels, exits = np.zeros(rows, np.int64), np.full(rows, fact.exit, np.int64)
-        for ids, said in raw:
-            labels[ids] = said[0].argmax(axis=-1)
-            if nested:
-                exits[ids] = said[1]
-        return labels, exits
+        def read() -> LabelsAndExits:
+            labels, exits = np.zeros(rows, np.int64), np.full(rows, fact.exit, np.int64)
+            for ids, arrays in results:
+                labels[ids] = arrays[0].argmax(axis=-1)
+                if nested:
+                    exits[ids] = arrays[1]
+            return labels, exits
 
-    return Contender(fact.name, fact.kind, fact.variant, fact.bytes, run, read, bulk=not nested)
+        return read
+
+    return Candidate(fact.name, fact.kind, fact.variant, fact.bytes, run, bulk=not nested)
 
 
 def nested_threshold(manifest: Manifest, rule: RuleSpec | None) -> float | None:
-    """What a nested graph compares with to decide as the rule does; None where it cannot."""
+    """The threshold with which a nested graph decides as the rule does; None where it cannot."""
     outputs = next(iter(manifest.segments[0].variants.values())).outputs
-    wanted = "gate" if any(tensor.name == "gate" for tensor in outputs) else "max_probability"
-    return rule.parameters["threshold"] if rule is not None and rule.name == wanted else None
+    signal = "gate" if any(tensor.name == "gate" for tensor in outputs) else "max_probability"
+    return rule.parameters["threshold"] if rule is not None and rule.name == signal else None
 
 
-def by_chance(histogram: Sequence[float], seed: int = 0) -> rules.ExitRule:
-    """A rule that leaves at exits drawn at random; histogram: rows wished for at each exit.
+def random_exits(histogram: Sequence[float], seed: int = 0) -> rules.ExitRule:
+    """A rule that exits at random; histogram: expected number of rows at each exit.
 
-    Each exit lets go the share of those who reach it that makes the whole come out as the histogram.
+    At each exit the probability is the share of the rows that reach it which should leave there.
     """
     reached = np.cumsum(np.asarray(histogram, float)[::-1])[::-1]
     hazards = (np.asarray(histogram, float) / np.maximum(reached, 1e-12)).tolist()
@@ -175,9 +178,9 @@ print(peak)
 """
 WALK_SCRIPT = """
 import json, sys
-bundle, wishes, item = json.loads(sys.argv[1])
+bundle, options, item = json.loads(sys.argv[1])
 from offramp.runtime import load
-session = load(bundle, **wishes)
+session = load(bundle, **options)
 print(ascii(session(*item).label), flush=True)
 """
 GRAPH_SCRIPT = """
@@ -191,66 +194,72 @@ graph = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProv
 tokenizer = Tokenizer.from_file(tokenizer)
 tokenizer.no_padding()
 tokenizer.enable_truncation(longest)
-found = tokenizer.encode(prefix + item[0], *item[1:])
-made = {"input_ids": found.ids, "attention_mask": found.attention_mask, "token_type_ids": found.type_ids}
-feed = {entry.name: numpy.array([made[entry.name]], numpy.int64) for entry in graph.get_inputs()}
-print(ascii(labels[int(graph.run(["logits"], feed)[0][0].argmax())]), flush=True)
+encoding = tokenizer.encode(prefix + item[0], *item[1:])
+ids = {
+    "input_ids": encoding.ids,
+    "attention_mask": encoding.attention_mask,
+    "token_type_ids": encoding.type_ids,
+}
+inputs = {entry.name: numpy.array([ids[entry.name]], numpy.int64) for entry in graph.get_inputs()}
+print(ascii(labels[int(graph.run(["logits"], inputs)[0][0].argmax())]), flush=True)
 """
 
 
 def cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:
-    """Answer one text in a fresh process: the answer, seconds from its start to the answer, peak bytes
-    resident (0 where the system does not say).
+    """Answer one text in a fresh process: the answer, seconds until it was there, peak bytes resident.
 
-    EngineUnavailable with the process's last words where it gives no answer.
+    The peak is 0 where the system does not report it. Raises EngineUnavailable with the last line of the
+    process's standard error where it gives no answer.
     """
     command = [sys.executable, "-c", script + _PEAK, json.dumps(arguments)]
-    with tempfile.TemporaryFile() as words:  # a file and no pipe: nobody reads it while the process runs
+    with tempfile.TemporaryFile() as errors:  # a file and no pipe: nobody reads it while the process runs
         started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
             assert process.stdout is not None
             answer = process.stdout.readline()
             seconds = time.perf_counter() - started
             rest = process.stdout.read()
         if process.returncode or not answer:
-            words.seek(0)
-            last = words.read().decode(errors="replace").strip().rpartition("\n")[2]
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
             raise EngineUnavailable(f"a fresh process could not answer (exit {process.returncode}): {last}")
     return answer.decode("ascii").strip(), seconds, int(rest)
 
 
-def wishes_of(walk: Contender, threads: int | None) -> dict[str, Any]:
-    """Keyword arguments with which load() opens the same walk, for one answer as soon as may be."""
+def load_options(walk: Candidate, threads: int | None) -> dict[str, Any]:
+    """Keyword arguments with which load() opens the same walk, for one answer as soon as possible."""
     assert walk.rule is not None
     value = walk.rule.parameters.get(rules.main_parameter(walk.rule.name) or "")
-    wishes = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads, "lazy": True}
-    return wishes | ({} if value is None else {"threshold": value})
+    options = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads, "lazy": True}
+    return options | ({} if value is None else {"threshold": value})
 
 
 def cold_starts(scripts: Mapping[str, tuple[str, list[Any]]], starts: int) -> list[dict[str, Any]]:
-    """Fresh processes in turn: seconds from start to answer and peak bytes resident, medians and each."""
-    seen: dict[str, list[tuple[float, int]]] = {name: [] for name in scripts}
+    """Seconds to the answer and peak bytes of fresh processes that take turns: medians, and every start."""
+    runs: dict[str, list[tuple[float, int]]] = {name: [] for name in scripts}
+    calls = {name: partial(cold_start, *script) for name, script in scripts.items()}
     with click.progressbar(length=starts * len(scripts), label="cold start", file=sys.stderr) as bar:
-        for _ in range(starts):
-            for name, (script, arguments) in scripts.items():
-                seen[name].append(cold_start(script, arguments)[1:])
-                bar.update(1)
-    found = []
-    for name, runs in seen.items():
-        seconds, peaks = [short(one) for one, _ in runs], [peak for _, peak in runs]
-        facts = {"name": name, "seconds": short(float(np.median(seconds))), "each_seconds": seconds}
-        found.append(facts | {"peak_bytes": int(np.median(peaks))})
-    return found
+        for name, _, (_, seconds, peak) in take_turns(calls, starts):
+            runs[name].append((seconds, peak))
+            bar.update(1)
+    figures = []
+    for name, measured in runs.items():
+        each, peaks = [rounded(seconds) for seconds, _ in measured], [peak for _, peak in measured]
+        facts = {"name": name, "seconds": rounded(float(np.median(each))), "each_seconds": each}
+        figures.append(facts | {"peak_bytes": int(np.median(peaks))})
+    return figures
 
 
-def _check(rivals: Rivals, manifest: Manifest) -> None:
-    if rivals.labels != manifest.labels:
-        raise ValueError(f"rivals.labels: {list(rivals.labels)}, the bundle has {list(manifest.labels)}")
-    if not rivals.graphs:
-        raise ValueError("rivals.graphs: empty")
+def _check(baselines: Baselines, manifest: Manifest) -> None:
+    if baselines.labels != manifest.labels:
+        raise ValueError(
+            f"baselines.labels: {list(baselines.labels)}, the bundle has {list(manifest.labels)}"
+        )
+    if not baselines.graphs:
+        raise ValueError("baselines.graphs: empty")
     names: set[str] = set()
-    for number, graph in enumerate(rivals.graphs):
-        where, last = f"rivals.graphs[{number}]", len(manifest.segments)
+    for number, graph in enumerate(baselines.graphs):
+        where, last = f"baselines.graphs[{number}]", len(manifest.segments)
         if graph.kind not in KINDS:
             raise ValueError(f"{where}.kind: {graph.kind!r} is not one of {', '.join(KINDS)}")
         if not graph.name or graph.name in names:
@@ -267,10 +276,10 @@ def _check(rivals: Rivals, manifest: Manifest) -> None:
 
 
 def _verified(path: Path, fact: GraphFact) -> bytes:
-    """The bytes of a graph that are what rivals.json says."""
+    """The bytes of a graph, whose size and sha256 are those of baselines.json."""
     if not os.path.lexists(path):
         raise BundleNotFound(f"{path}: missing; {CURE}")
-    if path.is_symlink() or not path.is_file():  # neither followed out of the folder nor waited for
+    if path.is_symlink() or not path.is_file():  # a link could lead out of the folder, a pipe could block
         raise BadBundle(f"{path}: not a regular file of the folder itself; {CURE}")
     try:
         with path.open("rb") as file:

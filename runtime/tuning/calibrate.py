@@ -1,17 +1,21 @@
-"""ee-calibrate: operating points of a bundle, measured on labelled rows by the engine that will walk it.
+"""ee-calibrate: operating points of a bundle, measured on rows of data by the engine that will walk it.
 
-Thresholds chosen in training belong to fp32 on torch with every exit. A bundle in int8, or one that keeps
-only some exits, gets points of its own here: every row is walked to the end in every variant, rules are swept
-over what the exits said, and the manifest is written again. A bundle that forecasts errors walks at every
-price instead (offramp.runtime.tuning.step_costs).
+Thresholds that training chose belong to fp32 on torch with every exit. A bundle in int8, or one that keeps
+only some exits, gets its own points here, in one of three ways:
+
+    rules that exit          every row is walked to the end in every variant; rules are swept over the outputs
+    error forecasts (quee)   every price is walked (step_costs.py)
+    generated text           every route is scored on completions; a router learns to choose by the prompt
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,90 +27,73 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import (
     FILE_NAME,
     GENERATION,
+    FileFact,
     ImageInput,
     Manifest,
     OperatingPoint,
+    RuleSpec,
     StepCosts,
 )
 from offramp.runtime.classifier import Session
-from offramp.runtime.errors import BadSetting, EngineUnavailable, OfframpError
+from offramp.runtime.engines.base import Array
+from offramp.runtime.engines.ort_decoder import DecoderEngine
+from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable, OfframpError
+from offramp.runtime.generate import past
+from offramp.runtime.generator import Writer
 from offramp.runtime.loading import load
-from offramp.runtime.rules.sweep import SWEPT, Costs, ExitTable, Point, choose_points
-from offramp.runtime.tuning.calibrate_generation import calibrated_text
-from offramp.runtime.tuning.labelled import Labelled, read_labelled
-from offramp.runtime.tuning.step_costs import check_foresees, foresees, priced_points, step_costs
+from offramp.runtime.rules.route import FILE, Route, menu
+from offramp.runtime.rules.router import Router, fit
+from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, Point, choose_points
+from offramp.runtime.sequence import Lane
+from offramp.runtime.tuning.labelled import LabelledRows, read_labelled, read_pairs
+from offramp.runtime.tuning.step_costs import (
+    has_forecast,
+    measure_step_costs,
+    measure_walk_points,
+    require_forecast,
+)
+
+ROUTE_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # mean depths of route points, as shares of all blocks
 
 HELP = """Measure a bundle on the labelled rows of FILE (a dev set, never the test set) and write operating
 points for each of its variants into its manifest.
 
 \b
 FILE is JSON lines with "text" (and "text_b") and "label": the label's name or its number.
-For images "image", a path seen from FILE's folder, or FILE is a folder of folders of images,
-one for each label and called so.
+For images "image", a path relative to FILE's folder, or FILE is a folder that holds a folder
+of images for each label, with the label's name.
 Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
-of another variant carry its name, as in int8-default. "within" is held against the full
-depth of the default variant, so that int8-within-0.5 loses at most 0.5 in all.
-A bundle of recipe quee has its steps timed, and points of rule quee that charge these
-milliseconds; a point's variant is the one in which rows start. Let nothing else run.
-
+of another variant carry its name, as in int8-default. "within" is against the full depth of
+the default variant, so that int8-within-0.5 loses at most 0.5 in all.
+For a bundle of recipe quee, steps are timed, and points of rule quee that charge these
+milliseconds are written; a point's variant is the one in which rows start. Nothing else
+should run on the machine meanwhile.
 
 \b
-Bundles that generate text: FILE is JSON lines with "prompt" and "completion". What routes past
-segments do to the completions is measured, a router learns to choose among them by the
-prompt, and points route-95 to route-60 (percent of the blocks) are written.
+Bundles that generate text: FILE is JSON lines with "prompt" and "completion". The effect on
+the completions of routes that skip segments is measured, a router learns to choose among the
+routes by the prompt, and points route-95 to route-60 (percent of the blocks) are written.
 
 \b
 Exit codes: 0 written, 2 the bundle or the file cannot be used.
 """
 
 
-def exit_table(session: Session, rows: Labelled, variant: str) -> tuple[ExitTable, NDArray[np.int64]]:
-    """What every exit says of the rows in one variant, walked at full depth, and their lengths in tokens
-    [rows].
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, before it is written.
+
+    points: all points of the new manifest. rule: its rule. facts: provenance under `name`. costs, files:
+    added to the manifest's own. table: for the user.
     """
-    trace, lengths = session.at_full_depth(rows.items, variant)
-    gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
-    gates = np.nan_to_num(trace.gates, nan=1.0) if gated else None
-    return ExitTable(trace.logits, gates, rows.labels), lengths
 
-
-def costs_of(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> Costs:
-    """Multiply-accumulates to every exit for rows of these lengths [rows] in tokens, as the manifest says.
-
-    What exits and policies cost is inside the segments' figures, so `full` is the full walk's.
-    """
-    tokens = [int(length) for length in lengths]
-    each = np.array([[stage.macs.of(n) for stage in manifest.segments] for n in tokens])
-    to_exit = np.array([manifest.stem.macs.of(n) for n in tokens])[:, None] + each.cumsum(1)
-    blocks = np.array([segment.blocks[-1] for segment in manifest.segments])
-    return Costs(to_exit, to_exit[:, -1], blocks)
-
-
-def calibrate(session: Session, rows: Labelled, rule: str | None = None) -> tuple[OperatingPoint, ...]:
-    """Operating points of every variant of the session's bundle; rule None: the bundle's own, or where it has
-    none, gate with policies and max_probability without.
-
-    Of variants that the session's engine does not walk (int8 on TensorRT) the bundle's own points are kept.
-    """
-    manifest = session.manifest
-    rule = rule or _own_rule(manifest)
-    found: list[OperatingPoint] = []
-    reference = None
-    for variant in manifest.variants:
-        try:
-            table, lengths = exit_table(session, rows, variant)
-        except (BadSetting, EngineUnavailable) as problem:
-            if reference is None:  # the default has to be measured: the others are compared with it
-                raise
-            click.echo(f"{variant} is not measured, its points stay as they were: {problem}", err=True)
-            found += [point for point in manifest.points if point.variant == variant]
-            continue
-        chosen = rule or ("max_probability" if table.gates is None else "gate")
-        points = choose_points(chosen, table, costs_of(manifest, lengths), reference=reference)
-        reference = points["full"].accuracy if reference is None else reference
-        prefix = "" if variant == manifest.variants[0] else f"{variant}-"
-        found += [_named(prefix + name, point, variant, rows) for name, point in points.items()]
-    return tuple(found)
+    points: tuple[OperatingPoint, ...]
+    rule: RuleSpec
+    name: str
+    facts: Mapping[str, Any]
+    costs: Mapping[str, StepCosts] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    table: str = ""
 
 
 def calibrated(
@@ -118,43 +105,181 @@ def calibrated(
     device: str | None = None,
     threads: int | None = None,
 ) -> Manifest:
-    """Measure the bundle in `folder` on the rows of `file` and write its manifest anew; gives the new one.
+    """Measure the classifier in `folder` on the rows of `file`; write and return its new manifest.
 
-    Raises BadInput for the file, and what load() raises.
+    rule: see exit_points. Raises BadInput for the file, and what load() raises.
     """
-    with load(folder, rule="never", engine=engine, device=device, threads=threads, share=False) as session:
-        images = isinstance(session.manifest.input, ImageInput)
-        rows = read_labelled(file, session.labels, images=images)
-        costs: dict[str, StepCosts] = {}
-        if rule == "quee" or (rule is None and foresees(session.manifest)):
-            check_foresees(session.manifest)
-            costs["ms"] = step_costs(session, rows)
-            points = priced_points(session, rows, costs["ms"])
-        else:
-            points = calibrate(session, rows, rule)
-        facts = {"rows": len(rows.items), "engine": session.engine.name, "device": session.engine.device}
-        return rewrite(folder, session.manifest, points, {**facts, **session.engine.facts}, costs)
+    calibration = measure_points(folder, file, rule=rule, engine=engine, device=device, threads=threads)
+    return rewrite(folder, open_bundle(folder).manifest, calibration)
 
 
-def rewrite(
-    folder: Path,
-    manifest: Manifest,
-    points: tuple[OperatingPoint, ...],
-    facts: Mapping[str, Any],
-    costs: Mapping[str, StepCosts],
-) -> Manifest:
-    """Write the manifest with these points and the rule of "default" in place of the bundle's, and these
-    costs beside its other ones; whole or not at all.
+def rewrite(folder: Path, manifest: Manifest, calibration: Calibration) -> Manifest:
+    """Write the files and then the manifest of a calibrated bundle; each is whole or unchanged.
+
+    The manifest is last, since its entries make the files count.
     """
-    default = next(point for point in points if point.name == "default")
-    provenance = {**manifest.provenance, "calibrated": dict(facts)}
-    told = {**manifest.costs, **costs}
-    new = dataclasses.replace(manifest, points=points, rule=default.rule, provenance=provenance, costs=told)
-    Manifest.from_json(new.to_json(), source=str(folder / FILE_NAME))  # what we write, we can read
-    beside = folder.with_name(f".{folder.name}.{FILE_NAME}.new")
-    beside.write_text(new.to_json(), encoding="utf-8")
-    os.replace(beside, folder / FILE_NAME)
+    hashes = {
+        name: FileFact(hashlib.sha256(data).hexdigest(), len(data))
+        for name, data in calibration.files.items()
+    }
+    new = dataclasses.replace(
+        manifest,
+        points=calibration.points,
+        rule=calibration.rule,
+        files={**manifest.files, **hashes},
+        provenance={**manifest.provenance, calibration.name: dict(calibration.facts)},
+        costs={**manifest.costs, **calibration.costs},
+    )
+    text = new.to_json()
+    Manifest.from_json(text, source=str(folder / FILE_NAME))  # the new manifest must be readable
+    for name, data in {**calibration.files, FILE_NAME: text.encode("utf-8")}.items():
+        beside = folder.with_name(f".{folder.name}.{name}.new")
+        beside.write_bytes(data)
+        os.replace(beside, folder / name)
     return new
+
+
+def measure_points(
+    folder: Path,
+    file: Path,
+    *,
+    rule: str | None = None,
+    engine: str = "ort",
+    device: str | None = None,
+    threads: int | None = None,
+) -> Calibration:
+    """Operating points of a bundle that classifies; rule None: quee with forecasts, else see exit_points."""
+    with load(folder, rule="never", engine=engine, device=device, threads=threads, share=False) as session:
+        manifest = session.manifest
+        rows = read_labelled(file, session.labels, images=isinstance(manifest.input, ImageInput))
+        costs: dict[str, StepCosts] = {}
+        if rule == "quee" or (rule is None and has_forecast(manifest)):
+            require_forecast(manifest)
+            _, tokens = session.at_full_depth(rows.items)
+            costs["ms"] = measure_step_costs(session, rows.items, tokens)
+            points = measure_walk_points(session, rows, tokens, costs["ms"])
+        else:
+            points = exit_points(session, rows, rule)
+        facts = {"rows": len(rows.items), **_engine_facts(session)}
+    default = next(point for point in points if point.name == "default")
+    return Calibration(points, default.rule, "calibrated", facts, costs, table=_point_table(points))
+
+
+def exit_points(session: Session, rows: LabelledRows, rule: str | None = None) -> tuple[OperatingPoint, ...]:
+    """Operating points of every variant of the session's bundle, by a sweep over the outputs of all exits.
+
+    rule None: the bundle's own; where it has none, gate with policies and max_probability without. A variant
+    that the session's engine cannot walk (int8 on TensorRT) keeps the points that the bundle has.
+    """
+    manifest = session.manifest
+    rule = rule or _own_rule(manifest)
+    points: list[OperatingPoint] = []
+    reference = None
+    for variant in manifest.variants:
+        try:
+            table, lengths = exit_table(session, rows, variant)
+        except (BadSetting, EngineUnavailable) as problem:
+            if reference is None:  # the default variant must be measured: the others are compared with it
+                raise
+            click.echo(f"{variant} is not measured, its points stay as they were: {problem}", err=True)
+            points += [point for point in manifest.points if point.variant == variant]
+            continue
+        swept = rule or ("max_probability" if table.gates is None else "gate")
+        chosen = choose_points(swept, table, exit_macs(manifest, lengths), reference=reference)
+        reference = chosen["full"].accuracy if reference is None else reference
+        prefix = "" if variant == manifest.variants[0] else f"{variant}-"
+        points += [_named(prefix + name, point, variant, rows) for name, point in chosen.items()]
+    return tuple(points)
+
+
+def exit_table(session: Session, rows: LabelledRows, variant: str) -> tuple[ExitTable, NDArray[np.int64]]:
+    """Outputs of every exit at full depth in one variant, and the rows' lengths [rows] in tokens."""
+    trace, lengths = session.at_full_depth(rows.items, variant)
+    gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
+    gates = np.nan_to_num(trace.gates, nan=1.0) if gated else None
+    return ExitTable(trace.logits, gates, rows.labels), lengths
+
+
+def exit_macs(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> ExitMacs:
+    """Multiply-accumulates to every exit, from the manifest, for rows of these lengths in tokens [rows].
+
+    Exits and policies are included in the segments, so `full` is the full walk's.
+    """
+    tokens = [int(length) for length in lengths]
+    macs = np.array([[segment.macs.of(n) for segment in manifest.segments] for n in tokens])
+    to_exit = np.array([manifest.stem.macs.of(n) for n in tokens])[:, None] + macs.cumsum(1)
+    blocks = np.array([segment.blocks[-1] for segment in manifest.segments])
+    return ExitMacs(to_exit, to_exit[:, -1], blocks)
+
+
+costs_of = exit_macs  # transition: the former name
+
+
+def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Calibration:
+    """Route points and the router of a bundle that generates text.
+
+    Each completion is read by every route, after its prompt at full depth. The router learns from half of the
+    rows; on the other half prices are chosen and points are measured, both by log-likelihood.
+    """
+    with load(folder, rule="never", threads=threads, share=False) as session:
+        assert isinstance(session, Writer)
+        manifest = session.manifest
+        routes, rows = (
+            menu(manifest),
+            read_pairs(file, session.longest, session.ids_of, session.continued),
+        )
+        if len(routes) == 1:
+            raise BadInput(f"{folder}: no route skips any of the {len(manifest.segments)} segments")
+        scored = [route_scores(session.decoder, routes, *row) for row in rows]
+        facts = {"rows": len(rows), **_engine_facts(session)}
+        variant = session.variant
+    features = np.array([hidden for hidden, _ in scored], np.float64)  # [rows, hidden]
+    scores = np.array([row for _, row in scored])  # [rows, routes]
+    half = len(rows) // 2
+    router = fit(features[:half], scores[:half], np.array([route.blocks for route in routes], np.float64))
+    points = _route_points(router, features[half:], scores[half:], variant, file.stem)
+    kept = tuple(point for point in manifest.points if point.rule.name != "route")
+    files, table = {FILE: router.to_bytes()}, _route_table(routes, scores, points, router)
+    return Calibration((*kept, *points), manifest.rule, "routed", facts, files=files, table=table)
+
+
+def route_scores(
+    engine: DecoderEngine, routes: Sequence[Route], prompt: list[int], completion: list[int]
+) -> tuple[Array, list[float]]:
+    """The hidden state [hidden] that a router reads, and the score of the completion by each route.
+
+    A score is the mean log-likelihood in nats of the tokens after the first, which the prompt predicts.
+    """
+    lane = Lane(engine)
+    lane.feed(prompt)
+    hidden: Array = lane.advance(0, len(prompt)).hidden[-1].copy()
+    lane.through(1, len(prompt))
+    scores = []
+    for route in routes:
+        lane.truncate(len(prompt))
+        lane.feed(completion[:-1])
+        logits = lane.cache.logits(past(lane, route.skipped, len(completion)).leaving)
+        top = logits.max(1)
+        predicted = logits[np.arange(len(logits)), completion[1:]]
+        scores.append(float((predicted - top - np.log(np.exp(logits - top[:, None]).sum(1))).mean()))
+    return hidden, scores
+
+
+def _route_points(
+    router: Router, features: np.ndarray, scores: np.ndarray, variant: str, data: str
+) -> tuple[OperatingPoint, ...]:
+    full, rows, points = float(router.costs.max()), np.arange(len(scores)), []
+    for share in ROUTE_SHARES:
+        price = router.price_for(features, share * full)
+        routes = router.choose(features, price)
+        measured = {
+            "depth": float(router.costs[routes].mean()),
+            "nats": -float(scores[rows, routes].mean()),
+            "nats_full": -float(scores[:, 0].mean()),
+        }
+        spec = RuleSpec("route", {"price": price})
+        points.append(OperatingPoint(f"route-{round(100 * share)}", spec, variant, data, "dev", measured))
+    return tuple(points)
 
 
 def _own_rule(manifest: Manifest) -> str | None:
@@ -163,8 +288,38 @@ def _own_rule(manifest: Manifest) -> str | None:
     return next((name for name in names if name in SWEPT), None)
 
 
-def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPoint:
+def _named(name: str, point: Point, variant: str, rows: LabelledRows) -> OperatingPoint:
     return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
+
+
+def _engine_facts(session: Session) -> dict[str, str]:
+    return {"engine": session.engine.name, "device": session.engine.device, **session.engine.facts}
+
+
+def _point_table(points: Sequence[OperatingPoint]) -> str:
+    lines = [f"{'point':18}{'variant':8}{'accuracy %':>11}{'mean exit':>11}{'MACs saved %':>14}  rule"]
+    for point in points:
+        measured = point.measured
+        parameters = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
+        lines.append(
+            f"{point.name:18}{point.variant:8}{measured['accuracy']:11.2f}{measured['mean_exit']:11.2f}"
+            f"{measured['macs_saved']:14.2f}  {point.rule.name} {parameters}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _route_table(
+    routes: Sequence[Route], scores: np.ndarray, points: Sequence[OperatingPoint], router: Router
+) -> str:
+    lines = [f"{'route':14}{'blocks':>7}{'nats a token':>14}"]
+    for route, score in zip(routes, scores.mean(0), strict=True):
+        lines.append(f"{route.name:14}{route.blocks:7d}{-score:14.4f}")
+    lines += ["", f"{'point':14}{'depth':>7}{'nats a token':>14}{'full depth':>12}"]
+    for point in points:
+        nats = point.measured
+        lines.append(f"{point.name:14}{nats['depth']:7.2f}{nats['nats']:14.4f}{nats['nats_full']:12.4f}")
+    error = f"error of the router's forecasts, 1 without any knowledge: {router.error:.3f}"
+    return "\n".join([*lines, "", error])
 
 
 @click.command(help=HELP, context_settings={"show_default": True})
@@ -178,29 +333,27 @@ def _named(name: str, point: Point, variant: str, rows: Labelled) -> OperatingPo
 )
 @click.option("--engine", default="ort", help="Engine to measure with.")
 @click.option("--device", help="Device to measure on [default: cpu for ort, cuda for trt].")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads [default: one a core].")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads [default: one per core].")
 def main(
     file: Path, bundle: str, rule: str | None, engine: str, device: str | None, threads: int | None
 ) -> None:
+    folder = Path(bundle)
     try:
-        if open_bundle(bundle).manifest.task == GENERATION:
-            others = {"--rule": rule, "--device": device, "--engine": None if engine == "ort" else engine}
-            if flag := next((name for name, wish in others.items() if wish), None):
+        manifest = open_bundle(folder).manifest
+        if manifest.task == GENERATION:
+            options = {"--rule": rule, "--device": device, "--engine": None if engine == "ort" else engine}
+            if flag := next((name for name, value in options.items() if value), None):
                 raise BadSetting(f"{flag} is for bundles that classify; {bundle} generates text")
-            click.echo(calibrated_text(Path(bundle), file, threads)[1])
-            return
-        manifest = calibrated(Path(bundle), file, rule=rule, engine=engine, device=device, threads=threads)
+            calibration = measure_routes(folder, file, threads)
+        else:
+            calibration = measure_points(
+                folder, file, rule=rule, engine=engine, device=device, threads=threads
+            )
+        rewrite(folder, manifest, calibration)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)
         sys.exit(2)
-    click.echo(f"{'point':18}{'variant':8}{'accuracy %':>11}{'mean exit':>11}{'MACs saved %':>14}  rule")
-    for point in manifest.points:
-        said = point.measured
-        numbers = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
-        click.echo(
-            f"{point.name:18}{point.variant:8}{said['accuracy']:11.2f}{said['mean_exit']:11.2f}"
-            f"{said['macs_saved']:14.2f}  {point.rule.name} {numbers}".rstrip()
-        )
+    click.echo(calibration.table)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
-"""Labelled rows from JSON lines, or images in folders: what calibrating and measuring a bundle needs."""
+"""Rows that calibration and benchmarks read: labelled texts or images, prompts, prompts with completions."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.errors import BadInput
-from offramp.runtime.inputs.lines import IMAGES, TEXTS, read_lines
+from offramp.runtime.inputs.lines import IMAGES, PROMPTS, TEXTS, Line, read_lines
 from offramp.runtime.inputs.text import Item
+
+if TYPE_CHECKING:
+    from offramp.runtime.inputs.chat import Message
+
+MAX_COMPLETION = 64  # tokens of a completion that are read
+MIN_PAIRS = 8  # prompts with completions
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Texts (or pairs, or paths of images) and the numbers of their labels [rows]; name: the file's or
-    folder's, without those it lies in.
+class LabelledRows:
+    """Texts (or pairs, or paths of images) and the numbers of their labels [rows].
+
+    name: of the file or folder, without its path.
     """
 
     name: str
@@ -28,11 +35,11 @@ class Labelled:
     labels: NDArray[np.int64]
 
 
-def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> Labelled:
-    """Read JSON lines with "text" (and "text_b") and "label", a name out of `names` or its number.
+def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> LabelledRows:
+    """Read JSON lines with "text" (and "text_b") and "label", which is one of `names` or its number.
 
-    images: "image", a path seen from the file's folder, instead of text; or `file` is a folder that holds one
-    folder of images a label. Raises BadInput that names file, line and field.
+    images: "image", a path relative to the file's folder, instead of text; or `file` is a folder that holds
+    one folder of images for each label. Raises BadInput that names file, line and field.
     """
     if file.is_dir():
         if not images:
@@ -52,47 +59,7 @@ def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> 
         raise BadInput(f"{file}: cannot be read as UTF-8 text: {problem}") from problem
     if not items:
         raise BadInput(f"{file}: it is empty; give JSON lines with {'image' if images else 'text'} and label")
-    return Labelled(file.name, tuple(items), np.array(labels, np.int64))
-
-
-def _text(row: dict[str, Any]) -> Item:
-    return row["text"] if row.get("text_b") is None else (row["text"], row["text_b"])
-
-
-def _image(name: str, file: Path, place: str) -> str:
-    path = file.parent / name
-    if not path.is_file():
-        raise BadInput(f"{place}: no such image file: {path}")
-    return str(path)
-
-
-def _class_folders(folder: Path, names: Sequence[str]) -> Labelled:
-    items: list[Item] = []
-    labels: list[int] = []
-    for inside in sorted(folder.iterdir()):
-        if inside.is_dir() and not inside.name.startswith("."):
-            number = label_number(inside.name, names, str(inside))
-            found = sorted(file for file in inside.iterdir() if not file.name.startswith("."))
-            items += [str(file) for file in found]
-            labels += [number] * len(found)
-    if not items:
-        raise BadInput(f"{folder}: no images in it; expected a folder of images for each label")
-    return Labelled(folder.name, tuple(items), np.array(labels, np.int64))
-
-
-def _row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise BadInput(f"{place}: not JSON: {problem}") from problem
-    if not isinstance(row, dict):
-        raise BadInput(f"{place}: expected a JSON object, found {type(row).__name__}")
-    for name in names:
-        found = row.get(name)
-        if not (isinstance(found, str) and found.strip()) and not (name == "text_b" and found is None):
-            what = "a path" if name == "image" else "a text"
-            raise BadInput(f'{place}: "{name}" is not {what}: {found!r:.40}')
-    return row
+    return LabelledRows(file.name, tuple(items), np.array(labels, np.int64))
 
 
 def label_number(value: object, names: Sequence[str], place: str) -> int:
@@ -107,33 +74,135 @@ def label_number(value: object, names: Sequence[str], place: str) -> int:
     raise BadInput(f"{place}: label {value!r:.40} is not one of: {known} (or a number below {len(names)})")
 
 
-def read_data(
-    path: Path, names: Sequence[str], most: int, *, images: bool = False
+def read_rows(
+    path: Path, names: Sequence[str], max_rows: int, *, images: bool = False
 ) -> tuple[list[Item], NDArray[np.int64] | None, int]:
-    """Items, numbers of their labels (None: there are none) and how many rows the file holds.
+    """The first rows of a file: items, numbers of their labels (None without labels), rows in the file.
 
-    images: lines are paths seen from the file's folder, or JSON with "image". Raises BadInput naming the
-    line; empty lines are passed over.
+    images: lines are paths relative to the file's folder, or JSON with "image". Empty lines are passed over.
+    Raises BadInput naming the line.
     """
+    data, lines = _lines(path, IMAGES if images else TEXTS, "lines", "text")
+    raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
+    labels: list[int | None] = []
+    for line in lines[:max_rows]:
+        place = f"{path}:{line.number}"
+        _refuse(line, place)
+        label = None if plain else json.loads(raw[line.number - 1].decode("utf-8-sig")).get("label")
+        if label is not None:
+            label = label_number(label, names, place)
+        labels.append(label)
+        if (label is None) != (labels[0] is None):
+            raise BadInput(f'{place}: "label" must be on every line or on none')
+    items = [str(path.parent / line.text) if images else line.item for line in lines[:max_rows]]
+    return items, None if labels[0] is None else np.array(labels, np.int64), len(lines)
+
+
+def read_prompts(
+    path: Path, max_rows: int, encode_prompt: Callable[[str | Sequence[Message]], list[int]]
+) -> tuple[list[list[int]], int]:
+    """Token ids of the first prompts, and the number of prompts in the file; BadInput names the line."""
+    _, lines = _lines(path, PROMPTS, "prompts", "prompt")
+    prompts = []
+    for line in lines[:max_rows]:
+        place = f"{path}:{line.number}"
+        _refuse(line, place)
+        try:
+            prompts.append(encode_prompt(line.text or (line.others or {}).get("messages", "")))
+        except BadInput as problem:
+            raise BadInput(f"{place}: {problem}") from problem
+    return prompts, len(lines)
+
+
+def read_pairs(
+    file: Path,
+    max_tokens: int,
+    encode_prompt: Callable[[str], list[int]],
+    encode_completion: Callable[[str], list[int]],
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts and completions of JSON lines; BadInput names the line.
+
+    A completion is cut to MAX_COMPLETION tokens, a prompt to the last tokens that fit into max_tokens with
+    it.
+    """
+    pairs = []
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as problem:
+        raise BadInput(f"{file}: {problem.strerror}; name a file of JSON lines") from problem
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            prompt, completion = value["prompt"], value["completion"]
+            if not (isinstance(prompt, str) and isinstance(completion, str)):
+                raise ValueError("prompt and completion must be texts")
+        except (ValueError, KeyError, TypeError) as problem:
+            what = f"field {problem} is missing" if isinstance(problem, KeyError) else str(problem)
+            raise BadInput(f"{file}, line {number}: {what}; expected prompt and completion") from problem
+        before, after = encode_prompt(prompt), encode_completion(completion)[:MAX_COMPLETION]
+        if before and len(after) > 1:
+            pairs.append((before[-(max_tokens - len(after)) :], after))
+    if len(pairs) < MIN_PAIRS:
+        raise BadInput(
+            f"{file}: {len(pairs)} rows with a prompt and two tokens of completion, {MIN_PAIRS} are needed"
+        )
+    return pairs
+
+
+def _text(row: dict[str, Any]) -> Item:
+    return row["text"] if row.get("text_b") is None else (row["text"], row["text_b"])
+
+
+def _image(name: str, file: Path, place: str) -> str:
+    path = file.parent / name
+    if not path.is_file():
+        raise BadInput(f"{place}: no such image file: {path}")
+    return str(path)
+
+
+def _class_folders(folder: Path, names: Sequence[str]) -> LabelledRows:
+    items: list[Item] = []
+    labels: list[int] = []
+    for inside in sorted(folder.iterdir()):
+        if inside.is_dir() and not inside.name.startswith("."):
+            number = label_number(inside.name, names, str(inside))
+            files = sorted(file for file in inside.iterdir() if not file.name.startswith("."))
+            items += [str(file) for file in files]
+            labels += [number] * len(files)
+    if not items:
+        raise BadInput(f"{folder}: no images in it; expected a folder of images for each label")
+    return LabelledRows(folder.name, tuple(items), np.array(labels, np.int64))
+
+
+def _row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        raise BadInput(f"{place}: not JSON: {problem}") from problem
+    if not isinstance(row, dict):
+        raise BadInput(f"{place}: expected a JSON object, found {type(row).__name__}")
+    for name in names:
+        value = row.get(name)
+        if not (isinstance(value, str) and value.strip()) and not (name == "text_b" and value is None):
+            what = "a path" if name == "image" else "a text"
+            raise BadInput(f'{place}: "{name}" is not {what}: {value!r:.40}')
+    return row
+
+
+def _lines(path: Path, names: Sequence[str], what: str, item: str) -> tuple[bytes, list[Line]]:
+    """The bytes of a file and its lines that are not empty; what: its lines are called so in errors."""
     try:
         data = path.read_bytes()
     except OSError as problem:
-        raise BadInput(f"{path}: {problem.strerror}; name a file of lines with --data") from problem
-    found = read_lines(io.BytesIO(data), names=IMAGES if images else TEXTS)
-    lines = [line for line in found if line.problem != "empty line"]
+        raise BadInput(f"{path}: {problem.strerror}; name a file of {what} with --data") from problem
+    lines = [line for line in read_lines(io.BytesIO(data), names=names) if line.problem != "empty line"]
     if not lines:
-        raise BadInput(f"{path}: no lines in it; put one text on each line")
-    raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
-    labels: list[int | None] = []
-    for line in lines[:most]:
-        where = f"{path}:{line.number}"
-        if line.problem is not None:
-            raise BadInput(f"{where}: {line.problem}; repair the line or take it out")
-        label = None if plain else json.loads(raw[line.number - 1].decode("utf-8-sig")).get("label")
-        if label is not None:
-            label = label_number(label, names, where)
-        labels.append(label)
-        if (label is None) != (labels[0] is None):
-            raise BadInput(f'{where}: "label" must be on every line or on none')
-    items = [str(path.parent / line.text) if images else line.item for line in lines[:most]]
-    return items, None if labels[0] is None else np.array(labels, np.int64), len(lines)
+        raise BadInput(f"{path}: no lines in it; put one {item} on each line")
+    return data, lines
+
+
+def _refuse(line: Line, place: str) -> None:
+    if line.problem is not None:
+        raise BadInput(f"{place}: {line.problem}; repair the line or take it out")

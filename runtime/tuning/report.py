@@ -1,6 +1,6 @@
-"""What ee-bench found, for people: a table of plain text, and one HTML page that loads nothing.
+"""The output of ee-bench: tables of plain text, and one HTML page that loads nothing.
 
-matplotlib (extra `bench`) draws the pictures and is imported for them alone.
+matplotlib (extra `bench`) draws the pictures and is imported for them only.
 """
 
 from __future__ import annotations
@@ -20,24 +20,35 @@ from offramp.runtime.errors import BadSetting, EngineUnavailable
 
 Figures = Mapping[str, Any]
 _TIMES = ("mean ms", "p50 ms", "p95 ms", "p99 ms", "ratio (5..95 %)")
-COLUMNS = ("contender", *_TIMES, "exit", "accuracy", "in time", "realised", "rows/s", "in bulk", "MB")
+COLUMNS = ("candidate", *_TIMES, "exit", "accuracy", "in time", "realised", "rows/s", "in bulk", "MB")
 LEGEND = {
-    "ratio": "time over the reference's for the same row in the same turn: median, 5th to 95th percentile",
+    "ratio": "time over the reference's for the same row in the same round: median, 5th to 95th percentile",
     "exit": "mean number of the exit that answered, counted from 1",
-    "accuracy": "percent of the rows that are answered right",
+    "accuracy": "percent of the rows whose answer is the label",
     "in time": "percent of the rows that are answered within the budget",
-    "realised": "share of the time saved over share of the multiply-accumulates saved; 1 where time follows",
-    "rows/s": "batches of rows of like length; in bulk: realised of that time",
-    "MB": "graph files that it needs",
+    "realised": "share of the time saved over share of the multiply-accumulates saved",
+    "rows/s": "rows per second in batches of rows of like length; in bulk: realised, of that time",
+    "MB": "size of the graph files",
+}
+GENERATION_COLUMNS = (
+    *("candidate", "tokens/s", "ratio (5..95 %)", "first ms", "p50 ms", "p95 ms"),
+    *("depth", "blocks run", "same"),
+)
+GENERATION_LEGEND = {
+    "ratio": "time over full depth's for the same prompt and round: median, 5th to 95th percentile",
+    "first ms": "median time to the first token; p50 and p95 are of the tokens after it",
+    "depth": "mean number of blocks after which tokens were predicted, without the first tokens",
+    "blocks run": "mean number of blocks run for a token, drafts and deferred tokens included",
+    "same": "percent of the answers that equal those of full depth, token for token",
 }
 # Readable on white and on black alike.
 _FIRST = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
 COLOURS = (*_FIRST, "#a0522d", "#20c997", "#f783ac", "#5f6fb3")
-_INK = "#010203"  # stands for the page's own colour of text until the picture is in the page
+_INK = "#010203"  # placeholder for the page's colour of text
 
 
 def check(json_file: Path | None, page_file: Path | None) -> None:
-    """Refuse targets that cannot be written and a page without matplotlib, before anything is measured."""
+    """Raise BadSetting for files that cannot be written, EngineUnavailable for a page without matplotlib."""
     for path in (json_file, page_file):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
@@ -47,7 +58,7 @@ def check(json_file: Path | None, page_file: Path | None) -> None:
 
 
 def machine() -> dict[str, str]:
-    """Where and when: what every page and file of figures begins with."""
+    """The machine and the time: the first entries of every page and file of figures."""
     return {
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": _cpu(),
@@ -57,7 +68,7 @@ def machine() -> dict[str, str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the target, then rename: nobody ever finds half of it."""
+    """Write a file beside the target, then rename it: the target is never half written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")
@@ -68,9 +79,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def cells(figures: Figures) -> list[list[str]]:
-    """One row of texts for each contender, in the order of COLUMNS."""
+    """One row of texts for each candidate, in the order of COLUMNS."""
     rows = []
-    for one in figures["contenders"]:
+    for one in figures["candidates"]:
         variant = "" if one["variant"] in one["name"] else f" ({one['variant']})"
         rows.append(
             [
@@ -90,17 +101,40 @@ def cells(figures: Figures) -> list[list[str]]:
 
 
 def table(figures: Figures) -> str:
-    """All that was measured as plain text: contenders, segments, cold start, facts."""
+    """All figures of a bundle that classifies: candidates, segments, cold start, facts."""
     lines = aligned([list(COLUMNS), *cells(figures)])
     lines += ["", *(f"{name:9} {text}" for name, text in LEGEND.items())]
-    lines += ["", *aligned([["stage", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])])]
+    lines += [
+        "",
+        *aligned([["segment", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])]),
+    ]
     lines += ["", *aligned([["fresh process", "s to the first answer", "peak MB"], *_cold(figures)])]
     lines += ["", *(f"{name:14} {text}" for name, text in facts(figures))]
     return "\n".join(lines)
 
 
+def generation_table(figures: Figures) -> str:
+    """All figures of a bundle that generates text: candidates, drafts, depth by position, facts."""
+    candidates = figures["candidates"]
+    rows = [list(GENERATION_COLUMNS)]
+    for one in candidates:
+        ratio = f"{one['ratio']:.3f} ({one['ratio_p5']:.2f}..{one['ratio_p95']:.2f})"
+        numbers = [_number(one[name], ".2f") for name in _GENERATION_NUMBERS]
+        rows.append([one["name"], f"{one['tokens_per_s']:.1f}", ratio, *numbers, f"{100 * one['same']:.1f}"])
+    lines = [*aligned(rows), "", *(f"{name:11} {text}" for name, text in GENERATION_LEGEND.items())]
+    for one in candidates:
+        for exit, share in one.get("drafts", {}).get("accepted", {}).items():
+            offered = one["drafts"]["offered"][exit]
+            lines += ["", f"{one['name']}: exit {exit}: {share:.1%} of {offered} drafts were accepted"]
+    positions = [str(line["from"]) for line in candidates[0]["by_position"]]
+    means = [[one["name"], *(f"{line['mean']:.2f}" for line in one["by_position"])] for one in candidates]
+    lines += ["", *aligned([["mean depth from token", *positions], *means]), ""]
+    about = {name: value for name, value in figures["about"].items() if value != ""}
+    return "\n".join([*lines, *(f"{name.replace('_', ' '):22} {value}" for name, value in about.items())])
+
+
 def facts(figures: Figures) -> list[tuple[str, str]]:
-    """Name and text of everything that one has to know to believe the figures."""
+    """Name and text of the conditions under which the figures were measured."""
     about = dict(figures["about"])
     about["rows"] = f"{about['rows']} of {about.pop('rows_there')}"
     about["bundle"] = f"{about['bundle']} ({about.pop('bundle_bytes') / 1e6:.1f} MB)"
@@ -109,7 +143,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
 
 
 def page(figures: Figures) -> str:
-    """One HTML page, complete in itself: no scripts, nothing loaded from anywhere."""
+    """One HTML page without scripts, which loads nothing."""
     parts = []
     for number, (title, caption, draw) in enumerate(_PICTURES):
         svg = _svg(draw, figures, f"p{number}")
@@ -132,7 +166,7 @@ def page(figures: Figures) -> str:
 <h1>What early exit saves</h1>
 <p>{escape(intro)}</p>
 {_html([list(COLUMNS), *cells(figures)])}
-<details><summary>What the columns say</summary><dl>{legend}</dl></details>
+<details><summary>What the columns mean</summary><dl>{legend}</dl></details>
 <div class="pictures">{"".join(parts)}</div>
 <h2>Cold start</h2>
 {cold}
@@ -143,6 +177,7 @@ def page(figures: Figures) -> str:
 """
 
 
+_GENERATION_NUMBERS = ("first_ms", "p50_ms", "p95_ms", "depth", "blocks_run")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886; --soft: #8881 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
@@ -161,8 +196,8 @@ dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 
 
 def _accuracy(axes: Any, figures: Figures) -> bool:
-    """Every contender by mean time and accuracy; False without labels."""
-    known = [one for one in figures["contenders"] if one["accuracy"] is not None]
+    """Every candidate by mean time and accuracy; False without labels."""
+    known = [one for one in figures["candidates"] if one["accuracy"] is not None]
     for one in known:
         look = {"color": _colour(figures, one), "label": _plain(one["name"]), "s": 45, "zorder": 3}
         axes.scatter([one["mean_ms"]], [one["accuracy"]], marker=_MARKERS[one["kind"]], **look)
@@ -172,33 +207,33 @@ def _accuracy(axes: Any, figures: Figures) -> bool:
 
 
 def _exits(axes: Any, figures: Figures) -> bool:
-    """Rows at each exit, of those who choose where to leave."""
-    chosen = [one for one in figures["contenders"] if one["kind"] in ("walk", "random", "nested")]
-    chosen = chosen or figures["contenders"][:1]
-    width = 0.8 / len(chosen)
-    for number, one in enumerate(chosen):
+    """Rows at each exit, of the candidates that exit early."""
+    exiting = [one for one in figures["candidates"] if one["kind"] in ("walk", "random", "nested")]
+    exiting = exiting or figures["candidates"][:1]
+    width = 0.8 / len(exiting)
+    for number, one in enumerate(exiting):
         left = [k + 1 - 0.4 + (number + 0.5) * width for k in range(len(one["exits"]))]
         axes.bar(left, one["exits"], width, color=_colour(figures, one), label=_plain(one["name"]))
-    axes.set(xlabel="exit", ylabel="rows", xticks=range(1, len(chosen[0]["exits"]) + 1))
+    axes.set(xlabel="exit", ylabel="rows", xticks=range(1, len(exiting[0]["exits"]) + 1))
     return True
 
 
 def _segments(axes: Any, figures: Figures) -> bool:
     """Milliseconds of the stem and each segment."""
     names = ["stem", *(str(number) for number in range(1, len(figures["segments"])))]
-    axes.bar(names, [stage["ms"] for stage in figures["segments"]], color=COLOURS[0])
+    axes.bar(names, [segment["ms"] for segment in figures["segments"]], color=COLOURS[0])
     axes.set(xlabel="segment", ylabel="milliseconds")
     return True
 
 
 def _latency(axes: Any, figures: Figures) -> bool:
-    """Share of the rows answered within a time; the slowest of all are off the picture."""
-    for one in figures["contenders"]:
+    """Share of the rows answered within a time, up to a little more than the slowest p95."""
+    for one in figures["candidates"]:
         look = {"color": _colour(figures, one), "label": _plain(one["name"]), "linewidth": 1.5}
         axes.plot(one["percentiles_ms"], range(101), "-" if one["kind"] in _WALKS else "--", **look)
     axes.axvline(figures["about"]["budget_ms"], color=_INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="milliseconds", ylabel="rows answered, %")
-    axes.set_xlim(0, 1.1 * max(one["p95_ms"] for one in figures["contenders"]))
+    axes.set_xlim(0, 1.1 * max(one["p95_ms"] for one in figures["candidates"]))
     return True
 
 
@@ -206,18 +241,18 @@ _WALKS = ("walk", "full", "random")
 _MARKERS = {"walk": "o", "full": "D", "random": "x", "monolith": "s", "nested": "^", "truncated": "v"}
 _PICTURES: Sequence[tuple[str, str, Callable[[Any, Figures], bool]]] = (
     ("Accuracy against time", "Up and to the left is better.", _accuracy),
-    ("Where rows leave", "Rows at each exit, mean of the turns.", _exits),
+    ("Where rows leave", "Rows at each exit, mean of the rounds.", _exits),
     ("Time per segment", "Median of rows that go to the last exit.", _segments),
     (
         "How long rows take",
-        "All rows and turns, up to the slowest p95; walks are drawn through, the dotted line is the budget.",
+        "All rows and rounds, up to the slowest p95; walks are solid lines, the dotted line is the budget.",
         _latency,
     ),
 )
 
 
 def _svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix: str) -> str:
-    """One picture as an SVG element to stand in HTML, in the page's own ink; "" where there is nothing."""
+    """One picture as an SVG element in the page's colour of text; "" where there is nothing to draw."""
     matplotlib = _matplotlib("")
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings = {"svg.fonttype": "none", "svg.hashsalt": prefix, **dict.fromkeys(ink, _INK)}
@@ -230,7 +265,7 @@ def _svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix: str) ->
         if not draw(axes, figures):
             return ""
         handles, names = axes.get_legend_handles_labels()
-        if names:  # below and not inside, where it would lie on what it explains
+        if names:  # below the picture: inside it would cover lines
             look = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
             figure.legend(handles, names, loc="outside lower center", ncols=3, **look)
         figure.savefig(target, format="svg", transparent=True)
@@ -251,13 +286,13 @@ def _matplotlib(part: str) -> Any:
 
 
 def _cpu() -> str:
-    """The processor by name, where the system tells it."""
+    """The processor's name, where the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _cold(figures: Figures) -> list[list[str]]:
@@ -272,12 +307,12 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _colour(figures: Figures, one: Figures) -> str:
-    """A contender has one colour in all pictures."""
-    return COLOURS[[other["name"] for other in figures["contenders"]].index(one["name"]) % len(COLOURS)]
+    """The colour of a candidate, the same in all pictures."""
+    return COLOURS[[other["name"] for other in figures["candidates"]].index(one["name"]) % len(COLOURS)]
 
 
 def _plain(text: str) -> str:
-    """A name that matplotlib takes neither for mathematics nor for one to hide."""
+    """A name escaped for matplotlib, which reads $ as mathematics and hides names that begin with _."""
     return text.replace("$", r"\$").removeprefix("_")
 
 

@@ -1,7 +1,7 @@
-"""Calibration of bundles that choose between variants: what every step takes here, and points in that unit.
+"""Calibration of bundles that choose between variants: the time of every step, and points in that unit.
 
-No table of exits can say what a walk does that changes its precision on the way, so every price is walked, a
-row at a time, as it will be used.
+A table of exits at full depth cannot tell what a walk does that changes its variant on the way, so every
+price is walked, one row at a time, as it will be used.
 """
 
 from __future__ import annotations
@@ -15,97 +15,104 @@ from numpy.typing import NDArray
 from offramp.runtime.bundle.manifest import Manifest, OperatingPoint, RuleSpec, StepCosts
 from offramp.runtime.classifier import Session
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.inputs.text import Item
 from offramp.runtime.rules import bind
-from offramp.runtime.rules.priced import WalkPoint, choose
-from offramp.runtime.tuning.labelled import Labelled
+from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
+from offramp.runtime.tuning.labelled import LabelledRows
 from offramp.runtime.walker import Inputs, Trace, walk
 
-SAMPLE, WARM = 40, 4  # rows that are timed, rows before them
-PRICES = np.geomspace(0.01, 3.0, 10)  # errors for a full walk in the default variant
+TIMED_ROWS, WARM_UP_ROWS = 40, 4
+PRICES = np.geomspace(0.01, 3.0, 10)  # errors that a full walk in the default variant may cost
+Tokens = NDArray[np.int64]  # lengths of rows [rows]
 
 
-def foresees(manifest: Manifest) -> bool:
+def has_forecast(manifest: Manifest) -> bool:
     """Whether the bundle's segments forecast errors, so that rule quee can decide."""
     outputs = next(iter(manifest.segments[0].variants.values())).outputs
     return any(tensor.name == "forecast" for tensor in outputs)
 
 
-def step_costs(session: Session, rows: Labelled) -> StepCosts:
-    """Milliseconds of every segment in every variant, the rule's decision behind it included: the median over
-    rows of about median length, batch 1.
-    """
-    manifest, engine = session.manifest, session.engine
-    count, variants = len(manifest.segments), manifest.variants
-    given = [_inputs(session, item) for item in rows.items]
-    lengths = np.array([inputs["input_ids"].shape[1] for inputs in given])
-    middle = int(np.median(lengths))
-    order = np.argsort(np.abs(lengths - middle), kind="stable")[:SAMPLE]
-    even = StepCosts(middle, dict.fromkeys(variants, (1.0,) * count))
-    rule = bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even})
-    for variant in range(len(variants)):
-        engine.prepare(variant, range(count))
-    spent = np.zeros((WARM + len(order), len(variants), count))
-    for turn, row in enumerate([*order[:1].repeat(WARM), *order]):
-        for variant in range(len(variants)):
-            plan, memory = np.full((1, count), variant, np.int8), np.zeros((1, rule.width), np.float32)
-            state = engine.begin(given[row])
-            for segment in range(count):
-                begun = time.perf_counter()
-                signals = engine.step(segment, variant, state)
-                if segment + 1 < count:
-                    rule(signals, memory, plan, segment)
-                spent[turn, variant, segment] = time.perf_counter() - begun
-            engine.drop(state)
-    typical = 1e3 * np.median(spent[WARM:], axis=0)  # [variants, segments]
-    return StepCosts(middle, {v: tuple(t.round(5).tolist()) for v, t in zip(variants, typical, strict=True)})
-
-
-def priced_points(session: Session, rows: Labelled, costs: StepCosts) -> tuple[OperatingPoint, ...]:
-    """Operating points of rule quee that charge these milliseconds, each measured by walking all rows at it.
-
-    A point starts in the variant that it names. "within" and savings are against walks to the end in the
-    default variant; "ms" is what a row took in this very walk, on whatever else the machine was doing.
-    """
-    given = [_inputs(session, item) for item in rows.items]
-    names = session.manifest.variants
-    never = RuleSpec("never", {})
-    _walk(session, given[:SAMPLE], never, 0, costs)  # opens and warms what all others need
-    ends = [_walk(session, given, never, start, costs) for start in range(len(names))]
-    walks = [(never, start, trace) for start, trace in enumerate(ends)]
-    for price in PRICES:
-        spec = RuleSpec("quee", {"price": float(price), "measured": 1.0})
-        walks += [(spec, start, _walk(session, given, spec, start, costs)) for start in range(len(names))]
-    points = [_measured(session, spec, start, trace, rows, costs) for spec, start, trace in walks]
-    figures = {
-        id(point): _figures(session, given, walk[2]) for point, walk in zip(points, walks, strict=True)
-    }
-    return tuple(
-        OperatingPoint(name, point.rule, point.variant, rows.name, "dev", _told(point, figures[id(point)]))
-        for name, point in choose(points, points[0], "ms").items()
-    )
-
-
-def check_foresees(manifest: Manifest) -> None:
+def require_forecast(manifest: Manifest) -> None:
     """Raise BadSetting for a bundle without error forecasts."""
-    if not foresees(manifest):
+    if not has_forecast(manifest):
         raise BadSetting(
             "rule quee: this bundle has no error forecasts; train it with ee-train --recipe quee"
         )
 
 
-def _inputs(session: Session, item: str | tuple[str, str]) -> Inputs:
+def measure_step_costs(session: Session, items: Sequence[Item], tokens: Tokens) -> StepCosts:
+    """Milliseconds of every segment in every variant, one decision of rule quee included, at batch 1.
+
+    Medians over rows of about median length. tokens: lengths of the items.
+    """
+    manifest, engine = session.manifest, session.engine
+    count, variants = len(manifest.segments), manifest.variants
+    middle = int(np.median(tokens))
+    nearest = np.argsort(np.abs(tokens - middle), kind="stable")[:TIMED_ROWS]
+    inputs = {int(row): _inputs(session, items[row]) for row in nearest}
+    even = StepCosts(middle, dict.fromkeys(variants, (1.0,) * count))
+    rule = bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even})
+    for variant in range(len(variants)):
+        engine.prepare(variant, range(count))
+    seconds = np.zeros((WARM_UP_ROWS + len(nearest), len(variants), count))
+    for turn, row in enumerate([*nearest[:1].repeat(WARM_UP_ROWS), *nearest]):
+        for variant in range(len(variants)):
+            plan, memory = np.full((1, count), variant, np.int8), np.zeros((1, rule.width), np.float32)
+            state = engine.begin(inputs[int(row)])
+            for segment in range(count):
+                started = time.perf_counter()
+                signals = engine.step(segment, variant, state)
+                if segment + 1 < count:
+                    rule(signals, memory, plan, segment)
+                seconds[turn, variant, segment] = time.perf_counter() - started
+            engine.drop(state)
+    medians = 1e3 * np.median(seconds[WARM_UP_ROWS:], axis=0)  # [variants, segments]
+    steps = {name: tuple(ms.round(5).tolist()) for name, ms in zip(variants, medians, strict=True)}
+    return StepCosts(middle, steps)
+
+
+def measure_walk_points(
+    session: Session, rows: LabelledRows, tokens: Tokens, costs: StepCosts
+) -> tuple[OperatingPoint, ...]:
+    """Operating points of rule quee that charge these milliseconds, each measured by walking all rows at it.
+
+    A point starts in the variant that it names. "within" and savings are against full depth in the default
+    variant. "ms" is the time of a row in this walk, whatever else the machine was doing meanwhile. tokens:
+    lengths of the rows.
+    """
+    inputs = [_inputs(session, item) for item in rows.items]
+    starts = range(len(session.manifest.variants))
+    never = RuleSpec("never", {})
+    _walk(session, inputs[:TIMED_ROWS], never, 0, costs)  # opens the segments before they are timed
+    specs = [never, *(RuleSpec("quee", {"price": float(price), "measured": 1.0}) for price in PRICES)]
+    points, measured = list[WalkPoint](), list[dict[str, float]]()
+    for spec in specs:
+        for start in starts:
+            trace = _walk(session, inputs, spec, start, costs)
+            point = _walk_point(session, spec, start, trace, rows.labels, costs)
+            points.append(point)
+            measured.append(_measured(session.manifest, point, trace, tokens))
+    chosen = choose_walk_points(points, points[0], "ms")
+    numbers = {id(point): number for number, point in enumerate(points)}
+    return tuple(
+        OperatingPoint(name, point.rule, point.variant, rows.name, "dev", measured[numbers[id(point)]])
+        for name, point in chosen.items()
+    )
+
+
+def _inputs(session: Session, item: Item) -> Inputs:
     return session.encode(item) if isinstance(item, str) else session.encode(*item)
 
 
-def _walk(session: Session, given: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts) -> Trace:
+def _walk(session: Session, inputs: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts) -> Trace:
     """Walk the rows one by one from a starting variant."""
     manifest = session.manifest
     count = len(manifest.segments)
     return walk(
         session.engine,
         bind(spec, count, {"ms": costs}),
-        ((np.array([row]), inputs) for row, inputs in enumerate(given)),
-        rows=len(given),
+        ((np.array([row]), arrays) for row, arrays in enumerate(inputs)),
+        rows=len(inputs),
         segments=count,
         classes=len(manifest.labels),
         variant=start,
@@ -113,53 +120,48 @@ def _walk(session: Session, given: Sequence[Inputs], spec: RuleSpec, start: int,
     )
 
 
-def _ends(trace: Trace) -> NDArray[np.int64]:
-    """The exit (0-based) at which each row left."""
-    ran = trace.variants >= 0
-    exits: NDArray[np.int64] = ran.shape[1] - 1 - ran[:, ::-1].argmax(axis=1)
+def _exits(trace: Trace) -> NDArray[np.int64]:
+    """The exit (0-based) at which each row left [rows]."""
+    was_run = trace.variants >= 0
+    exits: NDArray[np.int64] = was_run.shape[1] - 1 - was_run[:, ::-1].argmax(axis=1)
     return exits
 
 
-def _measured(
-    session: Session, spec: RuleSpec, start: int, trace: Trace, rows: Labelled, costs: StepCosts
+def _walk_point(
+    session: Session, spec: RuleSpec, start: int, trace: Trace, labels: NDArray[np.int64], costs: StepCosts
 ) -> WalkPoint:
-    """The walk's figures; its cost are the steps' milliseconds, which were timed in turns: the walks' own are
-    minutes apart, and points would be chosen by whatever else ran in between.
+    """The figures of a walk; its cost is the sum of the step costs and not its own time.
+
+    Steps were timed in turns. Whole walks are minutes apart, so that their own times would compare points by
+    whatever else ran in between.
     """
-    at, exits = np.arange(len(rows.items)), _ends(trace)
-    right = trace.logits[at, exits].argmax(-1) == rows.labels
+    rows, exits = np.arange(len(labels)), _exits(trace)
+    right = trace.logits[rows, exits].argmax(-1) == labels
     blocks = np.array([segment.blocks[-1] for segment in session.manifest.segments])
-    steps, ran = (
-        np.array(list(costs.steps.values())),
-        trace.variants >= 0,
-    )  # [variants, segments], [rows, ...]
+    steps = np.array(list(costs.steps.values()))  # [variants, segments]
     ms = steps[np.maximum(trace.variants, 0), np.arange(len(blocks))]  # [rows, segments]
     return WalkPoint(
         spec,
         session.manifest.variants[start],
-        100 * float(right.mean()),
-        float(blocks[exits].mean()),
-        100 * float((ms * ran).sum(1).mean() / steps[0].sum()),
-        100 * float((trace.variants[at, exits] != start).mean()),
+        accuracy=100 * float(right.mean()),
+        mean_exit=float(blocks[exits].mean()),
+        cost=100 * float((ms * (trace.variants >= 0)).sum(1).mean() / steps[0].sum()),
+        changed=100 * float((trace.variants[rows, exits] != start).mean()),
     )
 
 
-def _figures(session: Session, given: Sequence[Inputs], trace: Trace) -> dict[str, float]:
-    """Milliseconds a row, and the multiply-accumulates and blocks that were saved, in per cent."""
-    manifest, exits = session.manifest, _ends(trace)
-    stages = (manifest.stem, *manifest.segments)
-    tokens = [inputs["input_ids"].shape[1] for inputs in given]
-    each = np.array([[stage.macs.of(n) for stage in stages] for n in tokens]).cumsum(axis=1)
-    blocks = np.array([segment.blocks[-1] for segment in manifest.segments])
-    spent = each[np.arange(len(given)), exits + 1].sum() / each[:, -1].sum()
-    return {
-        "layers_saved": 100 * (1 - float(blocks[exits].mean()) / manifest.blocks),
-        "macs_saved": 100 * (1 - float(spent)),
+def _measured(manifest: Manifest, point: WalkPoint, trace: Trace, tokens: Tokens) -> dict[str, float]:
+    """The figures of a point in the manifest: milliseconds a row, the others in percent or blocks."""
+    exits, graphs = _exits(trace), (manifest.stem, *manifest.segments)
+    macs = np.array([[graph.macs.of(int(n)) for graph in graphs] for n in tokens]).cumsum(axis=1)
+    share = macs[np.arange(len(tokens)), exits + 1].sum() / macs[:, -1].sum()
+    figures = {
+        "accuracy": point.accuracy,
+        "mean_exit": point.mean_exit,
+        "layers_saved": 100 * (1 - point.mean_exit / manifest.blocks),
+        "macs_saved": 100 * (1 - float(share)),
         "ms": 1e3 * float(trace.seconds.mean()),
+        "ms_saved": 100 - point.cost,
+        "changed": point.changed,
     }
-
-
-def _told(point: WalkPoint, figures: dict[str, float]) -> dict[str, float]:
-    told = {"accuracy": point.accuracy, "mean_exit": point.mean_exit, **figures}
-    told |= {"ms_saved": 100 - point.cost, "changed": point.changed}
-    return {name: round(value, 3) for name, value in told.items()}
+    return {name: round(value, 3) for name, value in figures.items()}

@@ -1,17 +1,20 @@
-"""Contenders take turns of a few rows each, in an order drawn anew each time: nobody always runs first or
-after the same one, and slow moments of the machine hit all alike.
+"""The timer: callables take turns, each once a round, in an order that is drawn anew for every round.
 
-A few rows and not one: a process that serves finds its own code in the cache, not a rival's. With one row
-each in a fixed order, a walk after a single graph took 7 % longer than the same walk after another walk.
+So slow moments of the machine hit all of them alike, and none always runs first or after the same other one.
+Rows take turns of a few and not of one: a process that serves finds its own code in the processor's cache,
+not that of another candidate. With one row each in a fixed order, a walk after a single graph took 7 % longer
+than the same walk after another walk.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 import numpy as np
@@ -20,187 +23,262 @@ from numpy.typing import NDArray
 from offramp.runtime import rules
 from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.classifier import Session
-from offramp.runtime.walker import Inputs, Trace, walk
+from offramp.runtime.walker import Inputs, walk
 
+if TYPE_CHECKING:
+    from offramp.runtime.generate import Token
+
+Result = TypeVar("Result")
 Ids = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Batches = Sequence[tuple[Ids, Inputs]]  # numbers of rows and the stem's inputs for them
-TOGETHER = 8  # rows of a turn
-Found = tuple[Ids, Ids]  # label and 1-based exit of every row
+Seconds = NDArray[np.float64]
+Batches = Sequence[tuple[Ids, Inputs]]  # row numbers and the stem's inputs for these rows
+LabelsAndExits = tuple[Ids, Ids]  # label number and 1-based exit of every row
+ROWS_PER_TURN = 8
+
+
+def take_turns(
+    callables: Mapping[str, Callable[[], Result]],
+    rounds: int,
+    *,
+    seed: int | np.random.Generator = 0,
+    before: Callable[[], object] | None = None,
+) -> Iterator[tuple[str, float, Result]]:
+    """Call every callable once a round; give its name, its seconds and what it returned.
+
+    seed: of the order; a generator goes on where it is. before: called before every callable and not timed,
+    for callables that would find each other's weights in the cache.
+    """
+    order, names = np.random.default_rng(seed), list(callables)
+    for _ in range(rounds):
+        for at in order.permutation(len(names)):
+            call = callables[names[at]]
+            if before is not None:
+                before()
+            started = time.perf_counter()
+            result = call()
+            seconds = time.perf_counter() - started
+            yield names[at], seconds, result
+
+
+def interleaved(
+    callables: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    seed: int | np.random.Generator = 0,
+    warmup: int = 0,
+    before: Callable[[], object] | None = None,
+    progress: str | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every callable, one number a round; see take_turns.
+
+    warmup: rounds before these, which are not counted. progress: label of a bar on standard error.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    steps = (warmup + rounds) * len(callables)
+    with _bar(progress, steps) as advance:
+        for name, taken, _ in take_turns(callables, warmup + rounds, seed=seed, before=before):
+            seconds[name].append(taken)
+            advance(1)
+    return {name: values[warmup:] for name, values in seconds.items()}
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> Seconds:
+    """Seconds of one callable over those of the reference, round by round [rounds]."""
+    return np.array(seconds[name]) / np.array(seconds[reference])
+
+
+def time_ratio(seconds: Sequence[float] | Seconds, reference: Sequence[float] | Seconds) -> list[float]:
+    """Median, 5th and 95th percentile of seconds over the reference's of the same round and row.
+
+    Both arrays have one shape. Pairs are close in time, so that slow moments of the machine cancel.
+    """
+    pairs = np.asarray(seconds) / np.maximum(np.asarray(reference), 1e-9)
+    return [float(value) for value in np.percentile(pairs, [50, 5, 95])]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Who answers rows: run(batches, rows, limit) is timed; read makes labels and exits of what it gave.
+class Candidate:
+    """A network that answers rows and is measured: a walk at an operating point, or a baseline.
 
-    bulk: takes batches of more than one row. rule: of a walk. bytes: of the graph files that it needs.
+    run(batches, rows, limit) answers the rows and is timed; at most `limit` rows are joined for a step. It
+    returns a function, called outside of the timed part, that reads labels and exits from the outputs.
+    bytes: size of its graph files. bulk: whether it takes batches of more than one row. rule: a walk's.
     """
 
     name: str
     kind: str
     variant: str
     bytes: int
-    run: Callable[[Batches, int, int], Any]
-    read: Callable[[Any], Found]
+    run: Callable[[Batches, int, int], Callable[[], LabelsAndExits]]
     bulk: bool = True
     rule: RuleSpec | None = None
 
 
-@dataclass(frozen=True)
-class Turns:
-    """Of one contender, all [turns, rows]: seconds, label numbers, 1-based exits."""
+def walk_candidate(session: Session, name: str, kind: str, rule: rules.Rule | None = None) -> Candidate:
+    """The walk of a session under its own rule, or under `rule`; texts are tokenized beforehand."""
+    manifest = session.manifest
+    segments, classes = len(manifest.segments), len(manifest.labels)
+    variant = manifest.variants.index(session.variant)
+    bound = rules.bind(session.rule, segments, manifest.costs) if rule is None else rule
+    stem = manifest.stem.variants.get(session.variant) or manifest.stem.variants[manifest.variants[0]]
+    files = {stem.file, *(segment.variants[session.variant].file for segment in manifest.segments)}
 
-    seconds: Floats
+    def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
+        trace = walk(
+            session.engine,
+            bound,
+            batches,
+            rows=rows,
+            segments=segments,
+            classes=classes,
+            variant=variant,
+            limit=limit,
+        )
+
+        def read() -> LabelsAndExits:
+            last = segments - 1 - (trace.variants[:, ::-1] >= 0).argmax(axis=1)  # [rows]
+            labels = trace.logits[np.arange(len(last)), last].argmax(axis=-1)
+            return labels.astype(np.int64), last.astype(np.int64) + 1
+
+        return read
+
+    size = sum(manifest.files[file].bytes for file in files)
+    return Candidate(name, kind, session.variant, size, run, rule=session.rule)
+
+
+@dataclass(frozen=True)
+class RowTimings:
+    """Answers of one candidate, all [rounds, rows]: seconds, label numbers, 1-based exits."""
+
+    seconds: Seconds
     labels: Ids
     exits: Ids
 
 
-def walking(session: Session, name: str, kind: str, rule: rules.Rule | None = None) -> Contender:
-    """The walk of a session, under its own rule or another; texts are encoded beforehand."""
-    manifest = session.manifest
-    sizes = {"segments": len(manifest.segments), "classes": len(manifest.labels)}
-    sizes["variant"] = manifest.variants.index(session.variant)
-    bound = rules.bind(session.rule, sizes["segments"]) if rule is None else rule
-    stem = manifest.stem.variants.get(session.variant) or manifest.stem.variants[manifest.variants[0]]
-    files = {stem.file, *(segment.variants[session.variant].file for segment in manifest.segments)}
+def time_rows(
+    candidates: Sequence[Candidate], singles: Sequence[Batches], rounds: int
+) -> dict[str, RowTimings]:
+    """Every candidate answers every row alone, once a round; turns are of ROWS_PER_TURN rows.
 
-    def run(batches: Batches, rows: int, limit: int) -> Trace:
-        return walk(session.engine, bound, batches, rows=rows, limit=limit, **sizes)
-
-    def read(trace: Trace) -> Found:
-        segments = trace.variants.shape[1]
-        last = segments - 1 - (trace.variants[:, ::-1] >= 0).argmax(axis=1)
-        labels = trace.logits[np.arange(len(last)), last].argmax(axis=-1)
-        return labels.astype(np.int64), last.astype(np.int64) + 1
-
-    size = sum(manifest.files[file].bytes for file in files)
-    return Contender(name, kind, session.variant, size, run, read, rule=session.rule)
-
-
-def one_by_one(contenders: Sequence[Contender], singles: Sequence[Batches], turns: int) -> dict[str, Turns]:
-    """Every contender answers every row alone, `turns` times; they change after each TOGETHER rows.
-
-    Before its rows each answers the first of them once untimed, to be back in the cache.
+    singles: for each row a batch of this row alone. Before its turn a candidate answers the first row of it
+    once without being timed, so that its code is in the cache.
     """
-    rows, draw = len(singles), np.random.default_rng(0)
-    shape = (turns, rows)
-    found = {
-        c.name: Turns(np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
-        for c in contenders
+    rows, order = len(singles), np.random.default_rng(0)
+    shape = (rounds, rows)
+    timings = {
+        candidate.name: RowTimings(np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        for candidate in candidates
     }
-    with click.progressbar(length=turns * rows, label="one by one", file=sys.stderr) as bar:
-        for turn in range(turns):
-            for start in range(0, rows, TOGETHER):
-                numbers = range(start, min(start + TOGETHER, rows))
-                for at in draw.permutation(len(contenders)):
-                    contender = contenders[at]
-                    run, mine = contender.run, found[contender.name]
-                    run(singles[start], 1, 1)
-                    for row in numbers:
-                        started = time.perf_counter()
-                        raw = run(singles[row], 1, 1)
-                        mine.seconds[turn, row] = time.perf_counter() - started
-                        labels, exits = contender.read(raw)
-                        mine.labels[turn, row], mine.exits[turn, row] = labels[0], exits[0]
-                bar.update(len(numbers))
-    return found
+
+    def answer(candidate: Candidate, turn: int, numbers: range) -> None:
+        run, own = candidate.run, timings[candidate.name]
+        run(singles[numbers[0]], 1, 1)
+        for row in numbers:
+            started = time.perf_counter()
+            read = run(singles[row], 1, 1)
+            own.seconds[turn, row] = time.perf_counter() - started
+            labels, exits = read()
+            own.labels[turn, row], own.exits[turn, row] = labels[0], exits[0]
+
+    with _bar("one by one", rounds * rows) as advance:
+        for number in range(rounds):
+            for start in range(0, rows, ROWS_PER_TURN):
+                numbers = range(start, min(start + ROWS_PER_TURN, rows))
+                calls = {c.name: partial(answer, c, number, numbers) for c in candidates}
+                for _ in take_turns(calls, 1, seed=order):
+                    pass
+                advance(len(numbers))
+    return timings
 
 
-def in_bulk(
-    contenders: Sequence[Contender], windows: Sequence[tuple[Batches, int]], limit: int, turns: int
+def time_bulk(
+    candidates: Sequence[Candidate], windows: Sequence[tuple[Batches, int]], limit: int, rounds: int
 ) -> dict[str, float]:
-    """Rows per second, median of `turns` rounds after one that is not counted.
+    """Rows per second of every candidate: median of `rounds` rounds after one that is not counted.
 
-    windows: batches of like lengths and how many rows they hold; limit: rows joined for a step at most.
+    windows: batches of rows of like length, and how many rows they hold. limit: rows joined for a step.
     """
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    with click.progressbar(length=(turns + 1) * len(contenders), label="in bulk   ", file=sys.stderr) as bar:
-        for turn in range(turns + 1):
-            for at in range(len(contenders)):
-                contender = contenders[(turn + at) % len(contenders)]
-                started = time.perf_counter()
-                for batches, rows in windows:
-                    contender.run(batches, rows, limit)
-                seconds[contender.name].append(time.perf_counter() - started)
-                bar.update(1)
+
+    def answer(candidate: Candidate) -> None:
+        for batches, rows in windows:
+            candidate.run(batches, rows, limit)
+
+    calls = {candidate.name: partial(answer, candidate) for candidate in candidates}
+    seconds = interleaved(calls, rounds, warmup=1, progress="in bulk   ")
     total = sum(rows for _, rows in windows)
-    return {name: total / float(np.median(values[1:])) for name, values in seconds.items()}
+    return {name: total / float(np.median(values)) for name, values in seconds.items()}
 
 
-def by_segment(session: Session, singles: Sequence[Batches]) -> list[dict[str, Any]]:
-    """Median milliseconds of the stem and of every segment, over rows that go to the last exit."""
+@dataclass
+class AnswerTimings:
+    """Generated answers of one candidate: tokens, and the seconds after which each of them was there."""
+
+    tokens: list[list[Token]] = field(default_factory=list)
+    stamps: list[list[float]] = field(default_factory=list)
+
+    @property
+    def after_first(self) -> Seconds:
+        """Seconds from the first token of each answer to its last [answers]."""
+        return np.array([stamps[-1] - stamps[0] for stamps in self.stamps])
+
+
+def time_answers(
+    generators: Mapping[str, Callable[[Sequence[int]], Iterator[Token]]],
+    prompts: Sequence[Sequence[int]],
+    rounds: int,
+) -> dict[str, AnswerTimings]:
+    """Every generator answers every prompt once a round; a turn is one answer.
+
+    generators: from token ids of a prompt to the tokens of its answer. All should be asked for equally many
+    tokens.
+    """
+    timings = {name: AnswerTimings() for name in generators}
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for ids in prompts:
+            calls = {name: partial(timed_tokens, answer, ids) for name, answer in generators.items()}
+            for name, _, (tokens, stamps) in take_turns(calls, 1, seed=order):
+                timings[name].tokens.append(tokens)
+                timings[name].stamps.append(stamps)
+    return timings
+
+
+def timed_tokens(
+    generator: Callable[[Sequence[int]], Iterator[Token]], ids: Sequence[int]
+) -> tuple[list[Token], list[float]]:
+    """Tokens of one answer, and seconds from its start until each of them was there."""
+    tokens: list[Token] = []
+    stamps: list[float] = []
+    started = time.perf_counter()
+    for token in generator(ids):
+        tokens.append(token)
+        stamps.append(time.perf_counter() - started)
+    return tokens, stamps
+
+
+def time_segments(session: Session, singles: Sequence[Batches]) -> list[tuple[str, float]]:
+    """Name and median milliseconds of the stem and of every segment, over rows that go to the last exit."""
     manifest, engine = session.manifest, session.engine
-    number = manifest.variants.index(session.variant)
-    clock = np.zeros((len(singles), len(manifest.segments) + 2))
+    variant = manifest.variants.index(session.variant)
+    stamps = np.zeros((len(singles), len(manifest.segments) + 2))
     for row, single in enumerate(singles):
-        clock[row, 0] = time.perf_counter()
+        stamps[row, 0] = time.perf_counter()
         state = engine.begin(single[0][1])
-        clock[row, 1] = time.perf_counter()
+        stamps[row, 1] = time.perf_counter()
         for segment in range(len(manifest.segments)):
-            engine.step(segment, number, state)
-            clock[row, segment + 2] = time.perf_counter()
+            engine.step(segment, variant, state)
+            stamps[row, segment + 2] = time.perf_counter()
         engine.drop(state)
-    medians = 1e3 * np.median(np.diff(clock, axis=1), axis=0)
-    stages = (manifest.stem, *manifest.segments)
-    return [{"name": stage.name, "ms": short(ms)} for stage, ms in zip(stages, medians, strict=True)]
+    medians = 1e3 * np.median(np.diff(stamps, axis=1), axis=0)
+    graphs = (manifest.stem, *manifest.segments)
+    return [(graph.name, float(ms)) for graph, ms in zip(graphs, medians, strict=True)]
 
 
-def summary(mine: Turns, reference: Turns, macs: Floats, budget: float) -> dict[str, Any]:
-    """What the turns of a contender come to, beside the reference's; budget in seconds.
-
-    macs [rows, segments]: multiply-accumulates of each row up to each exit. The time saved is of all rows and
-    turns together, as the computing is: a median over rows would hide the shallow ones or the deep ones.
-    """
-    turns = len(mine.seconds)
-    pairs = np.percentile(mine.seconds / reference.seconds, [50, 5, 95])
-    times = 1e3 * np.percentile(mine.seconds, range(101))
-    counts = np.bincount(mine.exits.ravel() - 1, minlength=macs.shape[1]) / turns
-    share = macs_share(mine.exits, macs)
-    time_share = float(mine.seconds.sum() / reference.seconds.sum())
-    return {
-        "p50_ms": short(times[50]),
-        "p95_ms": short(times[95]),
-        "p99_ms": short(times[99]),
-        "mean_ms": short(1e3 * mine.seconds.mean()),
-        "percentiles_ms": [short(value) for value in times],
-        "ratio": short(pairs[0]),
-        "ratio_p5": short(pairs[1]),
-        "ratio_p95": short(pairs[2]),
-        "mean_exit": short(mine.exits.mean()),
-        "exits": [short(value) for value in counts],
-        "goodput": short((mine.seconds <= budget).mean()),
-        "time_share": short(time_share),
-        "macs_share": short(share),
-        "realised": realised(time_share, share),
-    }
-
-
-def macs_share(exits: Ids, macs: Floats) -> float:
-    """Multiply-accumulates of rows that left at exits [turns, rows] over those of full depth; macs [rows,
-    segments]: of each row up to each exit.
-    """
-    whole = float(len(exits) * macs[:, -1].sum()) or 1.0  # a bundle that does not say: then no share is saved
-    return 1 - float((macs[:, -1] - macs[np.arange(len(macs)), exits - 1]).sum()) / whole
-
-
-def realised(time_share: float, share: float) -> float | None:
-    """Share of the time saved over share of the multiply-accumulates saved.
-
-    None where hardly anything is left out: there is nothing to realise, and the quotient is noise.
-    """
-    return short((1 - time_share) / (1 - share)) if share < 0.99 else None
-
-
-def accuracy(mine: Turns, truth: Ids | None) -> float | None:
-    """Percent of rows and turns answered right; None without labels."""
-    return None if truth is None else short(100 * (mine.labels == truth).mean())
-
-
-def weigh(found: Mapping[str, Turns], name: str) -> float:
-    """Median seconds of a contender over rows and turns."""
-    return float(np.median(found[name].seconds))
-
-
-def short(value: float) -> float:
-    """Six digits: more would be noise."""
-    return float(f"{float(value):.6g}")
+@contextmanager
+def _bar(label: str | None, steps: int) -> Iterator[Callable[[int], object]]:
+    """A function that advances a progress bar on standard error; no bar without a label."""
+    if label is None:
+        yield int
+        return
+    with click.progressbar(length=steps, label=label, file=sys.stderr) as bar:
+        yield bar.update

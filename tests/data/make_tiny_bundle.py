@@ -3,7 +3,8 @@
     python tests/data/make_tiny_bundle.py          (needs onnx; the bundle is checked in, tests need only
     onnxruntime)
 
-Beside it tests/data/tiny_rivals: the same network as single graphs, joined from the bundle's, and their list.
+Beside it tests/data/tiny_baselines: the same network as single graphs, joined from the bundle's graphs, with
+their list.
 
 Three segments of 1, 2 and 1 blocks, width 16, mean pooling, evidence, gates at the first two; fp32, and int8
 with weights that really are 8 bits. Tests may use no number of it, only relations, so that any exporter's
@@ -199,7 +200,7 @@ def chain(bundle: Path, variant: str, exits: int) -> onnx.GraphProto:
     return whole
 
 
-def save_rival(graph: onnx.GraphProto, path: Path, outputs: list[onnx.ValueInfoProto]) -> None:
+def save_baseline(graph: onnx.GraphProto, path: Path, outputs: list[onnx.ValueInfoProto]) -> None:
     graph.name = path.stem
     graph.output.extend(outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -207,7 +208,7 @@ def save_rival(graph: onnx.GraphProto, path: Path, outputs: list[onnx.ValueInfoP
     path.write_bytes(model.SerializeToString())
 
 
-def rivals(bundle: Path, folder: Path) -> None:
+def baselines(bundle: Path, folder: Path) -> None:
     """Monolith in both variants, the first exit alone, and a graph that answers as the gate rule does.
 
     That one runs everything and picks: a stand-in for nested branches, with their inputs and outputs.
@@ -242,12 +243,12 @@ def rivals(bundle: Path, folder: Path) -> None:
                 said, exit = f"{said}_{k}", f"{exit}_{k}"
             graph.node.append(helper.make_node("Identity", [exit], ["exit"]))
         graph.node.append(helper.make_node("Identity", [said], ["logits"]))
-        save_rival(graph, folder / f"{name}.onnx", outputs)
+        save_baseline(graph, folder / f"{name}.onnx", outputs)
         data = (folder / f"{name}.onnx").read_bytes()
         facts = {"name": name, "kind": kind, "variant": variant, "file": f"{name}.onnx", "exit": number}
         listed.append(facts | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
     value = {"format": 1, "labels": LABELS, "graphs": listed}
-    (folder / "rivals.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    (folder / "baselines.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def main(folder: Path) -> None:
@@ -293,4 +294,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(__file__).with_name("tiny_bundle"))
-    rivals(Path(__file__).with_name("tiny_bundle"), Path(__file__).with_name("tiny_rivals"))
+    baselines(Path(__file__).with_name("tiny_bundle"), Path(__file__).with_name("tiny_baselines"))

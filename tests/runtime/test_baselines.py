@@ -1,4 +1,4 @@
-"""Rivals: their list read strictly, single graphs against the walk, exits by chance, fresh processes."""
+"""Baselines: their list read strictly, single graphs against the walk, random exits, fresh processes."""
 
 import json
 import shutil
@@ -15,18 +15,18 @@ from offramp.runtime.rules import Signals
 from offramp.runtime.tuning.baselines import (
     GRAPH_SCRIPT,
     WALK_SCRIPT,
-    by_chance,
     cold_start,
     cold_starts,
+    load_options,
     nested_threshold,
-    open_rival,
-    read_rivals,
-    wishes_of,
+    open_baseline,
+    random_exits,
+    read_baselines,
 )
-from offramp.runtime.tuning.timing import Found, walking
+from offramp.runtime.tuning.timing import LabelsAndExits, walk_candidate
 
 DATA = Path(__file__).parents[1] / "data"
-TINY, RIVALS = DATA / "tiny_bundle", DATA / "tiny_rivals"
+TINY, BASELINES = DATA / "tiny_bundle", DATA / "tiny_baselines"
 TEXTS = ["good film", "the plot was very bad", "a", "not at all warm and not good", "cold cold scene"]
 
 
@@ -38,22 +38,22 @@ def session() -> Iterator[Session]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(RIVALS, tmp_path / "rivals"))
+    return Path(shutil.copytree(BASELINES, tmp_path / "baselines"))
 
 
-def answers(session: Session, name: str, texts: list[str], threshold: float | None = None) -> Found:
-    """What a graph of the tiny rivals answers, text by text."""
-    fact = next(g for g in read_rivals(RIVALS, session.manifest).graphs if g.name == name)
-    rival = open_rival(RIVALS, fact, session.manifest, threads=None, threshold=threshold)
+def answers(session: Session, name: str, texts: list[str], threshold: float | None = None) -> LabelsAndExits:
+    """What a graph of the tiny baselines answers, text by text."""
+    fact = next(g for g in read_baselines(BASELINES, session.manifest).graphs if g.name == name)
+    baseline = open_baseline(BASELINES, fact, session.manifest, threads=None, threshold=threshold)
     singles = [[(np.zeros(1, np.int64), session.encode(text))] for text in texts]
-    found = [rival.read(rival.run(single, 1, 1)) for single in singles]
-    return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
+    results = [baseline.run(single, 1, 1)() for single in singles]
+    return np.concatenate([labels for labels, _ in results]), np.concatenate([exits for _, exits in results])
 
 
 def test_the_list_is_read(session: Session) -> None:
-    rivals = read_rivals(RIVALS, session.manifest)
-    assert [graph.kind for graph in rivals.graphs] == ["monolith", "monolith", "nested", "truncated"]
-    assert rivals.graphs[0].exit == len(session.manifest.segments)
+    baselines = read_baselines(BASELINES, session.manifest)
+    assert [graph.kind for graph in baselines.graphs] == ["monolith", "monolith", "nested", "truncated"]
+    assert baselines.graphs[0].exit == len(session.manifest.segments)
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
@@ -82,18 +82,18 @@ def test_a_nested_graph_leaves_where_the_gate_does(session: Session, threshold: 
 
 def test_a_batch_is_answered_as_its_rows_are(session: Session) -> None:
     manifest = session.manifest
-    fact = read_rivals(RIVALS, manifest).graphs[0]
-    rival = open_rival(RIVALS, fact, manifest, threads=None, threshold=None)
+    fact = read_baselines(BASELINES, manifest).graphs[0]
+    baseline = open_baseline(BASELINES, fact, manifest, threads=None, threshold=None)
     rows = session._encode(TEXTS)
-    labels, _ = rival.read(rival.run(list(session._batches(rows, 2)), len(rows), 2))
+    labels, _ = baseline.run(list(session._batches(rows, 2)), len(rows), 2)()
     assert labels.tolist() == answers(session, "monolith", TEXTS)[0].tolist()
 
 
 def change(folder: Path, **facts: Any) -> None:
     """Other values in the first graph's entry."""
-    value = json.loads((folder / "rivals.json").read_text(encoding="utf-8"))
+    value = json.loads((folder / "baselines.json").read_text(encoding="utf-8"))
     value["graphs"][0] |= facts
-    (folder / "rivals.json").write_text(json.dumps(value), encoding="utf-8")
+    (folder / "baselines.json").write_text(json.dumps(value), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,14 @@ def change(folder: Path, **facts: Any) -> None:
 )
 def test_a_wrong_field_is_named(folder: Path, session: Session, facts: dict[str, Any], named: str) -> None:
     change(folder, **facts)
-    with pytest.raises(BadBundle, match=rf"rivals\.json: rivals\.graphs\[\d\]\.{named}: .*ee-split --rivals"):
-        read_rivals(folder, session.manifest)
+    with pytest.raises(
+        BadBundle, match=rf"baselines\.json: baselines\.graphs\[\d\]\.{named}: .*ee-split --baselines"
+    ):
+        read_baselines(folder, session.manifest)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"format": 2}', "format: 2 is not known"),
         ('{"format": 1, "labels": ["negative", "positive"], "graphs": []}', "graphs: empty"),
@@ -127,32 +129,32 @@ def test_a_wrong_field_is_named(folder: Path, session: Session, facts: dict[str,
         ("[]", "expected an object"),
     ],
 )
-def test_a_list_that_is_none(folder: Path, session: Session, text: str, said: str) -> None:
-    (folder / "rivals.json").write_text(text, encoding="utf-8")
-    with pytest.raises(BadBundle, match=said):
-        read_rivals(folder, session.manifest)
+def test_a_bad_list_is_refused(folder: Path, session: Session, text: str, message: str) -> None:
+    (folder / "baselines.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BadBundle, match=message):
+        read_baselines(folder, session.manifest)
 
 
 def test_a_folder_without_a_list(tmp_path: Path, session: Session) -> None:
-    with pytest.raises(BundleNotFound, match="ee-split --rivals"):
-        read_rivals(tmp_path, session.manifest)
+    with pytest.raises(BundleNotFound, match="ee-split --baselines"):
+        read_baselines(tmp_path, session.manifest)
     with pytest.raises(BundleNotFound):
-        read_rivals(tmp_path / "none", session.manifest)
+        read_baselines(tmp_path / "none", session.manifest)
 
 
 def test_a_changed_graph_is_refused(folder: Path, session: Session) -> None:
-    fact = read_rivals(folder, session.manifest).graphs[0]
+    fact = read_baselines(folder, session.manifest).graphs[0]
     path = folder / fact.file
     for data in (path.read_bytes()[:-1], path.read_bytes() + b"x", path.read_bytes()[:-1] + b"x"):
         path.write_bytes(data)
         with pytest.raises(BadBundle, match=r"monolith\.onnx: size or sha256"):
-            open_rival(folder, fact, session.manifest, threads=None, threshold=None)
+            open_baseline(folder, fact, session.manifest, threads=None, threshold=None)
     path.unlink()
     with pytest.raises(BundleNotFound, match=r"monolith\.onnx: missing"):
-        open_rival(folder, fact, session.manifest, threads=None, threshold=None)
+        open_baseline(folder, fact, session.manifest, threads=None, threshold=None)
     path.mkdir()
     with pytest.raises(BadBundle, match="not a regular file"):
-        open_rival(folder, fact, session.manifest, threads=None, threshold=None)
+        open_baseline(folder, fact, session.manifest, threads=None, threshold=None)
 
 
 @pytest.mark.parametrize("file", ["segment_00.onnx", "stem.onnx", "tokenizer.json"])
@@ -160,9 +162,9 @@ def test_another_graph_under_its_name_is_refused(folder: Path, session: Session,
     shutil.copy(TINY / file, folder / "monolith.onnx")
     fact = session.manifest.files[file]
     change(folder, sha256=fact.sha256, bytes=fact.bytes)
-    rival = read_rivals(folder, session.manifest).graphs[0]
+    baseline = read_baselines(folder, session.manifest).graphs[0]
     with pytest.raises(BadBundle, match=r"monolith\.onnx: (inputs|outputs|ONNX Runtime cannot open)"):
-        open_rival(folder, rival, session.manifest, threads=None, threshold=None)
+        open_baseline(folder, baseline, session.manifest, threads=None, threshold=None)
 
 
 def test_a_nested_graph_needs_a_rule_that_is_its_own(session: Session) -> None:
@@ -173,8 +175,8 @@ def test_a_nested_graph_needs_a_rule_that_is_its_own(session: Session) -> None:
 
 
 @pytest.mark.parametrize("together", [1, 50])
-def test_chance_comes_out_as_the_histogram(together: int) -> None:
-    rule, wanted = by_chance([30, 0, 50, 20]), np.array([0.3, 0, 0.5, 0.2])
+def test_random_exits_follow_the_histogram(together: int) -> None:
+    rule, expected = random_exits([30, 0, 50, 20]), np.array([0.3, 0, 0.5, 0.2])
     counts = np.zeros(4)
     signals, memory = Signals(np.zeros((together, 2), np.float32)), np.zeros((together, 0), np.float32)
     for _ in range(3000 // together):
@@ -184,25 +186,25 @@ def test_chance_comes_out_as_the_histogram(together: int) -> None:
             new, _ = rule(signals, memory, plan, segment)
             plan[going] = new[going]
         counts += np.bincount((plan >= 0).sum(axis=1) - 1, minlength=4)
-    assert np.abs(counts / counts.sum() - wanted).max() < 0.03
+    assert np.abs(counts / counts.sum() - expected).max() < 0.03
 
 
-def test_chance_has_a_seed() -> None:
+def test_random_exits_have_a_seed() -> None:
     signals, memory = Signals(np.zeros((64, 2), np.float32)), np.zeros((64, 0), np.float32)
     plans = [
-        by_chance([1, 1], seed)(signals, memory, np.zeros((64, 2), np.int8), 0)[0][:, 1].tolist()
+        random_exits([1, 1], seed)(signals, memory, np.zeros((64, 2), np.int8), 0)[0][:, 1].tolist()
         for seed in (1, 1, 2)
     ]
     assert plans[0] == plans[1] != plans[2]
 
 
 def test_a_walk_and_a_graph_start_in_fresh_processes(session: Session) -> None:
-    walk = walking(session, "walk", "walk")
+    walk = walk_candidate(session, "walk", "walk")
     item = ["good film", "bad plot"]
     facts = session.manifest.input
-    paths = [str(RIVALS / "monolith.onnx"), str(TINY / facts.tokenizer), facts.longest, facts.prefix]
+    paths = [str(BASELINES / "monolith.onnx"), str(TINY / facts.tokenizer), facts.longest, facts.prefix]
     scripts = (
-        (WALK_SCRIPT, [str(TINY), wishes_of(walk, 1), item]),
+        (WALK_SCRIPT, [str(TINY), load_options(walk, 1), item]),
         (
             GRAPH_SCRIPT,
             [*paths, session.labels, 1, item],
@@ -223,19 +225,19 @@ def test_a_parents_memory_is_not_the_childs() -> None:
 
 def test_starts_take_turns() -> None:
     script = "import sys\nprint(1, flush=True)"
-    found = cold_starts({"a": (script, []), "b": (script, [])}, 2)
-    assert [one["name"] for one in found] == ["a", "b"]
-    assert all(len(one["each_seconds"]) == 2 and one["seconds"] > 0 for one in found)
+    figures = cold_starts({"a": (script, []), "b": (script, [])}, 2)
+    assert [one["name"] for one in figures] == ["a", "b"]
+    assert all(len(one["each_seconds"]) == 2 and one["seconds"] > 0 for one in figures)
 
 
-def test_a_process_that_fails_says_why() -> None:
+def test_the_error_of_a_failed_process_is_reported() -> None:
     with pytest.raises(EngineUnavailable, match=r"exit 1.*ValueError: no luck"):
         cold_start("raise ValueError('no luck')", [])
 
 
-def test_wishes_open_the_same_walk() -> None:
+def test_load_options_open_the_same_walk() -> None:
     for point in ("default", "fast"):
         with load(TINY, point=point) as first:
-            wishes = wishes_of(walking(first, "x", "walk"), None)
-            with load(TINY, **wishes) as second:
+            options = load_options(walk_candidate(first, "x", "walk"), None)
+            with load(TINY, **options) as second:
                 assert (first.rule, first.variant) == (second.rule, second.variant)

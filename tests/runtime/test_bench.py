@@ -1,4 +1,4 @@
-"""ee-bench: what it reads, whom it lets run, and whether its figures agree with the walk."""
+"""ee-bench: its candidates, whether its figures agree with the walk, and errors; both tasks."""
 
 import json
 import subprocess
@@ -9,19 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from offramp.runtime import BadInput, BadSetting, load
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.rules.resolve import chosen_points
-from offramp.runtime.tuning.bench import CHANCE, FULL, measure
-from offramp.runtime.tuning.labelled import read_data
+from offramp.runtime.tuning.bench import (
+    FULL,
+    RANDOM,
+    measure,
+    measure_generation,
+    open_candidates,
+    rule_options,
+)
+from offramp.runtime.tuning.bench import main as bench
 
 DATA = Path(__file__).parents[1] / "data"
-TINY, RIVALS = DATA / "tiny_bundle", DATA / "tiny_rivals"
+TINY, BASELINES, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_baselines", DATA / "tiny_writer"
 BENCH = [sys.executable, "-m", "offramp.runtime.tuning.bench", "--bundle", str(TINY)]
 LABELS = ("negative", "positive")
 WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]
 TEXTS = [" ".join(WORDS[(3 * k + j * j) % len(WORDS)] for j in range(1 + k % 7)) for k in range(24)]
+PROMPT = "the film was good and"
 TRUTH = [LABELS[k % 2] for k in range(len(TEXTS))]
 
 
@@ -31,35 +40,46 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.CompletedProcess[str], Path]]:
+def bench_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.CompletedProcess[str], Path]]:
     """The command with everything, once."""
     folder = tmp_path_factory.mktemp("bench")
     rows = [{"text": text, "label": label} for text, label in zip(TEXTS, TRUTH, strict=True)]
     data = write(folder / "data.jsonl", *rows)
-    options = ["--against", str(RIVALS), "--points", "default,fast,full", "--turns", "2", "--threads", "1"]
+    options = [
+        "--baselines",
+        str(BASELINES),
+        "--points",
+        "default,fast,full",
+        "--turns",
+        "2",
+        "--threads",
+        "1",
+    ]
     outputs = ["--json", str(folder / "out.json"), "--report", str(folder / "out.html")]
     command = [*BENCH, "--data", str(data), "--batch-size", "4", *options, *outputs]
     yield subprocess.run(command, capture_output=True, text=True, timeout=120), folder
 
 
 @pytest.fixture(scope="module")
-def figures(ran: tuple[subprocess.CompletedProcess[str], Path]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ran[1] / "out.json").read_text(encoding="utf-8"))
-    return found
+def figures(bench_run: tuple[subprocess.CompletedProcess[str], Path]) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((bench_run[1] / "out.json").read_text(encoding="utf-8"))
+    return figures
 
 
 def named(figures: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(one for one in figures["contenders"] if one["name"] == name)
-    return found
+    candidate: dict[str, Any] = next(one for one in figures["candidates"] if one["name"] == name)
+    return candidate
 
 
-def test_everybody_is_in_the_table(
-    ran: tuple[subprocess.CompletedProcess[str], Path], figures: dict[str, Any]
+def test_every_candidate_is_in_the_table(
+    bench_run: tuple[subprocess.CompletedProcess[str], Path], figures: dict[str, Any]
 ) -> None:
-    done, folder = ran
+    done, folder = bench_run
     assert done.returncode == 0, done.stderr
-    names = ["walk default", "walk fast", FULL, CHANCE, "monolith", "monolith_int8", "nested", "truncated_01"]
-    assert [one["name"] for one in figures["contenders"]] == names
+    names = ["walk default", "walk fast", FULL, RANDOM, "monolith", "monolith_int8", "nested", "truncated_01"]
+    assert [one["name"] for one in figures["candidates"]] == names
     assert [line.split("  ")[0].removesuffix(" (fp32)") for line in done.stdout.splitlines()[1:9]] == [
         name + " (int8)" * (name == "walk fast") for name in names
     ]
@@ -68,8 +88,9 @@ def test_everybody_is_in_the_table(
 
 
 def test_accuracy_and_exits_are_those_of_the_walk(figures: dict[str, Any]) -> None:
-    for name, wish in {"walk default": {"point": "default"}, "walk fast": {"point": "fast"}}.items():
-        with load(TINY, **wish) as session:
+    for point in ("default", "fast"):
+        name = f"walk {point}"
+        with load(TINY, point=point) as session:
             answers = [session(text) for text in TEXTS]
         right = sum(answer.label == label for answer, label in zip(answers, TRUTH, strict=True))
         one = named(figures, name)
@@ -80,7 +101,7 @@ def test_accuracy_and_exits_are_those_of_the_walk(figures: dict[str, Any]) -> No
 
 
 def test_figures_agree_with_each_other(figures: dict[str, Any]) -> None:
-    for one in figures["contenders"]:
+    for one in figures["candidates"]:
         assert sum(one["exits"]) == pytest.approx(len(TEXTS))
         assert 0 < one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"] <= one["percentiles_ms"][-1]
         assert 0 < one["ratio_p5"] <= one["ratio"] <= one["ratio_p95"]
@@ -110,7 +131,7 @@ def test_facts_segments_and_cold_starts(figures: dict[str, Any]) -> None:
     assert (about["rows"], about["rows_there"], about["turns"]) == (len(TEXTS), len(TEXTS), 2)
     assert (about["engine"], about["threads"], about["reference"]) == ("ort", "1", "monolith")
     assert about["cpu"] and about["onnxruntime"] and about["left_out"] == []
-    assert [stage["name"] for stage in figures["segments"]] == [
+    assert [segment["name"] for segment in figures["segments"]] == [
         "stem",
         *(f"segment_{k:02d}" for k in range(3)),
     ]
@@ -122,22 +143,22 @@ def test_facts_segments_and_cold_starts(figures: dict[str, Any]) -> None:
 def test_without_labels_graphs_or_a_gate(tmp_path: Path) -> None:
     data = tmp_path / "plain.txt"
     data.write_text("good film\n\nbad plot\nwarm\n", encoding="utf-8")
-    found = measure(TINY, data, points="fast", rows=2, turns=1, starts=1, budget_ms=1e6)
-    assert [one["name"] for one in found["contenders"]] == ["walk fast", FULL, CHANCE]
-    assert all(one["accuracy"] is None and one["goodput"] == 1 for one in found["contenders"])
-    assert (found["about"]["rows"], found["about"]["rows_there"]) == (2, 3)
-    assert found["about"]["reference"] == FULL and named(found, FULL)["ratio"] == 1
-    assert [one["name"] for one in found["cold_start"]] == ["walk fast"]
-    against = measure(TINY, data, against=RIVALS, points="fast", turns=1, starts=1)
-    assert "nested" not in [one["name"] for one in against["contenders"]]
-    assert against["about"]["left_out"][0].startswith("nested: ")
+    alone = measure(TINY, data, points="fast", rows=2, turns=1, starts=1, budget_ms=1e6)
+    assert [one["name"] for one in alone["candidates"]] == ["walk fast", FULL, RANDOM]
+    assert all(one["accuracy"] is None and one["goodput"] == 1 for one in alone["candidates"])
+    assert (alone["about"]["rows"], alone["about"]["rows_there"]) == (2, 3)
+    assert alone["about"]["reference"] == FULL and named(alone, FULL)["ratio"] == 1
+    assert [one["name"] for one in alone["cold_start"]] == ["walk fast"]
+    beside = measure(TINY, data, baselines=BASELINES, points="fast", turns=1, starts=1)
+    assert "nested" not in [one["name"] for one in beside["candidates"]]
+    assert beside["about"]["left_out"][0].startswith("nested: ")
 
 
 def test_full_depth_alone(tmp_path: Path) -> None:
     data = write(tmp_path / "data", {"text": "good", "text_b": "bad", "label": 1})
-    found = measure(TINY, data, points="full", turns=1, starts=1)
-    assert [one["name"] for one in found["contenders"]] == [FULL]
-    assert found["about"]["left_out"] == [f"{CHANCE}: no operating point to draw like"]
+    figures = measure(TINY, data, points="full", turns=1, starts=1)
+    assert [one["name"] for one in figures["candidates"]] == [FULL]
+    assert figures["about"]["left_out"] == [f"{RANDOM}: no operating point to draw like"]
 
 
 def test_points_by_name() -> None:
@@ -148,46 +169,12 @@ def test_points_by_name() -> None:
         chosen_points(manifest, " , ")
 
 
-def test_labels_by_name_or_number(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "data",
-        {"text": "a", "label": "positive"},
-        {"text": "b", "text_b": "c", "label": 0},
-        {"text": "d", "label": 1},
-    )
-    items, truth, there = read_data(path, LABELS, 2)
-    assert items == ["a", ("b", "c")] and there == 3
-    assert truth is not None and truth.tolist() == [1, 0]
-
-
-@pytest.mark.parametrize("label", ["neutral", 2, -1, True, 1.0, []])
-def test_a_label_that_is_none_is_named(tmp_path: Path, label: object) -> None:
-    path = write(tmp_path / "data", {"text": "a", "label": 0}, {"text": "b", "label": label})
-    with pytest.raises(BadInput, match=r"data:2: label .* is not one of: negative, positive"):
-        read_data(path, LABELS, 9)
-
-
-def test_data_that_cannot_be_measured(tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    for text, said in (
-        ("", "no lines"),
-        ("\n\n", "no lines"),
-        ('{"text": "a"}\n\n{"text": 3}\n', r"data:3: .*expected a string"),
-        ('{"text": "a", "label": 1}\n{"text": "a"}\n', r'data:2: "label" must be on every line'),
-    ):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(BadInput, match=said):
-            read_data(path, LABELS, 9)
-    with pytest.raises(BadInput, match="--data"):
-        read_data(tmp_path / "none", LABELS, 9)
-
-
 def test_what_cannot_start(tmp_path: Path) -> None:
     data = write(tmp_path / "data", {"text": "good"})
     none = str(tmp_path / "none")
     runs = {
         "missing data": ["--data", none],
-        "missing graphs": ["--data", str(data), "--against", none],
+        "missing graphs": ["--data", str(data), "--baselines", none],
         "unknown point": ["--data", str(data), "--points", "slow"],
         "no budget": ["--data", str(data), "--budget-ms", "nan"],
         "no folder": ["--data", str(data), "--json", none + "/out.json"],
@@ -198,11 +185,59 @@ def test_what_cannot_start(tmp_path: Path) -> None:
         assert done.stderr.startswith("ee-bench: ") and done.stderr.count("\n") == 1, name
 
 
-def test_a_graph_may_not_pass_for_a_walk(tmp_path: Path) -> None:
-    from offramp.runtime.tuning.bench import gather
-
-    value = json.loads((RIVALS / "rivals.json").read_text(encoding="utf-8"))
+def test_a_graph_may_not_have_the_name_of_a_walk(tmp_path: Path) -> None:
+    value = json.loads((BASELINES / "baselines.json").read_text(encoding="utf-8"))
     value["graphs"][0]["name"] = FULL
-    (tmp_path / "rivals.json").write_text(json.dumps(value), encoding="utf-8")
+    (tmp_path / "baselines.json").write_text(json.dumps(value), encoding="utf-8")
     with ExitStack() as stack, pytest.raises(BadSetting, match="has the name of a walk"):
-        gather(open_bundle(TINY), tmp_path, "full", None, [], stack)
+        open_candidates(open_bundle(TINY), tmp_path, "full", None, [], stack)
+
+
+def test_rules_of_generated_text_are_measured(tmp_path: Path) -> None:
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "figures.json"
+    data.write_text(json.dumps({"prompt": PROMPT}) + "\n" + json.dumps({"prompt": "a bad plot"}) + "\n")
+    words = ["--bundle", str(GENERATOR), "--data", str(data), "--json", str(out), "--turns", "2"]
+    rules = "speculative,gate:0.5,fixed:1"
+    done = CliRunner().invoke(bench, [*words, "--rules", rules, "--max-new-tokens", "10"])
+    assert done.exit_code == 0, done.output
+    by_name = {one["name"]: one for one in json.loads(out.read_text(encoding="utf-8"))["candidates"]}
+    assert list(by_name) == ["full depth", "speculative", "gate:0.5", "fixed:1"]
+    assert by_name["full depth"]["same"] == by_name["speculative"]["same"] == 1.0
+    assert by_name["full depth"]["ratio"] == 1.0 and by_name["full depth"]["depth"] == 3
+    assert by_name["fixed:1"]["depth"] == 1 and by_name["fixed:1"]["blocks_run"] == 1
+    assert sum(by_name["speculative"]["drafts"]["rounds"].values()) > 0
+    positions = by_name["fixed:1"]["by_position"]
+    assert positions[0] == {"from": 1, "mean": 3.0, "tokens": {"3": 4}}
+    assert sum(sum(line["tokens"].values()) for line in positions) == 40
+    assert "mean depth from token" in done.output and "tokens/s" in done.output
+    assert "blocks run" in done.output.splitlines()[0]
+
+
+def test_options_of_the_other_task_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.txt"
+    data.write_text("a film\n", encoding="utf-8")
+
+    def error(bundle: Path, *words: str) -> str:
+        done = CliRunner().invoke(bench, ["--bundle", str(bundle), "--data", str(data), *words])
+        assert done.exit_code == 2
+        return done.output
+
+    assert "--points is for bundles that classify" in error(GENERATOR, "--points", "default")
+    assert "--baselines is for bundles that classify" in error(GENERATOR, "--baselines", str(BASELINES))
+    assert "--report is for bundles that classify" in error(
+        GENERATOR, "--report", str(tmp_path / "page.html")
+    )
+    assert "--rules is for generated text" in error(TINY, "--rules", "gate")
+    assert "expected NAME or NAME:NUMBER" in error(GENERATOR, "--rules", "gate:high")
+    data.write_text("\n", encoding="utf-8")
+    assert "no lines in it" in error(GENERATOR)
+    data.write_text('{"prompt": 7}\n', encoding="utf-8")
+    assert "prompts.txt:1" in error(GENERATOR)
+    with pytest.raises(BadInput, match="name a file of prompts"):
+        measure_generation(open_bundle(GENERATOR), tmp_path / "none")
+
+
+def test_full_depth_is_always_a_candidate() -> None:
+    bundle = open_bundle(GENERATOR)
+    assert list(rule_options(None, bundle)) == ["full depth", "gate"]
+    assert list(rule_options("never, fixed:2", bundle)) == ["full depth", "fixed:2"]

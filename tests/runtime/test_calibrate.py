@@ -1,4 +1,4 @@
-"""Calibration: the points say what walking at them gives, per variant, and the manifest is written whole."""
+"""Calibration: points hold what walks at them give, by variant; routers; the manifest is written whole."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import pytest
 from click.testing import CliRunner
 from doubles import gpu
 
-from offramp.runtime import load
+from offramp.runtime import BadSetting, RuleSpec, load
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
-from offramp.runtime.tuning.calibrate import calibrate, costs_of, main
+from offramp.runtime.generator import Writer
+from offramp.runtime.rules.route import FILE, menu, open_routing
+from offramp.runtime.sequence import Lane
+from offramp.runtime.tuning.calibrate import exit_macs, exit_points, main, route_scores
 from offramp.runtime.tuning.labelled import read_labelled
 
-TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
+DATA = Path(__file__).parent.parent / "data"
+TINY, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_writer"
 TEXTS = ("good film", "bad film", "a good good plot", "dull", "film plot bad", "good", "so dull and bad")
 
 
@@ -35,7 +39,7 @@ def dev(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_point_says_what_a_walk_at_it_gives(bundle: Path, dev: Path) -> None:
+def test_a_point_holds_what_a_walk_at_it_gives(bundle: Path, dev: Path) -> None:
     done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
     assert done.exit_code == 0, done.output
     manifest = open_bundle(bundle).manifest
@@ -75,16 +79,16 @@ def test_a_bundle_keeps_its_own_rule_though_it_has_policies(bundle: Path, dev: P
         assert session("good film").depth >= 1
 
 
-def test_other_variants_are_held_against_the_default_ones_full_depth(dev: Path) -> None:
+def test_other_variants_are_compared_with_full_depth_of_the_default(dev: Path) -> None:
     with load(TINY, rule="never") as session:
-        points = calibrate(session, read_labelled(dev, session.labels))
+        points = exit_points(session, read_labelled(dev, session.labels))
     by_name = {point.name: point.measured["accuracy"] for point in points}
     for name, accuracy in by_name.items():
         if "within-" in name:
             assert accuracy >= by_name["full"] - float(name.rpartition("-")[2]) - 1e-3
 
 
-def test_on_tensorrt_what_it_does_not_walk_keeps_its_points(
+def test_variants_that_tensorrt_does_not_walk_keep_their_points(
     bundle: Path, dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def points() -> dict[str, OperatingPoint]:
@@ -101,15 +105,15 @@ def test_on_tensorrt_what_it_does_not_walk_keeps_its_points(
     assert (facts["engine"], facts["device"], facts["gpu"]) == ("trt", "cuda", "Double GPU, 8.6")
 
 
-def test_costs_are_the_manifests() -> None:
+def test_macs_are_the_manifests() -> None:
     manifest = open_bundle(TINY).manifest
-    costs = costs_of(manifest, [4, 9])
-    stages = [manifest.stem, *manifest.segments]
-    assert costs.full == pytest.approx([sum(s.macs.of(n) for s in stages) for n in (4, 9)])
-    assert costs.to_exit[1, 0] == pytest.approx(stages[0].macs.of(9) + stages[1].macs.of(9))
+    macs = exit_macs(manifest, [4, 9])
+    graphs = [manifest.stem, *manifest.segments]
+    assert macs.full == pytest.approx([sum(s.macs.of(n) for s in graphs) for n in (4, 9)])
+    assert macs.to_exit[1, 0] == pytest.approx(graphs[0].macs.of(9) + graphs[1].macs.of(9))
 
 
-def test_what_cannot_be_used_leaves_the_bundle_alone(bundle: Path, tmp_path: Path) -> None:
+def test_errors_leave_the_bundle_unchanged(bundle: Path, tmp_path: Path) -> None:
     before = (bundle / "manifest.json").read_bytes()
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "good", "label": "no such"}\n', encoding="utf-8")
@@ -118,3 +122,98 @@ def test_what_cannot_be_used_leaves_the_bundle_alone(bundle: Path, tmp_path: Pat
     assert (bundle / "manifest.json").read_bytes() == before
     done = CliRunner().invoke(main, [str(bad), "--bundle", str(tmp_path / "none")])
     assert done.exit_code == 2 and "no such folder" in done.output
+
+
+def pairs(file: Path, count: int = 24) -> Path:
+    """Rows {prompt, completion}."""
+    words = ["good", "bad", "film", "plot", "scene", "warm", "very", "not"]
+    rows = [
+        {
+            "prompt": f"the {words[n % 8]} was",
+            "completion": " ".join(words[(n + k * k) % 8] for k in range(6)),
+        }
+        for n in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_a_router_is_learned_and_chooses_by_the_prompt(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(GENERATOR, tmp_path / "bundle"))
+    with pytest.raises(BadSetting, match="has no router; learn one with: ee-calibrate"):
+        load(bundle, rule=RuleSpec("route", {"price": 0.0}))
+    done = CliRunner().invoke(main, [str(pairs(tmp_path / "pairs.jsonl")), "--bundle", str(bundle)])
+    assert done.exit_code == 0, done.output
+    assert "skip to 2" in done.output and "exit at 2" in done.output and "error of the router" in done.output
+    manifest = open_bundle(bundle).manifest
+    assert manifest.points[0].name == "route-95" and FILE in manifest.files
+    assert manifest.rule.name == "gate"  # the bundle's own rule stays
+    for point in manifest.points:
+        assert point.measured["depth"] <= 3 and point.measured["nats"] > 0
+    routes = menu(manifest)
+    assert [(route.name, route.blocks) for route in routes] == [
+        ("full", 3),
+        ("skip to 2", 2),
+        ("exit at 2", 2),
+    ]
+    ways: dict[float, set[int]] = {}
+    for price in (0.0, 1e3):
+        routing = open_routing(open_bundle(bundle), price)
+        depths = set()
+        with load(bundle, rule=RuleSpec("route", {"price": price})) as session:
+            for n in range(12):
+                pieces = list(session.generate(f"the {['good', 'bad', 'film'][n % 3]} was", 5))
+                assert pieces[0].depth == 3 and len({piece.depth for piece in pieces[1:]}) == 1
+                depths.add(pieces[1].depth)
+        ways[price] = depths
+        assert routing.number(np.zeros(manifest.hidden_size, np.float32)) in range(3)
+    assert ways[1e3] == {2}
+    with load(bundle, point="route-60") as session:
+        assert session.rule.name == "route" and list(session.generate("the film", 3))
+    with pytest.raises(BadSetting, match="it has: route-95"):
+        load(bundle, point="default")
+
+
+def test_a_route_says_what_its_segments_say(tmp_path: Path) -> None:
+    """Scores of the full route are those of one token after another."""
+    with load(GENERATOR, rule="never") as session:
+        assert isinstance(session, Writer)
+        prompt, completion = session.ids_of("the film was"), session.continued("good and warm at all")
+        _, scores = route_scores(session.decoder, menu(session.manifest), prompt, completion)
+        lane = Lane(session.decoder)
+        lane.feed([*prompt, *completion[:1]])
+        lane.through(most=99)
+        nats = []
+        for now, after in zip(completion[1:], [*completion[2:], None], strict=True):
+            lane.feed([now])
+            logits = lane.cache.logits(lane.through().hidden)[0]
+            if after is not None:
+                nats.append(float(np.log(np.exp(logits).sum()) - logits[after]))
+        first = Lane(session.decoder)
+        first.feed([*prompt, completion[0]])
+        logits = first.cache.logits(first.through(most=99).hidden[-1:])[0]
+        nats.insert(0, float(np.log(np.exp(logits).sum()) - logits[completion[1]]))
+    assert scores[0] == pytest.approx(-float(np.mean(nats)), abs=1e-4)
+    assert len(set(scores)) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", "line 1: field 'prompt' is missing"),
+        ('{"prompt": 1, "completion": "a"}', "line 1: prompt and completion must be texts"),
+        ("nothing", "line 1: Expecting value"),
+        (
+            '{"prompt": "a film", "completion": "was good"}',
+            "1 rows with a prompt and two tokens of completion",
+        ),
+    ],
+)
+def test_pairs_that_cannot_be(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(line + "\n", encoding="utf-8")
+    done = CliRunner().invoke(main, [str(tmp_path / "pairs.jsonl"), "--bundle", str(GENERATOR)])
+    assert done.exit_code == 2 and message in done.output
+    done = CliRunner().invoke(
+        main, [str(tmp_path / "pairs.jsonl"), "--bundle", str(GENERATOR), "--rule", "gate"]
+    )
+    assert done.exit_code == 2 and "--rule is for bundles that classify" in done.output

@@ -1,4 +1,4 @@
-"""Labelled rows: what is read, and that every problem names file, line and field."""
+"""Rows for calibration and benchmarks: what is read, and that every error names file, line and field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offramp.runtime.errors import BadInput
-from offramp.runtime.tuning.labelled import read_labelled
+from offramp.runtime.tuning.labelled import read_labelled, read_rows
 
 NAMES = ("negative", "positive")
 
@@ -37,7 +37,7 @@ def test_names_and_numbers_texts_and_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         ({"text": "a", "label": "neutral"}, "label 'neutral' is not one of: negative, positive"),
         ({"text": "a", "label": 2}, "label 2 is not one of"),
@@ -49,14 +49,14 @@ def test_names_and_numbers_texts_and_pairs(tmp_path: Path) -> None:
         ("{", "not JSON"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: Any, says: str) -> None:
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
     file = written(tmp_path, {"text": "good", "label": 1}, row)
-    with pytest.raises(BadInput) as found:
+    with pytest.raises(BadInput) as error:
         read_labelled(file, NAMES)
-    assert str(found.value).startswith(f"{file}, line 2: ") and says in str(found.value)
+    assert str(error.value).startswith(f"{file}, line 2: ") and message in str(error.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         read_labelled(tmp_path / "none.jsonl", NAMES)
     with pytest.raises(BadInput, match="it is empty"):
@@ -79,7 +79,7 @@ def test_images_by_lines_and_by_folders(tmp_path: Path) -> None:
     assert lines.labels.tolist() == folders.labels.tolist() == [0, 1]
 
 
-def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_images_are_named(tmp_path: Path) -> None:
     file = tmp_path / "dev.jsonl"
     file.write_text('{"image": "nowhere.png", "label": 0}\n')
     with pytest.raises(BadInput, match=r"dev\.jsonl, line 1: no such image file: .*nowhere\.png"):
@@ -92,3 +92,37 @@ def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
         read_labelled(tmp_path, ("no", "yes"), images=True)
     with pytest.raises(BadInput, match="a folder"):
         read_labelled(tmp_path, ("no", "yes"))
+
+
+def test_rows_with_labels_by_name_or_number(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        {"text": "a", "label": "positive"},
+        {"text": "b", "text_b": "c", "label": 0},
+        {"text": "d", "label": 1},
+    )
+    items, labels, rows_there = read_rows(path, NAMES, 2)
+    assert items == ["a", ("b", "c")] and rows_there == 3
+    assert labels is not None and labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("label", ["neutral", 2, -1, True, 1.0, []])
+def test_an_unknown_label_is_named(tmp_path: Path, label: object) -> None:
+    path = written(tmp_path, {"text": "a", "label": 0}, {"text": "b", "label": label})
+    with pytest.raises(BadInput, match=r"dev.jsonl:2: label .* is not one of: negative, positive"):
+        read_rows(path, NAMES, 9)
+
+
+def test_files_without_usable_rows(tmp_path: Path) -> None:
+    path = tmp_path / "dev.jsonl"
+    for text, message in (
+        ("", "no lines"),
+        ("\n\n", "no lines"),
+        ('{"text": "a"}\n\n{"text": 3}\n', r"dev.jsonl:3: .*expected a string"),
+        ('{"text": "a", "label": 1}\n{"text": "a"}\n', r'dev.jsonl:2: "label" must be on every line'),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(BadInput, match=message):
+            read_rows(path, NAMES, 9)
+    with pytest.raises(BadInput, match="--data"):
+        read_rows(tmp_path / "none", NAMES, 9)

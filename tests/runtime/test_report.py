@@ -1,4 +1,4 @@
-"""The table and the page: everything in them, nothing loaded from anywhere, no name taken for markup."""
+"""The table and the page: all figures are in them, nothing is loaded, no name is read as markup."""
 
 import copy
 import subprocess
@@ -38,21 +38,21 @@ class Page(HTMLParser):
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = tmp_path_factory.mktemp("report") / "data.jsonl"
     data.write_text('{"text": "good film", "label": 1}\n{"text": "bad plot", "label": 0}\n', encoding="utf-8")
-    return measure(DATA / "tiny_bundle", data, against=DATA / "tiny_rivals", turns=1, starts=1)
+    return measure(DATA / "tiny_bundle", data, baselines=DATA / "tiny_baselines", turns=1, starts=1)
 
 
-def test_the_table_has_every_contender_segment_and_fact(figures: dict[str, Any]) -> None:
+def test_the_table_has_every_candidate_segment_and_fact(figures: dict[str, Any]) -> None:
     lines = report.table(figures).splitlines()
-    assert lines[0].split()[0] == "contender"
-    starts = [one["name"] for one in (*figures["contenders"], *figures["segments"], *figures["cold_start"])]
+    assert lines[0].split()[0] == "candidate"
+    starts = [one["name"] for one in (*figures["candidates"], *figures["segments"], *figures["cold_start"])]
     for name in (*starts, "cpu", "python", "onnxruntime", "threads", "pool", "budget ms", "reference"):
         assert any(line.startswith(name) for line in lines), name
     assert "rows           2 of 2" in lines
 
 
-def test_what_is_not_there_is_a_dash(figures: dict[str, Any]) -> None:
+def test_a_missing_value_is_a_dash(figures: dict[str, Any]) -> None:
     changed = copy.deepcopy(figures)
-    for one in changed["contenders"]:
+    for one in changed["candidates"]:
         one["accuracy"] = None
     assert all(row[report.COLUMNS.index("accuracy")] == "-" for row in report.cells(changed))
     assert "no labels" in report.page(changed)
@@ -69,7 +69,7 @@ def test_the_page_is_complete_in_itself(figures: dict[str, Any]) -> None:
                 assert "//" not in str(value), f"{tag} {name} loads {value}"
     text = "".join(page.words)
     assert "@import" not in text and "url(http" not in text
-    assert all(one["name"] in text for one in figures["contenders"])
+    assert all(one["name"] in text for one in figures["candidates"])
 
 
 def test_pictures_do_not_share_ids(figures: dict[str, Any]) -> None:
@@ -86,9 +86,9 @@ def test_ink_follows_the_page(figures: dict[str, Any]) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_names_are_text_everywhere(figures: dict[str, Any]) -> None:
+def test_names_are_escaped_everywhere(figures: dict[str, Any]) -> None:
     changed = copy.deepcopy(figures)
-    changed["contenders"][0]["name"] = EVIL
+    changed["candidates"][0]["name"] = EVIL
     for name in ("data", "bundle", "reference", "cpu"):
         changed["about"][name] = EVIL
     page = Page(report.page(changed))
@@ -96,10 +96,10 @@ def test_names_are_text_everywhere(figures: dict[str, Any]) -> None:
     assert "".join(page.words).count(EVIL) >= 6
 
 
-def test_many_contenders(figures: dict[str, Any]) -> None:
+def test_many_candidates(figures: dict[str, Any]) -> None:
     changed = copy.deepcopy(figures)
-    changed["contenders"] = [
-        {**one, "name": f"{one['name']} {k}"} for k in range(3) for one in figures["contenders"]
+    changed["candidates"] = [
+        {**one, "name": f"{one['name']} {k}"} for k in range(3) for one in figures["candidates"]
     ]
     assert report.page(changed).count("<svg") == 4
 
@@ -122,7 +122,7 @@ def test_targets_are_checked_before(tmp_path: Path) -> None:
         report.check(None, tmp_path / "none" / "out.html")
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_matplotlib_the_error_names_the_package(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path

@@ -8,7 +8,7 @@ import pytest
 from offramp.runtime.rules import RuleSpec
 from offramp.runtime.rules.sweep import (
     SWEPT,
-    Costs,
+    ExitMacs,
     ExitTable,
     accuracy_at,
     choose_points,
@@ -29,12 +29,12 @@ def table() -> ExitTable:
     return ExitTable(logits, gates, np.ones(4, np.int64))
 
 
-def costs() -> Costs:
-    return Costs(np.tile([10.0, 20.0, 30.0], (4, 1)), np.full(4, 30.0), np.array([2, 4, 6]))
+def macs() -> ExitMacs:
+    return ExitMacs(np.tile([10.0, 20.0, 30.0], (4, 1)), np.full(4, 30.0), np.array([2, 4, 6]))
 
 
 def test_a_gate_at_one_half() -> None:
-    point = sweep("gate", [0.5], table(), costs())[0]
+    point = sweep("gate", [0.5], table(), macs())[0]
     # rows leave at exits 1 1 2 3, blocks 2 2 4 6, all right
     assert point.accuracy == 100 and point.mean_exit == 3.5
     assert point.layers_saved == pytest.approx(100 * (1 - 3.5 / 6))
@@ -43,13 +43,13 @@ def test_a_gate_at_one_half() -> None:
 
 @pytest.mark.parametrize("rule", sorted(SWEPT))
 def test_every_rule_can_be_swept_from_shallow_to_deep(rule: str) -> None:
-    points = sweep(rule, settings_to_try(rule, table()), table(), costs())
+    points = sweep(rule, settings_to_try(rule, table()), table(), macs())
     assert [p.mean_exit for p in points] == sorted(p.mean_exit for p in points)
     assert len({p.mean_exit for p in points}) > 1 and all(p.rule.name == rule for p in points)
 
 
-def test_two_parameters_are_swept_together_and_their_edge_is_a_curve() -> None:
-    points = sweep("patience_confident", settings_to_try("patience_confident", table()), table(), costs())
+def test_two_parameters_are_swept_together_and_undominated_points_are_a_curve() -> None:
+    points = sweep("patience_confident", settings_to_try("patience_confident", table()), table(), macs())
     assert {p.rule.parameters["patience"] for p in points} == {1, 2}
     assert len({p.rule.parameters["threshold"] for p in points}) > 2
     edge = undominated(points)
@@ -64,7 +64,7 @@ def test_no_policies_no_gate() -> None:
 
 
 def test_choices() -> None:
-    points = sweep("gate", settings_to_try("gate", table()), table(), costs())
+    points = sweep("gate", settings_to_try("gate", table()), table(), macs())
     best = shallowest(points, 100)
     assert best is not None and best.accuracy == 100
     assert all(p.accuracy < 100 for p in points if p.mean_exit < best.mean_exit)
@@ -74,21 +74,21 @@ def test_choices() -> None:
     assert shallowest(points, 101) is None and most_accurate(points, 101) is None
 
 
-def test_points_by_name_and_what_within_is_held_against() -> None:
-    found = choose_points("gate", table(), costs())
-    assert next(iter(found)) == "default" and found["default"] == found["within-0.5"]
-    assert found["full"].rule == RuleSpec("never", {}) and found["full"].accuracy == 100
-    assert found["trained"].rule == RuleSpec("gate", {"threshold": 0.5})
-    lenient = choose_points("gate", table(), costs(), reference=75.5)
-    assert lenient["default"].mean_exit < found["default"].mean_exit
-    # Nothing reaches it: the default is full depth, and no point claims to be within.
-    hopeless = choose_points("max_probability", table(), costs(), reference=200)
-    assert hopeless["default"] == full_depth(table(), costs())
+def test_points_by_name_and_the_reference_of_within() -> None:
+    points = choose_points("gate", table(), macs())
+    assert next(iter(points)) == "default" and points["default"] == points["within-0.5"]
+    assert points["full"].rule == RuleSpec("never", {}) and points["full"].accuracy == 100
+    assert points["trained"].rule == RuleSpec("gate", {"threshold": 0.5})
+    lenient = choose_points("gate", table(), macs(), reference=75.5)
+    assert lenient["default"].mean_exit < points["default"].mean_exit
+    # No point reaches the reference: the default is full depth, and there is no point within-X.
+    hopeless = choose_points("max_probability", table(), macs(), reference=200)
+    assert hopeless["default"] == full_depth(table(), macs())
     assert not any(name.startswith("within") for name in hopeless) and "trained" not in hopeless
 
 
 def test_accuracy_between_points() -> None:
-    points = sweep("gate", settings_to_try("gate", table()), table(), costs())
+    points = sweep("gate", settings_to_try("gate", table()), table(), macs())
     first, last = points[0], points[-1]
     assert accuracy_at(points, last.mean_exit + 1) is None
     at_first = accuracy_at(points, first.mean_exit)

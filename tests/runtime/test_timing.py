@@ -1,59 +1,56 @@
-"""Turns: who runs when, what a walk contender answers, and how turns come to figures."""
+"""The timer: whose turn it is, what is timed, and what a walk answers under it."""
 
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from offramp.runtime import load
+from offramp.runtime.generate import Token
 from offramp.runtime.tuning.timing import (
-    TOGETHER,
+    ROWS_PER_TURN,
     Batches,
-    Contender,
-    Turns,
-    accuracy,
-    by_segment,
-    in_bulk,
-    one_by_one,
-    summary,
-    walking,
+    Candidate,
+    LabelsAndExits,
+    interleaved,
+    ratios,
+    take_turns,
+    time_answers,
+    time_bulk,
+    time_rows,
+    time_segments,
+    walk_candidate,
 )
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 TEXTS = ["good film", "the plot was very bad", "a", "not at all warm and not good", "cold cold scene"]
 
 
-def scripted(name: str, log: list[str], exit: int = 1) -> Contender:
-    def run(batches: Batches, rows: int, limit: int) -> int:
+def scripted(name: str, log: list[str], exit: int = 1) -> Candidate:
+    def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
         log.append(name)
-        return rows
+        return lambda: (np.zeros(rows, np.int64), np.full(rows, exit, np.int64))
 
-    def read(rows: int) -> Any:
-        return np.zeros(rows, np.int64), np.full(rows, exit, np.int64)
-
-    return Contender(name, "walk", "fp32", 1, run, read)
+    return Candidate(name, "walk", "fp32", 1, run)
 
 
-def turns(seconds: list[list[float]], exits: list[list[int]]) -> Turns:
-    return Turns(np.array(seconds), np.zeros((len(exits), len(exits[0])), np.int64), np.array(exits))
-
-
-def test_everybody_answers_the_same_rows_in_turns_of_a_few() -> None:
+def test_all_candidates_answer_the_same_rows_in_turns_of_a_few() -> None:
     log: list[str] = []
-    found = one_by_one([scripted(name, log) for name in "abc"], [[]] * (TOGETHER + 2), turns=2)
+    timings = time_rows([scripted(name, log) for name in "abc"], [[]] * (ROWS_PER_TURN + 2), rounds=2)
     runs = [(name, len(list(group))) for name, group in groupby(log)]
-    # One run untimed, then the rows; two that meet at the end of a turn look like one.
-    assert sum(length for _, length in runs) == 3 * 2 * (TOGETHER + 2 + 2)
-    assert {name: log.count(name) for name in "abc"} == dict.fromkeys("abc", 2 * (TOGETHER + 2 + 2))
-    assert runs[0][1] == TOGETHER + 1
-    assert found["b"].seconds.shape == (2, TOGETHER + 2) and (found["b"].seconds > 0).all()
+    # One untimed run, then the rows. Two turns of one candidate in a row look like one.
+    assert sum(length for _, length in runs) == 3 * 2 * (ROWS_PER_TURN + 2 + 2)
+    assert {name: log.count(name) for name in "abc"} == dict.fromkeys("abc", 2 * (ROWS_PER_TURN + 2 + 2))
+    assert runs[0][1] == ROWS_PER_TURN + 1
+    assert timings["b"].seconds.shape == (2, ROWS_PER_TURN + 2) and (timings["b"].seconds > 0).all()
 
 
 def test_the_order_of_turns_is_drawn_anew() -> None:
     log: list[str] = []
-    one_by_one([scripted(name, log) for name in "abcd"], [[]] * (12 * TOGETHER), turns=1)
+    time_rows([scripted(name, log) for name in "abcd"], [[]] * (12 * ROWS_PER_TURN), rounds=1)
     each = len(log) // 12
     orders = {tuple(dict.fromkeys(log[at : at + each])) for at in range(0, len(log), each)}
     assert len(orders) > 6 and {order[0] for order in orders} == set("abcd")
@@ -61,7 +58,7 @@ def test_the_order_of_turns_is_drawn_anew() -> None:
 
 def test_bulk_counts_all_rows_and_not_the_first_round() -> None:
     log: list[str] = []
-    rates = in_bulk([scripted(name, log) for name in "ab"], [([], 7), ([], 2)], 4, turns=3)
+    rates = time_bulk([scripted(name, log) for name in "ab"], [([], 7), ([], 2)], 4, rounds=3)
     assert set(rates) == {"a", "b"} and all(rate > 0 for rate in rates.values())
     assert log.count("a") == log.count("b") == 2 * (3 + 1)
 
@@ -69,14 +66,14 @@ def test_bulk_counts_all_rows_and_not_the_first_round() -> None:
 @pytest.mark.parametrize("point", ["default", "fast"])
 def test_a_walk_answers_what_its_session_answers(point: str) -> None:
     with load(TINY, point=point) as session:
-        contender = walking(session, point, "walk")
+        candidate = walk_candidate(session, point, "walk")
         answers = [session(text) for text in TEXTS]
         rows = session._encode(TEXTS)
         batches = list(session._batches(rows, 2))
-        labels, exits = contender.read(contender.run(batches, len(rows), 2))
+        labels, exits = candidate.run(batches, len(rows), 2)()
         for text, answer in zip(TEXTS, answers, strict=True):
             single = [(np.zeros(1, np.int64), session.encode(text))]
-            label, exit = contender.read(contender.run(single, 1, 1))
+            label, exit = candidate.run(single, 1, 1)()
             assert (session.labels[label[0]], exit[0]) == (answer.label, answer.exit)
     assert exits.tolist() == [answer.exit for answer in answers]
     assert [session.labels[label] for label in labels] == [answer.label for answer in answers]
@@ -84,38 +81,48 @@ def test_a_walk_answers_what_its_session_answers(point: str) -> None:
 
 def test_bytes_are_those_of_the_variant() -> None:
     with load(TINY, rule="never") as whole, load(TINY, rule="never", variant="int8") as small:
-        sizes = [walking(session, "x", "full").bytes for session in (whole, small)]
+        sizes = [walk_candidate(session, "x", "full").bytes for session in (whole, small)]
     names = ["stem.onnx", *(f"segment_{k:02d}.onnx" for k in range(3))]
     assert sizes[0] == sum((TINY / name).stat().st_size for name in names) > sizes[1]
 
 
-def test_stages_are_timed_one_by_one() -> None:
+def test_stages_are_timed_time_rows() -> None:
     with load(TINY, rule="never") as session:
-        found = by_segment(session, [[(np.zeros(1, np.int64), session.encode(text))] for text in TEXTS])
-    assert [stage["name"] for stage in found] == ["stem", "segment_00", "segment_01", "segment_02"]
-    assert all(stage["ms"] > 0 for stage in found)
+        singles = [[(np.zeros(1, np.int64), session.encode(text))] for text in TEXTS]
+        times = time_segments(session, singles)
+    assert [name for name, _ in times] == ["stem", "segment_00", "segment_01", "segment_02"]
+    assert all(ms > 0 for _, ms in times)
 
 
-def test_a_summary_by_hand() -> None:
-    macs = np.array([[10.0, 20.0], [30.0, 60.0]])
-    reference = turns([[2.0, 4.0], [2.0, 4.0]], [[2, 2], [2, 2]])
-    mine = turns([[1.0, 4.0], [1.0, 4.0]], [[1, 2], [1, 2]])
-    found = summary(mine, reference, macs, budget=3.0)
-    assert (found["ratio"], found["mean_exit"], found["exits"]) == (0.75, 1.5, [1.0, 1.0])
-    assert found["p50_ms"] == 2500 and found["goodput"] == 0.5
-    assert found["time_share"] == pytest.approx(10 / 12, abs=1e-5)
-    assert found["macs_share"] == pytest.approx(140 / 160)
-    assert found["realised"] == pytest.approx((2 / 12) / (20 / 160), abs=1e-4)
-    assert len(found["percentiles_ms"]) == 101
+def test_callables_run_once_a_round_and_give_their_results() -> None:
+    calls = {name: (lambda name=name: name * 2) for name in "abc"}
+    turns = list(take_turns(calls, 6))
+    for at in range(0, len(turns), 3):
+        assert sorted(name for name, _, _ in turns[at : at + 3]) == ["a", "b", "c"]
+    assert all(result == name * 2 and seconds >= 0 for name, seconds, result in turns)
+    orders = {tuple(name for name, _, _ in turns[at : at + 3]) for at in range(0, len(turns), 3)}
+    assert len(orders) > 1
+    assert [name for name, _, _ in take_turns(calls, 6)] == [name for name, _, _ in turns]  # seeded
+    assert [name for name, _, _ in take_turns(calls, 6, seed=1)] != [name for name, _, _ in turns]
 
 
-def test_nothing_saved_has_nothing_to_realise() -> None:
-    full = turns([[2.0]], [[2]])
-    assert summary(full, full, np.array([[1.0, 2.0]]), 1.0)["realised"] is None
-    assert summary(turns([[1.0]], [[1]]), full, np.zeros((1, 2)), 1.0)["realised"] is None  # no MACs known
+def test_seconds_are_those_of_the_callable_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    log: list[str] = []
+    calls = {"slow": lambda: time.sleep(0.02), "fast": lambda: log.append("fast")}
+    seconds = interleaved(calls, 3, warmup=2, before=lambda: time.sleep(0.03), progress="both")
+    assert {name: len(values) for name, values in seconds.items()} == {"slow": 3, "fast": 3}
+    assert len(log) == 5  # warm-up rounds run and are not counted
+    assert min(seconds["slow"]) >= 0.02 and max(seconds["fast"]) < 0.02
+    assert (ratios(seconds, "fast", "slow") < 1).all() and ratios(seconds, "slow", "slow").tolist() == [1] * 3
 
 
-def test_accuracy_needs_labels() -> None:
-    mine = Turns(np.ones((2, 2)), np.array([[0, 1], [1, 1]]), np.ones((2, 2), np.int64))
-    assert accuracy(mine, None) is None
-    assert accuracy(mine, np.array([0, 1])) == 75
+def test_answers_are_timed_token_by_token() -> None:
+    def generator(depth: int) -> Callable[[Sequence[int]], Iterator[Token]]:
+        return lambda ids: (Token(id, depth, depth) for id in ids)
+
+    timings = time_answers({"deep": generator(3), "early": generator(1)}, [[7, 8], [9, 9, 9]], rounds=2)
+    assert [[token.id for token in tokens] for tokens in timings["deep"].tokens] == 2 * [[7, 8], [9, 9, 9]]
+    assert {token.depth for tokens in timings["early"].tokens for token in tokens} == {1}
+    for timing in timings.values():
+        assert all(stamps == sorted(stamps) for stamps in timing.stamps)
+        assert (timing.after_first >= 0).all() and len(timing.after_first) == 4

@@ -1,0 +1,56 @@
+"""Figures from timings, on examples small enough to check by hand."""
+
+import numpy as np
+import pytest
+
+from offramp.runtime.generate import Token
+from offramp.runtime.tuning.figures import accuracy, answer_figures, depths_by_position, row_figures
+from offramp.runtime.tuning.timing import AnswerTimings, RowTimings
+
+
+def timings(seconds: list[list[float]], exits: list[list[int]]) -> RowTimings:
+    return RowTimings(np.array(seconds), np.zeros((len(exits), len(exits[0])), np.int64), np.array(exits))
+
+
+def test_row_figures_by_hand() -> None:
+    macs = np.array([[10.0, 20.0], [30.0, 60.0]])
+    reference = timings([[2.0, 4.0], [2.0, 4.0]], [[2, 2], [2, 2]])
+    own = timings([[1.0, 4.0], [1.0, 4.0]], [[1, 2], [1, 2]])
+    figures = row_figures(own, reference, macs, budget=3.0)
+    assert (figures["ratio"], figures["mean_exit"], figures["exits"]) == (0.75, 1.5, [1.0, 1.0])
+    assert figures["p50_ms"] == 2500 and figures["goodput"] == 0.5
+    assert figures["time_share"] == pytest.approx(10 / 12, abs=1e-5)
+    assert figures["macs_share"] == pytest.approx(140 / 160)
+    assert figures["realised"] == pytest.approx((2 / 12) / (20 / 160), abs=1e-4)
+    assert len(figures["percentiles_ms"]) == 101
+
+
+def test_nothing_saved_has_nothing_to_realise() -> None:
+    full = timings([[2.0]], [[2]])
+    assert row_figures(full, full, np.array([[1.0, 2.0]]), 1.0)["realised"] is None
+    assert (
+        row_figures(timings([[1.0]], [[1]]), full, np.zeros((1, 2)), 1.0)["realised"] is None
+    )  # no MACs known
+
+
+def test_accuracy_needs_labels() -> None:
+    own = RowTimings(np.ones((2, 2)), np.array([[0, 1], [1, 1]]), np.ones((2, 2), np.int64))
+    assert accuracy(own, None) is None
+    assert accuracy(own, np.array([0, 1])) == 75
+
+
+def test_answer_figures_by_hand() -> None:
+    full = AnswerTimings([[Token(7, 3, 3), Token(8, 3, 3), Token(9, 3, 3)]], [[1.0, 3.0, 5.0]])
+    own = AnswerTimings([[Token(7, 3, 3), Token(8, 1, 1), Token(5, 2, 4)]], [[1.0, 2.0, 3.0]])
+    figures = answer_figures(own, full)
+    assert (figures["ratio"], figures["tokens_per_s"], figures["first_ms"]) == (0.5, 1.0, 1000)
+    assert (figures["depth"], figures["blocks_run"], figures["same"]) == (1.5, 2.5, 0.0)
+    assert answer_figures(full, full)["same"] == 1.0
+
+
+def test_depths_by_position() -> None:
+    lines = depths_by_position([[Token(7, 3, 3), Token(7, 1, 1), Token(7, 2, 2)], [Token(7, 3, 3)]])
+    assert lines == [
+        {"from": 1, "mean": 3.0, "tokens": {3: 2}},
+        {"from": 2, "mean": 1.5, "tokens": {1: 1, 2: 1}},
+    ]
