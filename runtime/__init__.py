@@ -1,12 +1,13 @@
 """Walk a bundle: `from offramp.runtime import load; load("bundle/")("a stirring, funny film")`.
 
-Importing this loads numpy and nothing heavy: onnxruntime and tokenizers come in when a session is opened.
+Importing this loads numpy and nothing heavy: onnxruntime and tokenizers are imported when a session is
+opened.
 """
 
 from __future__ import annotations
 
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.classifier import Answer, Session
+from offramp.runtime.classifier import Answer, Classifier
 from offramp.runtime.errors import (
     BadBundle,
     BadInput,
@@ -15,11 +16,14 @@ from offramp.runtime.errors import (
     BundleNotFound,
     DeviceFailed,
     EngineUnavailable,
+    ItemError,
     OfframpError,
     OutOfMemory,
     SessionClosed,
 )
-from offramp.runtime.loading import load
+from offramp.runtime.generator import TextChunk, TextGenerator
+from offramp.runtime.loading import load, load_classifier, load_generator
+from offramp.runtime.session import Session
 
 __all__ = [
     "Answer",
@@ -28,12 +32,18 @@ __all__ = [
     "BadManifest",
     "BadSetting",
     "BundleNotFound",
+    "Classifier",
     "DeviceFailed",
     "EngineUnavailable",
+    "ItemError",
     "OfframpError",
     "OutOfMemory",
     "RuleSpec",
     "Session",
     "SessionClosed",
+    "TextChunk",
+    "TextGenerator",
     "load",
+    "load_classifier",
+    "load_generator",
 ]

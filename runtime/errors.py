@@ -1,21 +1,21 @@
-"""Everything that offramp.runtime raises on purpose.
+"""Errors of offramp.runtime; the tree below has every one that it raises on purpose.
 
-OfframpError                     catch this one to catch them all
-├── BundleNotFound               FileNotFoundError   no bundle at that path, or a file of it is missing
-├── BadBundle                    ValueError          a bundle that contradicts itself: hash, size, link, graph
-│   └── BadManifest              ValueError          its manifest.json cannot be believed; names the field
-├── BadInput                     ValueError          a text that cannot be answered
-├── BadSetting                   ValueError          a wish that is unknown, incomplete or contradicts another
-├── EngineUnavailable            RuntimeError        the engine or device asked for is not there
-├── OutOfMemory                  MemoryError         the GPU has not enough memory; the session stays usable
-├── DeviceFailed                 RuntimeError        the GPU failed in the middle of work: load() again
-└── SessionClosed                RuntimeError        the session was used after close()
+OfframpError                     base of all others ├── BundleNotFound               FileNotFoundError   no
+bundle at that path, or a file of it is missing ├── BadBundle                    ValueError          a bundle
+that contradicts itself: hash, size, link, graph │   └── BadManifest              ValueError          its
+manifest.json cannot be believed; names the field ├── BadInput                     ValueError          a text
+that cannot be answered ├── BadSetting                   ValueError          an option that is unknown,
+incomplete or contradicts another ├── EngineUnavailable            RuntimeError        the requested engine or
+device is not there ├── OutOfMemory                  MemoryError         the GPU has not enough memory; the
+session stays usable ├── DeviceFailed                 RuntimeError        the GPU failed in the middle of
+work: load() again └── SessionClosed                RuntimeError        the session was used after close()
 
-Each also inherits the builtin that fits, so a caller who knows nothing of offramp can still write `except
-ValueError`.
+Each also inherits the builtin that fits, so a caller may also write `except ValueError`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class OfframpError(Exception):
@@ -39,20 +39,28 @@ class BadInput(OfframpError, ValueError):
 
 
 class BadSetting(OfframpError, ValueError):
-    """A wish of the caller that is unknown, incomplete or contradicts another; the message lists what is."""
+    """An option that is unknown, incomplete or contradicts another; the message lists the known ones."""
 
 
 class EngineUnavailable(OfframpError, RuntimeError):
-    """The engine or device asked for is not there; the message names the missing piece and how to get it."""
+    """The requested engine or device is not there; the message names the missing part and how to install it."""
 
 
 class OutOfMemory(OfframpError, MemoryError):
-    """The GPU has not enough memory for this; what it was doing before still stands."""
+    """The GPU has not enough memory for this; the session stays usable."""
 
 
 class DeviceFailed(OfframpError, RuntimeError):
-    """CUDA or TensorRT failed in the middle of work; the message holds what it said."""
+    """CUDA or TensorRT failed in the middle of work; the message holds its error text."""
 
 
 class SessionClosed(OfframpError, RuntimeError):
     """The session was used after close()."""
+
+
+@dataclass(frozen=True)
+class ItemError:
+    """An item that cannot be answered: its index (0-based) among the items, and why; a value, not raised."""
+
+    index: int
+    message: str

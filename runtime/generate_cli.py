@@ -1,74 +1,76 @@
-"""ee-run on a bundle that generates: prompts in, JSON lines out, or on a terminal the text itself."""
+"""ee-run on a bundle that generates text: prompts in, JSON lines out, or on a terminal the text itself."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from offramp.runtime.classifier import Session
 from offramp.runtime.errors import BadInput
-from offramp.runtime.generator import Piece, Writer
+from offramp.runtime.generator import TextChunk, TextGenerator
 from offramp.runtime.inputs.lines import Line
 
-KNOWN = ("max_new_tokens", "stop")  # what a JSON line may wish beside its prompt
+OPTIONS = ("max_new_tokens", "stop")  # that a JSON line may have beside its prompt
 
 
 def write_answers(
-    session: Session, lines: Iterator[Line], out: IO[bytes], *, most: int, as_it_comes: bool
+    session: TextGenerator, lines: Iterator[Line], out: IO[bytes], *, max_new_tokens: int, as_it_comes: bool
 ) -> tuple[int, str]:
-    """Answer every prompt before the next is read; gives how many lines had errors, and a report.
+    """Answer every prompt before the next is read; returns the number of lines with errors, and a report.
 
-    most: tokens of an answer whose line does not say. as_it_comes: plain text, piece by piece.
+    max_new_tokens: of an answer whose line does not set it. as_it_comes: plain text, chunk by chunk.
     """
-    failed = answers = tokens = blocks = ran = 0
+    failed = answers = tokens = depth = blocks_run = 0
     started = time.perf_counter()
     for line in lines:
         try:
             if line.problem is not None:
                 raise BadInput(line.problem)
-            prompt, wishes = _wishes(line, most)
-            pieces = _shown(session.generate(prompt, **wishes), out if as_it_comes else None)
+            prompt, options = _options(line, max_new_tokens)
+            chunks = _collect(session.generate(prompt, **options), out if as_it_comes else None)
         except BadInput as problem:
             failed += 1
             _write(out, {"error": str(problem), "line": line.number})
             continue
-        said = [piece for piece in pieces if piece.token >= 0]
-        answers, tokens, blocks = answers + 1, tokens + len(said), blocks + sum(p.depth for p in said)
-        ran += sum(p.ran for p in said)
+        token_chunks = [chunk for chunk in chunks if chunk.token >= 0]
+        answers, tokens = answers + 1, tokens + len(token_chunks)
+        depth += sum(chunk.depth for chunk in token_chunks)
+        blocks_run += sum(chunk.blocks_run for chunk in token_chunks)
         if not as_it_comes:
-            _write(out, _answer(pieces, said))
+            _write(out, _answer(chunks, token_chunks))
     rate = tokens / max(time.perf_counter() - started, 1e-9)
-    told = [f"answers    {answers}, {failed} with errors", f"tokens     {tokens} ({rate:.1f}/s)"]
+    report = [f"answers    {answers}, {failed} with errors", f"tokens     {tokens} ({rate:.1f}/s)"]
     if tokens:
-        depth, each = blocks / tokens, ran / tokens
-        told.append(f"mean depth {depth:.2f} of {session.manifest.blocks}, {each:.2f} blocks run a token")
-    return failed, "\n".join([*told, *_drafts(session)])
+        means = depth / tokens, blocks_run / tokens
+        report.append(
+            f"mean depth {means[0]:.2f} of {session.manifest.blocks}, {means[1]:.2f} blocks run a token"
+        )
+    return failed, "\n".join([*report, *_draft_lines(session)])
 
 
-def _drafts(session: Session) -> list[str]:
-    """What became of drafts, a line an exit that made some."""
-    drafting = session.drafting if isinstance(session, Writer) else None
-    if drafting is None:
+def _draft_lines(session: TextGenerator) -> list[str]:
+    """What became of drafts, one line for each exit that made some."""
+    stats = session.draft_stats
+    if stats is None:
         return []
-    lines = [f"undrafted  {drafting.rounds[0]} steps without a draft"]
-    for exit, offered in drafting.offered.items():
+    lines = [f"undrafted  {stats.rounds[0]} steps without a draft"]
+    for exit, offered in stats.offered.items():
         if offered:
-            rounds, right = drafting.rounds[exit], drafting.accepted[exit] / offered
-            lines.append(f"exit {exit:<5} {offered} drafts in {rounds} rounds, {right:.1%} right")
+            rounds, accepted = stats.rounds[exit], stats.accepted[exit] / offered
+            lines.append(f"exit {exit:<5} {offered} drafts in {rounds} rounds, {accepted:.1%} accepted")
     return lines
 
 
-def _wishes(line: Line, most: int) -> tuple[Any, dict[str, Any]]:
-    """What a line has for a prompt and what it wishes, as Session.generate takes them."""
-    others = dict(line.others or {})
+def _options(line: Line, max_new_tokens: int) -> tuple[Any, dict[str, Any]]:
+    """The prompt of a line and its options, as TextGenerator.generate takes them; BadInput for others."""
+    keys = dict(line.others or {})
     prompt: Any = line.text
-    if not line.text and not isinstance(prompt := others.pop("messages", None), list):
+    if not line.text and not isinstance(prompt := keys.pop("messages", None), list):
         raise BadInput(f"messages: expected a list of them, found {prompt!r:.40}")
-    count, stop = others.pop("max_new_tokens", most), others.pop("stop", [])
-    if others:
-        raise BadInput(f"{next(iter(others))!r}: a line has prompt or messages, {' and '.join(KNOWN)}")
+    count, stop = keys.pop("max_new_tokens", max_new_tokens), keys.pop("stop", [])
+    if keys:
+        raise BadInput(f"{next(iter(keys))!r}: a line has prompt or messages, {' and '.join(OPTIONS)}")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise BadInput(f"max_new_tokens: expected a whole number from 1, found {count!r:.40}")
     stop = [stop] if isinstance(stop, str) else stop
@@ -77,28 +79,29 @@ def _wishes(line: Line, most: int) -> tuple[Any, dict[str, Any]]:
     return prompt, {"max_new_tokens": count, "stop": stop}
 
 
-def _shown(pieces: Iterator[Piece], out: IO[bytes] | None) -> list[Piece]:
-    found = []
-    for piece in pieces:
-        found.append(piece)
+def _collect(chunks: Iterator[TextChunk], out: IO[bytes] | None) -> list[TextChunk]:
+    """All chunks; each is written to `out` as it comes, where there is one."""
+    collected = []
+    for chunk in chunks:
+        collected.append(chunk)
         if out is not None:
-            out.write(piece.text.encode("utf-8"))
+            out.write(chunk.text.encode("utf-8"))
             out.flush()
     if out is not None:
         out.write(b"\n")
-    return found
+    return collected
 
 
-def _answer(pieces: list[Piece], said: list[Piece]) -> dict[str, Any]:
-    seconds = pieces[-1].seconds
+def _answer(chunks: Sequence[TextChunk], token_chunks: Sequence[TextChunk]) -> dict[str, Any]:
+    seconds, tokens = chunks[-1].seconds, len(token_chunks)
     return {
-        "text": "".join(piece.text for piece in pieces),
-        "tokens": len(said),
-        "depth": round(sum(piece.depth for piece in said) / len(said), 3),
-        "ran": round(sum(piece.ran for piece in said) / len(said), 3),
+        "text": "".join(chunk.text for chunk in chunks),
+        "tokens": tokens,
+        "depth": round(sum(chunk.depth for chunk in token_chunks) / tokens, 3),
+        "blocks_run": round(sum(chunk.blocks_run for chunk in token_chunks) / tokens, 3),
         "ms": round(1e3 * seconds, 3),
-        "first_ms": round(1e3 * pieces[0].seconds, 3),
-        "tokens_per_s": round(len(said) / max(seconds, 1e-9), 3),
+        "first_ms": round(1e3 * chunks[0].seconds, 3),
+        "tokens_per_s": round(tokens / max(seconds, 1e-9), 3),
     }
 
 

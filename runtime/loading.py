@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
+from typing import TypeVar, cast
 
-from offramp.runtime import rules
-from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, RuleSpec
-from offramp.runtime.classifier import Session, checked_size
-from offramp.runtime.engines.base import open_engine
+from offramp.runtime.classifier import Classifier, checked_size
+from offramp.runtime.engines.base import Engine, EngineOptions, State, open_engine
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.text import reader_of
-from offramp.runtime.pipeline import Task
-from offramp.runtime.rules.resolve import choose
+from offramp.runtime.pipeline import BackgroundTask
+from offramp.runtime.rules.base import Rule
+from offramp.runtime.rules.resolve import bind_to, resolve
+from offramp.runtime.sequence import TokenSequence
+
+T = TypeVar("T")
+BATCH_SIZE = 32
 
 
 def load(
@@ -26,81 +33,107 @@ def load(
     rule: str | RuleSpec | None = None,
     threshold: float | None = None,
     point: str | None = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     lazy: bool = False,
     share: bool = True,
     provider: str | None = None,
     cuda_graphs: bool = False,
-    cache: str = "deferred",
-) -> Session:
-    """Open a bundle folder as a session; what is not wished for is as the bundle's manifest says.
+    exit_kv: str = "deferred",
+) -> Classifier | TextGenerator:
+    """Open a bundle folder as a session: a Classifier, or a TextGenerator for a decoder's bundle.
 
-    rule: a rule's name or a RuleSpec. threshold: the rule's one number (rule fixed: the exit; patience: the
-    streak). point: an operating point of the manifest, which sets rule and variant. threads: None is one a
-    core.
-    global_pool: run all segments on one pool of the whole process, the fastest; from then on ONNX Runtime
-    opens no session of the application that does not set use_per_session_threads = False. With False (or
-    threads=1) the process is left alone, for a few per cent.
-    lazy: open a segment when a row first gets there; the first answers are slower, and what no row reaches
-    costs neither time nor memory (see Session.warm_up). share: with sessions of this process on the same
-    bundle, device and threads, share the weights.
+    What is not given is as the bundle's manifest has it. rule: a rule's name or a RuleSpec. threshold: the
+    rule's one number (rule fixed: the exit; patience: the number of agreements). point: an operating point of
+    the manifest, which sets rule and variant. threads: None is one for each core.
+    global_pool: run all segments on one thread pool of the whole process, which is the fastest; from then on
+    ONNX Runtime refuses sessions of the application that do not set use_per_session_threads = False. With
+    False (or threads=1) the process is left alone, at a cost of a few per cent.
+    batch_size: rows walked together at most. lazy: open a segment when a row first reaches it; the first
+    answers are slower, and a segment that no row reaches costs neither time nor memory (see
+    Classifier.warm_up). share: share weights with sessions of this process on the same bundle, device and
+    threads.
     device: None is cpu for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or
     "tensorrt" (then the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph once its
     shape was seen.
-    cache: of bundles that generate text, where tokens leave early: "deferred" has them wait and run later, in
-    one go, when a token goes deeper, so that the cache is that of the full depth; "propagate" leaves keys and
-    values there, made of the hidden state with which they left.
-    Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for wishes unknown or
-    contradicting each other.
+    exit_kv: for generated text, what the cache gets of a token behind its exit. "deferred": the token waits,
+    and runs the segments when a later token goes deeper, so that the cache is that of full depth;
+    "propagate": keys and values made from the hidden state of its exit.
+    Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for options that are unknown or
+    contradict each other.
     """
     size = checked_size(batch_size)
+    options = EngineOptions(
+        engine=engine,
+        device=device,
+        provider=provider,
+        threads=threads,
+        global_pool=global_pool,
+        lazy=lazy,
+        share=share,
+        cuda_graphs=cuda_graphs,
+        exit_kv=exit_kv,
+    )
     bundle = open_bundle(path)
+    spec, variant = resolve(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
+    bound_rule = bind_to(bundle, spec, exit_kv)  # errors are raised before seconds go into opening graphs
     if bundle.manifest.task == GENERATION:
-        from offramp.runtime.generator import open_writer  # here: a classifier needs none of it
+        return _open_generator(bundle, options, bound_rule, variant)
+    return _open_classifier(bundle, options, bound_rule, variant, size)
 
-        return open_writer(
-            bundle,
-            {
-                "engine": (engine, "ort"),
-                "device": (device or "cpu", "cpu"),
-                "provider": (provider, None),
-                "cuda_graphs": (cuda_graphs, False),
-            },
-            variant=variant,
-            rule=rule,
-            threshold=threshold,
-            point=point,
-            cache=cache,
-            threads=threads,
-            global_pool=global_pool,
-            share=share,
-        )
-    if cache != "deferred":
-        raise BadSetting(f"cache {cache}: {path} classifies, it has no cache")
-    spec, variant = choose(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
-    # A bad wish is named before seconds go into opening graphs.
-    rules.bind(spec, len(bundle.manifest.segments), bundle.manifest.costs)
-    encoder = Task(reader_of, bundle)  # a vocabulary takes its time, and the engine mostly reads and waits
+
+def load_classifier(path: str | PathLike[str] = "bundle/", **options: object) -> Classifier:
+    """load() for a bundle that classifies, with the same options; BadSetting for a decoder's bundle."""
+    _check_task(path, generates=False)
+    return cast(Classifier, cast(Callable[..., object], load)(path, **options))
+
+
+def load_generator(path: str | PathLike[str] = "bundle/", **options: object) -> TextGenerator:
+    """load() for a decoder's bundle, with the same options; BadSetting for a bundle that classifies."""
+    _check_task(path, generates=True)
+    return cast(TextGenerator, cast(Callable[..., object], load)(path, **options))
+
+
+def _check_task(path: str | PathLike[str], *, generates: bool) -> None:
+    if (open_bundle(path).manifest.task == GENERATION) != generates:
+        kind = "classifies" if generates else "generates text"
+        raise BadSetting(f"{path}: this bundle {kind}; open it with load()")
+
+
+def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant: str) -> TextGenerator:
+    for name, value, only in (
+        ("engine", options.engine, "ort"),
+        ("device", options.real_device, "cpu"),
+    ):
+        if value != only:
+            raise BadSetting(f"{name} {value}: bundles that generate text run on {name} {only} alone")
+    engine = cast(Engine[TokenSequence], open_engine(bundle, variant, options))
+    return _or_close(engine, lambda: TextGenerator(bundle, engine, rule, variant))
+
+
+def _open_classifier(
+    bundle: Bundle, options: EngineOptions, rule: Rule, variant: str, batch_size: int
+) -> Classifier:
+    # Reading a vocabulary takes time in which the engine mostly reads files and waits.
+    reader = BackgroundTask(reader_of, bundle)
     try:
-        opened = open_engine(
-            engine,
-            bundle,
-            device=device,
-            variant=variant,
-            threads=threads,
-            global_pool=global_pool,
-            lazy=lazy,
-            share=share,
-            provider=provider,
-            cuda_graphs=cuda_graphs,
-        )
+        engine = open_engine(bundle, variant, options)
     finally:
-        encoder.join()
+        reader.join()
+
+    def session() -> Classifier:
+        if batch_size > engine.max_rows:
+            raise BadSetting(
+                f"batch size {batch_size}: engine {options.engine} walks at most {engine.max_rows} rows together"
+            )
+        return Classifier(bundle, engine, reader.result(), rule, variant, batch_size)
+
+    return _or_close(engine, session)
+
+
+def _or_close(engine: Engine[State], make_session: Callable[[], T]) -> T:
+    """The session, or the engine closed and the error."""
     try:
-        most = getattr(opened, "most_rows", size)  # of engines that are built for a range of shapes
-        if size > most:
-            raise BadSetting(f"batch size {size}: engine {engine} walks at most {most} rows together")
-        return Session(bundle, opened, encoder.result(), spec, variant, size)
+        return make_session()
     except BaseException:
-        opened.close()
+        engine.close()
         raise

@@ -11,7 +11,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def ahead(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
+def prefetch(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
     """work(item) of each item, in order; while the caller uses one result, a thread works on the next.
 
     Items are read in the caller's thread, one further than the result that is given out: a source need not
@@ -29,9 +29,9 @@ def ahead(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
     del first
     while True:
         problem: Exception | None = None
-        task: Task[A, B] | None = None
+        task: BackgroundTask[A, B] | None = None
         try:
-            task = Task(work, next(source))
+            task = BackgroundTask(work, next(source))
         except StopIteration:
             pass
         except Exception as raised:
@@ -71,13 +71,13 @@ def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
         done += len(items)
 
 
-class Task(Generic[A, B]):
+class BackgroundTask(Generic[A, B]):
     """work(item) in a thread of its own, begun at once."""
 
     def __init__(self, work: Callable[[A], B], item: A) -> None:
         self._made: list[B] = []
         self._problem: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(work, item), name="offramp ahead")
+        self._thread = threading.Thread(target=self._run, args=(work, item), name="offramp prefetch")
         self._thread.start()
 
     def join(self) -> None:

@@ -1,146 +1,257 @@
-"""A lane: one sequence on its way through a decoder's segments, every token as deep as it has gone.
+"""A decoder's sequence: its tokens, its cache of keys and values, and the tokens that wait before a segment.
 
-A segment holds keys and values of the first tokens of the sequence, without a gap. The tokens behind these
-wait in front of it, with the hidden state in which they came; nothing of them is lost, so they can go on at
-any later time, many in one run, and the cache is then what it would be had they gone on at once.
+A segment holds keys and values of the first tokens of the sequence, without a gap. The tokens after these
+wait in front of it, with the hidden state in which they came. None is lost: they can run that segment at any
+later time, many in one step, and the cache is then what it would be had they run it at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from offramp.runtime.engines.base import Array
-from offramp.runtime.engines.ort_decoder import KEPT, DecoderEngine, Made
+from offramp.runtime.rules.base import Floats
+
+KEPT_TOKENS = 16  # an engine keeps the bindings of steps on up to so many tokens; a prompt comes once
 
 
-class Lane:
-    """One sequence; ids: its tokens. filled: by segment, how many of them, the first ones, it has dealt with.
+class SegmentOutput(NamedTuple):
+    """What a segment computed for n tokens; the arrays are used again by the next step on as many tokens.
 
-    ran: blocks that were run for tokens, all in all.
+    hidden [n, hidden size]. exit_hidden [n, hidden size]: what the head reads of tokens that exit here;
+    hidden itself without a translator. gate [n]: P(exit), or None.
     """
 
-    def __init__(self, engine: DecoderEngine) -> None:
-        manifest = engine.manifest
-        self.engine, self.cache = engine, engine.cache()
+    hidden: Floats
+    exit_hidden: Floats
+    gate: Floats | None
+
+
+class CacheRunner(Protocol):
+    """What an engine offers a sequence: a cache that it owns, and steps that read and extend it."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the network reads, prompt and answer together."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Blocks of each segment."""
+        ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def make_room(self, tokens: int) -> None:
+        """Room for so many tokens; BadInput where the network does not read so many."""
+        ...
+
+    def embed(self, ids: Sequence[int], start: int) -> Floats:
+        """Hidden state [n, hidden size] of these tokens from the stem, at positions from `start` on."""
+        ...
+
+    def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
+        """Run a segment on tokens at positions from `start` on, and add them to the cache of its blocks.
+
+        hidden [n, hidden size], or None: that of the step before, which was on the same tokens (of the stem,
+        before the first segment).
+        """
+        ...
+
+    def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:
+        """Add keys and values made from this hidden state to the cache of a segment that is not run."""
+        ...
+
+    def logits(self, hidden: Floats, draft: bool = False) -> Floats:
+        """Logits [n, ids] of hidden [n, hidden size], of the first ids of the vocabulary alone for a draft.
+
+        The memory is used again by the next call.
+        """
+        ...
+
+
+class TokenSignals:
+    """Signals of the newest tokens of a sequence after a segment; see rules.base.Signals.
+
+    The head costs as much as several blocks, so logits are computed when they are first read: before the next
+    step of the sequence.
+    """
+
+    __slots__ = ("_logits", "_output", "_rows", "_runner")
+    forecast = None
+
+    def __init__(self, runner: CacheRunner, output: SegmentOutput, rows: int) -> None:
+        self._runner, self._output, self._rows = runner, output, rows
+        self._logits: Floats | None = None
+
+    @property
+    def hidden(self) -> Floats:
+        """Hidden state after the segment [rows, hidden size]."""
+        return self._output.hidden[-self._rows :]
+
+    @property
+    def gate(self) -> Floats | None:
+        """P(exit) [rows], None without a policy."""
+        return None if self._output.gate is None else self._output.gate[-self._rows :]
+
+    @property
+    def logits(self) -> Floats:
+        """Logits of an exit after this segment [rows, vocabulary]."""
+        if self._logits is None:
+            self._logits = self._runner.logits(self._output.exit_hidden[-self._rows :])
+        return self._logits
+
+    def draft_logits(self) -> Floats:
+        """Logits of the draft head [rows, ids], of all ids where the bundle has no draft head."""
+        return self._runner.logits(self._output.exit_hidden[-self._rows :], draft=True)
+
+
+class TokenSequence:
+    """One sequence; see State.
+
+    ids: its tokens. filled: by segment, how many of them, the first ones, have run or passed it. rows: newest
+    tokens whose signals are needed. blocks_run: blocks that were run for tokens, in all.
+
+    propagate: a token that exited early gets keys and values made from the hidden state of its exit, once a
+    later token runs that segment. Otherwise it waits and runs the segment then ("deferred"): the cache is
+    that of full depth.
+    """
+
+    def __init__(self, runner: CacheRunner, *, propagate: bool = False) -> None:
+        self.runner = runner
         self.ids: list[int] = []
-        self.filled = [0] * len(manifest.segments)
-        self.ran = 0
-        self._blocks = [len(segment.blocks) for segment in manifest.segments]
-        self._rows = [_Rows(manifest.hidden_size) for _ in manifest.segments]
+        self.filled = [0] * len(runner.blocks)
+        self.rows, self.blocks_run = 1, 0
+        self._propagate, self._newest = propagate, 0  # tokens that were fed last
+        self._waiting_hidden = [_HiddenQueue(runner.hidden_size) for _ in runner.blocks]
+        # The newest tokens in front of a segment, (segment, start, count), whose hidden state still is where
+        # the step before wrote it: most tokens run straight through, and nothing is copied for them.
+        self._in_place: tuple[int, int, int] | None = None
+        self._in_place_hidden: Floats | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self.ids)
 
     def feed(self, ids: Sequence[int]) -> None:
-        """Tokens that follow; BadInput where the network does not reach so far."""
-        self.cache.make_room(len(self.ids) + len(ids))
+        """Add tokens, in front of the first segment; BadInput where the network does not read so many."""
+        self._put_aside()
+        self.runner.make_room(len(self.ids) + len(ids))
         self.ids += ids
+        self._newest = len(ids)
 
     def waiting(self, segment: int) -> int:
-        """Tokens that stand in front of a segment."""
-        reached = self.filled[segment - 1] if segment else len(self.ids)
-        return reached - self.filled[segment]
+        """Number of tokens in front of a segment."""
+        arrived = self.filled[segment - 1] if segment else len(self.ids)
+        return arrived - self.filled[segment]
 
-    def advance(self, segment: int, most: int = KEPT) -> Made:
-        """Run a segment on all who wait for it, at most so many at a time; gives what the last run made.
+    def advance(self, segment: int) -> SegmentOutput:
+        """Run a segment on all tokens that wait in front of it; returns the output of the last run.
 
-        `most` is small so that runs find their memory bound already; a prompt, which comes once, goes at
-        once.
+        Runs are on a few tokens, whose memory is bound already; tokens that were fed together, such as a
+        prompt, run together.
         """
-        made = self._run(segment, most)
+        if self._propagate and self.waiting(segment) > self._newest:
+            self.fill(segment, keep=self._newest)
+        output = self._run(segment)
         while self.waiting(segment):
-            made = self._run(segment, most)
-        return made
-
-    def through(self, first: int = 0, most: int = KEPT, head: bool = False) -> Made:
-        """Run all segments from `first` on, as advance does; gives what the last one made, whose hidden is
-        its leaving, too. head: with the logits of the last token [1, vocabulary].
-        """
-        start, count = self.filled[first], self.waiting(first)
-        behind = len(self.filled) - first
-        if count > most or self.filled[first:].count(start) < behind:
-            for segment in range(first, len(self.filled)):
-                made = self.advance(segment, most)
-        else:  # nobody waits further on: straight through, nothing is put down between
-            hidden = self._rows[first].take(count) if first else None
-            ids = self.ids[start : start + count]
-            made = self.cache.through(first, ids, start, hidden, head and count == 1)
-            self.ran += count * sum(self._blocks[first:])
-            self.filled[first:] = [start + count] * behind
-        if head and made.logits is None:
-            made = made._replace(logits=self.cache.logits(made.hidden[-1:]))
-        return made
+            output = self._run(segment)
+        return output
 
     def fill(self, segment: int, keep: int = 0) -> None:
-        """All who wait but the last `keep` go past a segment, which is left keys and values made of the
-        hidden state that passes by.
+        """Pass all waiting tokens but the newest `keep` by a segment, whose cache gets keys and values made
+        from their hidden state.
         """
-        while (count := min(KEPT, self.waiting(segment) - keep)) > 0:
+        self._put_aside()
+        while (count := min(KEPT_TOKENS, self.waiting(segment) - keep)) > 0:
             start = self.filled[segment]
-            hidden = self._hidden(segment, count)
-            self.cache.fill(segment, self.ids[start : start + count], start, hidden)
-            self._passed(segment, count, hidden)
+            hidden = self._take(segment, count)
+            self.runner.fill(segment, self.ids[start : start + count], start, hidden)
+            self._pass_on(segment, count, hidden)
 
     def skip(self, segment: int) -> None:
-        """All who wait go past a segment and leave nothing there: right where no later token runs it."""
+        """Pass all waiting tokens by a segment, whose cache gets nothing: no later token may run it."""
         if count := self.waiting(segment):
-            self._passed(segment, count, self._hidden(segment, count))
+            self._put_aside()
+            self._pass_on(segment, count, self._take(segment, count))
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from there on."""
+        """Forget all tokens after the first `length`."""
+        self._put_aside()
         del self.ids[length:]
         for segment, filled in enumerate(self.filled):
             self.filled[segment] = min(filled, length)
-        for segment, rows in enumerate(self._rows[1:], 1):
-            rows.keep(self.waiting(segment))
+        for segment, queue in enumerate(self._waiting_hidden[1:], 1):
+            queue.keep(self.waiting(segment))
 
-    def _run(self, segment: int, most: int) -> Made:
-        start, count = self.filled[segment], min(most, self.waiting(segment))
-        made = self.cache.segment(
-            segment, self.ids[start : start + count], start, self._hidden(segment, count)
-        )
-        self.ran += count * self._blocks[segment]
-        self._passed(segment, count, made.hidden)
-        return made
+    def _run(self, segment: int) -> SegmentOutput:
+        start, waiting = self.filled[segment], self.waiting(segment)
+        count = min(max(KEPT_TOKENS, self._newest), waiting)
+        if self._in_place == (segment, start, count):
+            hidden = None
+        else:
+            self._put_aside()
+            hidden = self._take(segment, count) if segment else None
+        output = self.runner.run(segment, self.ids[start : start + count], start, hidden)
+        self.blocks_run += count * self.runner.blocks[segment]
+        self.filled[segment] = start + count
+        if segment + 1 < len(self.filled):
+            self._in_place, self._in_place_hidden = (segment + 1, start, count), output.hidden
+        else:
+            self._in_place = None
+        return output
 
-    def _hidden(self, segment: int, count: int) -> Array:
-        """Of the first who wait [count, hidden], taken from where they stood."""
+    def _put_aside(self) -> None:
+        """Copy the hidden state that is in place into its queue, before another step overwrites it."""
+        if self._in_place is not None:
+            assert self._in_place_hidden is not None
+            self._waiting_hidden[self._in_place[0]].put(self._in_place_hidden)
+            self._in_place = None
+
+    def _take(self, segment: int, count: int) -> Floats:
+        """Hidden state of the first tokens that wait in front of a segment [count, hidden size]."""
         if segment:
-            return self._rows[segment].take(count)
+            return self._waiting_hidden[segment].take(count)
         start = self.filled[0]
-        return self.cache.embed(self.ids[start : start + count], start)
+        return self.runner.embed(self.ids[start : start + count], start)
 
-    def _passed(self, segment: int, count: int, hidden: Array) -> None:
+    def _pass_on(self, segment: int, count: int, hidden: Floats) -> None:
         self.filled[segment] += count
-        if segment + 1 < len(self._rows):
-            self._rows[segment + 1].put(hidden)
+        if segment + 1 < len(self._waiting_hidden):
+            self._waiting_hidden[segment + 1].put(hidden)
 
 
-class _Rows:
-    """Hidden states [tokens, hidden] that come in behind and go out in front."""
+class _HiddenQueue:
+    """A queue of hidden states [tokens, hidden size]."""
 
-    def __init__(self, width: int) -> None:
-        self._array = np.empty((KEPT, width), np.float32)
+    def __init__(self, hidden_size: int) -> None:
+        self._array = np.empty((KEPT_TOKENS, hidden_size), np.float32)
         self._begin = self._end = 0
 
-    def put(self, rows: Array) -> None:
+    def put(self, rows: Floats) -> None:
+        """Copy rows to the end."""
         end = self._end + len(rows)
         if end > len(self._array):
             held = self._end - self._begin
-            room = 2 * (held + len(rows))
-            array = np.empty((max(room, KEPT), self._array.shape[1]), np.float32)
+            array = np.empty((max(2 * (held + len(rows)), KEPT_TOKENS), self._array.shape[1]), np.float32)
             array[:held] = self._array[self._begin : self._end]
             self._array, self._begin, self._end = array, 0, held
             end = held + len(rows)
         self._array[self._end : end] = rows
         self._end = end
 
-    def take(self, count: int) -> Array:
-        """A view, until the next put."""
-        found: Array = self._array[self._begin : self._begin + count]
+    def take(self, count: int) -> Floats:
+        """A view of the first rows, which leave the queue; valid until the next put."""
+        rows: Floats = self._array[self._begin : self._begin + count]
         self._begin += count
         if self._begin == self._end:
             self._begin = self._end = 0
-        return found
+        return rows
 
     def keep(self, count: int) -> None:
+        """Drop all but the first `count` rows."""
         self._end = self._begin + count

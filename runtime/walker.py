@@ -1,36 +1,45 @@
-"""The walker: the one loop that takes rows along their plans.
+"""The walker: the one loop that takes rows, and the tokens of a decoder, through the segments of their plans.
 
-Rows that wait for the same (segment, variant, length) sit in one waiting room and are run together; after
-each step the rule rewrites the plans, rows that are done leave, the others move on to their next room.
-Batching, compaction after exits and regrouping are this one mechanism. The walker knows no ONNX, no text and
-no task: an engine's states are opaque to it.
+Rows that wait for the same (segment, variant, length) form one queue and are run together. After each step
+the rule rewrites their plans: rows without a segment left are done, the others join their next queue.
+Batching, compaction after exits and regrouping are this one mechanism. A single row, or the tokens of one
+sequence, walk alone, without queues. The walker knows no ONNX, no text and no task: it gives an engine's
+states back unread.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.engines.base import Engine, State
-from offramp.runtime.rules import Floats, Plan, Rule, Signals
+from offramp.runtime.engines.base import Array, Engine, S
+from offramp.runtime.rules.base import Floats, Plan, Rule, Signals
 
-Key = tuple[int, int, int]  # segment, variant, length: what rows must share to be run together
-Inputs = Mapping[str, NDArray[Any]]
-Said = tuple[int, int, Signals]  # segment, variant, what it said
-Leaves = Callable[[Signals, int], bool]  # see rules.ExitRule.leaves
+QueueKey = tuple[int, int, int]  # segment, variant, length: what rows must share to be run together
+Inputs = Mapping[str, Array]
+
+
+class Step(NamedTuple):
+    """One segment that was run: its number (0-based), variant, signals, and when it ended (perf_counter)."""
+
+    segment: int
+    variant: int
+    signals: Signals
+    ended: float
 
 
 @dataclass
 class Trace:
-    """What happened to each row: variants int8 [rows, segments] (-1: not run); logits [rows, segments,
-    classes] and gates [rows, segments] (NaN: none) where it was run; seconds [rows] from the start of its
-    stem until it left.
+    """What was run for each row.
+
+    variants int8 [rows, segments] (-1: not run); logits [rows, segments, classes] and gates [rows, segments]
+    (NaN: none) where a segment was run; seconds [rows] from the start of the stem to the last segment.
     """
 
     variants: Plan
@@ -40,18 +49,63 @@ class Trace:
 
 
 @dataclass
-class _Group:
-    """Rows that travel together: numbers in the trace, plans and memories; started: clock at the stem."""
+class _Group(Generic[S]):
+    """Rows that are run together: their numbers in the trace, plans, memories, and start times."""
 
-    state: State
+    state: S
     ids: NDArray[np.int64]
     plan: Plan
     memory: Floats
     started: NDArray[np.float64]
 
 
+def walk_one(engine: Engine[S], rule: Rule, state: S, plan: Sequence[int]) -> list[Step]:
+    """Take one row, or the tokens of a sequence that wait in front of a segment, along a plan.
+
+    plan: a variant number for each segment, -1 for segments that are skipped; the rule rewrites what is left
+    of it after each segment. Returns the steps in order; the caller drops the state.
+
+    At batch 1 each microsecond between two segments counts: there the interpreter's own code is not in the
+    cache, so one line costs several times what it costs in a tight loop.
+    """
+    step, clock, exit_test = engine.step, time.perf_counter, rule.exit_test
+    ahead, steps = list(plan), list[Step]()
+    last, end = _last_segment(ahead), len(ahead) - 1
+    rows: Plan | None = None
+    for segment in range(len(ahead)):
+        if segment > last:
+            break
+        variant = ahead[segment]
+        if variant < 0:
+            engine.skip(segment, state)
+            continue
+        signals = step(segment, variant, state)
+        steps.append(Step(segment, variant, signals, clock()))
+        if segment == end:
+            break
+        if exit_test is not None:
+            if exit_test(signals, segment):
+                break
+            continue
+        if rows is None:
+            rows, memory = np.array([ahead], np.int8), np.zeros((1, rule.width), np.float32)
+        new_rows, memory = rule(signals, memory, rows, segment)
+        if new_rows is not rows:
+            rows, ahead = new_rows, new_rows[0].tolist()
+            last = _last_segment(ahead)
+    return steps
+
+
+def _last_segment(plan: Sequence[int]) -> int:
+    """The last segment (0-based) that a plan runs, -1 for none."""
+    last = len(plan) - 1
+    while last >= 0 and plan[last] < 0:
+        last -= 1
+    return last
+
+
 def walk(
-    engine: Engine,
+    engine: Engine[S],
     rule: Rule,
     batches: Iterable[tuple[NDArray[np.int64], Inputs]],
     *,
@@ -61,151 +115,112 @@ def walk(
     variant: int = 0,
     limit: int = 32,
 ) -> Trace:
-    """Walk all batches (row numbers, stem inputs), begun in the order given; each row starts with the whole
-    plan in `variant`.
+    """Walk all batches (row numbers, stem inputs), begun in the given order, each row starting in `variant`.
 
-    At most `limit` rows are joined for a step (a batch that is larger stays as it is). A full room is run at
-    once, the deepest
-    first: its rows are nearest to leaving. Otherwise the next batch is begun; when there is none, rooms are
-    emptied from the shallowest on, so that everybody who can still come to a room has come before it is run.
-    No row waits for ever.
+    At most `limit` rows are joined for a step (a larger batch stays as it is). A full queue is run at once,
+    the deepest first, as its rows are nearest to the end. Otherwise the next batch is begun; when there is
+    none, queues are run from the first segment on, so that all rows that can still join a queue have joined
+    it. No row waits for ever.
     """
-    trace = _blank(rows, segments, classes)
+    trace = _empty_trace(rows, segments, classes)
     pending = iter(batches)
-    rooms: dict[Key, list[_Group]] = {}
+    queues: dict[QueueKey, list[_Group[S]]] = {}
     while True:
-        full = [key for key, room in rooms.items() if len(room[0].ids) >= limit or _waiting(room) >= limit]
+        full = [key for key, queue in queues.items() if len(queue[0].ids) >= limit or _length(queue) >= limit]
         if full:
             key = max(full)
         elif (batch := next(pending, None)) is not None:
             if limit == 1 and len(batch[0]) == 1:
-                _alone(engine, rule, int(batch[0][0]), batch[1], variant, trace)
+                _walk_row(engine, rule, int(batch[0][0]), batch[1], variant, trace)
                 continue
             group = _begin(engine, rule, *batch, segments, variant)
             key = (0, variant, group.state.length)
-            rooms.setdefault(key, []).append(group)
+            queues.setdefault(key, []).append(group)
             continue
-        elif rooms:
-            key = min(rooms)
+        elif queues:
+            key = min(queues)
         else:
             return trace
-        group = _call(engine, rooms, key, limit)
-        for onward, part in _step(engine, rule, group, key, trace):
-            rooms.setdefault(onward, []).append(part)
+        group = _pop_group(engine, queues, key, limit)
+        for next_key, next_group in _run_group(engine, rule, group, key, trace):
+            queues.setdefault(next_key, []).append(next_group)
 
 
-def _blank(rows: int, segments: int, classes: int) -> Trace:
-    """Nothing has happened yet; fill() and not np.full, which is Python."""
+def _empty_trace(rows: int, segments: int, classes: int) -> Trace:
+    """A trace before any step; uses fill() because np.full is slower."""
     variants, gates = np.empty((rows, segments), np.int8), np.empty((rows, segments), np.float32)
     variants.fill(-1)
     gates.fill(math.nan)
     return Trace(variants, np.zeros((rows, segments, classes), np.float32), gates, np.zeros(rows))
 
 
-def _alone(engine: Engine, rule: Rule, at: int, inputs: Inputs, variant: int, trace: Trace) -> None:
-    """Walk one row, whom nobody joins: the same steps without rooms, since at batch 1 every microsecond
-    shows.
-
-    Between two segments the interpreter's own code is cold in the cache, so a line here costs several times
-    what it costs in a tight loop.
-    """
+def _walk_row(engine: Engine[S], rule: Rule, row: int, inputs: Inputs, variant: int, trace: Trace) -> None:
+    """Walk one row from its stem to its end, and write it into the trace."""
     started = time.perf_counter()
-    segments = trace.variants.shape[1]
     state = engine.begin(inputs)
-    leaves = getattr(rule, "leaves", None)
-    said = (
-        _planned(engine, rule, state, variant, segments)
-        if leaves is None
-        else _until(engine, leaves, state, variant, segments)
-    )
-    trace.seconds[at] = time.perf_counter() - started
-    variants, logits, gates = trace.variants[at], trace.logits[at], trace.gates[at]
-    for segment, number, signals in said:
+    steps = walk_one(engine, rule, state, (variant,) * trace.variants.shape[1])
+    trace.seconds[row] = time.perf_counter() - started
+    variants, logits, gates = trace.variants[row], trace.logits[row], trace.gates[row]
+    for segment, number, signals, _ in steps:
         variants[segment] = number
         logits[segment] = signals.logits[0]
-        if signals.gate is not None:
-            gates[segment] = signals.gate[0]
+        if (gate := signals.gate) is not None:
+            gates[segment] = gate[0]
     engine.drop(state)
 
 
-def _until(engine: Engine, leaves: Leaves, state: State, variant: int, segments: int) -> list[Said]:
-    """Run segments in turn until the rule says to leave: it does nothing else, and so needs no plan."""
-    step, last, said = engine.step, segments - 1, []
-    for segment in range(segments):
-        signals = step(segment, variant, state)
-        said.append((segment, variant, signals))
-        if segment == last or leaves(signals, segment):
-            break
-    return said
-
-
-def _planned(engine: Engine, rule: Rule, state: State, variant: int, segments: int) -> list[Said]:
-    """Run the segments of the plan, which the rule rewrites after each."""
-    plan = np.full((1, segments), variant, np.int8)
-    memory = np.zeros((1, rule.width), np.float32)
-    ahead = [variant] * segments  # the plan as Python's own numbers
-    said: list[Said] = []
-    segment = 0
-    while segment < segments and (number := ahead[segment]) >= 0:
-        signals = engine.step(segment, number, state)
-        said.append((segment, number, signals))
-        segment += 1
-        if segment == segments:
-            break
-        new, memory = rule(signals, memory, plan, segment - 1)
-        if new is not plan:
-            plan, ahead = new, new[0].tolist()
-        while ahead[segment] < 0 and segment + 1 < segments:  # skipped, or gone for good
-            segment += 1
-    return said
-
-
 def _begin(
-    engine: Engine, rule: Rule, ids: NDArray[np.int64], inputs: Inputs, segments: int, variant: int
-) -> _Group:
+    engine: Engine[S], rule: Rule, ids: NDArray[np.int64], inputs: Inputs, segments: int, variant: int
+) -> _Group[S]:
+    """Run the stem of a batch."""
     started = np.full(len(ids), time.perf_counter())
-    plan = np.full((len(ids), segments), variant, np.int8)
+    plan = np.repeat(rule.first_plan(segments, variant), len(ids), axis=0)
     return _Group(engine.begin(inputs), ids, plan, np.zeros((len(ids), rule.width), np.float32), started)
 
 
-def _waiting(room: list[_Group]) -> int:
-    return sum(len(group.ids) for group in room)
+def _length(queue: list[_Group[S]]) -> int:
+    """Rows in a queue."""
+    return sum(len(group.ids) for group in queue)
 
 
-def _call(engine: Engine, rooms: dict[Key, list[_Group]], key: Key, limit: int) -> _Group:
-    """Take as many groups out of a room as fit into `limit`, the largest first, as one group."""
-    room = rooms[key]
-    if len(room) == 1:
-        del rooms[key]
-        return room[0]
-    room.sort(key=lambda group: -len(group.ids))
-    called, stay, rows = [room[0]], [], len(room[0].ids)
-    for group in room[1:]:
+def _pop_group(
+    engine: Engine[S], queues: dict[QueueKey, list[_Group[S]]], key: QueueKey, limit: int
+) -> _Group[S]:
+    """Take groups out of a queue, the largest first, up to `limit` rows, and join them to one group."""
+    queue = queues[key]
+    if len(queue) == 1:
+        del queues[key]
+        return queue[0]
+    queue.sort(key=lambda group: -len(group.ids))
+    chosen, remaining, rows = [queue[0]], [], len(queue[0].ids)
+    for group in queue[1:]:
         if rows + len(group.ids) <= limit:
-            called.append(group)
+            chosen.append(group)
             rows += len(group.ids)
         else:
-            stay.append(group)
-    if stay:
-        rooms[key] = stay
+            remaining.append(group)
+    if remaining:
+        queues[key] = remaining
     else:
-        del rooms[key]
-    if len(called) == 1:
-        return called[0]
+        del queues[key]
+    if len(chosen) == 1:
+        return chosen[0]
     joined = _Group(
-        engine.join([group.state for group in called]),
-        np.concatenate([group.ids for group in called]),
-        np.concatenate([group.plan for group in called]),
-        np.concatenate([group.memory for group in called]),
-        np.concatenate([group.started for group in called]),
+        engine.join([group.state for group in chosen]),
+        np.concatenate([group.ids for group in chosen]),
+        np.concatenate([group.plan for group in chosen]),
+        np.concatenate([group.memory for group in chosen]),
+        np.concatenate([group.started for group in chosen]),
     )
-    for group in called:
+    for group in chosen:
         engine.drop(group.state)
     return joined
 
 
-def _step(engine: Engine, rule: Rule, group: _Group, key: Key, trace: Trace) -> list[tuple[Key, _Group]]:
-    """Run one segment for a group and send its rows on; those that left are in the trace and gone."""
+def _run_group(
+    engine: Engine[S], rule: Rule, group: _Group[S], key: QueueKey, trace: Trace
+) -> list[tuple[QueueKey, _Group[S]]]:
+    """Run one segment for a group; returns the rows that go on, by their next queue."""
     segment, variant, length = key
     signals = engine.step(segment, variant, group.state)
     ids = group.ids
@@ -219,21 +234,25 @@ def _step(engine: Engine, rule: Rule, group: _Group, key: Key, trace: Trace) -> 
         return []
     plan, memory = rule(signals, group.memory, group.plan, segment)
     ahead = plan[:, segment + 1 :] >= 0  # [rows, segments still ahead]
-    steps = segment + 1 + ahead.argmax(axis=1)  # of rows that are done: meaningless
-    leaves = np.logical_not(ahead.any(axis=1))
-    trace.seconds[ids[leaves]] = time.perf_counter() - group.started[leaves]
-    # One number for (segment, variant), so that rows with the same next step are found at once; -1: has left.
-    codes = np.where(leaves, -1, steps * 128 + np.take_along_axis(plan, steps[:, None], axis=1)[:, 0])
-    onward: list[tuple[Key, _Group]] = []
-    for code in np.unique(codes):
+    next_segments = segment + 1 + ahead.argmax(axis=1)  # meaningless for rows that are done
+    done = np.logical_not(ahead.any(axis=1))
+    trace.seconds[ids[done]] = time.perf_counter() - group.started[done]
+    # One number for (segment, variant), so that rows with the same next step are found at once; -1: done.
+    next_variants = np.take_along_axis(plan, next_segments[:, None], axis=1)[:, 0]
+    codes = np.where(done, -1, next_segments * 128 + next_variants)
+    onward: list[tuple[QueueKey, _Group[S]]] = []
+    for code in np.unique(codes).tolist():
         if code < 0:
             continue
-        here = np.flatnonzero(codes == code)
-        whole = len(here) == len(ids)
-        state = group.state if whole else engine.take(group.state, here)
-        part = _Group(state, ids[here], plan[here], memory[here], group.started[here])
-        onward.append(((int(code) // 128, int(code) % 128, length), part))
-        if whole:
+        next_segment, next_variant = divmod(code, 128)
+        kept_rows = np.flatnonzero(codes == code)
+        is_whole = len(kept_rows) == len(ids)
+        state = group.state if is_whole else engine.take(group.state, kept_rows)
+        for skipped in range(segment + 1, next_segment):
+            engine.skip(skipped, state)
+        rest = _Group(state, ids[kept_rows], plan[kept_rows], memory[kept_rows], group.started[kept_rows])
+        onward.append(((next_segment, next_variant, length), rest))
+        if is_whole:
             return onward
     engine.drop(group.state)
     return onward

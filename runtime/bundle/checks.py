@@ -1,4 +1,4 @@
-"""What the types of a manifest cannot say: numbers, names and tensors that must fit together."""
+"""Checks of a manifest that its types cannot express: numbers, names and tensors must fit together."""
 
 from __future__ import annotations
 
@@ -8,20 +8,29 @@ from offramp.runtime.bundle.manifest import (
     AXES,
     CHANNELS,
     DTYPES,
+    EXIT_HIDDEN,
     FILE_NAME,
     FORMAT,
+    GATE,
     GENERATION,
+    NEW,
     NEXT,
+    PAST,
     RESAMPLING,
     SIGNALS,
     TASKS,
     ImageInput,
     Manifest,
+    Segment,
     StepCosts,
     Tensor,
     TextInput,
     Variant,
 )
+from offramp.runtime.bundle.strict_json import build, parse
+from offramp.runtime.errors import BadManifest
+
+_DECODER_STEM_INPUTS = {"input_ids", "position_ids", "past_valid"}
 
 
 def check(manifest: Manifest) -> None:
@@ -49,13 +58,11 @@ def check(manifest: Manifest) -> None:
         or not all(s.blocks for s in manifest.segments)
     ):
         raise ValueError(f"segments: their blocks must be 1 to {manifest.blocks} in order, found {walked}")
-    _unique("segments", [stage.name for stage in (manifest.stem, *manifest.segments)])
+    _unique("segments", [segment.name for segment in (manifest.stem, *manifest.segments)])
     if decoder:
-        from offramp.runtime.bundle.decoder_checks import check_stages  # here: it needs this file's functions
-
-        check_stages(manifest)
+        _check_decoder(manifest)
     else:
-        _check_stages(manifest)
+        _check_classifier(manifest)
     for unit, costs in manifest.costs.items():
         _check_costs(f"costs[{unit!r}]", costs, manifest)
     _unique("points", [point.name for point in manifest.points])
@@ -109,49 +116,51 @@ def _check_images(image: ImageInput, manifest: Manifest) -> None:
             raise ValueError("stem: of an image 'hidden' is [batch, a fixed number of tokens, hidden size]")
 
 
-def _check_stages(manifest: Manifest) -> None:
+def _check_classifier(manifest: Manifest) -> None:
     if not manifest.variants:
         raise ValueError("segments[0].variants: there is none")
     if manifest.variants[0] not in manifest.stem.variants:
         raise ValueError(f"stem.variants: the default variant {manifest.variants[0]!r} is missing")
-    stages = [("stem", manifest.stem)] + [
-        (f"segments[{i}]", stage) for i, stage in enumerate(manifest.segments)
+    named_segments = [("stem", manifest.stem)] + [
+        (f"segments[{i}]", segment) for i, segment in enumerate(manifest.segments)
     ]
-    made: dict[str, Tensor] = {}  # what the stem puts out
-    for where, stage in stages:
-        if stage is not manifest.stem and tuple(stage.variants) != manifest.variants:
+    stem_outputs: dict[str, Tensor] = {}  # what the stem puts out
+    for where, segment in named_segments:
+        if segment is not manifest.stem and tuple(segment.variants) != manifest.variants:
             raise ValueError(f"{where}.variants: all segments offer {list(manifest.variants)}, in that order")
         for field in ("token", "pair", "row"):
-            _at_least(f"{where}.macs.{field}", getattr(stage.macs, field), 0)
-        names = [tuple(sorted(t.name for t in (*v.inputs, *v.outputs))) for v in stage.variants.values()]
-        for variant, found in zip(stage.variants, names, strict=True):
+            _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
+        names = [tuple(sorted(t.name for t in (*v.inputs, *v.outputs))) for v in segment.variants.values()]
+        for variant, found in zip(segment.variants, names, strict=True):
             if found != names[0]:
                 raise ValueError(
                     f"{where}.variants[{variant!r}]: tensors other than those of the first variant"
                 )
-        for name, variant_facts in stage.variants.items():
-            _check_variant(f"{where}.variants[{name!r}]", variant_facts, manifest)
-        facts = next(iter(stage.variants.values()))
-        if stage is manifest.stem:
-            made = {tensor.name: tensor for tensor in facts.outputs}
-            if "hidden" not in made:
+        for name, graph in segment.variants.items():
+            _check_variant(f"{where}.variants[{name!r}]", graph, manifest)
+        facts = segment.first_graph
+        if segment is manifest.stem:
+            stem_outputs = {tensor.name: tensor for tensor in facts.outputs}
+            if "hidden" not in stem_outputs:
                 raise ValueError("stem: it has no output 'hidden'")
         else:
-            _check_segment(where, facts, made, last=stage is manifest.segments[-1])
-            _check_forecast(where, facts, manifest, ahead=len(stages) - 1 - stages.index((where, stage)))
+            _check_segment(where, facts, stem_outputs, last=segment is manifest.segments[-1])
+            _check_forecast(
+                where, facts, manifest, ahead=len(named_segments) - 1 - named_segments.index((where, segment))
+            )
 
 
-def _check_segment(where: str, facts: Variant, made: dict[str, Tensor], *, last: bool) -> None:
+def _check_segment(where: str, facts: Variant, stem_outputs: dict[str, Tensor], *, last: bool) -> None:
     """A segment reads what the stem put out and puts out signals and new values of what it read."""
     for tensor in facts.inputs:
-        if made.get(tensor.name) != tensor:
+        if stem_outputs.get(tensor.name) != tensor:
             raise ValueError(
                 f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
             )
     for tensor in facts.outputs:
         if tensor.name in SIGNALS:
             continue
-        read = made.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
+        read = stem_outputs.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
         if read is None:
             raise ValueError(
                 f"{where}: output {tensor.name!r}; expected {', '.join(SIGNALS)} or "
@@ -199,7 +208,7 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
                 else:
                     _at_least(f"{where}.{side}[{index}].shape", size, 1)
     if manifest.task == GENERATION:
-        return  # what comes out there, decoder_checks looks at
+        return  # _check_decoder looks at its outputs
     for tensor in variant.outputs:
         classes = len(manifest.labels)
         if tensor.name == "logits" and tensor.shape != ("batch", classes):
@@ -208,6 +217,112 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
             )
         if tensor.name == "gate" and tensor.shape != ("batch",):
             raise ValueError(f"{where}: gate must be [batch], found {list(tensor.shape)}")
+
+
+def _check_decoder(manifest: Manifest) -> None:
+    """The stem, segments with a cache, cache fills and heads of a decoder fit together."""
+    decoder = manifest.decoder
+    assert decoder is not None  # check() has looked
+    segments = [(f"segments[{n}]", segment) for n, segment in enumerate(manifest.segments)]
+    fills = [(f"decoder.cache_fills[{n}]", fill) for n, fill in enumerate(decoder.cache_fills)]
+    heads = [("decoder.head", decoder.head)]
+    if decoder.draft is not None:
+        heads.append(("decoder.draft", decoder.draft))
+    for where, segment in (("stem", manifest.stem), *segments, *fills, *heads):
+        _check_decoder_graphs(where, segment, manifest)
+    if bad := [token for token in decoder.stop if not 0 <= token < manifest.vocab_size]:
+        raise ValueError(f"decoder.stop: {bad[0]} is not in a vocabulary of {manifest.vocab_size}")
+    stem = manifest.stem.first_graph
+    stem_outputs = {tensor.name: tensor for tensor in stem.outputs}
+    if "hidden" not in stem_outputs:
+        raise ValueError("stem: it has no output 'hidden'")
+    if (names := {tensor.name for tensor in stem.inputs}) != _DECODER_STEM_INPUTS:
+        raise ValueError(f"stem: it reads {sorted(names)}, a decoder's reads {sorted(_DECODER_STEM_INPUTS)}")
+    for where, segment in segments:
+        _check_decoder_segment(where, segment, stem_outputs)
+    _check_exits(manifest)
+    if fills and [fill.blocks for _, fill in fills] != [segment.blocks for _, segment in segments[1:]]:
+        raise ValueError("decoder.cache_fills: their blocks must be those of the segments after the first")
+    for (where, fill), (_, segment) in zip(fills, segments[1:], strict=False):
+        _check_fill(where, fill, segment, stem_outputs)
+    for where, head in heads:
+        all_ids = head is decoder.head
+        _check_head(where, head, stem_outputs["hidden"], manifest.vocab_size, all_ids=all_ids)
+
+
+def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> None:
+    """MACs, variants and tensors of one segment, stem, fill or head."""
+    for field in ("token", "pair", "row"):
+        _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
+    if segment.blocks and tuple(segment.variants) != manifest.variants:
+        raise ValueError(f"{where}.variants: all segments offer {list(manifest.variants)}, in that order")
+    if manifest.variants[0] not in segment.variants:
+        raise ValueError(f"{where}.variants: the default variant {manifest.variants[0]!r} is missing")
+    first = segment.first_graph
+    for name, graph in segment.variants.items():
+        _check_variant(f"{where}.variants[{name!r}]", graph, manifest)
+        if (graph.inputs, graph.outputs) != (first.inputs, first.outputs):
+            raise ValueError(f"{where}.variants[{name!r}]: tensors other than those of the first variant")
+
+
+def _check_decoder_segment(where: str, segment: Segment, stem_outputs: dict[str, Tensor]) -> None:
+    """It reads the stem's outputs and the past of its blocks, and puts out new hidden and what they add."""
+    graph = segment.first_graph
+    past = {f"{name}{block}" for block in segment.blocks for name in PAST}
+    for tensor in graph.inputs:
+        if tensor.name not in past and stem_outputs.get(tensor.name) != tensor:
+            raise ValueError(
+                f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
+            )
+    added = {f"{name}{block}" for block in segment.blocks for name in NEW}
+    names = _output_names(segment) - {EXIT_HIDDEN, GATE}
+    if missing := past - {tensor.name for tensor in graph.inputs} or added - names:
+        raise ValueError(f"{where}: {sorted(missing)[0]} is missing")
+    if names != {f"{NEXT}hidden", *added}:
+        raise ValueError(f"{where}: it puts out {sorted(names)}, expected {NEXT}hidden and {sorted(added)}")
+    shapes = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+    for name in past:
+        kind, block = name[len("past_")], name.rpartition("_")[2]
+        grown = tuple("seq" if size == "past" else size for size in shapes[name])
+        if shapes[f"new_{kind}_{block}"] != grown or shapes[name].count("past") != 1:
+            raise ValueError(f"{where}: new_{kind}_{block} does not continue {name} {list(shapes[name])}")
+
+
+def _check_exits(manifest: Manifest) -> None:
+    """All segments but the last put out what an exit needs, or none does."""
+    for name, shape in ((EXIT_HIDDEN, ("batch", "seq", manifest.hidden_size)), (GATE, ("batch", "seq"))):
+        expected = Tensor(name, "float32", shape)
+        present = [expected in segment.first_graph.outputs for segment in manifest.segments]
+        has_any = any(name in _output_names(segment) for segment in manifest.segments)
+        if has_any and present != [True] * (len(present) - 1) + [False]:
+            raise ValueError(f"segments: all but the last put out {name} {list(shape)}, or none does")
+
+
+def _check_fill(where: str, fill: Segment, segment: Segment, stem_outputs: dict[str, Tensor]) -> None:
+    """A cache fill makes from hidden what the segment adds to the caches of its blocks."""
+    for tensor in fill.first_graph.inputs:
+        if stem_outputs.get(tensor.name) != tensor:
+            raise ValueError(
+                f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
+            )
+    added = [tensor for tensor in segment.first_graph.outputs if tensor.name.startswith(NEW)]
+    if list(fill.first_graph.outputs) != added:
+        raise ValueError(f"{where}: it must put out what {segment.name} adds to its cache, and nothing else")
+
+
+def _check_head(where: str, head: Segment, hidden: Tensor, ids: int, *, all_ids: bool) -> None:
+    """A head makes logits from hidden, of all ids or of the first so many."""
+    graph = head.first_graph
+    size = graph.outputs[0].shape[-1] if graph.outputs and graph.outputs[0].shape else 0
+    fits = size == ids if all_ids else isinstance(size, int) and 0 < size < ids
+    expected = (Tensor("logits", "float32", ("batch", "seq", size)),)
+    if not fits or graph.inputs != (hidden,) or graph.outputs != expected:
+        count = ids if all_ids else f"fewer than {ids}"
+        raise ValueError(f"{where}: it must make logits [batch, seq, {count}] of hidden")
+
+
+def _output_names(segment: Segment) -> set[str]:
+    return {tensor.name for tensor in segment.first_graph.outputs}
 
 
 def _plain(where: str, name: str) -> None:
@@ -238,3 +353,18 @@ def _unique(where: str, names: Iterable[str]) -> None:
         if name in seen or not name:
             raise ValueError(f"{where}: {name!r} is {'there twice' if name else 'empty'}")
         seen.add(name)
+
+
+def read_manifest(text: str, *, source: str) -> Manifest:
+    """Read and check a manifest; BadManifest names the field. source: the file that errors name."""
+    try:
+        value = parse(text)
+        if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
+            # First of all: every other complaint about an unknown format would only confuse.
+            raise ValueError(f"format: {value['format']!r} is not known; this version reads format {FORMAT}")
+        manifest: Manifest = build(Manifest, value, "manifest")
+        check(manifest)
+    except ValueError as problem:
+        cure = "write the bundle again with ee-split, or use the offramp version that wrote it"
+        raise BadManifest(f"{source}: {problem}; {cure}") from problem
+    return manifest

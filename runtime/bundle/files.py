@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import FILE_NAME, FileFact, Manifest
 from offramp.runtime.errors import BadBundle, BundleNotFound
 
@@ -59,7 +60,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         text = data.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise BadBundle(f"{folder / FILE_NAME}: not UTF-8: {problem}; write the bundle again") from problem
-    return Bundle(folder, Manifest.from_json(text, source=str(folder / FILE_NAME)))
+    return Bundle(folder, read_manifest(text, source=str(folder / FILE_NAME)))
 
 
 def _read(folder: Path, name: str, size: int) -> bytes:

@@ -1,7 +1,7 @@
 """The manifest: the one typed description of a bundle (format 1).
 
-The reader owns it and the writer (export) imports it. Everything in it is a FACT of the artefact; wishes of
-the caller (engine, threads, thresholds) are keyword arguments elsewhere and never land here.
+The reader owns it and the writer (export) imports it. Everything in it is a fact about the artefact; options
+of the caller (engine, threads, thresholds) are keyword arguments elsewhere and are never stored here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Any
-
-from offramp.runtime.bundle.strict_json import build, parse
-from offramp.runtime.errors import BadManifest
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -28,7 +25,8 @@ SIGNALS = ("logits", "gate", "forecast")
 # A decoder's segment reads what its block 3 attended to before as "past_k_3" and "past_v_3", and puts out
 # what it adds to them as "new_k_3" and "new_v_3".
 PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
-# Where a token may exit: P(exit) of its policy, and what the head reads there where that is not hidden itself.
+# Where a token may exit: P(exit) of its policy, and what the head reads there where that is not hidden
+# itself.
 GATE, EXIT_HIDDEN = "gate", "exit_hidden"
 AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
@@ -85,6 +83,11 @@ class Segment:
     blocks: tuple[int, ...]
     macs: Macs
     variants: dict[str, Variant]
+
+    @property
+    def first_graph(self) -> Variant:
+        """The graph of the default variant; inputs and outputs are the same in every variant."""
+        return next(iter(self.variants.values()))
 
 
 @dataclass(frozen=True)
@@ -204,25 +207,6 @@ class Manifest:
     def variants(self) -> tuple[str, ...]:
         """Names of the variants that every segment offers, the default first; a plan's numbers index this."""
         return tuple(self.segments[0].variants)
-
-    @classmethod
-    def from_json(cls, text: str, *, source: str) -> Manifest:
-        """Read and check a manifest; `source` is the file named in errors. BadManifest names the field."""
-        from offramp.runtime.bundle.checks import check  # here: it needs the classes of this file
-
-        try:
-            value = parse(text)
-            if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
-                # Said first: every other complaint about an unknown format would only confuse.
-                raise ValueError(
-                    f"format: {value['format']!r} is not known; this version reads format {FORMAT}"
-                )
-            manifest: Manifest = build(cls, value, "manifest")
-            check(manifest)
-        except ValueError as problem:
-            cure = "write the bundle again with ee-split, or use the offramp version that wrote it"
-            raise BadManifest(f"{source}: {problem}; {cure}") from problem
-        return manifest
 
     def to_json(self) -> str:
         """Write it: in the order of this class, indented by one, a newline at the end. ValueError on NaN."""

@@ -12,14 +12,14 @@ import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Tensor, Variant
 from offramp.runtime.engines.base import Array, Rows
-from offramp.runtime.rules import Signals
+from offramp.runtime.rules.base import RowSignals
 
 _IDLE_BYTES = 64 * 2**20
 _IDLE_COUNT = 64  # each also holds two bindings a segment, some kilobytes of ORT's own memory
 
 
 Run = Callable[[], None]
-Bound = tuple[Run, Signals]  # one run of a bound session, and where its signals are written
+Bound = tuple[Run, RowSignals]  # one run of a bound session, and where its signals are written
 
 
 def runner(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, str] | None = None) -> Run:
@@ -90,15 +90,17 @@ class Buffers:
         binding = self._ort.IOBinding(session)
         for tensor in facts.inputs:
             _bind(binding.bind_input, tensor.name, self._array(tensor.name, side))
-        said: dict[str, Array] = {}
+        signal_arrays: dict[str, Any] = {}
         for tensor in facts.outputs:
             if tensor.name in SIGNALS:
-                said[tensor.name] = np.empty(*self._form(tensor))
-                _bind(binding.bind_output, tensor.name, said[tensor.name])
+                signal_arrays[tensor.name] = np.empty(*self._form(tensor))
+                _bind(binding.bind_output, tensor.name, signal_arrays[tensor.name])
             else:
                 new = self._array(tensor.name.removeprefix(NEXT), 1 - side)
                 _bind(binding.bind_output, tensor.name, new)
-        signals = Signals(said["logits"], said.get("gate"), said.get("forecast"))
+        signals = RowSignals(
+            signal_arrays["logits"], signal_arrays.get("gate"), signal_arrays.get("forecast")
+        )
         return runner(self._ort, session, binding), signals
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:

@@ -12,6 +12,7 @@ import platform
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines.threads import Pool, apply
 from offramp.runtime.errors import BadBundle, EngineUnavailable
-from offramp.runtime.pipeline import Task
+from offramp.runtime.pipeline import BackgroundTask
 
 CPU = "CPUExecutionProvider"
 Providers = Sequence[
@@ -67,7 +68,7 @@ class Graphs:
         bundle: Bundle,
         device: str,
         pool: Pool,
-        early: Mapping[str, Task[str, bytes]],
+        early: Mapping[str, BackgroundTask[str, bytes]],
         share: bool = True,
         providers: Providers = ((CPU, {}),),
     ) -> None:
@@ -145,11 +146,28 @@ class Graphs:
         return BadBundle(f"{path}: ONNX Runtime cannot open it: {problem}")
 
 
-def give_back() -> None:
-    """Have the C library give what opening has freed back to the system; glibc keeps up to half of it.
+def import_onnxruntime(extra: str) -> ModuleType:
+    """The module onnxruntime; EngineUnavailable names the extra of offramp that installs it."""
+    try:
+        ort = import_module("onnxruntime")
+    except ImportError as problem:
+        raise EngineUnavailable(
+            f"engine ort: onnxruntime cannot be imported ({problem}); pip install 'offramp[{extra}]'"
+        ) from problem
+    if not hasattr(ort, "InferenceSession"):
+        # What is left after onnxruntime or onnxruntime-gpu was removed while both were installed.
+        raise EngineUnavailable(
+            "engine ort: the installation of onnxruntime is broken; pip uninstall onnxruntime "
+            f"onnxruntime-gpu, then pip install 'offramp[{extra}]'"
+        )
+    return ort
 
-    A file's bytes are freed once its graph is open: of a decoder of 650 MB between 30 and 410 MB stayed with
-    the process, otherwise from run to run (trial).
+
+def free_unused_memory() -> None:
+    """Return freed memory to the system: glibc keeps up to half of what opening a graph has freed.
+
+    A file's bytes are freed once its graph is open. Of a decoder of 650 MB, between 30 and 410 MB stayed with
+    the process, a different amount in each run (trial).
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Tensor, Variant
-from offramp.runtime.engines.base import Array, Engine, Rows
+from offramp.runtime.engines.base import Array, Engine, EngineOptions, Rows
 from offramp.runtime.engines.buffers import Bound, Buffers, Shelf
-from offramp.runtime.engines.graphs import Graph, Graphs
+from offramp.runtime.engines.graphs import Graph, Graphs, import_onnxruntime
 from offramp.runtime.engines.tensors import flows_of, stem_of, tensors_of
 from offramp.runtime.engines.threads import Pool, claim
-from offramp.runtime.errors import BadBundle, EngineUnavailable
-from offramp.runtime.pipeline import Task, ahead
-from offramp.runtime.rules import Signals
+from offramp.runtime.errors import BadBundle
+from offramp.runtime.pipeline import BackgroundTask, prefetch
+from offramp.runtime.rules.base import RowSignals
 
 Step = tuple[int, int]  # segment, variant; the stem's segment is -1 and its variant 0
 _STEM: Step = (-1, 0)
@@ -43,6 +42,7 @@ class OrtEngine:
     """See offramp.runtime.engines.Engine. Not thread-safe: the session in front of it holds a lock."""
 
     name, device = "ort", "cpu"
+    max_rows = 1 << 20  # any number that memory has room for
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class OrtEngine:
         bundle: Bundle,
         variant: str,
         pool: Pool,
-        early: Mapping[str, Task[str, bytes]],
+        early: Mapping[str, BackgroundTask[str, bytes]],
         share: bool,
     ) -> None:
         self._ort, self._bundle, self._pool = ort, bundle, pool
@@ -77,7 +77,7 @@ class OrtEngine:
         steps = [step for step in (_STEM, *((s, variant) for s in segments)) if step not in self._open]
         # While ONNX Runtime opens one file, a thread reads and hashes the next; bytes are let go of as soon
         # as they are opened, so that two files at most are in memory.
-        files = ahead(steps, lambda step: self._graphs.read(self._facts(step)))
+        files = prefetch(steps, lambda step: self._graphs.read(self._facts(step)))
         for step in steps:
             self._open[step] = self._graphs.open(*next(files))
         self._stem = self._open[_STEM].session
@@ -98,7 +98,7 @@ class OrtEngine:
             raise self._broken(self._stem_facts, problem) from problem
         return OrtState(buffers, 0)
 
-    def step(self, segment: int, variant: int, state: OrtState) -> Signals:
+    def step(self, segment: int, variant: int, state: OrtState) -> RowSignals:
         """Run one segment; see Engine.step."""
         key = (segment, variant, state.side)
         bound = state.buffers.bound.get(key)
@@ -111,6 +111,9 @@ class OrtEngine:
             raise self._broken(self._facts((segment, variant)), problem) from problem
         state.side = 1 - state.side
         return signals
+
+    def skip(self, segment: int, state: OrtState) -> None:
+        """Nothing to do: the next step reads the same hidden state; see Engine.skip."""
 
     def take(self, state: OrtState, rows: Rows) -> OrtState:
         """A new state of those rows alone; see Engine.take."""
@@ -152,46 +155,29 @@ class OrtEngine:
         return BadBundle(f"{self._bundle.folder / facts.file}: ONNX Runtime cannot run it: {problem}")
 
 
-def open(
-    bundle: Bundle,
-    *,
-    device: str,
-    variant: str,
-    threads: int | None,
-    global_pool: bool,
-    share: bool,
-    provider: str | None,
-    cuda_graphs: bool,
-) -> Engine:
+def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> Engine[Any]:
     """The engine, no file opened yet; EngineUnavailable where onnxruntime or the device is missing."""
-    if device == "cuda":
-        from offramp.runtime.engines.ort_cuda import open_cuda  # here: it needs this file's imported()
+    if bundle.manifest.decoder is not None:
+        from offramp.runtime.engines.ort_decoder import (
+            OrtDecoderEngine,  # here: a classifier does not need it
+        )
 
-        return open_cuda(bundle, variant, threads, global_pool, provider or "cuda", cuda_graphs)
-    early: dict[str, Task[str, bytes]] = {}
+        ort = import_onnxruntime("cpu")
+        pool = claim(ort, options.threads, options.global_pool)
+        return OrtDecoderEngine(ort, bundle, variant, pool, options)
+    if options.real_device == "cuda":
+        from offramp.runtime.engines.ort_cuda import open_cuda  # here: the CPU does not need it
+
+        return open_cuda(bundle, variant, options)
+    early: dict[str, BackgroundTask[str, bytes]] = {}
     if "onnxruntime" not in sys.modules:
         # Its import takes about as long as reading the stem, whose embeddings make it the largest file.
         file = stem_of(bundle.manifest, variant).file
-        early[file] = Task(bundle.read, file)
-    ort = imported("cpu")
-    return OrtEngine(ort, bundle, variant, claim(ort, threads, global_pool), early, share)
-
-
-def imported(extra: str) -> ModuleType:
-    """The module onnxruntime; EngineUnavailable says how to get it. extra: of offramp, that brings it."""
-    try:
-        ort = import_module("onnxruntime")
-    except ImportError as problem:
-        raise EngineUnavailable(
-            f"engine ort: onnxruntime cannot be imported ({problem}); pip install 'offramp[{extra}]'"
-        ) from problem
-    if not hasattr(ort, "InferenceSession"):
-        # What is left after onnxruntime or onnxruntime-gpu was removed while both were installed.
-        raise EngineUnavailable(
-            "engine ort: the installation of onnxruntime is broken; pip uninstall onnxruntime "
-            f"onnxruntime-gpu, then pip install 'offramp[{extra}]'"
-        )
-    return ort
+        early[file] = BackgroundTask(bundle.read, file)
+    ort = import_onnxruntime("cpu")
+    return OrtEngine(
+        ort, bundle, variant, claim(ort, options.threads, options.global_pool), early, options.share
+    )
 
 
 def _names(tensors: Sequence[Tensor]) -> frozenset[str]:

@@ -1,109 +1,131 @@
-"""Decoders on ONNX Runtime's CPU: segments that extend a cache, and a head run only where it is asked.
+"""Decoders on ONNX Runtime's CPU: segments that extend a cache, and a head that runs only where it is read.
 
-A cache has more places than it holds tokens, so that a token more changes no shape: segments read it where it
-lies, and what they add, a few hundred numbers a block, is written behind what is there.
+A cache has more places than it holds tokens, so that one more token changes no shape: segments read the cache
+where it is, and what they add, a few hundred numbers a block, is written behind what is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import GATE, LEAVING, NEXT, PAST, Stage, Tensor, Variant
-from offramp.runtime.engines.base import Array
+from offramp.runtime.bundle.manifest import EXIT_HIDDEN, GATE, NEXT, PAST, Segment, Tensor, TextInput, Variant
+from offramp.runtime.engines.base import Array, EngineOptions, Rows
 from offramp.runtime.engines.buffers import Run, runner
-from offramp.runtime.engines.graphs import Graph, Graphs, give_back
-from offramp.runtime.engines.kv_cache import shape_of, stacks_of
+from offramp.runtime.engines.graphs import Graph, Graphs, free_unused_memory
+from offramp.runtime.engines.kv_cache import kv_arrays, shape_of
 from offramp.runtime.engines.threads import Pool
-from offramp.runtime.errors import BadInput
+from offramp.runtime.errors import BadInput, BadSetting
+from offramp.runtime.rules.base import Floats
+from offramp.runtime.sequence import KEPT_TOKENS, SegmentOutput, TokenSequence, TokenSignals
 
-PLACES = 64  # of a fresh cache, and what it grows by at least
-KEPT = 16  # bindings are kept for steps of up to so many tokens; prompts come once
-
-
-class Made(NamedTuple):
-    """What a segment made of n tokens; the arrays are used again by the next run of it, or of the segment
-    behind it, on as many tokens.
-
-    hidden [n, hidden]. leaving: what the head reads where a token leaves here [n, hidden], hidden itself if
-    there is no translator. gate: logits of P(exit) [n], or None. logits: of the head [n, vocabulary] where it
-    was asked at once, or None.
-    """
-
-    hidden: Array
-    leaving: Array
-    gate: Array | None
-    logits: Array | None = None
+PLACES = 64  # of a fresh cache, and the least that it grows by
 
 
-class DecoderEngine:
-    """Opens a decoder's graphs, and runs them on a Cache. Not thread-safe."""
+class OrtDecoderEngine:
+    """An Engine whose states are sequences; not thread-safe: the session in front of it holds a lock."""
 
     name, device = "ort", "cpu"
+    max_rows = 1  # sequences are not joined
 
-    def __init__(self, ort: ModuleType, bundle: Bundle, variant: str, pool: Pool, share: bool = True) -> None:
-        self.ort, self._pool, manifest = ort, pool, bundle.manifest
-        assert manifest.decoder is not None
-        self.manifest, self.variant = manifest, variant
-        self._graphs = Graphs(ort, bundle, "cpu", pool, {}, share)
+    def __init__(
+        self, ort: ModuleType, bundle: Bundle, variant: str, pool: Pool, options: EngineOptions
+    ) -> None:
+        manifest = bundle.manifest
+        assert manifest.decoder is not None and isinstance(manifest.input, TextInput)
+        self.ort, self.manifest, self.decoder = ort, manifest, manifest.decoder
+        self.longest = manifest.input.longest
+        self.positions = np.arange(self.longest)  # position ids, sliced for every step
+        self.fill_graphs = {fill.blocks: fill for fill in manifest.decoder.cache_fills}
+        self._pool, self._variant = pool, variant
+        self._number, self._propagate = manifest.variants.index(variant), options.exit_kv == "propagate"
+        self._graphs = Graphs(ort, bundle, "cpu", pool, {}, options.share)
         self._open: dict[str, Graph] = {}
-        self.fills = {stage.blocks: stage for stage in manifest.decoder.cache_fills}
-        self.positions = np.arange(manifest.input.longest)  # type: ignore[union-attr]  # a decoder reads text
-        for stage in (manifest.stem, *manifest.segments, manifest.decoder.head):
-            self.session(stage)
 
     @property
-    def facts(self) -> dict[str, str]:
-        """Version of onnxruntime, threads and the pool that really runs."""
-        return {
-            "onnxruntime": self.ort.__version__,
-            "threads": str(self._pool.threads or "the application's"),
-            "pool": self._pool.kind,
-        }
+    def facts(self) -> Mapping[str, str]:
+        """Version of onnxruntime, threads and the thread pool that is used."""
+        threads = str(self._pool.threads or "the application's")
+        return {"onnxruntime": self.ort.__version__, "threads": threads, "pool": self._pool.kind}
 
-    def cache(self) -> Cache:
-        """An empty one."""
-        return Cache(self)
+    def prepare(self, variant: int, segments: Sequence[int]) -> None:
+        """Open the stem, these segments and the head; see Engine.prepare."""
+        self._check_variant(variant)
+        for segment in (self.manifest.stem, *(self.manifest.segments[n] for n in segments)):
+            self.session(segment)
+        self.session(self.decoder.head)
 
-    def facts_of(self, stage: Stage) -> Variant:
-        """A stage in the engine's variant, or in the one that it has."""
-        return stage.variants.get(self.variant) or next(iter(stage.variants.values()))
+    def begin(self, inputs: Mapping[str, Array]) -> TokenSequence:
+        """A sequence that has been fed a prompt, input_ids int64 [1, seq]; see Engine.begin."""
+        sequence = TokenSequence(KVCache(self), propagate=self._propagate)
+        sequence.feed(inputs["input_ids"][0].tolist())
+        return sequence
 
-    def session(self, stage: Stage) -> Any:
-        """The stage's graph; fills and a head that drafts, which not every way asks, are opened here."""
-        if stage.name not in self._open:
-            self._open[stage.name] = self._graphs.open(*self._graphs.read(self.facts_of(stage)))
-            give_back()  # each time: the next file's bytes then take the place of this one's
-        return self._open[stage.name].session
+    def step(self, segment: int, variant: int, state: TokenSequence) -> TokenSignals:
+        """Run one segment on all tokens that wait in front of it; see Engine.step."""
+        if variant != self._number:
+            self._check_variant(variant)
+        return TokenSignals(state.runner, state.advance(segment), state.rows)
+
+    def skip(self, segment: int, state: TokenSequence) -> None:
+        """Pass all waiting tokens by a segment; see Engine.skip."""
+        state.skip(segment)
+
+    def take(self, state: TokenSequence, rows: Rows) -> TokenSequence:
+        """Not for sequences: they walk one by one."""
+        raise BadSetting("sequences walk one by one: give the walker one at a time")
+
+    def join(self, states: Sequence[TokenSequence]) -> TokenSequence:
+        """Not for sequences: they walk one by one."""
+        raise BadSetting("sequences walk one by one: give the walker one at a time")
+
+    def drop(self, state: TokenSequence) -> None:
+        """A sequence frees its cache with its last reference."""
 
     def close(self) -> None:
         """Free graphs that no other engine runs."""
         self._open.clear()
 
+    def graph_of(self, segment: Segment) -> Variant:
+        """The graph in the engine's variant, or in the only one that it has."""
+        return segment.variants.get(self._variant) or segment.first_graph
 
-class Cache:
-    """Keys and values of one sequence, and the runs that read and extend them.
+    def session(self, segment: Segment) -> Any:
+        """ONNX Runtime's session of a graph; cache fills and the draft head are opened when first used."""
+        if segment.name not in self._open:
+            self._open[segment.name] = self._graphs.open(*self._graphs.read(self.graph_of(segment)))
+            free_unused_memory()  # after every file, so that the next file's bytes take the freed place
+        return self._open[segment.name].session
 
-    places: tokens for which there is room; growing doubles it up to 4 * PLACES and adds that much from there
-    on. Which places count is said with every run: a run on tokens from `start` on sees those before it.
+    def _check_variant(self, variant: int) -> None:
+        if variant != self._number:
+            name = self.manifest.variants[variant]
+            raise BadSetting(f"this engine was opened in {self._variant}; open another session in {name}")
+
+
+class KVCache:
+    """Keys and values of one sequence, and the steps that read and extend them; see CacheRunner.
+
+    places: tokens for which there is room. It doubles up to 4 * PLACES and grows by that much from there on.
+    A step on tokens from `start` on reads the places before `start`.
     """
 
-    def __init__(self, engine: DecoderEngine) -> None:
-        reads, self.engine = engine.manifest.input, engine
-        self.longest: int = reads.longest  # type: ignore[union-attr]  # a decoder reads text
+    def __init__(self, engine: OrtDecoderEngine) -> None:
+        manifest, self.engine = engine.manifest, engine
+        self.longest, self.hidden_size = engine.longest, manifest.hidden_size
+        self.blocks = [len(segment.blocks) for segment in manifest.segments]
         self.places = min(PLACES, self.longest)
-        inputs = [t for stage in engine.manifest.segments for t in engine.facts_of(stage).inputs]
-        past = [tensor for tensor in inputs if tensor.name.startswith(PAST)]
-        self.stacks = stacks_of(past, self.places)
-        # By number of tokens and of places that they read; to these very arrays.
-        self._bound: dict[tuple[int, int], _Bound] = {}
+        inputs = [tensor for segment in manifest.segments for tensor in engine.graph_of(segment).inputs]
+        self.past = kv_arrays([tensor for tensor in inputs if tensor.name.startswith(PAST)], self.places)
+        # By number of tokens and of places that they read; bound to the arrays of self.past.
+        self._steps: dict[tuple[int, int], _BoundSteps] = {}
 
     def make_room(self, tokens: int) -> None:
-        """Room for so many tokens in all; BadInput where the network does not reach so far."""
+        """Room for so many tokens in all; BadInput where the network does not read so many."""
         if tokens > self.longest:
             raise BadInput(f"{tokens} tokens: this network reads {self.longest}, prompt and answer together")
         if tokens <= self.places:
@@ -112,182 +134,149 @@ class Cache:
         while self.places < tokens:
             self.places += min(self.places, 4 * PLACES)
         self.places = min(self.places, self.longest)
-        self._bound.clear()  # they hold the smaller arrays
-        for at, old in enumerate(self.stacks):
-            new = old.like(self.places)
-            new.by_token[:held] = old.by_token
-            self.stacks[at] = new
-        give_back()  # the smaller arrays lie between others, where the C library would keep them
+        self._steps.clear()  # they are bound to the smaller arrays
+        for number, old in enumerate(self.past):
+            larger = old.empty_past(self.places)
+            larger.by_token[:held] = old.by_token
+            self.past[number] = larger
+        free_unused_memory()  # the smaller arrays lie between others, where the C library would keep them
 
-    def embed(self, ids: Sequence[int], start: int) -> Array:
-        """Hidden [n, hidden] of these tokens from the stem, for which those before `start` count."""
-        return self._of(len(ids), start).look(ids, start)
+    def embed(self, ids: Sequence[int], start: int) -> Floats:
+        """Hidden state of tokens from the stem; see CacheRunner.embed."""
+        return self._bound(len(ids), start).embed(ids, start)
 
-    def segment(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> Made:
-        """Run a segment on tokens that stand from `start` on, with hidden [n, hidden] of them; the cache of
-        its blocks takes in what they add.
-        """
-        return self._of(len(ids), start).run(number, number + 1, ids, start, hidden)
+    def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
+        """Run a segment on tokens; see CacheRunner.run."""
+        return self._bound(len(ids), start).run(segment, ids, start, hidden)
 
-    def through(
-        self, first: int, ids: Sequence[int], start: int, hidden: Array | None, head: bool = False
-    ) -> Made:
-        """Run all segments from `first` on, each on what the one before it made, and the head where it is
-        asked; hidden as for segment, None if the stem's is meant. Gives what the last one made.
-        """
-        end = len(self.engine.manifest.segments)
-        return self._of(len(ids), start).run(first, end, ids, start, hidden, head=head)
+    def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:
+        """Fill the cache of a segment that is not run; see CacheRunner.fill."""
+        self._bound(len(ids), start).run(segment, ids, start, hidden, fill=True)
 
-    def fill(self, number: int, ids: Sequence[int], start: int, hidden: Array) -> None:
-        """Put keys and values into a segment's cache for tokens that go past it with this hidden state."""
-        self._of(len(ids), start).run(number, number + 1, ids, start, hidden, fill=True)
+    def logits(self, hidden: Floats, draft: bool = False) -> Floats:
+        """Logits of hidden states; see CacheRunner.logits."""
+        return self._bound(len(hidden)).logits(hidden, draft)
 
-    def logits(self, hidden: Array, draft: bool = False) -> Array:
-        """What the head makes of hidden [n, hidden]: [n, vocabulary], or fewer ids, those that a draft knows;
-        the memory is used again by the next run.
-        """
-        return self._of(len(hidden)).head(hidden, draft)
-
-    def _of(self, tokens: int, start: int = -1) -> _Bound:
-        # A prompt has nothing before it: one place, which does not count, stands for the past that a graph
-        # has to read, and not as many as the prompt is about to fill.
-        places = 1 if start == 0 and tokens > KEPT else self.places
-        bound = self._bound.get((tokens, places))
-        if bound is None:
-            for long in [key for key in self._bound if key[0] > KEPT]:
-                del self._bound[long]  # a prompt's; they come once
-            bound = self._bound[tokens, places] = _Bound(self.engine, self, tokens, places)
-        return bound
+    def _bound(self, tokens: int, start: int = -1) -> _BoundSteps:
+        # Nothing is before a prompt: one place, which does not count, stands for the past that a graph has to
+        # read, instead of as many as the prompt is about to fill.
+        places = 1 if start == 0 and tokens > KEPT_TOKENS else self.places
+        steps = self._steps.get((tokens, places))
+        if steps is None:
+            for long_key in [key for key in self._steps if key[0] > KEPT_TOKENS]:
+                del self._steps[long_key]  # a prompt comes once
+            steps = self._steps[tokens, places] = _BoundSteps(self.engine, self, tokens, places)
+        return steps
 
 
-class _Stretch(NamedTuple):
-    """Runs of bound segments, one after another, or of what fills the cache of one.
+class _BoundStep(NamedTuple):
+    """One run of a bound graph, its output, and pairs (cache with tokens first, what the step adds to it)."""
 
-    made: by the last of them. added: places in the cache, tokens first, and what they put there.
-    """
-
-    runs: tuple[Run, ...]
-    made: Made
+    run: Run
+    output: SegmentOutput
     added: list[tuple[Array, Array]]
 
 
-class _Bound:
-    """Memory for so many tokens, bound to the graphs and to one cache's arrays when first needed.
+class _BoundSteps:
+    """Memory for so many tokens, bound to the graphs and to the arrays of one cache when first needed.
 
-    Hidden states stand between segments, where one writes them and the next reads them.
+    The hidden state between two segments has one array, which one step writes and the next one reads.
     """
 
-    def __init__(self, engine: DecoderEngine, cache: Cache, tokens: int, places: int) -> None:
+    def __init__(self, engine: OrtDecoderEngine, cache: KVCache, tokens: int, places: int) -> None:
         self._engine, self._cache, self._tokens, self._places = engine, cache, tokens, places
-        stem, segments = engine.facts_of(engine.manifest.stem), engine.manifest.segments
-        made = {tensor.name: self._array(tensor) for tensor in (*stem.inputs, *stem.outputs)}
-        self._ids, self._positions = made["input_ids"], made["position_ids"]
-        self._valid, embedded = made["past_valid"], made.pop("hidden")
+        stem, segments = engine.graph_of(engine.manifest.stem), engine.manifest.segments
+        arrays = {tensor.name: self._array(tensor) for tensor in (*stem.inputs, *stem.outputs)}
+        self._ids, self._positions = arrays["input_ids"], arrays["position_ids"]
+        self._valid, embedded = arrays["past_valid"], arrays.pop("hidden")
         self._between = [embedded, *(np.zeros_like(embedded) for _ in segments)]  # each [1, tokens, hidden]
-        self._leaving = np.zeros_like(embedded)  # what a head reads
-        self._new = [kept.added(tokens) for kept in cache.stacks]
-        past = [kept if places == cache.places else kept.like(places) for kept in cache.stacks]
-        for stack in (*past, *self._new):
-            made |= stack.parts
-        self._shared = made
-        self._stretches: dict[tuple[int, int, bool, bool], _Stretch] = {}
-        self._said: dict[tuple[int, str], Array] = {}
-        self._heads: dict[bool, tuple[Run, Array]] = {}
-        self._stem = self._run(engine.manifest.stem, {"hidden": embedded})
-        self._seen: tuple[int, Sequence[int]] = (-1, ())
-        self._counted = 0  # places, of which past_valid says so
+        self._head_input = np.zeros_like(embedded)
+        self._new = [past.added_by(tokens) for past in cache.past]
+        read = [past if places == cache.places else past.empty_past(places) for past in cache.past]
+        for kv_array in (*read, *self._new):
+            arrays |= kv_array.by_name
+        self._shared = arrays
+        self._steps: dict[tuple[int, bool], _BoundStep] = {}
+        self._heads: dict[bool, tuple[Run, Floats]] = {}
+        self._stem = self._bind(engine.manifest.stem, {"hidden": embedded})
+        self._embedded: tuple[int, Sequence[int]] = (-1, ())  # start and ids of the stem's last run
+        self._valid_places = 0  # places that past_valid marks as filled
 
-    def look(self, ids: Sequence[int], start: int) -> Array:
-        """Run the stem, unless it has just been run on the same."""
-        if self._seen != (start, ids):
+    def embed(self, ids: Sequence[int], start: int) -> Floats:
+        """Run the stem, unless its last run was on the same tokens; hidden [tokens, hidden size]."""
+        if self._embedded != (start, ids):
             self._ids[0], self._positions[0] = ids, self._engine.positions[start : start + self._tokens]
-            if start < self._counted:
+            if start < self._valid_places:
                 self._valid[0, start:] = 0
             else:
-                self._valid[0, self._counted : start] = 1
-            self._counted = start
+                self._valid[0, self._valid_places : start] = 1
+            self._valid_places = start
             self._stem()
-            self._seen = start, list(ids)
-        hidden: Array = self._between[0][0]
+            self._embedded = start, list(ids)
+        hidden: Floats = self._between[0][0]
         return hidden
 
     def run(
-        self,
-        first: int,
-        end: int,
-        ids: Sequence[int],
-        start: int,
-        hidden: Array | None,
-        fill: bool = False,
-        head: bool = False,
-    ) -> Made:
-        """Run segments from `first` to before `end`, or what fills the cache of the one, and the head where
-        it is asked; hidden: None for the stem's.
-        """
-        self.look(ids, start)
-        if hidden is not None:
-            self._between[first][0] = hidden
-        found = self._stretches.get((first, end, fill, head))
-        if found is None:
-            found = self._stretches[first, end, fill, head] = self._bind(first, end, fill, head)
-        for run in found.runs:
-            run()
-        for kept, new in found.added:
-            kept[start : start + self._tokens] = new
-        return found.made
+        self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None, fill: bool = False
+    ) -> SegmentOutput:
+        """Run a segment, or its cache fill, and write what it adds into the cache."""
+        self.embed(ids, start)  # the stem's masks and rotations are read by every segment
+        if hidden is not None and segment:
+            self._between[segment][0] = hidden
+        step = self._steps.get((segment, fill))
+        if step is None:
+            step = self._steps[segment, fill] = self._bind_segment(segment, fill)
+        step.run()
+        for cache, new in step.added:
+            cache[start : start + self._tokens] = new
+        return step.output
 
-    def head(self, hidden: Array, draft: bool) -> Array:
-        """Run the head, or the one that drafts, of n tokens."""
-        found = self._heads.get(draft)
-        if found is None:
-            found = self._heads[draft] = self._bind_head(self._leaving, draft)
-        run, logits = found
-        self._leaving[0] = hidden
+    def logits(self, hidden: Floats, draft: bool) -> Floats:
+        """Run the head, or the draft head."""
+        bound = self._heads.get(draft)
+        if bound is None:
+            bound = self._heads[draft] = self._bind_head(draft)
+        run, logits = bound
+        self._head_input[0] = hidden
         run()
         return logits
 
-    def _bind_head(self, hidden: Array, draft: bool) -> tuple[Run, Array]:
-        facts = self._engine.manifest.decoder
-        assert facts is not None
-        stage = facts.draft if draft and facts.draft is not None else facts.head
-        logits = self._array(self._engine.facts_of(stage).outputs[0])
-        return self._run(stage, {"hidden": hidden, "logits": logits}), logits[0]
+    def _bind_head(self, draft: bool) -> tuple[Run, Floats]:
+        decoder = self._engine.decoder
+        head = decoder.draft if draft and decoder.draft is not None else decoder.head
+        logits = self._array(self._engine.graph_of(head).outputs[0])
+        return self._bind(head, {"hidden": self._head_input, "logits": logits}), logits[0]
 
-    def _bind(self, first: int, end: int, fill: bool, head: bool) -> _Stretch:
-        runs, puts = [], set[str]()
-        for number, segment in enumerate(self._engine.manifest.segments[first:end], first):
-            stage = self._engine.fills[segment.blocks] if fill else segment
-            outputs = {tensor.name: tensor for tensor in self._engine.facts_of(stage).outputs}
-            before, behind = self._between[number : number + 2]
-            own = {"hidden": before, f"{NEXT}hidden": behind}
-            for name in (LEAVING, GATE):
-                if name in outputs:  # held by this object: a binding holds nothing
-                    own[name] = self._said.setdefault((number, name), self._array(outputs[name]))
-            runs.append(self._run(stage, own))
-            puts |= set(outputs)
-        added = []
-        for kept, new in zip(self._cache.stacks, self._new, strict=True):
-            if (rows := new.rows(puts)) is not None:
-                added.append((kept.by_token[:, rows], new.by_token[:, rows]))
-        out, gate = before if fill else behind, own.get(GATE)  # a fill leaves hidden as it is
-        made = Made(out[0], own.get(LEAVING, out)[0], None if gate is None else gate[0])
-        if head:
-            run, logits = self._bind_head(out, draft=False)
-            runs, made = [*runs, run], made._replace(logits=logits)
-        return _Stretch(tuple(runs), made, added)
+    def _bind_segment(self, number: int, fill: bool) -> _BoundStep:
+        segment = self._engine.manifest.segments[number]
+        segment = self._engine.fill_graphs[segment.blocks] if fill else segment
+        outputs = {tensor.name: tensor for tensor in self._engine.graph_of(segment).outputs}
+        before, after = self._between[number : number + 2]
+        arrays = {"hidden": before, f"{NEXT}hidden": after}
+        for name in (EXIT_HIDDEN, GATE):
+            if name in outputs:
+                arrays[name] = self._array(outputs[name])
+        run, added = self._bind(segment, arrays), []
+        for past, new in zip(self._cache.past, self._new, strict=True):
+            if (blocks := new.block_range(set(outputs))) is not None:
+                added.append((past.by_token[:, blocks], new.by_token[:, blocks]))
+        hidden = before if fill else after  # a fill leaves hidden as it is
+        gate = arrays.get(GATE)
+        exit_hidden = arrays.get(EXIT_HIDDEN, hidden)
+        return _BoundStep(
+            run, SegmentOutput(hidden[0], exit_hidden[0], None if gate is None else gate[0]), added
+        )
 
-    def _run(self, stage: Stage, own: dict[str, Array]) -> Run:
-        session, facts = self._engine.session(stage), self._engine.facts_of(stage)
+    def _bind(self, segment: Segment, own_arrays: Mapping[str, Array]) -> Run:
+        """One run of a graph on these arrays and the shared ones, which this object has to keep alive."""
+        session, graph = self._engine.session(segment), self._engine.graph_of(segment)
         binding = self._engine.ort.IOBinding(session)
-        known = self._shared | own
-        for bind, tensors in ((binding.bind_input, facts.inputs), (binding.bind_output, facts.outputs)):
+        arrays = {**self._shared, **own_arrays}
+        for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
             for tensor in tensors:
-                array = known[tensor.name]
+                array = arrays[tensor.name]
                 bind(tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return runner(self._engine.ort, session, binding)
 
-    def _array(self, tensor: Tensor) -> Array:
+    def _array(self, tensor: Tensor) -> Any:
         return np.zeros(shape_of(tensor, self._tokens, self._places), tensor.dtype)
-
-
-__all__ = ["Cache", "DecoderEngine", "Made"]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle.manifest import ImageInput
-from offramp.runtime.errors import BadBundle, BadInput, EngineUnavailable
+from offramp.runtime.errors import BadBundle, BadInput, EngineUnavailable, ItemError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,8 +33,8 @@ def decode(picture: Any) -> Image:
     """A picture in RGB: a path, the bytes of a file, a PIL image, or uint8 [height, width] (grey) or [height,
     width, 3] (RGB).
 
-    What a camera says of its rotation is followed in files, not in images that are already open. Raises
-    BadInput for what is no picture, EngineUnavailable where Pillow is not installed.
+    The rotation that a camera wrote into a file is applied; an image that is already open stays as it is.
+    Raises BadInput for what is no picture, EngineUnavailable where Pillow is not installed.
     """
     images = _pillow("PIL.Image")
     try:
@@ -69,14 +69,14 @@ def pixels(picture: Any, facts: ImageInput) -> Pixels:
     return _centre(np.asarray(image), facts.height, facts.width)
 
 
-def normalized(found: Pixels, facts: ImageInput) -> NDArray[np.float32]:
-    """What the stem reads, float32 [batch, 3, height, width]; found uint8 [batch, height, width, 3]."""
+def normalized(images: Pixels, facts: ImageInput) -> NDArray[np.float32]:
+    """The stem's input, float32 [batch, 3, height, width]; images uint8 [batch, height, width, 3]."""
     scale, mean, std = facts.scale, np.array(facts.mean), np.array(facts.std)
     if facts.channels == "BGR":
-        found = found[..., ::-1]
+        images = images[..., ::-1]
     factor, shift = (scale / std).astype(np.float32), (-mean / std).astype(np.float32)
-    made = found.astype(np.float32) * factor + shift  # [batch, height, width, 3]
-    return np.ascontiguousarray(made.transpose(0, 3, 1, 2))
+    values = images.astype(np.float32) * factor + shift  # [batch, height, width, 3]
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,29 @@ class ImageRow:
     truncated: bool = False
 
 
-class ImageEncoder:
+class ImageReader:
     """The manifest's image preprocessing; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
-        stem = next(iter(bundle.manifest.stem.variants.values()))
+        stem = bundle.manifest.stem.first_graph
         facts = bundle.manifest.input
         assert isinstance(facts, ImageInput)
         self._facts = facts
-        strange = [tensor.name for tensor in stem.inputs if tensor.name != PIXELS]
-        if strange:
-            raise BadBundle(f"{bundle.folder}: stem input {strange[0]!r} cannot be made from an image")
+        unknown = [tensor.name for tensor in stem.inputs if tensor.name != PIXELS]
+        if unknown:
+            raise BadBundle(f"{bundle.folder}: stem input {unknown[0]!r} cannot be made from an image")
         (hidden,) = (tensor for tensor in stem.outputs if tensor.name == "hidden")
         self._length = int(hidden.shape[1])
-        _pillow("PIL.Image")  # said when a bundle is opened, not at the first image
+        _pillow("PIL.Image")  # a missing Pillow is an error when a bundle is opened, not at the first image
 
-    def __call__(self, items: Sequence[Any]) -> list[ImageRow]:
-        """Rows of pixels. Raises BadInput with the number of the item in `items`."""
-        rows = []
+    def read(self, items: Sequence[object]) -> list[ImageRow | ItemError]:
+        """Rows of pixels, or an ItemError in the place of what is no image."""
+        rows: list[ImageRow | ItemError] = []
         for number, item in enumerate(items):
             try:
                 rows.append(ImageRow(pixels(item, self._facts), self._length))
             except BadInput as problem:
-                raise BadInput(f"item {number}: {problem}") from problem
+                rows.append(ItemError(number, str(problem)))
         return rows
 
     def arrays(self, rows: Sequence[ImageRow]) -> dict[str, NDArray[Any]]:
@@ -118,7 +118,7 @@ class ImageEncoder:
         return {PIXELS: normalized(np.stack([row.pixels for row in rows]), self._facts)}
 
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
-        """The stem's input for rows without a meaning; images have but one length."""
+        """The stem's input for black images; every image has the same length."""
         return {PIXELS: np.zeros((rows, 3, self._facts.height, self._facts.width), np.float32)}
 
 
@@ -131,16 +131,16 @@ def _target(size: tuple[int, int], resize: Sequence[int]) -> tuple[int, int]:
     return scaled if size[0] <= size[1] else (scaled[1], scaled[0])
 
 
-def _centre(found: Pixels, height: int, width: int) -> Pixels:
+def _centre(image: Pixels, height: int, width: int) -> Pixels:
     """The middle of an image [any, any, 3]; where it is smaller, black around it."""
-    high, wide = found.shape[:2]
+    high, wide = image.shape[:2]
     if high < height or wide < width:
         canvas = np.zeros((max(high, height), max(wide, width), 3), np.uint8)
         top, left = -((high - len(canvas)) // 2), -((wide - canvas.shape[1]) // 2)
-        canvas[top : top + high, left : left + wide] = found
-        found, (high, wide) = canvas, canvas.shape[:2]
+        canvas[top : top + high, left : left + wide] = image
+        image, (high, wide) = canvas, canvas.shape[:2]
     top, left = (high - height) // 2, (wide - width) // 2
-    return found[top : top + height, left : left + width]
+    return image[top : top + height, left : left + width]
 
 
 def _of_array(array: NDArray[Any], images: Any) -> Image:
@@ -150,8 +150,8 @@ def _of_array(array: NDArray[Any], images: Any) -> Image:
             f"an array of {array.dtype} {list(array.shape)}; expected uint8 [height, width, 3] in RGB "
             "or [height, width]"
         )
-    made: Image = images.fromarray(np.ascontiguousarray(array)).convert("RGB")
-    return made
+    image: Image = images.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    return image
 
 
 def _pillow(module: str) -> Any:
@@ -163,4 +163,4 @@ def _pillow(module: str) -> Any:
         ) from problem
 
 
-__all__ = ["BadInput", "ImageEncoder", "ImageInput", "ImageRow", "decode", "normalized", "pixels"]
+__all__ = ["BadInput", "ImageInput", "ImageReader", "ImageRow", "decode", "normalized", "pixels"]

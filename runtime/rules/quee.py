@@ -1,10 +1,11 @@
-"""Rule quee: leave, or go on in one variant to one exit, by forecast errors and the price of what is ahead.
+"""Rule quee: exit, or go on in one variant to one exit, by forecast errors and the price of the rest.
 
-Source: QuEE (arXiv 2406.14404), of which no code and no formulas were at hand. The decision is a
-reconstruction: after every segment, leave iff P(wrong | leaving) is at most the least of P(wrong | path) +
-price * cost(path) over the paths ahead; otherwise take the first step of the best path and decide anew after
-it. A path is (variant, exit): every segment up to that exit in that variant. A row changes its variant once
-at most, which keeps the paths few and makes every walk one that was seen when the forecasts were fitted.
+Source: QuEE (arXiv 2406.14404), of which no code and no formulas were available. The decision is a
+reconstruction: after every segment, exit iff P(wrong | exit) is at most the minimum of P(wrong | path) +
+price * cost(path) over the paths ahead; otherwise take the first step of the best path and decide again after
+it. A path is (variant, exit): every segment up to that exit in that variant. A row changes its variant at
+most once, which keeps the number of paths small and allows only walks that were seen when the forecasts were
+fitted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.rules import Floats, Plan, RuleSpec, Signals, StepCosts
+from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan
 
 UNITS = ("bops", "ms")  # what the parameter "measured" chooses between, 0 and 1
 CURES = {
@@ -27,16 +29,25 @@ CURES = {
 
 
 @dataclass(frozen=True)
-class Quee:
-    """The rule at one price; see make().
+class QueeRule:
+    """The rule at one price; see make_quee().
 
-    charges: by segment, [changed, variant now, 1 + variants * exits ahead]: price times the cost of leaving
-    (0) and of every path; infinite for the paths that a row which has changed its variant may not take.
+    charges: by segment, [changed, current variant, 1 + variants * exits ahead]: price times the cost of an
+    exit here (0) and of every path; infinite for paths that a row which has changed its variant may not take.
     """
 
     spec: RuleSpec
     charges: Sequence[Floats]
     width: int = field(default=0, init=False)
+
+    @property
+    def exit_test(self) -> ExitTest | None:
+        """None: this rule may change the variant; see Rule.exit_test."""
+        return None
+
+    def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
+        """Every segment in one variant; see Rule.first_plan."""
+        return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
         if signals.forecast is None:
@@ -45,41 +56,41 @@ class Quee:
         _, variants, paths = charges.shape
         ahead = (paths - 1) // variants
         if len(plan) == 1:
-            return self._alone(signals.forecast[0], charges, plan, segment), memory
-        now = plan[:, segment]  # the variant in which each row was run last
-        changed = (now != plan[:, 0]).astype(np.intp)
-        forecast = signals.forecast.reshape(len(now), variants, paths)
-        total = forecast[np.arange(len(now)), now] + charges[changed, now]  # [rows, 1 + paths]
-        best = total.argmin(axis=1)  # the first of equals, so that a tie is for leaving
-        variant, exit_at = np.divmod(best - 1, ahead)
-        order = np.arange(ahead)
-        rest = np.where(order <= exit_at[:, None], variant[:, None], -1)  # [rows, exits ahead]
+            return self._plan_one(signals.forecast[0], charges, plan, segment), memory
+        current = plan[:, segment]  # the variant in which each row ran this segment
+        changed = (current != plan[:, 0]).astype(np.intp)
+        forecast = signals.forecast.reshape(len(current), variants, paths)
+        total = forecast[np.arange(len(current)), current] + charges[changed, current]  # [rows, 1 + paths]
+        best = total.argmin(axis=1)  # the first of equals, so that a tie exits
+        variant, last_exit = np.divmod(best - 1, ahead)
+        exits_ahead = np.arange(ahead)
+        rest = np.where(exits_ahead <= last_exit[:, None], variant[:, None], -1)  # [rows, exits ahead]
         rest[best == 0] = -1
         plan = plan.copy()
         plan[:, segment + 1 :] = rest
         return plan, memory
 
-    def _alone(self, forecast: Floats, charges: Floats, plan: Plan, segment: int) -> Plan:
-        """The same for one row, in a third of the calls: between two segments every one of them shows."""
+    def _plan_one(self, forecast: Floats, charges: Floats, plan: Plan, segment: int) -> Plan:
+        """The same for one row with a third of numpy's calls, each of which counts between two segments."""
         _, variants, paths = charges.shape
-        now = plan.item(0, segment)
-        total = forecast[now * paths : (now + 1) * paths] + charges[int(now != plan.item(0, 0)), now]
-        best = int(total.argmin())
+        current = plan.item(0, segment)
+        path_forecast = forecast[current * paths : (current + 1) * paths]
+        best = int((path_forecast + charges[int(current != plan.item(0, 0)), current]).argmin())
         plan = plan.copy()
         plan[0, segment + 1 :] = -1
         if best:
-            variant, exit_at = divmod(best - 1, (paths - 1) // variants)
-            plan[0, segment + 1 : segment + 2 + exit_at] = variant
+            variant, last_exit = divmod(best - 1, (paths - 1) // variants)
+            plan[0, segment + 1 : segment + 2 + last_exit] = variant
         return plan
 
 
-def make(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> Quee:
+def make_quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> QueeRule:
     """The rule that a spec describes.
 
     Parameters: price, in errors for a full walk in the default variant; measured: 0 charges bit operations, 1
-    the milliseconds of the bundle's calibration (left out: 0). Costs count as shares of that full walk, so
-    that a price means the same in both. Raises BadSetting for parameters that do not exist or cannot be, and
-    where the bundle does not say the costs.
+    the milliseconds of the bundle's calibration (default 0). Costs are shares of that full walk, so that a
+    price means the same in both. Raises BadSetting for parameters that are unknown or out of range, and where
+    the bundle lacks the costs.
     """
     unknown = sorted(set(spec.parameters) - {"price", "measured"})
     if unknown:
@@ -99,21 +110,22 @@ def make(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> Quee:
         )
     unit = UNITS[int(measured)]
     if unit not in costs:
-        raise BadSetting(f"rule quee: this bundle does not say what its steps cost in {unit}; {CURES[unit]}")
+        raise BadSetting(f"rule quee: this bundle has no costs of its steps in {unit}; {CURES[unit]}")
     steps = np.array(list(costs[unit].steps.values()))  # [variants, segments]
-    return Quee(spec, [charges(steps / steps[0].sum(), price, at) for at in range(segments - 1)])
+    shares = steps / steps[0].sum()
+    return QueeRule(spec, [path_charges(shares, price, segment) for segment in range(segments - 1)])
 
 
-def charges(steps: NDArray[np.float64], price: float, segment: int) -> Floats:
-    """What leaving and every path are charged after a segment, [changed, now, 1 + variants * exits ahead];
-    steps [variants, segments].
+def path_charges(steps: NDArray[np.float64], price: float, segment: int) -> Floats:
+    """The charge of an exit and of every path after a segment, [changed, current variant, 1 + variants *
+    exits ahead]; steps [variants, segments]: cost of each step.
     """
     variants = len(steps)
     ahead = price * steps[:, segment + 1 :].cumsum(axis=1)  # [variants, exits ahead]
-    every = np.concatenate([[0.0], ahead.ravel()])  # leaving is free: its exit has run
-    table = np.broadcast_to(every, (2, variants, len(every))).copy()
-    for now in range(variants):
-        others = np.repeat(np.arange(variants) != now, ahead.shape[1])
-        table[1, now, 1:][others] = np.inf
-    charged: Floats = table.astype(np.float32)
-    return charged
+    charges = np.concatenate([[0.0], ahead.ravel()])  # an exit here is free: it has been computed
+    table = np.broadcast_to(charges, (2, variants, len(charges))).copy()
+    for current in range(variants):
+        other_variants = np.repeat(np.arange(variants) != current, ahead.shape[1])
+        table[1, current, 1:][other_variants] = np.inf
+    result: Floats = table.astype(np.float32)
+    return result

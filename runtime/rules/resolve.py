@@ -1,82 +1,134 @@
-"""What the caller wishes for and what the bundle says, brought together: a rule and a variant to walk in."""
+"""One resolver: the caller's options and the bundle's manifest to a rule and a variant, for every bundle."""
 
 from __future__ import annotations
 
-from offramp.runtime import rules
-from offramp.runtime.bundle.manifest import Manifest, RuleSpec
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import GENERATION, Manifest, RuleSpec
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.rules.base import Rule
+from offramp.runtime.rules.registry import RULES, bind, main_parameter, rules_for
+from offramp.runtime.rules.route import read_routing
 
-# What a rule reads beside logits, and what makes it.
-READS = {"gate": ("gate", "policy"), "quee": ("forecast", "error forecast")}
+# The signal that a rule reads instead of logits, and the part of the network that computes it.
+SIGNAL_OF = {"gate": ("gate", "policy"), "quee": ("forecast", "error forecast")}
+EXIT_KV = ("deferred", "propagate")  # what the cache gets of a token behind the exit where it stopped
 
 
-def choose(
+def resolve(
     manifest: Manifest,
     *,
-    rule: str | RuleSpec | None,
-    threshold: float | None,
-    point: str | None,
-    variant: str | None,
+    rule: str | RuleSpec | None = None,
+    threshold: float | None = None,
+    point: str | None = None,
+    variant: str | None = None,
 ) -> tuple[RuleSpec, str]:
-    """The rule and variant that wishes and manifest come to; BadSetting names a contradiction."""
+    """The rule and the variant to start in; BadSetting for options that are unknown or contradict.
+
+    Without rule, threshold and point, the bundle's own rule is used.
+    """
     if variant is not None and variant not in manifest.variants:
         raise BadSetting(
             f"variant {variant!r} is not in this bundle; it offers: {', '.join(manifest.variants)}"
         )
     if point is not None:
         if rule is not None or threshold is not None:
-            raise BadSetting(f"point {point!r} sets the rule and its threshold: wish for either, not both")
-        found = next((known for known in manifest.points if known.name == point), None)
-        if found is None:
-            known = ", ".join(p.name for p in manifest.points) or "none at all"
-            raise BadSetting(f"operating point {point!r} is not in this bundle; it has: {known}")
-        if variant not in (None, found.variant):
+            raise BadSetting(f"point {point!r} sets the rule and its threshold: give either, not both")
+        points = {entry.name: entry for entry in manifest.points}
+        if point not in points:
+            names = ", ".join(points) or "none at all"
+            raise BadSetting(f"operating point {point!r} is not in this bundle; it has: {names}")
+        if variant not in (None, points[point].variant):
             raise BadSetting(
-                f"point {point!r} was measured in variant {found.variant}, not {variant}: wish for either"
+                f"point {point!r} was measured in variant {points[point].variant}, not {variant}: give either"
             )
-        return _readable(manifest, found.rule), found.variant
-    if isinstance(rule, RuleSpec):
+        spec, variant = points[point].rule, points[point].variant
+    elif isinstance(rule, RuleSpec):
         spec = rule
     elif rule is None or rule == manifest.rule.name:
         spec = manifest.rule
     else:
-        # A gate is a probability, so one half is its natural threshold; of the others, none is.
+        # A gate is a probability, so one half is its natural threshold; no other rule has one.
         spec = RuleSpec(rule, {"threshold": 0.5} if rule == "gate" else {})
+    _check_task(manifest, spec)
     if threshold is not None:
-        parameter = rules.main_parameter(spec.name)
+        parameter = main_parameter(spec.name)
         if parameter is None:
             raise BadSetting(f"rule {spec.name} has no threshold")
         spec = RuleSpec(spec.name, {**spec.parameters, parameter: float(threshold)})
-    return _readable(manifest, spec), variant or _usual(manifest, spec)
+    _check_signals(manifest, spec)
+    return spec, variant or _usual_variant(manifest, spec)
 
 
-def _usual(manifest: Manifest, spec: RuleSpec) -> str:
-    """The variant in which rows start: that of the point "default" where the rule is its own."""
-    found = (p.variant for p in manifest.points if p.name == "default" and p.rule.name == spec.name)
-    return next(found, manifest.variants[0])
+def bind_to(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -> Rule:
+    """The rule of a spec for a bundle; BadSetting where the bundle lacks what the rule needs.
+
+    exit_kv: one of EXIT_KV; other than the default only for rules with which a token can exit early.
+    """
+    manifest = bundle.manifest
+    _check_exit_kv(manifest, spec, exit_kv)
+    routing = read_routing(bundle) if spec.name == "route" and len(manifest.segments) > 1 else None
+    return bind(spec, len(manifest.segments), manifest.costs, routing)
 
 
-def _readable(manifest: Manifest, spec: RuleSpec) -> RuleSpec:
-    """The spec, unless it asks for a signal that the bundle does not give."""
-    signal, maker = READS.get(spec.name, ("logits", "exit"))
-    for segment in manifest.segments[:-1]:
-        outputs = [tensor.name for tensor in next(iter(segment.variants.values())).outputs]
-        if signal not in outputs:
-            others = ", ".join(name for name in rules.KNOWN if name not in READS)
-            raise BadSetting(
-                f"rule {spec.name}: {segment.name} has no {maker} in this bundle; choose one of: {others}"
-            )
-    return spec
+def points_to_measure(manifest: Manifest, names: str | None) -> list[str | None]:
+    """Names of operating points (None: the bundle's own rule) without those that only name the full walk.
 
-
-def chosen_points(manifest: Manifest, wish: str | None) -> list[str | None]:
-    """Names of operating points (None: the bundle's own rule) but those that only name the full walk."""
+    names: comma-separated, None for "default" or else the first.
+    """
     known = {point.name: point for point in manifest.points}
-    if wish is None:
+    if names is None:
         return ["default" if "default" in known else next(iter(known), None)]
-    names = [name for name in dict.fromkeys(part.strip() for part in wish.split(",")) if name]
-    if not names:
-        raise BadSetting(f"points {wish!r}: name at least one of: {', '.join(known) or 'full'}")
-    plain = ("never", manifest.variants[0])
-    whole = {"full"} - set(known) | {p.name for p in manifest.points if (p.rule.name, p.variant) == plain}
-    return [name for name in names if name not in whole]
+    chosen = [name for name in dict.fromkeys(part.strip() for part in names.split(",")) if name]
+    if not chosen:
+        raise BadSetting(f"points {names!r}: name at least one of: {', '.join(known) or 'full'}")
+    full = ("never", manifest.variants[0])
+    full_depth = {"full"} - set(known) | {p.name for p in manifest.points if (p.rule.name, p.variant) == full}
+    return [name for name in chosen if name not in full_depth]
+
+
+def _check_task(manifest: Manifest, spec: RuleSpec) -> None:
+    """The rule exists and is for bundles of this task."""
+    generates = manifest.task == GENERATION
+    known = rules_for(generates=generates)
+    if spec.name not in RULES:
+        raise BadSetting(f"rule {spec.name!r} is not known; choose one of: {', '.join(known)}")
+    if spec.name not in known:
+        verb = "generate text" if generates else "classify"
+        raise BadSetting(
+            f"rule {spec.name!r} is not for bundles that {verb}; choose one of: {', '.join(known)}"
+        )
+    if generates and spec.name != "never" and len(manifest.segments) == 1:
+        raise BadSetting(f"rule {spec.name}: the bundle has one segment, so there is nothing to choose")
+
+
+def _check_signals(manifest: Manifest, spec: RuleSpec) -> None:
+    """The rule reads no signal that the bundle does not compute."""
+    generates = manifest.task == GENERATION
+    if generates and spec.name not in SIGNAL_OF:
+        return  # a decoder's head computes logits after any segment
+    signal, source = SIGNAL_OF.get(spec.name, ("logits", "exit"))
+    for segment in manifest.segments[:-1]:
+        if signal not in (tensor.name for tensor in segment.first_graph.outputs):
+            others = ", ".join(name for name in rules_for(generates=generates) if name not in SIGNAL_OF)
+            raise BadSetting(
+                f"rule {spec.name}: {segment.name} has no {source} in this bundle; choose one of: {others}"
+            )
+
+
+def _check_exit_kv(manifest: Manifest, spec: RuleSpec, exit_kv: str) -> None:
+    if exit_kv not in EXIT_KV:
+        raise BadSetting(f"exit_kv {exit_kv!r}: choose one of {', '.join(EXIT_KV)}")
+    if exit_kv == EXIT_KV[0]:
+        return
+    if manifest.decoder is None:
+        raise BadSetting(f"exit_kv {exit_kv}: this bundle classifies, so it has no cache")
+    if RULES[spec.name].exits is None or spec.name == "never":
+        raise BadSetting(f"exit_kv {exit_kv}: with rule {spec.name} no token exits early; leave it out")
+    if not manifest.decoder.cache_fills:
+        raise BadSetting(f"exit_kv {exit_kv}: the bundle has no graphs for it; write it again with ee-split")
+
+
+def _usual_variant(manifest: Manifest, spec: RuleSpec) -> str:
+    """The variant in which rows start: that of the point "default" where it has the same rule."""
+    variants = (p.variant for p in manifest.points if p.name == "default" and p.rule.name == spec.name)
+    return next(variants, manifest.variants[0])

@@ -1,82 +1,180 @@
-"""A route a text: some segments for all tokens of an answer, chosen by the prompt (after arXiv 2410.20022).
+"""Rule route: which segments an answer skips is chosen for each text by its prompt (after arXiv 2410.20022).
 
-The menu is the same for every bundle of so many segments: all of them, every few left out evenly, and an exit
-after the first few. What chooses is a linear forecast of how well each will do, from the hidden state of the
-prompt's last token behind the first segment; ee-calibrate learns it and writes it into the bundle.
+The routes are the same for every bundle with so many segments: all of them, some skipped evenly, and an exit
+after the first few. A router chooses among them: one linear layer that forecasts how well each route will do
+from the hidden state of the prompt's last token after the first segment. ee-calibrate fits it and writes it
+into the bundle. The paper has an oracle allocation (training.knapsack) and publishes no such router. It is a
+ridge regression, so there is no training loop: its strength is the one with the smallest leave-one-out error,
+which has a closed form.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import Manifest
-from offramp.runtime.engines.base import Array
+from offramp.runtime.bundle.manifest import Manifest, RuleSpec
 from offramp.runtime.errors import BadBundle, BadSetting
-from offramp.runtime.generate import Skipping, Way
-from offramp.runtime.rules.router import Router, read_router
+from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan, never_exits
+from offramp.runtime.rules.skip import skipped_segments, thinned_plan
 
-FILE = "router.npz"  # in a bundle
-KINDS = 4  # routes of each kind, at most
+ROUTER_FILE = "router.npz"  # in a bundle
+ROUTES_OF_A_KIND = 4  # at most
+STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-4, 13))
+PRICES: tuple[float, ...] = (0.0, *np.geomspace(1e-6, 1e3, 500).tolist())  # score for one unit of cost
 
 
 @dataclass(frozen=True)
 class Route:
-    """skipped: segments (0-based) that answers go past. blocks: those that are run."""
+    """Which segments (0-based) an answer skips, and how many blocks are left to run."""
 
     name: str
     skipped: frozenset[int]
     blocks: int
 
 
-def menu(manifest: Manifest) -> tuple[Route, ...]:
-    """Routes of a bundle, the full one first; from half of the segments on."""
+def routes_of(manifest: Manifest) -> tuple[Route, ...]:
+    """All routes of a bundle, the full one first; each runs at least half of the segments."""
     sizes = [len(segment.blocks) for segment in manifest.segments]
-    count, found = len(sizes), {frozenset[int](): "full"}
-    counts = sorted({round(share * count) for share in np.linspace(0.5, 1, KINDS + 1)[:-1]} - {0, 1, count})
-    for run in reversed(counts):
-        found.setdefault(skipped(count, run), f"skip to {run}")
-        found.setdefault(frozenset(range(run, count)), f"exit at {run}")
+    count, names = len(sizes), {frozenset[int](): "full"}
+    shares = np.linspace(0.5, 1, ROUTES_OF_A_KIND + 1)[:-1]
+    for run in sorted({round(share * count) for share in shares} - {0, 1, count}, reverse=True):
+        names.setdefault(skipped_segments(count, run), f"skip to {run}")
+        names.setdefault(frozenset(range(run, count)), f"exit at {run}")
     return tuple(
-        Route(name, past, sum(size for at, size in enumerate(sizes) if at not in past))
-        for past, name in found.items()
+        Route(name, skipped, sum(size for segment, size in enumerate(sizes) if segment not in skipped))
+        for skipped, name in names.items()
     )
 
 
-def skipped(count: int, run: int) -> frozenset[int]:
-    """Segments (0-based) to go past where `run` of them are run: the middles of equal parts of what stands
-    between the first and the last.
+@dataclass(frozen=True)
+class Router:
+    """Forecasts the score of each route, relative to their mean: (features - shift) / scale @ weights + bias.
+
+    weights [features, routes]. costs [routes]: what each route costs. strength: of the ridge. error: mean
+    squared leave-one-out error of the forecasts, divided by that of the mean scores (1: no information).
     """
-    past = count - run
-    return frozenset(1 + int((part + 0.5) * (count - 2) / past) for part in range(past))
+
+    shift: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+    costs: np.ndarray
+    strength: float
+    error: float
+
+    def forecast(self, features: np.ndarray) -> np.ndarray:
+        """Relative score of each route [texts, routes]; features [texts, features]."""
+        scores: np.ndarray = (features - self.shift) / self.scale @ self.weights + self.bias
+        return scores
+
+    def choose(self, features: np.ndarray, price: float) -> np.ndarray:
+        """Route of each text [texts]: largest forecast minus price times cost, the cheaper of equals."""
+        order = np.argsort(self.costs, kind="stable")
+        worth = self.forecast(features) - price * self.costs
+        routes: np.ndarray = order[np.argmax(worth[:, order], axis=1)]
+        return routes
+
+    def price_for(self, features: np.ndarray, cost: float) -> float:
+        """The lowest of PRICES at which the mean cost of these texts is at most `cost`, or the highest."""
+        for price in PRICES:
+            if self.costs[self.choose(features, price)].mean() <= cost:
+                return price
+        return PRICES[-1]
+
+    def to_bytes(self) -> bytes:
+        """The router as a .npz file."""
+        target = io.BytesIO()
+        np.savez(target, **{item.name: getattr(self, item.name) for item in fields(self)})
+        return target.getvalue()
 
 
-class Routing:
-    """Chooses the way of a text; price: what a block has to bring, in nats a token."""
-
-    def __init__(self, router: Router, routes: tuple[Route, ...], price: float) -> None:
-        self._router, self._routes, self._price = router, routes, price
-
-    def chosen(self, hidden: Array) -> Way:
-        """See generate.Chooser."""
-        return Skipping(self._routes[self.number(hidden)].skipped)
-
-    def number(self, hidden: Array) -> int:
-        """Of the route in the menu."""
-        return int(self._router.choose(hidden[None].astype(np.float64), self._price)[0])
-
-
-def open_routing(bundle: Bundle, price: float) -> Routing:
-    """What ee-calibrate left in a bundle; BadSetting where there is none, BadBundle where it is no router."""
-    if FILE not in bundle.manifest.files:
-        raise BadSetting(
-            f"rule route: {bundle.folder} has no router; learn one with: ee-calibrate pairs.jsonl"
-        )
-    routes = menu(bundle.manifest)
+def read_router(data: bytes, features: int, routes: int) -> Router:
+    """Read what Router.to_bytes wrote; ValueError where it is no router for so many features and routes."""
     try:
-        router = read_router(bundle.read(FILE), bundle.manifest.hidden_size, len(routes))
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            values = {item.name: arrays[item.name] for item in fields(Router)}
+    except Exception as problem:  # zipfile's and numpy's errors share no base
+        raise ValueError(f"not a router: {problem}") from problem
+    if values["weights"].shape != (features, routes) or values["costs"].shape != (routes,):
+        raise ValueError(f"a router of {values['weights'].shape}, this bundle's has {(features, routes)}")
+    strength, error = (float(values.pop(name)) for name in ("strength", "error"))
+    return Router(**values, strength=strength, error=error)
+
+
+def fit_router(features: np.ndarray, scores: np.ndarray, costs: np.ndarray) -> Router:
+    """Fit a router to texts whose score is known for every route.
+
+    features [texts, features]; scores [texts, routes], higher is better; costs [routes].
+    """
+    features, scores = np.asarray(features, np.float64), np.asarray(scores, np.float64)
+    shift, scale = features.mean(0), features.std(0) + 1e-6
+    inputs = (features - shift) / scale
+    # How hard a text is on every route does not matter for the choice among them.
+    relative = scores - scores.mean(1, keepdims=True)
+    bias = relative.mean(0)
+    relative = relative - bias
+    left, values, right = np.linalg.svd(inputs, full_matrices=False)
+    errors = []
+    for strength in STRENGTHS:
+        shrinkage = values**2 / (values**2 + strength)
+        forecast = left @ (shrinkage[:, None] * (left.T @ relative))
+        leverage = (left**2) @ shrinkage + 1 / len(inputs)  # the bias is fitted too
+        errors.append(float((((relative - forecast) / np.maximum(1 - leverage, 1e-3)[:, None]) ** 2).mean()))
+    strength = STRENGTHS[int(np.argmin(errors))]
+    weights = right.T @ ((values / (values**2 + strength))[:, None] * (left.T @ relative))
+    error_of_means = float(((relative / (1 - 1 / len(inputs))) ** 2).mean())
+    error = min(errors) / error_of_means if error_of_means > 0 else 1.0
+    return Router(shift, scale, weights, bias, np.asarray(costs, np.float64), strength, error)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A bundle's router and the routes that it chooses among."""
+
+    router: Router
+    routes: tuple[Route, ...]
+
+
+def read_routing(bundle: Bundle) -> Routing:
+    """The routing that ee-calibrate wrote; BadSetting where there is none, BadBundle where it is damaged."""
+    if ROUTER_FILE not in bundle.manifest.files:
+        raise BadSetting(f"rule route: {bundle.folder} has no router; fit one with: ee-calibrate pairs.jsonl")
+    routes = routes_of(bundle.manifest)
+    try:
+        router = read_router(bundle.read(ROUTER_FILE), bundle.manifest.hidden_size, len(routes))
     except ValueError as problem:
-        raise BadBundle(f"{bundle.folder / FILE}: {problem}; calibrate the bundle again") from problem
-    return Routing(router, routes, price)
+        path = bundle.folder / ROUTER_FILE
+        raise BadBundle(f"{path}: {problem}; calibrate the bundle again") from problem
+    return Routing(router, routes)
+
+
+@dataclass(frozen=True)
+class RouteRule:
+    """Chooses a route for each text; price: the score, in nats a token, that one block has to bring."""
+
+    spec: RuleSpec
+    routing: Routing
+    price: float
+    width: int = field(default=0, init=False)
+
+    def route(self, hidden: Floats) -> int:
+        """Number of the route for a prompt; hidden [hidden size]: see Rule.first_plan."""
+        return int(self.routing.router.choose(hidden[None].astype(np.float64), self.price)[0])
+
+    @property
+    def exit_test(self) -> ExitTest:
+        """The plan is fixed before the walk; see Rule.exit_test."""
+        return never_exits
+
+    def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
+        """The plan of the chosen route, every segment without a prompt; see Rule.first_plan."""
+        if hidden is None:
+            return full_plan(segments, variant)
+        return thinned_plan(segments, variant, self.routing.routes[self.route(hidden)].skipped)
+
+    def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
+        return plan, memory

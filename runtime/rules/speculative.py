@@ -1,223 +1,178 @@
-"""Self-speculative decoding: early exits draft, what is behind them verifies (LayerSkip, arXiv 2404.16710).
+"""Rule speculative: early exits draft tokens, the other segments verify them (LayerSkip, arXiv 2404.16710).
 
-A token goes through the first segments alone; the head reads a guess at the next one there, which goes the
-same way. Then all of them go through the other segments in one run, which reads the weights once, and the
-head says what each should have been followed by: guesses are kept as far as they agree. Nothing is run twice,
-and the output is that of the full depth.
+A token runs the first segments alone, and the head predicts the next token from there: a draft, which runs
+the same segments. Then all of them run the other segments in one step, which reads the weights once, and the
+head predicts what follows each of them: drafts are accepted as far as they agree with that. No segment is run
+twice for a token, and the text is that of full depth.
 
-How deep to draft, how far, and whether at all follows from what was accepted and what steps took, so far.
+After which segment to draft, how many tokens, and whether at all, is chosen by the acceptance rates and step
+times so far, which this rule keeps for all sequences of a session. offramp.runtime.decoding does the steps.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from offramp.runtime.engines.base import Array
-from offramp.runtime.engines.ort_decoder import Made
-from offramp.runtime.generate import Token
-from offramp.runtime.sequence import Lane
+from offramp.runtime.bundle.manifest import RuleSpec
+from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan, never_exits
 
-MOST = 8  # drafts in a row
-# A run on several tokens rounds otherwise than runs on one. Where the two likeliest lie so close together
-# (logits), the token is run alone, as the full depth would have.
-CLOSE = 1e-3
-CLOSE_ROUNDED = 0.1  # of variants that round activations to 8 bits, where a last bit may become a step
-MEMORY = 0.998  # of what was accepted, by round of that exit: about the last five hundred count
-UNUSED = 0.9995  # by round of another: an exit that was given up is tried again, about once in a hundred
-# Of a draft's own probability, which says much by its order and little by its value: early exits of layerskip
-# are right twice as often as they think.
-BINS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
-FRESH, WEIGHT = 0.8, 4.0  # chance of a draft where none was made yet, and how many drafts that is worth
-HOPE = 0.2  # what may be hoped for beyond, by the square root of drafts seen: what is little known is tried
-SLOPE = 0.1  # of a token more in a run, by the time of one, until it was measured
+MAX_DRAFTS = 8  # in a row
+# Weights of earlier rounds, a round: 0.998 keeps about the last five hundred of the same exit. An exit that
+# is not used is forgotten more slowly, so that it is tried again about once in a hundred rounds.
+KEPT_OF_USED, KEPT_OF_UNUSED = 0.998, 0.9995
+# Limits between classes of a draft's own probability. Its order is informative, its value less so: early
+# exits of layerskip are right twice as often as their probability says.
+CLASSES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
+PRIOR_RATE, PRIOR_DRAFTS = 0.8, 4.0  # acceptance rate before any draft was verified, and its weight in drafts
+OPTIMISM = (
+    0.2  # added to the rate, divided by the root of the number of drafts: what is little known is tried
+)
+TIME_SLOPE = 0.1  # of one more token in a step, as a share of the time of one, until it was measured
 
 
-class Chance:
-    """How often drafts of one exit were right, in general and by their own probability."""
+class AcceptanceRate:
+    """How often drafts of one exit were right, in all and by their own probability."""
 
     def __init__(self) -> None:
-        self._right, self._all = np.zeros(len(BINS) + 1), np.zeros(len(BINS) + 1)
+        self._right, self._drafts = np.zeros(len(CLASSES) + 1), np.zeros(len(CLASSES) + 1)
 
-    def note(self, probability: float, right: bool) -> None:
-        """A draft proved right or wrong, all before it in its round being right."""
-        at = int(np.searchsorted(BINS, probability))
-        self._right[at] += right
-        self._all[at] += 1
+    def record(self, probability: float, right: bool) -> None:
+        """Count a draft; every draft before it in its round was right."""
+        number = int(np.searchsorted(CLASSES, probability))
+        self._right[number] += right
+        self._drafts[number] += 1
 
-    def forget(self, kept: float) -> None:
-        """A round has passed; so much is kept."""
+    def decay(self, kept: float) -> None:
+        """Give all earlier rounds this share of their weight."""
         self._right *= kept
-        self._all *= kept
+        self._drafts *= kept
 
     def overall(self) -> float:
-        """Before a draft is made."""
-        found = float((self._right.sum() + FRESH * WEIGHT) / (self._all.sum() + WEIGHT))
-        return found
+        """Rate of all drafts, shrunk towards the prior while few were verified."""
+        drafts = float(self._drafts.sum())
+        return (float(self._right.sum()) + PRIOR_RATE * PRIOR_DRAFTS) / (drafts + PRIOR_DRAFTS)
 
-    def hoped(self) -> float:
-        """The most that it may well be."""
-        return min(0.99, self.overall() + HOPE / math.sqrt(self._all.sum() + 1))
+    def optimistic(self) -> float:
+        """An upper estimate of the overall rate."""
+        return min(0.99, self.overall() + OPTIMISM / math.sqrt(self._drafts.sum() + 1))
 
-    def of(self, probability: float) -> float:
-        """Once it was made; where little was seen of its like, as of any."""
-        at = int(np.searchsorted(BINS, probability))
-        found = float((self._right[at] + self.overall() * WEIGHT) / (self._all[at] + WEIGHT))
-        return found
+    def at(self, probability: float) -> float:
+        """Rate of drafts with this probability, shrunk towards the overall rate while few were seen."""
+        number = int(np.searchsorted(CLASSES, probability))
+        right, drafts = float(self._right[number]), float(self._drafts[number])
+        return (right + self.overall() * PRIOR_DRAFTS) / (drafts + PRIOR_DRAFTS)
 
 
-class Drafting:
-    """The way of tokens through drafts; made for all sequences of a session, from which it learns.
+class StepTimes:
+    """Seconds of the steps of a decoder by kind ("segment", "head", "draft"), segment and number of tokens."""
 
-    exits: segments behind which may be drafted, counted from 1. offered: drafts that were verified, accepted:
-    those that were right, rounds: verifying runs, by exit (0: steps without a draft).
-    fixed: (exit, drafts) to use always, in place of choosing; for measuring.
-    """
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, int, int], float] = {}
 
-    def __init__(self, exits: Sequence[int], fixed: tuple[int, int] | None = None) -> None:
-        self.exits, self.fixed = tuple(exits), fixed
-        self.offered, self.accepted = dict.fromkeys(exits, 0), dict.fromkeys(exits, 0)
-        self.rounds = dict.fromkeys((0, *exits), 0)
-        self._chances = {exit: Chance() for exit in exits}
-        self._seconds: dict[tuple[str, int, int], float] = {}  # of (what, segment, tokens)
-
-    def __call__(self, lane: Lane, token: int, most: int) -> list[Token]:
-        """One round; see generate.Way."""
-        before, start = lane.ran, len(lane.ids)
-        exit, wished = self._plan(lane, min(most - 1, MOST))
-        lane.feed([token])
-        drafts = self._draft(lane, exit, wished) if wished else []
-        fed = len(lane.ids) - start - 1
-        words = self._words(lane, start, drafts, self._verify(lane, exit if wished else 0, fed + 1))
-        lane.truncate(start + len(words))
-        self._learn(exit if wished else 0, drafts, words, fed)
-        blocks, right = lane.engine.manifest.blocks, len(words) - 1
-        return [
-            Token(word, blocks, 0 if at else lane.ran - before, at < right) for at, word in enumerate(words)
-        ]
-
-    def _plan(self, lane: Lane, most: int) -> tuple[int, int]:
-        """(exit, drafts) of which the most tokens a second are expected; no drafts where none pay."""
-        if self.fixed is not None:
-            return self.fixed[0], min(self.fixed[1], most)
-        best, chosen = 1 / self.seconds(0, 1, len(lane.filled)), (0, 0)
-        for exit in self.exits:
-            chance, expected, kept = self._chances[exit].hoped(), 1.0, 1.0
-            for drafts in range(1, most + 1):
-                kept *= chance
-                expected += kept
-                takes = (drafts + 1) * self.shallow(exit) + drafts * self.seconds_of("draft", 0, 1)
-                rate = expected / (takes + self.seconds(exit, drafts + 1, len(lane.filled)))
-                if rate > best:
-                    best, chosen = rate, (exit, drafts)
-        return chosen
-
-    def _draft(self, lane: Lane, exit: int, most: int) -> list[tuple[int, float]]:
-        """Drafts with their probabilities; the lane is fed those that are worth verifying."""
-        drafts: list[tuple[int, float]] = []
-        end, kept = len(lane.filled), 1.0
-        alone = self.seconds(0, 1, end)  # what a token takes that nobody drafted
-        while True:
-            for segment in range(exit):
-                made = self._advance(lane, segment, 1)
-            if len(drafts) == most:
-                return drafts
-            word, probability = _surest(self._logits(lane, made.leaving, draft=True)[0])
-            drafts.append((word, probability))
-            if self.fixed is None:
-                kept *= self._chances[exit].of(probability)
-                count = len(drafts)
-                more = self.seconds(exit, count + 1, end) - self.seconds(exit, count, end)
-                if kept * alone < self.shallow(exit) + more:
-                    return drafts
-            lane.feed([word])
-
-    def _verify(self, lane: Lane, first: int, tokens: int) -> Array:
-        """Logits [tokens, vocabulary] of all who wait, run from segment `first` on."""
-        for segment in range(first, len(lane.filled)):
-            made = self._advance(lane, segment, tokens)
-        return self._logits(lane, made.hidden)
-
-    def _words(self, lane: Lane, start: int, drafts: list[tuple[int, float]], logits: Array) -> list[int]:
-        """What the network says behind each token from `start` on, as far as drafts said the same."""
-        words: list[int] = []
-        close = CLOSE if lane.engine.variant in ("fp32", "fp16") else CLOSE_ROUNDED
-        for at, row in enumerate(logits):
-            word = int(row.argmax())
-            if len(logits) > 1 and _lead(row, word) < close:
-                again = lane.ids[start + at]
-                lane.truncate(start + at)
-                lane.feed([again])
-                words.append(int(self._verify(lane, 0, 1)[0].argmax()))
-                return words
-            words.append(word)
-            if at + 1 == len(logits) or word != drafts[at][0]:
-                return words
-        raise AssertionError("logits have a row at least")
-
-    def _learn(self, exit: int, drafts: list[tuple[int, float]], words: list[int], fed: int) -> None:
-        self.rounds[exit] += 1
-        for other, chance in self._chances.items():
-            chance.forget(MEMORY if other == exit else UNUSED)
-        if not exit:
-            return
-        self.offered[exit] += fed
-        self.accepted[exit] += len(words) - 1
-        # A draft that was not worth verifying is known all the same, where all before it were right.
-        for (draft, probability), word in zip(drafts, words, strict=False):
-            self._chances[exit].note(probability, draft == word)
-
-    def _advance(self, lane: Lane, segment: int, tokens: int) -> Made:
-        started = time.perf_counter()
-        made = lane.advance(segment)
-        self._took("segment", segment, tokens, time.perf_counter() - started)
-        return made
-
-    def _logits(self, lane: Lane, hidden: Array, draft: bool = False) -> Array:
-        started = time.perf_counter()
-        logits = lane.cache.logits(hidden, draft)
-        self._took("draft" if draft else "head", 0, len(hidden), time.perf_counter() - started)
-        return logits
-
-    def _took(self, what: str, segment: int, tokens: int, seconds: float) -> None:
-        """The first run on so many tokens binds memory, which the second does not: it does not count."""
-        key = what, segment, tokens
+    def record(self, kind: str, segment: int, tokens: int, seconds: float) -> None:
+        """Average a measured time in; the first step on so many tokens binds memory and does not count."""
+        key = kind, segment, tokens
         known = self._seconds.get(key)
         if known is None:
             self._seconds[key] = 0.0
         elif known == 0.0:
             self._seconds[key] = seconds
-        else:  # a run that something else held up is no news
+        else:  # a step that was interrupted by other work counts three times its usual time at most
             self._seconds[key] += 0.1 * (min(seconds, 3 * known) - known)
 
-    def seconds_of(self, what: str, segment: int, tokens: int) -> float:
-        """What a run takes, or is believed to while nobody has seen it."""
-        if known := self._seconds.get((what, segment, tokens)):
+    def of(self, kind: str, segment: int, tokens: int) -> float:
+        """Seconds of such a step, estimated from that of one token until it was measured."""
+        if known := self._seconds.get((kind, segment, tokens)):
             return known
-        alone = self._seconds.get((what, segment, 1), 0.0)
-        return alone * (1 + SLOPE * (tokens - 1))
+        return self._seconds.get((kind, segment, 1), 0.0) * (1 + TIME_SLOPE * (tokens - 1))
 
-    def shallow(self, exit: int) -> float:
-        """Seconds of a token to the exit."""
-        return sum(self.seconds_of("segment", segment, 1) for segment in range(exit))
+    def to_exit(self, exit: int) -> float:
+        """Seconds of one token from the first segment to an exit (1-based)."""
+        return sum(self.of("segment", segment, 1) for segment in range(exit))
 
-    def seconds(self, first: int, tokens: int, end: int) -> float:
-        """Of so many tokens from segment `first` (0-based) to `end`, and of the head."""
-        deep = (self.seconds_of("segment", segment, tokens) for segment in range(first, end))
-        return max(1e-9, sum(deep) + self.seconds_of("head", 0, tokens))
-
-
-def _surest(logits: Array) -> tuple[int, float]:
-    """The likeliest and its probability."""
-    word = int(logits.argmax())
-    return word, 1 / float(np.exp(logits - logits[word]).sum())
+    def from_exit(self, exit: int, segments: int, tokens: int) -> float:
+        """Seconds of so many tokens from an exit (0: the first segment) to the end, and of the head."""
+        steps = sum(self.of("segment", segment, tokens) for segment in range(exit, segments))
+        return max(1e-9, steps + self.of("head", 0, tokens))
 
 
-def _lead(logits: Array, word: int) -> float:
-    """Of a word over the next one."""
-    top, logits[word] = float(logits[word]), -np.inf
-    second, logits[word] = float(logits.max()), top
-    return top - second
+class Speculative:
+    """Drafts and verifies; made once a session, since it learns from all of its sequences.
+
+    fixed: (exit, drafts) to use in every round instead of choosing, for measurements. By exit (1-based; 0:
+    rounds without a draft): offered, the drafts that were verified; accepted, those that were right; rounds.
+    """
+
+    width: int = 0
+
+    def __init__(self, spec: RuleSpec, segments: int, fixed: tuple[int, int] | None = None) -> None:
+        self.spec, self.fixed = spec, fixed
+        self.exits = tuple(range(1, segments))
+        self.offered, self.accepted = dict.fromkeys(self.exits, 0), dict.fromkeys(self.exits, 0)
+        self.rounds = dict.fromkeys((0, *self.exits), 0)
+        self.times = StepTimes()
+        self._segments = segments
+        self._rates = {exit: AcceptanceRate() for exit in self.exits}
+
+    @property
+    def exit_test(self) -> ExitTest:
+        """Plans are fixed before each walk; see Rule.exit_test."""
+        return never_exits
+
+    def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
+        """Every segment; drafts run a part of it, and verifying runs the rest."""
+        return full_plan(segments, variant)
+
+    def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
+        return plan, memory
+
+    def choose(self, max_drafts: int) -> tuple[int, int]:
+        """(exit, drafts) with the most expected tokens a second; drafts 0 where drafting does not pay."""
+        if self.fixed is not None:
+            return self.fixed[0], min(self.fixed[1], max_drafts)
+        times, best_pair = self.times, (0, 0)
+        best_rate = 1 / times.from_exit(0, self._segments, 1)
+        for exit in self.exits:
+            rate, expected_tokens, all_right = self._rates[exit].optimistic(), 1.0, 1.0
+            for drafts in range(1, max_drafts + 1):
+                all_right *= rate
+                expected_tokens += all_right
+                seconds = (drafts + 1) * times.to_exit(exit) + drafts * times.of("draft", 0, 1)
+                seconds += times.from_exit(exit, self._segments, drafts + 1)
+                if expected_tokens / seconds > best_rate:
+                    best_rate, best_pair = expected_tokens / seconds, (exit, drafts)
+        return best_pair
+
+    def worth_verifying(self, exit: int, probabilities: Sequence[float]) -> bool:
+        """Whether the last of these drafts is worth one more token in the verifying step.
+
+        probabilities: of the drafts of this round so far, by the exit's own softmax.
+        """
+        if self.fixed is not None:
+            return True
+        all_right = math.prod(self._rates[exit].at(probability) for probability in probabilities)
+        count, times = len(probabilities), self.times
+        more = times.from_exit(exit, self._segments, count + 1) - times.from_exit(exit, self._segments, count)
+        return all_right * times.from_exit(0, self._segments, 1) >= times.to_exit(exit) + more
+
+    def record_round(
+        self, exit: int, drafts: Sequence[tuple[int, float]], tokens: Sequence[int], verified: int
+    ) -> None:
+        """Count a round.
+
+        exit: 0 for a round without drafts. drafts: (id, probability). tokens: ids that the full depth
+        predicted, as far as drafts agreed, and one more. verified: how many of the drafts were verified.
+        """
+        self.rounds[exit] += 1
+        for other, rate in self._rates.items():
+            rate.decay(KEPT_OF_USED if other == exit else KEPT_OF_UNUSED)
+        if not exit:
+            return
+        self.offered[exit] += verified
+        self.accepted[exit] += len(tokens) - 1
+        # A draft that was not verified is known all the same where all drafts before it were right.
+        for (draft, probability), token in zip(drafts, tokens, strict=False):
+            self._rates[exit].record(probability, draft == token)

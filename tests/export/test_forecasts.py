@@ -22,7 +22,8 @@ from offramp.export.verify import verify
 from offramp.models import EarlyExitNetwork
 from offramp.models.forecasts import Forecast
 from offramp.models.precision import in_precision
-from offramp.runtime.bundle.manifest import FileFact, Manifest
+from offramp.runtime.bundle.checks import read_manifest
+from offramp.runtime.bundle.manifest import FileFact
 
 
 def foreseeing(network: EarlyExitNetwork) -> EarlyExitNetwork:
@@ -88,7 +89,7 @@ def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(made: tuple[A
     names = ["tokenizer.json", *(facts.file for stage in stages for facts in stage.variants.values())]
     whole = dataclasses.replace(manifest, files=dict.fromkeys(names, FileFact("0" * 64, 1)))
     text = whole.to_json()
-    assert Manifest.from_json(text, source="good").costs == manifest.costs
+    assert read_manifest(text, source="good").costs == manifest.costs
     for change, named in [
         (lambda value: value["costs"]["bops"]["steps"].pop("int8"), r"costs\['bops'\]\.steps"),
         (lambda value: value["costs"]["bops"]["steps"]["int8"].pop(), "one a segment"),
@@ -98,7 +99,7 @@ def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(made: tuple[A
         value = json.loads(text)
         change(value)
         with pytest.raises(ValueError, match=named):
-            Manifest.from_json(json.dumps(value), source="bad")
+            read_manifest(json.dumps(value), source="bad")
 
 
 def _forecast(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +141,9 @@ def test_simulated_precisions_are_what_onnx_runtime_computes(
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
         with torch.no_grad():
             hidden, context = network.stem(given)
-            after = network.family.call(blocks[0], hidden, context)
+            after = network.family.run_block(blocks[0], hidden, context)
             simulated = network.classify(0, network.pooled(after, context)).numpy()
-            plain = network.family.call(network.blocks[0], hidden, context)
+            plain = network.family.run_block(network.blocks[0], hidden, context)
             full = network.classify(0, network.pooled(plain, context)).numpy()
             made_by_stem = {"hidden": hidden, **context, "evidence": torch.zeros(1, 2)}
         (real,) = session.run(["logits"], {name: made_by_stem[name].numpy() for name in names})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import (
     FileFact,
     ImageInput,
@@ -50,7 +51,7 @@ def manifest() -> Manifest:
 
 def test_it_is_read_back_as_it_was_written() -> None:
     text = manifest().to_json()
-    again = Manifest.from_json(text, source="here")
+    again = read_manifest(text, source="here")
     assert again == manifest() and isinstance(again.input, ImageInput)
     assert again.to_json() == text
     assert '"input": {\n  "height": 16,\n  "width": 16,\n  "resize": [\n   18\n  ],' in text
@@ -88,7 +89,7 @@ def test_what_is_wrong_is_named(path: str, new: Any, named: str) -> None:
     else:
         place[last] = new
     with pytest.raises(BadManifest) as problem:
-        Manifest.from_json(json.dumps(wrong), source="here")
+        read_manifest(json.dumps(wrong), source="here")
     assert named in str(problem.value)
 
 
@@ -100,4 +101,4 @@ def test_an_image_has_one_number_of_tokens() -> None:
     ):
         variant[0]["shape"][1] = "seq"
     with pytest.raises(BadManifest, match="a fixed number of tokens"):
-        Manifest.from_json(json.dumps(facts), source="here")
+        read_manifest(json.dumps(facts), source="here")

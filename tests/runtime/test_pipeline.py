@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from offramp.runtime.pipeline import Task, ahead, chunks
+from offramp.runtime.pipeline import BackgroundTask, chunks, prefetch
 
 
 def others() -> set[threading.Thread]:
@@ -19,20 +19,20 @@ def failing(count: int) -> Iterator[int]:
 
 
 def test_results_come_in_order() -> None:
-    assert list(ahead(range(50), str)) == [str(number) for number in range(50)]
-    assert list(ahead([], str)) == []
+    assert list(prefetch(range(50), str)) == [str(number) for number in range(50)]
+    assert list(prefetch([], str)) == []
 
 
 def test_the_next_item_is_worked_on_while_a_result_is_used() -> None:
     begun = [threading.Event() for _ in range(3)]
-    results = ahead(range(3), lambda number: begun[number].set())
+    results = prefetch(range(3), lambda number: begun[number].set())
     next(results)
     assert begun[1].wait(5) and not begun[2].is_set()
     assert len(list(results)) == 2
 
 
 def test_work_is_in_another_thread_except_for_the_first() -> None:
-    found = list(ahead(range(4), lambda _: threading.current_thread()))
+    found = list(prefetch(range(4), lambda _: threading.current_thread()))
     main = threading.current_thread()
     assert found[0] is main and main not in found[1:]
 
@@ -42,7 +42,7 @@ def test_the_source_is_read_in_the_callers_thread() -> None:
         for _ in range(4):
             yield threading.current_thread()
 
-    assert set(ahead(source(), lambda thread: thread)) == {threading.current_thread()}
+    assert set(prefetch(source(), lambda thread: thread)) == {threading.current_thread()}
 
 
 def test_one_item_is_read_beyond_the_result() -> None:
@@ -53,7 +53,7 @@ def test_one_item_is_read_beyond_the_result() -> None:
             read.append(number)
             yield number
 
-    results = ahead(source(), str)
+    results = prefetch(source(), str)
     assert read == []
     for number, _ in enumerate(results):
         assert len(read) == min(number + 2, 9)
@@ -61,14 +61,14 @@ def test_one_item_is_read_beyond_the_result() -> None:
 
 def test_a_single_item_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Thread", None)
-    assert list(ahead([1], str)) == ["1"]
+    assert list(prefetch([1], str)) == ["1"]
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
 def test_an_error_of_the_work_comes_in_its_turn(bad: int) -> None:
     found = []
     with pytest.raises(ZeroDivisionError):
-        for result in ahead(range(5), lambda number: 1 / (number - bad)):
+        for result in prefetch(range(5), lambda number: 1 / (number - bad)):
             found.append(result)
     assert len(found) == bad and not others()
 
@@ -77,7 +77,7 @@ def test_an_error_of_the_work_comes_in_its_turn(bad: int) -> None:
 def test_an_error_of_the_source_comes_in_its_turn(good: int) -> None:
     found = []
     with pytest.raises(OSError, match="the source broke"):
-        for result in ahead(failing(good), str):
+        for result in prefetch(failing(good), str):
             found.append(result)
     assert len(found) == good and not others()
 
@@ -88,7 +88,7 @@ def slow(number: int) -> int:
 
 
 def test_closing_leaves_no_thread() -> None:
-    results = ahead(range(9), slow)
+    results = prefetch(range(9), slow)
     next(results)
     assert others()
     results.close()
@@ -96,7 +96,7 @@ def test_closing_leaves_no_thread() -> None:
 
 
 def test_dropping_leaves_no_thread() -> None:
-    results = ahead(range(9), slow)
+    results = prefetch(range(9), slow)
     next(results)
     assert others()
     del results
@@ -105,7 +105,7 @@ def test_dropping_leaves_no_thread() -> None:
 
 
 def test_waiting_leaves_no_thread_either() -> None:
-    results = ahead(range(9), slow)
+    results = prefetch(range(9), slow)
     next(results)
     (thread,) = others()
     thread.join(5)
@@ -118,7 +118,7 @@ def test_results_are_not_held() -> None:
 
     import weakref
 
-    results = ahead(range(3), lambda _: Large())
+    results = prefetch(range(3), lambda _: Large())
     one = next(results)
     gone = weakref.ref(one)
     del one
@@ -139,7 +139,7 @@ def test_chunks_give_what_came_before_an_error() -> None:
 
 
 def test_a_task_raises_where_it_is_asked() -> None:
-    task = Task(lambda number: 1 / number, 0)
+    task = BackgroundTask(lambda number: 1 / number, 0)
     task.join()
     with pytest.raises(ZeroDivisionError):
         task.result()

@@ -1,0 +1,195 @@
+"""The next tokens of a sequence: one walk for each, or a round of drafts and one walk that verifies them.
+
+The prompt and the first token of an answer run every segment, whatever the rule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.runtime.bundle.manifest import Manifest, RuleSpec
+from offramp.runtime.engines.base import Engine
+from offramp.runtime.errors import BadInput
+from offramp.runtime.rules.base import Floats, Rule
+from offramp.runtime.rules.exits import ExitRule, never
+from offramp.runtime.rules.speculative import MAX_DRAFTS, Speculative
+from offramp.runtime.sequence import TokenSequence, TokenSignals
+from offramp.runtime.walker import Step, walk_one
+
+# A step on several tokens rounds differently from steps on one. Where the two largest logits are this close,
+# the token is run alone again, as at full depth: for float variants, and for variants that round activations
+# to 8 bits, where one last bit may become a whole step of the rounding.
+CLOSE_LOGITS, CLOSE_LOGITS_ROUNDED = 1e-3, 0.1
+FULL_DEPTH = ExitRule(RuleSpec("never", {}), never, 0)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token.
+
+    depth: number of blocks behind which it was predicted. blocks_run: blocks that were run since the token
+    before, for any token: drafts and tokens that had waited count too. drafted: it was a draft that the full
+    depth confirmed.
+    """
+
+    id: int
+    depth: int
+    blocks_run: int
+    drafted: bool = False
+
+
+def decode(
+    engine: Engine[TokenSequence],
+    rule: Rule,
+    manifest: Manifest,
+    variant: int,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+) -> Iterator[Token]:
+    """Generate the most probable token at each position after a prompt.
+
+    Ends after one of stop_ids (which is returned too), after max_new_tokens, or where the network reads no
+    further. Raises BadInput for a prompt without tokens or one that is too long.
+    """
+    if not len(ids):
+        raise BadInput("the prompt has no token")
+    segments = len(manifest.segments)
+    sequence = engine.begin({"input_ids": np.array([ids], np.int64)})
+    steps = walk_one(engine, FULL_DEPTH, sequence, (variant,) * segments)
+    prompt_hidden = steps[0].signals.hidden
+    plan: list[int] = rule.first_plan(
+        segments, variant, None if prompt_hidden is None else prompt_hidden[-1]
+    )[0].tolist()
+    tokens = [Token(int(steps[-1].signals.logits[-1].argmax()), manifest.blocks, manifest.blocks)]
+    count, longest = 0, sequence.runner.longest
+    while True:
+        for token in tokens:
+            yield token
+            count += 1
+            if count == max_new_tokens or token.id in stop_ids:
+                return
+        room = min(max_new_tokens - count, longest - sequence.length)
+        if room < 1:
+            return
+        if isinstance(rule, Speculative):
+            tokens = _Round(engine, rule, sequence, variant, manifest).run(tokens[-1].id, room)
+        else:
+            tokens = [_next_token(engine, rule, sequence, plan, tokens[-1].id)]
+
+
+def _next_token(
+    engine: Engine[TokenSequence], rule: Rule, sequence: TokenSequence, plan: Sequence[int], token: int
+) -> Token:
+    """The token after `token`, which the sequence has not been fed yet."""
+    blocks_before, blocks = sequence.blocks_run, sequence.runner.blocks
+    sequence.feed([token])
+    steps = walk_one(engine, rule, sequence, plan)
+    next_id = int(steps[-1].signals.logits[-1].argmax())
+    depth = sum(blocks[step.segment] for step in steps)
+    return Token(next_id, depth, sequence.blocks_run - blocks_before)
+
+
+class _Round:
+    """One round of self-speculative decoding: drafts after an early exit, and one walk that verifies them."""
+
+    def __init__(
+        self,
+        engine: Engine[TokenSequence],
+        rule: Speculative,
+        sequence: TokenSequence,
+        variant: int,
+        manifest: Manifest,
+    ) -> None:
+        self._engine, self._rule, self._sequence = engine, rule, sequence
+        self._variant, self._segments = variant, len(manifest.segments)
+        self._full_depth = manifest.blocks
+        exact = manifest.variants[variant] in ("fp32", "fp16")
+        self._close = CLOSE_LOGITS if exact else CLOSE_LOGITS_ROUNDED
+
+    def run(self, token: int, room: int) -> list[Token]:
+        """The tokens after `token`: as many as were drafted right, and one more; at most `room`."""
+        sequence, rule = self._sequence, self._rule
+        blocks_before, start = sequence.blocks_run, sequence.length
+        exit, max_drafts = rule.choose(min(room - 1, MAX_DRAFTS))
+        exit = exit if max_drafts else 0
+        sequence.feed([token])
+        drafts = self._draft(exit, max_drafts) if exit else []
+        verified = sequence.length - start - 1
+        ids = self._accept(start, drafts, self._verify(exit, verified + 1))
+        sequence.truncate(start + len(ids))
+        rule.record_round(exit, drafts, ids, verified)
+        blocks_run, last = sequence.blocks_run - blocks_before, len(ids) - 1
+        return [
+            Token(id, self._full_depth, 0 if number else blocks_run, number < last)
+            for number, id in enumerate(ids)
+        ]
+
+    def _draft(self, exit: int, max_drafts: int) -> list[tuple[int, float]]:
+        """Drafts with their probabilities; the sequence is fed those that are worth verifying."""
+        drafts: list[tuple[int, float]] = []
+        plan = (self._variant,) * exit + (-1,) * (self._segments - exit)
+        while True:
+            signals = self._walk(plan, 1)
+            if len(drafts) == max_drafts:
+                return drafts
+            started = time.perf_counter()
+            logits = signals.draft_logits()[-1]
+            self._rule.times.record("draft", 0, 1, time.perf_counter() - started)
+            drafts.append(_most_probable(logits))
+            if not self._rule.worth_verifying(exit, [probability for _, probability in drafts]):
+                return drafts
+            self._sequence.feed([drafts[-1][0]])
+
+    def _verify(self, exit: int, tokens: int) -> Floats:
+        """Full-depth logits [tokens, vocabulary] of the newest tokens, which have run as far as an exit."""
+        self._sequence.rows = tokens
+        signals = self._walk((-1,) * exit + (self._variant,) * (self._segments - exit), tokens)
+        started = time.perf_counter()
+        logits = signals.logits
+        self._rule.times.record("head", 0, tokens, time.perf_counter() - started)
+        self._sequence.rows = 1
+        return logits
+
+    def _accept(self, start: int, drafts: list[tuple[int, float]], logits: Floats) -> list[int]:
+        """What the full depth predicts after each token from position `start` on, as far as drafts agree."""
+        ids: list[int] = []
+        for number, row in enumerate(logits):
+            id = int(row.argmax())
+            if len(logits) > 1 and _margin(row, id) < self._close:
+                token = self._sequence.ids[start + number]
+                self._sequence.truncate(start + number)
+                self._sequence.feed([token])
+                return [*ids, int(self._verify(0, 1)[0].argmax())]
+            ids.append(id)
+            if number + 1 == len(logits) or id != drafts[number][0]:
+                break
+        return ids
+
+    def _walk(self, plan: Sequence[int], tokens: int) -> TokenSignals:
+        """Walk the waiting tokens along a plan, record step times; returns the signals of the last step."""
+        started = time.perf_counter()
+        steps: list[Step] = walk_one(self._engine, FULL_DEPTH, self._sequence, plan)
+        for segment, _, _, ended in steps:
+            self._rule.times.record("segment", segment, tokens, ended - started)
+            started = ended
+        signals = steps[-1].signals
+        assert isinstance(signals, TokenSignals)
+        return signals
+
+
+def _most_probable(logits: Floats) -> tuple[int, float]:
+    """The most probable id and its probability; logits [ids]."""
+    id = int(logits.argmax())
+    return id, 1 / float(np.exp(logits - logits[id]).sum())
+
+
+def _margin(logits: Floats, id: int) -> float:
+    """The logit of an id minus the largest of the others."""
+    top, logits[id] = float(logits[id]), -np.inf
+    second, logits[id] = float(logits.max()), top
+    return top - second

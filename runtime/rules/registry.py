@@ -1,0 +1,158 @@
+"""The register of rules, and bind(): from a rule's name and parameters to the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.rules import exits
+from offramp.runtime.rules.base import Bools, Floats, Rule
+from offramp.runtime.rules.exits import ExitRule
+from offramp.runtime.rules.quee import make_quee
+from offramp.runtime.rules.route import RouteRule, Routing
+from offramp.runtime.rules.skip import Skip, skipped_segments
+from offramp.runtime.rules.speculative import Speculative
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What a bundle says that rules need: number of segments, costs of steps by unit, routing if any."""
+
+    segments: int
+    costs: Mapping[str, StepCosts]
+    routing: Routing | None
+
+
+@dataclass(frozen=True)
+class RuleKind:
+    """One entry of the register.
+
+    parameter: the one that --threshold sets, None where there is none. exits: the predicate of a rule that
+    only exits, else None and `make` makes the rule. whole: the parameter is a whole number from 1. width:
+    numbers of memory. count: a second parameter, a whole number from 1. classifies, generates: the kinds of
+    bundle that the rule is for.
+    """
+
+    parameter: str | None
+    exits: Callable[..., tuple[Bools | bool, Floats]] | None = None
+    whole: bool = False
+    width: int = 0
+    count: str | None = None
+    make: Callable[[RuleSpec, BundleFacts], Rule] | None = None
+    classifies: bool = True
+    generates: bool = True
+
+
+def _quee(spec: RuleSpec, bundle: BundleFacts) -> Rule:
+    return make_quee(spec, bundle.segments, bundle.costs)
+
+
+def _skip(spec: RuleSpec, bundle: BundleFacts) -> Rule:
+    run = _whole_number(spec, "segments", 2, bundle.segments)
+    return Skip(spec, skipped_segments(bundle.segments, run))
+
+
+def _route(spec: RuleSpec, bundle: BundleFacts) -> Rule:
+    price = spec.parameters.get("price")
+    if price is None or not 0 <= price < math.inf:
+        raise BadSetting("rule route needs a price from 0: choose a point that ee-calibrate measured")
+    if bundle.routing is None:
+        raise BadSetting("rule route: the bundle has no router; fit one with: ee-calibrate pairs.jsonl")
+    return RouteRule(spec, bundle.routing, price)
+
+
+def _speculative(spec: RuleSpec, bundle: BundleFacts) -> Rule:
+    if not spec.parameters:
+        return Speculative(spec, bundle.segments)
+    if set(spec.parameters) != {"exit", "drafts"}:
+        raise BadSetting("rule speculative: give no parameters, or both exit and drafts")
+    exit, drafts = _whole_number(spec, "exit", 1, bundle.segments - 1), _whole_number(spec, "drafts", 1, 15)
+    return Speculative(spec, bundle.segments, (exit, drafts))
+
+
+RULES: Mapping[str, RuleKind] = {
+    "gate": RuleKind("threshold", exits.gate),
+    "max_probability": RuleKind("threshold", exits.max_probability),
+    "entropy": RuleKind("threshold", exits.entropy),
+    "margin": RuleKind("threshold", exits.margin),
+    "patience": RuleKind("patience", exits.patience, whole=True, width=2),
+    "patience_confident": RuleKind("threshold", exits.patience_confident, width=1, count="patience"),
+    "fixed": RuleKind("exit", exits.fixed, whole=True),
+    "never": RuleKind(None, exits.never),
+    "quee": RuleKind("price", make=_quee, generates=False),
+    "speculative": RuleKind(None, make=_speculative, classifies=False),
+    "skip": RuleKind("segments", make=_skip, classifies=False),
+    "route": RuleKind("price", make=_route, classifies=False),
+}
+
+
+def rules_for(*, generates: bool) -> tuple[str, ...]:
+    """Names of the rules for bundles that generate text, or for those that classify."""
+    return tuple(name for name, kind in RULES.items() if (kind.generates if generates else kind.classifies))
+
+
+def main_parameter(name: str) -> str | None:
+    """The parameter that --threshold sets for the rule of that name; BadSetting for an unknown name."""
+    if name not in RULES:
+        raise BadSetting(f"rule {name!r} is not known; choose one of: {', '.join(RULES)}")
+    return RULES[name].parameter
+
+
+def bind(
+    spec: RuleSpec,
+    segments: int,
+    costs: Mapping[str, StepCosts] | None = None,
+    routing: Routing | None = None,
+) -> Rule:
+    """Make the rule that a spec describes for a walk of that many segments; BadSetting for a bad spec.
+
+    costs: the manifest's, for rules that choose between variants. routing: the bundle's, for rule route.
+    """
+    parameter, kind = main_parameter(spec.name), RULES[spec.name]
+    if kind.exits is None:
+        assert kind.make is not None
+        return kind.make(spec, BundleFacts(segments, costs or {}, routing))
+    names = [name for name in (parameter, kind.count) if name is not None]
+    unknown = sorted(set(spec.parameters) - set(names))
+    if unknown:
+        takes = ("it has none", f"its parameter is {parameter}", f"its parameters are {' and '.join(names)}")
+        raise BadSetting(f"rule {spec.name}: parameter {unknown[0]!r} is not known; {takes[len(names)]}")
+    parameters = {name: _value(spec, name, whole=kind.whole or name == kind.count) for name in names}
+    if spec.name == "fixed" and parameters["exit"] > segments:
+        raise BadSetting(
+            f"rule fixed: exit {parameters['exit']:g} does not exist; there are exits 1 to {segments}"
+        )
+    return ExitRule(spec, kind.exits, kind.width, parameters)
+
+
+def _value(spec: RuleSpec, name: str, *, whole: bool) -> float:
+    """A checked parameter of the spec."""
+    if name not in spec.parameters:
+        cure = "give a threshold (--threshold NUMBER)"
+        if name != main_parameter(spec.name):
+            cure = "choose an operating point that sets it, or use RuleSpec(name, parameters) in Python"
+        raise BadSetting(f"rule {spec.name} needs {name}: {cure}")
+    value = spec.parameters[name]
+    if not math.isfinite(value):
+        raise BadSetting(f"rule {spec.name}: {name} {value} is not a finite number")
+    if whole and (value != int(value) or value < 1):
+        raise BadSetting(f"rule {spec.name}: {name} {value:g} must be a whole number from 1")
+    # In float32 like the signals, so that one row and many are compared alike in every version of numpy.
+    return float(np.float32(value))
+
+
+def _whole_number(spec: RuleSpec, name: str, least: int, largest: int) -> int:
+    """A parameter that counts segments, exits or drafts."""
+    value = spec.parameters.get(name)
+    if value is None:
+        raise BadSetting(f"rule {spec.name} needs {name}: give a threshold (--threshold NUMBER)")
+    if value != int(value) or not least <= value <= largest:
+        raise BadSetting(
+            f"rule {spec.name}: {name} {value:g} is not a whole number from {least} to {largest}"
+        )
+    return int(value)
