@@ -1,7 +1,7 @@
-"""CUDA as far as a walk needs it: memory, one stream, one event, graphs. A thin layer over cuda-python.
+"""What a walk needs of CUDA: memory, one stream, one event, graphs. A thin layer over cuda-python.
 
-cuda-python gives every result as a tuple whose first item is an error code; here a bad code is an error with
-a cure. Nothing of CUDA is imported before the driver was asked for: see missing_driver.
+cuda-python gives every result as a tuple whose first item is an error code; here a bad code is raised as an
+error that names a cure. Nothing of CUDA is imported before the driver was looked for: see missing_driver.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MODULES = (
 def missing_driver() -> str | None:
     """What is wrong with the CUDA driver of this machine; None where it starts and sees a GPU.
 
-    Asked without any package of CUDA's or TensorRT's, whose own objects crash the process without a driver.
+    It needs no package of CUDA's or TensorRT's, whose own objects crash the process without a driver.
     """
     for name in _DRIVERS:
         try:
@@ -44,7 +44,7 @@ def missing_driver() -> str | None:
 
 
 def cuda_python() -> Any:
-    """The module of CUDA's runtime; EngineUnavailable says how to get it."""
+    """The module of CUDA's runtime. Raises EngineUnavailable, which names what to install."""
     problem = ""
     for name in _MODULES:
         try:
@@ -58,7 +58,7 @@ def cuda_python() -> Any:
 
 
 class Memory:
-    """A stretch of the device's memory (pointer, bytes), given back when nobody holds it."""
+    """Device memory (pointer, bytes); freed when it is no longer referenced."""
 
     __slots__ = ("__weakref__", "bytes", "pointer")
 
@@ -67,7 +67,7 @@ class Memory:
 
 
 class Pinned:
-    """Host memory that the device copies from and to by itself; array: its bytes, uint8."""
+    """Page-locked host memory, which the device reads and writes by itself; array: its bytes, uint8."""
 
     __slots__ = ("__weakref__", "array", "pointer")
 
@@ -79,22 +79,22 @@ class Pinned:
 class Cuda:
     """The first GPU that the process may use (CUDA_VISIBLE_DEVICES picks another), and one stream on it.
 
-    Everything enqueued happens in turn on that stream; wait() is the one place where the host waits. Raises
-    EngineUnavailable where the GPU cannot be used, OutOfMemory, DeviceFailed for what goes wrong later.
+    The stream runs what is enqueued in order; the host waits in wait() alone. Raises EngineUnavailable where
+    the GPU cannot be used, OutOfMemory, and DeviceFailed for what goes wrong later.
     """
 
     def __init__(self, cudart: Any) -> None:
         self._api = cudart
         try:
-            self._call("cudaSetDevice", 0)
-            properties = self._call("cudaGetDeviceProperties", 0)
-            self.driver = _version(self._call("cudaDriverGetVersion"))
-            stream = self._call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
-            event = self._call("cudaEventCreateWithFlags", cudart.cudaEventDisableTiming)
+            self._checked("cudaSetDevice", 0)
+            properties = self._checked("cudaGetDeviceProperties", 0)
+            self.driver = _version(self._checked("cudaDriverGetVersion"))
+            stream = self._checked("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
+            event = self._checked("cudaEventCreateWithFlags", cudart.cudaEventDisableTiming)
         except DeviceFailed as problem:
             raise EngineUnavailable(
                 f"the GPU cannot be used: {problem}; is the driver as new as cuda-python "
-                f"({_version(self._call('cudaRuntimeGetVersion'))})? If not, pip install an older cuda-python"
+                f"({_version(self._checked('cudaRuntimeGetVersion'))})? If not, install an older cuda-python"
             ) from problem
         name = properties.name
         self.gpu = name.decode() if isinstance(name, bytes) else str(name)
@@ -106,21 +106,22 @@ class Cuda:
             finalize(self, cudart.cudaStreamDestroy, stream),
         ]
         for closer in self._closers:
-            closer.atexit = False  # the process gives back what it has, and CUDA may be gone before Python
+            closer.atexit = (
+                False  # the end of the process frees it, and CUDA may be unloaded before Python ends
+            )
 
     def memory(self, size: int) -> Memory:
-        """Device memory, aligned to ALIGNMENT; OutOfMemory says how much there was."""
-        pointer = int(self._call("cudaMalloc", max(size, 1)))
-        held = Memory(pointer, size)
-        finalize(held, self._api.cudaFree, pointer).atexit = False
-        return held
+        """Device memory, aligned to ALIGNMENT. Raises OutOfMemory, which says how much is free."""
+        memory = Memory(int(self._checked("cudaMalloc", max(size, 1))), size)
+        finalize(memory, self._api.cudaFree, memory.pointer).atexit = False
+        return memory
 
     def pinned(self, size: int) -> Pinned:
         """Host memory for copies that do not wait."""
-        pointer = int(self._call("cudaHostAlloc", max(size, 1), self._api.cudaHostAllocDefault))
-        held = Pinned(pointer, size)
-        finalize(held, self._api.cudaFreeHost, pointer).atexit = False
-        return held
+        pointer = int(self._checked("cudaHostAlloc", max(size, 1), self._api.cudaHostAllocDefault))
+        memory = Pinned(pointer, size)
+        finalize(memory, self._api.cudaFreeHost, pointer).atexit = False
+        return memory
 
     def upload(self, target: int, source: int, size: int) -> None:
         """Enqueue a copy of pinned memory to the device."""
@@ -131,59 +132,58 @@ class Cuda:
         self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def download(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy to pinned memory; there once wait() returns."""
+        """Enqueue a copy to pinned memory, which is complete once wait() returns."""
         self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def wait(self) -> None:
-        """Until everything that was enqueued so far is done; by an event, which costs least."""
-        self._call("cudaEventRecord", self._event, self._stream)
-        self._call("cudaEventSynchronize", self._event)
+        """Wait until all that was enqueued so far is done; by an event, which costs least."""
+        self._checked("cudaEventRecord", self._event, self._stream)
+        self._checked("cudaEventSynchronize", self._event)
 
     @contextmanager
     def capture(self) -> Iterator[list[Any]]:
-        """What is enqueued inside is kept and not run; then the list holds one graph for launch()."""
-        kept: list[Any] = []
+        """Record what is enqueued inside, without running it; the list then holds one graph for launch()."""
+        graphs: list[Any] = []
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", self._stream, mode)
+        self._checked("cudaStreamBeginCapture", self._stream, mode)
         try:
-            yield kept
+            yield graphs
         except BaseException:
-            self._api.cudaStreamEndCapture(self._stream)  # or the stream would stay in capture for good
+            self._api.cudaStreamEndCapture(self._stream)  # or the stream would stay in the capture
             raise
-        graph = self._call("cudaStreamEndCapture", self._stream)
+        graph = self._checked("cudaStreamEndCapture", self._stream)
         try:
-            made = self._call("cudaGraphInstantiate", graph, 0)
+            graphs.append(self._checked("cudaGraphInstantiate", graph, 0))
         finally:
             self._api.cudaGraphDestroy(graph)
-        kept.append(made)
 
     def launch(self, graph: Any) -> None:
         """Enqueue a captured graph."""
-        self._call("cudaGraphLaunch", graph, self._stream)
+        self._checked("cudaGraphLaunch", graph, self._stream)
 
-    def forget(self, graph: Any) -> None:
-        """Give a captured graph back."""
+    def free_graph(self, graph: Any) -> None:
+        """Free a captured graph."""
         self._api.cudaGraphExecDestroy(graph)
 
     def close(self) -> None:
-        """Give the stream back; nothing can be enqueued after it."""
+        """Free stream and event; nothing can be enqueued after it."""
         for closer in self._closers:
             closer()
 
     def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
         if size:
-            self._call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+            self._checked("cudaMemcpyAsync", target, source, size, kind, self._stream)
 
-    def _call(self, name: str, *args: Any) -> Any:
+    def _checked(self, name: str, *args: Any) -> Any:
         code, *values = getattr(self._api, name)(*args)
         if int(code) == 0:
             return values[0] if values else None
-        said = self._api.cudaGetErrorString(code)[1]
-        text = f"{name}: {said.decode() if isinstance(said, bytes) else said} (CUDA error {int(code)})"
+        reason = self._api.cudaGetErrorString(code)[1]
+        text = f"{name}: {reason.decode() if isinstance(reason, bytes) else reason} (CUDA error {int(code)})"
         if code == self._api.cudaError_t.cudaErrorMemoryAllocation:
-            wanted = f"{args[0] / 2**20:.1f} MiB wanted, " if name in ("cudaMalloc", "cudaHostAlloc") else ""
+            needed = f"{args[0] / 2**20:.1f} MiB wanted, " if name in ("cudaMalloc", "cudaHostAlloc") else ""
             raise OutOfMemory(
-                f"{text}: {wanted}{self._free()}; choose a smaller batch size, close other sessions, or end "
+                f"{text}: {needed}{self._free()}; choose a smaller batch size, close other sessions, or end "
                 "other programs on the GPU"
             )
         raise DeviceFailed(text)
@@ -200,5 +200,5 @@ def _load(name: str) -> Any:
 
 
 def _version(number: int) -> str:
-    """CUDA's way of writing a version: 13020 is 13.2."""
+    """A version as CUDA numbers it: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"

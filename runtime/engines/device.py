@@ -1,53 +1,210 @@
 """A walk on a GPU: states stay in its memory, and after a step the host reads a few bytes a row.
 
-What TensorRT and ONNX Runtime on CUDA have in common. For each (rows, length) there is one piece of device
-memory with two places for what segments make anew, which they read and write in turn; what the stem made
-once; and a place for signals. A step enqueues its segment and a copy of the signals to pinned host memory,
-and waits once. Rows that stay are gathered within the device.
+What TensorRT and ONNX Runtime on CUDA have in common. Each (rows, length) has one piece of device memory: two
+places for every tensor that segments make anew, which they read and write in turn; one for what the stem made
+once; and one for signals. A step enqueues its segment and a copy of the signals to pinned host memory, and
+waits once. Rows that stay after others have exited are gathered within the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 from weakref import finalize
 
-from offramp.runtime.bundle.manifest import Manifest, TextInput, Variant
+import numpy as np
+
+from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Manifest, Tensor, TextInput, Variant
 from offramp.runtime.engines.base import Array, Rows
 from offramp.runtime.engines.buffers import Run, Shelf
-from offramp.runtime.engines.cuda import Cuda
-from offramp.runtime.engines.device_buffers import DeviceBuffers, Layout, Places, Step
-from offramp.runtime.engines.profiles import rounded
+from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
 from offramp.runtime.errors import DeviceFailed, OutOfMemory
-from offramp.runtime.rules import Signals
+from offramp.runtime.rules.base import RowSignals
 
+Step = tuple[int, int]  # segment, variant
 STEM: Step = (-1, 0)
+Shape = tuple[int, ...]
+LENGTH_STEP = (
+    16  # tokens; lengths are rounded up to multiples, so that rows meet and few shapes are ever seen
+)
 
 
-class Opener(Protocol):
-    """Opens graphs and binds them to addresses; the one thing in which two engines on a GPU differ."""
+class Place(NamedTuple):
+    """Where a tensor lies on the device."""
 
-    def open(self, steps: Sequence[Step]) -> None:
-        """Open the graphs of these steps, those that are not open yet."""
-        ...
+    address: int
+    shape: Shape
 
-    def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
-        """One run of a graph that lies open, enqueued on the stream when called."""
-        ...
+
+Places = Mapping[str, Place]  # of each input and output of a graph
+
+
+def shape_of(tensor: Tensor, rows: int, tokens: int) -> Shape:
+    """The shape of a tensor at that many rows and tokens."""
+    sizes = {"batch": rows, "seq": tokens}
+    return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+
+
+def padded_length(tokens: int, longest: int) -> int:
+    """The length to which a text of so many tokens is padded; longest: of the bundle's texts."""
+    return min(-(-tokens // LENGTH_STEP) * LENGTH_STEP, longest)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a bundle by their use.
+
+    inputs: of the stem. pairs: what segments read and make anew. shared: what the stem makes once. signals:
+    of each segment.
+    """
+
+    inputs: tuple[Tensor, ...]
+    pairs: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...]
+    signals: tuple[tuple[Tensor, ...], ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, flows: frozenset[str], inputs: Sequence[Tensor]) -> Layout:
+        """flows: names of the pairs. inputs: the stem's, with the dtypes in which the engine reads them."""
+        outputs = manifest.stem.variants[manifest.variants[0]].outputs
+        segments = [next(iter(segment.variants.values())) for segment in manifest.segments]
+        return cls(
+            tuple(inputs),
+            tuple(tensor for tensor in outputs if tensor.name in flows),
+            tuple(tensor for tensor in outputs if tensor.name not in flows),
+            tuple(tuple(t for t in graph.outputs if t.name in SIGNALS) for graph in segments),
+        )
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A tensor's part of a piece of memory; start, end: bytes from its beginning."""
+
+    start: int
+    shape: Shape
+    dtype: np.dtype[Any]
 
     @property
-    def captures(self) -> bool:
-        """Whether runs are to be captured as CUDA graphs, one each."""
-        ...
+    def end(self) -> int:
+        return self.start + int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def close(self) -> None:
-        """Give everything back."""
-        ...
+
+class _Packer:
+    """Lays tensors out one after another, aligned; end: bytes so far."""
+
+    def __init__(self, rows: int, length: int, end: int = 0) -> None:
+        self.rows, self.length, self.end = rows, length, end
+
+    def add(self, tensor: Tensor) -> _Region:
+        start = _aligned(self.end)
+        region = _Region(start, shape_of(tensor, self.rows, self.length), np.dtype(tensor.dtype))
+        self.end = _aligned(region.end)
+        return region
+
+
+class DeviceBuffers:
+    """Everything that a walk of `rows` rows of `length` tokens needs; one state's until it is dropped.
+
+    pending: whether the device may still read the pinned inputs. bound: by (step, side), a run and its
+    signals, which are valid once the host has waited.
+    """
+
+    def __init__(self, cuda: Cuda, layout: Layout, rows: int, length: int) -> None:
+        self.rows, self.length, self.pending = rows, length, False
+        self.bound: dict[tuple[Step, int], tuple[Run, RowSignals | None]] = {}
+        self._cuda, self._layout = cuda, layout
+        device = _Packer(rows, length)
+        # The inputs lie alike on the device and on the host, so that one copy uploads all of them.
+        inputs = [device.add(tensor) for tensor in layout.inputs]
+        self._input_bytes = device.end
+        pairs = [(device.add(tensor), device.add(tensor)) for tensor in layout.pairs]
+        shared = [device.add(tensor) for tensor in layout.shared]
+        # On the host every segment has memory of its own for its signals; on the device they share one.
+        host = _Packer(rows, length, self._input_bytes)
+        self._host_signals = [[host.add(tensor) for tensor in tensors] for tensors in layout.signals]
+        signals_start = device.end
+        device.end += max((_span(regions) for regions in self._host_signals), default=0)
+        self._memory, self._pinned = cuda.memory(device.end), cuda.pinned(host.end)
+        self.bytes = device.end
+        base = self._memory.pointer
+        self.inputs: dict[str, Array] = {
+            tensor.name: self._host_view(region) for tensor, region in zip(layout.inputs, inputs, strict=True)
+        }
+        # Addresses on side 0 and 1; those of inputs and of what is shared are the same.
+        self._addresses = {
+            tensor.name: (base + region.start, base + region.start)
+            for tensor, region in zip((*layout.inputs, *layout.shared), (*inputs, *shared), strict=True)
+        } | {
+            tensor.name: (base + first.start, base + second.start)
+            for tensor, (first, second) in zip(layout.pairs, pairs, strict=True)
+        }
+        self._signals_address = base + signals_start
+
+    def places(self, graph: Variant, segment: int, side: int) -> Places:
+        """Where a graph that reads `side` finds its inputs and writes its outputs; segment -1: the stem."""
+        signals = self._signal_addresses(segment) if segment >= 0 else {}
+        places = {}
+        for tensor in (*graph.inputs, *graph.outputs):
+            if tensor.name in SIGNALS:
+                address = signals[tensor.name]
+            elif tensor.name.startswith(NEXT):
+                address = self._addresses[tensor.name.removeprefix(NEXT)][1 - side]
+            else:
+                address = self._addresses[tensor.name][side]
+            places[tensor.name] = Place(address, shape_of(tensor, self.rows, self.length))
+        return places
+
+    def signals(self, segment: int) -> tuple[Run, RowSignals]:
+        """What enqueues the copy of a segment's signals to the host, and where they are after a wait."""
+        regions = self._host_signals[segment]
+        start, size = regions[0].start, _span(regions)
+        target, source, download = self._pinned.pointer + start, self._signals_address, self._cuda.download
+        views = {
+            tensor.name: self._host_view(region)
+            for tensor, region in zip(self._layout.signals[segment], regions, strict=True)
+        }
+        signals = RowSignals(views["logits"], views.get("gate"), views.get("forecast"))
+        return lambda: download(target, source, size), signals
+
+    def upload(self) -> None:
+        """Enqueue the copy of the inputs to the device."""
+        self.pending = True
+        self._cuda.upload(self._memory.pointer, self._pinned.pointer, self._input_bytes)
+
+    def gather(self, sources: Sequence[tuple[DeviceBuffers, int, Rows | None]]) -> None:
+        """Fill side 0 and the shared tensors with rows (None: all) of (buffers, side), one after another."""
+        filled = 0
+        for buffers, side, rows in sources:
+            blocks = [(0, buffers.rows)] if rows is None else list(_neighbours(rows))
+            for tensor in (*self._layout.pairs, *self._layout.shared):
+                target, source = self._addresses[tensor.name][0], buffers._addresses[tensor.name][side]
+                size = _bytes(tensor, self.rows, self.length)
+                if not tensor.per_row:
+                    self._cuda.copy(target, source, size)
+                    continue
+                row_bytes, row = size // self.rows, filled
+                for first, count in blocks:
+                    self._cuda.copy(target + row * row_bytes, source + first * row_bytes, count * row_bytes)
+                    row += count
+            filled += sum(count for _, count in blocks)
+
+    def _signal_addresses(self, segment: int) -> dict[str, int]:
+        regions = self._host_signals[segment]
+        return {
+            tensor.name: self._signals_address + region.start - regions[0].start
+            for tensor, region in zip(self._layout.signals[segment], regions, strict=True)
+        }
+
+    def _host_view(self, region: _Region) -> Any:
+        """The region in pinned memory, as an array."""
+        data = self._pinned.array[region.start : region.end]
+        return data.view(region.dtype).reshape(region.shape)
 
 
 class DeviceState:
-    """Rows between two segments: their buffers, and which of each pair of places holds the newest values."""
+    """Rows between two segments; side: which of each pair of places holds the newest values."""
 
     __slots__ = ("buffers", "length", "rows", "side")
 
@@ -56,10 +213,31 @@ class DeviceState:
         self.rows, self.length = buffers.rows, buffers.length
 
 
-class DeviceEngine:
-    """What engines on a GPU share; see offramp.runtime.engines.Engine. Not thread-safe.
+class Opener(Protocol):
+    """Opens graphs and binds them to addresses: the one thing in which engines on a GPU differ."""
 
-    graph: the facts of a step. longest: of texts, tokens; 0 for images, whose length is in the graphs.
+    def open(self, steps: Sequence[Step]) -> None:
+        """Open the graphs of these steps, those that are not open yet."""
+        ...
+
+    def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
+        """A call that enqueues one run of an open graph on the stream."""
+        ...
+
+    @property
+    def captures(self) -> bool:
+        """Whether each run is to be captured as a CUDA graph."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class DeviceEngine:
+    """What engines on a GPU share; see offramp.runtime.engines.base.Engine. Not thread-safe.
+
+    graph: gives the graph of a step.
     """
 
     device = "cuda"
@@ -75,9 +253,9 @@ class DeviceEngine:
         self._cuda, self._opener, self._layout, self._graph = cuda, opener, layout, graph
         reads = manifest.input
         self._pad = {"input_ids": reads.pad_id} if isinstance(reads, TextInput) else {}
-        self._longest = reads.longest if isinstance(reads, TextInput) else 0
+        self._longest = reads.longest if isinstance(reads, TextInput) else 0  # 0: images
         (hidden,) = (tensor for tensor in layout.pairs if tensor.name == "hidden")
-        self._tokens = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
+        self._image_tokens = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
         self._shelf = Shelf(lambda rows, length: DeviceBuffers(cuda, layout, rows, length))
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
@@ -86,15 +264,14 @@ class DeviceEngine:
 
     def begin(self, inputs: Mapping[str, Array]) -> DeviceState:
         """Run the stem; texts are padded to a length that others have too; see Engine.begin."""
-        rows, given = inputs[self._layout.inputs[0].name].shape[:2]
-        length = self._tokens or rounded(given, self._longest)
-        buffers = self._buffers(rows, length)
+        rows, width = inputs[self._layout.inputs[0].name].shape[:2]
+        buffers = self._buffers(rows, self._image_tokens or padded_length(width, self._longest))
         if buffers.pending:
             self._cuda.wait()
         for name, array in buffers.inputs.items():
             if self._longest:
-                array[:, given:] = self._pad.get(name, 0)
-                array[:, :given] = inputs[name]
+                array[:, width:] = self._pad.get(name, 0)
+                array[:, :width] = inputs[name]
             else:
                 array[...] = inputs[name]
         buffers.upload()
@@ -102,15 +279,18 @@ class DeviceEngine:
         run()
         return DeviceState(buffers, 0)
 
-    def step(self, segment: int, variant: int, state: DeviceState) -> Signals:
+    def step(self, segment: int, variant: int, state: DeviceState) -> RowSignals:
         """Run one segment; see Engine.step."""
         run, signals = self._bound((segment, variant), state.buffers, state.side)
         run()
         self._cuda.wait()
         state.buffers.pending = False
         state.side = 1 - state.side
-        assert signals is not None  # only the stem's are
+        assert signals is not None  # of the stem alone
         return signals
+
+    def skip(self, segment: int, state: DeviceState) -> None:
+        """Nothing has to be done: hidden states stay where they are; see Engine.skip."""
 
     def take(self, state: DeviceState, rows: Rows) -> DeviceState:
         """A new state of those rows alone; see Engine.take."""
@@ -129,8 +309,8 @@ class DeviceEngine:
         self._shelf.put(state.buffers)
 
     def close(self) -> None:
-        """Give everything back, once the device is done with it."""
-        with suppress(DeviceFailed):  # what failed has been told to whoever was walking
+        """Free everything, once the device is done with it."""
+        with suppress(DeviceFailed):  # the walk that failed has raised it already
             self._cuda.wait()
         self._shelf.clear()
         self._opener.close()
@@ -140,50 +320,50 @@ class DeviceEngine:
         try:
             return self._shelf.get(rows, length)
         except OutOfMemory:
-            self._shelf.clear()  # what is kept for later is worth less than what is needed now
+            self._shelf.clear()  # buffers of this state are needed now, idle ones perhaps later
             return self._shelf.get(rows, length)
 
-    def _bound(self, step: Step, buffers: DeviceBuffers, side: int) -> tuple[Run, Signals | None]:
-        found = buffers.bound.get((step, side))
-        if found is None:
+    def _bound(self, step: Step, buffers: DeviceBuffers, side: int) -> tuple[Run, RowSignals | None]:
+        """A call that enqueues the step on these buffers, and where its signals are after a wait."""
+        bound = buffers.bound.get((step, side))
+        if bound is None:
             self._opener.open([step])
             segment = step[0]
             places = buffers.places(self._graph(step), segment, side)
             run = self._opener.bind(step, places, buffers.rows, buffers.length)
-            if segment < 0:
-                found = run, None
-            else:
+            signals: RowSignals | None = None
+            if segment >= 0:
                 copy, signals = buffers.signals(segment)
-                found = _both(run, copy), signals
+                run = _both(run, copy)
             if self._opener.captures:
-                found = Captured(self._cuda, found[0]), found[1]
-            buffers.bound[step, side] = found
-        return found
+                run = Captured(self._cuda, run)
+            bound = buffers.bound[step, side] = run, signals
+        return bound
 
 
 class Captured:
-    """A run that becomes one CUDA graph: what is launched is one thing and no longer dozens of kernels.
+    """A run as one CUDA graph, launched as a whole and not as dozens of kernels.
 
-    The first call runs it plainly, since TensorRT puts off work until the first run at a shape; the second
+    The first call runs it without a graph, since TensorRT defers work to the first run at a shape; the second
     captures it.
     """
 
-    __slots__ = ("__weakref__", "_calls", "_cuda", "_graph", "_run")
+    __slots__ = ("__weakref__", "_cuda", "_graph", "_run", "_was_run")
 
     def __init__(self, cuda: Cuda, run: Run) -> None:
-        self._cuda, self._run, self._calls = cuda, run, 0
-        self._graph: Any = None
+        self._cuda, self._run, self._was_run = cuda, run, False
+        self._graph: Any = None  # cuda-python's handle
 
     def __call__(self) -> None:
-        self._calls += 1
-        if self._calls == 1:
+        if not self._was_run:
+            self._was_run = True
             self._run()
             return
         if self._graph is None:
-            with self._cuda.capture() as kept:
+            with self._cuda.capture() as graphs:
                 self._run()
-            (self._graph,) = kept
-            finalize(self, self._cuda.forget, self._graph).atexit = False
+            (self._graph,) = graphs
+            finalize(self, self._cuda.free_graph, self._graph).atexit = False
         self._cuda.launch(self._graph)
 
 
@@ -193,3 +373,23 @@ def _both(first: Run, second: Run) -> Run:
         second()
 
     return run
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _span(regions: Sequence[_Region]) -> int:
+    """Bytes from the start of the first to the end of the last."""
+    return regions[-1].end - regions[0].start if regions else 0
+
+
+def _bytes(tensor: Tensor, rows: int, length: int) -> int:
+    return int(np.prod(shape_of(tensor, rows, length))) * np.dtype(tensor.dtype).itemsize
+
+
+def _neighbours(rows: Rows) -> Iterator[tuple[int, int]]:
+    """Blocks of consecutive rows, (first, count): each is one copy."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for block in np.split(rows, breaks):
+        yield int(block[0]), len(block)

@@ -1,7 +1,7 @@
 """ONNX Runtime on a GPU, by its own CUDA kernels or by TensorRT: sessions on our stream, bound to our memory.
 
-The walk is that of offramp.runtime.engines.device: states stay on the device, runs are enqueued and not
-waited for, and the host reads a segment's signals once they have come.
+The walk is that of offramp.runtime.engines.device: states stay on the device, runs are enqueued without a
+wait, and the host waits for the signals of a segment alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Variant
+from offramp.runtime.engines.base import EngineOptions
 from offramp.runtime.engines.buffers import Run, runner
 from offramp.runtime.engines.cuda import Cuda, cuda_python, missing_driver
-from offramp.runtime.engines.device import STEM, DeviceEngine
-from offramp.runtime.engines.device_buffers import Layout, Places, Step
-from offramp.runtime.engines.graphs import Graph, Graphs, Providers
-from offramp.runtime.engines.ort import imported
+from offramp.runtime.engines.device import STEM, DeviceEngine, Layout, Places, Step
+from offramp.runtime.engines.graphs import Graph, Graphs, Providers, import_onnxruntime
 from offramp.runtime.engines.tensors import flows_of
 from offramp.runtime.engines.threads import Pool, claim
 from offramp.runtime.engines.trt_cache import EngineCache, default_folder
@@ -32,9 +31,12 @@ PLACE = "cuda"  # ONNX Runtime's name of the memory that is bound
 
 
 class OrtOpener:
-    """See offramp.runtime.engines.device.Opener."""
+    """Opens graphs on ONNX Runtime; see offramp.runtime.engines.device.Opener.
 
-    captures = False  # ONNX Runtime captures by itself, each run under a number of its own
+    numbered: each run gets a number of its own, under which ONNX Runtime captures it as a CUDA graph.
+    """
+
+    captures = False  # ONNX Runtime does it by itself
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class OrtOpener:
             for tensor in tensors:
                 address, shape = places[tensor.name]
                 bind(tensor.name, PLACE, 0, np.dtype(tensor.dtype).type, shape, address)
-        # Not to wait for the device after every run: what comes next is enqueued on the same stream.
+        # No wait for the device after a run: what comes next is enqueued on the same stream.
         entries = {"disable_synchronize_execution_providers": "1"}
         if self._numbers is not None:
             entries["gpu_graph_id"] = str(next(self._numbers))
@@ -82,9 +84,10 @@ class OrtOpener:
 
 
 class OrtCudaEngine(DeviceEngine):
-    """See offramp.runtime.engines.Engine."""
+    """See offramp.runtime.engines.base.Engine."""
 
     name = "ort"
+    max_rows = 1 << 20  # any number that memory has room for
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class OrtCudaEngine(DeviceEngine):
         variant: str,
         pool: Pool,
         providers: Providers,
-        graphs: bool,
+        cuda_graphs: bool,
     ) -> None:
         manifest = bundle.manifest
         stem = manifest.stem.variants[manifest.variants[0]]
@@ -109,13 +112,17 @@ class OrtCudaEngine(DeviceEngine):
                 )
             return manifest.segments[step[0]].variants[name]
 
-        # Sessions hold on to the stream, which is this engine's own: they are shared with no other.
+        # Sessions run on this engine's stream: they cannot be shared with another engine.
         sessions = Graphs(ort, bundle, self.device, pool, {}, False, providers)
         layout = Layout.of(manifest, flows_of(manifest), stem.inputs)
-        super().__init__(cuda, OrtOpener(ort, sessions, graph, bundle, graphs), layout, graph, manifest)
-        self._facts = {"onnxruntime": ort.__version__, "provider": providers[0][0]}
-        self._facts |= {"gpu": f"{cuda.gpu}, {cuda.capability}", "driver": cuda.driver}
-        self._facts["cuda graphs"] = "on" if graphs else "off"
+        super().__init__(cuda, OrtOpener(ort, sessions, graph, bundle, cuda_graphs), layout, graph, manifest)
+        self._facts = {
+            "onnxruntime": ort.__version__,
+            "provider": providers[0][0],
+            "gpu": f"{cuda.gpu}, {cuda.capability}",
+            "driver": cuda.driver,
+            "cuda graphs": "on" if cuda_graphs else "off",
+        }
 
     @property
     def facts(self) -> dict[str, str]:
@@ -123,11 +130,10 @@ class OrtCudaEngine(DeviceEngine):
         return dict(self._facts)
 
 
-def open_cuda(
-    bundle: Bundle, variant: str, threads: int | None, global_pool: bool, provider: str, graphs: bool
-) -> OrtCudaEngine:
-    """The engine, no file opened yet; EngineUnavailable names the first missing piece; never the CPU."""
-    ort, name = imported("gpu"), NAMES[provider]
+def open_cuda(bundle: Bundle, variant: str, options: EngineOptions) -> OrtCudaEngine:
+    """The engine, no file opened yet. EngineUnavailable names the first missing piece; never the CPU."""
+    ort, provider = import_onnxruntime("gpu"), options.provider or "cuda"
+    name = NAMES[provider]
     if name not in ort.get_available_providers():
         raise EngineUnavailable(
             f"engine ort: this onnxruntime {ort.__version__} has no {name}; pip uninstall onnxruntime, then "
@@ -141,20 +147,21 @@ def open_cuda(
     except EngineUnavailable as problem:
         raise EngineUnavailable(f"engine ort: {problem}, or use --device cpu") from problem
     if hasattr(ort, "preload_dlls"):
-        # CUDA's libraries from the Python packages of the extra, where the system has none. What it does not
-        # find it prints, and stdout is for answers.
+        # Loads CUDA's libraries from the Python packages of the extra, where the system has none. It prints
+        # those that it does not find, and stdout is for answers.
         with redirect_stdout(sys.stderr):
             ort.preload_dlls()
-    pool, providers = claim(ort, threads, global_pool), _providers(provider, cuda, graphs, variant == "fp16")
-    return OrtCudaEngine(ort, cuda, bundle, variant, pool, providers, graphs)
+    pool = claim(ort, options.threads, options.global_pool)
+    providers = _providers(provider, cuda, options.cuda_graphs, variant == "fp16")
+    return OrtCudaEngine(ort, cuda, bundle, variant, pool, providers, options.cuda_graphs)
 
 
 def _providers(provider: str, cuda: Cuda, graphs: bool, half: bool) -> list[tuple[str, dict[str, str]]]:
-    """The wanted provider with its options, and behind TensorRT the CUDA kernels for what it leaves."""
-    found = [(NAMES["cuda"], _cuda_options(cuda, graphs and provider == "cuda"))]
+    """The provider with its options; after TensorRT, CUDA's kernels for operators that it does not take."""
+    providers = [(NAMES["cuda"], _cuda_options(cuda, graphs and provider == "cuda"))]
     if provider == "tensorrt":
-        found.insert(0, (NAMES["tensorrt"], _tensorrt_options(cuda, graphs, half)))
-    return found
+        providers.insert(0, (NAMES["tensorrt"], _tensorrt_options(cuda, graphs, half)))
+    return providers
 
 
 def _cuda_options(cuda: Cuda, graphs: bool) -> dict[str, str]:
@@ -169,9 +176,9 @@ def _cuda_options(cuda: Cuda, graphs: bool) -> dict[str, str]:
 
 
 def _tensorrt_options(cuda: Cuda, graphs: bool, half: bool) -> dict[str, str]:
-    """ONNX Runtime builds TensorRT's engines for the shapes that it meets, and keeps them in our cache.
+    """Options with which ONNX Runtime builds engines for the shapes that it meets, kept in our cache.
 
-    half: the graphs hold float16. It builds weakly typed networks, so exits may be rounded to it, too.
+    half: the graphs hold float16. Its networks are weakly typed, so exits may be rounded to float16, too.
     """
     folder = EngineCache(default_folder() / "ort").folder
     return {
@@ -184,6 +191,3 @@ def _tensorrt_options(cuda: Cuda, graphs: bool, half: bool) -> dict[str, str]:
         "trt_fp16_enable": "1" if half else "0",
         "trt_cuda_graph_enable": "1" if graphs else "0",
     }
-
-
-__all__ = ["OrtCudaEngine", "OrtOpener", "open_cuda", "runner"]

@@ -1,15 +1,24 @@
-"""From the bytes of one ONNX graph to a TensorRT engine for this GPU, and back from bytes to an engine."""
+"""From the bytes of one ONNX graph to a TensorRT engine for this GPU: profiles, compiling, checking.
+
+A profile is a range of rows and tokens for which an engine is tuned. Latency is about a row that walks alone,
+and most texts are short, so both have profiles of their own: one that spans everything is tuned for none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from offramp.runtime.bundle.manifest import Tensor, Variant
+from offramp.runtime.bundle.manifest import Manifest, Tensor, TextInput, Variant
 from offramp.runtime.engines import trt_versions
-from offramp.runtime.engines.profiles import Profile, shapes
-from offramp.runtime.errors import BadBundle
+from offramp.runtime.engines.device import Shape, shape_of
+from offramp.runtime.errors import BadBundle, BadSetting
 
+Size = tuple[int, int]  # rows, tokens
+Profile = tuple[Size, Size, Size]  # the smallest, what is tuned for, the largest
+
+MAX_ROWS = 32  # of one step: the largest batch size
+SHORT_TEXT = 64  # tokens at most
 # The manifest's names and TensorRT's; 8.6 has no INT64, see trt_versions.as_read.
 DTYPES = {
     "float32": "FLOAT",
@@ -22,12 +31,47 @@ DTYPES = {
 }
 
 
+def profiles(manifest: Manifest) -> tuple[Profile, ...]:
+    """One row and several, short texts and long ones; images have one length, which is in their graphs."""
+    reads = manifest.input
+    lengths = [(1, 1, 1)]
+    if isinstance(reads, TextInput):
+        longest = reads.longest
+        lengths = [(1, min(SHORT_TEXT // 2, longest), min(SHORT_TEXT, longest))]
+        if longest > SHORT_TEXT:
+            lengths.append((SHORT_TEXT + 1, min(2 * SHORT_TEXT, longest), longest))
+    rows = [(1, 1, 1), (2, MAX_ROWS // 4, MAX_ROWS)]
+    return tuple(
+        ((count[0], length[0]), (count[1], length[1]), (count[2], length[2]))
+        for count in rows
+        for length in lengths
+    )
+
+
+def profile_of(known: Sequence[Profile], rows: int, tokens: int) -> int:
+    """Number of the profile for that many rows of that many tokens; BadSetting where there is none."""
+    for number, (low, _, high) in enumerate(known):
+        if low[0] <= rows <= high[0] and (high[1] == 1 or low[1] <= tokens <= high[1]):
+            return number
+    max_rows = max(high[0] for *_, high in known)
+    raise BadSetting(
+        f"{rows} rows of {tokens} tokens: engines are built for at most {max_rows} rows of "
+        f"{max(high[1] for *_, high in known)} tokens; choose a batch size of {max_rows} or less"
+    )
+
+
+def shapes_of(tensor: Tensor, profile: Profile) -> tuple[Shape, Shape, Shape]:
+    """The smallest, usual and largest shape of an input under a profile."""
+    low, usual, high = (shape_of(tensor, rows, tokens) for rows, tokens in profile)
+    return low, usual, high
+
+
 class Log:
-    """Keeps what TensorRT complains about, for the error that follows; itself silent."""
+    """TensorRT's logger: it keeps the last error messages for the error that follows, and prints nothing."""
 
     def __init__(self, trt: Any) -> None:
-        self.said: list[str] = []
-        said, worst = self.said, trt.ILogger.Severity.ERROR
+        self.messages: list[str] = []
+        messages, worst = self.messages, trt.ILogger.Severity.ERROR
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -35,16 +79,16 @@ class Log:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity <= worst:
-                    said.append(message.strip())
-                    del said[:-8]
+                    messages.append(message.strip())
+                    del messages[:-8]
 
         self.logger = Logger()
 
     def take(self) -> str:
-        """What was said since the last time, as one line."""
-        told = "; ".join(dict.fromkeys(" ".join(text.split()) for text in self.said)) or "no reason was given"
-        self.said.clear()
-        return told
+        """The messages since the last call, as one line."""
+        unique = dict.fromkeys(" ".join(text.split()) for text in self.messages)
+        self.messages.clear()
+        return "; ".join(unique) or "no reason was given"
 
 
 def build(
@@ -56,17 +100,17 @@ def build(
     timings: bytes = b"",
     adjust: Callable[[Any], None] | None = None,
 ) -> tuple[bytes, bytes]:
-    """Compile a graph for this GPU under these profiles; gives the engine and the timings, longer by its own.
+    """Compile a graph for this GPU under these profiles: its engine, and the timings including its own.
 
-    data: the verified bytes of graph.file. timings: of earlier builds on the same GPU and version. adjust:
-    what else is to be set in the builder's configuration. Raises BadBundle with what TensorRT said.
+    trt: the module. data: the verified bytes of graph.file. timings: of earlier builds on the same GPU and
+    version. adjust: changes the builder's configuration further. Raises BadBundle with TensorRT's reason.
     """
     builder = trt.Builder(log.logger)
     network = builder.create_network(trt_versions.network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(data):
         # The parser says what is wrong, the log in which node.
-        log.said += [parser.get_error(at).desc() for at in range(parser.num_errors)]
+        log.messages += [parser.get_error(at).desc() for at in range(parser.num_errors)]
         raise BadBundle(f"{graph.file}: TensorRT cannot read it: {log.take()}")
     config = builder.create_builder_config()
     # float32 is float32: a bundle's points were measured so. For speed there is the variant fp16.
@@ -76,7 +120,7 @@ def build(
     for profile in known:
         ranges = builder.create_optimization_profile()
         for tensor in graph.inputs:
-            ranges.set_shape(tensor.name, *shapes(tensor, profile))
+            ranges.set_shape(tensor.name, *shapes_of(tensor, profile))
         config.add_optimization_profile(ranges)
     if trt_versions.keeps_timings(trt):
         cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
@@ -91,26 +135,27 @@ def build(
     return bytes(blob), timings
 
 
-def hold(trt: Any, engine: Any, graph: Variant) -> None:
-    """The engine's inputs and outputs must be the manifest's: names, sides, dtypes; BadBundle otherwise."""
+def check_tensors(trt: Any, engine: Any, graph: Variant) -> None:
+    """Raise BadBundle unless the engine has the manifest's inputs and outputs: names, dtypes, sizes."""
     names = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
     inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-    for side, tensors, found in (
+    for side, tensors, real_names in (
         ("inputs", graph.inputs, inputs),
         ("outputs", graph.outputs, set(names) - inputs),
     ):
-        if found != {tensor.name for tensor in tensors}:
+        expected = {tensor.name for tensor in tensors}
+        if real_names != expected:
             raise BadBundle(
-                f"{graph.file}: {side} {sorted(found)}, the manifest says {sorted(t.name for t in tensors)}"
+                f"{graph.file}: {side} {sorted(real_names)}, the manifest says {sorted(expected)}"
             )
         for tensor in tensors:
-            _hold_tensor(trt, engine, graph, trt_versions.as_read(trt, tensor))
+            _check_tensor(trt, engine, graph, trt_versions.as_read(trt, tensor))
 
 
-def _hold_tensor(trt: Any, engine: Any, graph: Variant, tensor: Tensor) -> None:
+def _check_tensor(trt: Any, engine: Any, graph: Variant, tensor: Tensor) -> None:
     dtype = engine.get_tensor_dtype(tensor.name)
     if dtype != getattr(trt.DataType, DTYPES[tensor.dtype], None):
         raise BadBundle(f"{graph.file}: {tensor.name} is {dtype}, the manifest says {tensor.dtype}")
     sizes = list(zip(tuple(engine.get_tensor_shape(tensor.name)), tensor.shape, strict=False))
-    if any(isinstance(said, int) and found not in (-1, said) for found, said in sizes):
+    if any(isinstance(size, int) and real not in (-1, size) for real, size in sizes):
         raise BadBundle(f"{graph.file}: {tensor.name} is {sizes}, the manifest says {list(tensor.shape)}")

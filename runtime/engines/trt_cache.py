@@ -1,9 +1,9 @@
-"""Built engines and timings, kept outside the bundle: building takes minutes, reading does not.
+"""Built engines and timings on disk, outside the bundle: building takes minutes, reading does not.
 
 An engine holds machine code for one GPU and one TensorRT, and deserializing it runs what is in it. So a file
-is only believed if this user's own cache signed it: a key of random bytes lies beside the files, and each
-ends with its HMAC-SHA256 under that key. A file that was copied in from elsewhere, changed, or cut short is
-built anew, as is one whose facts (graph, TensorRT, GPU, driver, profiles) are others.
+is only used if this cache signed it: a key of random bytes lies beside the files, and each file ends with its
+HMAC-SHA256 under that key. A file that was copied in from elsewhere, changed or shortened counts as missing,
+and so does one for other facts (graph, TensorRT, GPU, driver, profiles).
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _DIGEST = hashlib.sha256().digest_size
 
 def default_folder() -> Path:
     """OFFRAMP_CACHE, or offramp/ in the user's cache folder."""
-    if said := os.environ.get("OFFRAMP_CACHE"):
-        return Path(said)
+    if folder := os.environ.get("OFFRAMP_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
 
 
 class EngineCache:
     """Bytes by facts, in a folder of mode 0700 that belongs to the user; safe with several processes.
 
-    Raises BadSetting where the folder is somebody else's or open to others: what lies there could be theirs.
+    Raises BadSetting where the folder belongs to another user or others can write it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = os.stat(folder)
+            status = os.stat(folder)
         except OSError as problem:
             raise BadSetting(f"{folder}: no cache can be made there ({problem}); set OFFRAMP_CACHE") from None
-        if not stat.S_ISDIR(found.st_mode) or not _private(found):
+        if not stat.S_ISDIR(status.st_mode) or not _private(status):
             raise BadSetting(
                 f"{folder}: engines are kept where only you can write: chmod 700 it, or set OFFRAMP_CACHE to "
                 "a folder of your own"
@@ -58,7 +58,7 @@ class EngineCache:
         self._key = self._secret()
 
     def get(self, facts: Mapping[str, str]) -> bytes | None:
-        """What was put under these facts by this cache; None where there is nothing to believe."""
+        """The bytes that this cache kept under these facts; None where there are none that it signed."""
         try:
             handle = os.open(self._path(facts), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         except OSError:
@@ -74,13 +74,13 @@ class EngineCache:
         return signed[len(head) :]
 
     def put(self, facts: Mapping[str, str], data: bytes) -> None:
-        """Keep bytes under facts: written beside, then renamed, so that a reader sees all or nothing."""
+        """Keep bytes under facts; a temporary file is renamed, so that a reader sees all or nothing."""
         signed = _MAGIC + _line(facts) + data
         self._write(self._path(facts), signed + self._sign(signed))
 
     @contextmanager
     def lock(self, facts: Mapping[str, str]) -> Iterator[None]:
-        """Held by one process at a time; let go of when the process ends, however it ends."""
+        """Held by one process at a time, and released when that process ends, however it ends."""
         if fcntl is None:
             yield
             return
@@ -98,7 +98,7 @@ class EngineCache:
         return hmac.new(self._key, data, "sha256").digest()
 
     def _secret(self) -> bytes:
-        """The cache's own key; the first process makes it, and a link makes it appear whole or not at all."""
+        """The cache's key, made by the first process; a hard link makes it appear whole or not at all."""
         path = self.folder / "key"
         if not path.exists():
             self._write(path, secrets.token_bytes(_DIGEST), replace=False)
@@ -115,7 +115,7 @@ class EngineCache:
             if replace:
                 os.replace(name, path)
                 return
-            with suppress(FileExistsError):  # another process was first: its key counts
+            with suppress(FileExistsError):  # another process was first: its key is used
                 os.link(name, path)
         finally:
             with suppress(FileNotFoundError):
@@ -126,8 +126,8 @@ def _line(facts: Mapping[str, str]) -> bytes:
     return json.dumps(dict(facts), sort_keys=True).encode("ascii") + b"\n"
 
 
-def _private(found: os.stat_result) -> bool:
-    """Ours, and nobody else can write it; where files have no owner (Windows) the user's folder is enough."""
+def _private(status: os.stat_result) -> bool:
+    """Whether the user owns it and nobody else can write it; on Windows, where files have no mode, always."""
     if not hasattr(os, "getuid"):
         return True
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

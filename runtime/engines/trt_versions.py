@@ -1,7 +1,7 @@
-"""What differs between TensorRT 8.6, 10, 11 and TensorRT-RTX; everywhere else they are one.
+"""What differs between TensorRT 8.6, 10, 11 and TensorRT-RTX.
 
-A name that not every version has stands in this file alone, behind a look at whether it is there. Which has
-what is in tests/data/trt_names.json, generated from the real bindings.
+A name that not every version has stands in this file alone, behind a check that it is there. Which version
+has which names is in tests/data/trt_names.json, generated from the real bindings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def network_flags(trt: Any) -> int:
 def keep_types(trt: Any, network: Any, config: Any) -> None:
     """Where networks are weakly typed (8.6): half precision for what is half in the graph, and nothing more.
 
-    Exits and gates are float32 in every graph; that they stay so is asked for layer by layer.
+    Exits and gates are float32 in every graph; to keep them so, each layer's type is set.
     """
     if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         return
@@ -45,7 +45,7 @@ def keep_types(trt: Any, network: Any, config: Any) -> None:
 
 
 def share_profiles(trt: Any, config: Any) -> None:
-    """Let several contexts use one profile at once: 8.6 and 10 can be asked for it, 11 always does it."""
+    """Let several contexts use one profile at once: an option of 8.6 and 10, always so in 11."""
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
@@ -56,7 +56,7 @@ def keeps_timings(trt: Any) -> bool:
 
 
 def context(trt: Any, engine: Any) -> Any:
-    """A context that owns no scratch memory: lend() gives it some. None where TensorRT cannot make one."""
+    """A context without scratch memory, which lend() gives it; None where TensorRT cannot make one."""
     if hasattr(trt, "ExecutionContextAllocationStrategy"):
         return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     return engine.create_execution_context_without_device_memory()
@@ -70,7 +70,7 @@ def scratch_bytes(engine: Any) -> int:
 
 
 def lend(context: Any, pointer: int, size: int) -> None:
-    """Give a context scratch memory, which others may use when it does not run."""
+    """Give a context scratch memory, which other contexts may use while it does not run."""
     if hasattr(context, "set_device_memory"):
         context.set_device_memory(pointer, size)
     else:
@@ -78,7 +78,7 @@ def lend(context: Any, pointer: int, size: int) -> None:
 
 
 def as_read(trt: Any, tensor: Tensor) -> Tensor:
-    """A graph's input with the dtype in which TensorRT reads it: 8.6 has no int64 and takes int32 instead."""
+    """A graph's input with the dtype in which TensorRT reads it: 8.6 has no int64 and takes int32."""
     if tensor.dtype == "int64" and not hasattr(trt.DataType, "INT64"):
         return dataclasses.replace(tensor, dtype="int32")
     return tensor

@@ -2,9 +2,9 @@
 
     python3.10 tests/data/make_trt_names.py          # 3.10: the one for which all four have a wheel
 
-The bindings are real wheels, the libraries behind them are not to be had everywhere: libraries that hold the
-few symbols which the bindings ask for, and nothing behind them, are enough to import them and look. Nothing
-of TensorRT runs, and no text of it is kept, only names.
+The bindings are real wheels; the libraries under them are not available everywhere. Stubs with the few
+symbols that the bindings need are enough to import them and list their names. Nothing of TensorRT runs, and
+nothing of it is kept but names.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ def look(module_file: str) -> None:
     loader.exec_module(module)
     names = {name for name in dir(module) if not name.startswith("_")} & {c.split(".")[0] for c in CLASSES}
     for path in CLASSES:
-        found: Any = module
+        owner: Any = module
         for part in path.split("."):
-            found = getattr(found, part, None)
-        names |= {f"{path}.{name}" for name in dir(found) if not name.startswith("_")} if found else set()
+            owner = getattr(owner, part, None)
+        if owner is not None:
+            names |= {f"{path}.{name}" for name in dir(owner) if not name.startswith("_")}
     print(json.dumps(sorted(names)))
     sys.stdout.flush()
     os._exit(0)  # there is nothing behind the libraries that could be unloaded
@@ -82,9 +83,9 @@ def names_of(version: str, wheel: str, work: Path) -> list[str]:
     (module,) = folder.rglob("tensorrt.so")
     command = [sys.executable, __file__, str(module)]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
-    said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    found: list[str] = json.loads(said.stdout)
-    return found
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    names: list[str] = json.loads(output)
+    return names
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What is asked of TensorRT and CUDA is in the real bindings: tests/data/trt_names.json, cuda-bindings."""
+"""Names of TensorRT and CUDA that are used are in the real bindings: trt_names.json, cuda-bindings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from doubles import cuda_double
 
 from offramp.export import aot
 from offramp.runtime.bundle import manifest
-from offramp.runtime.engines import cuda, trt, trt_build, trt_open, trt_versions
+from offramp.runtime.engines import cuda, trt, trt_build, trt_versions
 
 TABLE: dict[str, list[str]] = json.loads(
     (Path(__file__).parents[1] / "data" / "trt_names.json").read_text(encoding="utf-8")
@@ -68,17 +68,17 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def touched(source: str) -> set[str]:
-    """All names of TensorRT's that the source reads, sets, or asks for with hasattr."""
-    found = set()
+    """All names of TensorRT's that the source reads, sets, or checks with hasattr."""
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
-            found.add(dotted(node) or "")
+            names.add(dotted(node) or "")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
             thing, name = node.args
             assert isinstance(name, ast.Constant)
-            found.add(f"{dotted(thing)}.{name.value}".lstrip("."))
-    # trt_open and others keep such objects as their own attributes: "ICudaEngine" and the like are no names.
-    return {name for name in found - {""} if name.rpartition(".")[2] not in OURS}
+            names.add(f"{dotted(thing)}.{name.value}".lstrip("."))
+    # trt and others keep such objects as their own attributes: "ICudaEngine" and the like are no names.
+    return {name for name in names - {""} if name.rpartition(".")[2] not in OURS}
 
 
 def source(module: ModuleType) -> str:
@@ -90,8 +90,8 @@ def missing(names: set[str], versions: list[str]) -> list[str]:
     return sorted(name for name in real if not set(versions) <= set(TABLE.get(name, ())))
 
 
-def test_the_compiler_without_a_gpu_asks_for_what_tensorrt_rtx_has() -> None:
-    """Beyond what the engine asks for: it builds with the engine's own function."""
+def test_the_compiler_without_a_gpu_uses_names_of_tensorrt_rtx() -> None:
+    """These are its own; the rest is the engine's function, which it calls."""
     names = touched(source(aot))
     assert names <= ONLY_RTX and names
     for name in ONLY_RTX:
@@ -101,14 +101,14 @@ def test_the_compiler_without_a_gpu_asks_for_what_tensorrt_rtx_has() -> None:
     assert missing(names, VERSIONS) == sorted(names), "TensorRT has it now, too"
 
 
-@pytest.mark.parametrize("module", [trt, trt_build, trt_open], ids=lambda module: module.__name__)
-def test_what_the_engine_asks_for_is_in_every_version(module: ModuleType) -> None:
+@pytest.mark.parametrize("module", [trt, trt_build], ids=lambda module: module.__name__)
+def test_names_that_the_engine_uses_are_in_every_version(module: ModuleType) -> None:
     assert missing(touched(source(module)), VERSIONS) == []
 
 
-def test_the_engine_asks_for_what_it_is_known_to_need() -> None:
+def test_the_check_recognises_names_that_the_engine_needs() -> None:
     """The check above would pass on a source in which it recognises nothing."""
-    names = touched(source(trt_build)) | touched(source(trt_open))
+    names = touched(source(trt_build)) | touched(source(trt))
     assert names >= {
         "Runtime.deserialize_cuda_engine",
         "IExecutionContext.set_tensor_address",
@@ -127,7 +127,7 @@ def test_every_dtype_of_a_manifest_has_a_name_in_tensorrt() -> None:
     assert missing({f"DataType.{name}" for name in trt_build.DTYPES.values()}, VERSIONS) == ["DataType.INT64"]
 
 
-def test_what_differs_is_in_some_version_and_stands_in_one_file() -> None:
+def test_names_of_some_versions_alone_stand_in_one_file() -> None:
     names = touched(source(trt_versions)) - ONLY_RTX
     assert all(TABLE.get(name) for name in names if name not in OBJECTS.values())
     only_some = set(missing(names, VERSIONS))
@@ -139,8 +139,8 @@ def test_what_differs_is_in_some_version_and_stands_in_one_file() -> None:
     [
         (trt_build, "build_serialized_network", "build_engine"),
         (trt_build, "set_timing_cache", "use_timing_cache"),
-        (trt_open, "execute_async_v3", "execute_async_v2"),
-        (trt_open, "set_tensor_address", "set_binding_address"),
+        (trt, "execute_async_v3", "execute_async_v2"),
+        (trt, "set_tensor_address", "set_binding_address"),
     ],
 )
 def test_a_call_by_another_name_is_found(module: ModuleType, was: str, instead: str) -> None:
@@ -150,7 +150,7 @@ def test_a_call_by_another_name_is_found(module: ModuleType, was: str, instead: 
     assert [name.rpartition(".")[2] for name in gone] == [instead]
 
 
-def test_the_table_knows_what_came_and_went() -> None:
+def test_the_table_knows_which_version_has_a_name() -> None:
     assert TABLE["IExecutionContext.execute_async_v2"] == ["8.6.1"]
     assert TABLE["IExecutionContext.set_device_memory"] == ["10.3.0", "10.16.1", "11.4.0"]
     assert "11.4.0" not in TABLE["BuilderFlag.FP16"]
@@ -160,7 +160,7 @@ def names_of_cuda() -> set[str]:
     return set(re.findall(r"\bcuda[A-Z]\w*", source(cuda)))
 
 
-def test_what_is_asked_of_cuda_is_in_the_real_bindings_and_in_the_double() -> None:
+def test_names_of_cuda_are_in_the_real_bindings_and_in_the_double() -> None:
     names = names_of_cuda() - {"cudaMemcpyKind", "cudaStreamCaptureMode", "cudaError_t"}
     assert {"cudaMemcpyAsync", "cudaEventSynchronize", "cudaGraphLaunch"} <= names
     double = cuda_double.Cudart()

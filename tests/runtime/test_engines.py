@@ -1,5 +1,5 @@
 """What every engine has to do, in one body: a fake, ONNX Runtime, ONNX Runtime on CUDA, and TensorRT of every
-version, the last two on doubles of CUDA and TensorRT. The same 500 texts leave at the same exits everywhere.
+version, the last two on doubles of CUDA and TensorRT. The same texts exit at the same depth everywhere.
 """
 
 import shutil
@@ -17,9 +17,9 @@ from doubles import gpu
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import NEXT, RuleSpec
 from offramp.runtime.engines import threads
-from offramp.runtime.engines.base import open_engine
+from offramp.runtime.engines.base import EngineOptions, open_engine
 from offramp.runtime.errors import BadBundle
-from offramp.runtime.rules import Signals, bind, simulate
+from offramp.runtime.rules import RowSignals, bind, simulate
 from offramp.runtime.walker import Trace, walk
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
@@ -33,7 +33,7 @@ RULES = [
     RuleSpec("fixed", {"exit": 2.0}),
     RuleSpec("never", {}),
 ]
-# One more version is one more of a kind; each has its whole life in test_trt_life.
+# One more version is one more of a kind; each is built and walked in test_trt_life.
 ENGINES = [
     *("fake", "ort", "ort-cuda", "trt-10.3.0", "trt-11.4.0", "trt-graphs"),
     *(
@@ -58,7 +58,7 @@ def texts() -> tuple[dict[str, np.ndarray], ...]:
 
 @lru_cache
 def truth() -> tuple[np.ndarray, np.ndarray]:
-    """Logits [rows, segments, classes] and gates [rows, segments] of the graphs run one after another."""
+    """Logits [rows, segments, classes] and gates [rows, segments] of the graphs, run one after another."""
     options = onnxruntime.SessionOptions()
     threads.fit(options)
     sessions = [
@@ -85,7 +85,7 @@ def truth() -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Rows:
-    """Numbers of rows of truth(), found again by what they read."""
+    """Rows by their numbers in truth()."""
 
     ids: np.ndarray
     length: int
@@ -96,9 +96,10 @@ class Rows:
 
 
 class Fake:
-    """Says what truth() says."""
+    """An engine that returns the signals of truth()."""
 
     name = device = "fake"
+    max_rows = 64
     facts: Mapping[str, str] = {}
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None: ...
@@ -106,13 +107,15 @@ class Fake:
     def begin(self, inputs: Mapping[str, np.ndarray]) -> Rows:
         known = {row["input_ids"].tobytes(): number for number, row in enumerate(texts())}
         reals = inputs["attention_mask"].sum(axis=1)
-        found = [known[ids[:n].tobytes()] for ids, n in zip(inputs["input_ids"], reals, strict=True)]
-        return Rows(np.array(found), inputs["input_ids"].shape[1])
+        numbers = [known[ids[:n].tobytes()] for ids, n in zip(inputs["input_ids"], reals, strict=True)]
+        return Rows(np.array(numbers), inputs["input_ids"].shape[1])
 
-    def step(self, segment: int, variant: int, state: Rows) -> Signals:
+    def skip(self, segment: int, state: Rows) -> None: ...
+
+    def step(self, segment: int, variant: int, state: Rows) -> RowSignals:
         logits, gates = truth()
         gate = None if segment + 1 == SEGMENTS else gates[state.ids, segment]
-        return Signals(logits[state.ids, segment], gate)
+        return RowSignals(logits[state.ids, segment], gate)
 
     def take(self, state: Rows, rows: np.ndarray) -> Rows:
         return Rows(state.ids[rows], state.length)
@@ -132,14 +135,14 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if request.param == "fake":
             yield Fake()
             return
-        wishes: dict[str, Any] = {}
+        options = EngineOptions(kind)
         if request.param != "ort":
             real = version if version in gpu.VERSIONS else "10.3.0"
             machine = gpu.machine(patch, tmp_path_factory.mktemp("cache"), real)
-            wishes = {"device": "cuda", "cuda_graphs": version.endswith("graphs")}
+            options = EngineOptions(kind, device="cuda", cuda_graphs=version.endswith("graphs"))
             if kind == "ort":
                 gpu.ort_on_cuda(patch, machine.cudart)
-        engine = open_engine(kind, open_bundle(TINY), **wishes)
+        engine = open_engine(open_bundle(TINY), "fp32", options)
         yield engine
         engine.close()
         if request.param != "ort":
@@ -181,8 +184,8 @@ def test_exits_and_labels_are_those_of_the_graphs(engine: Any, spec: RuleSpec, s
     np.testing.assert_allclose(trace.gates[:, :-1][ran[:, :-1]], gates[:, :-1][ran[:, :-1]], atol=NEAR)
 
 
-def test_the_rows_leave_at_every_exit() -> None:
-    """Or the test above would say little."""
+def test_rows_exit_at_every_depth() -> None:
+    """Otherwise the test above would show little."""
     counts = [np.bincount(simulate(bind(spec, SEGMENTS), *truth()), minlength=SEGMENTS) for spec in RULES[:4]]
     assert (np.sum(counts, axis=0) >= 50).all() and all((of >= 38).sum() >= 2 for of in counts)
 
@@ -203,24 +206,25 @@ def test_what_is_taken_and_joined_goes_on_as_it_was(engine: Any) -> None:
     joined = engine.join(parts)
     for part in parts:
         engine.drop(part)
-    said = engine.step(2, 0, joined)
-    np.testing.assert_allclose(said.logits, logits[ids[np.concatenate(choices)], 2], atol=NEAR)
+    signals = engine.step(2, 0, joined)
+    np.testing.assert_allclose(signals.logits, logits[ids[np.concatenate(choices)], 2], atol=NEAR)
     engine.drop(joined)
 
 
 def test_segments_can_be_skipped(engine: Any) -> None:
     if engine.name == "fake":
         pytest.skip("it has no hidden state")
-    reference = open_engine("ort", open_bundle(TINY))
+    reference = open_engine(open_bundle(TINY), "fp32", EngineOptions())
     ((_, arrays),) = batches(np.arange(5), 8)
-    said = []
-    for one in (reference, engine):
-        state = one.begin(arrays)
-        one.step(0, 0, state)
-        said.append(one.step(2, 0, state).logits.copy())
-        one.drop(state)
+    logits = []
+    for each in (reference, engine):
+        state = each.begin(arrays)
+        each.step(0, 0, state)
+        each.skip(1, state)
+        logits.append(each.step(2, 0, state).logits.copy())
+        each.drop(state)
     reference.close()
-    np.testing.assert_allclose(*said, atol=NEAR)
+    np.testing.assert_allclose(*logits, atol=NEAR)
 
 
 def test_states_do_not_share_memory(engine: Any) -> None:
@@ -258,7 +262,7 @@ def test_a_graph_that_is_not_there_is_named(
         pytest.skip("it has no graphs")
     shutil.copytree(TINY, tmp_path / "bundle")
     (tmp_path / "bundle" / "segment_01.onnx").write_bytes(b"something else")
-    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "empty"))  # what was built before would do without it
-    wishes: dict[str, Any] = {"share": False} | ({} if engine.device == "cpu" else {"device": "cuda"})
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "empty"))  # an engine built before needs no graph
+    options = EngineOptions(engine.name, device=engine.device, share=False)
     with pytest.raises(BadBundle, match=r"segment_01\.onnx"):
-        open_engine(engine.name, open_bundle(tmp_path / "bundle"), **wishes)
+        open_engine(open_bundle(tmp_path / "bundle"), "fp32", options)

@@ -1,5 +1,6 @@
-"""ONNX Runtime on a GPU: what it is asked for, and what is refused. Its walk is held to the others' in
-test_engines, on a double of CUDA.
+"""ONNX Runtime on a GPU: the options of its sessions, and what is refused.
+
+test_engines compares its walk with those of the other engines, on a double of CUDA.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from doubles import gpu
 from offramp.runtime import BadSetting, EngineUnavailable, load
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.engines import cuda, graphs, ort_cuda
-from offramp.runtime.engines.base import open_engine
+from offramp.runtime.engines.base import EngineOptions, open_engine
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 
@@ -28,44 +29,44 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     return gpu.machine(monkeypatch, tmp_path / "cache")
 
 
-class Asked(Exception):
-    """What a session was to be opened with."""
+class Requested(Exception):
+    """The providers with which a session was to be opened."""
 
 
 @pytest.fixture
-def asked(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Providers with their options, as a session is asked for them under these wishes."""
+def requested(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Providers with their options, as a session is opened with them under these engine options."""
 
     class Session:
         def __init__(self, data: bytes, options: Any, *, providers: Any, enable_fallback: int) -> None:
             assert enable_fallback == 0
-            raise Asked(providers)
+            raise Requested(providers)
 
         get_provider_graph_assignment_info = None
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
 
-    def asking(**wishes: Any) -> dict[str, dict[str, str]]:
-        with pytest.raises(EngineUnavailable) as found:
-            open_engine("ort", open_bundle(TINY), **wishes)
-        problem = found.value.__cause__
-        assert isinstance(problem, Asked)
+    def providers(**options: Any) -> dict[str, dict[str, str]]:
+        with pytest.raises(EngineUnavailable) as error:
+            open_engine(open_bundle(TINY), "fp32", EngineOptions(**options))
+        problem = error.value.__cause__
+        assert isinstance(problem, Requested)
         return dict(problem.args[0])
 
-    return asking
+    return providers
 
 
-def test_cuda_runs_on_our_stream_in_true_float32(asked: Any) -> None:
-    providers = asked(device="cuda")
+def test_cuda_runs_on_our_stream_in_true_float32(requested: Any) -> None:
+    providers = requested(device="cuda")
     assert list(providers) == ["CUDAExecutionProvider"]
     options = providers["CUDAExecutionProvider"]
     assert int(options["user_compute_stream"]) > 0
     assert (options["use_tf32"], options["enable_cuda_graph"]) == ("0", "0")
-    assert asked(cuda_graphs=True)["CUDAExecutionProvider"]["enable_cuda_graph"] == "1"
+    assert requested(cuda_graphs=True)["CUDAExecutionProvider"]["enable_cuda_graph"] == "1"
 
 
-def test_tensorrt_comes_first_and_keeps_its_engines_in_our_cache(asked: Any, tmp_path: Path) -> None:
-    providers = asked(provider="tensorrt")
+def test_tensorrt_comes_first_and_keeps_its_engines_in_our_cache(requested: Any, tmp_path: Path) -> None:
+    providers = requested(provider="tensorrt")
     assert list(providers) == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
     options = providers["TensorrtExecutionProvider"]
     assert options["trt_engine_cache_path"] == str(tmp_path / "cache" / "ort")
@@ -75,10 +76,10 @@ def test_tensorrt_comes_first_and_keeps_its_engines_in_our_cache(asked: Any, tmp
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_another_provider_than_the_one_asked_for_is_refused(
+def test_another_provider_than_the_requested_one_is_refused(
     provider: str, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a library of it is missing: ONNX Runtime then opens the session on the CPU without a word."""
+    """As where a library of it is missing: ONNX Runtime then opens the session on the CPU, silently."""
     real = onnxruntime.InferenceSession
 
     def silently(data: bytes, options: Any, *, providers: Any, enable_fallback: int) -> Any:
@@ -111,15 +112,15 @@ def test_arithmetic_on_sizes_may_stay_on_the_cpu_and_nothing_else() -> None:
         )
 
 
-def test_who_runs_is_told_and_nobody_waits_in_a_run(
+def test_facts_name_the_gpu_and_no_run_waits(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu.ort_on_cuda(monkeypatch, machine.cudart)
     inner, entries = ort_cuda.runner, []
 
-    def runner(ort: Any, session: Any, binding: Any, given: Mapping[str, str]) -> Any:
-        entries.append(dict(given))
-        return inner(ort, session, binding, given)
+    def runner(ort: Any, session: Any, binding: Any, run_entries: Mapping[str, str]) -> Any:
+        entries.append(dict(run_entries))
+        return inner(ort, session, binding, run_entries)
 
     monkeypatch.setattr(ort_cuda, "runner", runner)
     with load(TINY, cuda_graphs=True, rule="never") as session:
@@ -138,8 +139,8 @@ def test_what_onnxruntime_prints_about_libraries_does_not_get_between_answers(
     gpu.ort_on_cuda(monkeypatch, machine.cudart)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("no libcudnn"), raising=False)
     load(TINY, device="cuda").close()
-    said = capsys.readouterr()
-    assert said.out == "" and "no libcudnn" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == "" and "no libcudnn" in printed.err
 
 
 def test_a_driver_that_is_missing_is_named(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,16 +174,16 @@ def test_cuda_python_that_is_missing_is_named(
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("options", "message"),
     [
         ({"provider": "tensorrt", "device": "cpu"}, "provider tensorrt is for device cuda, not cpu"),
         ({"cuda_graphs": True, "device": "cpu"}, "cuda_graphs is for device cuda, not cpu"),
         ({"provider": "openvino"}, "provider 'openvino' is not known; choose one of: cuda, tensorrt"),
     ],
 )
-def test_wishes_that_contradict_each_other(wishes: dict[str, Any], message: str) -> None:
+def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadSetting, match=message):
-        load(TINY, **wishes)
+        load(TINY, **options)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")  # the double's is the CPU's twice
@@ -193,7 +194,7 @@ def test_tensorrt_through_onnxruntime_walks_in_one_precision(
     gpu.ort_on_cuda(monkeypatch, machine.cudart)
     monkeypatch.setitem(ort_cuda.NAMES, "tensorrt", graphs.CPU)
     monkeypatch.setattr(ort_cuda, "_tensorrt_options", lambda cuda, on, half: {})
-    engine = open_engine("ort", open_bundle(TINY), provider="tensorrt")
+    engine = open_engine(open_bundle(TINY), "fp32", EngineOptions(provider="tensorrt"))
     ids = np.array([[2, 5, 3]])
     state = engine.begin({"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0})
     with pytest.raises(BadSetting, match="goes on in int8: provider tensorrt is set up for fp32 alone"):

@@ -22,10 +22,10 @@ def no_driver(name: str) -> Driver:
     raise OSError(name)
 
 
-def said() -> str:
-    with pytest.raises(EngineUnavailable) as found:
+def message() -> str:
+    with pytest.raises(EngineUnavailable) as error:
         load(TINY, engine="trt")
-    return str(found.value)
+    return str(error.value)
 
 
 def installed(patch: pytest.MonkeyPatch, *names: str) -> None:
@@ -35,7 +35,7 @@ def installed(patch: pytest.MonkeyPatch, *names: str) -> None:
 def test_the_driver_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_load", no_driver)
     installed(monkeypatch)
-    text = said()
+    text = message()
     assert "no CUDA driver on this machine" in text and "tensorrt is not installed either" in text
     assert text.endswith("or use --engine ort")
 
@@ -44,19 +44,19 @@ def test_no_tensorrt_module_is_imported_without_a_driver(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda, "_load", lambda name: Driver(100))
     installed(monkeypatch, "tensorrt")
     monkeypatch.setattr(trt, "import_module", lambda name: pytest.fail("imported: it may crash the process"))
-    assert "cuInit gives 100" in said()
+    assert "cuInit gives 100" in message()
 
 
 def test_then_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
     installed(monkeypatch)
-    assert "pip install 'offramp[trt]'" in said()
+    assert "pip install 'offramp[trt]'" in message()
 
 
 def test_a_runtime_that_cannot_build_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
     installed(monkeypatch, "tensorrt_dispatch")
-    assert "tensorrt_dispatch is installed: it runs engines and cannot build them" in said()
+    assert "tensorrt_dispatch is installed: it runs engines and cannot build them" in message()
 
 
 def test_then_whether_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_then_whether_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda, "_load", lambda name: Driver(0))
     installed(monkeypatch, "tensorrt")
     monkeypatch.setattr(trt, "import_module", broken)
-    assert "tensorrt cannot be imported: libnvinfer.so" in said()
+    assert "tensorrt cannot be imported: libnvinfer.so" in message()
 
 
 def test_then_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,18 +77,18 @@ def test_then_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "tensorrt")
     monkeypatch.setattr(trt, "import_module", ModuleType)
     monkeypatch.setattr(cuda, "import_module", gone)
-    text = said()
+    text = message()
     assert "cuda.bindings.runtime" in text and "pip install cuda-python" in text
 
 
 def test_no_graph_is_opened_by_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_load", no_driver)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert said().startswith("engine trt")
+    assert message().startswith("engine trt")
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("options", "message"),
     [
         ({"device": "cpu"}, "engine trt runs on device cuda alone, not cpu"),
         ({"provider": "tensorrt"}, "provider tensorrt is for engine ort"),
@@ -96,9 +96,9 @@ def test_no_graph_is_opened_by_another_engine(monkeypatch: pytest.MonkeyPatch) -
         ({"variant": "int8"}, "variant int8 is ONNX Runtime's own; engine trt walks fp32 or fp16"),
     ],
 )
-def test_wishes_that_contradict_it(wishes: dict[str, object], message: str) -> None:
+def test_options_that_contradict_it(options: dict[str, object], message: str) -> None:
     with pytest.raises(BadSetting, match=message):
-        load(TINY, engine="trt", **wishes)  # type: ignore[arg-type]
+        load(TINY, engine="trt", **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("beside", ["", "import tensorrt_lean, tensorrt_dispatch; "])

@@ -1,4 +1,4 @@
-"""The cache of engines: what was put is got, and nothing else is ever believed."""
+"""The cache of engines: get() returns what put() kept, and nothing that the cache did not sign."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def engines(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.engine"))
 
 
-def test_what_was_put_is_got_by_the_same_facts_alone(tmp_path: Path) -> None:
+def test_get_returns_what_was_put_under_the_same_facts(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path / "cache")
     assert cache.get(FACTS) is None
     cache.put(FACTS, b"engine")
@@ -64,14 +64,14 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
         EngineCache(tmp_path / "file")
 
 
-def test_a_file_that_others_can_write_is_not_believed(tmp_path: Path) -> None:
+def test_a_file_that_others_can_write_is_not_used(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
     cache.put(FACTS, b"engine")
     engines(tmp_path)[0].chmod(0o666)
     assert cache.get(FACTS) is None
 
 
-def test_a_changed_or_shortened_file_is_not_believed(tmp_path: Path) -> None:
+def test_a_changed_or_shortened_file_is_not_used(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
     cache.put(FACTS, b"engine")
     (file,) = engines(tmp_path)
@@ -86,7 +86,7 @@ def test_a_changed_or_shortened_file_is_not_believed(tmp_path: Path) -> None:
     assert cache.get(FACTS) == b"engine"
 
 
-def test_what_another_cache_made_is_not_believed(tmp_path: Path) -> None:
+def test_a_file_of_another_cache_is_not_used(tmp_path: Path) -> None:
     """As when the folder's files are copied from one device to another."""
     mine, other = EngineCache(tmp_path / "mine"), EngineCache(tmp_path / "other")
     other.put(FACTS, b"engine")
@@ -94,7 +94,7 @@ def test_what_another_cache_made_is_not_believed(tmp_path: Path) -> None:
     assert mine.get(FACTS) is None and other.get(FACTS) == b"engine"
 
 
-def test_what_was_made_for_other_facts_is_not_believed_under_another_name(tmp_path: Path) -> None:
+def test_a_file_for_other_facts_is_not_used_under_another_name(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
     cache.put(FACTS, b"engine")
     cache.put(FACTS | {"driver": "13.0"}, b"another")
@@ -126,7 +126,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert cache.get(FACTS) == b"engine" and {file.name for file in tmp_path.iterdir()} == names
 
 
-def test_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     monkeypatch.delenv("OFFRAMP_CACHE", raising=False)
     assert trt_cache.default_folder() == Path("/somewhere/offramp")
@@ -142,8 +142,7 @@ from offramp.runtime.engines.trt_cache import EngineCache
 while not os.path.exists({str(tmp_path / "go")!r}): time.sleep(0.001)
 cache = EngineCache(Path({str(tmp_path / "cache")!r}))
 with cache.lock({FACTS!r}):
-    found = cache.get({FACTS!r})
-    if found is None:
+    if cache.get({FACTS!r}) is None:
         time.sleep(0.05)
         cache.put({FACTS!r}, sys.argv[1].encode())
         print("built")
@@ -152,6 +151,6 @@ print(cache.get({FACTS!r}).decode())
     command = [sys.executable, "-c", code]
     runs = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)]
     (tmp_path / "go").touch()
-    said = [run.communicate(timeout=60)[0].split() for run in runs]
-    assert sum("built" in words for words in said) == 1
-    assert len({words[-1] for words in said}) == 1
+    outputs = [run.communicate(timeout=60)[0].split() for run in runs]
+    assert sum("built" in words for words in outputs) == 1
+    assert len({words[-1] for words in outputs}) == 1

@@ -1,9 +1,9 @@
-"""A TensorRT engine's life, on doubles of TensorRT and CUDA: built, found again, walked, out of memory.
+"""A TensorRT engine's life, on doubles of TensorRT and CUDA: built, kept, walked, out of memory.
 
-The doubles refuse what the real ones refuse; that they do, and that each refusal would reach the user, is
-shown by breaking the engine on purpose.
+The last tests break the engine on purpose: the doubles refuse it as the real ones do, and the user is told.
 """
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -20,8 +20,8 @@ from doubles import cuda_double, gpu
 from offramp.runtime import BadBundle, BadSetting, DeviceFailed, OutOfMemory, load
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.engines import device_buffers, profiles, trt_build, trt_open, trt_versions
-from offramp.runtime.engines.base import open_engine
+from offramp.runtime.engines import device, trt, trt_build, trt_versions
+from offramp.runtime.engines.base import EngineOptions, open_engine
 from offramp.runtime.engines.cuda import Cuda
 
 TESTS = Path(__file__).parents[1]
@@ -40,28 +40,28 @@ def inputs(rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
-def opened(**wishes: Any) -> Any:
-    return open_engine("trt", open_bundle(TINY), **wishes)
+def opened(**options: Any) -> Any:
+    return open_engine(open_bundle(TINY), "fp32", EngineOptions("trt", **options))
 
 
 def walk(engine: Any, rows: int = 2, length: int = 9) -> np.ndarray:
     """Logits of the last exit."""
     state = engine.begin(inputs(rows, length))
     for segment in range(GRAPHS - 1):
-        said = engine.step(segment, 0, state).logits
+        logits = engine.step(segment, 0, state).logits
     engine.drop(state)
-    return said.copy()
+    return logits.copy()
 
 
 def expected(rows: int = 2, length: int = 9) -> np.ndarray:
-    engine = open_engine("ort", open_bundle(TINY))
+    engine = open_engine(open_bundle(TINY), "fp32", EngineOptions())
     try:
         return walk(engine, rows, length)
     finally:
         engine.close()
 
 
-# Building and finding again.
+# Building and keeping.
 
 
 @pytest.mark.parametrize("version", gpu.VERSIONS)
@@ -84,7 +84,7 @@ def test_an_engine_is_built_once(
     assert (first.label, first.exit) == (plain.label, plain.exit) and abs(first.score - plain.score) < 1e-4
 
 
-def test_what_runs_is_told(machine: SimpleNamespace) -> None:
+def test_facts_name_what_runs(machine: SimpleNamespace) -> None:
     with load(TINY, engine="trt") as session:
         assert (session.engine.name, session.engine.device) == ("trt", "cuda")
         facts = session.engine.facts
@@ -126,7 +126,7 @@ def test_for_another_version_or_driver_it_is_built_anew(
 
 def test_other_profiles_are_other_engines(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     opened().close()
-    monkeypatch.setattr(profiles, "MOST_ROWS", 64)
+    monkeypatch.setattr(trt_build, "MAX_ROWS", 64)
     opened().close()
     assert machine.trt.builds == 2 * GRAPHS
 
@@ -137,17 +137,17 @@ def test_nothing_that_was_tampered_with_is_deserialized(machine: SimpleNamespace
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    seen = machine.trt.Runtime.deserialize_cuda_engine
-    given: list[bytes] = []
+    real = machine.trt.Runtime.deserialize_cuda_engine
+    deserialized: list[bytes] = []
 
     def watched(runtime: Any, blob: bytes) -> Any:
-        given.append(bytes(blob))
-        return seen(runtime, blob)
+        deserialized.append(bytes(blob))
+        return real(runtime, blob)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine.trt.Runtime, "deserialize_cuda_engine", watched)
         engine = opened()
-    assert machine.trt.builds == 2 * GRAPHS and len(given) == GRAPHS
+    assert machine.trt.builds == 2 * GRAPHS and len(deserialized) == GRAPHS
     np.testing.assert_allclose(walk(engine), expected(), atol=1e-4)
     engine.close()
 
@@ -183,16 +183,16 @@ with pytest.MonkeyPatch.context() as patch:
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE, text=True) for _ in range(3)
     ]
-    said = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], said
-    assert sum(err.count("building") for _, err in said) == GRAPHS
-    assert len({out for out, _ in said}) == 1
+    outputs = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], outputs
+    assert sum(err.count("building") for _, err in outputs) == GRAPHS
+    assert len({out for out, _ in outputs}) == 1
 
 
 def test_two_sessions_share_an_engine_and_not_their_memory(machine: SimpleNamespace) -> None:
     one, two = opened(), opened()
-    assert machine.trt.builds == GRAPHS and one._opener._opened.keys() == two._opener._opened.keys()
-    assert all(one._opener._opened[step] is two._opener._opened[step] for step in one._opener._opened)
+    assert machine.trt.builds == GRAPHS and one._opener._engines.keys() == two._opener._engines.keys()
+    assert all(one._opener._engines[step] is two._opener._engines[step] for step in one._opener._engines)
     state = one.begin(inputs(2, 9))
     first = one.step(0, 0, state).logits.copy()
     walk(two, rows=3)
@@ -212,7 +212,7 @@ def test_a_step_waits_once_and_brings_only_its_signals(machine: SimpleNamespace)
     walk(engine)
     now = calls - before
     assert now["cudaEventSynchronize"] == GRAPHS - 1 and now["cudaStreamSynchronize"] == 0
-    assert now["cudaMemcpyAsync"] == GRAPHS  # the inputs, and what three exits say
+    assert now["cudaMemcpyAsync"] == GRAPHS  # the inputs, and the signals of three exits
     assert now["cudaMalloc"] == now["cudaHostAlloc"] == now["cudaFree"] == 0
     engine.close()
 
@@ -263,7 +263,7 @@ def test_a_rule_that_goes_on_in_int8_is_refused(machine: SimpleNamespace) -> Non
     engine.close()
 
 
-def test_a_step_becomes_one_graph_once_its_shape_was_seen(machine: SimpleNamespace) -> None:
+def test_a_step_becomes_one_cuda_graph_at_the_second_run_of_a_shape(machine: SimpleNamespace) -> None:
     engine, calls = opened(cuda_graphs=True), machine.cudart.calls
     for _ in range(3):
         np.testing.assert_allclose(walk(engine), expected(), atol=1e-4)
@@ -293,7 +293,7 @@ def test_everything_is_given_back(machine: SimpleNamespace) -> None:
 def test_all_segments_use_one_piece_of_scratch_memory(machine: SimpleNamespace) -> None:
     engine = opened()
     walk(engine)
-    needs = [trt_versions.scratch_bytes(held.engine) for held in engine._opener._opened.values()]
+    needs = [trt_versions.scratch_bytes(held.engine) for held in engine._opener._engines.values()]
     assert len(engine._opener._scratch) == 1 and engine._opener._scratch[0].bytes == max(needs)
     engine.close()
 
@@ -301,13 +301,13 @@ def test_all_segments_use_one_piece_of_scratch_memory(machine: SimpleNamespace) 
 def test_scratch_memory_grows_when_a_larger_segment_is_opened(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a lazy session; what was bound before walks on with the new one."""
+    """As in a lazy session; runs that were bound before use the new memory."""
     needs: list[Any] = []  # engines in the order in which they are opened
 
-    def larger(held: Any) -> int:
-        if held not in needs:
-            needs.append(held)
-        return 2**20 << needs.index(held)
+    def larger(engine: Any) -> int:
+        if engine not in needs:
+            needs.append(engine)
+        return 2**20 << needs.index(engine)
 
     monkeypatch.setattr(trt_versions, "scratch_bytes", larger)
     engine = opened(lazy=True)
@@ -344,7 +344,7 @@ def test_no_memory_for_the_engines_themselves(monkeypatch: pytest.MonkeyPatch, t
         walk(engine)
 
 
-# Broken on purpose: each of these is what a slip in the engine would do.
+# Broken on purpose: each of these is what a mistake in the engine would do.
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def broken(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def test_an_address_that_is_not_set(broken: pytest.MonkeyPatch) -> None:
-    real = trt_open._set
+    real = trt._set_tensors
 
     def forgetful(context: Any, graph: Any, places: Any, log: Any) -> None:
         setter = type(context).set_tensor_address
@@ -361,20 +361,20 @@ def test_an_address_that_is_not_set(broken: pytest.MonkeyPatch) -> None:
             patch.setattr(type(context), "set_tensor_address", lambda c, n, a: n == "mask" or setter(c, n, a))
             real(context, graph, places, log)
 
-    broken.setattr(trt_open, "_set", forgetful)
+    broken.setattr(trt, "_set_tensors", forgetful)
     with pytest.raises(DeviceFailed, match="mask"):
         walk(opened())
 
 
 def test_a_profile_whose_bounds_are_swapped(broken: pytest.MonkeyPatch) -> None:
-    real = trt_build.shapes
-    broken.setattr(trt_build, "shapes", lambda tensor, profile: real(tensor, profile)[::-1])
+    real = trt_build.shapes_of
+    broken.setattr(trt_build, "shapes_of", lambda tensor, profile: real(tensor, profile)[::-1])
     with pytest.raises(BadBundle, match=r"stem\.onnx: TensorRT cannot compile it"):
         opened()
 
 
 def test_a_shape_outside_of_the_profile(broken: pytest.MonkeyPatch) -> None:
-    broken.setattr(trt_open, "choose", lambda known, rows, length: 0)
+    broken.setattr(trt, "profile_of", lambda known, rows, length: 0)
     with pytest.raises(DeviceFailed, match="TensorRT refuses"):
         walk(opened(), rows=2)
 
@@ -395,14 +395,13 @@ def test_memory_that_was_freed(broken: pytest.MonkeyPatch, machine: SimpleNamesp
 
 def test_a_tensor_of_another_type(broken: pytest.MonkeyPatch) -> None:
     """Half of the bytes that TensorRT writes: the places behind it would be overwritten."""
-    real = device_buffers.Layout.of
-    half = trt_versions.dataclasses.replace
+    real, half = device.Layout.of, dataclasses.replace
 
     def small(*args: Any) -> Any:
         layout = real(*args)
         return half(layout, pairs=tuple(half(tensor, dtype="float16") for tensor in layout.pairs))
 
-    broken.setattr(device_buffers.Layout, "of", small)
+    broken.setattr(device.Layout, "of", small)
     engine = opened()
     try:
         wrong = not np.allclose(walk(engine, 32, 48), expected(32, 48), atol=1e-4)
@@ -412,9 +411,7 @@ def test_a_tensor_of_another_type(broken: pytest.MonkeyPatch) -> None:
 
 
 def test_an_input_of_another_type_than_the_manifest_says(broken: pytest.MonkeyPatch) -> None:
-    broken.setattr(
-        trt_versions, "as_read", lambda trt, tensor: trt_versions.dataclasses.replace(tensor, dtype="float32")
-    )
+    broken.setattr(trt_versions, "as_read", lambda trt, tensor: dataclasses.replace(tensor, dtype="float32"))
     with pytest.raises(BadBundle, match="the manifest says float32"):
         opened()
 
@@ -433,11 +430,11 @@ def test_scratch_memory_that_is_never_lent(broken: pytest.MonkeyPatch) -> None:
 
 
 def test_a_graph_with_an_operator_of_a_vendor(broken: pytest.MonkeyPatch) -> None:
-    real = trt_open.build
+    real = trt.build
 
     def fused(trt: Any, log: Any, data: bytes, *others: Any) -> Any:
         return real(trt, log, data + b"\x3a\x0dcom.microsoft", *others)
 
-    broken.setattr(trt_open, "build", fused)
+    broken.setattr(trt, "build", fused)
     with pytest.raises(BadBundle, match=r"stem\.onnx: TensorRT cannot read it"):
         opened()
