@@ -28,7 +28,6 @@ from offramp.runtime.bundle.manifest import Manifest, RuleSpec
 from offramp.runtime.bundle.strict_json import build, parse
 from offramp.runtime.engines import threads as pools
 from offramp.runtime.errors import BadBundle, BundleNotFound, EngineUnavailable
-from offramp.runtime.rules import Floats, Signals
 from offramp.runtime.tuning.figures import rounded
 from offramp.runtime.tuning.timing import Batches, Candidate, LabelsAndExits, take_turns
 
@@ -104,7 +103,7 @@ def open_baseline(
         raise BadBundle(f"{path}: ONNX Runtime cannot open it: {problem}; {CURE}") from problem
     nested = fact.kind == NESTED
     inputs = {entry.name for entry in session.get_inputs()}
-    stem_inputs = [tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs]
+    stem_inputs = [tensor.name for tensor in manifest.stem.first_graph.inputs]
     known = {*stem_inputs, *({"threshold"} if nested else ())}
     outputs = ["logits", "exit"] if nested else ["logits"]
     if not inputs <= known or stem_inputs[0] not in inputs or (nested and "threshold" not in inputs):
@@ -142,7 +141,7 @@ def open_baseline(
 
 def nested_threshold(manifest: Manifest, rule: RuleSpec | None) -> float | None:
     """The threshold with which a nested graph decides as the rule does; None where it cannot."""
-    outputs = next(iter(manifest.segments[0].variants.values())).outputs
+    outputs = manifest.segments[0].first_graph.outputs
     signal = "gate" if any(tensor.name == "gate" for tensor in outputs) else "max_probability"
     return rule.parameters["threshold"] if rule is not None and rule.name == signal else None
 
@@ -156,12 +155,14 @@ def random_exits(histogram: Sequence[float], seed: int = 0) -> rules.ExitRule:
     hazards = (np.asarray(histogram, float) / np.maximum(reached, 1e-12)).tolist()
     draw = np.random.default_rng(seed).random
 
-    def leave(signals: Signals, memory: Floats, segment: int) -> tuple[rules.Bools | bool, Floats]:
+    def exits(
+        signals: rules.Signals, memory: rules.Floats, segment: int
+    ) -> tuple[rules.Bools | bool, rules.Floats]:
         if len(signals.logits) == 1:
             return draw() < hazards[segment], memory
         return draw(len(signals.logits)) < hazards[segment], memory
 
-    return rules.ExitRule(RuleSpec("random", {}), leave, 0)
+    return rules.ExitRule(RuleSpec("random", {}), exits, 0)
 
 
 # Linux carries the parent's resident memory over into a child's ru_maxrss; VmHWM is the child's own.

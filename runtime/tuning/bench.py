@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +17,14 @@ import numpy as np
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, RuleSpec, TextInput
-from offramp.runtime.classifier import WINDOW, Session
+from offramp.runtime.classifier import WINDOW, Classifier
+from offramp.runtime.decoding import Token
 from offramp.runtime.engines.threads import usable_cores
 from offramp.runtime.errors import BadSetting, OfframpError
-from offramp.runtime.generate import generate
-from offramp.runtime.generator import Writer
-from offramp.runtime.inputs.text import reader_of
-from offramp.runtime.loading import load
-from offramp.runtime.rules.resolve import chosen_points
+from offramp.runtime.generator import TextGenerator
+from offramp.runtime.inputs.text import read_all, reader_of
+from offramp.runtime.loading import load_classifier, load_generator
+from offramp.runtime.rules.resolve import points_to_measure
 from offramp.runtime.tuning import report as pages
 from offramp.runtime.tuning.baselines import (
     GRAPH_SCRIPT,
@@ -167,13 +167,13 @@ def measure(
     if budget_ms is not None and not 0 < budget_ms < float("inf"):
         raise BadSetting(f"budget {budget_ms:g} ms: expected a number above 0")
     opened = open_bundle(bundle)
-    manifest, encoder = opened.manifest, reader_of(opened)
+    manifest, reader = opened.manifest, reader_of(opened)
     text = manifest.input if isinstance(manifest.input, TextInput) else None
     items, truth, rows_there = read_rows(data, manifest.labels, rows, images=text is None)
     started = time.perf_counter()
-    encoded = [encoder([item])[0] for item in items]
+    encoded = [read_all(reader, [item])[0] for item in items]
     tokenizing = (time.perf_counter() - started) / len(items)
-    singles: list[Batches] = [[(np.zeros(1, np.int64), encoder.arrays([row]))] for row in encoded]
+    singles: list[Batches] = [[(np.zeros(1, np.int64), reader.arrays([row]))] for row in encoded]
     with ExitStack() as stack:
         field = open_candidates(opened, baselines, points, threads, singles, stack)
         full, candidates, monolith = field.full, field.candidates, field.monolith
@@ -182,7 +182,7 @@ def measure(
         in_bulk = encoded[: BULK_WINDOWS * batch_size * WINDOW]
         for start in range(0, len(in_bulk), batch_size * WINDOW):
             window = in_bulk[start : start + batch_size * WINDOW]
-            windows.append((list(full._batches(window, batch_size)), len(window)))
+            windows.append((list(full.batches(window, batch_size)), len(window)))
         rates = time_bulk([c for c in candidates if c.bulk], windows, batch_size, turns)
         segments = [{"name": name, "ms": rounded(ms)} for name, ms in time_segments(full, singles)]
         environment = _environment(full)
@@ -195,13 +195,15 @@ def measure(
     macs = np.array([[graph.macs.of(n) for graph in graphs] for n in lengths], float).cumsum(axis=1)[:, 1:]
     results = []
     for c in candidates:
-        own = timings[c.name]
+        answers = timings[c.name]
         rule = None if c.rule is None else _rule_json(c.rule)
         facts = {"name": c.name, "kind": c.kind, "variant": c.variant, "rule": rule, "bytes": c.bytes}
-        facts |= {"accuracy": accuracy(own, truth)} | row_figures(own, timings[reference], macs, budget)
+        facts |= {"accuracy": accuracy(answers, truth)} | row_figures(
+            answers, timings[reference], macs, budget
+        )
         bulk: dict[str, float | None] = {"rows_per_second": None, "realised_in_bulk": None}
         if c.bulk:
-            share = macs_share(own.exits[:, : len(in_bulk)], macs[: len(in_bulk)])
+            share = macs_share(answers.exits[:, : len(in_bulk)], macs[: len(in_bulk)])
             time_share = rates[reference] / rates[c.name]
             bulk = {
                 "rows_per_second": rounded(rates[c.name]),
@@ -242,7 +244,7 @@ class Field:
     does not take part.
     """
 
-    full: Session
+    full: Classifier
     candidates: list[Candidate]
     monolith: GraphFact | None
     left_out: list[str]
@@ -265,10 +267,12 @@ def open_candidates(
     manifest = bundle.manifest
     graphs = () if baselines is None else read_baselines(baselines, manifest).graphs
     candidates: list[Candidate] = []
-    for name in chosen_points(manifest, points):
-        session = stack.enter_context(load(bundle.folder, point=name, threads=threads, share=False))
+    for name in points_to_measure(manifest, points):
+        session = stack.enter_context(
+            load_classifier(bundle.folder, point=name, threads=threads, share=False)
+        )
         candidates.append(walk_candidate(session, f"walk {name}" if name else "walk", "walk"))
-    full = stack.enter_context(load(bundle.folder, rule="never", threads=threads, share=False))
+    full = stack.enter_context(load_classifier(bundle.folder, rule="never", threads=threads, share=False))
     first = candidates[0] if candidates else None
     candidates.append(walk_candidate(full, FULL, "full"))
     left_out = []
@@ -278,7 +282,7 @@ def open_candidates(
         exits = np.concatenate([first.run(single, 1, 1)()[1] for single in singles])
         rule = random_exits(np.bincount(exits - 1, minlength=len(manifest.segments)).tolist())
         session = stack.enter_context(
-            load(bundle.folder, rule="never", variant=first.variant, threads=threads, share=False)
+            load_classifier(bundle.folder, rule="never", variant=first.variant, threads=threads, share=False)
         )
         candidates.append(replace(walk_candidate(session, RANDOM, "random", rule), rule=rule.spec))
     for graph in graphs:
@@ -315,13 +319,12 @@ def measure_generation(
     turns: rounds over the prompts. Raises BadInput naming the line, BadSetting, and what load() raises.
     """
     with ExitStack() as stack:
-        sessions: dict[str, Writer] = {}
+        sessions: dict[str, TextGenerator] = {}
         for name, options in rule_options(rules, bundle).items():
-            session = stack.enter_context(load(bundle.folder, variant=variant, threads=threads, **options))
-            assert isinstance(session, Writer)
-            sessions[name] = session
+            session = load_generator(bundle.folder, variant=variant, threads=threads, **options)
+            sessions[name] = stack.enter_context(session)
         full = sessions[FULL_DEPTH]
-        prompts, rows_there = read_prompts(data, rows, full.ids_of)
+        prompts, rows_there = read_prompts(data, rows, full.encode_prompt)
         # Answers do not end early, so that all candidates give the same number of tokens.
         generators = {
             name: partial(_tokens, session, max_new_tokens=max_new_tokens)
@@ -368,21 +371,21 @@ def rule_options(rules: str | None, bundle: Bundle) -> dict[str, Mapping[str, An
     return options
 
 
-def _tokens(session: Writer, ids: Sequence[int], *, max_new_tokens: int) -> Any:
-    return generate(session.decoder, ids, max_new_tokens, stop=(), way=session.way)
+def _tokens(session: TextGenerator, ids: Sequence[int], *, max_new_tokens: int) -> Iterator[Token]:
+    return session.tokens(ids, max_new_tokens, stop_ids=())
 
 
-def _drafts(session: Writer) -> dict[str, Any]:
+def _drafts(session: TextGenerator) -> dict[str, Any]:
     """Drafts by exit: how many were verified, the share that was accepted, and verifying runs."""
-    drafting = session.drafting
-    if drafting is None:
+    stats = session.draft_stats
+    if stats is None:
         return {}
-    offered = {exit: number for exit, number in drafting.offered.items() if number}
-    accepted = {exit: round(drafting.accepted[exit] / number, 4) for exit, number in offered.items()}
-    return {"drafts": {"offered": offered, "accepted": accepted, "rounds": drafting.rounds}}
+    offered = {exit: number for exit, number in stats.offered.items() if number}
+    accepted = {exit: round(stats.accepted[exit] / number, 4) for exit, number in offered.items()}
+    return {"drafts": {"offered": offered, "accepted": accepted, "rounds": stats.rounds}}
 
 
-def _environment(session: Session) -> dict[str, str]:
+def _environment(session: Classifier | TextGenerator) -> dict[str, str]:
     """The machine, and the engine that really runs."""
     engine = session.engine
     return {**pages.machine(), "engine": engine.name, "device": engine.device, **engine.facts}

@@ -23,6 +23,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import (
     FILE_NAME,
@@ -34,17 +35,14 @@ from offramp.runtime.bundle.manifest import (
     RuleSpec,
     StepCosts,
 )
-from offramp.runtime.classifier import Session
-from offramp.runtime.engines.base import Array
-from offramp.runtime.engines.ort_decoder import DecoderEngine
+from offramp.runtime.classifier import Classifier
 from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable, OfframpError
-from offramp.runtime.generate import past
-from offramp.runtime.generator import Writer
-from offramp.runtime.loading import load
-from offramp.runtime.rules.route import FILE, Route, menu
-from offramp.runtime.rules.router import Router, fit
+from offramp.runtime.generator import TextGenerator
+from offramp.runtime.loading import load_classifier, load_generator
+from offramp.runtime.rules import Floats, bind
+from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, routes_of
+from offramp.runtime.rules.skip import thinned_plan
 from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, Point, choose_points
-from offramp.runtime.sequence import Lane
 from offramp.runtime.tuning.labelled import LabelledRows, read_labelled, read_pairs
 from offramp.runtime.tuning.step_costs import (
     has_forecast,
@@ -52,6 +50,7 @@ from offramp.runtime.tuning.step_costs import (
     measure_walk_points,
     require_forecast,
 )
+from offramp.runtime.walker import walk_one
 
 ROUTE_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # mean depths of route points, as shares of all blocks
 
@@ -131,7 +130,7 @@ def rewrite(folder: Path, manifest: Manifest, calibration: Calibration) -> Manif
         costs={**manifest.costs, **calibration.costs},
     )
     text = new.to_json()
-    Manifest.from_json(text, source=str(folder / FILE_NAME))  # the new manifest must be readable
+    read_manifest(text, source=str(folder / FILE_NAME))  # the new manifest must be readable
     for name, data in {**calibration.files, FILE_NAME: text.encode("utf-8")}.items():
         beside = folder.with_name(f".{folder.name}.{name}.new")
         beside.write_bytes(data)
@@ -149,7 +148,8 @@ def measure_points(
     threads: int | None = None,
 ) -> Calibration:
     """Operating points of a bundle that classifies; rule None: quee with forecasts, else see exit_points."""
-    with load(folder, rule="never", engine=engine, device=device, threads=threads, share=False) as session:
+    options = {"engine": engine, "device": device, "threads": threads, "share": False}
+    with load_classifier(folder, rule="never", **options) as session:
         manifest = session.manifest
         rows = read_labelled(file, session.labels, images=isinstance(manifest.input, ImageInput))
         costs: dict[str, StepCosts] = {}
@@ -165,7 +165,9 @@ def measure_points(
     return Calibration(points, default.rule, "calibrated", facts, costs, table=_point_table(points))
 
 
-def exit_points(session: Session, rows: LabelledRows, rule: str | None = None) -> tuple[OperatingPoint, ...]:
+def exit_points(
+    session: Classifier, rows: LabelledRows, rule: str | None = None
+) -> tuple[OperatingPoint, ...]:
     """Operating points of every variant of the session's bundle, by a sweep over the outputs of all exits.
 
     rule None: the bundle's own; where it has none, gate with policies and max_probability without. A variant
@@ -192,7 +194,7 @@ def exit_points(session: Session, rows: LabelledRows, rule: str | None = None) -
     return tuple(points)
 
 
-def exit_table(session: Session, rows: LabelledRows, variant: str) -> tuple[ExitTable, NDArray[np.int64]]:
+def exit_table(session: Classifier, rows: LabelledRows, variant: str) -> tuple[ExitTable, NDArray[np.int64]]:
     """Outputs of every exit at full depth in one variant, and the rows' lengths [rows] in tokens."""
     trace, lengths = session.at_full_depth(rows.items, variant)
     gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
@@ -221,47 +223,51 @@ def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Cali
     Each completion is read by every route, after its prompt at full depth. The router learns from half of the
     rows; on the other half prices are chosen and points are measured, both by log-likelihood.
     """
-    with load(folder, rule="never", threads=threads, share=False) as session:
-        assert isinstance(session, Writer)
-        manifest = session.manifest
-        routes, rows = (
-            menu(manifest),
-            read_pairs(file, session.longest, session.ids_of, session.continued),
-        )
+    with load_generator(folder, rule="never", threads=threads, share=False) as session:
+        manifest, routes = session.manifest, routes_of(session.manifest)
+        rows = read_pairs(file, session.longest, session.encode_prompt, session.encode_continuation)
         if len(routes) == 1:
             raise BadInput(f"{folder}: no route skips any of the {len(manifest.segments)} segments")
-        scored = [route_scores(session.decoder, routes, *row) for row in rows]
+        scored = [route_scores(session, routes, *row) for row in rows]
         facts = {"rows": len(rows), **_engine_facts(session)}
         variant = session.variant
     features = np.array([hidden for hidden, _ in scored], np.float64)  # [rows, hidden]
     scores = np.array([row for _, row in scored])  # [rows, routes]
     half = len(rows) // 2
-    router = fit(features[:half], scores[:half], np.array([route.blocks for route in routes], np.float64))
+    router = fit_router(
+        features[:half], scores[:half], np.array([route.blocks for route in routes], np.float64)
+    )
     points = _route_points(router, features[half:], scores[half:], variant, file.stem)
     kept = tuple(point for point in manifest.points if point.rule.name != "route")
-    files, table = {FILE: router.to_bytes()}, _route_table(routes, scores, points, router)
+    files, table = {ROUTER_FILE: router.to_bytes()}, _route_table(routes, scores, points, router)
     return Calibration((*kept, *points), manifest.rule, "routed", facts, files=files, table=table)
 
 
 def route_scores(
-    engine: DecoderEngine, routes: Sequence[Route], prompt: list[int], completion: list[int]
-) -> tuple[Array, list[float]]:
+    session: TextGenerator, routes: Sequence[Route], prompt: list[int], completion: list[int]
+) -> tuple[Floats, list[float]]:
     """The hidden state [hidden] that a router reads, and the score of the completion by each route.
 
     A score is the mean log-likelihood in nats of the tokens after the first, which the prompt predicts.
     """
-    lane = Lane(engine)
-    lane.feed(prompt)
-    hidden: Array = lane.advance(0, len(prompt)).hidden[-1].copy()
-    lane.through(1, len(prompt))
+    engine, segments = session.engine, len(session.manifest.segments)
+    variant = session.manifest.variants.index(session.variant)
+    never = bind(RuleSpec("never", {}), segments)
+    sequence = engine.begin({"input_ids": np.array([prompt], np.int64)})
+    prompt_hidden = walk_one(engine, never, sequence, [variant] * segments)[0].signals.hidden
+    assert prompt_hidden is not None  # decoders put it out
+    hidden = prompt_hidden[-1].copy()
+    sequence.rows = len(completion) - 1
     scores = []
     for route in routes:
-        lane.truncate(len(prompt))
-        lane.feed(completion[:-1])
-        logits = lane.cache.logits(past(lane, route.skipped, len(completion)).leaving)
+        sequence.truncate(len(prompt))
+        sequence.feed(completion[:-1])
+        plan = thinned_plan(segments, variant, route.skipped)[0].tolist()
+        logits = walk_one(engine, never, sequence, plan)[-1].signals.logits  # [tokens, vocabulary]
         top = logits.max(1)
         predicted = logits[np.arange(len(logits)), completion[1:]]
         scores.append(float((predicted - top - np.log(np.exp(logits - top[:, None]).sum(1))).mean()))
+    engine.drop(sequence)
     return hidden, scores
 
 
@@ -292,7 +298,7 @@ def _named(name: str, point: Point, variant: str, rows: LabelledRows) -> Operati
     return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
 
 
-def _engine_facts(session: Session) -> dict[str, str]:
+def _engine_facts(session: Classifier | TextGenerator) -> dict[str, str]:
     return {"engine": session.engine.name, "device": session.engine.device, **session.engine.facts}
 
 

@@ -6,44 +6,42 @@ Shares are 0..1, accuracy is in percent, units stand in the names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from offramp.runtime.decoding import Token
 from offramp.runtime.tuning.timing import AnswerTimings, Ids, RowTimings, Seconds, time_ratio
-
-if TYPE_CHECKING:
-    from offramp.runtime.generate import Token
 
 # Positions in an answer, from 1, at which a line of the depth histogram begins.
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def row_figures(own: RowTimings, reference: RowTimings, macs: Seconds, budget: float) -> dict[str, Any]:
+def row_figures(timings: RowTimings, reference: RowTimings, macs: Seconds, budget: float) -> dict[str, Any]:
     """Times, exits and shares of a candidate that answers rows.
 
     macs [rows, exits]: multiply-accumulates of each row up to each exit. budget: seconds that an answer may
     take. The share of the time is of all rows and rounds together, as the share of the multiply-accumulates
     is: a median over rows would hide either the rows that left early or those that went deep.
     """
-    rounds = len(own.seconds)
-    ratio, ratio_p5, ratio_p95 = time_ratio(own.seconds, reference.seconds)
-    times = 1e3 * np.percentile(own.seconds, range(101))
-    counts = np.bincount(own.exits.ravel() - 1, minlength=macs.shape[1]) / rounds
-    share = macs_share(own.exits, macs)
-    time_share = float(own.seconds.sum() / reference.seconds.sum())
+    rounds = len(timings.seconds)
+    ratio, ratio_p5, ratio_p95 = time_ratio(timings.seconds, reference.seconds)
+    times = 1e3 * np.percentile(timings.seconds, range(101))
+    counts = np.bincount(timings.exits.ravel() - 1, minlength=macs.shape[1]) / rounds
+    share = macs_share(timings.exits, macs)
+    time_share = float(timings.seconds.sum() / reference.seconds.sum())
     return {
         "p50_ms": rounded(times[50]),
         "p95_ms": rounded(times[95]),
         "p99_ms": rounded(times[99]),
-        "mean_ms": rounded(1e3 * own.seconds.mean()),
+        "mean_ms": rounded(1e3 * timings.seconds.mean()),
         "percentiles_ms": [rounded(value) for value in times],
         "ratio": rounded(ratio),
         "ratio_p5": rounded(ratio_p5),
         "ratio_p95": rounded(ratio_p95),
-        "mean_exit": rounded(own.exits.mean()),
+        "mean_exit": rounded(timings.exits.mean()),
         "exits": [rounded(value) for value in counts],
-        "goodput": rounded((own.seconds <= budget).mean()),
+        "goodput": rounded((timings.seconds <= budget).mean()),
         "time_share": rounded(time_share),
         "macs_share": rounded(share),
         "realised": realised(time_share, share),
@@ -67,32 +65,32 @@ def realised(time_share: float, share: float) -> float | None:
     return rounded((1 - time_share) / (1 - share)) if share < 0.99 else None
 
 
-def accuracy(own: RowTimings, labels: Ids | None) -> float | None:
+def accuracy(timings: RowTimings, labels: Ids | None) -> float | None:
     """Percent of rows and rounds whose answer is the label; None without labels."""
-    return None if labels is None else rounded(100 * (own.labels == labels).mean())
+    return None if labels is None else rounded(100 * (timings.labels == labels).mean())
 
 
-def answer_figures(own: AnswerTimings, full: AnswerTimings) -> dict[str, Any]:
+def answer_figures(timings: AnswerTimings, full: AnswerTimings) -> dict[str, Any]:
     """Times and depths of a candidate that generates text, beside the answers of full depth."""
-    steps = np.concatenate([np.diff(stamps) for stamps in own.stamps]) * 1e3
-    later = [token for tokens in own.tokens for token in tokens[1:]]
+    steps = np.concatenate([np.diff(stamps) for stamps in timings.stamps]) * 1e3
+    later = [token for tokens in timings.tokens for token in tokens[1:]]
     same = [
         [token.id for token in tokens] == [token.id for token in full_tokens]
-        for tokens, full_tokens in zip(own.tokens, full.tokens, strict=True)
+        for tokens, full_tokens in zip(timings.tokens, full.tokens, strict=True)
     ]
-    ratio, ratio_p5, ratio_p95 = (round(x, 4) for x in time_ratio(own.after_first, full.after_first))
+    ratio, ratio_p5, ratio_p95 = (round(x, 4) for x in time_ratio(timings.after_first, full.after_first))
     return {
-        "tokens_per_s": round(len(later) / max(1e-9, float(own.after_first.sum())), 3),
+        "tokens_per_s": round(len(later) / max(1e-9, float(timings.after_first.sum())), 3),
         "ratio": ratio,
         "ratio_p5": ratio_p5,
         "ratio_p95": ratio_p95,
-        "first_ms": round(1e3 * float(np.median([stamps[0] for stamps in own.stamps])), 3),
+        "first_ms": round(1e3 * float(np.median([stamps[0] for stamps in timings.stamps])), 3),
         "p50_ms": round(float(np.percentile(steps, 50)), 3) if len(steps) else None,
         "p95_ms": round(float(np.percentile(steps, 95)), 3) if len(steps) else None,
         "depth": round(float(np.mean([token.depth for token in later])), 3) if later else None,
         "blocks_run": round(float(np.mean([token.blocks_run for token in later])), 3) if later else None,
         "same": round(float(np.mean(same)), 4),
-        "by_position": depths_by_position(own.tokens),
+        "by_position": depths_by_position(timings.tokens),
     }
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.errors import BadInput
 from offramp.runtime.inputs.lines import IMAGES, PROMPTS, TEXTS, Line, read_lines
-from offramp.runtime.inputs.text import Item
+from offramp.runtime.inputs.text import Text
 
 if TYPE_CHECKING:
     from offramp.runtime.inputs.chat import Message
@@ -31,7 +31,7 @@ class LabelledRows:
     """
 
     name: str
-    items: tuple[Item, ...]
+    items: tuple[Text, ...]
     labels: NDArray[np.int64]
 
 
@@ -45,7 +45,7 @@ def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> 
         if not images:
             raise BadInput(f"{file}: a folder; give a file of JSON lines with text and label")
         return _class_folders(file, names)
-    items: list[Item] = []
+    items: list[Text] = []
     labels: list[int] = []
     try:
         with file.open(encoding="utf-8-sig") as lines:
@@ -76,7 +76,7 @@ def label_number(value: object, names: Sequence[str], place: str) -> int:
 
 def read_rows(
     path: Path, names: Sequence[str], max_rows: int, *, images: bool = False
-) -> tuple[list[Item], NDArray[np.int64] | None, int]:
+) -> tuple[list[Text], NDArray[np.int64] | None, int]:
     """The first rows of a file: items, numbers of their labels (None without labels), rows in the file.
 
     images: lines are paths relative to the file's folder, or JSON with "image". Empty lines are passed over.
@@ -151,7 +151,7 @@ def read_pairs(
     return pairs
 
 
-def _text(row: dict[str, Any]) -> Item:
+def _text(row: dict[str, Any]) -> Text:
     return row["text"] if row.get("text_b") is None else (row["text"], row["text_b"])
 
 
@@ -163,7 +163,7 @@ def _image(name: str, file: Path, place: str) -> str:
 
 
 def _class_folders(folder: Path, names: Sequence[str]) -> LabelledRows:
-    items: list[Item] = []
+    items: list[Text] = []
     labels: list[int] = []
     for inside in sorted(folder.iterdir()):
         if inside.is_dir() and not inside.name.startswith("."):

@@ -81,20 +81,20 @@ def write_whole(path: Path, text: str) -> None:
 def cells(figures: Figures) -> list[list[str]]:
     """One row of texts for each candidate, in the order of COLUMNS."""
     rows = []
-    for one in figures["candidates"]:
-        variant = "" if one["variant"] in one["name"] else f" ({one['variant']})"
+    for candidate in figures["candidates"]:
+        variant = "" if candidate["variant"] in candidate["name"] else f" ({candidate['variant']})"
         rows.append(
             [
-                one["name"] + variant,
-                *(f"{one[name]:.3f}" for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms")),
-                f"{one['ratio']:.3f} ({one['ratio_p5']:.2f}..{one['ratio_p95']:.2f})",
-                f"{one['mean_exit']:.2f}",
-                _number(one["accuracy"], ".1f"),
-                f"{100 * one['goodput']:.1f}",
-                _number(one["realised"], ".2f"),
-                _number(one["rows_per_second"], ".0f"),
-                _number(one["realised_in_bulk"], ".2f"),
-                f"{one['bytes'] / 1e6:.1f}",
+                candidate["name"] + variant,
+                *(f"{candidate[name]:.3f}" for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms")),
+                f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})",
+                f"{candidate['mean_exit']:.2f}",
+                _number(candidate["accuracy"], ".1f"),
+                f"{100 * candidate['goodput']:.1f}",
+                _number(candidate["realised"], ".2f"),
+                _number(candidate["rows_per_second"], ".0f"),
+                _number(candidate["realised_in_bulk"], ".2f"),
+                f"{candidate['bytes'] / 1e6:.1f}",
             ]
         )
     return rows
@@ -117,17 +117,28 @@ def generation_table(figures: Figures) -> str:
     """All figures of a bundle that generates text: candidates, drafts, depth by position, facts."""
     candidates = figures["candidates"]
     rows = [list(GENERATION_COLUMNS)]
-    for one in candidates:
-        ratio = f"{one['ratio']:.3f} ({one['ratio_p5']:.2f}..{one['ratio_p95']:.2f})"
-        numbers = [_number(one[name], ".2f") for name in _GENERATION_NUMBERS]
-        rows.append([one["name"], f"{one['tokens_per_s']:.1f}", ratio, *numbers, f"{100 * one['same']:.1f}"])
+    for candidate in candidates:
+        ratio = f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})"
+        numbers = [_number(candidate[name], ".2f") for name in _GENERATION_NUMBERS]
+        rows.append(
+            [
+                candidate["name"],
+                f"{candidate['tokens_per_s']:.1f}",
+                ratio,
+                *numbers,
+                f"{100 * candidate['same']:.1f}",
+            ]
+        )
     lines = [*aligned(rows), "", *(f"{name:11} {text}" for name, text in GENERATION_LEGEND.items())]
-    for one in candidates:
-        for exit, share in one.get("drafts", {}).get("accepted", {}).items():
-            offered = one["drafts"]["offered"][exit]
-            lines += ["", f"{one['name']}: exit {exit}: {share:.1%} of {offered} drafts were accepted"]
+    for candidate in candidates:
+        for exit, share in candidate.get("drafts", {}).get("accepted", {}).items():
+            offered = candidate["drafts"]["offered"][exit]
+            lines += ["", f"{candidate['name']}: exit {exit}: {share:.1%} of {offered} drafts were accepted"]
     positions = [str(line["from"]) for line in candidates[0]["by_position"]]
-    means = [[one["name"], *(f"{line['mean']:.2f}" for line in one["by_position"])] for one in candidates]
+    means = [
+        [candidate["name"], *(f"{line['mean']:.2f}" for line in candidate["by_position"])]
+        for candidate in candidates
+    ]
     lines += ["", *aligned([["mean depth from token", *positions], *means]), ""]
     about = {name: value for name, value in figures["about"].items() if value != ""}
     return "\n".join([*lines, *(f"{name.replace('_', ' '):22} {value}" for name, value in about.items())])
@@ -197,10 +208,17 @@ dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 
 def _accuracy(axes: Any, figures: Figures) -> bool:
     """Every candidate by mean time and accuracy; False without labels."""
-    known = [one for one in figures["candidates"] if one["accuracy"] is not None]
-    for one in known:
-        look = {"color": _colour(figures, one), "label": _plain(one["name"]), "s": 45, "zorder": 3}
-        axes.scatter([one["mean_ms"]], [one["accuracy"]], marker=_MARKERS[one["kind"]], **look)
+    known = [candidate for candidate in figures["candidates"] if candidate["accuracy"] is not None]
+    for candidate in known:
+        look = {
+            "color": _colour(figures, candidate),
+            "label": _plain(candidate["name"]),
+            "s": 45,
+            "zorder": 3,
+        }
+        axes.scatter(
+            [candidate["mean_ms"]], [candidate["accuracy"]], marker=_MARKERS[candidate["kind"]], **look
+        )
     axes.set(xlabel="mean milliseconds, one by one", ylabel="accuracy, %")
     axes.set_xlim(left=0)
     return bool(known)
@@ -208,12 +226,20 @@ def _accuracy(axes: Any, figures: Figures) -> bool:
 
 def _exits(axes: Any, figures: Figures) -> bool:
     """Rows at each exit, of the candidates that exit early."""
-    exiting = [one for one in figures["candidates"] if one["kind"] in ("walk", "random", "nested")]
+    exiting = [
+        candidate for candidate in figures["candidates"] if candidate["kind"] in ("walk", "random", "nested")
+    ]
     exiting = exiting or figures["candidates"][:1]
     width = 0.8 / len(exiting)
-    for number, one in enumerate(exiting):
-        left = [k + 1 - 0.4 + (number + 0.5) * width for k in range(len(one["exits"]))]
-        axes.bar(left, one["exits"], width, color=_colour(figures, one), label=_plain(one["name"]))
+    for number, candidate in enumerate(exiting):
+        left = [k + 1 - 0.4 + (number + 0.5) * width for k in range(len(candidate["exits"]))]
+        axes.bar(
+            left,
+            candidate["exits"],
+            width,
+            color=_colour(figures, candidate),
+            label=_plain(candidate["name"]),
+        )
     axes.set(xlabel="exit", ylabel="rows", xticks=range(1, len(exiting[0]["exits"]) + 1))
     return True
 
@@ -228,12 +254,14 @@ def _segments(axes: Any, figures: Figures) -> bool:
 
 def _latency(axes: Any, figures: Figures) -> bool:
     """Share of the rows answered within a time, up to a little more than the slowest p95."""
-    for one in figures["candidates"]:
-        look = {"color": _colour(figures, one), "label": _plain(one["name"]), "linewidth": 1.5}
-        axes.plot(one["percentiles_ms"], range(101), "-" if one["kind"] in _WALKS else "--", **look)
+    for candidate in figures["candidates"]:
+        look = {"color": _colour(figures, candidate), "label": _plain(candidate["name"]), "linewidth": 1.5}
+        axes.plot(
+            candidate["percentiles_ms"], range(101), "-" if candidate["kind"] in _WALKS else "--", **look
+        )
     axes.axvline(figures["about"]["budget_ms"], color=_INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="milliseconds", ylabel="rows answered, %")
-    axes.set_xlim(0, 1.1 * max(one["p95_ms"] for one in figures["candidates"]))
+    axes.set_xlim(0, 1.1 * max(candidate["p95_ms"] for candidate in figures["candidates"]))
     return True
 
 
@@ -297,8 +325,8 @@ def _cpu() -> str:
 
 def _cold(figures: Figures) -> list[list[str]]:
     return [
-        [one["name"], f"{one['seconds']:.2f}", _number(one["peak_bytes"] / 1e6 or None, ".0f")]
-        for one in figures["cold_start"]
+        [start["name"], f"{start['seconds']:.2f}", _number(start["peak_bytes"] / 1e6 or None, ".0f")]
+        for start in figures["cold_start"]
     ]
 
 
@@ -306,9 +334,9 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _colour(figures: Figures, one: Figures) -> str:
+def _colour(figures: Figures, candidate: Figures) -> str:
     """The colour of a candidate, the same in all pictures."""
-    return COLOURS[[other["name"] for other in figures["candidates"]].index(one["name"]) % len(COLOURS)]
+    return COLOURS[[other["name"] for other in figures["candidates"]].index(candidate["name"]) % len(COLOURS)]
 
 
 def _plain(text: str) -> str:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle.manifest import Manifest, OperatingPoint, RuleSpec, StepCosts
-from offramp.runtime.classifier import Session
+from offramp.runtime.classifier import Classifier
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.inputs.text import Item
-from offramp.runtime.rules import bind
+from offramp.runtime.inputs.text import Text
+from offramp.runtime.rules import Floats, Plan, Rule, Signals, bind
+from offramp.runtime.rules.base import full_plan
 from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.runtime.tuning.labelled import LabelledRows
-from offramp.runtime.walker import Inputs, Trace, walk
+from offramp.runtime.walker import Inputs, Trace, walk, walk_one
 
 TIMED_ROWS, WARM_UP_ROWS = 40, 4
 PRICES = np.geomspace(0.01, 3.0, 10)  # errors that a full walk in the default variant may cost
@@ -28,7 +30,7 @@ Tokens = NDArray[np.int64]  # lengths of rows [rows]
 
 def has_forecast(manifest: Manifest) -> bool:
     """Whether the bundle's segments forecast errors, so that rule quee can decide."""
-    outputs = next(iter(manifest.segments[0].variants.values())).outputs
+    outputs = manifest.segments[0].first_graph.outputs
     return any(tensor.name == "forecast" for tensor in outputs)
 
 
@@ -40,8 +42,31 @@ def require_forecast(manifest: Manifest) -> None:
         )
 
 
-def measure_step_costs(session: Session, items: Sequence[Item], tokens: Tokens) -> StepCosts:
-    """Milliseconds of every segment in every variant, one decision of rule quee included, at batch 1.
+@dataclass(frozen=True)
+class _KeepPlan:
+    """Computes the decisions of a rule and ignores them, so that a timed walk runs every segment."""
+
+    rule: Rule
+    exit_test = None
+
+    @property
+    def spec(self) -> RuleSpec:
+        return self.rule.spec
+
+    @property
+    def width(self) -> int:
+        return self.rule.width
+
+    def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
+        return full_plan(segments, variant)
+
+    def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
+        self.rule(signals, memory, plan, segment)
+        return plan, memory
+
+
+def measure_step_costs(session: Classifier, items: Sequence[Text], tokens: Tokens) -> StepCosts:
+    """Milliseconds of every segment in every variant at batch 1, with the decision of rule quee before it.
 
     Medians over rows of about median length. tokens: lengths of the items.
     """
@@ -51,28 +76,25 @@ def measure_step_costs(session: Session, items: Sequence[Item], tokens: Tokens) 
     nearest = np.argsort(np.abs(tokens - middle), kind="stable")[:TIMED_ROWS]
     inputs = {int(row): _inputs(session, items[row]) for row in nearest}
     even = StepCosts(middle, dict.fromkeys(variants, (1.0,) * count))
-    rule = bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even})
+    rule = _KeepPlan(bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even}))
     for variant in range(len(variants)):
         engine.prepare(variant, range(count))
     seconds = np.zeros((WARM_UP_ROWS + len(nearest), len(variants), count))
     for turn, row in enumerate([*nearest[:1].repeat(WARM_UP_ROWS), *nearest]):
         for variant in range(len(variants)):
-            plan, memory = np.full((1, count), variant, np.int8), np.zeros((1, rule.width), np.float32)
             state = engine.begin(inputs[int(row)])
-            for segment in range(count):
-                started = time.perf_counter()
-                signals = engine.step(segment, variant, state)
-                if segment + 1 < count:
-                    rule(signals, memory, plan, segment)
-                seconds[turn, variant, segment] = time.perf_counter() - started
+            started = time.perf_counter()
+            steps = walk_one(engine, rule, state, [variant] * count)
+            seconds[turn, variant] = np.diff([started, *(step.ended for step in steps)])
             engine.drop(state)
     medians = 1e3 * np.median(seconds[WARM_UP_ROWS:], axis=0)  # [variants, segments]
-    steps = {name: tuple(ms.round(5).tolist()) for name, ms in zip(variants, medians, strict=True)}
-    return StepCosts(middle, steps)
+    return StepCosts(
+        middle, {name: tuple(ms.round(5).tolist()) for name, ms in zip(variants, medians, strict=True)}
+    )
 
 
 def measure_walk_points(
-    session: Session, rows: LabelledRows, tokens: Tokens, costs: StepCosts
+    session: Classifier, rows: LabelledRows, tokens: Tokens, costs: StepCosts
 ) -> tuple[OperatingPoint, ...]:
     """Operating points of rule quee that charge these milliseconds, each measured by walking all rows at it.
 
@@ -100,11 +122,13 @@ def measure_walk_points(
     )
 
 
-def _inputs(session: Session, item: Item) -> Inputs:
+def _inputs(session: Classifier, item: Text) -> Inputs:
     return session.encode(item) if isinstance(item, str) else session.encode(*item)
 
 
-def _walk(session: Session, inputs: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts) -> Trace:
+def _walk(
+    session: Classifier, inputs: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts
+) -> Trace:
     """Walk the rows one by one from a starting variant."""
     manifest = session.manifest
     count = len(manifest.segments)
@@ -128,7 +152,7 @@ def _exits(trace: Trace) -> NDArray[np.int64]:
 
 
 def _walk_point(
-    session: Session, spec: RuleSpec, start: int, trace: Trace, labels: NDArray[np.int64], costs: StepCosts
+    session: Classifier, spec: RuleSpec, start: int, trace: Trace, labels: NDArray[np.int64], costs: StepCosts
 ) -> WalkPoint:
     """The figures of a walk; its cost is the sum of the step costs and not its own time.
 

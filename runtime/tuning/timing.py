@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import click
 import numpy as np
@@ -22,11 +22,9 @@ from numpy.typing import NDArray
 
 from offramp.runtime import rules
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.classifier import Session
-from offramp.runtime.walker import Inputs, walk
-
-if TYPE_CHECKING:
-    from offramp.runtime.generate import Token
+from offramp.runtime.classifier import Classifier
+from offramp.runtime.decoding import Token
+from offramp.runtime.walker import Inputs, walk, walk_one
 
 Result = TypeVar("Result")
 Ids = NDArray[np.int64]
@@ -84,7 +82,7 @@ def interleaved(
 
 def ratios(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> Seconds:
     """Seconds of one callable over those of the reference, round by round [rounds]."""
-    return np.array(seconds[name]) / np.array(seconds[reference])
+    return np.asarray(seconds[name], np.float64) / np.asarray(seconds[reference], np.float64)
 
 
 def time_ratio(seconds: Sequence[float] | Seconds, reference: Sequence[float] | Seconds) -> list[float]:
@@ -114,13 +112,13 @@ class Candidate:
     rule: RuleSpec | None = None
 
 
-def walk_candidate(session: Session, name: str, kind: str, rule: rules.Rule | None = None) -> Candidate:
+def walk_candidate(session: Classifier, name: str, kind: str, rule: rules.Rule | None = None) -> Candidate:
     """The walk of a session under its own rule, or under `rule`; texts are tokenized beforehand."""
     manifest = session.manifest
     segments, classes = len(manifest.segments), len(manifest.labels)
     variant = manifest.variants.index(session.variant)
     bound = rules.bind(session.rule, segments, manifest.costs) if rule is None else rule
-    stem = manifest.stem.variants.get(session.variant) or manifest.stem.variants[manifest.variants[0]]
+    stem = manifest.stem.variants.get(session.variant) or manifest.stem.first_graph
     files = {stem.file, *(segment.variants[session.variant].file for segment in manifest.segments)}
 
     def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
@@ -171,14 +169,14 @@ def time_rows(
     }
 
     def answer(candidate: Candidate, turn: int, numbers: range) -> None:
-        run, own = candidate.run, timings[candidate.name]
+        run, answers = candidate.run, timings[candidate.name]
         run(singles[numbers[0]], 1, 1)
         for row in numbers:
             started = time.perf_counter()
             read = run(singles[row], 1, 1)
-            own.seconds[turn, row] = time.perf_counter() - started
+            answers.seconds[turn, row] = time.perf_counter() - started
             labels, exits = read()
-            own.labels[turn, row], own.exits[turn, row] = labels[0], exits[0]
+            answers.labels[turn, row], answers.exits[turn, row] = labels[0], exits[0]
 
     with _bar("one by one", rounds * rows) as advance:
         for number in range(rounds):
@@ -256,18 +254,17 @@ def timed_tokens(
     return tokens, stamps
 
 
-def time_segments(session: Session, singles: Sequence[Batches]) -> list[tuple[str, float]]:
+def time_segments(session: Classifier, singles: Sequence[Batches]) -> list[tuple[str, float]]:
     """Name and median milliseconds of the stem and of every segment, over rows that go to the last exit."""
     manifest, engine = session.manifest, session.engine
-    variant = manifest.variants.index(session.variant)
-    stamps = np.zeros((len(singles), len(manifest.segments) + 2))
+    never = rules.bind(RuleSpec("never", {}), len(manifest.segments))
+    plan = [manifest.variants.index(session.variant)] * len(manifest.segments)
+    stamps = np.zeros((len(singles), len(plan) + 2))
     for row, single in enumerate(singles):
-        stamps[row, 0] = time.perf_counter()
+        started = time.perf_counter()
         state = engine.begin(single[0][1])
-        stamps[row, 1] = time.perf_counter()
-        for segment in range(len(manifest.segments)):
-            engine.step(segment, variant, state)
-            stamps[row, segment + 2] = time.perf_counter()
+        begun = time.perf_counter()
+        stamps[row] = [started, begun, *(step.ended for step in walk_one(engine, never, state, plan))]
         engine.drop(state)
     medians = 1e3 * np.median(np.diff(stamps, axis=1), axis=0)
     graphs = (manifest.stem, *manifest.segments)

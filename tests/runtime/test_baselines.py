@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.runtime import BadBundle, BundleNotFound, EngineUnavailable, Session, load
+from offramp.runtime import BadBundle, BundleNotFound, Classifier, EngineUnavailable, load_classifier
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.rules import Signals
+from offramp.runtime.inputs.text import read_all, reader_of
+from offramp.runtime.rules import RowSignals
 from offramp.runtime.tuning.baselines import (
     GRAPH_SCRIPT,
     WALK_SCRIPT,
@@ -31,8 +33,8 @@ TEXTS = ["good film", "the plot was very bad", "a", "not at all warm and not goo
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with load(TINY, rule="never") as session:
+def session() -> Iterator[Classifier]:
+    with load_classifier(TINY, rule="never") as session:
         yield session
 
 
@@ -41,7 +43,9 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(BASELINES, tmp_path / "baselines"))
 
 
-def answers(session: Session, name: str, texts: list[str], threshold: float | None = None) -> LabelsAndExits:
+def answers(
+    session: Classifier, name: str, texts: list[str], threshold: float | None = None
+) -> LabelsAndExits:
     """What a graph of the tiny baselines answers, text by text."""
     fact = next(g for g in read_baselines(BASELINES, session.manifest).graphs if g.name == name)
     baseline = open_baseline(BASELINES, fact, session.manifest, threads=None, threshold=threshold)
@@ -50,42 +54,42 @@ def answers(session: Session, name: str, texts: list[str], threshold: float | No
     return np.concatenate([labels for labels, _ in results]), np.concatenate([exits for _, exits in results])
 
 
-def test_the_list_is_read(session: Session) -> None:
+def test_the_list_is_read(session: Classifier) -> None:
     baselines = read_baselines(BASELINES, session.manifest)
     assert [graph.kind for graph in baselines.graphs] == ["monolith", "monolith", "nested", "truncated"]
     assert baselines.graphs[0].exit == len(session.manifest.segments)
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
-def test_a_monolith_is_the_full_walk(session: Session, variant: str) -> None:
+def test_a_monolith_is_the_full_walk(session: Classifier, variant: str) -> None:
     labels, exits = answers(session, "monolith" if variant == "fp32" else "monolith_int8", TEXTS)
-    with load(TINY, rule="never", variant=variant) as walk:
+    with load_classifier(TINY, rule="never", variant=variant) as walk:
         assert [session.labels[label] for label in labels] == [walk(text).label for text in TEXTS]
     assert exits.tolist() == [3] * len(TEXTS)
 
 
-def test_a_truncated_graph_is_a_walk_to_its_exit(session: Session) -> None:
+def test_a_truncated_graph_is_a_walk_to_its_exit(session: Classifier) -> None:
     labels, exits = answers(session, "truncated_01", TEXTS)
-    with load(TINY, rule="fixed", threshold=1) as walk:
+    with load_classifier(TINY, rule="fixed", threshold=1) as walk:
         assert [session.labels[label] for label in labels] == [walk(text).label for text in TEXTS]
     assert set(exits) == {1}
 
 
 @pytest.mark.parametrize("threshold", [0.4, 0.5, 0.6, 2.0])
-def test_a_nested_graph_leaves_where_the_gate_does(session: Session, threshold: float) -> None:
+def test_a_nested_graph_leaves_where_the_gate_does(session: Classifier, threshold: float) -> None:
     labels, exits = answers(session, "nested", TEXTS, threshold)
-    with load(TINY, rule="gate", threshold=threshold) as walk:
+    with load_classifier(TINY, rule="gate", threshold=threshold) as walk:
         expected = [walk(text) for text in TEXTS]
     assert exits.tolist() == [answer.exit for answer in expected]
     assert [session.labels[label] for label in labels] == [answer.label for answer in expected]
 
 
-def test_a_batch_is_answered_as_its_rows_are(session: Session) -> None:
+def test_a_batch_is_answered_as_its_rows_are(session: Classifier) -> None:
     manifest = session.manifest
     fact = read_baselines(BASELINES, manifest).graphs[0]
     baseline = open_baseline(BASELINES, fact, manifest, threads=None, threshold=None)
-    rows = session._encode(TEXTS)
-    labels, _ = baseline.run(list(session._batches(rows, 2)), len(rows), 2)()
+    rows = read_all(reader_of(open_bundle(TINY)), TEXTS)
+    labels, _ = baseline.run(list(session.batches(rows, 2)), len(rows), 2)()
     assert labels.tolist() == answers(session, "monolith", TEXTS)[0].tolist()
 
 
@@ -111,7 +115,7 @@ def change(folder: Path, **facts: Any) -> None:
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_a_wrong_field_is_named(folder: Path, session: Session, facts: dict[str, Any], named: str) -> None:
+def test_a_wrong_field_is_named(folder: Path, session: Classifier, facts: dict[str, Any], named: str) -> None:
     change(folder, **facts)
     with pytest.raises(
         BadBundle, match=rf"baselines\.json: baselines\.graphs\[\d\]\.{named}: .*ee-split --baselines"
@@ -129,20 +133,20 @@ def test_a_wrong_field_is_named(folder: Path, session: Session, facts: dict[str,
         ("[]", "expected an object"),
     ],
 )
-def test_a_bad_list_is_refused(folder: Path, session: Session, text: str, message: str) -> None:
+def test_a_bad_list_is_refused(folder: Path, session: Classifier, text: str, message: str) -> None:
     (folder / "baselines.json").write_text(text, encoding="utf-8")
     with pytest.raises(BadBundle, match=message):
         read_baselines(folder, session.manifest)
 
 
-def test_a_folder_without_a_list(tmp_path: Path, session: Session) -> None:
+def test_a_folder_without_a_list(tmp_path: Path, session: Classifier) -> None:
     with pytest.raises(BundleNotFound, match="ee-split --baselines"):
         read_baselines(tmp_path, session.manifest)
     with pytest.raises(BundleNotFound):
         read_baselines(tmp_path / "none", session.manifest)
 
 
-def test_a_changed_graph_is_refused(folder: Path, session: Session) -> None:
+def test_a_changed_graph_is_refused(folder: Path, session: Classifier) -> None:
     fact = read_baselines(folder, session.manifest).graphs[0]
     path = folder / fact.file
     for data in (path.read_bytes()[:-1], path.read_bytes() + b"x", path.read_bytes()[:-1] + b"x"):
@@ -158,7 +162,7 @@ def test_a_changed_graph_is_refused(folder: Path, session: Session) -> None:
 
 
 @pytest.mark.parametrize("file", ["segment_00.onnx", "stem.onnx", "tokenizer.json"])
-def test_another_graph_under_its_name_is_refused(folder: Path, session: Session, file: str) -> None:
+def test_another_graph_under_its_name_is_refused(folder: Path, session: Classifier, file: str) -> None:
     shutil.copy(TINY / file, folder / "monolith.onnx")
     fact = session.manifest.files[file]
     change(folder, sha256=fact.sha256, bytes=fact.bytes)
@@ -167,7 +171,7 @@ def test_another_graph_under_its_name_is_refused(folder: Path, session: Session,
         open_baseline(folder, baseline, session.manifest, threads=None, threshold=None)
 
 
-def test_a_nested_graph_needs_a_rule_that_is_its_own(session: Session) -> None:
+def test_a_nested_graph_needs_a_rule_that_is_its_own(session: Classifier) -> None:
     assert nested_threshold(session.manifest, RuleSpec("gate", {"threshold": 0.3})) == 0.3
     assert nested_threshold(session.manifest, RuleSpec("patience", {"patience": 1})) is None
     assert nested_threshold(session.manifest, RuleSpec("max_probability", {"threshold": 0.9})) is None
@@ -178,7 +182,7 @@ def test_a_nested_graph_needs_a_rule_that_is_its_own(session: Session) -> None:
 def test_random_exits_follow_the_histogram(together: int) -> None:
     rule, expected = random_exits([30, 0, 50, 20]), np.array([0.3, 0, 0.5, 0.2])
     counts = np.zeros(4)
-    signals, memory = Signals(np.zeros((together, 2), np.float32)), np.zeros((together, 0), np.float32)
+    signals, memory = RowSignals(np.zeros((together, 2), np.float32)), np.zeros((together, 0), np.float32)
     for _ in range(3000 // together):
         plan = np.zeros((together, 4), np.int8)
         for segment in range(3):
@@ -190,7 +194,7 @@ def test_random_exits_follow_the_histogram(together: int) -> None:
 
 
 def test_random_exits_have_a_seed() -> None:
-    signals, memory = Signals(np.zeros((64, 2), np.float32)), np.zeros((64, 0), np.float32)
+    signals, memory = RowSignals(np.zeros((64, 2), np.float32)), np.zeros((64, 0), np.float32)
     plans = [
         random_exits([1, 1], seed)(signals, memory, np.zeros((64, 2), np.int8), 0)[0][:, 1].tolist()
         for seed in (1, 1, 2)
@@ -198,7 +202,7 @@ def test_random_exits_have_a_seed() -> None:
     assert plans[0] == plans[1] != plans[2]
 
 
-def test_a_walk_and_a_graph_start_in_fresh_processes(session: Session) -> None:
+def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> None:
     walk = walk_candidate(session, "walk", "walk")
     item = ["good film", "bad plot"]
     facts = session.manifest.input
@@ -226,8 +230,8 @@ def test_a_parents_memory_is_not_the_childs() -> None:
 def test_starts_take_turns() -> None:
     script = "import sys\nprint(1, flush=True)"
     figures = cold_starts({"a": (script, []), "b": (script, [])}, 2)
-    assert [one["name"] for one in figures] == ["a", "b"]
-    assert all(len(one["each_seconds"]) == 2 and one["seconds"] > 0 for one in figures)
+    assert [candidate["name"] for candidate in figures] == ["a", "b"]
+    assert all(len(candidate["each_seconds"]) == 2 and candidate["seconds"] > 0 for candidate in figures)
 
 
 def test_the_error_of_a_failed_process_is_reported() -> None:
@@ -237,7 +241,7 @@ def test_the_error_of_a_failed_process_is_reported() -> None:
 
 def test_load_options_open_the_same_walk() -> None:
     for point in ("default", "fast"):
-        with load(TINY, point=point) as first:
+        with load_classifier(TINY, point=point) as first:
             options = load_options(walk_candidate(first, "x", "walk"), None)
-            with load(TINY, **options) as second:
+            with load_classifier(TINY, **options) as second:
                 assert (first.rule, first.variant) == (second.rule, second.variant)

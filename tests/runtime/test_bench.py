@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from offramp.runtime import BadInput, BadSetting, load
+from offramp.runtime import BadInput, BadSetting, load_classifier
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.rules.resolve import chosen_points
+from offramp.runtime.rules.resolve import points_to_measure
 from offramp.runtime.tuning.bench import (
     FULL,
     RANDOM,
@@ -69,7 +69,7 @@ def figures(bench_run: tuple[subprocess.CompletedProcess[str], Path]) -> dict[st
 
 
 def named(figures: dict[str, Any], name: str) -> dict[str, Any]:
-    candidate: dict[str, Any] = next(one for one in figures["candidates"] if one["name"] == name)
+    candidate: dict[str, Any] = next(entry for entry in figures["candidates"] if entry["name"] == name)
     return candidate
 
 
@@ -79,7 +79,7 @@ def test_every_candidate_is_in_the_table(
     done, folder = bench_run
     assert done.returncode == 0, done.stderr
     names = ["walk default", "walk fast", FULL, RANDOM, "monolith", "monolith_int8", "nested", "truncated_01"]
-    assert [one["name"] for one in figures["candidates"]] == names
+    assert [candidate["name"] for candidate in figures["candidates"]] == names
     assert [line.split("  ")[0].removesuffix(" (fp32)") for line in done.stdout.splitlines()[1:9]] == [
         name + " (int8)" * (name == "walk fast") for name in names
     ]
@@ -90,24 +90,30 @@ def test_every_candidate_is_in_the_table(
 def test_accuracy_and_exits_are_those_of_the_walk(figures: dict[str, Any]) -> None:
     for point in ("default", "fast"):
         name = f"walk {point}"
-        with load(TINY, point=point) as session:
+        with load_classifier(TINY, point=point) as session:
             answers = [session(text) for text in TEXTS]
         right = sum(answer.label == label for answer, label in zip(answers, TRUTH, strict=True))
-        one = named(figures, name)
-        assert one["accuracy"] == pytest.approx(100 * right / len(TEXTS), abs=1e-3)
+        candidate = named(figures, name)
+        assert candidate["accuracy"] == pytest.approx(100 * right / len(TEXTS), abs=1e-3)
         exits = [answer.exit for answer in answers]
-        assert one["exits"] == [exits.count(number) for number in (1, 2, 3)]
-        assert one["mean_exit"] == pytest.approx(sum(exits) / len(exits), abs=1e-4)
+        assert candidate["exits"] == [exits.count(number) for number in (1, 2, 3)]
+        assert candidate["mean_exit"] == pytest.approx(sum(exits) / len(exits), abs=1e-4)
 
 
 def test_figures_agree_with_each_other(figures: dict[str, Any]) -> None:
-    for one in figures["candidates"]:
-        assert sum(one["exits"]) == pytest.approx(len(TEXTS))
-        assert 0 < one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"] <= one["percentiles_ms"][-1]
-        assert 0 < one["ratio_p5"] <= one["ratio"] <= one["ratio_p95"]
-        assert 0 <= one["goodput"] <= 1 and 0 < one["macs_share"] <= 1
-        assert one["bytes"] > 0
-        assert (one["rows_per_second"] is None) == (one["kind"] == "nested")
+    for candidate in figures["candidates"]:
+        assert sum(candidate["exits"]) == pytest.approx(len(TEXTS))
+        assert (
+            0
+            < candidate["p50_ms"]
+            <= candidate["p95_ms"]
+            <= candidate["p99_ms"]
+            <= candidate["percentiles_ms"][-1]
+        )
+        assert 0 < candidate["ratio_p5"] <= candidate["ratio"] <= candidate["ratio_p95"]
+        assert 0 <= candidate["goodput"] <= 1 and 0 < candidate["macs_share"] <= 1
+        assert candidate["bytes"] > 0
+        assert (candidate["rows_per_second"] is None) == (candidate["kind"] == "nested")
     full, monolith = named(figures, FULL), named(figures, "monolith")
     assert full["mean_exit"] == monolith["mean_exit"] == 3 and full["macs_share"] == 1
     assert full["accuracy"] == monolith["accuracy"] and full["realised"] is None
@@ -118,7 +124,7 @@ def test_figures_agree_with_each_other(figures: dict[str, Any]) -> None:
 
 
 def test_macs_are_the_manifests(figures: dict[str, Any]) -> None:
-    with load(TINY) as session:
+    with load_classifier(TINY) as session:
         lengths = [session.encode(text)["input_ids"].shape[1] for text in TEXTS]
         macs = [
             sum(s.macs.of(n) for n in lengths) for s in (session.manifest.stem, *session.manifest.segments)
@@ -135,38 +141,43 @@ def test_facts_segments_and_cold_starts(figures: dict[str, Any]) -> None:
         "stem",
         *(f"segment_{k:02d}" for k in range(3)),
     ]
-    assert [one["name"] for one in figures["cold_start"]] == ["walk default", "monolith"]
-    assert all(one["seconds"] > 0 and len(one["each_seconds"]) == 3 for one in figures["cold_start"])
-    assert all(one["peak_bytes"] > 2**20 for one in figures["cold_start"])
+    assert [candidate["name"] for candidate in figures["cold_start"]] == ["walk default", "monolith"]
+    assert all(
+        candidate["seconds"] > 0 and len(candidate["each_seconds"]) == 3
+        for candidate in figures["cold_start"]
+    )
+    assert all(candidate["peak_bytes"] > 2**20 for candidate in figures["cold_start"])
 
 
 def test_without_labels_graphs_or_a_gate(tmp_path: Path) -> None:
     data = tmp_path / "plain.txt"
     data.write_text("good film\n\nbad plot\nwarm\n", encoding="utf-8")
     alone = measure(TINY, data, points="fast", rows=2, turns=1, starts=1, budget_ms=1e6)
-    assert [one["name"] for one in alone["candidates"]] == ["walk fast", FULL, RANDOM]
-    assert all(one["accuracy"] is None and one["goodput"] == 1 for one in alone["candidates"])
+    assert [candidate["name"] for candidate in alone["candidates"]] == ["walk fast", FULL, RANDOM]
+    assert all(
+        candidate["accuracy"] is None and candidate["goodput"] == 1 for candidate in alone["candidates"]
+    )
     assert (alone["about"]["rows"], alone["about"]["rows_there"]) == (2, 3)
     assert alone["about"]["reference"] == FULL and named(alone, FULL)["ratio"] == 1
-    assert [one["name"] for one in alone["cold_start"]] == ["walk fast"]
+    assert [candidate["name"] for candidate in alone["cold_start"]] == ["walk fast"]
     beside = measure(TINY, data, baselines=BASELINES, points="fast", turns=1, starts=1)
-    assert "nested" not in [one["name"] for one in beside["candidates"]]
+    assert "nested" not in [candidate["name"] for candidate in beside["candidates"]]
     assert beside["about"]["left_out"][0].startswith("nested: ")
 
 
 def test_full_depth_alone(tmp_path: Path) -> None:
     data = write(tmp_path / "data", {"text": "good", "text_b": "bad", "label": 1})
     figures = measure(TINY, data, points="full", turns=1, starts=1)
-    assert [one["name"] for one in figures["candidates"]] == [FULL]
+    assert [candidate["name"] for candidate in figures["candidates"]] == [FULL]
     assert figures["about"]["left_out"] == [f"{RANDOM}: no operating point to draw like"]
 
 
 def test_points_by_name() -> None:
     manifest = open_bundle(TINY).manifest
-    assert chosen_points(manifest, None) == ["default"]
-    assert chosen_points(manifest, "fast, default,full,fast") == ["fast", "default"]
+    assert points_to_measure(manifest, None) == ["default"]
+    assert points_to_measure(manifest, "fast, default,full,fast") == ["fast", "default"]
     with pytest.raises(BadSetting, match="default, fast"):
-        chosen_points(manifest, " , ")
+        points_to_measure(manifest, " , ")
 
 
 def test_what_cannot_start(tmp_path: Path) -> None:
@@ -200,7 +211,10 @@ def test_rules_of_generated_text_are_measured(tmp_path: Path) -> None:
     rules = "speculative,gate:0.5,fixed:1"
     done = CliRunner().invoke(bench, [*words, "--rules", rules, "--max-new-tokens", "10"])
     assert done.exit_code == 0, done.output
-    by_name = {one["name"]: one for one in json.loads(out.read_text(encoding="utf-8"))["candidates"]}
+    by_name = {
+        candidate["name"]: candidate
+        for candidate in json.loads(out.read_text(encoding="utf-8"))["candidates"]
+    }
     assert list(by_name) == ["full depth", "speculative", "gate:0.5", "fixed:1"]
     assert by_name["full depth"]["same"] == by_name["speculative"]["same"] == 1.0
     assert by_name["full depth"]["ratio"] == 1.0 and by_name["full depth"]["depth"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 from doubles import gpu
 
-from offramp.runtime import BadSetting, RuleSpec, load
+from offramp.runtime import BadSetting, RuleSpec, load_classifier, load_generator
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
-from offramp.runtime.generator import Writer
-from offramp.runtime.rules.route import FILE, menu, open_routing
-from offramp.runtime.sequence import Lane
+from offramp.runtime.rules import bind
+from offramp.runtime.rules.route import ROUTER_FILE, routes_of
 from offramp.runtime.tuning.calibrate import exit_macs, exit_points, main, route_scores
 from offramp.runtime.tuning.labelled import read_labelled
+from offramp.runtime.walker import walk_one
 
 DATA = Path(__file__).parent.parent / "data"
 TINY, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_writer"
@@ -47,7 +48,7 @@ def test_a_point_holds_what_a_walk_at_it_gives(bundle: Path, dev: Path) -> None:
     assert {"default", "full", "int8-default", "int8-full"} <= names
     rows = read_labelled(dev, manifest.labels)
     for point in manifest.points:
-        with load(bundle, point=point.name) as session:
+        with load_classifier(bundle, point=point.name) as session:
             assert session.variant == point.variant
             answers = [session(str(item)) for item in rows.items]
         right = [a.label == manifest.labels[n] for a, n in zip(answers, rows.labels, strict=True)]
@@ -75,12 +76,12 @@ def test_a_bundle_keeps_its_own_rule_though_it_has_policies(bundle: Path, dev: P
     assert {p.rule.name for p in points} <= {"patience_confident", "never"}
     counted = next(p for p in points if p.rule.name == "patience_confident")
     assert set(counted.rule.parameters) == {"threshold", "patience"}
-    with load(bundle, point=counted.name) as session:  # two parameters walk
+    with load_classifier(bundle, point=counted.name) as session:  # two parameters walk
         assert session("good film").depth >= 1
 
 
 def test_other_variants_are_compared_with_full_depth_of_the_default(dev: Path) -> None:
-    with load(TINY, rule="never") as session:
+    with load_classifier(TINY, rule="never") as session:
         points = exit_points(session, read_labelled(dev, session.labels))
     by_name = {point.name: point.measured["accuracy"] for point in points}
     for name, accuracy in by_name.items():
@@ -140,60 +141,55 @@ def pairs(file: Path, count: int = 24) -> Path:
 
 def test_a_router_is_learned_and_chooses_by_the_prompt(tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(GENERATOR, tmp_path / "bundle"))
-    with pytest.raises(BadSetting, match="has no router; learn one with: ee-calibrate"):
-        load(bundle, rule=RuleSpec("route", {"price": 0.0}))
+    with pytest.raises(BadSetting, match="has no router; fit one with: ee-calibrate"):
+        load_generator(bundle, rule=RuleSpec("route", {"price": 0.0}))
     done = CliRunner().invoke(main, [str(pairs(tmp_path / "pairs.jsonl")), "--bundle", str(bundle)])
     assert done.exit_code == 0, done.output
     assert "skip to 2" in done.output and "exit at 2" in done.output and "error of the router" in done.output
     manifest = open_bundle(bundle).manifest
-    assert manifest.points[0].name == "route-95" and FILE in manifest.files
+    assert manifest.points[0].name == "route-95" and ROUTER_FILE in manifest.files
     assert manifest.rule.name == "gate"  # the bundle's own rule stays
     for point in manifest.points:
         assert point.measured["depth"] <= 3 and point.measured["nats"] > 0
-    routes = menu(manifest)
+    routes = routes_of(manifest)
     assert [(route.name, route.blocks) for route in routes] == [
         ("full", 3),
         ("skip to 2", 2),
         ("exit at 2", 2),
     ]
-    ways: dict[float, set[int]] = {}
-    for price in (0.0, 1e3):
-        routing = open_routing(open_bundle(bundle), price)
-        depths = set()
-        with load(bundle, rule=RuleSpec("route", {"price": price})) as session:
+    depths: dict[float, set[int]] = {0.0: set(), 1e3: set()}
+    for price in depths:
+        with load_generator(bundle, rule=RuleSpec("route", {"price": price})) as session:
             for n in range(12):
-                pieces = list(session.generate(f"the {['good', 'bad', 'film'][n % 3]} was", 5))
-                assert pieces[0].depth == 3 and len({piece.depth for piece in pieces[1:]}) == 1
-                depths.add(pieces[1].depth)
-        ways[price] = depths
-        assert routing.number(np.zeros(manifest.hidden_size, np.float32)) in range(3)
-    assert ways[1e3] == {2}
-    with load(bundle, point="route-60") as session:
+                first, *later = session.generate(f"the {['good', 'bad', 'film'][n % 3]} was", 5)
+                assert first.depth == 3 and len({chunk.depth for chunk in later}) == 1
+                depths[price].add(later[0].depth)
+    assert depths[1e3] == {2}
+    with load_generator(bundle, point="route-60") as session:
         assert session.rule.name == "route" and list(session.generate("the film", 3))
     with pytest.raises(BadSetting, match="it has: route-95"):
-        load(bundle, point="default")
+        load_generator(bundle, point="default")
 
 
-def test_a_route_says_what_its_segments_say(tmp_path: Path) -> None:
-    """Scores of the full route are those of one token after another."""
-    with load(GENERATOR, rule="never") as session:
-        assert isinstance(session, Writer)
-        prompt, completion = session.ids_of("the film was"), session.continued("good and warm at all")
-        _, scores = route_scores(session.decoder, menu(session.manifest), prompt, completion)
-        lane = Lane(session.decoder)
-        lane.feed([*prompt, *completion[:1]])
-        lane.through(most=99)
-        nats = []
-        for now, after in zip(completion[1:], [*completion[2:], None], strict=True):
-            lane.feed([now])
-            logits = lane.cache.logits(lane.through().hidden)[0]
-            if after is not None:
-                nats.append(float(np.log(np.exp(logits).sum()) - logits[after]))
-        first = Lane(session.decoder)
-        first.feed([*prompt, completion[0]])
-        logits = first.cache.logits(first.through(most=99).hidden[-1:])[0]
-        nats.insert(0, float(np.log(np.exp(logits).sum()) - logits[completion[1]]))
-    assert scores[0] == pytest.approx(-float(np.mean(nats)), abs=1e-4)
+def test_scores_of_a_route_are_those_of_one_token_after_another() -> None:
+    with load_generator(GENERATOR, rule="never") as session:
+        prompt = session.encode_prompt("the film was")
+        completion = session.encode_continuation("good and warm at all")
+        routes = routes_of(session.manifest)
+        hidden, scores = route_scores(session, routes, prompt, completion)
+        never, engine = bind(RuleSpec("never", {}), 3), session.engine
+        for route, score in zip(routes, scores, strict=True):
+            plan = [-1 if segment in route.skipped else 0 for segment in range(3)]
+            sequence = engine.begin({"input_ids": np.array([prompt])})
+            steps = walk_one(engine, never, sequence, [0, 0, 0])
+            assert steps[0].signals.hidden is not None
+            assert hidden == pytest.approx(steps[0].signals.hidden[-1])
+            nats = []
+            for token, following in itertools.pairwise(completion):
+                sequence.feed([token])
+                logits = walk_one(engine, never, sequence, plan)[-1].signals.logits[0]
+                nats.append(float(np.log(np.exp(logits).sum()) - logits[following]))
+            assert score == pytest.approx(-float(np.mean(nats)), abs=1e-4), route.name
     assert len(set(scores)) == 3
 
 
@@ -209,7 +205,7 @@ def test_a_route_says_what_its_segments_say(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_pairs_that_cannot_be(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_pairs_are_refused(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "pairs.jsonl").write_text(line + "\n", encoding="utf-8")
     done = CliRunner().invoke(main, [str(tmp_path / "pairs.jsonl"), "--bundle", str(GENERATOR)])
     assert done.exit_code == 2 and message in done.output

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from offramp.runtime.generate import Token
+from offramp.runtime.decoding import Token
 from offramp.runtime.tuning.figures import accuracy, answer_figures, depths_by_position, row_figures
 from offramp.runtime.tuning.timing import AnswerTimings, RowTimings
 

@@ -44,7 +44,10 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_table_has_every_candidate_segment_and_fact(figures: dict[str, Any]) -> None:
     lines = report.table(figures).splitlines()
     assert lines[0].split()[0] == "candidate"
-    starts = [one["name"] for one in (*figures["candidates"], *figures["segments"], *figures["cold_start"])]
+    starts = [
+        candidate["name"]
+        for candidate in (*figures["candidates"], *figures["segments"], *figures["cold_start"])
+    ]
     for name in (*starts, "cpu", "python", "onnxruntime", "threads", "pool", "budget ms", "reference"):
         assert any(line.startswith(name) for line in lines), name
     assert "rows           2 of 2" in lines
@@ -52,8 +55,8 @@ def test_the_table_has_every_candidate_segment_and_fact(figures: dict[str, Any])
 
 def test_a_missing_value_is_a_dash(figures: dict[str, Any]) -> None:
     changed = copy.deepcopy(figures)
-    for one in changed["candidates"]:
-        one["accuracy"] = None
+    for candidate in changed["candidates"]:
+        candidate["accuracy"] = None
     assert all(row[report.COLUMNS.index("accuracy")] == "-" for row in report.cells(changed))
     assert "no labels" in report.page(changed)
 
@@ -69,7 +72,7 @@ def test_the_page_is_complete_in_itself(figures: dict[str, Any]) -> None:
                 assert "//" not in str(value), f"{tag} {name} loads {value}"
     text = "".join(page.words)
     assert "@import" not in text and "url(http" not in text
-    assert all(one["name"] in text for one in figures["candidates"])
+    assert all(candidate["name"] in text for candidate in figures["candidates"])
 
 
 def test_pictures_do_not_share_ids(figures: dict[str, Any]) -> None:
@@ -99,7 +102,9 @@ def test_names_are_escaped_everywhere(figures: dict[str, Any]) -> None:
 def test_many_candidates(figures: dict[str, Any]) -> None:
     changed = copy.deepcopy(figures)
     changed["candidates"] = [
-        {**one, "name": f"{one['name']} {k}"} for k in range(3) for one in figures["candidates"]
+        {**candidate, "name": f"{candidate['name']} {k}"}
+        for k in range(3)
+        for candidate in figures["candidates"]
     ]
     assert report.page(changed).count("<svg") == 4
 

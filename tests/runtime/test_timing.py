@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offramp.runtime import load
-from offramp.runtime.generate import Token
+from offramp.runtime import load_classifier
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.decoding import Token
+from offramp.runtime.inputs.text import read_all, reader_of
 from offramp.runtime.tuning.timing import (
     ROWS_PER_TURN,
     Batches,
@@ -65,11 +67,11 @@ def test_bulk_counts_all_rows_and_not_the_first_round() -> None:
 
 @pytest.mark.parametrize("point", ["default", "fast"])
 def test_a_walk_answers_what_its_session_answers(point: str) -> None:
-    with load(TINY, point=point) as session:
+    with load_classifier(TINY, point=point) as session:
         candidate = walk_candidate(session, point, "walk")
         answers = [session(text) for text in TEXTS]
-        rows = session._encode(TEXTS)
-        batches = list(session._batches(rows, 2))
+        rows = read_all(reader_of(open_bundle(TINY)), TEXTS)
+        batches = list(session.batches(rows, 2))
         labels, exits = candidate.run(batches, len(rows), 2)()
         for text, answer in zip(TEXTS, answers, strict=True):
             single = [(np.zeros(1, np.int64), session.encode(text))]
@@ -80,14 +82,17 @@ def test_a_walk_answers_what_its_session_answers(point: str) -> None:
 
 
 def test_bytes_are_those_of_the_variant() -> None:
-    with load(TINY, rule="never") as whole, load(TINY, rule="never", variant="int8") as small:
+    with (
+        load_classifier(TINY, rule="never") as whole,
+        load_classifier(TINY, rule="never", variant="int8") as small,
+    ):
         sizes = [walk_candidate(session, "x", "full").bytes for session in (whole, small)]
     names = ["stem.onnx", *(f"segment_{k:02d}.onnx" for k in range(3))]
     assert sizes[0] == sum((TINY / name).stat().st_size for name in names) > sizes[1]
 
 
 def test_stages_are_timed_time_rows() -> None:
-    with load(TINY, rule="never") as session:
+    with load_classifier(TINY, rule="never") as session:
         singles = [[(np.zeros(1, np.int64), session.encode(text))] for text in TEXTS]
         times = time_segments(session, singles)
     assert [name for name, _ in times] == ["stem", "segment_00", "segment_01", "segment_02"]
