@@ -1,4 +1,4 @@
-"""Manifests of bundles that read images: what is right, and what is named when it is wrong."""
+"""Checks of manifests: of bundles for images here, of text classifiers in test_manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offramp.runtime.bundle.manifest import (
     Macs,
     Manifest,
     RuleSpec,
-    Stage,
+    Segment,
     Tensor,
     Variant,
 )
@@ -27,8 +27,8 @@ LOGITS = Tensor("logits", "float32", ("batch", 2))
 
 def manifest() -> Manifest:
     pixels = Tensor("pixel_values", "float32", ("batch", 3, 16, 16))
-    stem = Stage("stem", (), Macs(row=100), {"fp32": Variant("stem.onnx", (pixels,), (HIDDEN,))})
-    segment = Stage(
+    stem = Segment("stem", (), Macs(row=100), {"fp32": Variant("stem.onnx", (pixels,), (HIDDEN,))})
+    segment = Segment(
         "segment_00", (1,), Macs(1, 1), {"fp32": Variant("segment_00.onnx", (HIDDEN,), (LOGITS,))}
     )
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -49,7 +49,7 @@ def manifest() -> Manifest:
     )
 
 
-def test_it_is_read_back_as_it_was_written() -> None:
+def test_image_manifest_round_trip() -> None:
     text = manifest().to_json()
     again = read_manifest(text, source="here")
     assert again == manifest() and isinstance(again.input, ImageInput)
@@ -77,13 +77,13 @@ def test_it_is_read_back_as_it_was_written() -> None:
         ("vocab_size", 30, "vocab_size: 30"),
     ],
 )
-def test_what_is_wrong_is_named(path: str, new: Any, named: str) -> None:
+def test_wrong_image_field_is_named(path: str, new: Any, named: str) -> None:
     facts = json.loads(manifest().to_json())
     wrong = copy.deepcopy(facts)
-    *above, last = path.split(".")
+    *parents, last = path.split(".")
     place = wrong
-    for name in above:
-        place = place[name]
+    for key in parents:
+        place = place[key]
     if new is None:
         del place[last]
     else:
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named(path: str, new: Any, named: str) -> None:
     assert named in str(problem.value)
 
 
-def test_an_image_has_one_number_of_tokens() -> None:
+def test_image_tokens_must_be_a_fixed_number() -> None:
     facts = json.loads(manifest().to_json())
     for variant in (
         facts["stem"]["variants"]["fp32"]["outputs"],

@@ -1,4 +1,4 @@
-"""Pixels against transformers' own image processors, and pictures that are none."""
+"""Pixels against transformers' image processors, and what is refused as a picture."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ def file_of(array: NDArray[np.uint8], kind: str = "PNG", **facts: Any) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow  # transformers imports torch
 @pytest.mark.parametrize("shape", [(32, 32), (40, 25), (25, 41), (11, 90), (7, 5), (20, 20)])
 @pytest.mark.parametrize("cut", [(23, 20), (20, 20), (13, 20), None])
 @pytest.mark.parametrize("resample", [0, 1, 2, 3])
-def test_as_transformers_does_it(shape: tuple[int, int], cut: tuple[int, int] | None, resample: int) -> None:
+def test_pixels_equal_transformers(
+    shape: tuple[int, int], cut: tuple[int, int] | None, resample: int
+) -> None:
     """The shorter side resized and the centre cut out (smaller ones padded), or both sides resized."""
     bit = pytest.importorskip("transformers.models.bit.image_processing_pil_bit")
     vit = pytest.importorskip("transformers.models.vit.image_processing_pil_vit")
-    given = Image.fromarray(noise(*shape))
+    picture = Image.fromarray(noise(*shape))
     shared: dict[str, Any] = {"image_mean": list(MEAN), "image_std": list(STD), "resample": resample}
     resize: tuple[int, ...]
     if cut is None:
@@ -49,15 +52,53 @@ def test_as_transformers_does_it(shape: tuple[int, int], cut: tuple[int, int] | 
         crop = {"height": cut[1], "width": cut[1]}
         processor = bit.BitImageProcessorPil(size={"shortest_edge": cut[0]}, crop_size=crop, **shared)
         resize = cut[:1]
-    expected = np.stack(processor(given)["pixel_values"])
+    expected = np.stack(processor(picture)["pixel_values"])
     names = ("nearest", "lanczos", "bilinear", "bicubic")
     facts = ImageInput(20, 20, resize, names[resample], "RGB", 1 / 255, MEAN, STD)
-    found = normalized(pixels(given, facts)[None], facts)
-    assert found.dtype == np.float32 and found.flags.c_contiguous
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+    values = normalized(pixels(picture, facts)[None], facts)
+    assert values.dtype == np.float32 and values.flags.c_contiguous
+    np.testing.assert_allclose(values, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_every_form_of_a_picture_is_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "resize", "size"),
+    [
+        ((40, 25), (10,), (16, 10)),  # the shorter side, cut down to whole pixels
+        ((25, 40), (10,), (10, 16)),
+        ((11, 90), (20,), (20, 163)),
+        ((40, 25), (12, 14), (12, 14)),
+        ((40, 25), (), (40, 25)),
+    ],
+)
+def test_pixels_are_the_centre_of_the_resized_image(
+    shape: tuple[int, int], resize: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    array = noise(*shape)
+    resized = (
+        np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BILINEAR)) if resize else array
+    )
+    top, left = (size[0] - 8) // 2, (size[1] - 6) // 2
+    facts = ImageInput(8, 6, resize, "bilinear", "RGB", 1 / 255, MEAN, STD)
+    np.testing.assert_array_equal(pixels(array, facts), resized[top : top + 8, left : left + 6])
+
+
+def test_pixels_of_a_small_image_have_a_black_border() -> None:
+    array = noise(5, 8)
+    facts = ImageInput(8, 8, (), "bilinear", "RGB", 1 / 255, MEAN, STD)
+    framed = pixels(array, facts)
+    np.testing.assert_array_equal(framed[2:7], array)
+    assert not framed[:2].any() and not framed[7:].any()
+
+
+def test_normalized_is_scaled_then_shifted_by_channel() -> None:
+    array = noise(20, 20)
+    values = normalized(array[None], PLAIN)
+    assert values.dtype == np.float32 and values.flags.c_contiguous and values.shape == (1, 3, 20, 20)
+    expected = (array / 255 - np.array(MEAN)) / np.array(STD)
+    np.testing.assert_allclose(values[0].transpose(1, 2, 0), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_every_kind_of_picture_gives_the_same_pixels(tmp_path: Path) -> None:
     array = noise(20, 20)
     path = tmp_path / "a.png"
     path.write_bytes(file_of(array))
@@ -65,7 +106,7 @@ def test_every_form_of_a_picture_is_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(pixels(picture, PLAIN), array)
 
 
-def test_grey_and_transparent_and_palette_become_rgb() -> None:
+def test_every_colour_mode_becomes_rgb() -> None:
     grey = noise(9, 9)[..., 0]
     assert (pixels(grey, PLAIN)[..., :1] == pixels(grey, PLAIN)).all()
     for mode in ("RGBA", "P", "L", "CMYK", "1"):
@@ -74,17 +115,17 @@ def test_grey_and_transparent_and_palette_become_rgb() -> None:
         assert pixels(out.getvalue(), PLAIN).shape == (20, 20, 3)
 
 
-def test_the_order_of_channels_and_no_resize() -> None:
+def test_bgr_without_resize() -> None:
     array = noise(20, 20)
     facts = ImageInput(20, 20, (), "nearest", "BGR", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     np.testing.assert_array_equal(normalized(pixels(array, facts)[None], facts)[0, 0], array[..., 2])
 
 
-def test_what_a_camera_says_of_its_rotation_is_followed() -> None:
+def test_exif_rotation_is_applied() -> None:
     array = noise(4, 8)
-    turned = Image.new("RGB", (1, 1)).getexif()
-    turned[0x0112] = 6  # the camera was held a quarter turn
-    assert np.asarray(decode(file_of(array, "TIFF", exif=turned))).shape == (8, 4, 3)
+    exif = Image.new("RGB", (1, 1)).getexif()
+    exif[0x0112] = 6  # the camera was held a quarter turn
+    assert np.asarray(decode(file_of(array, "TIFF", exif=exif))).shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -100,15 +141,15 @@ def test_what_a_camera_says_of_its_rotation_is_followed() -> None:
         (None, "found None"),
     ],
 )
-def test_what_is_no_picture_is_named(picture: Any, named: str) -> None:
+def test_other_objects_are_refused(picture: Any, named: str) -> None:
     with pytest.raises(BadInput) as problem:
         pixels(picture, PLAIN)
     assert named in str(problem.value)
 
 
-def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
-    whole = file_of(noise(64, 64), "JPEG")
-    for name, data in (("cut.jpg", whole[: len(whole) // 2]), ("text.png", b"hello")):
+def test_damaged_file_is_named(tmp_path: Path) -> None:
+    jpeg = file_of(noise(64, 64), "JPEG")
+    for name, data in (("cut.jpg", jpeg[: len(jpeg) // 2]), ("text.png", b"hello")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BadInput, match=name):
             pixels(tmp_path / name, PLAIN)

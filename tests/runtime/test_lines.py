@@ -1,4 +1,4 @@
-"""Lines in: every line comes out, good or with its problem."""
+"""Reading lines: each becomes one Line, with its problem where it has one."""
 
 import io
 
@@ -12,27 +12,31 @@ def read(data: bytes, form: str = "auto") -> list[Line]:
     return list(read_lines(io.BytesIO(data), form))
 
 
-def test_plain_text() -> None:
+def test_read_plain_text() -> None:
     assert read(b"one\ntwo\r\nna\xc3\xafve") == [Line(1, "one"), Line(2, "two"), Line(3, "naïve")]
 
 
-def test_no_lines() -> None:
+def test_read_no_lines() -> None:
     assert read(b"") == []
 
 
-def test_json_lines_with_and_without_a_second_text() -> None:
-    found = read(b'{"text": "a", "label": 1}\n{"text": "b", "text_b": "c"}\n{"text": "d", "text_b": null}\n')
-    assert [line.item for line in found] == ["a", ("b", "c"), "d"]
+def test_read_json_lines_with_and_without_text_b() -> None:
+    lines_read = read(
+        b'{"text": "a", "label": 1}\n{"text": "b", "text_b": "c"}\n{"text": "d", "text_b": null}\n'
+    )
+    assert [line.item for line in lines_read] == ["a", ("b", "c"), "d"]
 
 
-def test_the_first_line_that_is_not_empty_decides() -> None:
-    found = read(b'\n  \n{"text": "a"}\nplain\n')
-    assert found[2] == Line(3, "a")
-    assert str(found[3].problem).startswith("not JSON") and "say --format text" in str(found[3].problem)
+def test_first_line_with_content_sets_the_format() -> None:
+    lines_read = read(b'\n  \n{"text": "a"}\nplain\n')
+    assert lines_read[2] == Line(3, "a")
+    assert str(lines_read[3].problem).startswith("not JSON") and "say --format text" in str(
+        lines_read[3].problem
+    )
     assert read(b'plain\n{"text": "a"}\n')[1] == Line(2, '{"text": "a"}')
 
 
-def test_a_first_line_that_begins_like_json_and_is_not() -> None:
+def test_first_line_that_only_begins_like_json() -> None:
     assert "not JSON" in str(read(b"{bad\n")[0].problem)
     assert read(b"{bad\n", "text") == [Line(1, "{bad")]
 
@@ -46,12 +50,12 @@ def test_empty_lines_keep_their_number() -> None:
     ]
 
 
-def test_a_byte_order_mark_is_not_text() -> None:
+def test_byte_order_mark_is_removed() -> None:
     assert read(b"\xef\xbb\xbfone\n") == [Line(1, "one")]
     assert read(b'\xef\xbb\xbf{"text": "a"}\n')[0].text == "a"
 
 
-def test_bad_utf8_is_named_by_its_byte() -> None:
+def test_bad_utf8_names_the_byte() -> None:
     assert read(b"good\nba\xffd\n")[1].problem == "not UTF-8 at byte 3: invalid start byte"
 
 
@@ -67,31 +71,31 @@ def test_bad_utf8_is_named_by_its_byte() -> None:
         (b"{" * 200_000, "not JSON"),
     ],
 )
-def test_json_that_cannot_be_answered(line: bytes, problem: str) -> None:
-    (found,) = read(line, "json")
-    assert found.problem is not None and problem in found.problem
+def test_bad_json_line_has_its_problem(line: bytes, problem: str) -> None:
+    (bad_line,) = read(line, "json")
+    assert bad_line.problem is not None and problem in bad_line.problem
 
 
-def test_a_pair_of_surrogates_is_one_character() -> None:
+def test_surrogate_pair_is_one_character() -> None:
     assert read(b'{"text": "\\ud83d\\ude00"}')[0].text == "😀"
 
 
-def test_a_line_without_end_is_cut_and_the_next_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_line_is_cut_and_the_next_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "LONGEST_LINE", 10)
-    found = read("aaaaaaaaaé and far more than that\nnext\n".encode())
-    assert found == [Line(1, "a" * 9, cut=True), Line(2, "next")]
+    lines_read = read("aaaaaaaaaé and far more than that\nnext\n".encode())
+    assert lines_read == [Line(1, "a" * 9, cut=True), Line(2, "next")]
     assert read(b"0123456789\nnext\n") == [Line(1, "0123456789"), Line(2, "next")]
     assert read(b'{"text": "0123456789"}\n{}\n')[0].problem == "a JSON line of more than 10 bytes"
 
 
-def test_lines_are_read_as_they_come() -> None:
+def test_lines_are_read_one_at_a_time() -> None:
     class Pipe(io.BytesIO):
-        asked = 0
+        reads = 0
 
         def readline(self, size: int | None = -1, /) -> bytes:
-            self.asked += 1
+            self.reads += 1
             return super().readline(-1 if size is None else size)
 
     pipe = Pipe(b"one\ntwo\nthree\n")
     source = read_lines(pipe)
-    assert next(source).text == "one" and pipe.asked == 1
+    assert next(source).text == "one" and pipe.reads == 1

@@ -1,26 +1,28 @@
-"""The manifest: its bytes, and everything that makes one unbelievable."""
+"""The manifest: its bytes, and which contradictions are refused."""
 
 import copy
 import json
 from pathlib import Path
 
 import pytest
+from tiny_bundles import CLASSIFIER, GENERATOR
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import (
+    FILE_NAME,
     FileFact,
     Macs,
     Manifest,
     OperatingPoint,
     RuleSpec,
-    Stage,
+    Segment,
     Tensor,
     TextInput,
     Variant,
 )
 from offramp.runtime.errors import BadManifest
 
-TINY = Path(__file__).parents[1] / "data" / "tiny_bundle" / "manifest.json"
+TINY = CLASSIFIER / FILE_NAME
 
 GOLDEN = """{
  "format": 1,
@@ -161,7 +163,7 @@ GOLDEN = """{
 def small() -> Manifest:
     hidden = Tensor("hidden", "float32", ("batch", "seq", 8))
     ids, logits = Tensor("input_ids", "int64", ("batch", "seq")), Tensor("logits", "float32", ("batch", 2))
-    stem = Stage("stem", (), Macs(), {"fp32": Variant("stem.onnx", (ids,), (hidden,))})
+    stem = Segment("stem", (), Macs(), {"fp32": Variant("stem.onnx", (ids,), (hidden,))})
     segment = Variant("segment_00.onnx", (hidden,), (logits,))
     fact = FileFact("a" * 64, 3)
     return Manifest(
@@ -173,7 +175,7 @@ def small() -> Manifest:
         vocab_size=30,
         blocks=2,
         stem=stem,
-        segments=(Stage("segment_00", (1, 2), Macs(5, 3, 7), {"fp32": segment}),),
+        segments=(Segment("segment_00", (1, 2), Macs(5, 3, 7), {"fp32": segment}),),
         rule=RuleSpec("never", {}),
         points=(
             OperatingPoint(
@@ -201,36 +203,37 @@ def refused(value: object) -> str:
 def changed(path: str, new: object) -> dict:
     """The golden manifest with one value replaced; path: keys and numbers, by dots."""
     value = json.loads(GOLDEN)
-    *way, last = path.split(".")
+    *parents, last = path.split(".")
     place = value
-    for step in way:
-        place = place[int(step)] if isinstance(place, list) else place[step]
+    for key in parents:
+        place = place[int(key)] if isinstance(place, list) else place[key]
     place[int(last) if isinstance(place, list) else last] = new
     return value
 
 
-def test_golden_bytes() -> None:
+def test_to_json_golden_bytes() -> None:
     assert small().to_json() == GOLDEN
 
 
-def test_golden_bytes_are_read_back() -> None:
+def test_read_golden_bytes() -> None:
     assert read_manifest(GOLDEN, source="golden") == small()
 
 
-def test_the_tiny_bundle_is_written_as_this_version_writes() -> None:
-    text = TINY.read_text(encoding="utf-8")
+@pytest.mark.parametrize("tiny", [CLASSIFIER, GENERATOR])
+def test_tiny_manifests_round_trip(tiny: Path) -> None:
+    text = (tiny / FILE_NAME).read_text(encoding="utf-8")
     assert read_manifest(text, source="tiny").to_json() == text
 
 
-def test_macs_of_a_row() -> None:
+def test_macs_of_row() -> None:
     assert Macs(5, 3, 7).of(10) == 5 * 10 + 3 * 100 + 7
 
 
-def test_the_first_variant_is_the_default() -> None:
+def test_first_variant_is_default() -> None:
     assert small().variants == ("fp32",)
 
 
-def test_an_unknown_key_is_named() -> None:
+def test_unknown_key_is_named() -> None:
     value = json.loads(GOLDEN)
     value["segments"][0]["macs"]["tokens"] = 1
     assert "segments[0].macs.tokens: unknown key" in refused(value)
@@ -239,38 +242,38 @@ def test_an_unknown_key_is_named() -> None:
 @pytest.mark.parametrize(
     "path", ["labels", "input.prefix", "segments.0.variants.fp32.file", "files.stem.onnx"]
 )
-def test_a_missing_key_is_named(path: str) -> None:
+def test_missing_key_is_named(path: str) -> None:
     value = json.loads(GOLDEN)
     if path == "files.stem.onnx":
         del value["files"]["stem.onnx"]["bytes"]
         assert "files['stem.onnx'].bytes: missing" in refused(value)
         return
-    *way, last = path.split(".")
+    *parents, last = path.split(".")
     place = value
-    for step in way:
-        place = place[int(step)] if isinstance(place, list) else place[step]
+    for key in parents:
+        place = place[int(key)] if isinstance(place, list) else place[key]
     del place[last]
     assert f"{last}: missing" in refused(value)
 
 
-def test_a_duplicate_key_is_refused() -> None:
+def test_duplicate_key_is_refused() -> None:
     assert "labels: the key is there twice" in refused(
         GOLDEN.replace(' "labels"', ' "labels": [], "labels"', 1)
     )
 
 
-def test_an_unknown_format_is_said_before_anything_else() -> None:
+def test_unknown_format_is_reported_first() -> None:
     message = refused({"format": 2, "new": 1})
     assert "format: 2 is not known" in message and "reads format 1" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '"x"'])
-def test_what_is_no_manifest_at_all(text: str) -> None:
+def test_other_json_is_refused(text: str) -> None:
     refused(text)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_no_number_that_is_none(number: str) -> None:
+def test_non_finite_number_is_refused(number: str) -> None:
     refused(GOLDEN.replace("0.9", number))
 
 
@@ -307,44 +310,44 @@ def test_no_number_that_is_none(number: str) -> None:
         ("files", {"../stem.onnx": {"sha256": "a" * 64, "bytes": 1}}, "file"),
     ],
 )
-def test_a_wrong_value_is_named(path: str, new: object, named: str) -> None:
+def test_wrong_value_is_named(path: str, new: object, named: str) -> None:
     assert named in refused(changed(path, new))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc/passwd", "..", "", "a\\b", "c:x", "a\0b", "a\nb"])
-def test_only_plain_file_names(name: str) -> None:
+def test_file_name_with_path_is_refused(name: str) -> None:
     value = json.loads(GOLDEN)
     value["files"][name] = value["files"]["stem.onnx"]
     assert "not a plain file name" in refused(value)
 
 
 @pytest.mark.parametrize("digest", ["A" * 64, "a" * 63, "g" * 64])
-def test_only_hex_digests(digest: str) -> None:
+def test_digest_not_lower_hex_is_refused(digest: str) -> None:
     value = json.loads(GOLDEN)
     value["files"]["stem.onnx"]["sha256"] = digest
     assert "sha256" in refused(value)
 
 
-def test_the_manifest_cannot_list_itself() -> None:
+def test_manifest_listing_itself_is_refused() -> None:
     value = json.loads(GOLDEN)
     value["files"]["manifest.json"] = value["files"]["stem.onnx"]
     assert "cannot list itself" in refused(value)
 
 
-def test_segments_offer_the_same_variants() -> None:
+def test_segments_with_different_variants_are_refused() -> None:
     value = json.loads(TINY.read_text(encoding="utf-8"))
     del value["segments"][1]["variants"]["int8"]
     assert "segments[1].variants" in refused(value)
 
 
-def test_a_segment_in_the_middle_hands_on_its_hidden_state() -> None:
+def test_middle_segment_without_next_hidden_is_refused() -> None:
     value = json.loads(TINY.read_text(encoding="utf-8"))
     for variant in value["segments"][0]["variants"].values():
         variant["outputs"] = [tensor for tensor in variant["outputs"] if tensor["name"] != "next_hidden"]
     assert "next_hidden" in refused(value)
 
 
-def test_reading_leaves_the_caller_nothing_to_share() -> None:
+def test_to_json_changes_nothing() -> None:
     manifest = read_manifest(GOLDEN, source="golden")
     before = copy.deepcopy(manifest)
     manifest.to_json()

@@ -1,4 +1,4 @@
-"""One item ahead: order, errors in their turn, what is read, and no thread left behind."""
+"""Work in the background: order, errors, what is read when, and no thread that stays."""
 
 import gc
 import threading
@@ -9,8 +9,8 @@ import pytest
 from offramp.runtime.pipeline import BackgroundTask, chunks, prefetch
 
 
-def others() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == "offramp ahead"}
+def prefetch_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "offramp prefetch"}
 
 
 def failing(count: int) -> Iterator[int]:
@@ -18,26 +18,26 @@ def failing(count: int) -> Iterator[int]:
     raise OSError("the source broke")
 
 
-def test_results_come_in_order() -> None:
+def test_prefetch_keeps_order() -> None:
     assert list(prefetch(range(50), str)) == [str(number) for number in range(50)]
     assert list(prefetch([], str)) == []
 
 
-def test_the_next_item_is_worked_on_while_a_result_is_used() -> None:
-    begun = [threading.Event() for _ in range(3)]
-    results = prefetch(range(3), lambda number: begun[number].set())
+def test_prefetch_works_on_the_next_item_in_the_background() -> None:
+    started = [threading.Event() for _ in range(3)]
+    results = prefetch(range(3), lambda number: started[number].set())
     next(results)
-    assert begun[1].wait(5) and not begun[2].is_set()
+    assert started[1].wait(5) and not started[2].is_set()
     assert len(list(results)) == 2
 
 
-def test_work_is_in_another_thread_except_for_the_first() -> None:
-    found = list(prefetch(range(4), lambda _: threading.current_thread()))
+def test_prefetch_works_in_a_thread_except_for_the_first_item() -> None:
+    threads = list(prefetch(range(4), lambda _: threading.current_thread()))
     main = threading.current_thread()
-    assert found[0] is main and main not in found[1:]
+    assert threads[0] is main and main not in threads[1:]
 
 
-def test_the_source_is_read_in_the_callers_thread() -> None:
+def test_prefetch_reads_the_source_in_the_callers_thread() -> None:
     def source() -> Iterator[threading.Thread]:
         for _ in range(4):
             yield threading.current_thread()
@@ -45,7 +45,7 @@ def test_the_source_is_read_in_the_callers_thread() -> None:
     assert set(prefetch(source(), lambda thread: thread)) == {threading.current_thread()}
 
 
-def test_one_item_is_read_beyond_the_result() -> None:
+def test_prefetch_reads_one_item_beyond_the_result() -> None:
     read = []
 
     def source() -> Iterator[int]:
@@ -59,27 +59,27 @@ def test_one_item_is_read_beyond_the_result() -> None:
         assert len(read) == min(number + 2, 9)
 
 
-def test_a_single_item_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_of_one_item_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Thread", None)
     assert list(prefetch([1], str)) == ["1"]
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
-def test_an_error_of_the_work_comes_in_its_turn(bad: int) -> None:
-    found = []
+def test_prefetch_raises_work_errors_after_earlier_results(bad: int) -> None:
+    results = []
     with pytest.raises(ZeroDivisionError):
         for result in prefetch(range(5), lambda number: 1 / (number - bad)):
-            found.append(result)
-    assert len(found) == bad and not others()
+            results.append(result)
+    assert len(results) == bad and not prefetch_threads()
 
 
 @pytest.mark.parametrize("good", [0, 1, 3])
-def test_an_error_of_the_source_comes_in_its_turn(good: int) -> None:
-    found = []
+def test_prefetch_raises_source_errors_after_earlier_results(good: int) -> None:
+    results = []
     with pytest.raises(OSError, match="the source broke"):
         for result in prefetch(failing(good), str):
-            found.append(result)
-    assert len(found) == good and not others()
+            results.append(result)
+    assert len(results) == good and not prefetch_threads()
 
 
 def slow(number: int) -> int:
@@ -87,58 +87,58 @@ def slow(number: int) -> int:
     return number
 
 
-def test_closing_leaves_no_thread() -> None:
+def test_prefetch_leaves_no_thread_when_closed() -> None:
     results = prefetch(range(9), slow)
     next(results)
-    assert others()
+    assert prefetch_threads()
     results.close()
-    assert not others()
+    assert not prefetch_threads()
 
 
-def test_dropping_leaves_no_thread() -> None:
+def test_prefetch_leaves_no_thread_when_dropped() -> None:
     results = prefetch(range(9), slow)
     next(results)
-    assert others()
+    assert prefetch_threads()
     del results
     gc.collect()
-    assert not others()
+    assert not prefetch_threads()
 
 
-def test_waiting_leaves_no_thread_either() -> None:
+def test_prefetch_leaves_no_thread_when_idle() -> None:
     results = prefetch(range(9), slow)
     next(results)
-    (thread,) = others()
+    (thread,) = prefetch_threads()
     thread.join(5)
-    assert not others() and next(results) == 1
+    assert not prefetch_threads() and next(results) == 1
 
 
-def test_results_are_not_held() -> None:
+def test_prefetch_keeps_no_result_alive() -> None:
     class Large:
         pass
 
     import weakref
 
     results = prefetch(range(3), lambda _: Large())
-    one = next(results)
-    gone = weakref.ref(one)
-    del one
-    assert gone() is None
+    result = next(results)
+    reference = weakref.ref(result)
+    del result
+    assert reference() is None
 
 
-def test_chunks_count_what_is_before_them() -> None:
+def test_chunks_count_the_items_before() -> None:
     assert list(chunks(iter("abcde"), 2)) == [(0, ["a", "b"]), (2, ["c", "d"]), (4, ["e"])]
     assert list(chunks(iter("abcd"), 2)) == [(0, ["a", "b"]), (2, ["c", "d"])]
     assert list(chunks(iter(""), 2)) == []
 
 
-def test_chunks_give_what_came_before_an_error() -> None:
-    found = chunks(failing(3), 2)
-    assert [next(found), next(found)] == [(0, [0, 1]), (2, [2])]
+def test_chunks_yield_items_before_an_error() -> None:
+    parts = chunks(failing(3), 2)
+    assert [next(parts), next(parts)] == [(0, [0, 1]), (2, [2])]
     with pytest.raises(OSError, match="the source broke"):
-        next(found)
+        next(parts)
 
 
-def test_a_task_raises_where_it_is_asked() -> None:
+def test_background_task_raises_at_result() -> None:
     task = BackgroundTask(lambda number: 1 / number, 0)
     task.join()
     with pytest.raises(ZeroDivisionError):

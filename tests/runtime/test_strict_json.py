@@ -1,4 +1,4 @@
-"""Reading into dataclasses; what it refuses is checked in test_manifest."""
+"""Reading into dataclasses; test_manifest has what is refused."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Tree:
     leaves: tuple[Leaf, ...]
 
 
-def test_hints_are_evaluated_once_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+def test_type_hints_are_evaluated_once_per_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[object] = []
     evaluate = typing.get_type_hints
 
     def count(kind: object) -> dict[str, object]:
-        asked.append(kind)
+        evaluated.append(kind)
         return evaluate(kind)
 
     monkeypatch.setattr(typing, "get_type_hints", count)
     value = {"leaves": [{"size": 1}, {"size": 2}]}
     for _ in range(2):
         assert build(Tree, value, "tree") == Tree((Leaf(1), Leaf(2)))
-    assert asked == [Tree, Leaf]
+    assert evaluated == [Tree, Leaf]
