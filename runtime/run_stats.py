@@ -63,6 +63,3 @@ class RunStats:
             )
         lines += [f"{name:10s} {value}" for name, value in facts.items()]
         return "\n".join(lines)
-
-
-Tally = RunStats  # transition: the former name

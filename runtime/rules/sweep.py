@@ -89,9 +89,6 @@ class ExitMacs:
         )
 
 
-Costs = ExitMacs  # transition: the former name
-
-
 def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
     """Values of the swept parameter: STEPS quantiles of the rule's own signal.
 

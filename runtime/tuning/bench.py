@@ -99,7 +99,7 @@ Exit codes: 0 measured; 2 a wrong option, file or bundle; 130 interrupted (Ctrl-
 @click.option("--max-new-tokens", type=AT_LEAST_1, default=64, help="For generated text.")
 @click.option("--rows", type=AT_LEAST_1, help="First rows of FILE.  [default: 300, of prompts 20]")
 @click.option("--batch-size", type=AT_LEAST_1, default=32, help="Rows together when measuring in bulk.")
-@click.option("--turns", type=AT_LEAST_1, default=3, help="Rounds over the rows.")
+@click.option("--turns", "rounds", type=AT_LEAST_1, default=3, help="Rounds over the rows.")
 @click.option("--threads", type=AT_LEAST_1, help="Threads of the engine.  [default: one per core]")
 @click.option("--budget-ms", type=float, help="Time an answer may take.  [default: the reference's median]")
 @click.option("--json", "json_file", metavar="OUT", type=PATH, help="Write every figure as JSON.")
@@ -139,7 +139,7 @@ def _measured(
         if page or options[name] is not None:
             flag = "report" if page else name.replace("_", "-")
             raise BadSetting(f"--{flag} is for bundles that classify; {bundle.folder} generates text")
-    shared = {name: options[name] for name in ("data", "turns", "threads")}
+    shared = {name: options[name] for name in ("data", "rounds", "threads")}
     figures = measure_generation(
         bundle, rules=rules, max_new_tokens=max_new_tokens, rows=rows or PROMPTS, **shared
     )
@@ -154,14 +154,14 @@ def measure(
     points: str | None = None,
     rows: int = ROWS,
     batch_size: int = 32,
-    turns: int = 3,
+    rounds: int = 3,
     threads: int | None = None,
     budget_ms: float | None = None,
     starts: int = 3,
 ) -> dict[str, Any]:
     """Every figure of a bundle that classifies, as it is written to JSON; see figures.py for units.
 
-    turns: rounds over the rows. starts: fresh processes of each kind. Raises BadInput naming the line, and
+    rounds: over the rows. starts: fresh processes of each kind. Raises BadInput naming the line, and
     what load() and read_baselines() raise.
     """
     if budget_ms is not None and not 0 < budget_ms < float("inf"):
@@ -177,13 +177,13 @@ def measure(
     with ExitStack() as stack:
         field = open_candidates(opened, baselines, points, threads, singles, stack)
         full, candidates, monolith = field.full, field.candidates, field.monolith
-        timings = time_rows(candidates, singles, turns)
+        timings = time_rows(candidates, singles, rounds)
         windows: list[tuple[Batches, int]] = []
         in_bulk = encoded[: BULK_WINDOWS * batch_size * WINDOW]
         for start in range(0, len(in_bulk), batch_size * WINDOW):
             window = in_bulk[start : start + batch_size * WINDOW]
             windows.append((list(full.batches(window, batch_size)), len(window)))
-        rates = time_bulk([c for c in candidates if c.bulk], windows, batch_size, turns)
+        rates = time_bulk([c for c in candidates if c.bulk], windows, batch_size, rounds)
         segments = [{"name": name, "ms": rounded(ms)} for name, ms in time_segments(full, singles)]
         environment = _environment(full)
     reference = monolith.name if monolith is not None else FULL
@@ -219,7 +219,7 @@ def measure(
         "rows_in_bulk": len(in_bulk),
         "rows_there": rows_there,
         "mean_tokens": rounded(float(np.mean(lengths))),
-        "turns": turns,
+        "turns": rounds,
         "batch_size": batch_size,
         "tokenizing_ms": rounded(1e3 * tokenizing),
         "reference": reference,
@@ -309,14 +309,14 @@ def measure_generation(
     rules: str | None = None,
     rows: int = PROMPTS,
     max_new_tokens: int = 64,
-    turns: int = 3,
+    rounds: int = 3,
     variant: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Every figure of a bundle that generates text, as it is written to JSON.
 
     rules: names, each with a threshold after a colon, as in "gate:0.7,fixed:2"; None: the bundle's own.
-    turns: rounds over the prompts. Raises BadInput naming the line, BadSetting, and what load() raises.
+    rounds: over the prompts. Raises BadInput naming the line, BadSetting, and what load() raises.
     """
     with ExitStack() as stack:
         sessions: dict[str, TextGenerator] = {}
@@ -333,7 +333,7 @@ def measure_generation(
         for session in sessions.values():
             warm_up = partial(_tokens, session, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
             timed_tokens(warm_up, prompts[0])
-        timings = time_answers(generators, prompts, turns)
+        timings = time_answers(generators, prompts, rounds)
         results = [
             {"name": name, "rule": _rule_json(session.rule)}
             | answer_figures(timings[name], timings[FULL_DEPTH])
@@ -351,7 +351,7 @@ def measure_generation(
             "rows_there": rows_there,
             "mean_tokens": round(float(np.mean([len(ids) for ids in prompts])), 1),
             "max_new_tokens": max_new_tokens,
-            "turns": turns,
+            "turns": rounds,
         }
     return {"format": 1, "about": about, "candidates": results}
 

@@ -214,9 +214,6 @@ def exit_macs(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) ->
     return ExitMacs(to_exit, to_exit[:, -1], blocks)
 
 
-costs_of = exit_macs  # transition: the former name
-
-
 def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Calibration:
     """Route points and the router of a bundle that generates text.
 

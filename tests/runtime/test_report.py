@@ -38,7 +38,7 @@ class Page(HTMLParser):
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = tmp_path_factory.mktemp("report") / "data.jsonl"
     data.write_text('{"text": "good film", "label": 1}\n{"text": "bad plot", "label": 0}\n', encoding="utf-8")
-    return measure(DATA / "tiny_bundle", data, baselines=DATA / "tiny_baselines", turns=1, starts=1)
+    return measure(DATA / "tiny_bundle", data, baselines=DATA / "tiny_baselines", rounds=1, starts=1)
 
 
 def test_the_table_has_every_candidate_segment_and_fact(figures: dict[str, Any]) -> None:
