@@ -129,7 +129,7 @@ class Classifier(Session[State]):
         return trace, np.array([row.length for row in rows], np.int64)
 
     def batches(self, rows: Sequence[AnyRow], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
-        """Row numbers and the stem's inputs of batches: rows of similar length together, the shortest first."""
+        """Row numbers and the stem's inputs of batches: rows of similar length together, shortest first."""
         order = np.argsort([row.length for row in rows], kind="stable")
         for start in range(0, len(rows), size):
             ids = order[start : start + size]

@@ -135,8 +135,8 @@ class RunOptions:
 @click.option(
     "--warm-up",
     is_flag=True,
-    help="Open and run every segment once before the first line is read; otherwise a segment is opened when a "
-    "row first reaches it, and that row waits.",
+    help="Open and run every segment once before the first line is read; otherwise a segment is opened when "
+    "a row first reaches it, and that row waits.",
 )
 @click.option(
     "--max-new-tokens",
@@ -188,9 +188,8 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
     started = False
     try:
         with ExitStack() as stack:
-            session = stack.enter_context(
-                load(bundle, batch_size=options.batch_size, lazy=True, **load_options)
-            )
+            loaded = load(bundle, batch_size=options.batch_size, lazy=True, **load_options)
+            session: Session[Any] = stack.enter_context(loaded)
             generates = session.manifest.task == GENERATION
             if isinstance(session.manifest.input, ImageInput):
                 lines = read_images(sources, options.format)
@@ -203,8 +202,8 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
                 session.warm_up(batch=options.batch_size)
             started = True
             if generates:
-                return _generate(cast("TextGenerator", session), lines, options)
-            return _classify(cast("Classifier", session), lines, options)
+                return _generate(cast("TextGenerator", loaded), lines, options)
+            return _classify(cast("Classifier", loaded), lines, options)
     except BrokenPipeError:
         raise
     except OfframpError as problem:

@@ -39,11 +39,11 @@ class BadInput(OfframpError, ValueError):
 
 
 class BadSetting(OfframpError, ValueError):
-    """An option that is unknown, incomplete or contradicts another; the message lists the known ones."""
+    """An option that is unknown, incomplete or contradicts another; the message names it."""
 
 
 class EngineUnavailable(OfframpError, RuntimeError):
-    """The requested engine or device is not there; the message names the missing part and how to install it."""
+    """The requested engine or device is not there; the message names what is missing and the cure."""
 
 
 class OutOfMemory(OfframpError, MemoryError):

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, RuleSpec
 from offramp.runtime.classifier import Classifier, checked_size
-from offramp.runtime.engines.base import Engine, EngineOptions, State, open_engine
+from offramp.runtime.engines.base import Engine, EngineOptions, S, open_engine
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.text import reader_of
@@ -123,14 +123,15 @@ def _open_classifier(
     def session() -> Classifier:
         if batch_size > engine.max_rows:
             raise BadSetting(
-                f"batch size {batch_size}: engine {options.engine} walks at most {engine.max_rows} rows together"
+                f"batch size {batch_size}: engine {options.engine} walks at most {engine.max_rows} rows "
+                "together"
             )
         return Classifier(bundle, engine, reader.result(), rule, variant, batch_size)
 
     return _or_close(engine, session)
 
 
-def _or_close(engine: Engine[State], make_session: Callable[[], T]) -> T:
+def _or_close(engine: Engine[S], make_session: Callable[[], T]) -> T:
     """The session, or the engine closed and the error."""
     try:
         return make_session()

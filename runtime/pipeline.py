@@ -1,4 +1,4 @@
-"""A stream in chunks, and work on the next of them while this one is used: one thread, none left behind."""
+"""A stream in chunks, and work on the next chunk in a thread while the caller uses this one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ B = TypeVar("B")
 def prefetch(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
     """work(item) of each item, in order; while the caller uses one result, a thread works on the next.
 
-    Items are read in the caller's thread, one further than the result that is given out: a source need not
-    know of threads, and is never read by a thread that nobody can stop. An error, of the items or of the
-    work, is raised in its turn, after the results before it. The first result, for which the caller has to
-    wait in any case, is made without a thread, so that a single item costs none. A thread lives for one item:
-    between two results there is at most one, and closing or dropping the iterator waits for it.
+    Items are read in the caller's thread, one item ahead of the result that is returned: a source needs no
+    thread safety, and no thread is left reading it. An error, of the items or of the work, is raised in its
+    turn, after the results before it. The first result is computed without a thread, as the caller has to
+    wait for it anyway, so a single item starts none. A thread works on one item: between two results there is
+    at most one, and closing or dropping the iterator waits for it.
     """
     source = iter(items)
     try:
         first = next(source)
     except StopIteration:
         return
-    made = [work(first)]  # a list, so that a result that was handed over is not held here too
+    results = [work(first)]  # a list, so that a result that was returned is not kept here too
     del first
     while True:
         problem: Exception | None = None
@@ -37,7 +37,7 @@ def prefetch(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
         except Exception as raised:
             problem = raised
         try:
-            yield made.pop()
+            yield results.pop()
         finally:
             if task is not None:
                 task.join()
@@ -45,13 +45,13 @@ def prefetch(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
             raise problem
         if task is None:
             return
-        made.append(task.result())
+        results.append(task.result())
 
 
 def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
     """(number of the items before it, the next `size` items; fewer in the last).
 
-    Where the source raises, what it gave until then comes first.
+    Where the source raises, the items before the error come first.
     """
     done = 0
     while True:
@@ -72,10 +72,10 @@ def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
 
 
 class BackgroundTask(Generic[A, B]):
-    """work(item) in a thread of its own, begun at once."""
+    """work(item) in a thread of its own, which starts at once."""
 
     def __init__(self, work: Callable[[A], B], item: A) -> None:
-        self._made: list[B] = []
+        self._result: list[B] = []
         self._problem: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(work, item), name="offramp prefetch")
         self._thread.start()
@@ -85,14 +85,14 @@ class BackgroundTask(Generic[A, B]):
         self._thread.join()
 
     def result(self) -> B:
-        """Wait, and hand over what the work gave, once; what it raised is raised here."""
+        """Wait for the work and return its result, once; an error of the work is raised here."""
         self._thread.join()
         if self._problem is not None:
             raise self._problem
-        return self._made.pop()
+        return self._result.pop()
 
     def _run(self, work: Callable[[A], B], item: A) -> None:
         try:
-            self._made.append(work(item))
+            self._result.append(work(item))
         except BaseException as problem:  # raised where the result is asked for
             self._problem = problem

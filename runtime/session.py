@@ -40,7 +40,7 @@ class Session(ABC, Generic[S]):
         self._closed = False
 
     @abstractmethod
-    def warm_up(self, lengths: Sequence[int], batch: int = 1) -> None:
+    def warm_up(self, lengths: Sequence[int] = (16,), batch: int = 1) -> None:
         """Run every segment once at these lengths (tokens), so that no later call pays for the first run."""
 
     def close(self) -> None:

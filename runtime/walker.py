@@ -68,7 +68,7 @@ def walk_one(engine: Engine[S], rule: Rule, state: S, plan: Sequence[int]) -> li
     At batch 1 each microsecond between two segments counts: there the interpreter's own code is not in the
     cache, so one line costs several times what it costs in a tight loop.
     """
-    step, clock, exit_test = engine.step, time.perf_counter, rule.exit_test
+    step, now, exit_test = engine.step, time.perf_counter, rule.exit_test
     ahead, steps = list(plan), list[Step]()
     last, end = _last_segment(ahead), len(ahead) - 1
     rows: Plan | None = None
@@ -80,7 +80,7 @@ def walk_one(engine: Engine[S], rule: Rule, state: S, plan: Sequence[int]) -> li
             engine.skip(segment, state)
             continue
         signals = step(segment, variant, state)
-        steps.append(Step(segment, variant, signals, clock()))
+        steps.append(Step(segment, variant, signals, now()))
         if segment == end:
             break
         if exit_test is not None:

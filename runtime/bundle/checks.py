@@ -131,8 +131,8 @@ def _check_classifier(manifest: Manifest) -> None:
         for field in ("token", "pair", "row"):
             _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
         names = [tuple(sorted(t.name for t in (*v.inputs, *v.outputs))) for v in segment.variants.values()]
-        for variant, found in zip(segment.variants, names, strict=True):
-            if found != names[0]:
+        for variant, variant_names in zip(segment.variants, names, strict=True):
+            if variant_names != names[0]:
                 raise ValueError(
                     f"{where}.variants[{variant!r}]: tensors other than those of the first variant"
                 )
@@ -224,11 +224,11 @@ def _check_decoder(manifest: Manifest) -> None:
     decoder = manifest.decoder
     assert decoder is not None  # check() has looked
     segments = [(f"segments[{n}]", segment) for n, segment in enumerate(manifest.segments)]
-    fills = [(f"decoder.cache_fills[{n}]", fill) for n, fill in enumerate(decoder.cache_fills)]
+    cache_fills = [(f"decoder.cache_fills[{n}]", fill) for n, fill in enumerate(decoder.cache_fills)]
     heads = [("decoder.head", decoder.head)]
     if decoder.draft is not None:
         heads.append(("decoder.draft", decoder.draft))
-    for where, segment in (("stem", manifest.stem), *segments, *fills, *heads):
+    for where, segment in (("stem", manifest.stem), *segments, *cache_fills, *heads):
         _check_decoder_graphs(where, segment, manifest)
     if bad := [token for token in decoder.stop if not 0 <= token < manifest.vocab_size]:
         raise ValueError(f"decoder.stop: {bad[0]} is not in a vocabulary of {manifest.vocab_size}")
@@ -241,9 +241,11 @@ def _check_decoder(manifest: Manifest) -> None:
     for where, segment in segments:
         _check_decoder_segment(where, segment, stem_outputs)
     _check_exits(manifest)
-    if fills and [fill.blocks for _, fill in fills] != [segment.blocks for _, segment in segments[1:]]:
+    if cache_fills and [fill.blocks for _, fill in cache_fills] != [
+        segment.blocks for _, segment in segments[1:]
+    ]:
         raise ValueError("decoder.cache_fills: their blocks must be those of the segments after the first")
-    for (where, fill), (_, segment) in zip(fills, segments[1:], strict=False):
+    for (where, fill), (_, segment) in zip(cache_fills, segments[1:], strict=False):
         _check_fill(where, fill, segment, stem_outputs)
     for where, head in heads:
         all_ids = head is decoder.head
@@ -337,14 +339,14 @@ def _listed(where: str, name: str, manifest: Manifest) -> None:
         raise ValueError(f"{where}: {name!r} is not listed in files")
 
 
-def _one_of(where: str, found: object, known: Iterable[object]) -> None:
-    if found not in (known := list(known)):
-        raise ValueError(f"{where}: {found!r}; expected one of {', '.join(map(repr, known))}")
+def _one_of(where: str, value: object, known: Iterable[object]) -> None:
+    if value not in (known := list(known)):
+        raise ValueError(f"{where}: {value!r}; expected one of {', '.join(map(repr, known))}")
 
 
-def _at_least(where: str, found: int, least: int) -> None:
-    if found < least:
-        raise ValueError(f"{where}: {found}; expected {least} or more")
+def _at_least(where: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{where}: {value}; expected {least} or more")
 
 
 def _unique(where: str, names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
-"""The bundle on disk: a flat folder whose every file is checked against the manifest as it is read.
+"""The bundle on disk: a flat folder, each file of which is checked against the manifest when it is read.
 
-Each file is read once, hashed, and those very bytes go to the engine: what was checked is what runs. Files
-are read when an engine asks for them, so a variant that nobody uses costs nothing.
+Each file is read once and hashed, and the same bytes go to the engine: what was checked is what runs. Files
+are read when an engine needs them, so a variant that is not used costs nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleNotFound(f"{folder}: not a bundle, it has no {FILE_NAME}; {cure}")
     data = _read(folder, FILE_NAME, _LONGEST_MANIFEST)
     if len(data) > _LONGEST_MANIFEST:
-        raise BadBundle(f"{folder / FILE_NAME}: over {_LONGEST_MANIFEST} bytes is no manifest of ours")
+        raise BadBundle(
+            f"{folder / FILE_NAME}: larger than {_LONGEST_MANIFEST} bytes, so it is no manifest of offramp"
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -88,8 +90,8 @@ def _read(folder: Path, name: str, size: int) -> bytes:
 def _compare(path: Path, data: bytes, fact: FileFact) -> None:
     cure = "the file changed after the bundle was written: copy or write the bundle again"
     if len(data) != fact.bytes:
-        found = f"more than {fact.bytes}" if len(data) > fact.bytes else str(len(data))
-        raise BadBundle(f"{path}: {found} bytes, the manifest says {fact.bytes}; {cure}")
-    found = hashlib.sha256(data).hexdigest()
-    if found != fact.sha256:
-        raise BadBundle(f"{path}: sha256 {found}, the manifest says {fact.sha256}; {cure}")
+        size = f"more than {fact.bytes}" if len(data) > fact.bytes else str(len(data))
+        raise BadBundle(f"{path}: {size} bytes, the manifest has {fact.bytes}; {cure}")
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != fact.sha256:
+        raise BadBundle(f"{path}: sha256 {sha256}, the manifest has {fact.sha256}; {cure}")

@@ -215,7 +215,3 @@ class Manifest:
             if not facts[name]:  # so that files without them read as they always did
                 del facts[name]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-Stage = Segment  # transition: the former name
-LEAVING = EXIT_HIDDEN  # transition: the former name

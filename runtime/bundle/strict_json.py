@@ -42,7 +42,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union) and type(None) in arguments:  # only X | None
         return None if value is None else build(arguments[0], value, where)
     if origin in (types.UnionType, typing.Union) and all(map(dataclasses.is_dataclass, arguments)):
-        # Told apart by their fields: whichever shares most keys with what was found is held to all of them.
+        # The type that shares most keys with the value is required in full.
         keys = set(value) if isinstance(value, dict) else set()
         shared = [len(keys & {field.name for field in dataclasses.fields(member)}) for member in arguments]
         return _record(arguments[shared.index(max(shared))], value, where)
@@ -74,20 +74,20 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     ]
     if missing:
         raise ValueError(f"{where}.{missing[0]}: missing")
-    there = {name: hint for name, hint in fields.items() if name in value}
-    return kind(**{name: build(hint, value[name], f"{where}.{name}") for name, hint in there.items()})
+    present = {name: hint for name, hint in fields.items() if name in value}
+    return kind(**{name: build(hint, value[name], f"{where}.{name}") for name, hint in present.items()})
 
 
-@functools.cache  # a manifest has hundreds of objects of nine classes; hints were most of the time to read it
+@functools.cache  # a manifest has hundreds of objects of nine classes, and type hints are slow to get
 def _fields(kind: Any) -> dict[str, Any]:
     """A dataclass's fields in order, with their types."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _is(right: bool, where: str, expected: str, found: Any) -> None:
+def _is(right: bool, where: str, expected: str, value: Any) -> None:
     if not right:
-        raise ValueError(f"{where}: expected {expected}, found {str(found)[:60]!r}")
+        raise ValueError(f"{where}: expected {expected}, found {str(value)[:60]!r}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Buffers of one (rows, length), bound once to every segment that meets them, and the shelf of idle ones."""
+"""Buffers for one (rows, length), bound once to every segment that uses them, and a pool of idle ones."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Bound = tuple[Run, RowSignals]  # one run of a bound session, and where its sign
 
 
 def runner(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, str] | None = None) -> Run:
-    """One run of a session on what was bound, as a call without arguments; entries: of its run options.
+    """One run of a session on bound arrays, as a call without arguments; entries: of its run options.
 
-    The Python layer of ONNX Runtime looks at every run for what concerns other devices, and makes options
-    anew: 20 us a segment when the cache is cold. So its own object is called; where a version of it has no
-    such object, the public call serves.
+    The Python layer of ONNX Runtime makes new options and checks for other devices in every run, which takes
+    20 us a segment when the cache is cold. So the object below that layer is called, or the public call in a
+    version without such an object.
     """
     options = ort.RunOptions()
     for key, value in (entries or {}).items():
@@ -41,17 +41,16 @@ def runner(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, st
 class Buffers:
     """Everything a walk of `rows` rows of `length` tokens needs.
 
-    pairs: tensors that every segment reads and writes anew (hidden, evidence): two arrays, one for each side
-    of a step.
-    shared: what the stem made once (mask, pool, position_bias). inputs: the stem's own inputs. bound: by
-    (segment, variant, side); each has memory of its own for its signals, so that nothing is copied in a step.
+    pairs: tensors that every segment reads and replaces (hidden, evidence): two arrays, one for each side of
+    a step. shared: the stem's other outputs (mask, pool, position_bias). inputs: the stem's inputs. bound: by
+    (segment, variant, side); each has memory of its own for its signals, so that a step copies nothing.
     """
 
     def __init__(
         self,
         ort: ModuleType,
         tensors: Mapping[str, Tensor],
-        flows: frozenset[str],
+        updated: frozenset[str],
         stem_inputs: frozenset[str],
         rows: int,
         length: int,
@@ -66,10 +65,10 @@ class Buffers:
         for name, tensor in tensors.items():
             shape, dtype = self._form(tensor)
             if name in SIGNALS:
-                continue  # read on the host after every step, and not every segment's is of one shape
+                continue  # allocated by bind(): segments differ in the shape of their signals
             if name in stem_inputs:
                 self.inputs[name] = np.empty(shape, dtype)
-            elif name in flows:
+            elif name in updated:
                 self.pairs[name] = (np.zeros(shape, dtype), np.zeros(shape, dtype))
             else:
                 self.shared[name] = np.zeros(shape, dtype)
@@ -133,7 +132,7 @@ def _bind(bind: Any, name: str, array: Array) -> None:
 
 
 class Sized(Protocol):
-    """What a shelf keeps."""
+    """What a BufferPool keeps."""
 
     rows: int
     length: int
@@ -143,9 +142,9 @@ class Sized(Protocol):
 B = TypeVar("B", bound=Sized)
 
 
-class Shelf(Generic[B]):
-    """Idle buffers by (rows, length), made where there are none; the longest unused go first when there are
-    too many.
+class BufferPool(Generic[B]):
+    """Idle buffers by (rows, length), made when there are none; the least recently used are dropped first
+    when there are too many.
     """
 
     def __init__(self, make: Callable[[int, int], B]) -> None:
@@ -155,7 +154,7 @@ class Shelf(Generic[B]):
         self._bytes = 0
 
     def get(self, rows: int, length: int) -> B:
-        """Buffers of that shape, for one owner until they are put back."""
+        """Buffers of that shape, which belong to the caller until they are put back."""
         waiting = self._by_shape.get((rows, length))
         if not waiting:
             return self._make(rows, length)

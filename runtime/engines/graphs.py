@@ -1,7 +1,7 @@
-"""Opened graphs, one a file and process: engines that run the same file in the same way share its weights.
+"""Opened graphs, one for each file and process: engines that run the same file alike share its weights.
 
-ONNX Runtime's sessions may run in several threads at once and keep nothing between two runs, so what engines
-must not share is only what they bind: that stays with each of them.
+ONNX Runtime's sessions may run in several threads at once and keep nothing between two runs. Engines must not
+share what they bind, which each of them keeps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from offramp.runtime.pipeline import BackgroundTask
 CPU = "CPUExecutionProvider"
 Providers = Sequence[
     tuple[str, Mapping[str, str]]
-]  # of ONNX Runtime with their options, the wanted one first
+]  # of ONNX Runtime with their options, the required one first
 # What may stay on the CPU when a graph runs on a GPU: arithmetic on sizes, which ONNX Runtime puts there.
 _ON_SIZES = {
     *("Shape", "Size", "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Cast", "Range", "Constant"),
@@ -58,8 +58,8 @@ class Graph:
 class Graphs:
     """Opens the files of one bundle on one provider and pool; thread-safe.
 
-    early: files that are being read already, by name; each is used once. share: with the other Graphs of the
-    process that say so. providers: the first has to come, those behind it may take what it leaves.
+    early: files that are being read already, by name; each is used once. share: share graphs with the other
+    Graphs of the process that share. providers: the first is required, the others take what it cannot run.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Graphs:
         self._ort, self._bundle, self._device, self._pool = ort, bundle, device, pool
         self._providers = providers
         self._early = dict(early)
-        # All that the manifest says, the hashes of its files among it: a bundle that was written anew in the
-        # same place is another bundle.
+        # The whole manifest with the hashes of its files: a bundle that was written again in the same place
+        # is another bundle.
         facts = hashlib.sha256(repr(bundle.manifest).encode("utf-8", "surrogatepass")).digest()
-        # An object is like no other.
-        self._same = (str(bundle.folder.resolve()), facts, device, pool, None if share else object())
+        # A new object equals no other.
+        self._sharing_key = (str(bundle.folder.resolve()), facts, device, pool, None if share else object())
 
     def read(self, facts: Variant) -> tuple[Variant, Graph, bytes | None]:
-        """What open() takes: the verified bytes of the file, or None where its graph is open already."""
+        """The arguments of open(): the verified bytes of the file, None where its graph is already open."""
         with _guard:
-            graph = _known.setdefault((*self._same, facts), Graph())
+            graph = _known.setdefault((*self._sharing_key, facts), Graph())
         early = self._early.pop(facts.file, None)
         if graph.session is not None:
             return facts, graph, None
@@ -104,11 +104,11 @@ class Graphs:
         if self._device == "cpu":
             _share_arena(self._ort, options)
         options.log_severity_level = 3
-        # Patterns are kept for every shape ever met; with free batch and length that is memory that only
+        # ONNX Runtime keeps a memory pattern for every shape; with free batch and length that memory only
         # grows.
         options.enable_mem_pattern = False
-        wanted = self._providers[0][0]
-        if wanted != CPU:
+        required = self._providers[0][0]
+        if required != CPU:
             if hasattr(self._ort.InferenceSession, "get_provider_graph_assignment_info"):
                 options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             elif any(tensor.name == "hidden" for tensor in facts.inputs):  # the stem may compute with sizes
@@ -119,19 +119,19 @@ class Graphs:
             session = self._ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as problem:  # ORT's error types share no base of their own
             raise self._refused(path, problem) from problem
-        # The Python layer keeps the file's bytes, to open them once more on other providers; we never do, and
-        # they would double the memory of the weights.
+        # The Python layer keeps the file's bytes to open them again on other providers, which never happens
+        # here: they would double the memory of the weights.
         if hasattr(session, "_model_bytes"):
             session._model_bytes = None
         real = session.get_providers()[0]
-        if real != wanted:
+        if real != required:
             raise EngineUnavailable(
-                f"engine ort: {wanted} was asked for, {real} came: a library that it needs is missing or of "
-                "another version; use --device cpu if that is enough"
+                f"engine ort: {required} was requested, but {real} runs: a library that it needs is missing or "
+                "of another version; use --device cpu if that is enough"
             )
-        if wanted != CPU:
-            _all_there(str(path), session, wanted)
-        _hold(str(path), facts, session)
+        if required != CPU:
+            _check_assignment(str(path), session, required)
+        _check_interface(str(path), facts, session)
         return session
 
     def _refused(self, path: Path, problem: Exception) -> BadBundle | EngineUnavailable:
@@ -176,9 +176,10 @@ def free_unused_memory() -> None:
 def _share_arena(ort: ModuleType, options: Any) -> None:
     """Let all sessions of the process allocate from one arena.
 
-    With one each, every segment writes its intermediate values to memory of its own, which a full walk finds
-    cold in the cache: 6 % of the time at 128 tokens, 12 x 384. A segment that uses what the one before it has
-    just freed works in the same few hundred kilobytes all the way, as a single graph does.
+    With one arena each, every segment writes its intermediate values to memory of its own, which is not in
+    the processor's cache: 6 % of the time of a full walk at 128 tokens, 12 x 384. With one for all, a segment
+    uses what the segment before it has just freed, and works in the same few hundred kilobytes, as a single
+    graph does.
     """
     global _arena
     if not hasattr(ort, "create_and_register_allocator"):
@@ -188,38 +189,38 @@ def _share_arena(ort: ModuleType, options: Any) -> None:
             place = ort.OrtMemoryInfo(
                 "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
             )
-            # ORT's own error types share no base; it refuses where the application has registered an arena:
-            # then that one serves.
+            # ORT's own error types share no base; it refuses where the application has registered an arena,
+            # and then that arena is used.
             with suppress(Exception):
                 ort.create_and_register_allocator(place, None)
             _arena = True
     options.add_session_config_entry("session.use_env_allocators", "1")
 
 
-def _all_there(path: str, session: Any, wanted: str) -> None:
-    """No operator that counts was left to the CPU, where ONNX Runtime can tell."""
+def _check_assignment(path: str, session: Any, required: str) -> None:
+    """Raise EngineUnavailable where ONNX Runtime leaves an operator of weight to the CPU."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return
-    left = {
+    on_cpu = {
         node.op_type
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name == CPU
         for node in part.get_nodes()
     }
-    if left - _ON_SIZES:
+    if on_cpu - _ON_SIZES:
         raise EngineUnavailable(
-            f"{path}: {wanted} does not have {', '.join(sorted(left - _ON_SIZES))} and leaves it to the CPU; "
+            f"{path}: {required} lacks {', '.join(sorted(on_cpu - _ON_SIZES))} and leaves it to the CPU; "
             "choose variant fp32 or fp16, or use --device cpu"
         )
 
 
-def _hold(path: str, facts: Variant, session: Any) -> None:
-    """The graph's inputs and outputs must be the manifest's: names, dtypes, sizes where both are numbers."""
-    for side, tensors, found in (
+def _check_interface(path: str, facts: Variant, session: Any) -> None:
+    """Raise BadBundle unless inputs and outputs are the manifest's: names, dtypes, sizes that are numbers."""
+    for side, tensors, nodes in (
         ("input", facts.inputs, session.get_inputs()),
         ("output", facts.outputs, session.get_outputs()),
     ):
-        real = {node.name: node for node in found}
+        real = {node.name: node for node in nodes}
         if set(real) != {tensor.name for tensor in tensors}:
             raise BadBundle(
                 f"{path}: {side}s {sorted(real)}, the manifest says {sorted(t.name for t in tensors)}"

@@ -1,8 +1,8 @@
-"""The ONNX Runtime engine on the CPU: sessions on one thread pool, states between two pre-bound buffers.
+"""Classifiers on ONNX Runtime's CPU: sessions on one thread pool, states in two pre-bound sets of buffers.
 
-Names, dtypes and shapes come from the manifest; the graphs are held to them when they are opened. A row's
-tensors live in buffers of its (rows, length) that are bound once and used again: a step copies and allocates
-nothing.
+Names, dtypes and shapes come from the manifest, and graphs are compared with them when they are opened. The
+tensors of a row are in buffers of its (rows, length) that are bound once and used again: a step neither
+copies nor allocates.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Tensor, Variant
 from offramp.runtime.engines.base import Array, Engine, EngineOptions, Rows
-from offramp.runtime.engines.buffers import Bound, Buffers, Shelf
+from offramp.runtime.engines.buffers import Bound, BufferPool, Buffers
 from offramp.runtime.engines.graphs import Graph, Graphs, import_onnxruntime
-from offramp.runtime.engines.tensors import flows_of, stem_of, tensors_of
+from offramp.runtime.engines.tensors import stem_of, tensors_of, updated_tensors
 from offramp.runtime.engines.threads import Pool, claim
 from offramp.runtime.errors import BadBundle
 from offramp.runtime.pipeline import BackgroundTask, prefetch
@@ -28,7 +28,7 @@ _STEM: Step = (-1, 0)
 
 
 class OrtState:
-    """Rows between two segments: their buffers, and which of each pair of buffers holds the newest values."""
+    """Rows between two segments: their buffers, and which side of each pair has the current values."""
 
     __slots__ = ("buffers", "length", "rows", "side")
 
@@ -57,14 +57,14 @@ class OrtEngine:
         manifest = bundle.manifest
         self._variants = manifest.variants
         self._stem_facts = stem_of(manifest, variant)
-        # Of images all rows have as many tokens as the stem puts out; of text as many as it is given.
+        # Rows of images have as many tokens as the stem puts out, rows of text as many as the input.
         (hidden,) = (tensor for tensor in self._stem_facts.outputs if tensor.name == "hidden")
         self._length = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
         self._stem: Any = None
         self._graphs = Graphs(ort, bundle, "cpu", pool, early, share)
         self._open: dict[Step, Graph] = {}
-        forms = tensors_of(manifest), flows_of(manifest), _names(self._stem_facts.inputs)
-        self._shelf = Shelf(lambda rows, length: Buffers(ort, *forms, rows, length))
+        forms = tensors_of(manifest), updated_tensors(manifest), _names(self._stem_facts.inputs)
+        self._buffer_pool = BufferPool(lambda rows, length: Buffers(ort, *forms, rows, length))
 
     @property
     def facts(self) -> dict[str, str]:
@@ -75,8 +75,8 @@ class OrtEngine:
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
         """Open the stem and these segments; see Engine.prepare."""
         steps = [step for step in (_STEM, *((s, variant) for s in segments)) if step not in self._open]
-        # While ONNX Runtime opens one file, a thread reads and hashes the next; bytes are let go of as soon
-        # as they are opened, so that two files at most are in memory.
+        # While ONNX Runtime opens one file, a thread reads and hashes the next; bytes are freed as soon as
+        # the graph is open, so that at most two files are in memory.
         files = prefetch(steps, lambda step: self._graphs.read(self._facts(step)))
         for step in steps:
             self._open[step] = self._graphs.open(*next(files))
@@ -86,7 +86,7 @@ class OrtEngine:
         """Run the stem; see Engine.begin."""
         rows = len(inputs[self._stem_facts.inputs[0].name])
         length = self._length or inputs[self._stem_facts.inputs[0].name].shape[1]
-        buffers = self._shelf.get(rows, length)
+        buffers = self._buffer_pool.get(rows, length)
         for name, array in buffers.inputs.items():
             array[...] = inputs[name]
         run = buffers.stem
@@ -117,23 +117,23 @@ class OrtEngine:
 
     def take(self, state: OrtState, rows: Rows) -> OrtState:
         """A new state of those rows alone; see Engine.take."""
-        buffers = self._shelf.get(len(rows), state.length)
+        buffers = self._buffer_pool.get(len(rows), state.length)
         buffers.gather([(state.buffers, state.side, rows)])
         return OrtState(buffers, 0)
 
     def join(self, states: Sequence[OrtState]) -> OrtState:
         """One new state of all rows; see Engine.join."""
-        buffers = self._shelf.get(sum(state.rows for state in states), states[0].length)
+        buffers = self._buffer_pool.get(sum(state.rows for state in states), states[0].length)
         buffers.gather([(state.buffers, state.side, None) for state in states])
         return OrtState(buffers, 0)
 
     def drop(self, state: OrtState) -> None:
         """The state's buffers may be used again; see Engine.drop."""
-        self._shelf.put(state.buffers)
+        self._buffer_pool.put(state.buffers)
 
     def close(self) -> None:
         """Free buffers, and graphs that no other engine runs (the process's thread pool stays)."""
-        self._shelf.clear()
+        self._buffer_pool.clear()
         self._open.clear()
         self._stem = None
 

@@ -1,4 +1,4 @@
-"""What engines read off a manifest: its tensors, which are made anew, which stem goes with what."""
+"""What engines read from a manifest: its tensors, and which stem belongs to a variant."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from offramp.runtime.errors import BadBundle
 
 
 def stem_of(manifest: Manifest, variant: str) -> Variant:
-    """The stem that goes with a variant: its own, or that of the default."""
+    """The stem's graph in a variant, or in the default variant where it has no other."""
     return manifest.stem.variants.get(variant) or manifest.stem.variants[manifest.variants[0]]
 
 
 def tensors_of(manifest: Manifest) -> dict[str, Tensor]:
     """The stem's inputs and outputs and every segment's signals, by name."""
-    stages = [next(iter(stage.variants.values())) for stage in (manifest.stem, *manifest.segments)]
-    tensors = [*stages[0].inputs, *(tensor for stage in stages for tensor in stage.outputs)]
+    graphs = [segment.first_graph for segment in (manifest.stem, *manifest.segments)]
+    tensors = [*graphs[0].inputs, *(tensor for graph in graphs for tensor in graph.outputs)]
     return {tensor.name: tensor for tensor in tensors if not tensor.name.startswith(NEXT)}
 
 
-def flows_of(manifest: Manifest) -> frozenset[str]:
-    """Tensors that segments make anew: hidden, evidence. BadBundle where segments disagree on which."""
-    flows: frozenset[str] | None = None
-    for stage in manifest.segments[:-1]:
-        facts = next(iter(stage.variants.values()))
-        found = frozenset(t.name.removeprefix(NEXT) for t in facts.outputs if t.name.startswith(NEXT))
-        if flows is not None and found != flows:
+def updated_tensors(manifest: Manifest) -> frozenset[str]:
+    """Tensors that every segment reads and replaces (hidden, evidence); BadBundle where segments differ."""
+    updated: frozenset[str] | None = None
+    for segment in manifest.segments[:-1]:
+        outputs = segment.first_graph.outputs
+        names = frozenset(t.name.removeprefix(NEXT) for t in outputs if t.name.startswith(NEXT))
+        if updated is not None and names != updated:
             raise BadBundle(
-                f"manifest: {stage.name} makes {sorted(found)} anew, segments before it {sorted(flows)}"
+                f"manifest: {segment.name} replaces {sorted(names)}, the segments before it {sorted(updated)}"
             )
-        flows = found
-    return flows or frozenset({"hidden"})
+        updated = names
+    return updated or frozenset({"hidden"})

@@ -1,13 +1,13 @@
-"""One thread pool for all segments: the default, a spinning pool in every session, costs a factor of two.
+"""One thread pool for all segments: ONNX Runtime's default, a spinning pool a session, doubles the time.
 
 ONNX Runtime's idle workers spin for a while after each run. With one pool a session, the workers of the last
-segment still burn the cores while the next segment runs. One pool for the whole process
-(`set_global_thread_pool_sizes`) removes that; where it cannot be had, pools that do not spin come within a
-few per cent.
+segment still use the cores while the next segment runs. One pool for the whole process
+(`set_global_thread_pool_sizes`) removes that; where it is not available, pools that do not spin are within a
+few per cent of it.
 
-The price: once a process has a global pool, ONNX Runtime refuses every session that wants its own, which is
-the default. An application that opens other sessions sets use_per_session_threads = False in them, or asks
-for global_pool=False here.
+In return, once a process has a global pool, ONNX Runtime refuses every session with a pool of its own, which
+is the default. An application that opens other sessions sets use_per_session_threads = False in them, or
+passes global_pool=False here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 from offramp.runtime.errors import EngineUnavailable
 
 _lock = threading.Lock()
-_made: Pool | None = None  # the process's pool can be made once, so what was made is the process's fact
+_global_pool: Pool | None = None  # a process can make its global pool only once
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Which pool the sessions run on; threads 0: an application made the pool and did not say how large."""
+    """The pool that sessions run on; threads 0: an application made the pool, and its size is not known."""
 
     kind: str
     threads: int
@@ -35,51 +35,53 @@ class Pool:
 
 
 def claim(ort: ModuleType, threads: int | None, global_pool: bool) -> Pool:
-    """The pool to run on with `threads` (None: one a core that we may use), made on the first call.
+    """The pool to run on with `threads` (None: one for each usable core), made on the first call.
 
-    Raises EngineUnavailable where the process has a pool that contradicts the wish: ONNX Runtime can neither
-    change it nor open sessions beside it.
+    Raises EngineUnavailable where the process already has another pool: ONNX Runtime can neither change it
+    nor open sessions beside it.
     """
-    global _made
+    global _global_pool
     with _lock:
-        if _made is not None:
-            if not global_pool or threads not in (None, _made.threads):
-                size = f"of {_made.threads} threads" if _made.threads else "made by the application"
+        if _global_pool is not None:
+            if not global_pool or threads not in (None, _global_pool.threads):
+                size = (
+                    f"of {_global_pool.threads} threads"
+                    if _global_pool.threads
+                    else "made by the application"
+                )
                 raise EngineUnavailable(
                     f"threads={threads}, global_pool={global_pool}: this process already walks on a global "
                     f"pool {size}, and ONNX Runtime cannot change it; leave both out, or use another process"
                 )
-            return _made
-        wish = usable_cores() if threads is None else threads
+            return _global_pool
+        count = usable_cores() if threads is None else threads
         if threads == 1:
-            return Pool("none, one thread", 1, False)  # no workers, nothing to share, and no price to pay
+            return Pool("none, one thread", 1, False)  # no workers, so nothing to share
         if not global_pool:
-            return Pool("one a session, not spinning", wish, False)
+            return Pool("one a session, not spinning", count, False)
         if not (
             hasattr(ort, "set_global_thread_pool_sizes")
             and hasattr(ort.SessionOptions, "use_per_session_threads")
         ):
-            lacks = f"onnxruntime {ort.__version__} has no global pool"
-            return Pool(f"one a session, not spinning ({lacks})", wish, False)
+            reason = f"onnxruntime {ort.__version__} has no global pool"
+            return Pool(f"one a session, not spinning ({reason})", count, False)
         try:
-            ort.set_global_thread_pool_sizes(wish, 1)
-            _made = Pool("global", wish, True)
+            ort.set_global_thread_pool_sizes(count, 1)
+            _global_pool = Pool("global", count, True)
         except Exception as problem:  # ORT's own error types share no base; it refuses a second pool
             if threads is not None:
                 raise EngineUnavailable(
                     f"threads={threads}: the application has already made ONNX Runtime's global pool "
                     f"({problem}); leave threads out to walk on that pool"
                 ) from problem
-            _made = Pool("global, made by the application", 0, True)
-        return _made
+            _global_pool = Pool("global, made by the application", 0, True)
+        return _global_pool
 
 
 def apply(pool: Pool, options: Any) -> None:
     """Set session options so that the session runs on the pool."""
     if pool.shared:
-        options.use_per_session_threads = (
-            False  # the numbers of threads stay alone: setting them prints warnings
-        )
+        options.use_per_session_threads = False  # setting numbers of threads too would print warnings
     else:
         options.intra_op_num_threads = pool.threads
         options.inter_op_num_threads = 1
@@ -87,12 +89,12 @@ def apply(pool: Pool, options: Any) -> None:
 
 
 def fit(options: Any) -> None:
-    """Let a session of the caller's own open beside a walk: on the process's global pool, if we made one.
+    """Let a session of the caller open beside a walk: on the process's global pool, if this module made one.
 
-    options: onnxruntime.SessionOptions with the numbers of threads left alone. For benchmarks and checks.
+    options: onnxruntime.SessionOptions whose numbers of threads are not set. For benchmarks and checks.
     """
-    if _made is not None:
-        apply(_made, options)
+    if _global_pool is not None:
+        apply(_global_pool, options)
 
 
 def usable_cores() -> int:
@@ -111,7 +113,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> int:
-    """Whole cores that the control group grants (cgroup 2); a large number where it says nothing."""
+    """Whole cores that the control group grants (cgroup 2); a large number without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return -(-int(quota) // int(period))

@@ -1,4 +1,4 @@
-"""Messages to a prompt, by the chat template that came with the tokenizer (needs jinja2: extra `chat`)."""
+"""From messages to a prompt, by the chat template of the tokenizer (needs jinja2: extra `chat`)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Message = Mapping[str, str]  # role, content
 
 
 def chat_of(bundle: Bundle) -> Callable[[Sequence[Message]], str]:
-    """What makes a prompt of messages; the template is read and compiled when it is first asked.
+    """A function that makes a prompt from messages; it reads and compiles the template at its first call.
 
-    The prompt ends where the answer begins. Raises (when asked) BadSetting where the bundle has no template,
-    EngineUnavailable without jinja2, BadInput for what are no messages or what the template refuses.
+    The prompt ends where the answer begins. The function raises BadSetting where the bundle has no template,
+    EngineUnavailable without jinja2, BadInput for anything but messages, and for messages that the template
+    refuses.
     """
     compiled: list[Any] = []
 
@@ -28,10 +29,10 @@ def chat_of(bundle: Bundle) -> Callable[[Sequence[Message]], str]:
         if not compiled:
             compiled.append(_compiled(bundle))
         try:
-            found: str = compiled[0].render(messages=list(messages), add_generation_prompt=True)
+            prompt: str = compiled[0].render(messages=list(messages), add_generation_prompt=True)
         except Exception as problem:  # whatever a template raises
             raise BadInput(f"the chat template refuses these messages: {problem}") from problem
-        return found
+        return prompt
 
     return prompt_of
 
@@ -61,12 +62,15 @@ def _compiled(bundle: Bundle) -> Any:
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    # As transformers has it; a bundle may come from anywhere, hence the sandbox.
-    room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    room.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    # The same settings as in transformers; a bundle may come from anywhere, hence the sandbox.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     tokens = bundle.manifest.provenance.get("special_tokens", {})
-    room.globals |= {name: str(token) for name, token in dict(tokens).items()}
+    environment.globals |= {name: str(token) for name, token in dict(tokens).items()}
     try:
-        return room.from_string(bundle.read(TEMPLATE).decode("utf-8"))
+        return environment.from_string(bundle.read(TEMPLATE).decode("utf-8"))
     except (TemplateError, UnicodeDecodeError) as problem:
         raise BadBundle(f"{bundle.folder / TEMPLATE}: not a chat template: {problem}") from problem

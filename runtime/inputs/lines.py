@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 FORMATS = ("auto", "text", "json")
-# What a JSON line holds; the first must be there.
+# Keys of a JSON line; the first is required.
 TEXTS, IMAGES, PROMPTS = ("text", "text_b"), ("image",), ("prompt",)
 LISTS = (".txt", ".lst", ".jsonl")  # a file that names images, one a line; all others are images
 LONGEST_LINE = (
@@ -21,8 +21,10 @@ LONGEST_LINE = (
 
 @dataclass(frozen=True)
 class Line:
-    """One input line: its 1-based number, and what to answer or the problem; cut: over LONGEST_LINE. others:
-    of a JSON line with a prompt, its other keys; "messages" may stand in for the prompt.
+    """One input line: its 1-based number, and what to answer or the problem.
+
+    cut: it was longer than LONGEST_LINE. folder: of the list that names an image. others: the other keys of a
+    JSON line with a prompt; "messages" may take the place of the prompt.
     """
 
     number: int
@@ -35,25 +37,25 @@ class Line:
 
     @property
     def name(self) -> str:
-        """Of a line that names an image: its path, a relative one from the folder that holds the list."""
+        """The path of an image; a relative path starts at the folder of the list."""
         return os.path.join(self.folder, self.text) if self.folder and self.text else self.text
 
     @property
     def item(self) -> str | tuple[str, str]:
-        """What Session.map takes."""
+        """The item for Classifier.answers."""
         return self.name if self.text_b is None else (self.text, self.text_b)
 
 
 def read_images(sources: Sequence[str], form: str = "auto") -> Iterator[Line]:
-    """A Line for every image: each source is an image file, or a list of them: "-" or a name in LISTS.
+    """A Line for every image; a source is an image file, or a list: "-" or a file name that ends as in LISTS.
 
-    A list is plain paths or JSON lines with "image", as `form` says in read_lines. Paths in a file are seen
-    from its folder, those on standard input from the current one. Raises OSError where a list cannot be
-    opened; whether an image can be read is found out later.
+    A list has plain paths or JSON lines with "image"; form: see read_lines. Relative paths start at the
+    folder of the list, or at the current folder for standard input. Raises OSError where a list cannot be
+    opened; images are not opened here.
     """
     for source in sources:
         if source.lower().endswith(LISTS):
-            os.stat(source)  # said before the first answer
+            os.stat(source)  # a missing list is an error before the first answer
     return _images(sources, form)
 
 
@@ -70,8 +72,7 @@ def _images(sources: Sequence[str], form: str) -> Iterator[Line]:
 
 
 def read_lines(stream: IO[bytes], form: str = "auto", names: Sequence[str] = TEXTS) -> Iterator[Line]:
-    """Read lines as they come, holding one at a time; names: the strings of a JSON line: TEXTS, IMAGES
-    or PROMPTS.
+    """Read lines as they come, one at a time; names: the keys of a JSON line: TEXTS, IMAGES or PROMPTS.
 
     form "auto": JSON lines if the first line that is not empty begins with "{", else plain text. A line that
     is empty, not UTF-8, or (in JSON lines) not an object with a string `text` comes out with its problem;
@@ -115,19 +116,19 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
             number, problem=f'expected a JSON object with "{names[0]}", found {type(value).__name__}; {hint}'
         )
     if names == PROMPTS and "messages" in value and "prompt" not in value:
-        return Line(number, others=value)  # what they must be like, the session says
-    given: list[Any] = [value.get(name) for name in names]
-    for name, found in zip(names, given, strict=True):
-        if not isinstance(found, str) and not (name == "text_b" and found is None):
-            what = type(found).__name__ if name in value else "nothing"
+        return Line(number, others=value)  # the session checks them
+    strings: list[Any] = [value.get(name) for name in names]
+    for name, string in zip(names, strings, strict=True):
+        if not isinstance(string, str) and not (name == "text_b" and string is None):
+            what = type(string).__name__ if name in value else "nothing"
             return Line(number, problem=f'"{name}": expected a string, found {what}')
-        if isinstance(found, str) and not found.strip():
+        if isinstance(string, str) and not string.strip():
             return Line(number, problem=f'"{name}" is empty')
-        if isinstance(found, str) and not _is_unicode(found):
+        if isinstance(string, str) and not _is_unicode(string):
             return Line(number, problem=f'"{name}": half of a surrogate pair, not Unicode text')
     if names == PROMPTS:
-        return Line(number, given[0], others={key: value[key] for key in value if key not in names})
-    return Line(number, given[0], given[1] if len(given) > 1 else None)
+        return Line(number, strings[0], others={key: value[key] for key in value if key not in names})
+    return Line(number, strings[0], strings[1] if len(strings) > 1 else None)
 
 
 def _skip_rest(stream: IO[bytes]) -> bool:

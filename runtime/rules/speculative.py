@@ -67,7 +67,7 @@ class AcceptanceRate:
 
 
 class StepTimes:
-    """Seconds of the steps of a decoder by kind ("segment", "head", "draft"), segment and number of tokens."""
+    """Seconds of a decoder's steps by kind ("segment", "head", "draft"), segment and number of tokens."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int, int], float] = {}
