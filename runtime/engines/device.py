@@ -18,7 +18,7 @@ import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Manifest, Tensor, TextInput, Variant
 from offramp.runtime.engines.base import Array, Rows
-from offramp.runtime.engines.buffers import Run, Shelf
+from offramp.runtime.engines.buffers import Run, BufferPool
 from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
 from offramp.runtime.errors import DeviceFailed, OutOfMemory
 from offramp.runtime.rules.base import RowSignals
@@ -66,14 +66,14 @@ class Layout:
     signals: tuple[tuple[Tensor, ...], ...]
 
     @classmethod
-    def of(cls, manifest: Manifest, flows: frozenset[str], inputs: Sequence[Tensor]) -> Layout:
-        """flows: names of the pairs. inputs: the stem's, with the dtypes in which the engine reads them."""
+    def of(cls, manifest: Manifest, updated: frozenset[str], inputs: Sequence[Tensor]) -> Layout:
+        """updated: names of the pairs. inputs: the stem's, with the dtypes in which the engine reads them."""
         outputs = manifest.stem.variants[manifest.variants[0]].outputs
         segments = [next(iter(segment.variants.values())) for segment in manifest.segments]
         return cls(
             tuple(inputs),
-            tuple(tensor for tensor in outputs if tensor.name in flows),
-            tuple(tensor for tensor in outputs if tensor.name not in flows),
+            tuple(tensor for tensor in outputs if tensor.name in updated),
+            tuple(tensor for tensor in outputs if tensor.name not in updated),
             tuple(tuple(t for t in graph.outputs if t.name in SIGNALS) for graph in segments),
         )
 
@@ -256,7 +256,7 @@ class DeviceEngine:
         self._longest = reads.longest if isinstance(reads, TextInput) else 0  # 0: images
         (hidden,) = (tensor for tensor in layout.pairs if tensor.name == "hidden")
         self._image_tokens = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
-        self._shelf = Shelf(lambda rows, length: DeviceBuffers(cuda, layout, rows, length))
+        self._buffer_pool = BufferPool(lambda rows, length: DeviceBuffers(cuda, layout, rows, length))
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
         """Open the stem and these segments; see Engine.prepare."""
@@ -306,22 +306,22 @@ class DeviceEngine:
 
     def drop(self, state: DeviceState) -> None:
         """The state's buffers may be used again; see Engine.drop."""
-        self._shelf.put(state.buffers)
+        self._buffer_pool.put(state.buffers)
 
     def close(self) -> None:
         """Free everything, once the device is done with it."""
         with suppress(DeviceFailed):  # the walk that failed has raised it already
             self._cuda.wait()
-        self._shelf.clear()
+        self._buffer_pool.clear()
         self._opener.close()
         self._cuda.close()
 
     def _buffers(self, rows: int, length: int) -> DeviceBuffers:
         try:
-            return self._shelf.get(rows, length)
+            return self._buffer_pool.get(rows, length)
         except OutOfMemory:
-            self._shelf.clear()  # buffers of this state are needed now, idle ones perhaps later
-            return self._shelf.get(rows, length)
+            self._buffer_pool.clear()  # buffers of this state are needed now, idle ones perhaps later
+            return self._buffer_pool.get(rows, length)
 
     def _bound(self, step: Step, buffers: DeviceBuffers, side: int) -> tuple[Run, RowSignals | None]:
         """A call that enqueues the step on these buffers, and where its signals are after a wait."""

@@ -88,7 +88,7 @@ def test_another_provider_than_the_requested_one_is_refused(
     silently.get_provider_graph_assignment_info = None  # type: ignore[attr-defined]
     monkeypatch.setattr(onnxruntime, "InferenceSession", silently)
     with pytest.raises(
-        EngineUnavailable, match=f"{ort_cuda.NAMES[provider]} was asked for, {graphs.CPU} came"
+        EngineUnavailable, match=f"{ort_cuda.NAMES[provider]} was requested, but {graphs.CPU} runs"
     ):
         load(TINY, provider=provider)
 
@@ -105,9 +105,9 @@ def left(*operators: str) -> SimpleNamespace:
 
 
 def test_arithmetic_on_sizes_may_stay_on_the_cpu_and_nothing_else() -> None:
-    graphs._all_there("stem.onnx", left("Shape", "Concat"), "CUDAExecutionProvider")
-    with pytest.raises(EngineUnavailable, match="does not have DynamicQuantizeLinear, Softmax and leaves it"):
-        graphs._all_there(
+    graphs._check_assignment("stem.onnx", left("Shape", "Concat"), "CUDAExecutionProvider")
+    with pytest.raises(EngineUnavailable, match="lacks DynamicQuantizeLinear, Softmax and leaves it"):
+        graphs._check_assignment(
             "segment_00.onnx", left("Softmax", "Shape", "DynamicQuantizeLinear"), "CUDAExecutionProvider"
         )
 

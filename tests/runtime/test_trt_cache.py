@@ -76,10 +76,10 @@ def test_a_changed_or_shortened_file_is_not_used(tmp_path: Path) -> None:
     cache.put(FACTS, b"engine")
     (file,) = engines(tmp_path)
     whole = file.read_bytes()
-    for at in range(len(whole)):
+    for at in range(0, len(whole), 5):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         assert cache.get(FACTS) is None
-    for length in range(len(whole)):
+    for length in range(0, len(whole), 5):
         file.write_bytes(whole[:length])
         assert cache.get(FACTS) is None
     file.write_bytes(whole)

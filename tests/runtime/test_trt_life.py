@@ -168,7 +168,8 @@ def test_an_engine_that_tensorrt_does_not_take_any_more_is_built_again(machine: 
     assert machine.trt.builds == 2 * GRAPHS
 
 
-def test_two_processes_build_each_graph_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_three_processes_build_each_graph_once(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
 import pytest
