@@ -191,8 +191,8 @@ def test_what_cannot_start(tmp_path: Path) -> None:
         "no folder": ["--data", str(data), "--json", none + "/out.json"],
     }
     for name, options in runs.items():
-        done = subprocess.run([*BENCH, *options], capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (2, ""), name
+        done = CliRunner().invoke(bench, ["--bundle", str(TINY), *options])
+        assert (done.exit_code, done.stdout) == (2, ""), name
         assert done.stderr.startswith("ee-bench: ") and done.stderr.count("\n") == 1, name
 
 
