@@ -6,6 +6,8 @@ opened.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.classifier import Answer, Classifier
 from offramp.runtime.errors import (
@@ -21,9 +23,11 @@ from offramp.runtime.errors import (
     OutOfMemory,
     SessionClosed,
 )
-from offramp.runtime.generator import TextChunk, TextGenerator
 from offramp.runtime.loading import load, load_classifier, load_generator
 from offramp.runtime.session import Session
+
+if TYPE_CHECKING:
+    from offramp.runtime.generator import TextChunk, TextGenerator
 
 __all__ = [
     "Answer",
@@ -47,3 +51,13 @@ __all__ = [
     "load_classifier",
     "load_generator",
 ]
+
+
+def __getattr__(name: str) -> type:
+    """Import the session of decoders when it is first named: a classifier starts sooner without it."""
+    if name in ("TextChunk", "TextGenerator"):
+        from offramp.runtime import generator
+
+        value: type = getattr(generator, name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

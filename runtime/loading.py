@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, RuleSpec
 from offramp.runtime.classifier import Classifier, checked_size
 from offramp.runtime.engines.base import Engine, EngineOptions, S, open_engine
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.text import reader_of
 from offramp.runtime.pipeline import BackgroundTask
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.resolve import bind_to, resolve
-from offramp.runtime.sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from offramp.runtime.generator import TextGenerator
+    from offramp.runtime.sequence import TokenSequence
 
 T = TypeVar("T")
 BATCH_SIZE = 32
@@ -90,7 +92,7 @@ def load_classifier(path: str | PathLike[str] = "bundle/", **options: object) ->
 def load_generator(path: str | PathLike[str] = "bundle/", **options: object) -> TextGenerator:
     """load() for a decoder's bundle, with the same options; BadSetting for a bundle that classifies."""
     _check_task(path, generates=True)
-    return cast(TextGenerator, cast(Callable[..., object], load)(path, **options))
+    return cast("TextGenerator", cast(Callable[..., object], load)(path, **options))
 
 
 def _check_task(path: str | PathLike[str], *, generates: bool) -> None:
@@ -100,13 +102,15 @@ def _check_task(path: str | PathLike[str], *, generates: bool) -> None:
 
 
 def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant: str) -> TextGenerator:
+    from offramp.runtime.generator import TextGenerator  # here: a classifier does not need it
+
     for name, value, only in (
         ("engine", options.engine, "ort"),
         ("device", options.real_device, "cpu"),
     ):
         if value != only:
             raise BadSetting(f"{name} {value}: bundles that generate text run on {name} {only} alone")
-    engine = cast(Engine[TokenSequence], open_engine(bundle, variant, options))
+    engine = cast("Engine[TokenSequence]", open_engine(bundle, variant, options))
     return _or_close(engine, lambda: TextGenerator(bundle, engine, rule, variant))
 
 

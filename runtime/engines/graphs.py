@@ -126,8 +126,8 @@ class Graphs:
         real = session.get_providers()[0]
         if real != required:
             raise EngineUnavailable(
-                f"engine ort: {required} was requested, but {real} runs: a library that it needs is missing or "
-                "of another version; use --device cpu if that is enough"
+                f"engine ort: {required} was requested, but {real} runs: a library is missing or of "
+                "another version; use --device cpu if that is enough"
             )
         if required != CPU:
             _check_assignment(str(path), session, required)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import ImageInput, TextInput
 from offramp.runtime.errors import BadBundle, BadInput, ItemError
-from offramp.runtime.inputs.images import ImageReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,7 +61,11 @@ class Reader(Protocol[R]):
 
 def reader_of(bundle: Bundle) -> Reader[Any]:
     """The reader for the items of a bundle."""
-    return ImageReader(bundle) if isinstance(bundle.manifest.input, ImageInput) else TextReader(bundle)
+    if isinstance(bundle.manifest.input, ImageInput):
+        from offramp.runtime.inputs.images import ImageReader  # here: text does not need it
+
+        return ImageReader(bundle)
+    return TextReader(bundle)
 
 
 def read_all(reader: Reader[R], items: Sequence[Item]) -> list[R]:

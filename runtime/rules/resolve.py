@@ -7,7 +7,6 @@ from offramp.runtime.bundle.manifest import GENERATION, Manifest, RuleSpec
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.registry import RULES, bind, main_parameter, rules_for
-from offramp.runtime.rules.route import read_routing
 
 # The signal that a rule reads instead of logits, and the part of the network that computes it.
 SIGNAL_OF = {"gate": ("gate", "policy"), "quee": ("forecast", "error forecast")}
@@ -66,7 +65,11 @@ def bind_to(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -> Rule:
     """
     manifest = bundle.manifest
     _check_exit_kv(manifest, spec, exit_kv)
-    routing = read_routing(bundle) if spec.name == "route" and len(manifest.segments) > 1 else None
+    routing = None
+    if spec.name == "route":
+        from offramp.runtime.rules.route import read_routing  # here: other rules do not need it
+
+        routing = read_routing(bundle)
     return bind(spec, len(manifest.segments), manifest.costs, routing)
 
 
