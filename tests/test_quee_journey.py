@@ -132,3 +132,24 @@ def test_going_on_from_it_with_another_recipe_drops_its_forecasts(root: Path) ->
     for policy in (None, "statistics"):
         again = network_from_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
         assert again.network.spec.forecast == () and len(again.network.forecasts) == 0
+
+
+@pytest.mark.slow
+def test_images_are_calibrated_by_ee_split_and_by_ee_calibrate(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model, data = tiny.image_model_folder(tmp_path / "model", "vit"), tiny.image_folder(tmp_path / "data")
+    common = ["--data", str(data), "--precision", "fp32"]
+    sets = [word for name in JOINT for word in ("--set", name)]
+    joint, checkpoint, bundle = (str(tmp_path / name) for name in ("joint", "ckpt", "bundle"))
+    for command, *words in [
+        [train, *common, "--model", str(model), "--recipe", "joint", "--out", joint, *sets],
+        [train, *common, "--init", joint, "--recipe", "quee", "--out", checkpoint],
+        [split, checkpoint, "--out", bundle, "--dev", str(data / "dev")],
+        [calibrate, str(data / "dev"), "--bundle", bundle],
+    ]:
+        done = CliRunner().invoke(command, words)  # type: ignore[arg-type]
+        assert done.exit_code == 0, done.output
+        if command is not train:
+            manifest = open_bundle(bundle).manifest
+            assert manifest.costs["ms"].tokens == load_checkpoint(checkpoint).network.longest
+            assert {"default", "full"} <= {point.name for point in manifest.points}
