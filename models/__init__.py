@@ -1,4 +1,4 @@
-"""What the network is: a transformers backbone with exits and policies; reads no file, loops over no data."""
+"""The network: a transformers backbone with exits and policies; reads no file, loops over no data."""
 
 from offramp.models.families import Family, family_of, supported_families
 from offramp.models.network import EarlyExitNetwork, NetworkSpec, WalkOutputs

@@ -1,9 +1,10 @@
-"""Controllers: one linear layer a block tells of each token whether it runs the block or goes past it.
+"""Controllers: one linear layer for each block decides for each token whether it runs or skips the block.
 
-Of blocks 2 to the last but one; the first and the last always run (Glavas et al., arXiv 2410.20022).
+They control blocks 2 to the last but one; the first and the last always run (Glavas et al., arXiv
+2410.20022).
 
-We differ: hidden states are divided by their root mean square, since those of a llama grow a hundredfold
-from block to block.
+We differ: hidden states are divided by their root mean square, because those of a Llama grow a hundredfold
+from the first block to the last.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ INPUTS = ("hidden", "fixed")
 
 
 class Controllers(nn.ModuleDict):
-    """By block (1-based, as a word): hidden -> logits of running it and of going past it.
+    """By block (1-based, as a string): hidden -> logits of running the block and of skipping it.
 
-    input: hidden reads the hidden state that enters the block, and does not train what made it; fixed reads
-    ones, the same for all tokens: the control that knows no token. start: logit of running before training.
+    input: hidden reads the hidden state before the block, detached; fixed reads ones for every token, the
+    control experiment without knowledge of the token. start: logit of running before training.
     """
 
     def __init__(self, blocks: int, hidden_size: int, *, input: str = "hidden", start: float = 2.0) -> None:
@@ -29,39 +30,40 @@ class Controllers(nn.ModuleDict):
             raise ValueError(f"of {blocks} blocks the first and the last always run: none is left to control")
         if input not in INPUTS:
             raise ValueError(f"input={input}: choose among {', '.join(INPUTS)}")
-        made = {str(block): nn.Linear(hidden_size, 2) for block in range(2, blocks)}
-        for linear in made.values():
+        layers = {str(block): nn.Linear(hidden_size, 2) for block in range(2, blocks)}
+        for linear in layers.values():
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, 0.0)
             linear.bias.data[0] = start
-        super().__init__(made)
+        super().__init__(layers)
         self.input = input
 
     def logits(self, block: int, hidden: Tensor) -> Tensor:
-        """Of one block (1-based): [..., 2] for hidden [..., hidden]."""
+        """Logits [..., 2] of running and of skipping one block (1-based); hidden [..., hidden]."""
         hidden = hidden.detach().float()
         if self.input == "fixed":
-            read = torch.ones_like(hidden)
+            features = torch.ones_like(hidden)
         else:
-            read = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-        told: Tensor = self[str(block)](read)
-        return told
+            features = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        logits: Tensor = self[str(block)](features)
+        return logits
 
-    def drawn(self, block: int, hidden: Tensor, tau: float) -> Tensor:
-        """1 for tokens that run the block, 0 for others [batch, seq]: a draw with noise, whose gradient is
-        that of the soft draw at temperature tau (straight-through Gumbel softmax).
+    def sample(self, block: int, hidden: Tensor, tau: float) -> Tensor:
+        """1 for tokens that run the block, 0 for tokens that skip it [batch, seq], sampled.
+
+        The gradient is that of the soft sample at temperature tau (straight-through Gumbel softmax).
         """
-        draw = functional.gumbel_softmax(self.logits(block, hidden), tau=tau, hard=True)
-        return draw[..., 0]
+        one_hot = functional.gumbel_softmax(self.logits(block, hidden), tau=tau, hard=True)
+        return one_hot[..., 0]
 
     def margin(self, block: int, hidden: Tensor) -> Tensor:
-        """How much rather each token runs the block than goes past it [batch, seq]; it runs where above 0."""
+        """Logit of running minus logit of skipping the block [batch, seq]; a token runs it where above 0."""
         logits = self.logits(block, hidden)
         return logits[..., 0] - logits[..., 1]
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Of a fixed input only what it comes to is kept, as biases: it then reads anything, to no effect."""
+    def fold_fixed_input(self) -> None:
+        """Of a fixed input, move weights times ones into the biases: any input then gives the same logits."""
         if self.input == "hidden":
             return
         for linear in self.values():
@@ -71,19 +73,21 @@ class Controllers(nn.ModuleDict):
 
 
 def controllers_of(network: nn.Module) -> Controllers | None:
-    """Those that a network carries, if any."""
-    found = getattr(network, "controllers", None)
-    return found if isinstance(found, Controllers) else None
+    """The controllers of a network, or None."""
+    controllers = getattr(network, "controllers", None)
+    return controllers if isinstance(controllers, Controllers) else None
 
 
 def load_controllers(state: Mapping[str, Tensor], blocks: int, hidden_size: int) -> Controllers:
-    """Settled controllers from tensors by name, of which others than "controllers.…" are ignored; raises
-    ValueError where they are not those of such a network.
+    """Trained controllers from tensors by name; names that do not begin with "controllers." are ignored.
+
+    Raises ValueError where they do not fit such a network.
     """
-    own = {name[12:]: value for name, value in state.items() if name.startswith("controllers.")}
-    made = Controllers(blocks, hidden_size)
+    prefix = "controllers."
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    controllers = Controllers(blocks, hidden_size)
     try:
-        made.load_state_dict(own)
+        controllers.load_state_dict(weights)
     except RuntimeError as problem:
         raise ValueError(f"no controllers of {blocks} blocks by {hidden_size}: {problem}") from problem
-    return made
+    return controllers

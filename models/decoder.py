@@ -1,32 +1,42 @@
-"""A decoder taken apart: stem, blocks that read and extend a cache, and a head run only where it is asked."""
+"""A decoder in parts: stem, blocks that read and extend a cache, exits, and a head.
+
+`hidden_states` runs whole texts at once with a depth of its own for every token, for training and
+verification.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from offramp.models.depth import Decide, hidden_states
 from offramp.models.families import decoder_family_of
 from offramp.models.families.decoder import DecoderFamily
 from offramp.models.families.family import Context
 
-# Of one block: keys [batch, kv heads, size, tokens], values [batch, kv heads, tokens, size]. Keys lie so that
-# the product with queries moves no data.
-Pair = tuple[Tensor, Tensor]
-HIDDEN_PAST = float(torch.finfo(torch.float16).min) / 2  # see families.family.additive_mask
+if TYPE_CHECKING:  # a slow import, needed for annotations only
+    from transformers import PreTrainedModel
+
+# Keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size] of one block. In this layout
+# the product of queries and keys moves no data.
+KeyValue = tuple[Tensor, Tensor]
+# (block, 0-based, hidden [batch, seq, hidden] before it) -> 1 for tokens that run the block, 0 for tokens
+# that skip it, shares between them in training [batch, seq]; None where all tokens run it
+BlockMask = Callable[[int, Tensor], Tensor | None]
+MASKED = float(torch.finfo(torch.float16).min) / 2  # see families.family.additive_mask
 
 
 class DecoderNetwork(nn.Module):
-    """A transformers causal language model whose blocks take what they attended to before, and give what
-    they add to it. A cache has places for more tokens than it holds: past_valid says which count.
+    """A transformers causal language model whose blocks take cached keys and values and return new ones.
 
-    Raises UnsupportedFamily where no adapter knows the model.
+    The cache may be longer than what it holds: past_valid marks the places that count. Raises
+    UnsupportedFamily where no adapter knows the model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         config = model.config
         self.family: DecoderFamily = decoder_family_of(config.model_type)
@@ -34,9 +44,10 @@ class DecoderNetwork(nn.Module):
         self.model = model
         self.block_count = len(self.family.blocks(model))
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
-        # By block: what stands before the head where a token leaves there, what tells whether it may, and
-        # what tells whether a token runs the block at all (a models.controllers.Controllers, if trained).
-        # Names begin as a classifier's do, for their learning rates.
+        # By block (1-based, as a string): the translator before the head of a token that exits there, the
+        # policy of that exit, and the controller that decides whether a token runs the block (a
+        # models.controllers.Controllers, if trained). A classifier's exits and policies have the same names,
+        # by which training finds their learning rates.
         self.exits, self.policies, self.controllers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
 
     @property
@@ -44,35 +55,40 @@ class DecoderNetwork(nn.Module):
         """The blocks in order."""
         return self.family.blocks(self.model)
 
-    def forward(self, ids: Tensor, decide: Decide | None = None) -> list[Tensor]:
-        """Hidden behind every block, for training: see depth.hidden_states."""
-        return list(hidden_states(self, ids, decide))
+    def forward(self, ids: Tensor, block_mask: BlockMask | None = None) -> list[Tensor]:
+        """Hidden after every block, for training: see hidden_states."""
+        return list(hidden_states(self, ids, block_mask))
 
     def stem(self, ids: Tensor, positions: Tensor, past_valid: Tensor) -> tuple[Tensor, Context]:
-        """Embed ids [batch, seq] at positions [batch, seq] behind a past that counts where past_valid
-        [batch, past] is 1.
+        """Embed ids [batch, seq] at positions [batch, seq] that follow a past, valid where past_valid [batch,
+        past] is 1.
 
-        Gives hidden [batch, seq, hidden] and what every block reads: mask_past [batch, 1, seq, past] and
-        mask_new [batch, 1, seq, seq], additive, and what the family adds. Positions grow within a row.
+        Gives hidden [batch, seq, hidden] and the tensors that every block reads: mask_past [batch, 1, seq,
+        past] and mask_new [batch, 1, seq, seq], additive, and those of the family. Positions grow within a
+        row.
         """
         hidden = self.family.embed(self.model, ids, positions)
-        past = (1.0 - past_valid[:, None, None, :].to(hidden.dtype)) * HIDDEN_PAST
-        past = past.expand(-1, -1, ids.shape[1], -1)
+        mask_past = (1.0 - past_valid[:, None, None, :].to(hidden.dtype)) * MASKED
+        mask_past = mask_past.expand(-1, -1, ids.shape[1], -1)
         later = positions[:, None, :, None] < positions[:, None, None, :]  # [batch, 1, seq, seq]
-        context = {"mask_past": past, "mask_new": later.to(hidden.dtype) * HIDDEN_PAST}
+        context = {"mask_past": mask_past, "mask_new": later.to(hidden.dtype) * MASKED}
         return hidden, context | self.family.context(self.model, hidden, positions)
 
-    def run_block(self, block: int, hidden: Tensor, context: Context, past: Pair) -> tuple[Tensor, Pair]:
+    def run_block(
+        self, block: int, hidden: Tensor, context: Context, past: KeyValue
+    ) -> tuple[Tensor, KeyValue]:
         """Run block number `block` (0-based): hidden [batch, seq, hidden] -> the same shape, and its new keys
         and values for the cache.
         """
         return run_block(self.family, self.blocks[block], hidden, context, past)
 
     def add_exits(self, blocks: Sequence[int], *, policies: bool = False) -> None:
-        """Translators, which change nothing yet, and policies where wished, behind these blocks (1-based).
+        """Add translators, which change nothing before training, and policies if asked for, after these
+        blocks (1-based).
 
-        A translator is a linear map of the normed hidden state, added to it before the head (as the "tuned
-        lens", arXiv 2303.08112); a policy is one number of it (ConsistentEE's for LLaMA).
+        A translator is a linear map of the normed hidden state, added to it before the head (the "tuned
+        lens", arXiv 2303.08112); a policy is a linear map of the normed hidden state to one number
+        (ConsistentEE's for LLaMA).
         """
         for block in blocks:
             translator = nn.Linear(self.hidden_size, self.hidden_size)
@@ -82,47 +98,95 @@ class DecoderNetwork(nn.Module):
             if policies:
                 self.policies[str(block)] = nn.Linear(self.hidden_size, 1)
 
-    def leaving(self, block: int, hidden: Tensor) -> Tensor:
-        """What the head reads of tokens that leave behind this block (1-based), the same shape as hidden."""
+    def exit_hidden(self, block: int, hidden: Tensor) -> Tensor:
+        """Input of the head for tokens that exit after this block (1-based), the same shape as hidden."""
         if (name := str(block)) not in self.exits:
             return hidden
         translated: Tensor = self.exits[name](self.family.norm(self.model)(hidden))
         return hidden + translated
 
-    def gate(self, block: int, hidden: Tensor) -> Tensor:
-        """Logit of P(exit) of each token behind this block (1-based) [batch, seq]."""
-        told: Tensor = self.policies[str(block)](self.family.norm(self.model)(hidden))
-        return told[..., 0]
+    def gate_logit(self, block: int, hidden: Tensor) -> Tensor:
+        """Logit of P(exit) of each token after this block (1-based) [batch, seq]."""
+        logits: Tensor = self.policies[str(block)](self.family.norm(self.model)(hidden))
+        return logits[..., 0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocabulary] of hidden [..., hidden] behind the last block, or of `leaving`."""
-        return self.model.lm_head(self.family.norm(self.model)(hidden))  # type: ignore[no-any-return]
+        """Logits [..., vocabulary] of hidden [..., hidden] after the last block, or of exit_hidden."""
+        lm_head = cast("nn.Module", self.model.lm_head)
+        logits: Tensor = lm_head(self.family.norm(self.model)(hidden))
+        return logits
 
 
 def run_block(
-    family: DecoderFamily, block: nn.Module, hidden: Tensor, context: Context, past: Pair
-) -> tuple[Tensor, Pair]:
+    family: DecoderFamily, block: nn.Module, hidden: Tensor, context: Context, past: KeyValue
+) -> tuple[Tensor, KeyValue]:
     """See DecoderNetwork.run_block."""
     queries, keys, values = family.project(block, hidden, context)
     new = keys.transpose(2, 3), values
     attended = attend(queries, past, new, context["mask_past"], context["mask_new"])
-    return family.finish(block, hidden, attended), new
+    return family.finish_block(block, hidden, attended), new
 
 
-def attend(queries: Tensor, past: Pair, new: Pair, mask_past: Tensor, mask_new: Tensor) -> Tensor:
-    """Attention of queries [batch, heads, seq, size], scaled, to the past and to the new tokens: [batch, seq,
+def attend(queries: Tensor, past: KeyValue, new: KeyValue, mask_past: Tensor, mask_new: Tensor) -> Tensor:
+    """Attention of scaled queries [batch, heads, seq, size] to the past and the new tokens: [batch, seq,
     heads * size].
 
-    Scores of the two stand side by side for one softmax, so that the cache, which is long, is read where it
-    lies; and queries of heads that share keys are rows of one product, so that keys are not repeated, and the
-    mask is, which is the same for every block of a graph.
+    The scores of the two are concatenated for one softmax, so the long cache is read in place. Queries of
+    heads that share keys are rows of one product: keys are not repeated, only the mask is, which is the same
+    for every block of a graph.
     """
     rows, heads, tokens, size = queries.shape
-    shared = past[0].shape[1]  # heads of keys and values
-    groups = heads // shared
-    queries = queries.reshape(rows, shared, groups * tokens, size)
+    kv_heads = past[0].shape[1]
+    groups = heads // kv_heads
+    queries = queries.reshape(rows, kv_heads, groups * tokens, size)
     mask = torch.cat([mask_past, mask_new], dim=-1).repeat(1, 1, groups, 1)  # [batch, 1, groups * seq, all]
-    shares = (torch.cat([queries @ past[0], queries @ new[0]], dim=-1) + mask).softmax(-1)
-    before, among = shares.split([mask_past.shape[-1], tokens], dim=-1)
-    seen: Tensor = before @ past[1] + among @ new[1]  # [batch, kv heads, groups * seq, size]
-    return seen.view(rows, heads, tokens, size).transpose(1, 2).reshape(rows, tokens, heads * size)
+    scores = torch.cat([queries @ past[0], queries @ new[0]], dim=-1)
+    weights_past, weights_new = (scores + mask).softmax(-1).split([mask_past.shape[-1], tokens], dim=-1)
+    attended: Tensor = weights_past @ past[1] + weights_new @ new[1]  # [batch, kv heads, groups * seq, size]
+    return attended.view(rows, heads, tokens, size).transpose(1, 2).reshape(rows, tokens, heads * size)
+
+
+def hidden_states(
+    network: DecoderNetwork, ids: Tensor, block_mask: BlockMask | None = None
+) -> Iterator[Tensor]:
+    """Hidden [batch, seq, hidden] after every block in turn, for ids [batch, seq] padded at the end.
+
+    A token that skips a block still writes keys and values there, computed from its unchanged hidden state by
+    the block's own norm and projections. So a token that exits is one that skips all later blocks (the
+    "propagated" cache). All blocks are computed and then selected from: depth is counted, no time is saved.
+    """
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    family, hidden = network.family, network.family.embed(network.model, ids, positions)
+    context = family.context(network.model, hidden, positions)
+    for number, block in enumerate(network.blocks):
+        mask = None if block_mask is None else block_mask(number, hidden)
+        queries, keys, values = family.project(block, hidden, context)
+        attended = functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=1.0, enable_gqa=True
+        )
+        attended = attended.transpose(1, 2).flatten(2)  # [batch, seq, heads * size]
+        output = family.finish_block(block, hidden, attended)
+        hidden = output if mask is None else torch.lerp(hidden, output, mask[..., None].to(hidden.dtype))
+        yield hidden
+
+
+def exit_after(depths: Tensor) -> BlockMask:
+    """Each token runs its first `depths` blocks [batch, seq] and skips the rest."""
+
+    def block_mask(block: int, hidden: Tensor) -> Tensor:
+        return (depths > block).to(hidden.dtype)
+
+    return block_mask
+
+
+def skip_blocks(skipped: frozenset[int], first: int = 0) -> BlockMask:
+    """Tokens from position `first` on skip these blocks (0-based); earlier ones run all blocks."""
+
+    def block_mask(block: int, hidden: Tensor) -> Tensor | None:
+        if block not in skipped:
+            return None
+        mask = torch.zeros(hidden.shape[:2], device=hidden.device)
+        mask[:, :first] = 1
+        return mask
+
+    return block_mask

@@ -9,9 +9,7 @@ POOLINGS = ("mean", "cls")
 
 
 def pooling_weights(attention_mask: Tensor) -> Tensor:
-    """Weights [batch, 1, seq] that sum to one over the real tokens, so that mean pooling is one matrix
-    product.
-    """
+    """Weights [batch, 1, seq] that sum to one over the real tokens; mean pooling is then one product."""
     keep = attention_mask[:, None, :].float()  # [batch, 1, seq]
     return keep / keep.sum(dim=-1, keepdim=True).clamp(min=1.0)
 
@@ -19,21 +17,20 @@ def pooling_weights(attention_mask: Tensor) -> Tensor:
 def patch_weights(hidden: Tensor, prefix: int) -> Tensor:
     """Weights [1, 1, seq] of the mean over patches, the same for every row; hidden [batch, seq, hidden]."""
     tokens = hidden.shape[1]
-    at = torch.arange(tokens, device=hidden.device)
-    return ((at >= prefix).float() / (tokens - prefix)).view(1, 1, tokens)
+    positions = torch.arange(tokens, device=hidden.device)
+    return ((positions >= prefix).float() / (tokens - prefix)).view(1, 1, tokens)
 
 
 def pool(hidden: Tensor, weights: Tensor | None, norm: nn.Module | None = None) -> Tensor:
-    """One vector a row [batch, hidden]: the weighted mean of the tokens or, without weights, the first
-    token.
+    """One vector a row [batch, hidden]: the weighted mean of the tokens or, without weights, the first token.
 
-    norm: applied to every token that is read, before.
+    norm: applied to each token before pooling.
     """
     if weights is None:
-        first = hidden[:, 0]  # before the norm, which then is paid for one token
+        first = hidden[:, 0]  # taken before the norm, which is then computed for one token only
         return first if norm is None else norm(first)
-    seen = hidden if norm is None else norm(hidden)
-    return (weights @ seen).squeeze(1)  # a squeeze, not a gather: it moves no data
+    normed = hidden if norm is None else norm(hidden)
+    return (weights @ normed).squeeze(1)  # a squeeze, not a gather: it moves no data
 
 
 class Pooler(nn.Module):
@@ -51,17 +48,17 @@ class Pooler(nn.Module):
 
 class Standardize(nn.Module):
     """Centre and scale each feature of the pooled vector by running statistics, so that exits at every depth
-    learn at one pace.
+    learn at the same rate.
 
     Pooled vectors of shallow blocks lie close together (spread 1.5 at length 384 after block 1 of a BERT, 7
-    after block 11): one learning rate leaves the shallow exits five points of accuracy short. Running
-    statistics, not the batch's, so that training and evaluation compute the same and a batch of one row is no
-    special case.
+    after block 11): with one learning rate the shallow exits end five points of accuracy lower. The
+    statistics are running ones, not the batch's, so that training and evaluation compute the same and a batch
+    of one row is no special case.
     """
 
     mean: Tensor
     variance: Tensor
-    seen: Tensor
+    seen: Tensor  # number of batches so far; a name in checkpoints
 
     def __init__(self, features: int, momentum: float = 0.05) -> None:
         super().__init__()
@@ -72,7 +69,7 @@ class Standardize(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What centred features are multiplied by [features]."""
+        """Factor on the centred features [features]."""
         return (self.variance + 1e-6).rsqrt()
 
     def forward(self, vector: Tensor) -> Tensor:
@@ -92,8 +89,8 @@ class Standardize(nn.Module):
 
 
 class Exit(nn.Module):
-    """A classifier at the end of a segment, pooled [batch, hidden] -> logits [batch, classes]:
-    standardize, dropout, one linear layer.
+    """A classifier at the end of a segment, pooled [batch, hidden] -> logits [batch, classes]: standardize,
+    dropout, one linear layer.
     """
 
     def __init__(self, hidden_size: int, classes: int, dropout: float) -> None:
@@ -107,9 +104,9 @@ class Exit(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:
-        """The same classifier in evaluation mode as one linear layer, which is what a graph should carry."""
-        single = nn.Linear(self.classify.in_features, self.classify.out_features)
+        """The same classifier in evaluation mode as one linear layer, the form for a graph."""
+        linear = nn.Linear(self.classify.in_features, self.classify.out_features)
         weight = self.classify.weight * self.standardize.scale
-        single.weight.copy_(weight)
-        single.bias.copy_(self.classify.bias - weight @ self.standardize.mean)
-        return single
+        linear.weight.copy_(weight)
+        linear.bias.copy_(self.classify.bias - weight @ self.standardize.mean)
+        return linear

@@ -1,8 +1,8 @@
-"""Error forecasts: how probably each way to go on from an exit would end in a wrong label.
+"""Error forecasts: for each path onward from an exit, the probability that it ends in a wrong label.
 
-A reconstruction of QuEE's light predictors (arXiv 2406.14404): no code and no sizes were at hand. A forecast
-reads three statistics of its exit's own softmax and says P(wrong) of leaving here and of every path ahead: a
-variant and the exit at which it is left.
+A reconstruction of QuEE's light predictors (arXiv 2406.14404): neither code nor sizes were available. A
+forecast reads three statistics of its exit's softmax and gives P(wrong) of exiting here and of every path
+ahead; a path is a variant and the exit at which it ends.
 """
 
 from __future__ import annotations
@@ -18,36 +18,38 @@ HIDDEN = 16
 
 
 def softmax_statistics(logits: Tensor) -> Tensor:
-    """What a forecast sees [batch, 3]; logits [batch, classes].
+    """The input of a forecast [batch, 3]; logits [batch, classes].
 
     certainty: log of the top probability over the second. entropy: as a share of its maximum, log(classes).
-    margin: top probability minus the second. Not -log(1 - top), as policies read it: near 1 that multiplies
-    the last digit of float32 by up to 1e5, and a forecast would differ between engines.
+    margin: top probability minus the second. The certainty is not -log(1 - top), as policies read it: near 1
+    that multiplies the last digit of float32 by up to 1e5, and a forecast would differ between engines.
     """
-    logs = logits.float().log_softmax(-1)  # [batch, classes]
-    first, second = logs.topk(2, dim=-1).values.split(1, dim=-1)  # each [batch, 1]
-    entropy = (logs.exp() * logs).sum(-1, keepdim=True) / -math.log(logits.shape[-1])
+    log_p = logits.float().log_softmax(-1)  # [batch, classes]
+    first, second = log_p.topk(2, dim=-1).values.split(1, dim=-1)  # each [batch, 1]
+    entropy = (log_p.exp() * log_p).sum(-1, keepdim=True) / -math.log(logits.shape[-1])
     return torch.cat([first - second, entropy, first.exp() - second.exp()], dim=-1)
 
 
 def path_columns(variants: Sequence[int], of: int, exits: Sequence[int], ahead: int) -> list[int]:
-    """Places in a forecast of `of` variants and `ahead` exits that some of them keep, in a forecast's order.
+    """Columns of a forecast for `of` variants and `ahead` exits that belong to a subset of both, in order.
 
-    variants, exits: the numbers that are kept (exits: 0 is the next one). The order: for each variant in
-    which the row may have come, leaving and then, variant by variant, every exit ahead.
+    variants, exits: the numbers in the subset (exit 0 is the next one). The order of columns: for each
+    variant in which the row may have run so far, exiting here and then, variant by variant, every exit ahead.
     """
     width = 1 + of * ahead
-    kept = []
-    for now in variants:
-        kept.append(now * width)
-        kept += [now * width + 1 + variant * ahead + exit_at for variant in variants for exit_at in exits]
-    return kept
+    columns = []
+    for current in variants:
+        columns.append(current * width)
+        columns += [
+            current * width + 1 + variant * ahead + exit_index for variant in variants for exit_index in exits
+        ]
+    return columns
 
 
 class Forecast(nn.Module):
-    """P(wrong) as logits [batch, variants * (1 + variants * ahead)] from an exit's logits [batch, classes].
+    """Logits of P(wrong) [batch, variants * (1 + variants * ahead)] from an exit's logits [batch, classes].
 
-    The statistics are standardized by what they were where the forecast was fitted, then one hidden layer.
+    The statistics are standardized by the mean and spread of the rows of the fit; one hidden layer follows.
     """
 
     mean: Tensor
@@ -62,21 +64,22 @@ class Forecast(nn.Module):
         self.last = nn.Linear(HIDDEN, variants * (1 + variants * ahead))
 
     def forward(self, logits: Tensor) -> Tensor:
-        return self.read(softmax_statistics(logits))
+        return self.from_statistics(softmax_statistics(logits))
 
-    def read(self, statistics: Tensor) -> Tensor:
-        """The same from statistics [batch, 3] that were computed before."""
-        return self.last(self.first((statistics - self.mean) / self.spread).relu())  # type: ignore[no-any-return]
+    def from_statistics(self, statistics: Tensor) -> Tensor:
+        """The same from softmax_statistics [batch, 3]."""
+        hidden = self.first((statistics - self.mean) / self.spread).relu()
+        return self.last(hidden)  # type: ignore[no-any-return]
 
     def folded(self, variants: Sequence[int], exits: Sequence[int]) -> nn.Module:
-        """What a graph should carry: logits -> probabilities [batch, ...] of the kept variants and exits
-        ahead alone, the standardization moved into the first layer.
+        """The form for a graph: logits -> probabilities [batch, ...] of a subset of variants and exits ahead,
+        with the standardization in the first layer.
         """
-        return Folded(self, path_columns(variants, self.variants, exits, self.ahead)).eval()
+        return FoldedForecast(self, path_columns(variants, self.variants, exits, self.ahead)).eval()
 
 
-class Folded(nn.Module):
-    """What Forecast.folded() gives."""
+class FoldedForecast(nn.Module):
+    """Forecast.folded(): probabilities of some columns."""
 
     @torch.no_grad()
     def __init__(self, forecast: Forecast, columns: Sequence[int]) -> None:

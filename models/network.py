@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from optimum.utils import NormalizedConfigManager
@@ -17,14 +17,17 @@ from offramp.models.forecasts import Forecast
 from offramp.models.policies import KINDS
 from offramp.models.precision import PRECISIONS
 
+if TYPE_CHECKING:  # a slow import, needed for annotations only
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What is built on top of a backbone; everything about the backbone itself is in its own configuration.
+    """The parts on top of a backbone; the backbone itself is described by its own configuration.
 
     exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
-    pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, with BERT's shared
-    dense-and-tanh pooler behind it where the backbone reads text.
+    pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, followed by BERT's
+    shared dense-and-tanh pooler where the backbone reads text.
     policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
     policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
@@ -54,32 +57,32 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class WalkOutputs:
-    """What every exit said, exits in order, full depth.
+    """Outputs of every exit at full depth, exits in order.
 
-    logits [batch, exits, classes]; pooled [batch, exits, hidden]; gates [batch, exits - 1] are logits of
-    P(exit), or None.
+    logits [batch, exits, classes]; pooled [batch, exits, hidden]; gate_logits [batch, exits - 1]: logits of
+    P(exit), or None without policies.
     """
 
     logits: Tensor
     pooled: Tensor
-    gates: Tensor | None
+    gate_logits: Tensor | None
 
 
 class EarlyExitNetwork(nn.Module):
     """A transformers encoder of text or of images with exits and policies.
 
-    backbone: the base model that AutoModel gives (its own pooler, if any, is only used to start the shared
-    one). Raises UnsupportedFamily where no adapter knows the backbone, ValueError where an exit lies beyond
-    its last block.
+    backbone: the base model that AutoModel loads (its own pooler, if any, only initializes the shared one).
+    Raises UnsupportedFamily where no adapter knows the backbone, ValueError where the last exit does not
+    follow its last block.
     """
 
-    def __init__(self, backbone: Any, spec: NetworkSpec) -> None:
+    def __init__(self, backbone: PreTrainedModel, spec: NetworkSpec) -> None:
         super().__init__()
         self.family: Family = family_of(backbone.config.model_type)
         self.spec = spec
         config, text = backbone.config, self.family.vision is None
-        self.hidden_size = _size(config, "hidden_size", "hidden_size")
-        self.vocab_size = _size(config, "vocab_size", "vocab_size") if text else 0
+        self.hidden_size = _config_size(config, "hidden_size", "hidden_size")
+        self.vocab_size = _config_size(config, "vocab_size", "vocab_size") if text else 0
         self.block_count = count_blocks(config)
         self.longest = self.family.longest(backbone.config)
         if spec.exits[-1] != self.block_count:
@@ -88,7 +91,7 @@ class EarlyExitNetwork(nn.Module):
             )
         shared = spec.pooling == "cls" and text
         self.pooler = _shared_pooler(backbone, self.hidden_size) if shared else None
-        backbone.pooler = None  # never called: exits pool for themselves
+        backbone.pooler = None  # type: ignore[assignment]  # never called: exits pool for themselves
         self.backbone = backbone
         classes = len(spec.labels)
         self.exits = nn.ModuleList(Exit(self.hidden_size, classes, spec.dropout) for _ in spec.exits)
@@ -97,11 +100,11 @@ class EarlyExitNetwork(nn.Module):
             self.policies = KINDS[spec.policy].make(self.hidden_size, len(spec.exits) - 1)
         self.forecasts = nn.ModuleList()
         if spec.forecast:
-            ahead = range(len(spec.exits) - 1, 0, -1)
-            self.forecasts.extend(Forecast(len(spec.forecast), exits) for exits in ahead)
+            exits_ahead = range(len(spec.exits) - 1, 0, -1)
+            self.forecasts.extend(Forecast(len(spec.forecast), ahead) for ahead in exits_ahead)
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The backbone's transformers configuration."""
         return self.backbone.config
 
@@ -112,11 +115,11 @@ class EarlyExitNetwork(nn.Module):
 
     @property
     def norm(self) -> nn.Module | None:
-        """What is applied to a block's output before an exit reads it, or None."""
-        return self.family.for_exit(self.backbone)
+        """The norm applied to a block's output before an exit reads it, or None."""
+        return self.family.exit_norm(self.backbone)
 
     def blank(self, rows: int, length: int) -> dict[str, Tensor]:
-        """Stem inputs without a meaning: texts of `length` tokens, or images, which have only one size."""
+        """Stem inputs of zeros: texts of `length` tokens, or images, which have only one size."""
         if self.family.vision is not None:
             return {"pixel_values": torch.zeros(rows, *self.family.vision.shape(self.config))}
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -126,8 +129,9 @@ class EarlyExitNetwork(nn.Module):
         """Embed input_ids (and token_type_ids) [batch, seq] with attention_mask [batch, seq], or pixel_values
         [batch, channels, height, width].
 
-        Gives hidden [batch, seq, hidden] and what every segment reads: of text the mask [batch, 1, 1, seq],
-        additive; with mean pooling pool [batch, 1, seq], of images [1, 1, seq]; and what the family adds.
+        Gives hidden [batch, seq, hidden] and the tensors that every segment reads: for text the mask [batch,
+        1, 1, seq], additive; with mean pooling pool [batch, 1, seq], for images [1, 1, seq]; and those of the
+        family.
         """
         hidden = self.family.embed(self.backbone, inputs)
         context: Context = {}
@@ -143,7 +147,7 @@ class EarlyExitNetwork(nn.Module):
 
     def run_block(self, block: int, hidden: Tensor, context: Context) -> Tensor:
         """Run block number `block` (0-based): hidden [batch, seq, hidden] -> the same shape."""
-        return self.family.call(self.blocks[block], hidden, context)
+        return self.family.run_block(self.blocks[block], hidden, context)
 
     def pooled(self, hidden: Tensor, context: Context) -> Tensor:
         """The vector [batch, hidden] that exits and policies read."""
@@ -156,35 +160,38 @@ class EarlyExitNetwork(nn.Module):
 
     @property
     def evidence_size(self) -> int:
-        """Numbers a row that travel from policy to policy; 0: none."""
+        """Numbers a row that are passed from policy to policy; 0: none."""
         kind = self.spec.policy
         return 0 if kind is None else KINDS[kind].evidence(len(self.spec.labels))
 
     def no_evidence(self, rows: Tensor) -> Tensor | None:
-        """What the first policy is given: zeros [batch, numbers], None where nothing travels; `rows` is any
-        tensor with the batch first.
+        """Evidence for the first policy: zeros [batch, numbers], or None where the kind has none.
+
+        rows: any tensor with the batch first.
         """
         size = self.evidence_size
         return torch.zeros(rows.shape[0], size, device=rows.device) if size else None
 
-    def gate(
+    def gate_logit(
         self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logit of P(exit) [batch] at an exit but the last, and the evidence for the next exit."""
+        """Logit of P(exit) [batch] at an exit but the last (0-based), and the evidence for the next exit."""
         return self.policies[exit_index](pooled, logits, evidence)  # type: ignore[no-any-return]
 
-    def gates(self, pooled: Tensor, logits: Tensor) -> Tensor:
+    def gate_logits(self, pooled: Tensor, logits: Tensor) -> Tensor:
         """Logits of P(exit) [batch, exits - 1]; pooled [batch, exits, hidden], logits [batch, exits,
         classes].
         """
         evidence, columns = self.no_evidence(logits), []
         for index in range(len(self.policies)):
-            column, evidence = self.gate(index, pooled[:, index], logits[:, index], evidence)
+            column, evidence = self.gate_logit(index, pooled[:, index], logits[:, index], evidence)
             columns.append(column)
         return torch.stack(columns, dim=1)
 
-    def forward(self, inputs: Mapping[str, Tensor], *, policies_see: str = "graph") -> WalkOutputs:
-        """Every exit at full depth; gates read the exits' logits, detached where policies_see is "values"."""
+    def forward(self, inputs: Mapping[str, Tensor], *, detach_policies: bool = False) -> WalkOutputs:
+        """Every exit at full depth; detach_policies: no gradient flows from the gates into exits and
+        backbone.
+        """
         hidden, context = self.stem(inputs)
         pooled, logits = [], []
         for block in range(self.block_count):
@@ -194,15 +201,13 @@ class EarlyExitNetwork(nn.Module):
                 pooled.append(vector)
                 logits.append(self.classify(len(pooled) - 1, vector))
         all_pooled, all_logits = torch.stack(pooled, 1), torch.stack(logits, 1)
-        gates = None
+        gate_logits = None
         if len(self.policies):
-            seen = (
-                (all_pooled, all_logits)
-                if policies_see == "graph"
-                else (all_pooled.detach(), all_logits.detach())
-            )
-            gates = self.gates(seen[0].float(), seen[1].float())
-        return WalkOutputs(all_logits, all_pooled, gates)
+            policy_inputs = all_pooled.float(), all_logits.float()
+            if detach_policies:
+                policy_inputs = policy_inputs[0].detach(), policy_inputs[1].detach()
+            gate_logits = self.gate_logits(*policy_inputs)
+        return WalkOutputs(all_logits, all_pooled, gate_logits)
 
 
 def default_exits(blocks: int) -> tuple[int, ...]:
@@ -210,40 +215,44 @@ def default_exits(blocks: int) -> tuple[int, ...]:
     return tuple(range(1, blocks + 1))
 
 
-def count_blocks(config: Any) -> int:
+def count_blocks(config: PreTrainedConfig) -> int:
     """Blocks of a supported configuration (1 or more); raises UnsupportedFamily for others."""
     family_of(config.model_type)
-    return _size(config, "num_layers", "num_hidden_layers")
+    return _config_size(config, "num_layers", "num_hidden_layers")
 
 
-def parse_exits(wish: str | Sequence[int], blocks: int) -> tuple[int, ...]:
-    """Exits from "each", "every N" (or "N"), or a list "2,4,6"; the last block is always added."""
-    if not isinstance(wish, str):
-        chosen = set(wish)
-    elif wish == "each":
-        chosen = set(default_exits(blocks))
+def parse_exits(option: str | Sequence[int], blocks: int) -> tuple[int, ...]:
+    """Exits from "each", "every N" (or "N"), or a list "2,4,6"; the last block is always added.
+
+    Raises ValueError for other text and for blocks that do not exist.
+    """
+    if not isinstance(option, str):
+        exits = set(option)
+    elif option == "each":
+        exits = set(default_exits(blocks))
     else:
-        words = wish.replace("every", " ").replace(",", " ").split()
+        words = option.replace("every", " ").replace(",", " ").split()
         if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-            raise ValueError(f"{wish!r}: say 'each', 'every N', or block numbers such as 2,4,6")
+            raise ValueError(f"{option!r}: say 'each', 'every N', or block numbers such as 2,4,6")
         numbers = [int(word) for word in words]
-        every = wish.strip().startswith("every")
+        every = option.strip().startswith("every")
         if every and len(numbers) != 1:
-            raise ValueError(f"{wish!r}: 'every' takes one number")
-        chosen = set(range(numbers[0], blocks + 1, numbers[0])) if every else set(numbers)
-    beyond = [number for number in chosen if not 1 <= number <= blocks]
+            raise ValueError(f"{option!r}: 'every' takes one number")
+        exits = set(range(numbers[0], blocks + 1, numbers[0])) if every else set(numbers)
+    beyond = [number for number in exits if not 1 <= number <= blocks]
     if beyond:
         raise ValueError(f"block {beyond[0]} does not exist: the backbone has blocks 1 to {blocks}")
-    return tuple(sorted(chosen | {blocks}))
+    return tuple(sorted(exits | {blocks}))
 
 
-def _size(config: Any, name: str, plain: str) -> int:
+def _config_size(config: PreTrainedConfig, name: str, usual_name: str) -> int:
     """A size by optimum's name for it or, where optimum's table of the type lacks it, by the usual one."""
     sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    return int(getattr(sizes, name, None) or getattr(config, plain))
+    return int(getattr(sizes, name, None) or getattr(config, usual_name))
 
 
-def _shared_pooler(backbone: Any, hidden_size: int) -> Pooler:
+def _shared_pooler(backbone: PreTrainedModel, hidden_size: int) -> Pooler:
+    """The pooler of all exits, with the pretrained weights where the backbone has such a pooler."""
     pooler = Pooler(hidden_size)
     pretrained = getattr(getattr(backbone, "pooler", None), "dense", None)
     if isinstance(pretrained, nn.Linear):

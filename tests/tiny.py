@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from offramp.models import EarlyExitNetwork, NetworkSpec
+from offramp.models.decoder import DecoderNetwork
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -219,3 +220,16 @@ def image_folder(folder: Path, train: int = 48, dev: int = 24, test: int = 24) -
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{number:03}.png").write_bytes(png(label, 1000 * part + number))
     return folder
+
+
+@torch.no_grad()
+def greedy(network: DecoderNetwork, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The `count` likeliest tokens after each prompt at full depth, one after another, without a cache."""
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(count):
+            last_state = network(torch.tensor([ids]))[-1][0, -1]
+            ids.append(int(network.head(last_state).argmax()))
+        answers.append(ids[len(prompt) :])
+    return answers

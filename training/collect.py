@@ -49,7 +49,7 @@ def collect(
             (
                 out.logits.float().cpu(),
                 out.pooled.float().cpu(),
-                None if out.gates is None else out.gates.float().cpu(),
+                None if out.gate_logits is None else out.gate_logits.float().cpu(),
             )
         )
         order.append(index)

@@ -137,7 +137,7 @@ def by_network(networks: nn.ModuleList) -> Forecaster:
     def forecast(outcomes: Outcomes, place: Place) -> Floats:
         network = networks[place.segment]
         assert isinstance(network, Forecast)
-        found: Floats = network.read(torch.from_numpy(_seen(outcomes, place))).sigmoid().numpy()
+        found: Floats = network.from_statistics(torch.from_numpy(_seen(outcomes, place))).sigmoid().numpy()
         return found
 
     return forecast
@@ -190,7 +190,7 @@ def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit
     optimizer = torch.optim.Adam(network.parameters(), lr=fit.lr)
     own = torch.arange(count)
     for _ in range(fit.steps):
-        said = network.read(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, own, own]
+        said = network.from_statistics(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, own, own]
         loss = functional.binary_cross_entropy_with_logits(said, targets)
         optimizer.zero_grad()
         loss.backward()

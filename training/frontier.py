@@ -7,7 +7,7 @@ import numpy as np
 from offramp.models.macs import exit_macs, segment_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules import RuleSpec
-from offramp.runtime.rules.sweep import Costs, ExitTable, Point
+from offramp.runtime.rules.sweep import ExitMacs, ExitTable, Point
 from offramp.training.collect import Collected
 
 
@@ -20,7 +20,7 @@ def table_of(seen: Collected) -> ExitTable:
     return ExitTable(seen.logits.numpy(), gates, seen.labels.numpy())
 
 
-def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> Costs:
+def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> ExitMacs:
     """Multiply-accumulates to every exit for rows of these lengths [rows] in tokens."""
     tokens = lengths.astype(np.float64)
     segments = segment_macs(network)
@@ -29,7 +29,7 @@ def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> Costs:
     to_exit = (stem.token * tokens + stem.row)[:, None] + each.cumsum(1)  # [rows, exits]
     heads = [exit_macs(network, index) for index in range(len(segments) - 1)]
     spared = np.sum([head.token * tokens + head.row for head in heads], axis=0)  # [rows]
-    return Costs(to_exit, to_exit[:, -1] - spared, np.array(network.spec.exits))
+    return ExitMacs(to_exit, to_exit[:, -1] - spared, np.array(network.spec.exits))
 
 
 def random_control(point_exits: np.ndarray, table: ExitTable) -> float:
@@ -40,7 +40,7 @@ def random_control(point_exits: np.ndarray, table: ExitTable) -> float:
     return 100 * float(share @ table.right.mean(0))
 
 
-def oracle(table: ExitTable, costs: Costs) -> Point:
+def oracle(table: ExitTable, costs: ExitMacs) -> Point:
     """Leave at the first exit that is right; the last exit where none is: the bound for any rule on these
     exits.
     """

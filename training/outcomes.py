@@ -123,7 +123,7 @@ def _segment(
     """Blocks up to an exit, in the precision of `blocks`, and that exit's logits."""
     ends = (0, *network.spec.exits)
     for block in range(ends[exit_index], ends[exit_index + 1]):
-        hidden = network.family.call(blocks[block], hidden, context)
+        hidden = network.family.run_block(blocks[block], hidden, context)
     return hidden, network.classify(exit_index, network.pooled(hidden, context))
 
 

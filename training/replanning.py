@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.models.macs import exit_macs, segment_macs, stem_macs
+from offramp.models.macs import bit_operations, exit_macs, segment_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork
-from offramp.models.precision import bit_operations
-from offramp.runtime.rules import Plan, Rule, RuleSpec, Signals, StepCosts, bind
-from offramp.runtime.rules.priced import WalkPoint
+from offramp.runtime.rules import Plan, RowSignals, Rule, RuleSpec, StepCosts, bind
+from offramp.runtime.rules.walk_points import WalkPoint
 from offramp.training.forecasters import Forecaster, Place
 from offramp.training.outcomes import Floats, Outcomes
 
@@ -85,7 +84,7 @@ def replay(rule: Rule, outcomes: Outcomes, forecaster: Forecaster, start: int) -
             break
         now = plan[here, segment].astype(np.int64)
         place = Place(here, segment, now, np.full(len(here), start), change[here])
-        said = Signals(np.zeros((len(here), 2), np.float32), None, forecaster(outcomes, place))
+        said = RowSignals(np.zeros((len(here), 2), np.float32), None, forecaster(outcomes, place))
         plan[here], memory[here] = rule(said, memory[here], plan[here], segment)
         turns = here[(plan[here, segment + 1] >= 0) & (plan[here, segment + 1] != now)]
         change[turns] = segment

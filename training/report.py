@@ -9,11 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from offramp.runtime.rules import KNOWN, RuleSpec, bind, simulate
+from offramp.runtime.rules import RULES, RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import (
     COUNTED,
     SWEPT,
-    Costs,
+    ExitMacs,
     ExitTable,
     Point,
     accuracy_at,
@@ -76,8 +76,8 @@ def evaluate_checkpoint(
 def measure(
     dev: ExitTable,
     test: ExitTable,
-    dev_costs: Costs,
-    test_costs: Costs,
+    dev_costs: ExitMacs,
+    test_costs: ExitMacs,
     within: float,
     training: dict[str, Any],
 ) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def measure(
         }
         for point in training.get("operating_points", [])
         # Rule quee changes precisions, of which this table knows one; training.json has its figures.
-        if KNOWN[point["rule"]["name"]].make is None
+        if RULES[point["rule"]["name"]].make is None
     ]
     depth = float(test_costs.blocks[-1])
     equal = {
@@ -128,7 +128,7 @@ def measure(
     }
 
 
-def _tested(rule: RuleSpec, test: ExitTable, costs: Costs) -> dict[str, Any]:
+def _tested(rule: RuleSpec, test: ExitTable, costs: ExitMacs) -> dict[str, Any]:
     exits = simulate(bind(rule, test.logits.shape[1]), test.logits, test.gates)
     histogram = np.bincount(exits, minlength=test.logits.shape[1])
     return {

@@ -89,7 +89,7 @@ def hidden_at(
 def exit_logits(network: DecoderNetwork, states: Tensor, exits: Sequence[int]) -> Iterator[Tensor]:
     """Logits [tokens, vocabulary] of one exit after another: states [tokens, exits, hidden]."""
     for number, block in enumerate(exits):
-        yield network.head(network.leaving(block, states[:, number])).float()
+        yield network.head(network.exit_hidden(block, states[:, number])).float()
 
 
 def gates_of(network: DecoderNetwork, states: Tensor, exits: Sequence[int]) -> Tensor:
@@ -97,7 +97,7 @@ def gates_of(network: DecoderNetwork, states: Tensor, exits: Sequence[int]) -> T
     hidden].
     """
     with torch.autocast(states.device.type, enabled=False):  # bf16 would only blur the probabilities
-        told = [network.gate(block, states[:, n].float()) for n, block in enumerate(exits[:-1])]
+        told = [network.gate_logit(block, states[:, n].float()) for n, block in enumerate(exits[:-1])]
     return torch.stack(told, 1)
 
 

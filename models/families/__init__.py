@@ -1,21 +1,21 @@
-"""One adapter a family: how transformers lays out the stem and the blocks of that family."""
+"""Families: one adapter each, which describes how transformers lays out the stem and the blocks."""
 
 from __future__ import annotations
 
-from offramp.models.families import bert, distilbert, gpt2, llama, mpnet, roberta, vit
+from offramp.models.families import bert, gpt2, llama, vit
 from offramp.models.families.decoder import DecoderFamily
 from offramp.models.families.family import Family, UnsupportedFamily
 
-# Keyed by the configuration's model_type, the one name that transformers itself dispatches on.
+# By the configuration's model_type, the name that transformers itself dispatches on.
 FAMILIES: dict[str, Family] = {
-    "bert": bert.FAMILY,
+    "bert": bert.BERT,
     "electra": bert.ELECTRA,
-    "roberta": roberta.FAMILY,
-    "distilbert": distilbert.FAMILY,
-    "mpnet": mpnet.FAMILY,
-    "vit": vit.FAMILY,
+    "roberta": bert.ROBERTA,
+    "distilbert": bert.DISTILBERT,
+    "mpnet": bert.MPNET,
+    "vit": vit.VIT,
     "deit": vit.DEIT,
-    "dinov2": vit.FAMILY,
+    "dinov2": vit.VIT,
 }
 
 DECODERS: dict[str, DecoderFamily] = {
@@ -28,14 +28,12 @@ DECODERS: dict[str, DecoderFamily] = {
 
 
 def supported_families() -> tuple[str, ...]:
-    """Names of the families that have an adapter, as they stand in `model_type`."""
+    """The `model_type` of every family of encoders that has an adapter."""
     return tuple(sorted(FAMILIES))
 
 
 def family_of(model_type: str) -> Family:
-    """The adapter for a configuration's `model_type`; raises UnsupportedFamily with the list of supported
-    ones.
-    """
+    """The adapter of an encoder's `model_type`; raises UnsupportedFamily with the list of supported ones."""
     family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(supported_families())
@@ -44,7 +42,7 @@ def family_of(model_type: str) -> Family:
 
 
 def decoder_family_of(model_type: str) -> DecoderFamily:
-    """The adapter for a decoder's `model_type`; raises UnsupportedFamily with the list of supported ones."""
+    """The adapter of a decoder's `model_type`; raises UnsupportedFamily with the list of supported ones."""
     family = DECODERS.get(model_type)
     if family is None:
         raise UnsupportedFamily(

@@ -2,66 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor, nn
 
 from offramp.models.families.decoder import DecoderFamily, Heads
 from offramp.models.families.family import Context, UnsupportedFamily
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def _embed(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    hidden: Tensor = model.transformer.wte(ids) + model.transformer.wpe(positions)
+
+class Conv1D(Protocol):
+    """The linear layer of GPT-2, weight [in, out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Attention(Protocol):
+    """The attention of a block; split_size is heads * head_dim."""
+
+    head_dim: int
+    split_size: int
+    c_attn: Conv1D
+    c_proj: Conv1D
+
+
+class FeedForward(Protocol):
+    """The two linear layers of a block and what is between them."""
+
+    act: nn.Module
+    c_fc: Conv1D
+    c_proj: Conv1D
+
+
+class Block(Protocol):
+    """A block of GPT-2."""
+
+    attn: Attention
+    mlp: FeedForward
+    ln_1: nn.Module
+    ln_2: nn.Module
+
+
+def _embed(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+    words = model.get_submodule("transformer.wte")
+    hidden: Tensor = words(ids) + model.get_submodule("transformer.wpe")(positions)
     return hidden  # [batch, seq, hidden]
 
 
-def _blocks(model: Any) -> nn.ModuleList:
-    layers: nn.ModuleList = model.transformer.h
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    layers = model.get_submodule("transformer.h")
+    assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def _context(model: Any, hidden: Tensor, positions: Tensor) -> Context:
+def _context(model: nn.Module, hidden: Tensor, positions: Tensor) -> Context:
     return {}
 
 
-def _project(block: Any, hidden: Tensor, context: Context) -> Heads:
-    attention = block.attn
+def _project(block: nn.Module, hidden: Tensor, context: Context) -> Heads:
+    layer = cast("Block", block)
+    attention = layer.attn
     rows, tokens, _ = hidden.shape
-    parts = _linear(attention.c_attn, block.ln_1(hidden)).split(attention.split_size, dim=2)
+    parts = _linear(attention.c_attn, layer.ln_1(hidden)).split(attention.split_size, dim=2)
     queries, keys, values = (
         part.view(rows, tokens, -1, attention.head_dim).transpose(1, 2) for part in parts
     )
     return queries * attention.head_dim**-0.5, keys, values
 
 
-def _keep(block: Any, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    _, keys, values = _project(block, hidden, context)  # one product makes all three
+def _cache_fill(block: nn.Module, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    _, keys, values = _project(block, hidden, context)  # one product computes all three
     return keys, values
 
 
-def _finish(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    hidden = hidden + _linear(block.attn.c_proj, attended)
-    wide = block.mlp.act(_linear(block.mlp.c_fc, block.ln_2(hidden)))
-    return hidden + _linear(block.mlp.c_proj, wide)  # [batch, seq, hidden]
+def _finish_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    layer = cast("Block", block)
+    hidden = hidden + _linear(layer.attn.c_proj, attended)
+    wide = layer.mlp.act(_linear(layer.mlp.c_fc, layer.ln_2(hidden)))
+    return hidden + _linear(layer.mlp.c_proj, wide)  # [batch, seq, hidden]
 
 
-def _linear(layer: Any, values: Tensor) -> Tensor:
-    """As a plain product: transformers' Conv1D flattens its input first, which exports as what no quantizer
-    takes.
+def _linear(layer: Conv1D, values: Tensor) -> Tensor:
+    """The layer as a plain matrix product.
+
+    transformers' Conv1D flattens its input first, and no quantizer accepts the exported form.
     """
-    out: Tensor = values @ layer.weight + layer.bias
-    return out
+    return values @ layer.weight + layer.bias
 
 
-def _norm(model: Any) -> nn.Module:
-    norm: nn.Module = model.transformer.ln_f
-    return norm
+def _norm(model: nn.Module) -> nn.Module:
+    return model.get_submodule("transformer.ln_f")
 
 
-def _longest(config: Any) -> int:
+def _longest(config: PreTrainedConfig) -> int:
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention:
         raise UnsupportedFamily("GPT-2 with scores scaled otherwise, or with attention to another network")
     return int(config.n_positions)
 
 
-FAMILY = DecoderFamily(_embed, _blocks, _context, _project, _keep, _finish, _norm, _longest)
+FAMILY = DecoderFamily(_embed, _blocks, _context, _project, _cache_fill, _finish_block, _norm, _longest)

@@ -1,62 +1,89 @@
-"""ViT, DeiT and DINOv2: patches and fixed positions in, pre-norm blocks, one LayerNorm behind the last."""
+"""ViT, DeiT and DINOv2: patches with fixed positions, pre-norm blocks, one LayerNorm after the last."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from offramp.models.families.family import Context, Family, Vision
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def _embed(tokens: tuple[str, ...], backbone: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    embeddings = backbone.embeddings
+
+class PatchEmbeddings(Protocol):
+    """The convolution that makes patches, and the sizes that transformers checks its input against."""
+
+    image_size: tuple[int, int]
+    num_patches: int
+
+    def __call__(self, pixel_values: Tensor) -> Tensor: ...
+
+
+class Embeddings(Protocol):
+    """Patches, learned tokens and positions [1, seq, hidden]; image_size exists in some families alone."""
+
+    patch_embeddings: PatchEmbeddings
+    position_embeddings: nn.Parameter
+    dropout: nn.Module
+    image_size: tuple[int, int]
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor: ...
+
+
+def _embeddings(backbone: nn.Module) -> Embeddings:
+    return cast("Embeddings", backbone.get_submodule("embeddings"))
+
+
+def _embed(learned: tuple[str, ...], backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    embeddings = _embeddings(backbone)
     patches = embeddings.patch_embeddings(inputs["pixel_values"])  # [batch, patches, hidden]
     rows = patches.shape[0]  # not len(), which would fix the number when exported
-    learned = [getattr(embeddings, name).expand(rows, -1, -1) for name in tokens]
-    hidden = torch.cat([*learned, patches], dim=1)  # [batch, seq, hidden]
-    # As they stand: resize() has made them for this size once, so that no graph interpolates.
+    prefix = [getattr(embeddings, name).expand(rows, -1, -1) for name in learned]
+    hidden = torch.cat([*prefix, patches], dim=1)  # [batch, seq, hidden]
+    # Positions as they are: resize() has interpolated them once, so that no graph does.
     return embeddings.dropout(hidden + embeddings.position_embeddings)  # type: ignore[no-any-return]
 
 
-def _blocks(backbone: Any) -> nn.ModuleList:
+def _blocks(backbone: nn.Module) -> nn.ModuleList:
     # Older releases of transformers keep ViT's blocks where DINOv2 has them, in an encoder.
-    layers: nn.ModuleList = backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
+    layers = backbone.get_submodule("layers" if hasattr(backbone, "layers") else "encoder.layer")
+    assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def _call(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
-    out: Tensor = block(hidden)
-    return out  # [batch, seq, hidden]
+def _run_block(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    output: Tensor = block(hidden)
+    return output  # [batch, seq, hidden]
 
 
-def _norm(backbone: Any) -> nn.Module:
-    """The last LayerNorm: the head was trained behind it, so every exit stands behind it too (JEI-DNN)."""
-    norm: nn.Module = backbone.layernorm
-    return norm
+def _exit_norm(backbone: nn.Module) -> nn.Module:
+    """The last LayerNorm: the head was trained after it, so every exit reads through it too (JEI-DNN)."""
+    return backbone.get_submodule("layernorm")
 
 
-def _shape(config: Any) -> tuple[int, int, int]:
+def _shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     height, width = _pair(config.image_size)
     return int(config.num_channels), height, width
 
 
-def _patch(config: Any) -> tuple[int, int]:
+def _patch(config: PreTrainedConfig) -> tuple[int, int]:
     return _pair(config.patch_size)
 
 
-def _tokens(prefix: int, config: Any) -> int:
+def _tokens(prefix: int, config: PreTrainedConfig) -> int:
     (height, width), patch = _pair(config.image_size), _pair(config.patch_size)
     return prefix + (height // patch[0]) * (width // patch[1])
 
 
 @torch.no_grad()
-def _resize(prefix: int, backbone: Any, size: int) -> None:
+def _resize(prefix: int, backbone: nn.Module, size: int) -> None:
     """Position embeddings for square images of another size, bicubic, by transformers' own interpolation."""
-    embeddings, config = backbone.embeddings, backbone.config
+    embeddings, config = _embeddings(backbone), cast("PreTrainedModel", backbone).config
     if _pair(config.image_size) == (size, size):
         return
     height, width = _patch(config)
@@ -64,7 +91,7 @@ def _resize(prefix: int, backbone: Any, size: int) -> None:
     hidden = torch.zeros(1, prefix + patches, config.hidden_size)
     positions = embeddings.interpolate_pos_encoding(hidden, size, size)  # [1, seq, hidden]
     embeddings.position_embeddings = nn.Parameter(positions.clone())
-    # What transformers checks its input against, and what a checkpoint is built anew from.
+    # transformers checks its input against these sizes, and builds a checkpoint's backbone from them.
     config.image_size = size
     embeddings.patch_embeddings.image_size = (size, size)
     embeddings.patch_embeddings.num_patches = patches
@@ -72,24 +99,24 @@ def _resize(prefix: int, backbone: Any, size: int) -> None:
         embeddings.image_size = (size, size)
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
 
-def _family(*tokens: str) -> Family:
-    """A family by the learned tokens that go before the patches, as its embeddings name them."""
-    prefix = len(tokens)
+def _family(*learned: str) -> Family:
+    """An adapter; learned: attributes of the embeddings that hold the tokens before the patches."""
+    prefix = len(learned)
     return Family(
         inputs=("pixel_values",),
-        embed=partial(_embed, tokens),
+        embed=partial(_embed, learned),
         blocks=_blocks,
-        call=_call,
+        run_block=_run_block,
         longest=partial(_tokens, prefix),
-        for_exit=_norm,
+        exit_norm=_exit_norm,
         vision=Vision(prefix=prefix, shape=_shape, patch=_patch, resize=partial(_resize, prefix)),
     )
 
 
-FAMILY = _family("cls_token")
+VIT = _family("cls_token")
 DEIT = _family("cls_token", "distillation_token")

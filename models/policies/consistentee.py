@@ -1,42 +1,33 @@
-"""statistics, state, both: a small perceptron learned by reward opens the gate (ConsistentEE, AAAI 2024).
+"""statistics, state, both: a small perceptron trained by reward is the gate (ConsistentEE, AAAI 2024).
 
 ConsistentEE's policy reads the pooled state alone (inputs "state"), which overfits on small data sets. Two
-statistics of the exit's softmax are offered instead of it or beside it, few and cheap on purpose: at short
-inputs an operator costs as much to start as to run, and a policy stands in every segment.
+statistics of the exit's softmax can replace it ("statistics") or join it ("both"). They are few and cheap on
+purpose: at short inputs starting an operator costs as much as running it, and every segment has a policy.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-
-from offramp.models.policies.kind import Kind
 
 POLICY_INPUTS = ("statistics", "state", "both")
 STATISTICS = 2  # certainty, agreement
 HIDDEN = 16
-FADE = 0.5  # what an exit's say in the evidence keeps from exit to exit
-_ONE = 1.0 + 1e-5  # keeps the logarithm of what is left beside the top probability finite
+FADE = 0.5  # factor on the evidence of earlier exits from one exit to the next
+_ONE = 1.0 + 1e-5  # keeps log(1 - top probability) finite
 
 
 def evidence_size(classes: int) -> int:
-    """Numbers a row that travel from exit to exit: the fading sum of the exits' probabilities."""
+    """Numbers a row that are passed from exit to exit: the fading sum of the exits' probabilities."""
     return classes
 
 
-def no_evidence(rows: Tensor, classes: int) -> Tensor:
-    """Zeros [batch, evidence] for rows that have met no exit; `rows` is any tensor with the batch first."""
-    return torch.zeros(rows.shape[0], evidence_size(classes), dtype=torch.float32, device=rows.device)
-
-
 def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics [batch, 2] of this exit against what the earlier exits said, and the evidence [batch,
-    classes] for the next exit.
+    """Statistics [batch, 2] of this exit, and the evidence [batch, classes] for the next exit.
 
-    certainty: -log(1 - top probability), which orders rows as the top probability does and stays learnable
-    near 1.
+    logits [batch, classes] of this exit, evidence [batch, classes] of the exits before it.
+    certainty: -log(1 - top probability), which orders rows as the top probability does and has a useful
+    gradient near 1.
     agreement: the inner product of this exit's probabilities with the fading sum of the earlier exits', a
     smooth form of patience.
     """
@@ -46,30 +37,30 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([certainty, agreement], dim=-1), FADE * evidence + probabilities
 
 
-class Policy(nn.Module):
-    """P(exit) at one exit as a logit [batch].
+class ConsistentEEPolicy(nn.Module):
+    """The logit of P(exit) [batch] at one exit.
 
-    statistics: a straight line in the certainty plus a perceptron over both statistics. The perceptron starts
-    at zero, so that learning starts from the rule "leave where the top probability is high" and departs from
+    statistics: linear in the certainty, plus a perceptron over both statistics. The perceptron's output
+    starts at zero, so training starts from the rule "exit where the top probability is high" and departs from
     it only where that pays. state: Linear(hidden, 32), GELU, Linear(32, 1) on the pooled state, the published
-    shape (ConsistentEE, class Policy of its public code). both: the sum.
+    shape (class Policy of ConsistentEE's public code). both: the sum.
     """
 
     def __init__(self, hidden_size: int, inputs: str, dropout: float = 0.1) -> None:
         super().__init__()
         if inputs not in POLICY_INPUTS:
             raise ValueError(f"policy inputs {inputs!r}; choose one of {', '.join(POLICY_INPUTS)}")
-        sees_statistics = inputs in ("statistics", "both")
+        reads_statistics = inputs in ("statistics", "both")
         self.state: nn.Sequential | None = None
         if inputs in ("state", "both"):
             self.state = nn.Sequential(
-                nn.Dropout(dropout), nn.Linear(hidden_size, 32), nn.GELU(), _silent(32)
+                nn.Dropout(dropout), nn.Linear(hidden_size, 32), nn.GELU(), _zero_linear(32)
             )
         self.statistics: nn.Sequential | None = None
-        if sees_statistics:
-            self.statistics = nn.Sequential(nn.Linear(STATISTICS, HIDDEN), nn.ReLU(), _silent(HIDDEN))
-        self.slope = nn.Parameter(torch.tensor(1.0)) if sees_statistics else None
-        # Closed at first: gates that start half open leave nobody to learn the deep ones from.
+        if reads_statistics:
+            self.statistics = nn.Sequential(nn.Linear(STATISTICS, HIDDEN), nn.ReLU(), _zero_linear(HIDDEN))
+        self.slope = nn.Parameter(torch.tensor(1.0)) if reads_statistics else None
+        # Closed at first: where gates start half open, few rows reach the deep gates and train them.
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
     def forward(
@@ -78,12 +69,14 @@ class Policy(nn.Module):
         if self.statistics is None:
             return self.score(pooled, None), None
         if evidence is None:
-            evidence = no_evidence(logits, logits.shape[-1])
+            evidence = _zero_evidence(logits)
         statistics, evidence = weigh_evidence(logits, evidence)
         return self.score(pooled, statistics), evidence
 
     def score(self, pooled: Tensor, statistics: Tensor | None) -> Tensor:
-        """The logit [batch] from pooled [batch, hidden] and, where they are read, statistics [batch, 2]."""
+        """The logit [batch] from pooled [batch, hidden] and, if this policy reads them, statistics [batch,
+        2].
+        """
         logit = self.bias
         if self.state is not None:
             logit = logit + self.state(pooled)[:, 0]
@@ -92,17 +85,17 @@ class Policy(nn.Module):
             logit = logit + self.slope * statistics[:, 0] + self.statistics(statistics)[:, 0]
         return logit  # [batch]
 
-    def folded(self, classes: int) -> Folded:
-        """The same policy in evaluation mode as a graph should carry it: in as few operators as will do."""
-        return Folded(self, classes).eval()
+    def folded(self, classes: int) -> FoldedConsistentEEPolicy:
+        """The same policy in evaluation mode, in as few operators as possible, for a graph."""
+        return FoldedConsistentEEPolicy(self, classes).eval()
 
 
-class Folded(nn.Module):
-    """What Policy.folded() gives: a policy and the evidence's step, with sums moved into matrix products.
+class FoldedConsistentEEPolicy(nn.Module):
+    """ConsistentEEPolicy with the sums of policy and evidence moved into matrix products.
 
-    Reads pooled [batch, hidden], logits [batch, classes] and evidence as before them (None: the policy sees
-    the state alone); gives the logit [batch] and the evidence for the next exit. Line and bias are two more
-    hidden units: the certainty is never negative, so a ReLU hands it through as it is, and a unit that is
+    Reads pooled [batch, hidden], logits [batch, classes] and evidence (None: the policy reads the state
+    alone); gives the logit [batch] and the evidence for the next exit. The linear term and the bias are two
+    more hidden units: the certainty is never negative, so a ReLU passes it on unchanged, and a unit that is
     always one carries the bias.
     """
 
@@ -113,11 +106,11 @@ class Folded(nn.Module):
     fade: Tensor
 
     @torch.no_grad()
-    def __init__(self, policy: Policy, classes: int) -> None:
+    def __init__(self, policy: ConsistentEEPolicy, classes: int) -> None:
         super().__init__()
         self.state = policy.state
         self.bias = policy.bias.detach().clone()
-        self.sees_statistics = policy.statistics is not None
+        self.reads_statistics = policy.statistics is not None
         if policy.statistics is None or policy.slope is None:
             return
         first, last = policy.statistics[0], policy.statistics[2]
@@ -136,14 +129,14 @@ class Folded(nn.Module):
     def forward(
         self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.sees_statistics:
+        if not self.reads_statistics:
             assert self.state is not None
             return self.bias + self.state(pooled).squeeze(1), None  # [batch]
         if evidence is None:
-            evidence = no_evidence(logits, logits.shape[-1])
+            evidence = _zero_evidence(logits)
         probabilities = logits.softmax(-1)  # [batch, classes]
-        doubt = (_ONE - probabilities.amax(-1, keepdim=True)).log()  # [batch, 1]
-        hidden = torch.addmm(self.start, doubt, self.certain)
+        negative_certainty = (_ONE - probabilities.amax(-1, keepdim=True)).log()  # [batch, 1]
+        hidden = torch.addmm(self.start, negative_certainty, self.certain)
         hidden = torch.addmm(hidden, probabilities * evidence, self.agree).relu()  # [batch, hidden + 2]
         logit = hidden @ self.last
         if self.state is not None:
@@ -152,26 +145,28 @@ class Folded(nn.Module):
 
 
 def make(hidden_size: int, count: int, *, inputs: str) -> nn.ModuleList:
-    """One policy an exit.
+    """One policy for each exit.
 
-    What reads the statistics is one perceptron for all of them (each exit keeps its bias): they mean the same
-    everywhere, and one for each exit overfits. What reads the state is each exit's own, as published.
+    The part that reads statistics is one perceptron for all exits (each exit has its own bias): statistics
+    mean the same everywhere, and one perceptron an exit overfits. The part that reads the state is each
+    exit's own, as published.
     """
-    policies = [Policy(hidden_size, inputs) for _ in range(count)]
+    policies = [ConsistentEEPolicy(hidden_size, inputs) for _ in range(count)]
     for policy in policies[1:]:
         policy.statistics, policy.slope = policies[0].statistics, policies[0].slope
     return nn.ModuleList(policies)
 
 
-def _silent(width: int) -> nn.Linear:
-    last = nn.Linear(width, 1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return last
+def _zero_evidence(logits: Tensor) -> Tensor:
+    """Evidence [batch, classes] for rows that have met no exit; logits [batch, classes]."""
+    return torch.zeros(
+        logits.shape[0], evidence_size(logits.shape[-1]), dtype=torch.float32, device=logits.device
+    )
 
 
-KINDS = {
-    "statistics": Kind(partial(make, inputs="statistics"), evidence_size),
-    "state": Kind(partial(make, inputs="state")),
-    "both": Kind(partial(make, inputs="both"), evidence_size),
-}
+def _zero_linear(width: int) -> nn.Linear:
+    """Linear(width, 1) whose output is zero before training."""
+    linear = nn.Linear(width, 1)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,19 +1,20 @@
-"""lte: learning to exit, one linear layer tells for all exits whether they are wrong (BERxiT, EACL 2021)."""
+"""lte: learning to exit; one linear layer for all exits predicts whether an exit is wrong (BERxiT, EACL
+2021).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from offramp.models.policies.kind import Kind
-
 
 class LearningToExit(nn.Module):
-    """P(exit) at one exit as a logit [batch]: that the exit is right, from the pooled state alone.
+    """The logit of P(exit) [batch] at one exit: the probability that the exit is right, from the pooled
+    state.
 
-    wrong: Linear(hidden, 1), the same for every exit; its sigmoid is P(wrong), which training holds against
-    0/1 by squared error (recipe berxit). BERxiT leaves where that is below a threshold; the gate is 1 -
-    P(wrong), so that the rule `gate` with 1 - threshold is the same rule.
+    wrong: Linear(hidden, 1), the same for every exit; its sigmoid is P(wrong), trained by squared error
+    against 0/1 (recipe berxit). BERxiT exits where P(wrong) is below a threshold; the gate is 1 - P(wrong),
+    so rule `gate` with 1 - threshold is the same rule.
     """
 
     def __init__(self, wrong: nn.Linear) -> None:
@@ -23,13 +24,13 @@ class LearningToExit(nn.Module):
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, None]:
         return -self.wrong(pooled)[:, 0], None  # [batch]
 
-    def folded(self, classes: int) -> Folded:
-        """The sign goes into the weights."""
-        return Folded(self.wrong).eval()
+    def folded(self, classes: int) -> FoldedLearningToExit:
+        """The form for a graph: the minus sign is part of the weights."""
+        return FoldedLearningToExit(self.wrong).eval()
 
 
-class Folded(nn.Module):
-    """What LearningToExit.folded() gives: the logit of P(right) by one product."""
+class FoldedLearningToExit(nn.Module):
+    """LearningToExit as one product that gives the logit of P(right)."""
 
     @torch.no_grad()
     def __init__(self, wrong: nn.Linear) -> None:
@@ -43,9 +44,6 @@ class Folded(nn.Module):
 
 
 def make(hidden_size: int, count: int) -> nn.ModuleList:
-    """One module an exit around one and the same layer."""
+    """`count` policies around one shared linear layer."""
     wrong = nn.Linear(hidden_size, 1)
     return nn.ModuleList(LearningToExit(wrong) for _ in range(count))
-
-
-KIND = Kind(make)

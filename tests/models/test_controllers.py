@@ -1,4 +1,4 @@
-"""Controllers: what they read, what their draws teach, and what a fixed input leaves of them."""
+"""Controllers: their input, their gradients, and the folding of a fixed input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from offramp.models.controllers import Controllers, controllers_of, load_controllers
 
 
-def made(input: str = "hidden", start: float = 0.0) -> Controllers:
+def small_controllers(input: str = "hidden", start: float = 0.0) -> Controllers:
     torch.manual_seed(0)
     controllers = Controllers(5, 16, input=input, start=start)
     for parameter in controllers.parameters():
@@ -17,50 +17,52 @@ def made(input: str = "hidden", start: float = 0.0) -> Controllers:
 
 
 def test_the_first_and_the_last_block_always_run() -> None:
-    assert sorted(made()) == ["2", "3", "4"]
+    assert sorted(small_controllers()) == ["2", "3", "4"]
     with pytest.raises(ValueError, match="none is left"):
         Controllers(2, 16)
     with pytest.raises(ValueError, match="hidden, fixed"):
         Controllers(5, 16, input="word")
 
 
-def test_they_read_directions_and_do_not_teach_what_they_read() -> None:
-    controllers, hidden = made(), torch.randn(2, 7, 16, requires_grad=True)
+def test_they_read_directions_and_send_no_gradient_to_hidden() -> None:
+    controllers, hidden = small_controllers(), torch.randn(2, 7, 16, requires_grad=True)
     torch.testing.assert_close(controllers.margin(2, hidden), controllers.margin(2, 900 * hidden))
     assert controllers.margin(2, hidden).std() > 0.1
-    controllers.drawn(3, hidden, 1.0).sum().backward()
+    controllers.sample(3, hidden, 1.0).sum().backward()
     assert hidden.grad is None
     assert controllers["3"].weight.grad.abs().sum() > 0  # type: ignore[union-attr, operator]
 
 
 @torch.no_grad()
-def test_draws_are_hard_and_as_often_as_told() -> None:
+def test_samples_are_hard_and_as_frequent_as_the_logit() -> None:
     controllers = Controllers(5, 16, start=2.0)
-    drawn = controllers.drawn(2, torch.randn(40, 100, 16), 1.0)
-    assert (torch.isclose(drawn, torch.tensor(0.0)) | torch.isclose(drawn, torch.tensor(1.0))).all()
-    assert float(drawn.mean()) == pytest.approx(float(torch.tensor(2.0).sigmoid()), abs=0.02)
+    sampled = controllers.sample(2, torch.randn(40, 100, 16), 1.0)
+    assert (torch.isclose(sampled, torch.tensor(0.0)) | torch.isclose(sampled, torch.tensor(1.0))).all()
+    assert float(sampled.mean()) == pytest.approx(float(torch.tensor(2.0).sigmoid()), abs=0.02)
 
 
-def test_a_fixed_input_knows_no_token_and_settles_into_biases() -> None:
-    controllers, hidden = made("fixed"), torch.randn(2, 7, 16)
+def test_a_fixed_input_ignores_the_token_and_folds_into_biases() -> None:
+    controllers, hidden = small_controllers("fixed"), torch.randn(2, 7, 16)
     before = controllers.margin(4, hidden).detach()
     assert before.std() < 1e-6
-    controllers.settle()
-    controllers.settle()  # a resumed run settles again
-    found = load_controllers({f"controllers.{k}": v for k, v in controllers.state_dict().items()}, 5, 16)
-    torch.testing.assert_close(found.margin(4, hidden), before)
-    torch.testing.assert_close(found.margin(4, -hidden), before)
+    controllers.fold_fixed_input()
+    controllers.fold_fixed_input()  # a resumed run folds again
+    loaded = load_controllers({f"controllers.{k}": v for k, v in controllers.state_dict().items()}, 5, 16)
+    torch.testing.assert_close(loaded.margin(4, hidden), before)
+    torch.testing.assert_close(loaded.margin(4, -hidden), before)
 
 
 def test_tensors_of_another_network_are_refused() -> None:
-    state = {f"controllers.{k}": v for k, v in made().state_dict().items()} | {"exits.2.bias": torch.ones(1)}
+    state = {f"controllers.{k}": v for k, v in small_controllers().state_dict().items()} | {
+        "exits.2.bias": torch.ones(1)
+    }
     load_controllers(state, 5, 16)
     with pytest.raises(ValueError, match="of 6 blocks"):
         load_controllers(state, 6, 16)
 
 
-def test_a_network_without_any() -> None:
+def test_a_network_without_controllers() -> None:
     network = torch.nn.Linear(2, 2)
     assert controllers_of(network) is None
-    network.controllers = made()
+    network.controllers = small_controllers()
     assert controllers_of(network) is not None

@@ -1,4 +1,4 @@
-"""Decoders taken apart say what transformers says: in one go, token by token, and behind an exit."""
+"""The parts of a decoder give the logits of transformers: at once, in pieces, and after any block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from offramp.models.decoder import DecoderNetwork, Pair
+from offramp.models.decoder import DecoderNetwork, KeyValue
 from offramp.models.families import UnsupportedFamily, decoder_family_of
 
 
@@ -18,21 +18,23 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny.decoder(request.param)
 
 
-def empty(network: DecoderNetwork, rows: int, places: int) -> tuple[list[Pair], torch.Tensor]:
-    """A cache with that many places, full of numbers that must not count, and past_valid."""
+def empty_cache(network: DecoderNetwork, rows: int, places: int) -> tuple[list[KeyValue], torch.Tensor]:
+    """A cache of `places` places, full of numbers that must not count, and past_valid."""
     ids, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     hidden, context = network.stem(ids, positions, torch.zeros(1, 1))
     _, keys, values = network.family.project(network.blocks[0], hidden, context)
-    shared, size = keys.shape[1], values.shape[3]
+    kv_heads, size = keys.shape[1], values.shape[3]
     pairs = [
-        (torch.full((rows, shared, size, places), 9.0), torch.full((rows, shared, places, size), 9.0))
+        (torch.full((rows, kv_heads, size, places), 9.0), torch.full((rows, kv_heads, places, size), 9.0))
         for _ in range(network.block_count)
     ]
     return pairs, torch.zeros(rows, places, dtype=torch.int64)
 
 
-def fed(network: DecoderNetwork, ids: torch.Tensor, cache: list[Pair], valid: torch.Tensor) -> torch.Tensor:
-    """Logits of ids behind what is in the cache, which they are added to."""
+def append(
+    network: DecoderNetwork, ids: torch.Tensor, cache: list[KeyValue], valid: torch.Tensor
+) -> torch.Tensor:
+    """Logits of ids that follow the tokens in the cache; their keys and values are added to it."""
     held, count = int(valid[0].sum()), ids.shape[1]
     positions = torch.arange(held, held + count).expand(len(ids), -1)
     hidden, context = network.stem(ids, positions, valid)
@@ -48,7 +50,7 @@ def test_a_prompt_at_once(model: Any) -> None:
     ids = torch.randint(3, 60, (2, 11))
     network = DecoderNetwork(model)
     torch.testing.assert_close(
-        fed(network, ids, *empty(network, 2, 16)), model(ids).logits, atol=1e-4, rtol=1e-4
+        append(network, ids, *empty_cache(network, 2, 16)), model(ids).logits, atol=1e-4, rtol=1e-4
     )
 
 
@@ -57,30 +59,30 @@ def test_a_prompt_at_once(model: Any) -> None:
 def test_in_any_pieces(model: Any, pieces: tuple[int, ...]) -> None:
     ids = torch.randint(3, 60, (2, 12))
     network = DecoderNetwork(model)
-    cache, valid = empty(network, 2, 20)
-    said = [fed(network, piece, cache, valid) for piece in ids.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(said, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+    cache, valid = empty_cache(network, 2, 20)
+    logits = [append(network, piece, cache, valid) for piece in ids.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_the_head_behind_any_block_is_that_of_transformers(model: Any) -> None:
+def test_the_head_after_any_block_is_that_of_transformers(model: Any) -> None:
     ids = torch.randint(3, 60, (1, 6))
     network = DecoderNetwork(model)
-    cache, valid = empty(network, 1, 4)
+    cache, valid = empty_cache(network, 1, 4)
     hidden, context = network.stem(ids, torch.arange(6)[None], valid)
     states = model(ids, output_hidden_states=True).hidden_states
-    for block in range(network.block_count - 1):  # the last of transformers' stands behind the norm
+    for block in range(network.block_count - 1):  # transformers' last state is normed
         hidden, _ = network.run_block(block, hidden, context, cache[block])
         torch.testing.assert_close(hidden, states[block + 1], atol=1e-4, rtol=1e-4)
         expected = model.lm_head(network.family.norm(model)(states[block + 1]))
         torch.testing.assert_close(network.head(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_within_a_sliding_window_everything_is_seen() -> None:
+def test_a_sliding_window_limits_the_length() -> None:
     assert DecoderNetwork(tiny.decoder("mistral")).longest == 40
 
 
-def test_what_no_adapter_knows_is_named() -> None:
+def test_a_family_without_an_adapter_is_named() -> None:
     with pytest.raises(UnsupportedFamily, match="'bloom'; supported: gpt2, llama, mistral, qwen2, qwen3"):
         decoder_family_of("bloom")
     scaled = GPT2Config(n_embd=8, n_layer=1, n_head=1, scale_attn_by_inverse_layer_idx=True)

@@ -13,13 +13,13 @@ from offramp.models.families import UnsupportedFamily
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 def test_every_block_matches_transformers(family: str) -> None:
     base = tiny.backbone(family)
-    given = tiny.inputs(family)
-    wanted = {name: given[name] for name in ("attention_mask", *family_of(family).inputs)}
+    inputs = tiny.inputs(family)
+    family_inputs = {name: inputs[name] for name in ("attention_mask", *family_of(family).inputs)}
     with torch.no_grad():
-        reference = base(**wanted, output_hidden_states=True).hidden_states
+        reference = base(**family_inputs, output_hidden_states=True).hidden_states
         network = EarlyExitNetwork(base, NetworkSpec(("a", "b"), (1, 2, 3))).eval()
-        hidden, context = network.stem(given)
-        real = given["attention_mask"].bool()
+        hidden, context = network.stem(inputs)
+        real = inputs["attention_mask"].bool()
         torch.testing.assert_close(hidden[real], reference[0][real], atol=1e-5, rtol=0)
         for block in range(network.block_count):
             hidden = network.run_block(block, hidden, context)
@@ -29,22 +29,22 @@ def test_every_block_matches_transformers(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 def test_padding_changes_nothing(family: str) -> None:
     network = tiny.network(family)
-    given = tiny.inputs(family)
-    short = {name: value[1:2, :4] for name, value in given.items()}
+    inputs = tiny.inputs(family)
+    short = {name: value[1:2, :4] for name, value in inputs.items()}
     with torch.no_grad():
-        torch.testing.assert_close(network(given).logits[1:2], network(short).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(network(inputs).logits[1:2], network(short).logits, atol=1e-5, rtol=0)
 
 
 def test_longest_input_is_accepted_and_numbered_from_padding() -> None:
     for family in tiny.CONFIGS:
         network = tiny.network(family)
         ids = torch.full((1, network.longest), 6)
-        given = {
+        inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "token_type_ids": torch.zeros_like(ids),
         }
-        assert network(given).logits.shape == (1, 3, 2)
+        assert network(inputs).logits.shape == (1, 3, 2)
 
 
 def test_every_family_has_its_twin() -> None:

@@ -1,4 +1,4 @@
-"""Error forecasts: what they see, and that a graph carries the right part of them."""
+"""Error forecasts: their statistics, and the columns that a graph carries."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from offramp.models.forecasts import Forecast, path_columns, softmax_statistics
 
 def test_statistics_of_a_softmax_worked_out_by_hand() -> None:
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3]])
-    found = softmax_statistics(probabilities.log())
+    statistics = softmax_statistics(probabilities.log())
     entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
-    torch.testing.assert_close(found[0], torch.tensor([math.log(3.5), entropy, 0.5]))
-    torch.testing.assert_close(found[1], torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(statistics[0], torch.tensor([math.log(3.5), entropy, 0.5]))
+    torch.testing.assert_close(statistics[1], torch.tensor([0.0, 1.0, 0.0]))
 
 
 def test_a_certain_exit_has_finite_statistics() -> None:
     assert softmax_statistics(torch.tensor([[1000.0, -1000.0]])).isfinite().all()
     sure = torch.tensor([[9.0, -8.0, 1.0]])
     moved = softmax_statistics(sure + torch.tensor([[1e-6, 0.0, -1e-6]])) - softmax_statistics(sure)
-    assert moved.abs().max() < 1e-5, "an engine's last digit must not be blown up"
+    assert moved.abs().max() < 1e-5, "an engine's last digit must not be amplified"
 
 
 def test_kept_columns_are_those_of_their_paths() -> None:
     names = [
-        f"{now} {path}" for now in "abc" for path in ["leave", *(f"{b}{e}" for b in "abc" for e in range(4))]
+        f"{current} {path}"
+        for current in "abc"
+        for path in ["exit", *(f"{b}{e}" for b in "abc" for e in range(4))]
     ]
-    found = [names[at] for at in path_columns([0, 2], 3, [1, 3], 4)]
-    assert found == [
-        *("a leave", "a a1", "a a3", "a c1", "a c3"),
-        *("c leave", "c a1", "c a3", "c c1", "c c3"),
+    columns = [names[at] for at in path_columns([0, 2], 3, [1, 3], 4)]
+    assert columns == [
+        *("a exit", "a a1", "a a3", "a c1", "a c3"),
+        *("c exit", "c a1", "c a3", "c c1", "c c3"),
     ]
 
 
-def test_folded_says_the_kept_part_of_the_same() -> None:
+def test_a_folded_forecast_gives_a_subset_of_the_columns() -> None:
     torch.manual_seed(0)
     forecast = Forecast(variants=3, ahead=2).eval()
     forecast.mean.normal_()
@@ -50,7 +52,7 @@ def test_folded_says_the_kept_part_of_the_same() -> None:
     torch.testing.assert_close(kept[:, 1], whole[:, 1][:, [0, 2, 4]])
 
 
-def test_every_exit_but_the_last_has_one_of_its_width() -> None:
+def test_every_exit_but_the_last_has_a_forecast_of_its_width() -> None:
     spec = NetworkSpec(("a", "b"), (1, 2, 3), forecast=("fp32", "int8"))
     network = EarlyExitNetwork(tiny.backbone("bert"), spec)
     widths = [forecast(torch.zeros(1, 2)).shape[1] for forecast in network.forecasts]

@@ -1,4 +1,4 @@
-"""Grids of the simulated precisions; tests/export holds them to ONNX Runtime."""
+"""Grids of the simulated precisions; tests/export compares them with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,48 +7,47 @@ import tiny
 import torch
 from torch import nn
 
-from offramp.models.macs import Macs
+from offramp.models.macs import RowMacs, bit_operations
 from offramp.models.precision import (
     PRECISIONS,
-    bit_operations,
-    channels,
-    group_rows,
-    groups,
     in_precision,
-    rows,
+    quantize_activation_blocks,
+    quantize_channels,
+    quantize_rows,
+    quantize_weight_blocks,
 )
 
 
 @pytest.mark.parametrize("bits", [6, 8])
 def test_weights_are_on_a_symmetric_grid_an_output(bits: int) -> None:
     weight = torch.randn(5, 40) * torch.tensor([[0.01], [1], [1], [5], [1]])
-    rounded = channels(weight, bits)
+    rounded = quantize_channels(weight, bits)
     step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(rounded / step, (rounded / step).round(), atol=1e-3, rtol=0)
     assert ((rounded - weight).abs() <= step / 2 + 1e-6).all()
     torch.testing.assert_close(rounded.abs().amax(1), weight.abs().amax(1))
 
 
-def test_activations_hold_zero_exactly_and_count_by_row() -> None:
+def test_activations_keep_zero_exactly_and_are_scaled_by_row() -> None:
     values = torch.stack([torch.rand(3, 4) + 2, torch.randn(3, 4) * 10])
     values[:, 0, 0] = 0
-    rounded = rows(values, 8)
+    rounded = quantize_rows(values, 8)
     assert (rounded[:, 0, 0] == 0).all()
     for row in range(2):
-        torch.testing.assert_close(rounded[row], rows(values[row : row + 1], 8)[0], atol=0, rtol=0)
+        torch.testing.assert_close(rounded[row], quantize_rows(values[row : row + 1], 8)[0], atol=0, rtol=0)
         step = (values[row].max().clamp(min=0) - values[row].min().clamp(max=0)) / 255
         assert (rounded[row] - values[row]).abs().max() <= step
 
 
-def test_blocks_of_four_bits_end_in_the_middle_of_a_row() -> None:
+def test_the_last_int4_block_of_a_row_may_be_shorter() -> None:
     weight = torch.randn(3, 200)
-    rounded = groups(weight)
+    rounded = quantize_weight_blocks(weight)
     assert rounded.shape == weight.shape
     for part in (slice(0, 128), slice(128, 200)):
         assert all(len(row.unique()) <= 16 for row in rounded[:, part])
         peak = weight[:, part].abs().amax(1)
         torch.testing.assert_close(rounded[:, part].abs().amax(1), peak)
-    assert group_rows(torch.zeros(2, 130)).eq(0).all()
+    assert quantize_activation_blocks(torch.zeros(2, 130)).eq(0).all()
 
 
 def test_copies_are_rounded_and_the_network_is_not_touched() -> None:
@@ -61,16 +60,16 @@ def test_copies_are_rounded_and_the_network_is_not_touched() -> None:
         hidden, context = network.stem(tiny.inputs("bert"))
         plain, rounded = hidden, hidden
         for block, copy in zip(network.blocks, copies, strict=True):
-            plain = network.family.call(block, plain, context)
-            rounded = network.family.call(copy, rounded, context)
+            plain = network.family.run_block(block, plain, context)
+            rounded = network.family.run_block(copy, rounded, context)
     assert 0 < (plain - rounded).abs().max() < 1
     assert all((before[name] == value).all() for name, value in network.state_dict().items())
 
 
 def test_bit_operations_charge_the_precision_inside_blocks_alone() -> None:
-    cost = Macs(token=100, pair=10, row=7)
+    macs = RowMacs(token=100, pair=10, row=7)
     outside = (10 * 9 + 7) * 1024
-    assert bit_operations(cost, "fp32", 3) == 300 * 1024 + outside
-    assert bit_operations(cost, "int8", 3) == 300 * 64 + outside
-    assert bit_operations(cost, "int4", 3) == 300 * 32 + outside
+    assert bit_operations(macs, "fp32", 3) == 300 * 1024 + outside
+    assert bit_operations(macs, "int8", 3) == 300 * 64 + outside
+    assert bit_operations(macs, "int4", 3) == 300 * 32 + outside
     assert next(iter(PRECISIONS)) == "fp32"

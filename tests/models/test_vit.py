@@ -39,17 +39,17 @@ def resized(backbone: Any, size: int) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_matches_transformers(family: str) -> None:
     base = lively(tiny.backbone(family))
-    given = tiny.pixel_values()
+    inputs = tiny.pixel_values()
     with torch.no_grad():
-        out = base(**given, output_hidden_states=True)
+        out = base(**inputs, output_hidden_states=True)
         net = EarlyExitNetwork(base, NetworkSpec(("a", "b"), (1, 2, 3), "cls")).eval()
-        hidden, context = net.stem(given)
+        hidden, context = net.stem(inputs)
         assert context == {}, "no image token is padding"
         torch.testing.assert_close(hidden, out.hidden_states[0], atol=1e-5, rtol=0)
         for block in range(net.block_count):
             hidden = net.run_block(block, hidden, context)
             torch.testing.assert_close(hidden, out.hidden_states[block + 1], atol=1e-5, rtol=0)
-        # What the last exit reads is what transformers' own classifier would: behind the final LayerNorm.
+        # The last exit reads what transformers' own classifier reads: after the final LayerNorm.
         torch.testing.assert_close(
             net.pooled(hidden, context), out.last_hidden_state[:, 0], atol=1e-5, rtol=0
         )
@@ -70,13 +70,13 @@ def test_exits_read_the_final_norm_of_the_patches(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_size_is_what_transformers_interpolates(family: str) -> None:
     # DINOv2 interpolates whenever the size differs; the others when they are asked to.
-    asked = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
-    given = tiny.pixel_values(size=24)
+    options = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    inputs = tiny.pixel_values(size=24)
     with torch.no_grad():
         base = lively(tiny.backbone(family))
-        reference = base(**given, **asked, output_hidden_states=True).hidden_states[-1]
+        reference = base(**inputs, **options, output_hidden_states=True).hidden_states[-1]
         net = EarlyExitNetwork(resized(base, 24), NetworkSpec(("a", "b"), (1, 2, 3), "cls")).eval()
-        hidden, context = net.stem(given)
+        hidden, context = net.stem(inputs)
         for block in range(net.block_count):
             hidden = net.run_block(block, hidden, context)
         torch.testing.assert_close(hidden, reference, atol=1e-5, rtol=0)
@@ -88,13 +88,15 @@ def test_another_size_is_what_transformers_interpolates(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_is_its_images(family: str) -> None:
-    net, given = network(family, "mean", "both"), tiny.pixel_values(3)["pixel_values"]
+    net, inputs = network(family, "mean", "both"), tiny.pixel_values(3)["pixel_values"]
     with torch.no_grad():
-        whole = net({"pixel_values": given})
-        alone = [net({"pixel_values": image[None]}) for image in given]
+        whole = net({"pixel_values": inputs})
+        alone = [net({"pixel_values": image[None]}) for image in inputs]
     torch.testing.assert_close(whole.logits, torch.cat([out.logits for out in alone]), atol=1e-5, rtol=0)
-    assert whole.gates is not None
-    torch.testing.assert_close(whole.gates, torch.cat([out.gates for out in alone]), atol=1e-5, rtol=0)
+    assert whole.gate_logits is not None
+    torch.testing.assert_close(
+        whole.gate_logits, torch.cat([out.gate_logits for out in alone]), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

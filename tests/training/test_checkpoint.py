@@ -26,7 +26,9 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, family: str) -> None:
     assert loaded.text == saved.text and loaded.training == saved.training
     with torch.no_grad():
         after, before = loaded.network(tiny.inputs(family)), saved.network(tiny.inputs(family))
-        torch.testing.assert_close((after.logits, after.gates), (before.logits, before.gates), atol=0, rtol=0)
+        torch.testing.assert_close(
+            (after.logits, after.gate_logits), (before.logits, before.gate_logits), atol=0, rtol=0
+        )
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

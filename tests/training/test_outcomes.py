@@ -11,8 +11,8 @@ import torch
 
 from offramp.models import EarlyExitNetwork
 from offramp.models.forecasts import softmax_statistics
-from offramp.models.macs import segment_macs
-from offramp.models.precision import bit_operations, in_precision
+from offramp.models.macs import bit_operations, segment_macs
+from offramp.models.precision import in_precision
 from offramp.runtime.rules import RuleSpec, StepCosts, bind
 from offramp.training.batches import EncodedText
 from offramp.training.forecasters import (
@@ -67,7 +67,7 @@ def test_outcomes_are_those_of_walking_every_path(network: EarlyExitNetwork, row
                             hidden, context = network.stem(inputs)
                             for block in range(exit_at + 1):
                                 chosen = blocks[before if block <= change else after][block]
-                                hidden = network.family.call(chosen, hidden, context)
+                                hidden = network.family.run_block(chosen, hidden, context)
                             logits = network.classify(exit_at, network.pooled(hidden, context))
                         place = (row, before, after, change, exit_at)
                         np.testing.assert_allclose(

@@ -57,7 +57,7 @@ def train(
         inputs, labels = train.batch(index, run.accelerator.device)
         out = model(inputs)
         task = task_loss(exit_losses(out.logits, labels), run.position["step"])
-        telling = telling_loss(out.gates.float(), out.logits, labels)
+        telling = telling_loss(out.gate_logits.float(), out.logits, labels)
         return task + telling, {"task": float(task.detach()), "telling": float(telling.detach())}
 
     s = settings

@@ -188,7 +188,7 @@ def _fit_policies(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE,
         with torch.autocast(
             device.type, enabled=False
         ):  # tiny layers: bf16 would only blur the probabilities
-            gates = run.network.gates(seen.pooled[chosen].to(device), seen.logits[chosen].to(device))
+            gates = run.network.gate_logits(seen.pooled[chosen].to(device), seen.logits[chosen].to(device))
             reward = rewards(quality[chosen].to(device), alpha, easy[chosen].to(device))
             return policy_loss(gates + shift[:, None], reward, settings), _figures(gates, reward)
 
@@ -203,11 +203,11 @@ def _fit_both(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE, nam
 
     def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = rows.batch(index, device)
-        out = model(inputs, policies_see="values")
+        out = model(inputs, detach_policies=True)
         quality = qualities(out.logits.detach().float(), labels, settings.quality)
         alpha, shift = draw_alpha(len(index), settings, device)
         reward = rewards(quality, alpha, easy[torch.from_numpy(index)].to(device))
-        gates = out.gates.float() + shift[:, None]
+        gates = out.gate_logits.float() + shift[:, None]
         task = (leave_probabilities(gates.detach()) * exit_losses(out.logits, labels)).sum(1).mean()
         return task + policy_loss(gates, reward, settings), {
             "task": float(task.detach()),

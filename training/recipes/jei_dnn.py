@@ -125,7 +125,7 @@ def exit_turn_loss(losses: Tensor, leave: Tensor, weighting: str) -> Tensor:
 
 def own_gates(network: EarlyExitNetwork, logits: Tensor) -> Tensor:
     """Logits of g [batch, exits - 1], the gates before the chain; logits [batch, exits, classes]."""
-    return torch.stack([gate.own(logits[:, at]) for at, gate in enumerate(network.policies)], 1)  # type: ignore[operator]
+    return torch.stack([gate.gate_logit(logits[:, at]) for at, gate in enumerate(network.policies)], 1)  # type: ignore[operator]
 
 
 def turn_of(step: int, steps: int, switch: int) -> int:

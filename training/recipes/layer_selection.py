@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offramp.models.controllers import INPUTS, Controllers, controllers_of
-from offramp.models.decoder import DecoderNetwork
-from offramp.models.depth import Decide
+from offramp.models.decoder import BlockMask, DecoderNetwork
 from offramp.training.loop import Run, Stage
 from offramp.training.texts import IGNORED, Texts
 from offramp.training.token_hardness import may_leave
@@ -70,7 +69,7 @@ def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSele
     network.controllers = made
 
 
-def draws(controllers: Controllers, may: Tensor, tau: float | None, ran: list[Tensor]) -> Decide:
+def draws(controllers: Controllers, may: Tensor, tau: float | None, ran: list[Tensor]) -> BlockMask:
     """Blocks that tokens run, drawn at temperature tau, or, where None, the likelier; the mean over tokens
     that `may` [batch, seq] of each controlled block is put in `ran`.
     """
@@ -82,7 +81,7 @@ def draws(controllers: Controllers, may: Tensor, tau: float | None, ran: list[Te
         if tau is None:
             share = (controllers.margin(number, hidden) > 0).to(hidden.dtype)
         else:
-            share = controllers.drawn(number, hidden, tau)
+            share = controllers.sample(number, hidden, tau)
         ran.append((share * may).sum() / may.sum().clamp(min=1))
         return torch.where(may, share, 1.0)
 
@@ -109,7 +108,7 @@ def train(
 
     learns = ("controllers",) if s.backbone == "frozen" else ("model", "controllers")
     run.fit(Stage("controllers", learns, rows.lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
-    controllers.settle()
+    controllers.fold_fixed_input()
     return {"dev": measure(run, texts["dev"])} if "dev" in texts else {}
 
 

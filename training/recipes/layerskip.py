@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offramp.models.depth import Decide
+from offramp.models.decoder import BlockMask
 from offramp.training.loop import Run, Stage
 from offramp.training.texts import IGNORED, Texts
 
@@ -63,7 +63,7 @@ STARTS_FROM = None
 GENERATES = True
 
 
-def drops(rows: int, blocks: int, most: float, device: torch.device) -> Decide:
+def drops(rows: int, blocks: int, most: float, device: torch.device) -> BlockMask:
     """Rows that go past blocks by chance: block l with probability most * (2^(l / (L - 1)) - 1)."""
     chance = [most * (2 ** (block / max(1, blocks - 1)) - 1) for block in range(blocks)]
     stays = torch.rand(blocks, rows, device=device) >= torch.tensor(chance, device=device)[:, None]

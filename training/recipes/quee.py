@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from offramp.models.precision import PRECISIONS
-from offramp.runtime.rules.priced import WalkPoint, choose
+from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.training.batches import Encoded
 from offramp.training.forecasters import (
     Fit,
@@ -144,7 +144,7 @@ def train(run: Run, train: Encoded, dev: Encoded, settings: Quee, *, skip_warm_s
     full = full_depth(outcomes, ledger)
     run.log(stage="forecasts", rows=len(dev), variants=list(names), full_depth=full.accuracy)
     _, wrong = outcomes.straight()
-    chosen = choose(points[settings.forecaster], full, ledger.unit)
+    chosen = choose_walk_points(points[settings.forecaster], full, ledger.unit)
     return {
         "dev": {
             "exit_accuracy": [round(100 * float(1 - value), 2) for value in wrong[:, 0].mean(0)],
