@@ -1,4 +1,4 @@
-"""Rule quee against a plain reference on random forecasts; test_walker walks it."""
+"""Rule quee against a plain reference on random forecasts; test_walker has walks with it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
+from offramp.runtime.bundle.manifest import StepCosts
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.rules import Signals, bind
+from offramp.runtime.rules import RowSignals, RuleSpec, bind
 
 SEGMENTS, VARIANTS = 5, 3
 RANDOM = np.random.default_rng(7)
@@ -23,28 +23,28 @@ COSTS = {
 
 def reference(forecast: np.ndarray, plan: list[int], segment: int, price: float, steps: Any) -> list[int]:
     """The rest of one row's plan, by trying every path; forecast [variants * (1 + variants * ahead)]."""
-    now, ahead = plan[segment], SEGMENTS - 1 - segment
+    current, ahead = plan[segment], SEGMENTS - 1 - segment
     width = 1 + VARIANTS * ahead
-    mine = forecast[now * width : (now + 1) * width]
-    best, rest = mine[0], [-1] * ahead
-    whole = sum(steps[0])
+    own_forecast = forecast[current * width : (current + 1) * width]
+    lowest, rest = own_forecast[0], [-1] * ahead
+    full_walk = sum(steps[0])
     for variant, exits in itertools.product(range(VARIANTS), range(1, ahead + 1)):
-        if variant != now and plan[0] != now:
+        if variant != current and plan[0] != current:
             continue  # it has changed its variant before
-        cost = sum(steps[variant][segment + 1 : segment + 1 + exits]) / whole
-        total = mine[1 + variant * ahead + exits - 1] + price * cost
-        if total < best:
-            best, rest = total, [variant] * exits + [-1] * (ahead - exits)
+        cost = sum(steps[variant][segment + 1 : segment + 1 + exits]) / full_walk
+        total = own_forecast[1 + variant * ahead + exits - 1] + price * cost
+        if total < lowest:
+            lowest, rest = total, [variant] * exits + [-1] * (ahead - exits)
     return rest
 
 
 @pytest.mark.parametrize("price", [0.0, 0.05, 0.3, 2.0])
 @pytest.mark.parametrize("measured", [0.0, 1.0])
-def test_every_decision_is_the_best_of_all_paths(price: float, measured: float) -> None:
+def test_quee_takes_the_best_of_all_paths(price: float, measured: float) -> None:
     rule = bind(RuleSpec("quee", {"price": price, "measured": measured}), SEGMENTS, COSTS)
     steps = STEPS[::-1] if measured else STEPS
     random = np.random.default_rng(3)
-    chosen = set()
+    next_steps = set()
     for segment in range(SEGMENTS - 1):
         paths = 1 + VARIANTS * (SEGMENTS - 1 - segment)
         forecast = random.random((64, VARIANTS * paths)).astype("f4")
@@ -53,46 +53,49 @@ def test_every_decision_is_the_best_of_all_paths(price: float, measured: float) 
         if segment:
             plan[:, segment] = random.integers(0, VARIANTS, 64)
         before = plan.copy()
-        said = Signals(np.zeros((64, 3), np.float32), None, forecast)
-        found, _ = rule(said, np.zeros((64, 0), np.float32), plan, segment)
+        signals = RowSignals(np.zeros((64, 3), np.float32), None, forecast)
+        new_plan, _ = rule(signals, np.zeros((64, 0), np.float32), plan, segment)
         assert (plan == before).all(), "the argument was written to"
         for row in range(64):
             expected = reference(forecast[row], before[row].tolist(), segment, price, steps)
-            assert found[row].tolist() == [*before[row, : segment + 1].tolist(), *expected]
-            alone = Signals(said.logits[:1], None, forecast[row : row + 1])
-            single, _ = rule(alone, np.zeros((1, 0), np.float32), plan[row : row + 1], segment)
-            assert single[0].tolist() == found[row].tolist()
-            chosen.add(expected[0])
-    assert chosen >= {0, 1, 2} if price == 0 else -1 in chosen
+            assert new_plan[row].tolist() == [*before[row, : segment + 1].tolist(), *expected]
+            row_signals = RowSignals(signals.logits[:1], None, forecast[row : row + 1])
+            row_plan, _ = rule(row_signals, np.zeros((1, 0), np.float32), plan[row : row + 1], segment)
+            assert row_plan[0].tolist() == new_plan[row].tolist()
+            next_steps.add(expected[0])
+    assert next_steps >= {0, 1, 2} if price == 0 else -1 in next_steps
 
 
-def test_of_equals_leaving_wins() -> None:
+def test_quee_exits_on_a_tie() -> None:
     rule = bind(RuleSpec("quee", {"price": 0.0}), SEGMENTS, COSTS)
-    said = Signals(np.zeros((2, 3), np.float32), None, np.full((2, VARIANTS * 13), 0.5, np.float32))
-    plan, _ = rule(said, np.zeros((2, 0), np.float32), np.zeros((2, SEGMENTS), np.int8), 0)
+    signals = RowSignals(np.zeros((2, 3), np.float32), None, np.full((2, VARIANTS * 13), 0.5, np.float32))
+    plan, _ = rule(signals, np.zeros((2, 0), np.float32), np.zeros((2, SEGMENTS), np.int8), 0)
     assert plan.tolist() == [[0, -1, -1, -1, -1]] * 2
 
 
 @pytest.mark.parametrize(
-    ("parameters", "costs", "named"),
+    ("parameters", "costs", "message"),
     [
-        ({}, COSTS, "needs price"),
+        ({}, COSTS, r"needs price: give the errors that a full walk may cost \(--threshold NUMBER\)"),
         ({"price": -1.0}, COSTS, "price -1.0"),
         ({"price": float("nan")}, COSTS, "finite"),
         ({"price": 1.0, "measured": 0.5}, COSTS, "measured 0.5"),
         ({"price": 1.0, "threshold": 0.5}, COSTS, "threshold"),
         ({"price": 1.0, "measured": 1.0}, {"bops": COSTS["bops"]}, "ee-calibrate"),
-        ({"price": 1.0}, None, "bops"),
+        ({"price": 1.0}, None, "bops; split it again from a checkpoint of recipe quee"),
     ],
 )
-def test_what_cannot_be_is_refused(parameters: dict[str, float], costs: Any, named: str) -> None:
-    with pytest.raises(BadSetting, match=named):
+def test_bad_parameters_or_costs_are_refused(parameters: dict[str, float], costs: Any, message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
         bind(RuleSpec("quee", parameters), SEGMENTS, costs)
 
 
-def test_a_bundle_without_forecasts_is_named() -> None:
+def test_signals_without_forecast_are_refused() -> None:
     rule = bind(RuleSpec("quee", {"price": 1.0}), SEGMENTS, COSTS)
     with pytest.raises(BadSetting, match="segment 1 has no error forecast"):
         rule(
-            Signals(np.zeros((1, 3), np.float32)), np.zeros((1, 0), np.float32), np.zeros((1, 5), np.int8), 0
+            RowSignals(np.zeros((1, 3), np.float32)),
+            np.zeros((1, 0), np.float32),
+            np.zeros((1, 5), np.int8),
+            0,
         )

@@ -1,0 +1,58 @@
+"""The register of rules, and what bind() refuses; every message names the cure."""
+
+import math
+
+import pytest
+
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.rules import RULES, RuleSpec, bind, main_parameter, rules_for
+
+
+def test_rules_for_each_task() -> None:
+    classifying, generating = rules_for(generates=False), rules_for(generates=True)
+    assert set(classifying) | set(generating) == set(RULES)
+    assert set(classifying) - set(generating) == {"quee"}
+    assert set(generating) - set(classifying) == {"speculative", "skip", "route"}
+
+
+def test_main_parameter_of_each_rule() -> None:
+    assert main_parameter("gate") == main_parameter("patience_confident") == "threshold"
+    assert (main_parameter("never"), main_parameter("fixed")) == (None, "exit")
+    assert (main_parameter("skip"), main_parameter("route")) == ("segments", "price")
+
+
+def test_unknown_rule_lists_the_known() -> None:
+    message = r"'gates' is not known; choose one of: gate, max_probability, .*never"
+    with pytest.raises(BadSetting, match=message):
+        bind(RuleSpec("gates", {}), 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (RuleSpec("gate", {"temperature": 1.0}), "'temperature' is not known; its parameter is threshold"),
+        (RuleSpec("never", {"threshold": 1.0}), "it has none"),
+        (RuleSpec("margin", {}), r"needs threshold: give a threshold \(--threshold NUMBER\)"),
+        (RuleSpec("gate", {"threshold": math.nan}), "finite"),
+        (RuleSpec("patience", {"patience": 1.5}), "whole number"),
+        (RuleSpec("patience", {"patience": 0}), "whole number"),
+        (RuleSpec("fixed", {"exit": 5}), "exits 1 to 4"),
+        (RuleSpec("patience_confident", {"threshold": 0.2}), "needs patience: choose an operating point"),
+        (RuleSpec("patience_confident", {"patience": 2}), "--threshold"),
+        (RuleSpec("patience_confident", {"threshold": 0.2, "patience": 1.5}), "whole number"),
+        (RuleSpec("patience_confident", {"tau": 0.2}), "its parameters are threshold and patience"),
+        (RuleSpec("skip", {}), r"rule skip needs segments: give a threshold \(--threshold NUMBER\)"),
+        (RuleSpec("skip", {"segments": 1}), "segments 1 is not a whole number from 2 to 4"),
+        (RuleSpec("skip", {"segments": 2.5}), "segments 2.5 is not a whole number from 2 to 4"),
+        (RuleSpec("route", {}), "needs a price from 0: choose a point that ee-calibrate measured"),
+        (RuleSpec("route", {"price": -1.0}), "needs a price from 0"),
+        (RuleSpec("route", {"price": 0.1}), "has no router; fit one with: ee-calibrate pairs.jsonl"),
+        (RuleSpec("speculative", {"exit": 1}), "give no parameters, or both exit and drafts"),
+        (RuleSpec("speculative", {"exit": 4, "drafts": 2}), "exit 4 is not a whole number from 1 to 3"),
+        (RuleSpec("speculative", {"exit": 1, "drafts": 16}), "drafts 16 is not a whole number from 1 to 15"),
+    ],
+    ids=lambda value: value.name if isinstance(value, RuleSpec) else "",
+)
+def test_bad_spec_is_refused(spec: RuleSpec, message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        bind(spec, 4)
