@@ -1,82 +1,192 @@
-"""The walker, against an engine that says what the script says."""
+"""The walker, against engines whose signals are scripted."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
 from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
-from offramp.runtime.rules import Signals, bind, simulate
-from offramp.runtime.walker import Trace, walk
+from offramp.runtime.rules import RowSignals, Signals, bind, simulate
+from offramp.runtime.rules.base import full_plan
+from offramp.runtime.walker import Trace, walk, walk_one
 
 ROWS, SEGMENTS, CLASSES, VARIANTS = 53, 5, 3, 3
 
 
-@dataclass
 class Script:
-    """Row numbers travel as states; signals come from tables [rows, segments, variants ...]."""
+    """An engine for walk_one: its gates are scripted, and it records what it was called with."""
 
-    logits: np.ndarray
-    gates: np.ndarray
-    name = device = "script"
-    facts: Mapping[str, str]
-    largest: int = 0
-    open: int = 0  # states that were made and not dropped
-    steps: int = 0
+    def __init__(self, *gates: float) -> None:
+        self.gates, self.calls = np.array(gates, np.float32), list[Any]()
 
-    def begin(self, inputs: Mapping[str, np.ndarray]) -> Any:
-        return self._state(inputs["rows"], inputs["length"])
-
-    def step(self, segment: int, variant: int, state: Any) -> Signals:
-        self.largest, self.steps = max(self.largest, state.rows), self.steps + 1
-        assert state.at < segment, "a segment was run twice or backwards"
-        state.at = segment
-        said = self.logits[state.ids, segment, variant], self.gates[state.ids, segment, variant]
-        if segment + 1 == SEGMENTS:
-            return Signals(*said)
-        width = VARIANTS * (1 + VARIANTS * (SEGMENTS - 1 - segment))
-        foreseen = np.random.default_rng(segment).random((ROWS, VARIANTS, width)).astype("f4")
-        return Signals(*said, foreseen[state.ids, variant])
-
-    def take(self, state: Any, rows: np.ndarray) -> Any:
-        return self._state(state.ids[rows], state.length, state.at)
-
-    def join(self, states: Sequence[Any]) -> Any:
-        assert len({state.length for state in states}) == 1
-        return self._state(
-            np.concatenate([s.ids for s in states]), states[0].length, max(s.at for s in states)
+    def step(self, segment: int, variant: int, state: Any) -> RowSignals:
+        self.calls.append((segment, variant))
+        return RowSignals(
+            np.eye(CLASSES, dtype="f4")[segment % CLASSES][None], self.gates[segment : segment + 1]
         )
 
-    def drop(self, state: Any) -> None:
-        assert not state.dropped
-        state.dropped, self.open = True, self.open - 1
+    def skip(self, segment: int, state: Any) -> None:
+        self.calls.append(f"skip {segment}")
 
-    def close(self) -> None: ...
 
-    def _state(self, ids: np.ndarray, length: int, at: int = -1) -> Any:
-        self.open += 1
-        return State(ids, len(ids), length, at)
+GATE, NEVER = (
+    bind(RuleSpec("gate", {"threshold": 0.5}), SEGMENTS),
+    bind(RuleSpec("never", {}), SEGMENTS),
+)
+
+
+@dataclass
+class Rewriting:
+    """A rule that gives the plan new ends; plans: by segment (0-based) after which the plan changes."""
+
+    plans: Mapping[int, list[int]]
+    spec: RuleSpec = field(default_factory=lambda: RuleSpec("rewriting", {}))
+    width: int = 1
+    exit_test: None = None
+    memories: list[float] = field(default_factory=list)
+
+    def first_plan(self, segments: int, variant: int, hidden: Any = None) -> np.ndarray:
+        return full_plan(segments, variant)
+
+    def __call__(self, signals: Signals, memory: np.ndarray, plan: np.ndarray, segment: int) -> Any:
+        self.memories.append(float(memory[0, 0]))
+        if segment in self.plans:
+            plan = plan.copy()
+            plan[:, segment + 1 :] = self.plans[segment]
+        return plan, memory + 1
+
+
+def walk_script(
+    rule: Any, plan: Sequence[int], gates: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)
+) -> tuple[list[Any], list[Any]]:
+    """Calls of the engine, and the steps."""
+    engine = Script(*gates)
+    return engine.calls, walk_one(engine, rule, object(), plan)  # type: ignore[type-var]
+
+
+def test_walk_one_runs_a_full_plan() -> None:
+    calls, steps = walk_script(NEVER, [0] * SEGMENTS)
+    assert calls == [(segment, 0) for segment in range(SEGMENTS)]
+    assert [(step.segment, step.variant) for step in steps] == calls
+    assert [int(step.signals.logits.argmax()) for step in steps] == [0, 1, 2, 0, 1]
+    ended = [step.ended for step in steps]
+    assert ended == sorted(ended) and ended[0] > 0
+
+
+@pytest.mark.parametrize("exit", [1, 2, 4, 5])
+def test_walk_one_stops_at_the_exit(exit: int) -> None:
+    gates = [0.5] * SEGMENTS
+    gates[exit - 1] = 0.6
+    calls, steps = walk_script(GATE, [2] * SEGMENTS, gates)
+    assert calls == [(segment, 2) for segment in range(exit)] and len(steps) == exit
+
+
+def test_walk_one_stops_at_the_exit_of_a_rule_with_memory() -> None:
+    rule = bind(RuleSpec("patience_confident", {"threshold": 0.99, "patience": 3}), SEGMENTS)
+    assert walk_script(rule, [0] * SEGMENTS)[0] == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_walk_one_skips_segments_inside_the_plan_and_none_after_it() -> None:
+    assert walk_script(NEVER, [0, -1, -1, 1, -1])[0] == [(0, 0), "skip 1", "skip 2", (3, 1)]
+    assert walk_script(NEVER, [-1, -1, 0, 0, 0])[0] == ["skip 0", "skip 1", (2, 0), (3, 0), (4, 0)]
+    assert walk_script(GATE, [0, -1, 0, 0, 0], [0.9] * SEGMENTS)[0] == [(0, 0)]
+
+
+def test_walk_one_runs_nothing_of_an_empty_plan() -> None:
+    assert walk_script(NEVER, [-1] * SEGMENTS) == ([], []) == walk_script(NEVER, [])
+
+
+def test_walk_one_follows_a_rewritten_plan() -> None:
+    rule = Rewriting({0: [-1, 2, 2, 2], 2: [1, -1]})
+    assert walk_script(rule, [0] * SEGMENTS)[0] == [(0, 0), "skip 1", (2, 2), (3, 1)]
+    assert rule.memories == [0, 1, 2], "the memory of a step is passed to the next"
+
+
+def test_walk_one_follows_a_plan_that_a_rule_completes() -> None:
+    rule = Rewriting({1: [0, -1, 0]})
+    calls, steps = walk_script(rule, [0, 0, -1, -1, -1])
+    assert calls == [(0, 0), (1, 0), (2, 0), "skip 3", (4, 0)] and len(steps) == 4
+
+
+def test_walk_one_asks_no_rule_after_the_last_segment() -> None:
+    rule = Rewriting({})
+    walk_script(rule, [0] * SEGMENTS)
+    assert len(rule.memories) == SEGMENTS - 1
+
+
+def test_walk_one_keeps_the_callers_plan() -> None:
+    plan = [0] * SEGMENTS
+    walk_script(Rewriting({0: [-1] * 4}), plan)
+    assert plan == [0] * SEGMENTS
 
 
 @dataclass
 class State:
+    """Row numbers; segment: the last one that was run or skipped."""
+
     ids: np.ndarray
     rows: int
     length: int
-    at: int
+    segment: int
     dropped: bool = False
 
 
-def script(seed: int) -> Script:
-    random = np.random.default_rng(seed)
-    shape = (ROWS, SEGMENTS, VARIANTS)
-    return Script(random.normal(0, 2, (*shape, CLASSES)).astype("f4"), random.random(shape).astype("f4"), {})
+class Tables:
+    """An engine whose signals are in tables [rows, segments, variants ...]; a state holds row numbers."""
+
+    name = device = "tables"
+    facts: Mapping[str, str] = {}
+    max_rows = 1000
+
+    def __init__(self, seed: int) -> None:
+        random, shape = np.random.default_rng(seed), (ROWS, SEGMENTS, VARIANTS)
+        self.logits = random.normal(0, 2, (*shape, CLASSES)).astype("f4")
+        self.gates = random.random(shape).astype("f4")
+        self.largest = self.steps = self.skips = 0
+        self.open = 0  # states that are not dropped
+
+    def begin(self, inputs: Mapping[str, Any]) -> State:
+        return self._state(inputs["rows"], inputs["length"], -1)
+
+    def step(self, segment: int, variant: int, state: State) -> RowSignals:
+        self.largest, self.steps = max(self.largest, state.rows), self.steps + 1
+        assert state.segment + 1 == segment, "a segment was run twice, backwards or without a skip"
+        state.segment = segment
+        signals = self.logits[state.ids, segment, variant], self.gates[state.ids, segment, variant]
+        if segment + 1 == SEGMENTS:
+            return RowSignals(*signals)
+        width = VARIANTS * (1 + VARIANTS * (SEGMENTS - 1 - segment))
+        forecast = np.random.default_rng(segment).random((ROWS, VARIANTS, width)).astype("f4")
+        return RowSignals(*signals, forecast[state.ids, variant])
+
+    def skip(self, segment: int, state: State) -> None:
+        assert state.segment + 1 == segment
+        state.segment, self.skips = segment, self.skips + 1
+
+    def take(self, state: State, rows: np.ndarray) -> State:
+        return self._state(state.ids[rows], state.length, state.segment)
+
+    def join(self, states: Sequence[State]) -> State:
+        assert len({(state.length, state.segment) for state in states}) == 1
+        return self._state(np.concatenate([s.ids for s in states]), states[0].length, states[0].segment)
+
+    def drop(self, state: State) -> None:
+        assert not state.dropped
+        state.dropped, self.open = True, self.open - 1
+
+    def prepare(self, variant: int, segments: Sequence[int]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _state(self, ids: np.ndarray, length: int, segment: int) -> State:
+        self.open += 1
+        return State(ids, len(ids), length, segment)
 
 
-def run(
-    engine: Script, rule: Any, ids: np.ndarray, size: int, lengths: np.ndarray, variant: int = 0
+def walk_rows(
+    engine: Tables, rule: Any, ids: np.ndarray, size: int, lengths: np.ndarray, variant: int = 0
 ) -> Trace:
     """Walk those rows in batches of at most `size` of equal length."""
     batches = []
@@ -87,136 +197,143 @@ def run(
     trace = walk(
         engine, rule, pairs, rows=len(ids), segments=SEGMENTS, classes=CLASSES, variant=variant, limit=size
     )
-    assert engine.open == 0, "states were lost"
+    assert engine.open == 0, "a state was not dropped"
     return trace
 
 
-@dataclass(frozen=True)
-class Wild:
-    """A rule that leaves, skips and changes precision, by nothing but the row's own signals and memory."""
+class Mixed:
+    """A rule that exits, skips and changes the variant, by nothing but the row's own signals and memory."""
 
-    width: int = 1
+    spec = RuleSpec("mixed", {})
+    width = 1
+    exit_test = None
+
+    def first_plan(self, segments: int, variant: int, hidden: Any = None) -> np.ndarray:
+        return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: np.ndarray, plan: np.ndarray, segment: int) -> Any:
         plan, memory = plan.copy(), memory + signals.logits[:, :1]
         assert signals.gate is not None
-        for row, (gate, mood) in enumerate(zip(signals.gate, memory[:, 0], strict=True)):
+        for row, (gate, total) in enumerate(zip(signals.gate, memory[:, 0], strict=True)):
             rest = plan[row, segment + 1 :]
             if gate > 0.85:
                 rest[:] = -1
             elif gate > 0.6:
                 rest[:1] = -1
-            rest[rest >= 0] = 1 if mood > 1 else 2 if mood < -1 else 0
+            rest[rest >= 0] = 1 if total > 1 else 2 if total < -1 else 0
         return plan, memory
 
 
-RULES = [
-    Wild(),
-    *(
-        bind(RuleSpec(name, parameters), SEGMENTS)
-        for name, parameters in [
-            ("gate", {"threshold": 0.7}),
-            ("max_probability", {"threshold": 0.8}),
-            ("patience", {"patience": 1.0}),
-            ("fixed", {"exit": 2.0}),
-            ("never", {}),
-        ]
-    ),
+EXIT_RULES = [
+    bind(RuleSpec(name, parameters), SEGMENTS)
+    for name, parameters in [
+        ("gate", {"threshold": 0.7}),
+        ("max_probability", {"threshold": 0.8}),
+        ("patience", {"patience": 1.0}),
+        ("fixed", {"exit": 2.0}),
+        ("never", {}),
+    ]
 ]
-
-
 COSTS = StepCosts(8, {f"v{variant}": tuple(np.linspace(1, 2, SEGMENTS)) for variant in range(VARIANTS)})
 QUEE = bind(RuleSpec("quee", {"price": 0.3}), SEGMENTS, {"bops": COSTS})
 
 
-@pytest.mark.parametrize(
-    "rule", [*RULES, QUEE], ids=lambda rule: getattr(getattr(rule, "spec", None), "name", "wild")
-)
+@pytest.mark.parametrize("rule", [Mixed(), *EXIT_RULES, QUEE], ids=lambda rule: rule.spec.name)
 @pytest.mark.parametrize("size", [2, 7, 64])
-def test_a_row_gets_with_others_what_it_gets_alone(rule: Any, size: int) -> None:
-    for seed in range(4):
-        engine, lengths = script(seed), np.random.default_rng(seed).choice([8, 16, 24], ROWS)
-        together = run(engine, rule, np.arange(ROWS), size, lengths)
+def test_walk_of_many_rows_equals_that_of_each_row(rule: Any, size: int) -> None:
+    for seed in range(3):
+        engine, lengths = Tables(seed), np.random.default_rng(seed).choice([8, 16, 24], ROWS)
+        trace = walk_rows(engine, rule, np.arange(ROWS), size, lengths)
         assert engine.largest <= size
         for row in range(ROWS):
-            alone = run(engine, rule, np.array([row]), 1, lengths)
-            assert np.array_equal(together.variants[row], alone.variants[0])
-            assert np.array_equal(together.logits[row], alone.logits[0])
-            assert np.array_equal(together.gates[row], alone.gates[0], equal_nan=True)
+            single = walk_rows(engine, rule, np.array([row]), 1, lengths)
+            assert np.array_equal(trace.variants[row], single.variants[0])
+            assert np.array_equal(trace.logits[row], single.logits[0])
+            assert np.array_equal(trace.gates[row], single.gates[0], equal_nan=True)
 
 
-@pytest.mark.parametrize("rule", RULES[1:], ids=lambda rule: rule.spec.name)
-def test_exits_are_those_of_the_simulation(rule: Any) -> None:
-    engine = script(9)
-    trace = run(engine, rule, np.arange(ROWS), 8, np.full(ROWS, 8))
+def test_walk_skips_segments_with_the_engine() -> None:
+    engine = Tables(0)
+    trace = walk_rows(engine, Mixed(), np.arange(ROWS), 7, np.full(ROWS, 8))
+    ran = trace.variants >= 0
+    last = SEGMENTS - 1 - ran[:, ::-1].argmax(axis=1)
+    assert any(not ran[row, : last[row]].all() for row in range(ROWS)) and engine.skips
+
+
+@pytest.mark.parametrize("rule", EXIT_RULES, ids=lambda rule: rule.spec.name)
+def test_walk_exits_as_simulated(rule: Any) -> None:
+    engine = Tables(9)
+    trace = walk_rows(engine, rule, np.arange(ROWS), 8, np.full(ROWS, 8))
     exits = simulate(rule, engine.logits[:, :, 0], engine.gates[:, :, 0])
     assert ((trace.variants >= 0).sum(axis=1) - 1).tolist() == exits.tolist()
 
 
-def test_rows_that_change_their_variant_on_the_way_keep_their_neighbours() -> None:
-    """Rule quee: rooms by (segment, variant), rows of several variants taken apart and joined again."""
-    engine = script(0)
-    trace = run(engine, QUEE, np.arange(ROWS), ROWS, np.full(ROWS, 8), variant=1)
+def test_walk_writes_signals_of_what_was_run_alone() -> None:
+    engine = Tables(9)
+    trace = walk_rows(engine, EXIT_RULES[0], np.arange(ROWS), 8, np.full(ROWS, 8))
+    ran = trace.variants >= 0
+    np.testing.assert_array_equal(trace.gates[ran], engine.gates[:, :, 0][ran])
+    assert np.isnan(trace.gates[~ran]).all() and not trace.logits[~ran].any()
+
+
+def test_rows_that_change_their_variant_are_regrouped() -> None:
+    engine = Tables(0)
+    trace = walk_rows(engine, QUEE, np.arange(ROWS), ROWS, np.full(ROWS, 8), variant=1)
     kinds = {tuple(sorted({*row.tolist()} - {-1})) for row in trace.variants}
     assert kinds >= {(1,), (0, 1), (1, 2)} and (0, 1, 2) not in kinds
     assert (trace.variants[:, -1] < 0).any()
-    assert engine.steps <= 1 + VARIANTS * (SEGMENTS - 1), "rows of one room were not run together"
+    assert engine.steps <= 1 + VARIANTS * (SEGMENTS - 1), "rows of one queue were not run together"
 
 
-def test_survivors_of_several_batches_are_run_together() -> None:
-    engine = script(0)
-    half = engine.gates  # three of four rows leave at the first exit
-    half[:, 0], half[:, 1:] = (np.arange(ROWS) % 4 > 0)[:, None], 0
-    run(engine, bind(RuleSpec("gate", {"threshold": 0.5}), SEGMENTS), np.arange(48), 16, np.full(ROWS, 8))
-    # three batches at the first segment; their 12 survivors together at the four others
+def test_remaining_rows_of_several_batches_are_run_together() -> None:
+    engine = Tables(0)
+    gates = engine.gates  # three of four rows exit after the first segment
+    gates[:, 0], gates[:, 1:] = (np.arange(ROWS) % 4 > 0)[:, None], 0
+    walk_rows(engine, GATE, np.arange(48), 16, np.full(ROWS, 8))
+    # three batches in the first segment; the 12 rows that are left together in the four others
     assert engine.steps == 3 + 4
 
 
-def test_lengths_are_never_mixed() -> None:
-    engine = script(0)
-    run(engine, RULES[-1], np.arange(ROWS), 64, np.arange(ROWS) % 3 * 8 + 8)
+def test_rows_of_different_lengths_are_not_joined() -> None:
+    engine = Tables(0)
+    walk_rows(engine, NEVER, np.arange(ROWS), 64, np.arange(ROWS) % 3 * 8 + 8)
     assert engine.steps == 3 * SEGMENTS
 
 
-def test_batches_are_begun_only_when_rooms_are_not_full() -> None:
-    engine = script(0)
-    begun = []
+@pytest.mark.parametrize(("limit", "steps_before"), [(1, [0, 5, 10, 15]), (2, [0, 0, 5, 5])])
+def test_batch_is_begun_when_no_queue_is_full(limit: int, steps_before: list[int]) -> None:
+    engine, begun_after = Tables(0), list[int]()
 
-    def batches() -> Any:
-        for row in range(6):
-            begun.append(engine.steps)
+    def batches() -> Iterator[Any]:
+        for row in range(4):
+            begun_after.append(engine.steps)
             yield np.array([row]), {"rows": np.array([row]), "length": 8}
 
-    walk(engine, RULES[-1], batches(), rows=6, segments=SEGMENTS, classes=CLASSES, limit=1)
-    assert begun == [row * SEGMENTS for row in range(6)]
+    walk(engine, NEVER, batches(), rows=4, segments=SEGMENTS, classes=CLASSES, limit=limit)
+    assert begun_after == steps_before
 
 
-def test_a_batch_over_the_limit_is_run_as_it_is() -> None:
-    engine = script(0)
-    walk(
-        engine,
-        RULES[-1],
-        [(np.arange(9), {"rows": np.arange(9), "length": 8})],
-        rows=9,
-        segments=SEGMENTS,
-        classes=CLASSES,
-        limit=4,
-    )
+def test_batch_over_the_limit_is_run_as_it_is() -> None:
+    engine, ids = Tables(0), np.arange(9)
+    batches = [(ids, {"rows": ids, "length": 8})]
+    walk(engine, NEVER, batches, rows=9, segments=SEGMENTS, classes=CLASSES, limit=4)
     assert engine.largest == 9 and engine.steps == SEGMENTS
 
 
-def test_rows_start_in_the_variant_that_is_wished_for() -> None:
-    engine = script(0)
-    trace = run(engine, RULES[-1], np.arange(5), 4, np.full(ROWS, 8), variant=2)
-    assert (trace.variants == 2).all()
-    assert np.array_equal(trace.logits, engine.logits[:5, :, 2])
+def test_rows_start_in_the_given_variant() -> None:
+    engine = Tables(0)
+    for size in (1, 4):
+        trace = walk_rows(engine, NEVER, np.arange(5), size, np.full(ROWS, 8), variant=2)
+        assert (trace.variants == 2).all()
+        np.testing.assert_array_equal(trace.logits, engine.logits[:5, :, 2])
 
 
-def test_every_row_has_its_time() -> None:
-    trace = run(script(0), RULES[0], np.arange(ROWS), 7, np.full(ROWS, 8))
+@pytest.mark.parametrize("size", [1, 7])
+def test_every_row_has_its_time(size: int) -> None:
+    trace = walk_rows(Tables(0), Mixed(), np.arange(ROWS), size, np.full(ROWS, 8))
     assert (trace.seconds > 0).all()
 
 
-def test_nothing_to_walk() -> None:
-    trace = walk(script(0), RULES[-1], [], rows=0, segments=SEGMENTS, classes=CLASSES)
+def test_walk_of_no_rows() -> None:
+    trace = walk(Tables(0), NEVER, [], rows=0, segments=SEGMENTS, classes=CLASSES)
     assert trace.variants.shape == (0, SEGMENTS)
