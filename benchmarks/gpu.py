@@ -4,42 +4,50 @@
     python benchmarks/gpu.py run work/ --json gpu.json        # on the one with the GPU: about 8 minutes
     python benchmarks/gpu.py run work/ --device cpu --turns 5 # the same without a GPU, to try the script
 
-Contenders take turns in one process, ratios are formed turn by turn: the walk through every segment (an
-exit after each block, and after every third) on ONNX Runtime's CUDA kernels and, where it is there, TensorRT;
-plain and with CUDA graphs; the same network without exits as one graph on ONNX Runtime; and on torch. Inputs
-come from the host and answers go back to it, for everybody. What cannot be run is named with its reason and
-never replaced.
+Candidates take turns in one process, ratios are formed round by round: the walk through every segment (with
+an exit after each block, and after every third) on ONNX Runtime's CUDA kernels and, where it is installed,
+TensorRT; plain and with CUDA graphs; the same network without exits as one graph on ONNX Runtime; and on
+torch. For all of them inputs come from the host and answers go back to it. What cannot be run is listed with
+its reason and never replaced.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from offramp.benchmarks.clock import Timings, interleave
-from offramp.benchmarks.gpu_rivals import one_graph, torch_network
-from offramp.runtime import OfframpError, Session, load
+from offramp.runtime import Classifier, OfframpError, load_classifier
+from offramp.runtime.engines import ort_cuda, threads
+from offramp.runtime.engines.cuda import Cuda, cuda_python
 from offramp.runtime.engines.device import DeviceEngine
-from offramp.runtime.tuning.report import machine
+from offramp.runtime.engines.graphs import CPU
+from offramp.runtime.rules import RuleSpec, bind
+from offramp.runtime.tuning.report import machine, write_whole
+from offramp.runtime.tuning.timing import interleaved, time_ratio
+from offramp.runtime.walker import walk
 
 CUTS = {"each": "each", "thirds": "every 3"}
-OVERHEAD, REALISED = 1.10, 0.85  # what is asked of ONNX Runtime at batch 1 in fp16, 12 x 768
+OVERHEAD, REALISED = 1.10, 0.85  # targets for ONNX Runtime at batch 1 in fp16, 12 x 768
+WARMUP = 3
+ONE_GRAPH = "one graph"
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 Run = Callable[[], object]
+Seconds = Mapping[str, list[float]]
 
 
-@click.group()
+@click.group(help=__doc__)
 def main() -> None:
-    """What early exit costs and saves on an NVIDIA GPU; see the docstring of this file."""
+    pass
 
 
 @main.command()
@@ -51,10 +59,8 @@ def prepare(work: Path, blocks: int, width: int) -> None:
     from offramp.benchmarks.overhead import random_checkpoint
 
     work.mkdir(parents=True, exist_ok=True)
-    program, checkpoint = (
-        str(Path(sys.executable).parent / "ee-split"),
-        random_checkpoint(work, blocks, width),
-    )
+    program = str(Path(sys.executable).parent / "ee-split")
+    checkpoint = random_checkpoint(work, blocks, width)
     for name, cut in CUTS.items():
         words = ["--segments", cut, "--variants", "fp32,fp16", "--out", str(work / name), "--overwrite"]
         words += ["--monolith", str(work / "one.onnx")] if name == "each" else []
@@ -67,135 +73,132 @@ def prepare(work: Path, blocks: int, width: int) -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--rows", default="1,32", show_default=True, help="Batch sizes.")
 @click.option("--lengths", default="128,32", show_default=True, help="Tokens.")
-@click.option("--turns", default=100, show_default=True, help="Turns of each contender, at most.")
-@click.option("--budget", default=360.0, show_default=True, help="Seconds for all turns together.")
-@click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the figures."
-)
+@click.option("--turns", default=100, show_default=True, help="Rounds at most.")
+@click.option("--budget", default=360.0, show_default=True, help="Seconds for all rounds together.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="File for the figures.")
 def run(
     work: Path, device: str, rows: str, lengths: str, turns: int, budget: float, file: Path | None
 ) -> None:
-    """Measure; exit code 2 where the device cannot be had."""
+    """Measure; exit code 2 where the device is not available."""
     sizes = [(int(n), int(length)) for n in rows.split(",") for length in lengths.split(",")]
-    found: list[dict[str, Any]] = []
-    missing: dict[str, str] = {}
+    measured: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     facts: dict[str, str] = {}
     for variant in ("fp32", "fp16"):
         with ExitStack() as stack:
             try:
-                sessions = dict(_sessions(work, device, variant, stack, missing))
+                sessions = dict(_open_sessions(work, device, variant, stack, left_out))
             except OfframpError as problem:
                 click.echo(f"benchmarks/gpu.py: {problem}; without a GPU: --device cpu", err=True)
                 sys.exit(2)
             for name, session in sessions.items():
                 facts |= {f"{name.split()[0]} {key}": value for key, value in session.engine.facts.items()}
-            share = budget / 2 / len(sizes)
+            seconds = budget / 2 / len(sizes)
             for size in sizes:
                 click.echo(f"{variant}, {size[0]} x {size[1]}", err=True)
                 row = {"variant": variant, "rows": size[0], "tokens": size[1]}
-                found.append(row | _measure(work, device, sessions, variant, size, turns, share, missing))
+                row |= _measure(work, device, sessions, variant, size, turns, seconds, left_out)
+                measured.append(row)
     result: dict[str, Any] = {"command": " ".join(["benchmarks/gpu.py", *sys.argv[1:]])}
-    result |= {"machine": {**machine(), **facts}, "left out": missing, "measured": found}
-    result["targets"] = _targets(found) if device == "cuda" else {}
+    result |= {"machine": {**machine(), **facts}, "left out": left_out, "measured": measured}
+    result["targets"] = _targets(measured) if device == "cuda" else {}
     _show(result)
     if file is not None:
-        beside = file.with_name(f".{file.name}.new")
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, file)
+        write_whole(file, json.dumps(result, indent=1) + "\n")
 
 
-def _sessions(
-    work: Path, device: str, variant: str, stack: ExitStack, missing: dict[str, str]
-) -> Iterator[tuple[str, Session]]:
-    """Name -> session: engine, cut, and "graphs" where CUDA graphs are on. Raises where ONNX Runtime is not
-    there on the device; TensorRT may be missing.
+def _open_sessions(
+    work: Path, device: str, variant: str, stack: ExitStack, left_out: dict[str, str]
+) -> Iterator[tuple[str, Classifier]]:
+    """Name -> session: engine, cut, and "graphs" where CUDA graphs are on.
+
+    Raises where ONNX Runtime is not available on the device; a missing TensorRT is noted in `left_out`.
     """
-    wishes: dict[str, Any] = {"rule": "never", "variant": variant, "share": False, "batch_size": 32}
+    options: dict[str, Any] = {"rule": "never", "variant": variant, "share": False, "batch_size": 32}
     for cut in CUTS:
-        yield f"ort {cut}", stack.enter_context(load(work / cut, device=device, **wishes))
+        yield f"ort {cut}", stack.enter_context(load_classifier(work / cut, device=device, **options))
         if device == "cuda":
-            captured = load(work / cut, device=device, cuda_graphs=True, **wishes)
+            captured = load_classifier(work / cut, device=device, cuda_graphs=True, **options)
             yield f"ort {cut} graphs", stack.enter_context(captured)
     if device == "cuda":
         for name in ("trt thirds", "trt thirds graphs"):
-            given: dict[str, Any] = {"engine": "trt", "cuda_graphs": name.endswith("graphs")}
+            more: dict[str, Any] = {"engine": "trt", "cuda_graphs": name.endswith("graphs")}
             try:
-                yield name, stack.enter_context(load(work / "thirds", **given, **wishes))
+                yield name, stack.enter_context(load_classifier(work / "thirds", **more, **options))
             except OfframpError as problem:
-                missing[name] = str(problem)
+                left_out[name] = str(problem)
 
 
 def _measure(
     work: Path,
     device: str,
-    sessions: dict[str, Session],
+    sessions: dict[str, Classifier],
     variant: str,
     size: tuple[int, int],
     turns: int,
     seconds: float,
-    missing: dict[str, str],
+    left_out: dict[str, str],
 ) -> dict[str, Any]:
-    """Every figure at one size: ratios to one graph, shares by exit, what waiting and gathering cost."""
-    given = _inputs(*size)
-    contenders: dict[str, Run] = {name: _walk(session, given) for name, session in sessions.items()}
-    contenders["one graph"] = one_graph(work, variant, device, given)
+    """Every figure at one size: ratios to one graph, shares by exit, the cost of waiting and of gathering."""
+    inputs = _inputs(*size)
+    calls: dict[str, Run] = {name: _walk(session, inputs) for name, session in sessions.items()}
+    calls[ONE_GRAPH] = one_graph(work, variant, device, inputs)
     try:
-        contenders["torch"] = torch_network(work, variant, device, given)
-    except Exception as problem:  # whatever torch is not there or too old for
-        missing["torch"] = f"{type(problem).__name__}: {problem}"
+        calls["torch"] = torch_network(work, variant, device, inputs)
+    except Exception as problem:  # torch may be missing, too old, or without the device
+        left_out["torch"] = f"{type(problem).__name__}: {problem}"
     for name, session in sessions.items():
         depth = len(session.manifest.segments)
         if not name.endswith("graphs"):
             for exit in sorted({depth // 4, depth // 2} - {0}):
-                contenders[f"{name} to exit {exit}"] = _walk(session, given, exit)
+                calls[f"{name} to exit {exit}"] = _walk(session, inputs, exit)
             if isinstance(session.engine, DeviceEngine):
-                contenders[f"{name}, waiting once"] = _waiting_once(session, given)
-    for contender in contenders.values():  # shapes are bound and captured in the first three runs
-        for _ in range(3):
-            contender()
+                calls[f"{name}, waiting once"] = _walk_waiting_once(session, inputs)
+    for _ in range(WARMUP):  # shapes are bound and captured in the first three runs
+        for call in calls.values():
+            call()
     started = time.perf_counter()
-    for contender in contenders.values():
-        contender()
-    turn = time.perf_counter() - started
-    timings = interleave(contenders, max(3, min(turns, int(seconds / turn))))
-    return _figures(timings, sessions, size) | {"gather half of the rows ms": _gathering(sessions, given)}
+    for call in calls.values():
+        call()
+    round_s = time.perf_counter() - started
+    timings = interleaved(calls, max(3, min(turns, int(seconds / round_s))), warmup=WARMUP)
+    return _figures(timings, sessions, size) | {"gather half of the rows ms": _gather_ms(sessions, inputs)}
 
 
-def _figures(timings: Timings, sessions: dict[str, Session], size: tuple[int, int]) -> dict[str, Any]:
-    found: dict[str, Any] = {"one graph ms": _short(1e3 * timings.median("one graph"))}
-    if "torch" in timings.seconds:
-        found["torch / one graph"] = _short(timings.ratio("torch", "one graph"))
+def _figures(seconds: Seconds, sessions: dict[str, Classifier], size: tuple[int, int]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"one graph ms": _rounded(1e3 * float(np.median(seconds[ONE_GRAPH])))}
+    if "torch" in seconds:
+        figures["torch / one graph"] = _ratio(seconds, "torch", ONE_GRAPH)
     for name, session in sessions.items():
-        told: dict[str, Any] = {"full / one graph": _short(timings.ratio(name, "one graph"))}
+        own: dict[str, Any] = {"full / one graph": _ratio(seconds, name, ONE_GRAPH)}
         if f"{name} graphs" in sessions:
-            told["plain / CUDA graphs"] = _short(timings.ratio(name, f"{name} graphs"))
-        macs = np.array([stage.macs.of(size[1]) for stage in session.manifest.segments], float).cumsum()
+            own["plain / CUDA graphs"] = _ratio(seconds, name, f"{name} graphs")
+        macs = np.array([segment.macs.of(size[1]) for segment in session.manifest.segments], float).cumsum()
         macs += session.manifest.stem.macs.of(size[1])
         for exit in range(1, len(macs)):
-            if (key := f"{name} to exit {exit}") in timings.seconds:
-                share = timings.ratio(key, "one graph")
-                saved = 1 - macs[exit - 1] / macs[-1]
-                told[f"exit {exit}"] = {"time / one graph": _short(share), "MACs saved": _short(saved)}
-                told[f"exit {exit}"]["realised"] = _short((1 - share) / saved)
-        if (key := f"{name}, waiting once") in timings.seconds:
+            if (key := f"{name} to exit {exit}") in seconds:
+                share, saved = _ratio(seconds, key, ONE_GRAPH), 1 - macs[exit - 1] / macs[-1]
+                own[f"exit {exit}"] = {"time / one graph": share, "MACs saved": _rounded(saved)}
+                own[f"exit {exit}"]["realised"] = _rounded((1 - share) / saved)
+        if (key := f"{name}, waiting once") in seconds:
             waits = len(macs) - 1
-            more = (timings.seconds[name] - timings.seconds[key]) / max(1, waits)
-            told["a wait costs us"] = _short(1e6 * float(np.median(more)))
-        found[name] = told
-    return found
+            more = (np.array(seconds[name]) - np.array(seconds[key])) / max(1, waits)
+            own["a wait costs us"] = _rounded(1e6 * float(np.median(more)))
+        figures[name] = own
+    return figures
 
 
-def _targets(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether ONNX Runtime does at batch 1 in fp16 what is asked of it, by cut: the worst of all lengths."""
-    rows = [row for row in found if row["variant"] == "fp16" and row["rows"] == 1]
-    told = {}
+def _targets(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether ONNX Runtime reaches the targets at batch 1 in fp16, by cut: the worst of all lengths."""
+    rows = [row for row in measured if row["variant"] == "fp16" and row["rows"] == 1]
+    targets = {}
     for cut in CUTS:
         overhead = max((row[f"ort {cut}"]["full / one graph"] for row in rows), default=float("nan"))
-        exits = [at for row in rows for name, at in row[f"ort {cut}"].items() if name.startswith("exit ")]
-        realised = min((at["realised"] for at in exits), default=float("nan"))
+        exits = [own for row in rows for name, own in row[f"ort {cut}"].items() if name.startswith("exit ")]
+        realised = min((exit["realised"] for exit in exits), default=float("nan"))
         holds = overhead <= OVERHEAD and realised >= REALISED
-        told[cut] = {"full / one graph": overhead, "realised": realised, "holds": holds}
-    return told | {"asked": {"full / one graph": OVERHEAD, "realised": REALISED}}
+        targets[cut] = {"full / one graph": overhead, "realised": realised, "holds": holds}
+    return targets | {"asked": {"full / one graph": OVERHEAD, "realised": REALISED}}
 
 
 def _inputs(rows: int, length: int) -> dict[str, Any]:
@@ -203,29 +206,27 @@ def _inputs(rows: int, length: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
-def _walk(session: Session, given: dict[str, Any], exits: int | None = None) -> Run:
-    """All rows to that exit (None: the last), by the engine's own steps."""
-    engine, number = session.engine, session.manifest.variants.index(session.variant)
-    steps = range(exits or len(session.manifest.segments))
-
-    def run() -> None:
-        state = engine.begin(given)
-        for segment in steps:
-            engine.step(segment, number, state)
-        engine.drop(state)
-
-    return run
+def _walk(session: Classifier, inputs: dict[str, Any], exit: int | None = None) -> Run:
+    """A walk of all rows to that exit, 1-based; None: to the last."""
+    manifest, ids = session.manifest, np.arange(len(inputs["input_ids"]))
+    segments = len(manifest.segments)
+    rule = bind(RuleSpec("fixed", {"exit": float(exit or segments)}), segments)
+    sizes = {"rows": len(ids), "segments": segments, "classes": len(manifest.labels), "limit": len(ids)}
+    variant = manifest.variants.index(session.variant)
+    return lambda: walk(session.engine, rule, [(ids, inputs)], variant=variant, **sizes)
 
 
-def _waiting_once(session: Session, given: dict[str, Any]) -> Run:
-    """A full walk that reads nothing before its end: what it saves is the price of deciding at every exit."""
-    walk, engine = _walk(session, given), session.engine
+def _walk_waiting_once(session: Classifier, inputs: dict[str, Any]) -> Run:
+    """A full walk that waits for the device only at its end: what it saves is the cost of deciding at every
+    exit.
+    """
+    full_walk, engine = _walk(session, inputs), session.engine
     assert isinstance(engine, DeviceEngine)
     cuda = engine._cuda
 
     def run() -> None:
         with _without_waiting(cuda):
-            walk()
+            full_walk()
         cuda.wait()
 
     return run
@@ -240,38 +241,123 @@ def _without_waiting(cuda: Any) -> Iterator[None]:
         del cuda.wait
 
 
-def _gathering(sessions: dict[str, Session], given: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds to go on with every other row, the worst case: as many stretches as rows."""
-    found = {}
+def _gather_ms(sessions: dict[str, Classifier], inputs: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of taking every other row, the worst case: no two of the rows are neighbours."""
+    figures = {}
     for name, session in sessions.items():
-        engine, state = session.engine, session.engine.begin(given)
+        engine, state = session.engine, session.engine.begin(inputs)
         wait = engine._cuda.wait if isinstance(engine, DeviceEngine) else lambda: None
         if state.rows > 1:
-            rows, taken = np.arange(0, state.rows, 2), []
-            for _ in range(20):
-                wait()
-                started = time.perf_counter()
-                engine.drop(engine.take(state, rows))
-                wait()
-                taken.append(time.perf_counter() - started)
-            found[name] = _short(1e3 * float(np.median(taken)))
+            take = partial(_take_every_other, session, state, wait)
+            figures[name] = _rounded(1e3 * float(np.median(interleaved({name: take}, 20, before=wait)[name])))
         engine.drop(state)
-    return found
+    return figures
+
+
+def _take_every_other(session: Classifier, state: Any, wait: Run) -> None:
+    engine = session.engine
+    engine.drop(engine.take(state, np.arange(0, state.rows, 2)))
+    wait()
+
+
+def one_graph(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> Run:
+    """The network without exits as one graph: inputs from the host, logits back to it, and waited for.
+
+    On a GPU it is bound to device memory and enqueued on one stream, as the walk is, so that only the graphs
+    differ.
+    """
+    import onnxruntime
+
+    file = work / ("one.onnx" if variant == "fp32" else f"one_{variant}.onnx")
+    options = onnxruntime.SessionOptions()
+    threads.fit(options)
+    if device == "cpu":
+        session = onnxruntime.InferenceSession(file, options, providers=[CPU])
+        known = {node.name: inputs[node.name] for node in session.get_inputs()}
+        return lambda: session.run(None, known)
+    cuda = Cuda(cuda_python())
+    name = ort_cuda.NAMES["cuda"]
+    session = onnxruntime.InferenceSession(
+        file, options, providers=[(name, ort_cuda._cuda_options(cuda, False))], enable_fallback=0
+    )
+    if session.get_providers()[0] != name:
+        raise RuntimeError(f"{name} was asked for, ONNX Runtime took {session.get_providers()[0]}")
+    return _bound_run(onnxruntime, session, cuda, inputs)
+
+
+def _bound_run(ort: Any, session: Any, cuda: Cuda, inputs: dict[str, Any]) -> Run:
+    binding, uploads, memory = ort.IOBinding(session), [], []
+    for node in session.get_inputs():
+        array = inputs[node.name]
+        host, place = cuda.pinned(array.nbytes), cuda.memory(array.nbytes)
+        memory += [host, place]
+        uploads.append((host.array.view(array.dtype).reshape(array.shape), array, place, host))
+        binding.bind_input(node.name, ort_cuda.PLACE, 0, array.dtype.type, array.shape, place.pointer)
+    (node,) = session.get_outputs()
+    shape = (len(next(iter(inputs.values()))), node.shape[1])
+    size = int(np.prod(shape)) * 4
+    logits, place = cuda.pinned(size), cuda.memory(size)
+    binding.bind_output(node.name, ort_cuda.PLACE, 0, np.float32, shape, place.pointer)
+    enqueue = ort_cuda.runner(ort, session, binding, {"disable_synchronize_execution_providers": "1"})
+
+    def run() -> None:
+        for pinned, array, target, host in uploads:
+            pinned[...] = array
+            cuda.upload(target.pointer, host.pointer, array.nbytes)
+        enqueue()
+        cuda.download(logits.pointer, place.pointer, size)
+        cuda.wait()
+
+    run.memory = (memory, logits, place, session, cuda)  # type: ignore[attr-defined]  # the binding points to it
+    return run
+
+
+def torch_network(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> Run:
+    """transformers' BERT of that shape with a classifier, eager, with torch's own fused attention."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    facts = json.loads((work / "ckpt" / "network.json").read_text(encoding="utf-8"))
+    config = BertConfig(**_sizes(facts) | {"num_labels": 2})
+    dtype = torch.float16 if variant == "fp16" else torch.float32
+    model = AutoModelForSequenceClassification.from_config(config).to(device, dtype).eval()
+
+    @torch.inference_mode()
+    def run() -> object:
+        feed = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        return model(**feed).logits.float().cpu().numpy()  # brings it to the host, and waits
+
+    return run
+
+
+def _sizes(facts: Any) -> dict[str, Any]:
+    """The sizes of the backbone, wherever they are in the file."""
+    if isinstance(facts, dict):
+        if "num_hidden_layers" in facts:
+            return {name: facts[name] for name in SIZES}
+        for value in facts.values():
+            if sizes := _sizes(value):
+                return sizes
+    return {}
 
 
 def _show(result: dict[str, Any]) -> None:
     for row in result["measured"]:
         click.echo(f"{row['variant']}, {row['rows']} x {row['tokens']}: one graph {row['one graph ms']} ms")
-        for name, told in row.items():
-            if isinstance(told, dict) and "full / one graph" in told:
-                click.echo(f"  {name:20} " + ", ".join(f"{key} {value}" for key, value in told.items()))
+        for name, own in row.items():
+            if isinstance(own, dict) and "full / one graph" in own:
+                click.echo(f"  {name:20} " + ", ".join(f"{key} {value}" for key, value in own.items()))
     for name, reason in result["left out"].items():
         click.echo(f"left out: {name}: {reason}")
-    for name, told in result["targets"].items():
-        click.echo(f"target {name}: {told}")
+    for name, target in result["targets"].items():
+        click.echo(f"target {name}: {target}")
 
 
-def _short(value: float) -> float:
+def _ratio(seconds: Seconds, name: str, reference: str) -> float:
+    return _rounded(time_ratio(seconds[name], seconds[reference])[0])
+
+
+def _rounded(value: float) -> float:
     return float(f"{float(value):.4g}")
 
 

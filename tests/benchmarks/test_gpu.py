@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py where there is no GPU: on the CPU, and on doubles of CUDA and TensorRT."""
+"""Tests of benchmarks.gpu without a GPU: on the CPU, and on doubles of CUDA and TensorRT."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ran(work: Path, file: Path, *words: str) -> dict[str, Any]:
+def run(work: Path, file: Path, *words: str) -> dict[str, Any]:
     done = CliRunner().invoke(main, ["run", str(work), "--turns", "3", "--json", str(file), *words])
     assert done.exit_code == 0, done.output
-    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return told
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
 
 
-def numbers(told: Any) -> list[float]:
-    if isinstance(told, dict):
-        return [number for value in told.values() for number in numbers(value)]
-    return [told] if isinstance(told, float) else []
+def numbers(figures: Any) -> list[float]:
+    if isinstance(figures, dict):
+        return [number for value in figures.values() for number in numbers(value)]
+    return [figures] if isinstance(figures, float) else []
 
 
 @pytest.mark.slow
-def test_on_the_cpu_it_measures_what_there_is(work: Path, tmp_path: Path) -> None:
-    told = ran(work, tmp_path / "out.json", "--device", "cpu", "--rows", "1,3", "--lengths", "8")
-    assert [(row["variant"], row["rows"]) for row in told["measured"]] == [
+def test_on_the_cpu_it_measures_onnx_runtime_and_torch(work: Path, tmp_path: Path) -> None:
+    result = run(work, tmp_path / "out.json", "--device", "cpu", "--rows", "1,3", "--lengths", "8")
+    assert [(row["variant"], row["rows"]) for row in result["measured"]] == [
         *(("fp32", 1), ("fp32", 3)),
         *(("fp16", 1), ("fp16", 3)),
     ]
-    for row in told["measured"]:
+    for row in result["measured"]:
         assert {"ort each", "ort thirds", "torch / one graph"} <= set(row)
         assert np.isfinite(numbers(row)).all() and row["ort each"]["exit 1"]["MACs saved"] > 0.5
-    assert told["left out"] == {} and told["targets"] == {}
+    assert result["left out"] == {} and result["targets"] == {}
 
 
 @pytest.mark.slow
@@ -58,19 +58,19 @@ def test_with_a_gpu_it_measures_every_engine(
 ) -> None:
     machine = gpu.machine(monkeypatch, tmp_path / "cache")
     gpu.ort_on_cuda(monkeypatch, machine.cudart)
-    monkeypatch.setattr("offramp.benchmarks.gpu.torch_network", lambda *given: lambda: None)
-    told = ran(work, tmp_path / "out.json", "--rows", "1,4", "--lengths", "8", "--budget", "1")
+    monkeypatch.setattr("offramp.benchmarks.gpu.torch_network", lambda *arguments: lambda: None)
+    result = run(work, tmp_path / "out.json", "--rows", "1,4", "--lengths", "8", "--budget", "1")
     engines = {
         f"{name}{more}" for name in ("ort each", "ort thirds", "trt thirds") for more in ("", " graphs")
     }
-    for row in told["measured"]:
+    for row in result["measured"]:
         assert engines <= set(row) and np.isfinite(numbers(row)).all()
         assert {"a wait costs us", "plain / CUDA graphs"} <= set(row["trt thirds"])
-    assert set(told["targets"]) == {"each", "thirds", "asked"} and told["left out"] == {}
-    assert told["machine"]["trt gpu"] == "Double GPU, 8.6" and machine.cudart.faults == []
+    assert set(result["targets"]) == {"each", "thirds", "asked"} and result["left out"] == {}
+    assert result["machine"]["trt gpu"] == "Double GPU, 8.6" and machine.cudart.faults == []
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_names_the_option_for_the_cpu(tmp_path: Path) -> None:
     if missing_driver() is None:
         pytest.skip("this machine has a GPU")
     for name in ("each", "thirds"):
@@ -80,8 +80,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_onnx_runtime_does_what_is_asked_of_it(tmp_path: Path) -> None:
+def test_onnx_runtime_reaches_the_targets(tmp_path: Path) -> None:
     """Not yet run anywhere: 12 x 768 in fp16, batch 1."""
     assert CliRunner().invoke(main, ["prepare", str(tmp_path)]).exit_code == 0
-    told = ran(tmp_path, tmp_path / "out.json", "--turns", "100", "--rows", "1")
-    assert any(told["targets"][cut]["holds"] for cut in ("each", "thirds")), told["targets"]
+    result = run(tmp_path, tmp_path / "out.json", "--turns", "100", "--rows", "1")
+    assert any(result["targets"][cut]["holds"] for cut in ("each", "thirds")), result["targets"]

@@ -1,0 +1,355 @@
+"""Methods as frontiers: settings chosen on dev and read on test, the controls that a method has to beat, and
+the time of its bundle.
+
+Every method may also choose never to leave early, so every frontier begins at full depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.benchmarks.compare.exit_outputs import (
+    CheckpointOutputs,
+    ExitOutputs,
+    Paths,
+    baselines_of,
+    bundle_of,
+)
+from offramp.benchmarks.compare.frontiers import Line, Settings, ordered, score
+from offramp.runtime import Classifier, load_classifier
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.rules import Plan, Rule, RuleSpec, bind, simulate
+from offramp.runtime.rules.sweep import STEPS, Point, full_depth, settings_to_try, sweep, undominated
+from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
+from offramp.runtime.tuning.timing import Batches, Candidate, time_rows, walk_candidate
+from offramp.training.batches import Encoded
+from offramp.training.calibration import binned_error, trust
+from offramp.training.forecasters import Forecaster, by_network
+from offramp.training.recipes.quee import Quee, cross_fitted
+from offramp.training.replanning import PRICES, measured, replay
+from offramp.training.settings import settings_from
+
+HALF = 50.0  # per cent of the multiply-accumulates that the point in the table saves on dev at least
+TARGETS = (
+    0.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    70.0,
+)  # per cent of multiply-accumulates that timed points save on dev
+ROUNDS = 3
+BOTH = ("fp32", "int8")
+
+
+@dataclass(frozen=True)
+class ChosenSetting:
+    """A setting chosen on dev: the rule, the variant in which a walk starts, per cent saved on dev."""
+
+    rule: RuleSpec
+    variant: str
+    macs_saved: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One method on one seed: its settings on test, how they were chosen, figures at the point that saves
+    half, and the checkpoint whose bundle walks it.
+    """
+
+    settings: Settings
+    chosen: list[ChosenSetting]
+    figures: dict[str, Any]
+    checkpoint: Path
+
+
+def evaluate_methods(outputs: Mapping[str, CheckpointOutputs], rules: Sequence[str]) -> dict[str, Evaluation]:
+    """Evaluations of one seed by the method's name in the table.
+
+    outputs: by recipe, "joint" among them. rules: those that are tried on the joint checkpoint.
+    """
+    joint = outputs["joint"]
+    evaluations = {f"{rule} (joint)": evaluate_exits(joint, rule) for rule in rules}
+    for name, checkpoint in outputs.items():
+        forecast = checkpoint.checkpoint.network.spec.forecast
+        if forecast:
+            evaluations[f"{name} (bops)"] = evaluate_quee(checkpoint)
+            for variant in forecast[1:]:
+                evaluation = evaluate_one_variant(checkpoint, variant, joint.folder)
+                evaluations[f"max_probability (joint, {variant})"] = evaluation
+        elif name != "joint":
+            evaluations[f"{name} ({checkpoint.rule})"] = evaluate_exits(checkpoint, checkpoint.rule)
+    return evaluations
+
+
+def evaluate_exits(outputs: CheckpointOutputs, rule: str) -> Evaluation:
+    """A rule that leaves early, on the fp32 outputs of every exit."""
+    dev, test = outputs.exit_outputs("dev"), outputs.exit_outputs("test")
+    full = full_depth(dev.table, dev.costs)
+    points = undominated([*sweep(rule, settings_to_try(rule, dev.table), dev.table, dev.costs), full])
+    points += [] if full in points else [full]
+    exits = np.stack([_exits_at(point, test) for point in points])  # [settings, rows]
+    settings = _settings_at(test, exits)
+    best = _best_at_half([(point.macs_saved, point.accuracy) for point in points])
+    share = np.bincount(exits[best], minlength=test.table.logits.shape[1]) / exits.shape[1]
+    figures = _figures(settings, best, static_line(test), 100 * float(share @ test.table.right.mean(0)))
+    figures |= {"setting": dict(points[best].rule.parameters)}
+    figures |= trust(
+        dev.table.logits,
+        _exits_at(points[best], dev),
+        dev.table.labels,
+        test.table.logits,
+        exits[best],
+        test.table.labels,
+    )
+    chosen = [ChosenSetting(point.rule, "fp32", point.macs_saved) for point in points]
+    return Evaluation(settings, chosen, figures, outputs.folder)
+
+
+def evaluate_quee(outputs: CheckpointOutputs) -> Evaluation:
+    """Rule quee in bit operations: prices and starting variants are chosen on dev, with forecasts by networks
+    that were fitted on other rows (as in the recipe); test is forecast by the networks of the checkpoint.
+    """
+    dev, test = outputs.paths("dev"), outputs.paths("test")
+    training = outputs.checkpoint.training
+    words = tuple(f"{name}={value}" for name, value in training["settings"].items())
+    fit = settings_from(Quee, words).fit(training["seed"])
+    forecaster = cross_fitted(dev.outcomes, fit, training["seed"])["mlp"]
+    exit_outputs = outputs.exit_outputs("dev")
+    tried = []
+    for spec in [RuleSpec("never", {}), *(RuleSpec("quee", {"price": price}) for price in PRICES)]:
+        rule = bind(spec, dev.outcomes.exits, {dev.ledger.unit: dev.ledger.stated})
+        for start, variant in enumerate(dev.outcomes.variants):
+            plans = replay(rule, dev.outcomes, forecaster, start)
+            point = measured(spec, start, plans, dev.outcomes, dev.ledger)
+            saved = 100 * float(1 - _macs_of(plans, exit_outputs).sum() / exit_outputs.full["macs"].sum())
+            tried.append((point.cost, point.accuracy, ChosenSetting(spec, variant, saved)))
+    network = outputs.checkpoint.network
+    return _quee_on_test(outputs, test, _undominated(tried), by_network(network.forecasts))
+
+
+def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: Path) -> Evaluation:
+    """Leaving by max-probability in one variant: the control of rule quee.
+
+    outputs: of recipe quee, whose exits are those of `checkpoint`, the one whose bundle walks this.
+    """
+    number = outputs.paths("dev").outcomes.variants.index(variant)
+    macs, top, wrong = {}, {}, {}  # by split; top and wrong [rows, exits]
+    for split in ("dev", "test"):
+        macs[split] = outputs.exit_outputs(split)
+        statistics, errors = outputs.paths(split).outcomes.straight()
+        top[split], wrong[split] = _top_probability(statistics[:, number]), errors[:, number]
+    tried = []
+    thresholds = np.unique(np.quantile(top["dev"], np.linspace(0, 1, STEPS)))
+    rows = np.arange(len(top["dev"]))
+    for threshold in [2.0, *thresholds.tolist()]:
+        exits = _first_above(top["dev"], threshold)
+        accuracy = 100 * float(1 - wrong["dev"][rows, exits].mean())
+        saved = 100 * float(1 - macs["dev"].spent["macs"][rows, exits].sum() / macs["dev"].full["macs"].sum())
+        spec = RuleSpec("max_probability", {"threshold": threshold})
+        tried.append((float(exits.mean()), accuracy, ChosenSetting(spec, variant, saved)))
+    chosen = _undominated(tried)
+    exits = np.stack([_first_above(top["test"], c.rule.parameters["threshold"]) for _, c in chosen])
+    rows = np.arange(exits.shape[1])
+    ledger = outputs.paths("test").ledger
+    to_exit = ledger.stem[:, None] + ledger.steps[:, number].cumsum(1)
+    spent = {axis: macs["test"].spent[axis][rows, exits] for axis in ("layers", "macs")}
+    settings = Settings(
+        ~wrong["test"][rows, exits], spent | {"bops": to_exit[rows, exits]}, macs["test"].full
+    )
+    best = _best_at_half([(c.macs_saved, accuracy) for accuracy, c in chosen])
+    share = np.bincount(exits[best], minlength=top["test"].shape[1]) / exits.shape[1]
+    by_chance = 100 * float(share @ (1 - wrong["test"].mean(0)))
+    figures = _figures(settings, best, static_line(macs["test"]), by_chance)
+    figures["setting"] = dict(chosen[best][1].rule.parameters)
+    return Evaluation(settings, [c for _, c in chosen], figures, checkpoint)
+
+
+def static_line(outputs: ExitOutputs) -> Line:
+    """Truncated networks, each with one exit and without the cost of others: saved and accuracy."""
+    saved = 100 * (1 - outputs.truncated.sum(0) / outputs.full["macs"].sum())
+    return ordered(saved, 100 * outputs.table.right.mean(0))
+
+
+def timed_settings(chosen: Sequence[ChosenSetting]) -> list[int]:
+    """Numbers of the settings nearest to TARGETS, each once."""
+    saved = np.array([setting.macs_saved for setting in chosen])
+    return sorted({int(np.abs(saved - target).argmin()) for target in TARGETS})
+
+
+def time_bundles(
+    evaluations: Mapping[str, Evaluation], checkpoint: Path, rows: Encoded, sample: int
+) -> dict[str, Any]:
+    """Milliseconds at batch 1: bundles of all methods walk the same rows in turns, beside the monolith.
+
+    By method a point for each timed setting; its accuracy is that on all of test; share: of the monolith's
+    time, in per cent. checkpoint: the one whose monolith is the reference. sample: rows of test, drawn by
+    chance. Walks of one bundle share its weights: each answers a row untimed before its turn (see time_rows).
+    """
+    sampled = np.sort(np.random.default_rng(0).permutation(len(rows))[:sample])
+    manifest = open_bundle(bundle_of(checkpoint, BOTH, baselines=True)).manifest
+    names = [tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs]
+    singles: list[Batches] = [[(np.zeros(1, np.int64), _arrays(rows, int(row), names))] for row in sampled]
+    sessions: dict[tuple[Path, str], Classifier] = {}
+    candidates: list[Candidate] = []
+    places = {}
+    for name, evaluation in evaluations.items():
+        variants = BOTH if {setting.variant for setting in evaluation.chosen} - {"fp32"} else BOTH[:1]
+        same = evaluation.checkpoint == checkpoint
+        bundle = bundle_of(evaluation.checkpoint, BOTH if same else variants, baselines=same)
+        for at in timed_settings(evaluation.chosen):
+            setting = evaluation.chosen[at]
+            if (bundle, setting.variant) not in sessions:
+                sessions[bundle, setting.variant] = load_classifier(
+                    bundle, rule="never", variant=setting.variant
+                )
+            session = sessions[bundle, setting.variant]
+            rule = bind(setting.rule, len(session.manifest.segments), session.manifest.costs)
+            label = f"{name} {at}"
+            candidates.append(walk_candidate(session, label, "walk", rule))
+            places[label] = (name, at)
+    folder = baselines_of(checkpoint)
+    graph = next(graph for graph in read_baselines(folder, manifest).graphs if graph.kind == MONOLITH)
+    candidates.append(open_baseline(folder, graph, manifest, threads=None, threshold=None))
+    for candidate in candidates:
+        candidate.run(singles[0], 1, 1)
+    timings = time_rows(candidates, singles, ROUNDS)
+    for session in sessions.values():
+        session.close()
+    ms = {name: 1e3 * float(np.median(timing.seconds, axis=0).mean()) for name, timing in timings.items()}
+    points: dict[str, list[dict[str, float]]] = {name: [] for name in evaluations}
+    for label, (name, at) in places.items():
+        settings = evaluations[name].settings
+        saved = 1 - float(settings.spent["macs"][at].sum() / settings.full["macs"].sum())
+        right = float((timings[label].labels[0] == rows.label[sampled]).mean())
+        figures = {
+            "ms": ms[label],
+            "share": 100 * ms[label] / ms[graph.name],
+            "accuracy": 100 * float(settings.right[at].mean()),
+            "accuracy_of_walked": 100 * right,
+            "macs_saved": 100 * saved,
+        }
+        points[name].append({key: round(value, 3) for key, value in figures.items()})
+    return {"rows": len(sampled), "monolith_ms": round(ms[graph.name], 4), "points": points}
+
+
+def _quee_on_test(
+    outputs: CheckpointOutputs,
+    test: Paths,
+    chosen: list[tuple[float, ChosenSetting]],
+    forecaster: Forecaster,
+) -> Evaluation:
+    outcomes, ledger, exit_outputs = test.outcomes, test.ledger, outputs.exit_outputs("test")
+    rights, confidences, by_chance = [], [], []
+    spent: dict[str, list[NDArray[np.float64]]] = {"layers": [], "macs": [], "bops": []}
+    for _, setting in chosen:
+        rule: Rule = bind(setting.rule, outcomes.exits, {ledger.unit: ledger.stated})
+        start = outcomes.variants.index(setting.variant)
+        plans = replay(rule, outcomes, forecaster, start)
+        exits, last_variant, change = _ends(plans, start)
+        at = (np.arange(len(plans)), start, last_variant, change, exits)
+        rights.append(~outcomes.wrong[at])
+        confidences.append(_top_probability(outcomes.seen[at]))
+        spent["layers"].append(exit_outputs.costs.blocks[exits].astype(float))
+        spent["macs"].append(_macs_of(plans, exit_outputs))
+        spent["bops"].append(ledger.of(plans))
+        # The same plans dealt out to other rows: their expected accuracy.
+        kinds, counts = np.unique(np.stack([last_variant, change, exits], 1), axis=0, return_counts=True)
+        mean = [1 - outcomes.wrong[:, start, e, c, x].mean() for e, c, x in kinds]
+        by_chance.append(100 * float(np.average(mean, weights=counts)))
+    stacked = {axis: np.stack(costs) for axis, costs in spent.items()}
+    settings = Settings(np.stack(rights), stacked, exit_outputs.full)
+    best = _best_at_half([(setting.macs_saved, accuracy) for accuracy, setting in chosen])
+    figures = _figures(settings, best, static_line(exit_outputs), by_chance[best])
+    figures |= {"setting": dict(chosen[best][1].rule.parameters)}
+    # Not at a temperature: of a path's outputs the statistics are kept, and not the logits.
+    figures["ece_raw"] = 100 * binned_error(confidences[best], rights[best])
+    return Evaluation(settings, [setting for _, setting in chosen], figures, outputs.folder)
+
+
+def _settings_at(outputs: ExitOutputs, exits: NDArray[np.int64]) -> Settings:
+    rows = np.arange(exits.shape[1])
+    spent = {axis: cost[rows, exits] for axis, cost in outputs.spent.items()}
+    return Settings(outputs.table.right[rows, exits], spent, outputs.full)
+
+
+def _figures(settings: Settings, best: int, static: Line, by_chance: float) -> dict[str, Any]:
+    """Figures of the point that saves half, and the score of the whole line."""
+    saved = {
+        axis: 100 * (1 - float(spent[best].sum() / settings.full[axis].sum()))
+        for axis, spent in settings.spent.items()
+    }
+    return {
+        "accuracy_at_half": 100 * float(settings.right[best].mean()),
+        **{f"{axis}_saved": value for axis, value in saved.items()},
+        "random": by_chance,
+        "static": float(np.interp(saved["macs"], *static)),
+        "elue": score(settings.line(), static),
+    }
+
+
+def _best_at_half(points: list[tuple[float, float]]) -> int:
+    """Number of the most accurate point among those that save half on dev; points: (saved, accuracy)."""
+    enough = [at for at, (saved, _) in enumerate(points) if saved >= HALF]
+    return max(enough, key=lambda at: points[at][1], default=0)
+
+
+def _undominated(tried: list[tuple[float, float, ChosenSetting]]) -> list[tuple[float, ChosenSetting]]:
+    """Accuracy and setting of those that are more accurate than all cheaper ones, cheapest first, and of the
+    most expensive one; tried: (cost, accuracy, setting).
+    """
+    edge: list[tuple[float, ChosenSetting]] = []
+    for _, accuracy, setting in sorted(tried, key=lambda entry: (entry[0], -entry[1])):
+        if not edge or accuracy > edge[-1][0]:
+            edge.append((accuracy, setting))
+    dearest = max(tried, key=lambda entry: entry[0])
+    return edge if dearest[2] is edge[-1][1] else [*edge, (dearest[1], dearest[2])]
+
+
+def _macs_of(plans: Plan, outputs: ExitOutputs) -> NDArray[np.float64]:
+    """Multiply-accumulates of plans [rows, segments], whatever the precision."""
+    exits = (plans >= 0).sum(1) - 1
+    macs: NDArray[np.float64] = outputs.spent["macs"][np.arange(len(plans)), exits]
+    return macs
+
+
+def _ends(plans: Plan, start: int) -> tuple[NDArray[np.int64], ...]:
+    """Exit, variant there, and last segment before the change of each plan; see replanning.measured."""
+    exits = (plans >= 0).sum(1) - 1
+    last_variant = plans[np.arange(len(plans)), exits].astype(np.int64)
+    return exits, last_variant, np.maximum((plans == start).sum(1) - 1, 0)
+
+
+def _first_above(top: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """The first exit whose top probability reaches the threshold, else the last: [rows, exits] -> [rows]."""
+    leaves = top >= threshold
+    leaves[:, -1] = True
+    exits: NDArray[np.int64] = leaves.argmax(1)
+    return exits
+
+
+def _top_probability(statistics: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The top probability p from the statistics log(p / q) and p - q, where q is the second: [..., 3] ->
+    [...].
+    """
+    log_ratio, margin = statistics[..., 0].astype(float), statistics[..., 2].astype(float)
+    gap = -np.expm1(-np.maximum(log_ratio, 1e-12))  # 1 - q / p
+    top: NDArray[np.float64] = np.clip(margin / gap, 0.0, 1.0)
+    return top
+
+
+def _exits_at(point: Point, outputs: ExitOutputs) -> NDArray[np.int64]:
+    table = outputs.table
+    return simulate(bind(point.rule, table.logits.shape[1]), table.logits, table.gates)
+
+
+def _arrays(rows: Encoded, row: int, names: list[str]) -> dict[str, NDArray[Any]]:
+    """The stem's inputs for one row, batch 1."""
+    inputs, _ = rows.batch([row])
+    return {name: inputs[name].numpy() for name in names}

@@ -1,0 +1,175 @@
+"""What a comparison keeps beside a checkpoint: the outputs of every exit on dev and test, and its bundle.
+
+A kept file or bundle belongs to the weights and rows that it was made from and stores their digest: with
+other weights or rows it is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.models.forecasts import STATISTICS
+from offramp.models.macs import exit_macs
+from offramp.models.network import EarlyExitNetwork
+from offramp.runtime.rules.sweep import ExitMacs, ExitTable
+from offramp.training.batches import Encoded, encode_for
+from offramp.training.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from offramp.training.collect import collect
+from offramp.training.data import Columns, load_data
+from offramp.training.frontier import costs_of, table_of
+from offramp.training.outcomes import Outcomes, collect_outcomes
+from offramp.training.replanning import Ledger, bit_ledger
+
+Floats = NDArray[np.float64]
+SPLITS = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """Outputs of every exit on one split in fp32, and the cost of leaving there.
+
+    spent [rows, exits] and full [rows] (the network without early exits in fp32) by axis: layers, macs, bops.
+    truncated [rows, exits]: multiply-accumulates of the truncated network that has this exit and no other.
+    """
+
+    table: ExitTable
+    costs: ExitMacs
+    spent: Mapping[str, Floats]
+    full: Mapping[str, Floats]
+    truncated: Floats
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Outcomes of every path of rule quee through the variants on one split, and its bit operations."""
+
+    outcomes: Outcomes
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class CheckpointOutputs:
+    """A checkpoint, the encoded rows of dev and test, and the digest of weights and rows by split."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    rows: Mapping[str, Encoded]
+    digests: Mapping[str, str]
+
+    @property
+    def rule(self) -> str:
+        """The rule that the checkpoint was trained for."""
+        training = self.checkpoint.training
+        points = training.get("operating_points") or [{"rule": {"name": "max_probability"}}]
+        return str(training.get("rule") or points[0]["rule"]["name"])
+
+    def exit_outputs(self, split: str) -> ExitOutputs:
+        """Every exit on every row, in fp32."""
+        network, rows = self.checkpoint.network, self.rows[split]
+
+        def compute() -> dict[str, Any]:
+            table = table_of(collect(network, rows, what=f"{self.folder.name} {split}"))
+            gates = {} if table.gates is None else {"gates": table.gates}
+            return {"logits": table.logits, "labels": table.labels, **gates}
+
+        arrays = self._kept(split, self.digests[split], compute)
+        table = ExitTable(arrays["logits"], arrays.get("gates"), arrays["labels"])
+        costs = costs_of(network, rows.lengths)
+        ledger = bit_ledger(network, rows.lengths, ["fp32"])
+        shape = costs.to_exit.shape
+        bops = ledger.stem[:, None] + ledger.steps[:, 0].cumsum(1)
+        spent = {"layers": np.broadcast_to(costs.blocks.astype(float), shape), "macs": costs.to_exit}
+        full = {"layers": np.full(shape[0], float(costs.blocks[-1])), "macs": costs.full}
+        truncated = costs.to_exit - earlier_heads(network, rows.lengths)
+        return ExitOutputs(table, costs, spent | {"bops": bops}, full | {"bops": ledger.full}, truncated)
+
+    def paths(self, split: str, variants: tuple[str, ...] = ()) -> Paths:
+        """All paths of rule quee through these variants; the default: those that the checkpoint forecasts."""
+        network, rows = self.checkpoint.network, self.rows[split]
+        names = variants or tuple(network.spec.forecast)
+
+        def compute() -> dict[str, Any]:
+            outcomes = collect_outcomes(network, rows, names, what=f"{self.folder.name} {split} paths")
+            return {"seen": outcomes.seen, "wrong": outcomes.wrong}
+
+        digest = f"{self.digests[split]} {names} {STATISTICS}"
+        arrays = self._kept(f"{split}.paths.{'.'.join(names)}", digest, compute)
+        outcomes = Outcomes(names, arrays["seen"], arrays["wrong"], rows.lengths)
+        return Paths(outcomes, bit_ledger(network, rows.lengths, names))
+
+    def _kept(self, what: str, digest: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Arrays of the file beside the checkpoint; computed unless the file has this digest."""
+        file = self.folder.with_name(f"{self.folder.name}.{what}.npz")
+        if file.is_file():
+            with np.load(file, allow_pickle=False) as stored:
+                if "key" in stored.files and str(stored["key"]) == digest:
+                    return {name: stored[name] for name in stored.files if name != "key"}
+        arrays = compute()
+        temporary = file.with_name(f".{file.name}")
+        with temporary.open("wb") as target:
+            np.savez_compressed(target, key=np.array(digest), **arrays)
+        temporary.replace(file)
+        return arrays
+
+
+def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -> CheckpointOutputs:
+    """Load a checkpoint and encode the rows that it is judged on; outputs are computed when they are read."""
+    checkpoint, rows = load_checkpoint(folder), load_data(data, Columns())
+    encoded = {split: encode_for(checkpoint, rows.split(split)) for split in splits}
+    weights = digest_of(folder)
+    digests = {}
+    for split in splits:
+        plain = rows.split(split)
+        images = None if plain.images is None else plain.images.files
+        digest = hashlib.sha256(repr((plain.text, plain.text_b, images)).encode())
+        for array in (encoded[split].label, encoded[split].lengths):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digests[split] = f"{weights} {digest.hexdigest()[:16]}"
+    return CheckpointOutputs(folder, checkpoint, encoded, digests)
+
+
+def digest_of(folder: Path) -> str:
+    """The first sixteen hex digits of the sha256 of a checkpoint's weights."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
+
+
+def earlier_heads(network: EarlyExitNetwork, lengths: NDArray[np.int64]) -> Floats:
+    """Multiply-accumulates of the exits and policies before each exit [rows, exits]; a truncated network has
+    none of them.
+    """
+    tokens = lengths.astype(np.float64)[:, None]
+    heads = [exit_macs(network, index) for index in range(len(network.spec.exits) - 1)]
+    each = tokens * np.array([head.token for head in heads]) + np.array([head.row for head in heads])
+    before: Floats = np.concatenate([np.zeros((len(lengths), 1)), each.cumsum(1)], axis=1)
+    return before
+
+
+def bundle_of(checkpoint: Path, variants: tuple[str, ...], *, baselines: bool = False) -> Path:
+    """The checkpoint's bundle beside it; exported unless there is one of these weights with these variants
+    and, where asked for, baselines.
+    """
+    bundle = checkpoint.with_name(f"{checkpoint.name}.bundle")
+    key_file = checkpoint.with_name(f"{checkpoint.name}.bundle.key")
+    needed = {*variants, *({"baselines"} if baselines else ())}
+    weights, *present = key_file.read_text(encoding="utf-8").split() if key_file.is_file() else ("",)
+    if weights != digest_of(checkpoint) or not needed <= {*present}:
+        words = ["--out", str(bundle), "--variants", ",".join(variants), "--overwrite"]
+        words += ["--baselines", str(baselines_of(checkpoint))] if baselines else []
+        command = [str(Path(sys.executable).parent / "ee-split"), str(checkpoint), *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        key_file.write_text(" ".join([digest_of(checkpoint), *sorted(needed)]), encoding="utf-8")
+    return bundle
+
+
+def baselines_of(checkpoint: Path) -> Path:
+    """The folder beside a checkpoint for its single graphs."""
+    return checkpoint.with_name(f"{checkpoint.name}.baselines")

@@ -1,0 +1,292 @@
+"""Candidates of the decoder benchmarks, one function each from a prompt to its timed tokens, and rounds of
+turns.
+
+What a process opens first gets worse memory than what it opens later, and what is opened after others were
+closed gets their scattered pages: up to a tenth of the speed, for as long as it is open. So every round is a
+fresh process, and rounds come in pairs, of which the second opens the candidates in reverse order.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+
+from offramp.benchmarks.decoder_baselines import (
+    BaselineProcess,
+    Genai,
+    Llama,
+    TimedAnswer,
+    genai_model,
+    llama_model,
+)
+from offramp.runtime import load_generator
+from offramp.runtime.engines.buffers import Run, runner
+from offramp.runtime.engines.graphs import CPU, free_unused_memory
+from offramp.runtime.engines.ort_decoder import PLACES
+from offramp.runtime.engines.threads import apply, claim
+from offramp.runtime.generator import TextGenerator
+from offramp.runtime.sequence import KEPT_TOKENS
+from offramp.runtime.tuning.timing import take_turns
+
+OFFRAMP, MONOLITH, GENAI, LLAMA = "offramp", "monolith", "onnxruntime-genai", "llama.cpp"
+WITH_BASELINES = (OFFRAMP, MONOLITH, GENAI, LLAMA)
+GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # llama.cpp's kind of as many bits
+THREADS = 2
+BURST = 9  # tokens
+PAUSE_S = 0.15  # threads that look for work after a run would slow down the next candidate
+
+Generate = Callable[[list[int], int], Iterator[int]]  # prompt, number of tokens -> ids as they come
+Answer = Callable[[list[int], int], TimedAnswer]
+Round = dict[str, list[TimedAnswer]]  # by candidate, an answer a prompt
+
+
+def timed(ids: Iterator[int]) -> TimedAnswer:
+    """All ids of an iterator, and the time of each."""
+    tokens, stamps = list[int](), [time.perf_counter()]
+    for token in ids:
+        tokens.append(token)
+        stamps.append(time.perf_counter())
+    first, *steps = np.diff(stamps).tolist()
+    return TimedAnswer(tokens, first, steps)
+
+
+def monolith_file(scratch: Path, variant: str) -> Path:
+    """The file of the decoder as one graph."""
+    return scratch / ("monolith.onnx" if variant == "fp32" else f"monolith_{variant}.onnx")
+
+
+@contextmanager
+def open_in_process(scratch: Path, variant: str, names: Sequence[str]) -> Iterator[dict[str, Generate]]:
+    """Candidates of this process by name, opened in this order: "monolith", or a bundle of the scratch folder
+    at full depth.
+    """
+    candidates: dict[str, Generate] = {}
+    with ExitStack() as stack:
+        for name in names:
+            if name == MONOLITH:
+                candidates[name] = DecoderMonolith(monolith_file(scratch, variant)).generate
+                continue
+            session = load_generator(scratch / name, rule="never", variant=variant, share=False)
+            stack.enter_context(session)
+            candidates[name] = partial(_ids, session)
+        yield candidates
+
+
+def _ids(session: TextGenerator, prompt: list[int], tokens: int) -> Iterator[int]:
+    return (token.id for token in session.tokens(prompt, tokens, ()))
+
+
+@contextmanager
+def open_with_baselines(
+    model: Path, scratch: Path, variant: str, facts: dict[str, Any], names: Sequence[str]
+) -> Iterator[dict[str, Answer]]:
+    """Candidates by name (see WITH_BASELINES), opened in this order; `facts` gets the baselines' versions."""
+    candidates: dict[str, Answer] = {}
+    with ExitStack() as stack:
+        for name in names:
+            if name in (OFFRAMP, MONOLITH):
+                own = "auto" if name == OFFRAMP else MONOLITH
+                generate = stack.enter_context(open_in_process(scratch, variant, [own]))[own]
+                candidates[name] = partial(_timed_answer, generate)
+                continue
+            baseline: BaselineProcess
+            if name == GENAI:
+                baseline = Genai(genai_model(model, variant, scratch / "genai"), THREADS)
+            else:
+                baseline = Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS)
+            stack.enter_context(baseline)
+            facts[name], candidates[name] = baseline.facts, baseline.answer
+        yield candidates
+
+
+def _timed_answer(generate: Generate, prompt: list[int], tokens: int) -> TimedAnswer:
+    return timed(generate(prompt, tokens))
+
+
+def time_answers(
+    candidates: Mapping[str, Answer], prompts: Sequence[list[int]], tokens: int, seed: int
+) -> Round:
+    """Candidates answer prompt by prompt, in an order that is drawn for each prompt: a candidate slows down
+    the next one by what it leaves in the processor's caches, and by threads that still run.
+    """
+    answers: Round = {name: [] for name in candidates}
+    order = np.random.default_rng(seed)
+    for answer in candidates.values():
+        answer(prompts[0], 8)
+    for prompt in prompts:
+        calls = {name: partial(answer, prompt, tokens) for name, answer in candidates.items()}
+        for name, _, result in take_turns(calls, 1, seed=order, before=partial(time.sleep, PAUSE_S)):
+            answers[name].append(result)
+    return answers
+
+
+def time_bursts(
+    candidates: Mapping[str, Generate], prompts: Sequence[list[int]], tokens: int, seed: int
+) -> Round:
+    """As time_answers, but a turn is BURST tokens: the machine's speed changes from one second to the next by
+    more than candidates of one process differ. The first step of each burst is left out, because the
+    candidate's memory is then not in the caches.
+    """
+    answers: Round = {name: [] for name in candidates}
+    order = np.random.default_rng(seed)
+    for prompt in prompts:
+        streams = {name: generate(prompt, tokens) for name, generate in candidates.items()}
+        for name, stream in streams.items():
+            answers[name].append(timed(islice(stream, 1)))
+        for _ in range(1, tokens, BURST):
+            calls = {name: partial(_burst, stream) for name, stream in streams.items()}
+            for name, _, (ids, _, steps) in take_turns(calls, 1, seed=order):
+                answers[name][-1].ids.extend(ids)
+                answers[name][-1].step_s.extend(steps)
+    return answers
+
+
+def _burst(stream: Iterator[int]) -> TimedAnswer:
+    return timed(islice(stream, BURST))
+
+
+def run_round(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One round in this process: answers by candidate, and the versions of baselines as "facts".
+
+    request: scratch, variant, prompts (ids), tokens, seed, names (in the order in which they are to be
+    opened), and for a round with baselines model.
+    """
+    scratch, variant, names = Path(request["scratch"]), request["variant"], request["names"]
+    facts: dict[str, Any] = {}
+    rest = (request["prompts"], request["tokens"], request["seed"])
+    if "model" in request:
+        with open_with_baselines(Path(request["model"]), scratch, variant, facts, names) as processes:
+            answers = time_answers(processes, *rest)
+    else:
+        with open_in_process(scratch, variant, names) as candidates:
+            answers = time_bursts(candidates, *rest)
+    return {"answers": answers, "facts": facts}
+
+
+def run_fresh_round(request: Mapping[str, Any], facts: dict[str, Any]) -> Round:
+    """run_round in a fresh process; adds the versions of baselines to `facts`."""
+    worker = [sys.executable, "-m", "offramp.benchmarks.workers", "round"]
+    done = subprocess.run(worker, input=json.dumps(request), check=True, stdout=subprocess.PIPE, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    facts.update(result["facts"])
+    return {name: [TimedAnswer(*answer) for answer in answers] for name, answers in result["answers"].items()}
+
+
+class DecoderMonolith:
+    """A decoder as the one graph that ee-split --monolith writes; it generates greedily.
+
+    Its cache is that of a walk: bound to the session, and extended in place.
+    """
+
+    def __init__(self, file: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        apply(claim(onnxruntime, None, True), options)
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
+        free_unused_memory()  # as an engine does after it has opened everything
+        self.past = {node.name: node.shape for node in self.session.get_inputs() if node.name[:5] == "past_"}
+        self.past.pop("past_valid")
+        self.vocabulary = int(self.session.get_outputs()[0].shape[2])
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> Iterator[int]:
+        """The most probable ids, `tokens` of them."""
+        sequence = _Sequence(self)
+        ids, start = list(prompt), 0
+        for _ in range(tokens):
+            token = sequence.step(ids, start)
+            yield token
+            ids, start = [token], start + len(ids)
+
+
+class _Binding(NamedTuple):
+    """Runs on a number of tokens: bound arrays, and pairs (cache, new keys or values), tokens first."""
+
+    run: Run
+    arrays: dict[str, np.ndarray]
+    added: list[tuple[np.ndarray, np.ndarray]]
+
+
+class _Sequence:
+    """One sequence: its cache, and the bindings to it by number of tokens."""
+
+    def __init__(self, monolith: DecoderMonolith) -> None:
+        self.monolith, self.places = monolith, PLACES
+        self.keys = [name for name in monolith.past if name.startswith("past_k_")]
+        self.values = [name for name in monolith.past if not name.startswith("past_k_")]
+        # Keys of all blocks are one array, and so are values, as in the cache of a walk.
+        self.stacks = [self._stack(names, PLACES) for names in (self.keys, self.values)]
+        self._bindings: dict[tuple[int, int], _Binding] = {}
+
+    def step(self, ids: Sequence[int], start: int) -> int:
+        """The next token after these ids, of which the first has position `start`."""
+        count = len(ids)
+        if start + count > self.places:
+            self._grow(start + count)
+        places = 1 if start == 0 and count > KEPT_TOKENS else self.places
+        if (count, places) not in self._bindings:
+            self._bindings[count, places] = self._bind(count, places)
+        run, arrays, added = self._bindings[count, places]
+        arrays["input_ids"][0], arrays["position_ids"][0] = ids, np.arange(start, start + count)
+        arrays["past_valid"][0, :start], arrays["past_valid"][0, start:] = 1, 0
+        run()
+        for cached, new in added:
+            cached[start : start + count] = new
+        return int(arrays["logits"][0, 0].argmax())
+
+    def _stack(self, names: Sequence[str], places: int) -> np.ndarray:
+        sizes = {"batch": 1, "past": places}
+        shape = [sizes.get(size, size) for size in self.monolith.past[names[0]]]
+        return np.zeros((len(names), *shape), np.float32)
+
+    def _grow(self, tokens: int) -> None:
+        filled = self.places
+        while self.places < tokens:
+            self.places += min(self.places, 4 * PLACES)
+        self._bindings.clear()
+        for at, names in enumerate((self.keys, self.values)):
+            stack = self._stack(names, self.places)
+            _tokens_first(names, stack)[:filled] = _tokens_first(names, self.stacks[at])
+            self.stacks[at] = stack
+        free_unused_memory()
+
+    def _bind(self, count: int, places: int) -> _Binding:
+        monolith = self.monolith
+        arrays: dict[str, np.ndarray] = {
+            "input_ids": np.zeros((1, count), np.int64),
+            "position_ids": np.zeros((1, count), np.int64),
+            "past_valid": np.zeros((1, places), np.int64),
+            "logits": np.zeros((1, 1, monolith.vocabulary), np.float32),
+        }
+        added = []
+        for names, cached in zip((self.keys, self.values), self.stacks, strict=True):
+            new = self._stack(names, count)
+            past = cached if places == self.places else self._stack(names, places)
+            for number, name in enumerate(names):
+                arrays[name.replace("past", "new", 1)], arrays[name] = new[number], past[number]
+            added.append((_tokens_first(names, cached), _tokens_first(names, new)))
+        binding = onnxruntime.IOBinding(monolith.session)
+        for bind, nodes in (
+            (binding.bind_input, monolith.session.get_inputs()),
+            (binding.bind_output, monolith.session.get_outputs()),
+        ):
+            for node in nodes:
+                array = arrays[node.name]
+                bind(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return _Binding(runner(onnxruntime, monolith.session, binding), arrays, added)
+
+
+def _tokens_first(names: Sequence[str], stack: np.ndarray) -> np.ndarray:
+    """A view of keys [blocks, 1, heads, size, tokens] or values [blocks, 1, heads, tokens, size]."""
+    return np.moveaxis(stack, 4 if names[0].startswith("past_k_") else 3, 0)

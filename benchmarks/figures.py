@@ -1,0 +1,316 @@
+"""Tables of README.md and docs/measured.md, written from the result files of the benchmarks.
+
+    python benchmarks/figures.py            # make bench ends with it; make figures
+
+Each file holds two marks; only what is between them is written: in README.md one table of five rows, in
+docs/measured.md all tables of benchmarks that are still there. Every table says on what machine and when it
+was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offramp.benchmarks.compare.pages import grid, read_results, summary
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures: make figures -->", "<!-- end of figures -->"
+ALONE, WITH = "walk / one graph, last exit alone", "walk / one graph with all exits"
+LOOP = "bare loop / one graph, last exit alone"
+# Rows of one data set that the tables show, in this order; all of them are in the JSON.
+SUMMARY_POINTS = ("walk within-1.0", "walk int8-within-1.0")
+GRAPHS = ("monolith", "monolith int8", "walk full depth", "nested if", "random exits")
+DECODER = "SmolLM2-135M"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A result file, or None where there is none."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def read_decoder(kind: str) -> dict[str, Any] | None:
+    """A result file of the decoder benchmarks."""
+    return read(f"{kind}_smollm2")
+
+
+def machine_words(about: dict[str, Any]) -> str:
+    """On what machine, and when."""
+    threads = f", {about['threads']} threads" if "threads" in about else ""
+    ort = f", onnxruntime {about['onnxruntime']}" if "onnxruntime" in about else ""
+    return f"{about['cpu']}{threads}{ort}, {about['when'][:10]}"
+
+
+def fixed(value: float | None) -> str:
+    """Two digits, or a dash."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def shown_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Walks at their points, the single graphs, random exits, and of the truncated graphs the most accurate
+    one that is not slower than the first walk.
+    """
+    walks = [row for row in rows if row["kind"] == "walk"]
+    static = [row for row in rows if row["kind"] == "truncated"]
+    fast = [row for row in static if row["mean_ms"] <= 1.05 * walks[0]["mean_ms"]]
+    best = max(fast, key=lambda row: row["accuracy"], default=None)
+    named = {row["name"]: row for row in rows}
+    graphs = [named[name] for name in GRAPHS if name in named]
+    return [*walks, *graphs, *([best] if best else [])]
+
+
+def early_exit() -> list[str]:
+    """One table for each checkpoint that early_exit.py measured."""
+    head = ("", "accuracy %", "mean exit", "ms", "x fp32", "x int8", "x static", "realised", "in bulk")
+    columns = ("accuracy", "mean_exit", "mean_ms", "times_fp32_monolith", "times_int8_monolith")
+    columns += ("times_static", "realised", "realised_in_bulk")
+    lines: list[str] = []
+    for result in read_results("early_exit"):
+        about, rows = result["about"], []
+        for row in shown_rows(result["rows"]):
+            variant = "" if row["variant"] in row["name"] else f" ({row['variant']})"
+            rows.append([row["name"] + variant, *(fixed(row[name]) for name in columns)])
+        where = f"{about['rows']} rows of test; {machine_words(about)}"
+        lines += [f"**{about['model']} on {about['data']}** ({where})", "", *grid(head, rows)]
+    return lines
+
+
+def early_exit_summary() -> list[str]:
+    """One line for each checkpoint and precision: the point within 1.0, chosen on dev."""
+    head = ("", "full depth %", "early exit %", "mean exit", "x fp32", "x int8", "x static", "realised")
+    columns = ("accuracy", "mean_exit", "times_fp32_monolith", "times_int8_monolith", "times_static")
+    rows: list[list[str]] = []
+    about: dict[str, Any] = {}
+    for result in read_results("early_exit"):
+        about = result["about"]
+        named = {row["name"]: row for row in result["rows"]}
+        for name in SUMMARY_POINTS:
+            row = named[name]
+            realised = row["realised"] if row["variant"] == "fp32" else None
+            cells = [f"{about['model']} on {about['data']}, {row['variant']}"]
+            cells += [fixed(named["walk full depth"]["accuracy"])]
+            rows.append([*cells, *(fixed(row[column]) for column in columns), fixed(realised)])
+    if not rows:
+        return []
+    title = "**Early exit against the same network as one graph**, point within-1.0, batch 1"
+    return [f"{title} ({machine_words(about)})", "", *grid(head, rows)]
+
+
+def recipes() -> list[str]:
+    """Every method over all data sets."""
+    title = (
+        "**Which recipe**: accuracy on test less that of max-probability on recipe joint, mean between "
+        "30 and 60 % of multiply-accumulates saved (`docs/comparison.md`)"
+    )
+    return [title, "", *summary(read_results())]
+
+
+def overhead() -> list[str]:
+    """The full walk against one graph, and the bare loop as a lower bound."""
+    result = read("overhead")
+    if result is None:
+        return []
+    names = ("walk / no exits", "floor / no exits", "walk / same exits", "walk / nested if")
+    rows = []
+    for row in result["rows"]:
+        same = f"{row[WITH][0]:.3f}" if WITH in row else ""
+        nested = row.get("walk / nested if, by exit", [])
+        span = f"{min(nested):.3f} to {max(nested):.3f}" if nested else ""
+        name = f"{row['network']} {row['variant']}"
+        rows.append([name, row["length"], f"{row[ALONE][0]:.3f}", f"{row[LOOP][0]:.3f}", same, span])
+    title = f"**A full walk over the time of one graph**, batch 1 ({machine_words(result['machine'])})"
+    return [title, "", *grid(("network", "tokens", *names), rows)]
+
+
+def bulk() -> list[str]:
+    """The full walk's rows per second over the monolith's, on the same batches."""
+    rows = []
+    about: dict[str, Any] = {}
+    for file in sorted(RESULTS.glob("bulk_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        about, name = result["machine"], file.stem.removeprefix("bulk_")
+        rows += [[f"{name} {row['variant']}", row["rows_per_second"], row["ratio"]] for row in result["rows"]]
+    if not rows:
+        return []
+    title = f"**In bulk at full depth**, batches of 32, every exit computed ({machine_words(about)})"
+    return [title, "", *grid(("", "rows/s", "x rows/s of the monolith"), rows)]
+
+
+def cold_start() -> list[str]:
+    """A fresh process on one line."""
+    result = read("cold")
+    if result is None:
+        return []
+    title = f"**A fresh process on one line**, {result['bundle']} ({machine_words(result['machine'])})"
+    rows = [[row["command"], row["seconds"], row["ratio"], row["peak_mb"]] for row in result["rows"]]
+    return [title, "", *grid(("", "seconds", "x ten-line script", "peak MB"), rows)]
+
+
+def decoder_segments(kind: str = "decoders") -> list[str]:
+    """A decoder at full depth in segments against the monolith, by number of segments; decoders_alone: the
+    cut of auto without other cuts in the process.
+    """
+    result = read_decoder(kind)
+    if result is None:
+        return []
+    alone = ", without other cuts beside" * (kind == "decoders_alone")
+    title = f"**{result['model']} at full depth{alone}**, {result['prompts']} prompts, "
+    title += f"{result['tokens']} tokens each"
+    cuts = len(result["auto"]["cuts"])
+    rows = []
+    for variant, candidates in result["candidates"].items():
+        held = result["held_to_transformers"] if variant == "fp32" else result["prompts"]
+        for name, row in candidates.items():
+            label = f"--segments auto ({cuts})" if name == "auto" else name.replace("_", " ")
+            ratio = f"{row['ratio']:.3f}" + (f" ± {row['error']:.3f}" if name != "monolith" else "")
+            figures = [row["tokens_per_s"], ratio, row["first_ms"]]
+            rows.append([variant, label, *figures, f"{row['same']} of {held}"])
+    same = "same text (fp32: as transformers, others: as the monolith)"
+    head = ("precision", "", "tokens/s", "x monolith", "ms to the first token", same)
+    return [f"{title} ({machine_words(result['machine'])})", "", *grid(head, rows)]
+
+
+def decoder_baselines() -> list[str]:
+    """A decoder beside onnxruntime-genai and llama.cpp."""
+    result = read_decoder("decoders_baselines")
+    if result is None:
+        return []
+    title = f"**{result['model']} beside baselines at full depth**, {result['prompts']} prompts, "
+    title += f"{result['tokens']} tokens each"
+    rows = []
+    for variant, candidates in result["candidates"].items():
+        for name, row in candidates.items():
+            ratio = f"{row['ratio']:.2f}" + (f" ± {row['error']:.2f}" if name != "offramp" else "")
+            rows.append([variant, name, row["tokens_per_s"], ratio, row["first_ms"]])
+    head = ("precision", "", "tokens/s", "x offramp", "ms to the first token")
+    return [f"{title} ({machine_words(result['machine'])})", "", *grid(head, rows)]
+
+
+def decoder_memory() -> list[str]:
+    """Resident set of a decoder beside the monolith's."""
+    result = read_decoder("decoders_memory")
+    if result is None:
+        return []
+    title = f"**Resident set at {result['context']} tokens of context** ({machine_words(result['machine'])})"
+    rows = [
+        [name, row["resident_mb"], fixed(row["ratio"]), row["peak_mb"], fixed(row["peak_ratio"])]
+        for name, row in result["candidates"].items()
+    ]
+    return [title, "", *grid(("", "MB", "x monolith", "peak MB", "x monolith"), rows)]
+
+
+def lossless() -> list[str]:
+    """Drafts against full depth, by bundle and rule."""
+    result = read_decoder("lossless")
+    if result is None:
+        return []
+    title = f"**Lossless drafts**, {result['variant']}, {result['count']} prompts, "
+    title += f"{result['tokens']} tokens each"
+    rows = []
+    for bundle, figures in result["bundles"].items():
+        for rule, row in figures["rules"].items():
+            if rule == "full":
+                continue
+            label = rule if rule == "speculative" else "exit {}, {} drafts".format(*rule.split(","))
+            accepted = ", ".join(f"exit {e}: {share:.0%}" for e, share in row["accepted"].items())
+            same = f"{row['same']} of {result['count']}"
+            rows.append([bundle, label, same, fixed(row["speed"]), fixed(row["speed_median"]), accepted])
+    head = ("bundle", "rule", "as full depth", "x full depth", "median", "accepted")
+    return [f"{title} ({machine_words(result['machine'])})", "", *grid(head, rows)]
+
+
+def headline() -> list[str]:
+    """The README's table: five results, losses among them; without a result file its rows are left out."""
+    head = ("offramp", "compared with", "result", "quality", "source")
+    rows = [*_headline_classifiers(), *_headline_decoders()]
+    return grid(head, rows)
+
+
+def _headline_classifiers() -> list[list[str]]:
+    rows = []
+    if (result := read("early_exit_e5_sst2")) is not None:
+        named = {row["name"]: row for row in result["rows"]}
+        fp32, int8 = (named[name] for name in SUMMARY_POINTS)
+        speed = f"{fixed(fp32['times_fp32_monolith'])} x as fast in fp32, "
+        speed += f"{fixed(int8['times_int8_monolith'])} x in int8"
+        quality = ", ".join(
+            f"{fixed(row['accuracy'])} % instead of {fixed(named[graph]['accuracy'])} %{precision}"
+            for row, graph, precision in ((fp32, "monolith", " (fp32)"), (int8, "monolith int8", " (int8)"))
+        )
+        case = "early exit, e5-small on sst2, point within-1.0, batch 1"
+        rows.append([case, "the same network as one graph", speed, quality, "early_exit_e5_sst2.json"])
+    if (result := read("overhead")) is not None:
+        ratios = {
+            row["length"]: row[ALONE][0]
+            for row in result["rows"]
+            if (row["network"], row["variant"]) == ("12x384", "fp32")
+        }
+        slower = f"**slower**: {fixed(ratios[16])} x its time at 16 tokens, {fixed(ratios[128])} x at 128"
+        case = "all 12 blocks with an exit after each, 12 x 384, fp32, batch 1"
+        rows.append([case, "one graph without exits", slower, "the same answers", "overhead.json"])
+    return rows
+
+
+def _headline_decoders() -> list[list[str]]:
+    rows = []
+    if (result := read_decoder("lossless")) is not None:
+        figures = {name: bundle["rules"]["speculative"] for name, bundle in result["bundles"].items()}
+        trained, untrained = figures["trained"], figures["untrained"]
+        speed = f"{fixed(trained['speed'])} x tokens/s after recipe layerskip; "
+        speed += f"**slower** without it: {fixed(untrained['speed'])} x"
+        same = f"the same text, {trained['same']} of {result['count']} prompts"
+        case = f"{DECODER}, speculative, {result['variant']}"
+        rows.append([case, "its own full depth", speed, same, "lossless_smollm2.json"])
+    if (result := read_decoder("decoders_baselines")) is not None:
+        for name in ("onnxruntime-genai", "llama.cpp"):
+            ratios = {variant: row[name]["ratio"] for variant, row in result["candidates"].items()}
+            parts = ", ".join(
+                f"{fixed(ratio)} x {'our tokens/s ' * (variant == 'fp32')}in {variant}"
+                for variant, ratio in ratios.items()
+            )
+            slower = f"**slower**: {name} has {parts}"
+            case, source = f"{DECODER}, full depth", "decoders_baselines_smollm2.json"
+            rows.append([case, name, slower, "both decode greedily", source])
+    return rows
+
+
+def tables() -> list[str]:
+    """All tables of docs/measured.md."""
+    parts = (
+        *(early_exit_summary(), early_exit(), recipes(), overhead(), bulk(), cold_start()),
+        *(decoder_segments(), decoder_segments("decoders_alone"), decoder_baselines(), decoder_memory()),
+        lossless(),
+    )
+    return [line for part in parts for line in part]
+
+
+def between_marks(text: str) -> tuple[str, str, str]:
+    """A text before, between and after the marks; ValueError where it lacks them."""
+    before, begin, rest = text.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the marks {BEGIN} and {END} are missing")
+    return before, inside.strip("\n"), after
+
+
+DOCUMENTS = {ROOT / "README.md": headline, ROOT / "docs" / "measured.md": tables}
+
+
+@click.command(help=__doc__)
+def main() -> None:
+    for file, make_tables in DOCUMENTS.items():
+        try:
+            before, _, after = between_marks(file.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise click.ClickException(f"{file.name}: {problem}") from None
+        lines = "\n".join(make_tables()).strip("\n")
+        file.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Scripts of decoder benchmarks that run in a process of their own.
+
+    workers.py genai FOLDER THREADS             # onnxruntime-genai: a line of JSON for a line of JSON
+    workers.py llama FILE THREADS CONTEXT KV    # llama.cpp: the same
+    workers.py quantize FROM TO KIND            # llama.cpp: quantise a file of fp32 weights
+    workers.py round                            # one round of decoders.py full or baselines: the same
+    workers.py memory segments|monolith SCRATCH VARIANT TEXTS CONTEXT    # prints resident and peak MB
+
+genai, llama and quantize run in a baseline's own environment, without offramp and its dependencies: whatever
+is not of the standard library is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+FILE_TYPES = {"Q8_0": 7, "Q4_0": 2}  # llama.h: enum llama_ftype
+CACHE_TYPES = {"f32": 0, "f16": 1}  # ggml.h: enum ggml_type
+Answer = Callable[[list[int], int], Iterable[int]]  # prompt, number of tokens -> ids as they come
+
+
+def serve(facts: dict[str, str], answer: Answer, answers: TextIO) -> None:
+    """Write the facts, then for every request on stdin the ids of an answer and the time of each token."""
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        ids: list[int] = []
+        ends = []
+        start = time.perf_counter()
+        for token in answer(request["prompt_ids"], request["tokens"]):
+            ids.append(token)
+            ends.append(time.perf_counter())
+        steps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+        print(json.dumps({"ids": ids, "first_s": ends[0] - start, "step_s": steps}), file=answers, flush=True)
+
+
+def answer_stream() -> TextIO:
+    """The process's stdout for answers alone: what a library prints goes to stderr from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def genai(folder: str, threads: str) -> None:
+    """Answer by onnxruntime-genai, with a folder of its builder."""
+    answers = answer_stream()
+    library = importlib.import_module("onnxruntime_genai")
+    # The last id of the vocabulary replaces the model's stop token: without one the library takes it from
+    # elsewhere.
+    with open(os.path.join(folder, "genai_config.json"), encoding="utf-8") as file:
+        stop = int(json.load(file)["model"]["vocab_size"]) - 1
+    config = library.Config(folder)
+    options = {"session_options": {"intra_op_num_threads": int(threads)}}
+    config.overlay(json.dumps({"model": {"eos_token_id": stop, "decoder": options}}))
+    model = library.Model(config)
+
+    def answer(prompt: list[int], tokens: int) -> Iterable[int]:
+        params = library.GeneratorParams(model)
+        # max_length is also the number of keys and values for which the generator has memory.
+        params.set_search_options(do_sample=False, max_length=len(prompt) + tokens)
+        generator = library.Generator(model, params)
+        generator.append_tokens(list(prompt))
+        for number in range(tokens):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            yield token
+            if token == stop and number + 1 < tokens:
+                raise RuntimeError(f"token {stop} came, and onnxruntime-genai stops after it")
+
+    packages = ("onnxruntime-genai", "onnxruntime")
+    serve({name: importlib.metadata.version(name) for name in packages}, answer, answers)
+
+
+def llama(file: str, threads: str, context: str, kv: str) -> None:
+    """Answer by llama.cpp, with a GGUF file."""
+    answers = answer_stream()
+    library: Any = importlib.import_module("llama_cpp")
+    numpy = importlib.import_module("numpy")
+    model = library.llama_model_load_from_file(file.encode(), library.llama_model_default_params())
+    params = library.llama_context_default_params()
+    params.n_ctx = params.n_batch = int(context)  # a prompt of any length is one call
+    params.n_threads = params.n_threads_batch = int(threads)
+    params.type_k = params.type_v = CACHE_TYPES[kv]
+    opened = library.llama_init_from_model(model, params)
+    if not opened:
+        raise RuntimeError(f"llama.cpp did not open {file}")
+    size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    memory = library.llama_get_memory(opened)
+
+    def next_token(ids: Sequence[int]) -> int:
+        array = (library.llama_token * len(ids))(*ids)  # the batch points to it
+        if code := library.llama_decode(opened, library.llama_batch_get_one(array, len(ids))):
+            raise RuntimeError(f"llama_decode returned {code} for {len(ids)} tokens")
+        logits = numpy.ctypeslib.as_array(library.llama_get_logits_ith(opened, -1), (size,))
+        return int(logits.argmax())
+
+    def answer(prompt: list[int], tokens: int) -> Iterable[int]:
+        library.llama_memory_clear(memory, False)
+        ids: Sequence[int] = prompt
+        for _ in range(tokens):
+            token = next_token(ids)
+            yield token
+            ids = [token]
+
+    facts = {
+        "llama-cpp-python": library.__version__,
+        "built for": library.llama_print_system_info().decode(),
+    }
+    serve(facts, answer, answers)
+
+
+def quantize(source: str, target: str, kind: str) -> None:
+    """Quantise a GGUF file of fp32 weights; a kind that ends in _pure keeps no matrix in more bits."""
+    library: Any = importlib.import_module("llama_cpp")
+    params = library.llama_model_quantize_default_params()
+    params.ftype, params.pure = FILE_TYPES[kind.removesuffix("_pure")], kind.endswith("_pure")
+    if library.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp did not quantise {source}")
+
+
+def round_of_turns() -> None:
+    """Read one request of decoder_candidates.run_rounds on stdin, and write the answers by candidate."""
+    from offramp.benchmarks.decoder_candidates import run_round
+
+    print(json.dumps(run_round(json.loads(sys.stdin.readline()))))
+
+
+def memory(kind: str, scratch: str, variant: str, texts: str, context: str) -> None:
+    """Read half of a context, write the other half; print the resident set at the end and its peak in MB."""
+    # What is not needed for this is not imported: it would count.
+    from tokenizers import Tokenizer
+
+    folder, total = Path(scratch), int(context)
+    tokenizer, ids = Tokenizer.from_file(str(folder / "auto" / "tokenizer.json")), list[int]()
+    with open(texts, encoding="utf-8") as lines:
+        while len(ids) < total // 2:
+            ids += tokenizer.encode(json.loads(next(lines))["text"]).ids
+    ids = ids[: total // 2]
+    tokens = total - len(ids)
+    if kind == "segments":
+        from offramp.runtime import load_generator
+
+        with load_generator(folder / "auto", rule="never", variant=variant) as session:
+            written = sum(1 for _ in session.tokens(ids, tokens, ()))
+            resident, peak = resident_mb()
+    else:
+        from offramp.benchmarks.decoder_candidates import DecoderMonolith, monolith_file
+
+        monolith = DecoderMonolith(monolith_file(folder, variant))
+        written = sum(1 for _ in monolith.generate(ids, tokens))
+        resident, peak = resident_mb()
+    assert written == tokens
+    print(resident, peak)
+
+
+def resident_mb() -> tuple[float, float]:
+    """Resident set of this process and its peak, in MB (10^6 bytes), as the kernel counts them."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
+    resident, peak = (int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+    return resident, peak
+
+
+COMMANDS = {
+    "genai": genai,
+    "llama": llama,
+    "quantize": quantize,
+    "round": round_of_turns,
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    COMMANDS[sys.argv[1]](*sys.argv[2:])
