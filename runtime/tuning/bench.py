@@ -175,8 +175,8 @@ def measure(
     tokenizing = (time.perf_counter() - started) / len(items)
     singles: list[Batches] = [[(np.zeros(1, np.int64), reader.arrays([row]))] for row in encoded]
     with ExitStack() as stack:
-        field = open_candidates(opened, baselines, points, threads, singles, stack)
-        full, candidates, monolith = field.full, field.candidates, field.monolith
+        running = open_candidates(opened, baselines, points, threads, singles, stack)
+        full, candidates, monolith = running.full, running.candidates, running.monolith
         timings = time_rows(candidates, singles, rounds)
         windows: list[tuple[Batches, int]] = []
         in_bulk = encoded[: BULK_WINDOWS * batch_size * WINDOW]
@@ -224,7 +224,7 @@ def measure(
         "tokenizing_ms": rounded(1e3 * tokenizing),
         "reference": reference,
         "budget_ms": rounded(1e3 * budget),
-        "left_out": field.left_out,
+        "left_out": running.left_out,
     }
     scripts: dict[str, tuple[str, list[Any]]] = {}
     item = [items[0]] if isinstance(items[0], str) else list(items[0])
@@ -237,7 +237,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Field:
+class OpenCandidates:
     """The opened candidates, walks first.
 
     full: the session at full depth. monolith: the first one, None without. left_out: name and reason of what
@@ -257,7 +257,7 @@ def open_candidates(
     threads: int | None,
     singles: Sequence[Batches],
     stack: ExitStack,
-) -> Field:
+) -> OpenCandidates:
     """Open all candidates, and run each once on a row of every length, so that none is timed cold.
 
     Each walk has its own weights: with shared ones it would find them in the cache after the walk before,
@@ -299,7 +299,7 @@ def open_candidates(
         for single in lengths.values():
             candidate.run(single, 1, 1)
     monolith = next((graph for graph in graphs if graph.kind == MONOLITH), None)
-    return Field(full, candidates, monolith, left_out)
+    return OpenCandidates(full, candidates, monolith, left_out)
 
 
 def measure_generation(

@@ -82,13 +82,13 @@ Exit codes: 0 written, 2 the bundle or the file cannot be used.
 class Calibration:
     """What was measured, before it is written.
 
-    points: all points of the new manifest. rule: its rule. facts: provenance under `name`. costs, files:
-    added to the manifest's own. table: for the user.
+    points: all points of the new manifest. rule: its rule. facts: its provenance under provenance_key. costs,
+    files: added to the manifest's own. table: for the user.
     """
 
     points: tuple[OperatingPoint, ...]
     rule: RuleSpec
-    name: str
+    provenance_key: str
     facts: Mapping[str, Any]
     costs: Mapping[str, StepCosts] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -126,7 +126,7 @@ def rewrite(folder: Path, manifest: Manifest, calibration: Calibration) -> Manif
         points=calibration.points,
         rule=calibration.rule,
         files={**manifest.files, **hashes},
-        provenance={**manifest.provenance, calibration.name: dict(calibration.facts)},
+        provenance={**manifest.provenance, calibration.provenance_key: dict(calibration.facts)},
         costs={**manifest.costs, **calibration.costs},
     )
     text = new.to_json()

@@ -80,11 +80,6 @@ def interleaved(
     return {name: values[warmup:] for name, values in seconds.items()}
 
 
-def ratios(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> Seconds:
-    """Seconds of one callable over those of the reference, round by round [rounds]."""
-    return np.asarray(seconds[name], np.float64) / np.asarray(seconds[reference], np.float64)
-
-
 def time_ratio(seconds: Sequence[float] | Seconds, reference: Sequence[float] | Seconds) -> list[float]:
     """Median, 5th and 95th percentile of seconds over the reference's of the same round and row.
 
@@ -275,7 +270,7 @@ def time_segments(session: Classifier, singles: Sequence[Batches]) -> list[tuple
 def _bar(label: str | None, steps: int) -> Iterator[Callable[[int], object]]:
     """A function that advances a progress bar on standard error; no bar without a label."""
     if label is None:
-        yield int
+        yield lambda steps: None
         return
     with click.progressbar(length=steps, label=label, file=sys.stderr) as bar:
         yield bar.update
