@@ -21,7 +21,7 @@ from offramp.runtime.engines.buffers import Run, runner
 from offramp.runtime.engines.cuda import Cuda, cuda_python, missing_driver
 from offramp.runtime.engines.device import STEM, DeviceEngine, Layout, Places, Step
 from offramp.runtime.engines.graphs import Graph, Graphs, Providers, import_onnxruntime
-from offramp.runtime.engines.tensors import flows_of
+from offramp.runtime.engines.tensors import updated_tensors
 from offramp.runtime.engines.threads import Pool, claim
 from offramp.runtime.engines.trt_cache import EngineCache, default_folder
 from offramp.runtime.errors import BadBundle, BadSetting, EngineUnavailable
@@ -114,7 +114,7 @@ class OrtCudaEngine(DeviceEngine):
 
         # Sessions run on this engine's stream: they cannot be shared with another engine.
         sessions = Graphs(ort, bundle, self.device, pool, {}, False, providers)
-        layout = Layout.of(manifest, flows_of(manifest), stem.inputs)
+        layout = Layout.of(manifest, updated_tensors(manifest), stem.inputs)
         super().__init__(cuda, OrtOpener(ort, sessions, graph, bundle, cuda_graphs), layout, graph, manifest)
         self._facts = {
             "onnxruntime": ort.__version__,

@@ -26,7 +26,7 @@ from offramp.runtime.engines.base import EngineOptions
 from offramp.runtime.engines.buffers import Run
 from offramp.runtime.engines.cuda import Cuda, Memory, cuda_python, missing_driver
 from offramp.runtime.engines.device import STEM, DeviceEngine, Layout, Places, Step
-from offramp.runtime.engines.tensors import flows_of
+from offramp.runtime.engines.tensors import updated_tensors
 from offramp.runtime.engines.trt_build import (
     MAX_ROWS,
     Log,
@@ -57,7 +57,7 @@ class TrtEngine(DeviceEngine):
         manifest = bundle.manifest
         stem = manifest.stem.variants[manifest.variants[0]]
         inputs = [trt_versions.as_read(trt, tensor) for tensor in stem.inputs]
-        layout, graph = Layout.of(manifest, flows_of(manifest), inputs), _graph_of(manifest)
+        layout, graph = Layout.of(manifest, updated_tensors(manifest), inputs), _graph_of(manifest)
         opener = TrtOpener(trt, cuda, bundle, cache, graph, options)
         super().__init__(cuda, opener, layout, graph, manifest)
         self._trt_opener = opener
