@@ -1,47 +1,202 @@
-"""Wishes and the manifest brought together; test_session holds what load() refuses."""
+"""The resolver: from options and a manifest to a rule and a variant, for both kinds of bundle."""
+
+from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_bundles import CLASSIFIER, GENERATOR
 
-from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import RuleSpec
+from offramp.runtime.bundle.files import Bundle, open_bundle
+from offramp.runtime.bundle.manifest import Manifest, OperatingPoint
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.rules.resolve import choose
-
-TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
-NOTHING: dict = {"rule": None, "threshold": None, "point": None, "variant": None}
+from offramp.runtime.rules import RuleSpec
+from offramp.runtime.rules.resolve import bind_to, points_to_measure, resolve
 
 
-def test_without_wishes_the_manifest_decides() -> None:
-    manifest = open_bundle(TINY).manifest
-    assert choose(manifest, **NOTHING) == (manifest.rule, manifest.variants[0])
+def classifier() -> Manifest:
+    return open_bundle(CLASSIFIER).manifest
 
 
-def test_a_rule_by_name_takes_its_threshold() -> None:
-    manifest = open_bundle(TINY).manifest
-    found = choose(manifest, **{**NOTHING, "rule": "margin", "threshold": 0.2})
-    assert found == (RuleSpec("margin", {"threshold": 0.2}), manifest.variants[0])
+def generator(**changes: Any) -> Manifest:
+    return dataclasses.replace(open_bundle(GENERATOR).manifest, **changes)
 
 
-def test_a_spec_is_taken_as_it_is() -> None:
-    spec = RuleSpec("fixed", {"exit": 2.0})
-    assert choose(open_bundle(TINY).manifest, **{**NOTHING, "rule": spec, "variant": "int8"}) == (
-        spec,
-        "int8",
-    )
+def without_output(manifest: Manifest, name: str) -> Manifest:
+    """The manifest, no segment of which computes this signal."""
 
-
-def test_a_gate_without_policies_is_refused() -> None:
-    def without(stage):
+    def without(segment):
         variants = {
-            name: dataclasses.replace(variant, outputs=tuple(t for t in variant.outputs if t.name != "gate"))
-            for name, variant in stage.variants.items()
+            key: dataclasses.replace(variant, outputs=tuple(t for t in variant.outputs if t.name != name))
+            for key, variant in segment.variants.items()
         }
-        return dataclasses.replace(stage, variants=variants)
+        return dataclasses.replace(segment, variants=variants)
 
-    manifest = open_bundle(TINY).manifest
-    bare = dataclasses.replace(manifest, segments=tuple(map(without, manifest.segments)))
-    with pytest.raises(BadSetting, match="has no policy in this bundle"):
-        choose(bare, rule=None, threshold=None, point=None, variant=None)
+    return dataclasses.replace(manifest, segments=tuple(map(without, manifest.segments)))
+
+
+POINTS = (
+    OperatingPoint("default", RuleSpec("gate", {"threshold": 0.7}), "int8", "films", "dev", {}),
+    OperatingPoint("full", RuleSpec("never", {}), "fp32", "films", "dev", {}),
+)
+
+
+@pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
+def test_without_options_the_manifest_decides(manifest: Manifest) -> None:
+    assert resolve(manifest) == (manifest.rule, manifest.variants[0])
+
+
+@pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
+def test_rule_by_name_takes_the_threshold(manifest: Manifest) -> None:
+    spec = RuleSpec("margin", {"threshold": 0.2})
+    assert resolve(manifest, rule="margin", threshold=0.2) == (spec, manifest.variants[0])
+
+
+def test_threshold_sets_the_main_parameter() -> None:
+    assert resolve(classifier(), rule="fixed", threshold=2)[0] == RuleSpec("fixed", {"exit": 2.0})
+    assert resolve(generator(), rule="skip", threshold=2)[0] == RuleSpec("skip", {"segments": 2.0})
+    assert resolve(classifier(), threshold=0.9)[0] == RuleSpec("gate", {"threshold": 0.9})
+
+
+def test_threshold_keeps_other_parameters() -> None:
+    spec = RuleSpec("patience_confident", {"threshold": 0.1, "patience": 2.0})
+    resolved, _ = resolve(classifier(), rule=spec, threshold=0.3)
+    assert resolved == RuleSpec("patience_confident", {"threshold": 0.3, "patience": 2.0})
+
+
+def test_gate_by_name_has_threshold_one_half() -> None:
+    manifest = dataclasses.replace(classifier(), rule=RuleSpec("never", {}))
+    assert resolve(manifest, rule="gate")[0] == RuleSpec("gate", {"threshold": 0.5})
+
+
+def test_name_of_the_bundles_rule_keeps_its_parameters() -> None:
+    manifest = dataclasses.replace(classifier(), rule=RuleSpec("gate", {"threshold": 0.8}))
+    assert resolve(manifest, rule="gate")[0] == manifest.rule
+
+
+def test_spec_is_used_as_it_is() -> None:
+    spec = RuleSpec("fixed", {"exit": 2.0})
+    assert resolve(classifier(), rule=spec, variant="int8") == (spec, "int8")
+
+
+@pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
+def test_point_sets_rule_and_variant(manifest: Manifest) -> None:
+    manifest = dataclasses.replace(manifest, points=POINTS)
+    assert resolve(manifest, point="default") == (POINTS[0].rule, "int8")
+    assert resolve(manifest, point="full") == (POINTS[1].rule, "fp32")
+    assert resolve(manifest, point="full", variant="fp32") == (POINTS[1].rule, "fp32")
+    with pytest.raises(BadSetting, match="point 'default' was measured in variant int8, not fp32"):
+        resolve(manifest, point="default", variant="fp32")
+
+
+def test_rule_of_the_default_point_starts_in_its_variant() -> None:
+    manifest = dataclasses.replace(classifier(), points=POINTS)
+    assert resolve(manifest)[1] == resolve(manifest, rule="gate", threshold=0.1)[1] == "int8"
+    assert resolve(manifest, rule="never")[1] == "fp32"
+    assert resolve(manifest, variant="fp32")[1] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "int4"}, r"variant 'int4' .* it offers: fp32, int8"),
+        ({"point": "fast", "rule": "never"}, r"point 'fast' sets the rule .*: give either, not both"),
+        ({"point": "fast", "threshold": 0.1}, r"point 'fast' sets the rule .*: give either, not both"),
+        ({"point": "slow"}, r"operating point 'slow' .* it has: default, fast"),
+        ({"rule": "luck"}, r"rule 'luck' is not known; choose one of: gate, .*quee"),
+        ({"rule": "never", "threshold": 0.5}, "rule never has no threshold"),
+        ({"rule": "skip"}, r"rule 'skip' is not for bundles that classify; choose one of: gate, .*quee"),
+        ({"rule": "speculative"}, "rule 'speculative' is not for bundles that classify"),
+        ({"rule": RuleSpec("route", {"price": 0.1})}, "rule 'route' is not for bundles that classify"),
+        ({"rule": "quee", "threshold": 0.1}, r"rule quee: segment_00 has no error forecast .* choose one of"),
+    ],
+)
+def test_bad_options_for_a_classifier(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        resolve(classifier(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "quee"}, r"rule 'quee' is not for bundles that generate text; choose one of: .*route"),
+        ({"rule": "luck"}, r"rule 'luck' is not known; choose one of: gate, .*route"),
+        ({"rule": "speculative", "threshold": 0.5}, "rule speculative has no threshold"),
+        ({"point": "default"}, "it has: none at all"),
+        ({"variant": "int4"}, "it offers: fp32, int8"),
+    ],
+)
+def test_bad_options_for_a_generator(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        resolve(generator(points=()), **options)
+
+
+@pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
+def test_gate_without_policies_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(BadSetting, match=r"rule gate: \w+ has no policy in this bundle; choose one of: max_"):
+        resolve(without_output(manifest, "gate"), rule="gate")
+
+
+def test_logits_are_needed_of_a_classifier_alone() -> None:
+    with pytest.raises(BadSetting, match="rule entropy: segment_00 has no exit in this bundle"):
+        resolve(without_output(classifier(), "logits"), rule="entropy", threshold=0.5)
+    assert resolve(generator(), rule="entropy", threshold=0.5)[0].name == "entropy"
+
+
+def test_generator_of_one_segment_has_nothing_to_choose() -> None:
+    manifest = generator()
+    manifest = dataclasses.replace(manifest, segments=manifest.segments[:1])
+    assert resolve(manifest, rule="never")[0].name == "never"
+    for name in ("gate", "speculative", "fixed"):
+        with pytest.raises(BadSetting, match=f"rule {name}: the bundle has one segment"):
+            resolve(manifest, rule=name)
+
+
+FIXED, NEVER = RuleSpec("fixed", {"exit": 1.0}), RuleSpec("never", {})
+
+
+def test_bind_to_a_bundle() -> None:
+    assert bind_to(open_bundle(CLASSIFIER), FIXED).spec == FIXED
+    for exit_kv in ("deferred", "propagate"):
+        assert bind_to(open_bundle(GENERATOR), FIXED, exit_kv).spec == FIXED
+    with pytest.raises(BadSetting, match="rule fixed: exit 9 does not exist; there are exits 1 to 3"):
+        bind_to(open_bundle(CLASSIFIER), RuleSpec("fixed", {"exit": 9.0}))
+    with pytest.raises(BadSetting, match=r"has no router; fit one with: ee-calibrate"):
+        bind_to(open_bundle(GENERATOR), RuleSpec("route", {"price": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("bundle", "spec", "exit_kv", "message"),
+    [
+        (CLASSIFIER, FIXED, "deep", "exit_kv 'deep': choose one of deferred, propagate"),
+        (CLASSIFIER, FIXED, "propagate", "exit_kv propagate: this bundle classifies, so it has no cache"),
+        (GENERATOR, FIXED, "deep", "exit_kv 'deep': choose one of deferred, propagate"),
+        (GENERATOR, NEVER, "propagate", "with rule never no token exits early; leave it out"),
+        (GENERATOR, RuleSpec("skip", {"segments": 2.0}), "propagate", "with rule skip no token exits early"),
+        (GENERATOR, RuleSpec("speculative", {}), "propagate", "with rule speculative no token exits early"),
+    ],
+)
+def test_exit_kv_that_contradicts_is_refused(bundle: Any, spec: RuleSpec, exit_kv: str, message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        bind_to(open_bundle(bundle), spec, exit_kv)
+
+
+def test_exit_kv_without_cache_fills_is_refused() -> None:
+    manifest = generator()
+    assert manifest.decoder is not None
+    decoder = dataclasses.replace(manifest.decoder, cache_fills=())
+    bundle = Bundle(GENERATOR, dataclasses.replace(manifest, decoder=decoder))
+    with pytest.raises(BadSetting, match=r"the bundle has no graphs for it; write it again with ee-split"):
+        bind_to(bundle, FIXED, "propagate")
+
+
+def test_points_to_measure() -> None:
+    manifest = dataclasses.replace(classifier(), points=POINTS)
+    assert points_to_measure(manifest, None) == ["default"]
+    assert points_to_measure(dataclasses.replace(manifest, points=POINTS[1:]), None) == ["full"]
+    assert points_to_measure(dataclasses.replace(manifest, points=()), None) == [None]
+    assert points_to_measure(manifest, "full, default,default, other") == ["default", "other"]
+    assert points_to_measure(dataclasses.replace(manifest, points=()), "full") == []
+    with pytest.raises(BadSetting, match="name at least one of: default, full"):
+        points_to_measure(manifest, " , ")
