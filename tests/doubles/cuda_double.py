@@ -36,7 +36,7 @@ cudaError_t = IntEnum(
 _TEXTS = {2: "out of memory", 100: "no CUDA-capable device", 700: "an illegal memory access was encountered"}
 cudaMemcpyKind = IntEnum(
     "cudaMemcpyKind",
-    [f"cudaMemcpy{way}" for way in ("HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice")],
+    [f"cudaMemcpy{sides}" for sides in ("HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice")],
     start=0,
 )
 cudaStreamCaptureMode = IntEnum(
@@ -87,7 +87,7 @@ class Graph:
     executable: bool = False
 
 
-def _call(body: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+def _binding(body: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     """One function of the bindings: it is counted, and gives a tuple whose first item is the error code."""
 
     @wraps(body)
@@ -208,10 +208,10 @@ class Cudart:
 
     # The bindings: device and memory.
 
-    @_call
+    @_binding
     def cudaSetDevice(self, device: int) -> None: ...
 
-    @_call
+    @_binding
     def cudaGetDeviceProperties(self, device: int) -> Any:
         major, minor = self.capability
         return SimpleNamespace(name=self.name.encode(), major=major, minor=minor)
@@ -225,30 +225,30 @@ class Cudart:
     def cudaGetErrorString(self, error: cudaError_t) -> tuple[cudaError_t, bytes]:
         return cudaError_t.cudaSuccess, _TEXTS.get(int(error), error.name).encode()
 
-    @_call
+    @_binding
     def cudaMalloc(self, size: int) -> int:
         return self.reserve(index(size), "device")
 
-    @_call
+    @_binding
     def cudaFree(self, pointer: int) -> None:
         for thing in list(self._handles.values()):
             if isinstance(thing, Stream):
                 self._run(thing)
         self.release(pointer, "device")
 
-    @_call
+    @_binding
     def cudaHostAlloc(self, size: int, flags: int) -> int:
         return self.reserve(index(size), "pinned")
 
-    @_call
+    @_binding
     def cudaFreeHost(self, pointer: int) -> None:
         self.release(pointer, "pinned")
 
-    @_call
+    @_binding
     def cudaMemGetInfo(self) -> tuple[int, int]:
         return self.limit - self.used, self.limit
 
-    @_call
+    @_binding
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: Any) -> None:
         source, target = kind.name.removeprefix("cudaMemcpy").split("To")
         memory = {"Host": ("pinned",), "Device": ("device",)}
@@ -260,42 +260,42 @@ class Cudart:
 
     # Streams, events and graphs.
 
-    @_call
+    @_binding
     def cudaStreamCreateWithFlags(self, flags: int) -> int:
         return self._handle(Stream())
 
-    @_call
+    @_binding
     def cudaStreamDestroy(self, stream: int) -> None:
         self._run(self._stream(stream))
         del self._handles[stream]
 
-    @_call
+    @_binding
     def cudaEventCreateWithFlags(self, flags: int) -> int:
         return self._handle(Event())
 
-    @_call
+    @_binding
     def cudaEventRecord(self, event: int, stream: Any) -> None:
         self._thing(event, Event).stream = self._stream(stream)
 
-    @_call
+    @_binding
     def cudaEventSynchronize(self, event: int) -> None:
         stream = self._thing(event, Event).stream
         if stream is not None:
             self._run(stream)
 
-    @_call
+    @_binding
     def cudaEventDestroy(self, event: int) -> None:
         self._thing(event, Event)
         del self._handles[event]
 
-    @_call
+    @_binding
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> None:
         target = self._stream(stream)
         if target.captured is not None:
             raise Fault("cudaErrorIllegalState", "the stream captures already")
         target.captured = []
 
-    @_call
+    @_binding
     def cudaStreamEndCapture(self, stream: Any) -> int:
         target = self._stream(stream)
         if target.captured is None:
@@ -303,18 +303,18 @@ class Cudart:
         ops, target.captured = target.captured, None
         return self._handle(Graph(ops))
 
-    @_call
+    @_binding
     def cudaGraphInstantiate(self, graph: int, flags: int) -> int:
         return self._handle(Graph(list(self._thing(graph, Graph).ops), executable=True))
 
-    @_call
+    @_binding
     def cudaGraphLaunch(self, graph: int, stream: Any) -> None:
         executable = self._thing(graph, Graph)
         if not executable.executable:
             raise Fault("cudaErrorInvalidResourceHandle", "the graph was not instantiated")
         self.enqueue(stream, lambda: [op() for op in executable.ops])
 
-    @_call
+    @_binding
     def cudaGraphDestroy(self, graph: int) -> None:
         self._thing(graph, Graph)
         del self._handles[graph]

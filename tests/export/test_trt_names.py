@@ -14,7 +14,7 @@ import tensorrt_rtx
 from cuda.bindings import runtime as cudart
 from doubles import cuda_double
 
-from offramp.export import aot
+from offramp.export import trt_compile
 from offramp.runtime.bundle import manifest
 from offramp.runtime.engines import cuda, trt, trt_build, trt_versions
 
@@ -92,7 +92,7 @@ def missing(names: set[str], versions: list[str]) -> list[str]:
 
 def test_the_compiler_without_a_gpu_uses_names_of_tensorrt_rtx() -> None:
     """These are its own; the rest is the engine's function, which it calls."""
-    names = touched(source(aot))
+    names = touched(source(trt_compile))
     assert names <= ONLY_RTX and names
     for name in ONLY_RTX:
         thing = tensorrt_rtx

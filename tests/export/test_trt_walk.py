@@ -14,11 +14,11 @@ from doubles import gpu
 
 from offramp.export.bundle import finish
 from offramp.export.describe import describe
-from offramp.export.sentences import SENTENCES
+from offramp.export.samples import SENTENCES
 from offramp.runtime import load
 from offramp.runtime.bundle.manifest import ImageInput
 
-WISHES = {
+OPTIONS = {
     "trt-8.6.1": {"engine": "trt"},
     "trt-10.3.0": {"engine": "trt"},
     "trt-11.4.0": {"engine": "trt", "cuda_graphs": True},
@@ -27,12 +27,12 @@ WISHES = {
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
-def test_a_bundle_says_on_a_gpu_what_it_says_on_the_cpu(
+def test_a_bundle_gives_the_same_answers_on_a_gpu_and_on_the_cpu(
     family: str, exported: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    made = exported(family)
-    bundle = Path(shutil.copytree(made.folder, tmp_path / "bundle"))
-    manifest = finish(bundle, describe(made.checkpoint, made.segments, ("fp32", "fp16")))
+    model = exported(family)
+    bundle = Path(shutil.copytree(model.folder, tmp_path / "bundle"))
+    manifest = finish(bundle, describe(model.source, model.split, ("fp32", "fp16")))
     if isinstance(manifest.input, ImageInput):
         random = np.random.default_rng(0)
         items: list[Any] = list(random.integers(0, 256, (9, 20, 24, 3), dtype=np.uint8))
@@ -41,15 +41,17 @@ def test_a_bundle_says_on_a_gpu_what_it_says_on_the_cpu(
     for variant in ("fp32", "fp16"):
         with load(bundle, rule="never", variant=variant) as session:
             expected = list(session.map(items, batch_size=4))
-        for name, wishes in WISHES.items():
+        for name, options in OPTIONS.items():
             with pytest.MonkeyPatch.context() as patch:
                 version = name.removeprefix("trt-")
                 machine = gpu.machine(patch, tmp_path / "cache", "10.3.0" if version == "cuda" else version)
                 gpu.ort_on_cuda(patch, machine.cudart)
-                with load(bundle, rule="never", variant=variant, **wishes) as session:  # type: ignore[arg-type]
+                with load(bundle, rule="never", variant=variant, **options) as session:  # type: ignore[arg-type]
                     for size in (1, 1, 1, 4):
-                        found = list(session.map(items, batch_size=size))
-                        for one, other in zip(found, expected, strict=True):
-                            assert one.label == other.label and one.steps == other.steps, name
-                            assert abs(one.score - other.score) < (1e-4 if variant == "fp32" else 5e-3)
+                        answers = list(session.map(items, batch_size=size))
+                        for answer, cpu_answer in zip(answers, expected, strict=True):
+                            assert answer.label == cpu_answer.label and answer.steps == cpu_answer.steps, name
+                            assert abs(answer.score - cpu_answer.score) < (
+                                1e-4 if variant == "fp32" else 5e-3
+                            )
                 assert machine.cudart.faults == []
