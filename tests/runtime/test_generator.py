@@ -1,4 +1,4 @@
-"""A bundle that generates text, without torch: sessions, ee-run and ee-bench on it."""
+"""TextGenerator on the tiny bundle: every rule, chunks of text, stop words; test_decoding has the tokens."""
 
 from __future__ import annotations
 
@@ -6,88 +6,271 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from click.testing import CliRunner
+from tiny_bundles import GENERATOR
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from offramp.runtime import BadSetting, load
-from offramp.runtime.cli import main as run
-from offramp.runtime.generator import Writer
+from offramp.runtime import BadInput, BadSetting, TextGenerator, load_generator
+from offramp.runtime.generator import _DecodedText
+from offramp.runtime.rules.speculative import Speculative
 
-DATA = Path(__file__).parents[1] / "data"
-WRITER, CLASSIFIER = DATA / "tiny_writer", DATA / "tiny_bundle"
 PROMPT = "the film was good and"
 
 
-def said(most: int = 20, **wishes: Any) -> list[tuple[int, int]]:
-    """Token and depth of an answer."""
-    with load(WRITER, **wishes) as session:
-        return [(piece.token, piece.depth) for piece in session.generate(PROMPT, most)]
+def generate(count: int = 20, **options: Any) -> list[tuple[int, int]]:
+    """Token and depth of each token of an answer."""
+    with load_generator(GENERATOR, **options) as session:
+        return [(chunk.token, chunk.depth) for chunk in session.generate(PROMPT, count)]
 
 
-def test_the_bundles_own_rule_is_its_gate() -> None:
-    own = said()
-    assert own == said(rule="gate") == said(rule="gate", threshold=0.5) and len({d for _, d in own}) > 1
-    assert {depth for _, depth in said(rule="gate", threshold=1.0)} == {3}
-    assert {depth for _, depth in said(rule="gate", threshold=0.0)[1:]} == {1}
+@pytest.fixture(scope="module")
+def session():
+    with load_generator(GENERATOR, rule="never") as session:
+        yield session
+
+
+def test_bundles_own_rule_is_its_gate() -> None:
+    tokens = generate()
+    assert tokens == generate(rule="gate") == generate(rule="gate", threshold=0.5)
+    assert len({depth for _, depth in tokens}) > 1, "the tiny bundle should use more than one exit"
+    assert {depth for _, depth in generate(rule="gate", threshold=1.0)} == {3}
+    assert {depth for _, depth in generate(rule="gate", threshold=0.0)[1:]} == {1}
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
-def test_drafts_say_what_the_full_depth_says(variant: str) -> None:
-    plain = said(40, rule="never", variant=variant)
-    assert said(40, rule="speculative", variant="fp32") == said(40, rule="never")
-    assert {depth for _, depth in plain} == {3} and len(plain) == 40
+@pytest.mark.parametrize("pair", [None, (1, 3), (2, 8)])
+def test_speculative_gives_the_tokens_of_full_depth(
+    variant: str, pair: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = generate(40, rule="never", variant=variant)
+    with load_generator(GENERATOR, rule="speculative", variant=variant) as session:
+        assert isinstance(session.bound_rule, Speculative)
+        session.bound_rule.fixed = pair
+        chunks = list(session.generate(PROMPT, 40))
+        assert [(chunk.token, chunk.depth) for chunk in chunks] == full
+        stats = session.draft_stats
+    assert stats is not None and {depth for _, depth in full} == {3} and len(full) == 40
+    assert sum(chunk.drafted for chunk in chunks) == sum(stats.accepted.values())
+    assert pair is None or stats.rounds[pair[0]] > 0
 
 
-def test_both_caches_talk_and_differ_where_tokens_left() -> None:
-    wishes: dict[str, Any] = {"rule": "gate", "threshold": 0.6}
-    deferred, propagated = said(40, **wishes), said(40, **wishes, cache="propagate")
+def test_exit_kv_deferred_and_propagate_differ_after_an_exit() -> None:
+    options: dict[str, Any] = {"rule": "gate", "threshold": 0.6}
+    deferred, propagated = generate(40, **options), generate(40, **options, exit_kv="propagate")
     assert deferred[0] == propagated[0] and len(propagated) == 40
-    with load(WRITER, **wishes) as session:
-        waited = sum(piece.ran for piece in session.generate(PROMPT, 40))
-    with load(WRITER, **wishes, cache="propagate") as session:
-        pieces = list(session.generate(PROMPT, 40))
-    assert sum(piece.ran for piece in pieces) == sum(piece.depth for piece in pieces)
-    assert waited > sum(depth for _, depth in deferred)  # who waited went on when another went deeper
-    with pytest.raises(BadSetting, match="cache 'deep': choose one of"):
-        load(WRITER, cache="deep")
+    with load_generator(GENERATOR, **options) as session:
+        chunks = list(session.generate(PROMPT, 40))
+    assert sum(chunk.blocks_run for chunk in chunks) > sum(depth for _, depth in deferred)
+    with load_generator(GENERATOR, **options, exit_kv="propagate") as session:
+        chunks = list(session.generate(PROMPT, 40))
+    assert all(chunk.blocks_run == chunk.depth for chunk in chunks)
 
 
-def test_a_route_and_its_bounds() -> None:
-    assert {depth for _, depth in said(rule="skip", threshold=2)[1:]} == {2}
-    with pytest.raises(BadSetting, match="segments 1 is not a whole number from 2 to 3"):
-        load(WRITER, rule="skip", threshold=1)
-    with pytest.raises(BadSetting, match="rule 'quick' is not for bundles that generate"):
-        load(WRITER, rule="quick")
+def test_deferred_tokens_have_the_logits_of_full_depth() -> None:
+    """Tokens that exit at any depth, then one of full depth: its logits are those of a prompt of them all."""
+    with load_generator(GENERATOR, rule="never") as session:
+        ids = np.random.default_rng(3).integers(3, 60, 25).tolist()
+        engine, sequences = session.engine, []
+        for prompt in (ids[:6], ids):
+            sequences.append(engine.begin({"input_ids": np.array([prompt], np.int64)}))
+            for segment in range(3):
+                output = sequences[-1].advance(segment)
+        expected = output.hidden.copy()
+        exiting = sequences[0]
+        for position in range(6, 25):
+            exiting.feed(ids[position : position + 1])
+            for segment in range(1 + position % 3):
+                output = exiting.advance(segment)
+                assert segment < 2 or np.allclose(output.hidden[-1], expected[position], atol=1e-4)
+        assert exiting.blocks_run < sequences[1].blocks_run
+        assert [exiting.waiting(segment) for segment in range(3)] == [0, 1, 0]
 
 
-def answers(*words: str, given: str) -> tuple[int, list[dict[str, Any]], str]:
-    done = CliRunner().invoke(run, ["--bundle", str(WRITER), *words], input=given)
-    return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+def test_cache_grows_while_an_answer_is_generated(session: TextGenerator) -> None:
+    sequence = session.engine.begin({"input_ids": np.array([[5] * 40], np.int64)})
+    places = sequence.runner.places
+    assert 40 <= places <= session.longest == 64
+    tokens = list(session.tokens([5] * 40, 1000, ()))
+    assert len(tokens) == session.longest - 40 + 1
+    with pytest.raises(BadInput, match="65 tokens: this network reads 64, prompt and answer together"):
+        list(session.tokens([5] * 65, 1))
 
 
-def test_ee_run_drafts_and_says_so() -> None:
-    code, lines, told = answers(
-        "--rule", "speculative", "--stats", "--max-new-tokens", "12", given=f"{PROMPT}\na film\n"
-    )
-    assert code == 0 and [line["tokens"] for line in lines] == [12, 12]
-    assert all(line["depth"] == 3 and line["ran"] >= 3 for line in lines)
-    assert "steps without a draft" in told and "rule       speculative" in told
-    assert "blocks run a token" in told
+def test_skip_and_fixed_set_the_depth() -> None:
+    assert {depth for _, depth in generate(rule="skip", threshold=2)[1:]} == {2}
+    assert {depth for _, depth in generate(rule="fixed", threshold=1)[1:]} == {1}
+    assert {depth for _, depth in generate(rule="patience", threshold=1)[1:]} <= {2, 3}
+    assert generate(1, rule="skip", threshold=2) == generate(1, rule="never")
 
 
-def test_ee_run_takes_messages() -> None:
-    chat = {"messages": [{"role": "user", "content": "a good film"}], "max_new_tokens": 4}
-    lines: list[Any] = [{"prompt": "a film", "max_new_tokens": 3}, chat, {"messages": "hello"}, {"stop": "a"}]
-    code, found, _ = answers(given="".join(json.dumps(line) + "\n" for line in lines))
-    assert code == 1 and [line.get("tokens") for line in found] == [3, 4, None, None]
-    assert "messages: expected a list" in found[2]["error"]
-    assert '"prompt": expected a string' in found[3]["error"]
+def test_chunks_are_the_tokens_and_their_text(session: TextGenerator) -> None:
+    chunks = list(session.generate(PROMPT, 12))
+    ids = session.encode_prompt(PROMPT)
+    assert [chunk.token for chunk in chunks] == [token.id for token in session.tokens(ids, 12)]
+    seconds = [chunk.seconds for chunk in chunks]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    expected = session._tokenizer.decode([chunk.token for chunk in chunks], skip_special_tokens=True)
+    assert "".join(chunk.text for chunk in chunks) == expected
 
 
-def test_warm_up_and_what_a_writer_tells() -> None:
-    with load(WRITER, rule="speculative") as session:
+def test_stop_word_ends_the_text_before_it(session: TextGenerator) -> None:
+    text = "".join(chunk.text for chunk in session.generate(PROMPT, 30))
+    word = text.split()[5]
+    expected = text[: text.index(word)]
+    for stop in ([word], ["unheard of", word], ["", word]):
+        chunks = list(session.generate(PROMPT, 30, stop))
+        assert "".join(chunk.text for chunk in chunks) == expected
+        assert all(chunk.token >= 0 for chunk in chunks) and len(chunks) < 30
+
+
+def test_text_that_may_begin_a_stop_word_is_held_back_to_the_end(session: TextGenerator) -> None:
+    plain = list(session.generate(PROMPT, 8))
+    held = list(session.generate(PROMPT, 8, ["x" * 1000]))
+    assert [chunk.text for chunk in held[:-1]] == [""] * 8 and held[-1].token == -1
+    assert held[-1].text == "".join(chunk.text for chunk in plain)
+
+
+def test_stop_id_of_the_bundle_ends_the_answer_with_an_empty_chunk(session: TextGenerator) -> None:
+    plain = list(session.generate(PROMPT, 8))
+    stop = plain[4].token
+    end = [chunk.token for chunk in plain].index(stop)
+    with load_generator(GENERATOR, rule="never") as other:
+        other._stop_ids = frozenset({stop})
+        chunks = list(other.generate(PROMPT, 8))
+    assert [chunk.token for chunk in chunks] == [chunk.token for chunk in plain[: end + 1]]
+    assert chunks[-1].text == "" and [chunk.text for chunk in chunks[:-1]] == [c.text for c in plain[:end]]
+
+
+def test_prompt_may_be_messages(session: TextGenerator) -> None:
+    messages = [{"role": "user", "content": "the film"}, {"role": "user", "content": "was good"}]
+    ids = session.encode_prompt(messages)
+    assert ids == session.encode_continuation("the film was good the") != session.encode_prompt("the film")
+    assert [chunk.token for chunk in session.generate(messages, 6)] == [t.id for t in session.tokens(ids, 6)]
+
+
+def test_bad_prompts_and_sizes_are_refused(session: TextGenerator) -> None:
+    with pytest.raises(BadSetting, match="max_new_tokens 0: expected 1 or more"):
+        session.generate(PROMPT, 0)
+    with pytest.raises(BadSetting, match="length 0: expected 1 or more"):
+        session.warm_up([4, 0])
+    with pytest.raises(BadInput, match="expected a string or messages, found 7"):
+        session.generate(7)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="the prompt has no token"):
+        list(session.tokens([], 3))
+
+
+def test_warm_up_cuts_lengths_to_the_longest_input() -> None:
+    with load_generator(GENERATOR, rule="speculative", lazy=True) as session:
         session.warm_up([3, 500])
-        assert isinstance(session, Writer) and session.folder == WRITER
-        assert session.engine.facts["threads"] and session.drafting is not None
-    with load(WRITER, rule="never") as session:
-        assert isinstance(session, Writer) and session.drafting is None
+        assert session.draft_stats is session.bound_rule
+    with load_generator(GENERATOR, rule="never") as session:
+        assert session.draft_stats is None and session.longest == 64
+
+
+def test_sessions_of_one_bundle_are_used_in_turns(session: TextGenerator) -> None:
+    texts = [PROMPT, "a bad plot"]
+    expected = [[chunk.token for chunk in session.generate(text, 10)] for text in texts]
+    generators = [session.generate(text, 10) for text in texts]
+    tokens: list[list[int]] = [[], []]
+    for _ in range(10):
+        for answer, generator in zip(tokens, generators, strict=True):
+            answer.append(next(generator).token)
+    assert tokens == expected
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer of single bytes, so that most characters of a text are several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+def spaced_tokenizer() -> Tokenizer:
+    """A tokenizer whose first word of a text loses its space, and a token of nothing but a space."""
+    words = ["▁the", "▁film", "s", "▁", "▁good", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[str], str]:
+    """The complete text after each token, and all of the text."""
+    text, complete = _DecodedText(tokenizer), []
+    for id in ids:
+        text.add(id)
+        complete.append(text.complete())
+    return complete, text.all()
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [Tokenizer.from_file(str(GENERATOR / "tokenizer.json")), byte_tokenizer(), spaced_tokenizer()],
+    ids=["tiny bundle", "bytes", "spaces"],
+)
+def test_incremental_text_of_random_tokens_equals_the_decoder(tokenizer: Tokenizer) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        ids = random.integers(0, tokenizer.get_vocab_size(), random.integers(1, 60)).tolist()
+        complete, text = streamed(tokenizer, ids)
+        assert text == decoded(tokenizer, ids)
+        for before, after in zip(complete, [*complete[1:], text], strict=True):
+            assert after.startswith(before), "text that was given out changed"
+
+
+def test_incremental_text_waits_for_all_bytes_of_a_character() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("aé😀b").ids
+    assert len(ids) == 8
+    complete, text = streamed(tokenizer, ids)
+    assert complete == ["a", "a", "aé", "aé", "aé", "aé", "aé😀", "aé😀b"] and text == "aé😀b"
+    complete, text = streamed(tokenizer, ids[:5])
+    assert complete[-1] == "aé" and text == decoded(tokenizer, ids[:5]) != "aé", (
+        "the end has all that is left"
+    )
+
+
+def test_incremental_text_passes_tokens_without_text() -> None:
+    tokenizer = byte_tokenizer()
+    end = tokenizer.token_to_id("<end>")
+    first, second = tokenizer.encode("é").ids
+    assert streamed(tokenizer, [end, first, end, second, end, *tokenizer.encode("x").ids]) == (
+        ["", "", "", "é", "é", "éx"],
+        "éx",
+    )
+    assert streamed(tokenizer, [end, end]) == (["", ""], "")
+    assert streamed(tokenizer, []) == ([], "")
+
+
+def test_incremental_text_keeps_spaces_between_words() -> None:
+    tokenizer = spaced_tokenizer()
+    ids = [tokenizer.token_to_id(word) for word in ("▁the", "▁film", "s", "▁", "▁good")]
+    complete, text = streamed(tokenizer, ids)
+    assert text == decoded(tokenizer, ids) and text.startswith("the films")
+    assert complete[:3] == ["the", "the film", "the films"]
+
+
+def test_incremental_text_decodes_a_few_tokens_at_a_time() -> None:
+    tokenizer, lengths = byte_tokenizer(), []
+
+    class Counting:
+        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+            lengths.append(len(ids))
+            return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    text = "naïve 😀 films " * 20
+    assert streamed(Counting(), tokenizer.encode(text).ids)[1] == text  # type: ignore[arg-type]
+    assert max(lengths) <= 8
+
+
+def test_manifest_of_the_tiny_generator_has_what_these_tests_need() -> None:
+    manifest = json.loads(Path(GENERATOR, "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["decoder"]["cache_fills"] and manifest["decoder"]["draft"]
+    assert [segment["blocks"] for segment in manifest["segments"]] == [[1], [2], [3]]
