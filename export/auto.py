@@ -1,170 +1,289 @@
-"""Which exits to keep: from measured times and from where rows of a dev set would leave.
+"""--segments auto: where to cut, from what was measured on this machine.
 
-An exit costs every row that comes by: its operators, its policy's and the seam between two graphs. It saves
-time for the rows that leave there. Without it they leave at the next exit that is kept.
+A classifier is cut at exits. An exit costs every row that reaches it: its operators, its policy's and the
+seam between two graphs. It saves time for the rows that exit there, which otherwise go to the next exit.
+
+A decoder is cut as finely as a share of one graph's speed allows. A token costs the time of the blocks and,
+for every seam, a call, and the hidden state and a few masks once more through memory. Both are measured on
+one segment and on a few. Not on the finest cut, whose seams are cheap: they follow so closely that the code
+of one is still in the processor's caches at the next, where with a few segments the weights that stream by
+have displaced it (90 us and 32 us a seam, SmolLM2-135M in fp32, trial). One segment has two seams already, to
+the stem and to the head, which one graph of all does not have.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from offramp.export.bundle import finish
+from offramp.export.bundle import finish, write_graphs
+from offramp.export.classifier import ExportableClassifier
+from offramp.export.decoder import ExportableDecoder
 from offramp.export.describe import describe
-from offramp.export.split import split
-from offramp.export.to_onnx import to_onnx
-from offramp.export.verify import file_name
-from offramp.runtime.classifier import Session
-from offramp.runtime.loading import load
-from offramp.runtime.rules import bind, simulate
+from offramp.export.options import ExportOptions
+from offramp.export.segments import Exportable, SplitNetwork, file_name, variants_of
+from offramp.export.table import aligned
+from offramp.runtime.classifier import Classifier
+from offramp.runtime.loading import load_classifier
+from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import choose_points
-from offramp.runtime.tuning.calibrate import costs_of, exit_table
+from offramp.runtime.tuning.calibrate import exit_macs, exit_table
 from offramp.runtime.tuning.labelled import read_labelled
-from offramp.training.checkpoint import TOKENIZER, Checkpoint
+from offramp.runtime.walker import Inputs, walk_one
 
-SAMPLE = 100  # rows that are timed
+ROWS = 100  # rows of a classifier that are timed
+WARM_UP = 3  # rows before them
+LOSS = 0.02  # share of one graph's speed that a decoder's seams may cost
+FEW = 5  # segments on which a seam is timed
+PAIRS = 3  # of openings in either order
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was measured and what follows: leaves [exits] is the share of rows that wish to leave there, times
-    are milliseconds at batch 1; kept holds 0-based exits, the last among them.
+class ExitTimes:
+    """What was measured of a classifier's exits: leaves [exits] is the share of rows that exit there, times
+    are milliseconds at batch 1.
     """
 
-    blocks: tuple[int, ...]
     leaves: NDArray[np.float64]
     block_ms: NDArray[np.float64]
     exit_ms: float
     stem_ms: float
-    kept: tuple[int, ...]
 
     def expected_ms(self, kept: Sequence[int]) -> float:
-        """Mean milliseconds a row where only these exits are there."""
-        return self.stem_ms + _expected(self.leaves, self.block_ms, self.exit_ms, kept)
-
-    def table(self) -> str:
-        """The figures behind the choice, a line an exit."""
-        every = tuple(range(len(self.blocks)))
-        lines = ["exit after   rows leaving   blocks ms   exit ms   ms a row without it   kept"]
-        for at, block in enumerate(self.blocks):
-            last = at == every[-1]
-            without = "" if last else f"{self.expected_ms([k for k in every if k != at]):.3f}"
-            lines.append(
-                f"{block:10d}{self.leaves[at]:15.1%}{self.block_ms[at]:12.3f}{self.exit_ms:10.3f}"
-                f"{without:>22}{'yes' if at in self.kept else 'no':>7}"
-            )
-        lines.append(
-            f"expected ms a row: {self.expected_ms(every):.3f} with every exit, "
-            f"{self.expected_ms(self.kept):.3f} with {len(self.kept)} of {len(every)}"
-        )
-        return "\n".join(lines)
+        """Mean milliseconds a row where only these exits (0-based) are kept."""
+        walking, total, begin = 1.0, self.stem_ms, 0
+        for exit in kept:
+            total += walking * (float(self.block_ms[begin : exit + 1].sum()) + self.exit_ms)
+            walking, begin = max(0.0, 1.0 - float(self.leaves[: exit + 1].sum())), exit + 1
+        return total
 
 
-def by_cost(checkpoint: Checkpoint, dev: Path, engine: str = "ort", device: str | None = None) -> Choice:
-    """Split with every exit in a temporary folder, walk the dev set on an engine, time it, and choose.
+class SeamTimes(NamedTuple):
+    """Seconds of a token through one segment, and of a seam."""
 
-    Rows leave as the point "default" of the bundle has them, calibrated on the very rows. Raises BadInput for
-    the file, and what load() raises.
+    one: float
+    seam: float
+
+    def seconds(self, segments: int) -> float:
+        """Of a token through so many segments."""
+        return self.one + self.seam * (segments - 1)
+
+    def speed(self, segments: int) -> float:
+        """The speed of so many segments divided by that of one graph, which has no seam."""
+        return self.seconds(-1) / self.seconds(segments)
+
+
+Times = TypeVar("Times")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[Times]):
+    """Where segments end (1-based blocks), what it was chosen from, and the table for the user."""
+
+    cuts: tuple[int, ...]
+    times: Times
+    table: str
+
+
+def choose_exits(
+    source: ExportableClassifier, dev: Path, engine: str = "ort", device: str | None = None
+) -> Choice[ExitTimes]:
+    """Split with every exit into a temporary folder, walk the dev set on an engine, time it, and choose.
+
+    Rows exit as at the point "default" of that bundle, calibrated on the same rows. Raises BadInput for the
+    file, and what load() raises.
     """
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
-        every, none = Path(scratch) / "every", Path(scratch) / "none"
-        _write(checkpoint, None, every)
-        _write(checkpoint, checkpoint.network.spec.exits[-1:], none)
+        folders = [Path(scratch) / "every", Path(scratch) / "one"]
+        for folder, cuts in zip(folders, ("each", (source.network.block_count,)), strict=True):
+            _write_to_time(source, source.split(cuts, ("fp32",)), folder, ("fp32",), None)
         with (
-            load(every, rule="never", engine=engine, device=device) as session,
-            load(none, rule="never", engine=engine, device=device) as whole,
+            load_classifier(folders[0], rule="never", engine=engine, device=device) as every,
+            load_classifier(folders[1], rule="never", engine=engine, device=device) as one,
         ):
-            images = checkpoint.network.family.vision is not None
-            rows = read_labelled(dev, session.labels, images=images)
-            table, lengths = exit_table(session, rows, "fp32")
+            rows = read_labelled(dev, every.labels, images=source.network.family.vision is not None)
+            table, lengths = exit_table(every, rows, "fp32")
             rule = "max_probability" if table.gates is None else "gate"
-            point = choose_points(rule, table, costs_of(session.manifest, lengths))["default"]
+            point = choose_points(rule, table, exit_macs(every.manifest, lengths))["default"]
             count = table.logits.shape[1]
             exits = simulate(bind(point.rule, count), table.logits, table.gates)
             leaves = np.bincount(exits, minlength=count) / len(exits)
-            return measure(session, whole, rows.items, leaves)
+            items = [*rows.items[:WARM_UP], *rows.items[:ROWS]]
+            inputs = [every.encode(*(item if isinstance(item, tuple) else (item,))) for item in items]
+            times = _time_exits(every, one, inputs, leaves)
+            blocks = [segment.blocks[-1] for segment in every.manifest.segments]
+    kept = keep_exits(times)
+    return Choice(tuple(blocks[exit] for exit in kept), times, exits_table(blocks, times, kept))
 
 
-def _write(checkpoint: Checkpoint, exits: Sequence[int] | None, folder: Path) -> None:
-    folder.mkdir()
-    parts = split(checkpoint.network, exits, variants=("fp32",))
-    for part in track(parts, f"exporting {len(parts) - 1} segments to time", console=Console(stderr=True)):
-        to_onnx(part, folder / file_name(part.name, "fp32"))
-    if checkpoint.tokenizer is not None:
-        shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
-    finish(folder, describe(checkpoint, parts, ("fp32",)))
-
-
-def keep_exits(leaves: NDArray[np.float64], block_ms: NDArray[np.float64], exit_ms: float) -> tuple[int, ...]:
-    """The exits (0-based) that make the expected time least; of equals, the fewest.
+def keep_exits(times: ExitTimes) -> tuple[int, ...]:
+    """The exits (0-based) with the least expected time; of equals, the fewest.
 
     Exact, by dynamic programming over the kept exit before: time to exit j through exit i is the time to i
     plus what the rows still walking after i pay for the blocks between and for exit j.
     """
-    count = len(leaves)
-    walking = np.concatenate([[1.0], 1.0 - np.cumsum(leaves)]).clip(0.0)  # after exit i - 1
-    ran = np.concatenate([[0.0], np.cumsum(block_ms)])
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # by number of blocks passed
+    count = len(times.leaves)
+    walking = np.concatenate([[1.0], 1.0 - np.cumsum(times.leaves)]).clip(0.0)  # after exit i - 1
+    blocks_ms = np.concatenate([[0.0], np.cumsum(times.block_ms)])
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]  # by number of exits passed
     for end in range(1, count + 1):
-        ways = [
+        options = [
             (
-                best[begin][0] + walking[begin] * (ran[end] - ran[begin] + exit_ms),
+                best[begin][0] + walking[begin] * (blocks_ms[end] - blocks_ms[begin] + times.exit_ms),
                 len(best[begin][1]),
                 (*best[begin][1], end - 1),
             )
             for begin in range(end)
         ]
-        cost, _, kept = min(ways)
+        cost, _, kept = min(options)
         best.append((float(cost), kept))
     return best[count][1]
 
 
-def measure(
-    session: Session, whole: Session, texts: Sequence[str | tuple[str, str]], leaves: NDArray[np.float64]
-) -> Choice:
-    """Time the session's segments and the same network in one segment, in turn, row by row, and choose.
+def exits_table(blocks: Sequence[int], times: ExitTimes, kept: Sequence[int]) -> str:
+    """The figures behind a choice of exits, a line an exit."""
+    every = range(len(blocks))
+    rows = [["exit after", "rows leaving", "blocks ms", "exit ms", "ms a row without it", "kept"]]
+    for exit, block in enumerate(blocks):
+        others = [number for number in every if number != exit]
+        without = "" if exit == every[-1] else f"{times.expected_ms(others):.3f}"
+        cells = [f"{times.leaves[exit]:.1%}", f"{times.block_ms[exit]:.3f}", f"{times.exit_ms:.3f}", without]
+        rows.append([str(block), *cells, "yes" if exit in kept else "no"])
+    return (
+        f"{aligned(rows)}\nexpected ms a row: {times.expected_ms(every):.3f} with every exit, "
+        f"{times.expected_ms(kept):.3f} with {len(kept)} of {len(blocks)}"
+    )
 
-    What an exit costs is what the full walk takes more than that one segment, shared out evenly.
+
+def _time_exits(
+    every: Classifier, one: Classifier, inputs: Sequence[Inputs], leaves: NDArray[np.float64]
+) -> ExitTimes:
+    """Time a bundle with every exit and the same network in one segment, in turn, row by row.
+
+    An exit costs what the full walk takes longer than that one segment, divided evenly.
     """
-    manifest = session.manifest
-    count = len(manifest.segments)
-    spent: list[NDArray[np.float64]] = []
-    single: list[NDArray[np.float64]] = []
-    for turn, text in enumerate([*texts[:3], *texts[:SAMPLE]]):  # the first three are for warming up
-        given = session.encode(*((text,) if isinstance(text, str) else text))
-        for times, engine, steps in ((spent, session.engine, count), (single, whole.engine, 1)):
-            clock = [time.perf_counter()]
-            state = engine.begin(given)
-            clock.append(time.perf_counter())
-            for segment in range(steps):
-                engine.step(segment, 0, state)
-                clock.append(time.perf_counter())
-            engine.drop(state)
-            if turn >= 3:
-                times.append(np.diff(clock))
-    each = 1e3 * np.median(spent, axis=0)  # [1 + segments]
-    least = 1e3 * float(np.median(np.sum(single, axis=1)))
-    exit_ms = max(0.0, (float(each.sum()) - least) / max(1, count - 1))
-    block_ms = np.maximum(each[1:] - exit_ms, 0.0)
-    kept = keep_exits(leaves, block_ms, exit_ms)
-    blocks = tuple(stage.blocks[-1] for stage in manifest.segments)
-    return Choice(blocks, leaves, block_ms, exit_ms, float(each[0]), kept)
+    walks = [(_step_seconds(every, row), _step_seconds(one, row)) for row in inputs][WARM_UP:]
+    step_ms = 1e3 * np.median([steps for steps, _ in walks], axis=0)  # [1 + segments]
+    one_ms = 1e3 * float(np.median([steps.sum() for _, steps in walks]))
+    exit_ms = max(0.0, (float(step_ms.sum()) - one_ms) / max(1, len(step_ms) - 2))
+    return ExitTimes(leaves, np.maximum(step_ms[1:] - exit_ms, 0.0), exit_ms, float(step_ms[0]))
 
 
-def _expected(
-    leaves: NDArray[np.float64], block_ms: NDArray[np.float64], exit_ms: float, kept: Sequence[int]
-) -> float:
-    walking, total, begin = 1.0, 0.0, 0
-    for exit_at in kept:
-        total += walking * (float(block_ms[begin : exit_at + 1].sum()) + exit_ms)
-        walking, begin = max(0.0, 1.0 - float(leaves[: exit_at + 1].sum())), exit_at + 1
-    return total
+def _step_seconds(session: Classifier, inputs: Inputs) -> NDArray[np.float64]:
+    """Seconds of the stem and of every segment for one row [1 + segments]."""
+    segments = len(session.manifest.segments)
+    never, engine = bind(RuleSpec("never", {}), segments), session.engine
+    started = time.perf_counter()
+    state = engine.begin(inputs)
+    begun = time.perf_counter()
+    steps = walk_one(engine, never, state, [0] * segments)
+    engine.drop(state)
+    return np.diff([started, begun, *(step.ended for step in steps)])
+
+
+def choose_seams(
+    source: ExportableDecoder, variants: Sequence[str] = ("fp32",)
+) -> Choice[Mapping[str, SeamTimes]]:
+    """Write one segment and FEW to a temporary folder, time tokens of both in turn, and choose the most
+    segments that keep one graph's speed but for LOSS in every variant, or one where none do: a bundle has one
+    cut, and where arithmetic takes less time seams are a larger share.
+    """
+    blocks = source.network.block_count
+    few, times = min(FEW, blocks), dict[str, SeamTimes]()
+    with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+        folders = [Path(scratch) / "one", Path(scratch) / "few"]
+        for folder, count in zip(folders, (1, few), strict=True):
+            whole = source.split(even_cuts(blocks, count))
+            split = replace(whole, cache_fills=(), draft=None)
+            _write_to_time(source, split, folder, variants, folders[0])
+        turns = [(variant, order) for variant in variants for order in (1, -1) * PAIRS]
+        seconds: dict[str, list[list[float]]] = {variant: [] for variant in variants}
+        for variant, order in track(turns, "timing seams", console=Console(stderr=True)):
+            # What is opened first gets the worse memory and is several percent slower: each is as often.
+            seconds[variant].append(_token_seconds(folders[::order], variant)[::order])
+    for variant, pairs in seconds.items():
+        one, cut = (float(mean) for mean in np.exp(np.log(pairs).mean(axis=0)))
+        times[variant] = SeamTimes(one, max(0.0, (cut - one) / max(1, few - 1)))
+    fine = [n for n in groupings(blocks) if all(t.speed(n) >= 1 - LOSS for t in times.values())]
+    cuts = even_cuts(blocks, fine[0] if fine else 1)
+    return Choice(cuts, times, seams_table(blocks, times, cuts))
+
+
+def groupings(blocks: int) -> list[int]:
+    """Numbers of segments worth a look, the largest first: each makes the longest segment shorter."""
+    return sorted({-(-blocks // size) for size in range(1, blocks + 1)}, reverse=True)
+
+
+def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
+    """Ends of segments that are as even as possible."""
+    return tuple(round((number + 1) * blocks / segments) for number in range(segments))
+
+
+def seams_table(blocks: int, times: Mapping[str, SeamTimes], cuts: Sequence[int]) -> str:
+    """The figures behind a choice of seams, a line a grouping: milliseconds a token, and the speed divided
+    by that of one graph.
+    """
+    rows = [
+        ["segments", "blocks in one", *(cell for name in times for cell in (f"{name} ms", "speed")), "kept"]
+    ]
+    for count in groupings(blocks):
+        ends = even_cuts(blocks, count)
+        sizes = sorted({end - begin for begin, end in zip((0, *ends), ends, strict=False)})
+        cells = [
+            cell
+            for t in times.values()
+            for cell in (f"{1e3 * t.seconds(count):.3f}", f"{t.speed(count):.3f}")
+        ]
+        kept = "yes" if ends == tuple(cuts) else "no"
+        rows.append([str(count), "-".join(map(str, sizes)), *cells, kept])
+    seams = ", ".join(f"{1e6 * t.seam:.0f} us in {name}" for name, t in times.items())
+    return f"{aligned(rows)}\na seam takes {seams}; speed: divided by that of one graph"
+
+
+def _write_to_time(
+    source: Exportable, split: SplitNetwork, folder: Path, variants: Sequence[str], other: Path | None
+) -> None:
+    """A bundle of the segments that are timed; stem and heads are copied from another bundle of the network
+    where there is one.
+    """
+    options = ExportOptions(("fp32", *(name for name in variants if name != "fp32")))
+    folder.mkdir()
+    console, label = Console(stderr=True), f"exporting {len(split.segments)} segments to time"
+    for segment in track(list(split), label, console=console):
+        if segment.blocks or other in (None, folder):
+            write_graphs(segment, folder, options, weights_only=source.weights_only)
+        else:
+            for name in variants_of(segment, options.variants):
+                shutil.copyfile(other / file_name(segment.name, name), folder / file_name(segment.name, name))
+    for name, path in source.files.items():
+        shutil.copyfile(path, folder / name)
+    finish(folder, describe(source, split, options.variants))
+
+
+def _token_seconds(bundles: Sequence[Path], variant: str) -> list[float]:
+    """Seconds of a token of each bundle, opened in this order in a fresh process: where others were open
+    before, memory is fragmented, and bundles of many small files suffer more. Raises ChildProcessError.
+    """
+    command = [sys.executable, "-m", "offramp.export.time_tokens", variant, *map(str, bundles)]
+    # Safe: modules in the folder where the command was given are not ours (Python 3.11).
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        cure = "its messages are above; cut without timing: --segments 'every N'"
+        raise ChildProcessError(f"timing seams in {variant} ended with code {done.returncode}; {cure}")
+    seconds: list[float] = json.loads(done.stdout)
+    return seconds

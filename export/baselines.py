@@ -1,4 +1,4 @@
-"""A folder of single graphs that ee-bench measures a walk against: monolith, nested, truncated."""
+"""A folder of single graphs that ee-bench compares a walk with: monolith, nested, truncated."""
 
 from __future__ import annotations
 
@@ -12,104 +12,85 @@ from rich.console import Console
 from rich.progress import track
 
 from offramp.export.bundle import file_fact, writing
-from offramp.export.monolith import monolith, truncated
+from offramp.export.classifier import ExportableClassifier, truncate
+from offramp.export.monolith import join, monolith
 from offramp.export.nested import nest
-from offramp.export.precision import to_variant
-from offramp.export.split import Segment
+from offramp.export.options import ExportOptions
+from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
 from offramp.runtime.bundle.manifest import Manifest
-from offramp.runtime.tuning.baselines import FILE_NAME, FORMAT, GraphFact, Rivals, read_rivals
-from offramp.training.checkpoint import Checkpoint
+from offramp.runtime.tuning.baselines import FILE_NAME, FORMAT, Baselines, GraphFact, read_baselines
 
-MOST = 4  # truncated graphs when nobody says which
+MAX_TRUNCATED = 4  # truncated graphs where the caller names no blocks
 
 
-def write_rivals(
-    checkpoint: Checkpoint,
+def write_baselines(
+    source: ExportableClassifier,
     bundle: Path,
     manifest: Manifest,
     folder: Path,
+    options: ExportOptions,
     *,
     blocks: Sequence[int] | None = None,
-    overwrite: bool = False,
-    reduce_range: bool | None = None,
 ) -> None:
-    """Write rivals.json and its graphs: the monolith in every variant of the bundle, its fp32 segments as one
-    nested graph, and the network truncated after `blocks` (None: around the mean exits of the bundle's
+    """Write baselines.json and its graphs: the monolith in every variant of the bundle, its fp32 segments as
+    one nested graph, and the network truncated after `blocks` (None: around the mean exits of the bundle's
     points).
 
-    Whole or not at all: what ee-bench would refuse gets no name. Raises BadTarget where the folder cannot be
-    had, ValueError for a block that ends no segment of the bundle.
+    Whole or not at all: a folder that ee-bench would refuse gets no name. Raises BadTarget where the folder
+    cannot be used, ValueError for a block that ends no segment of the bundle.
     """
-    network, exits = checkpoint.network.float(), ends(manifest)
-    wanted = mean_exits(manifest) if blocks is None else list(dict.fromkeys(blocks))
-    strange = [block for block in wanted if block not in exits]
-    if strange:
-        raise ValueError(f"the bundle has no exit after block {strange[0]}: its exits are after {exits}")
-    cut = [truncated(network, block) for block in wanted]
+    network, exits = source.network.float(), exit_blocks(manifest)
+    chosen = blocks_around_mean_exits(manifest) if blocks is None else list(dict.fromkeys(blocks))
+    unknown = [block for block in chosen if block not in exits]
+    if unknown:
+        raise ValueError(f"the bundle has no exit after block {unknown[0]}: its exits are after {exits}")
+    cut = [join(truncate(network, block), f"truncated_{block:02}") for block in chosen]
     last = len(exits)
-    with writing(folder, overwrite=overwrite, listing=FILE_NAME) as beside:
+    with writing(folder, overwrite=options.overwrite, listing=FILE_NAME) as beside:
         facts = []
 
         def add(name: str, kind: str, variant: str, file: str, exit: int) -> None:
             facts.append(GraphFact(name, kind, variant, file, exit, **asdict(file_fact(beside / file))))
 
-        whole: list[Segment] = [monolith(network), *cut]
-        for part in track(whole, "exporting rivals", console=Console(stderr=True)):
-            to_onnx(part, beside / f"{part.name}.onnx")
+        for segment in track([monolith(source), *cut], "exporting baselines", console=Console(stderr=True)):
+            to_onnx(segment, beside / f"{segment.name}.onnx")
         add("monolith", "monolith", "fp32", "monolith.onnx", last)
         for variant in manifest.variants[1:]:
             file = f"monolith_{variant}.onnx"
-            to_variant(variant, beside / "monolith.onnx", beside / file, reduce_range=reduce_range)
+            write_variant(variant, beside / "monolith.onnx", beside / file, reduce_range=options.reduce_range)
             add(f"monolith {variant}", "monolith", variant, file, last)
         if last > 1:
-            stages = [
-                stage.variants[manifest.variants[0]].file for stage in (manifest.stem, *manifest.segments)
-            ]
-            model = nest(bundle / stages[0], [bundle / file for file in stages[1:]])
+            first = manifest.variants[0]
+            stem, *files = [s.variants[first].file for s in (manifest.stem, *manifest.segments)]
+            model = nest(bundle / stem, [bundle / file for file in files])
             (beside / "nested.onnx").write_bytes(model.SerializeToString())
             add("nested if", "nested", "fp32", "nested.onnx", last)
-        for block, part in zip(wanted, cut, strict=True):
+        for block, segment in zip(chosen, cut, strict=True):
             exit = exits.index(block) + 1
-            add(f"first {block} blocks", "truncated", "fp32", f"{part.name}.onnx", exit)
-        told = asdict(Rivals(FORMAT, manifest.labels, tuple(facts)))
-        (beside / FILE_NAME).write_text(
-            json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        read_rivals(beside, manifest)
+            add(f"first {block} blocks", "truncated", "fp32", f"{segment.name}.onnx", exit)
+        listing = asdict(Baselines(FORMAT, manifest.labels, tuple(facts)))
+        text = json.dumps(listing, indent=1, ensure_ascii=False) + "\n"
+        (beside / FILE_NAME).write_text(text, encoding="utf-8")
+        read_baselines(beside, manifest)
 
 
-def parse_blocks(wish: str, exits: Sequence[int], whose: str) -> list[int]:
-    """Blocks to truncate after, from "3,4"; ValueError for what is no exit, saying whose exits they are."""
-    try:
-        found = [int(word) for word in wish.split(",")]
-    except ValueError:
-        found = []
-    if not found or any(block not in exits for block in found):
-        has = ", ".join(map(str, exits))
-        raise ValueError(f"{wish}: expected blocks such as 3,4; {whose} has exits after {has}")
-    return found
-
-
-def ends(manifest: Manifest) -> list[int]:
+def exit_blocks(manifest: Manifest) -> list[int]:
     """Blocks that end a segment: those with an exit in the bundle."""
-    return [stage.blocks[-1] for stage in manifest.segments]
+    return [segment.blocks[-1] for segment in manifest.segments]
 
 
-def mean_exits(manifest: Manifest) -> list[int]:
-    """Blocks with an exit on both sides of the mean exit of each point, the shallowest MOST; the middle exit
-    where there are no points. Never the last, which is the monolith's: of a single exit nothing is cut off.
+def blocks_around_mean_exits(manifest: Manifest) -> list[int]:
+    """Blocks with an exit on both sides of the mean exit of each point, the shallowest MAX_TRUNCATED; the
+    middle exit where there are no points. Never the last exit, which is the monolith's.
     """
-    exits = ends(manifest)
-    found: set[int] = set()
+    exits = exit_blocks(manifest)
+    around: set[int] = set()
     for point in manifest.points:
         mean = point.measured.get("mean_exit", math.nan)
         if mean < exits[-1]:
-            found |= {max((e for e in exits if e <= mean), default=exits[0])}
-            found |= {min((e for e in exits if e >= mean), default=exits[-1])}
-    found.discard(exits[-1])
+            around |= {max((exit for exit in exits if exit <= mean), default=exits[0])}
+            around |= {min((exit for exit in exits if exit >= mean), default=exits[-1])}
+    around.discard(exits[-1])
     early = exits[:-1]
-    return sorted(found)[:MOST] or early[len(early) // 2 :][:1]
-
-
-__all__ = ["FILE_NAME", "mean_exits", "parse_blocks", "write_rivals"]
+    return sorted(around)[:MAX_TRUNCATED] or early[len(early) // 2 :][:1]

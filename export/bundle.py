@@ -1,4 +1,4 @@
-"""Write a bundle (or a folder of rivals) whole or not at all: in a hidden folder beside it, then renamed."""
+"""Write a folder, a bundle or baselines, whole or not at all: as a hidden folder beside it, then renamed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
+from offramp.export.describe import describe
+from offramp.export.options import ExportOptions
+from offramp.export.precision import needs_reduced_range, write_variant
+from offramp.export.segments import Exportable, Segment, SplitNetwork, file_name, variants_of
+from offramp.export.to_onnx import to_onnx
+from offramp.export.verify import Report, verify
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME, FileFact, Manifest
 
@@ -18,13 +27,55 @@ class BadTarget(ValueError):
     """The folder to write cannot be had: something stands there that is not ours to remove."""
 
 
+def write_bundle(
+    source: Exportable,
+    split: SplitNetwork,
+    folder: Path,
+    options: ExportOptions,
+    *,
+    texts: Sequence[str] | None = None,
+    measure: Callable[[Path], Manifest] | None = None,
+) -> tuple[Manifest, Report]:
+    """Write the bundle of a split network in the variants of the options, verified; gives its manifest.
+
+    texts: see verify. measure: called with the finished folder before it gets its name; gives the manifest
+    that it wrote there. Raises BadTarget, NotVerified, and what measure raises; then no bundle is written.
+    """
+    variants = options.variants
+    with writing(folder, overwrite=options.overwrite) as beside:
+        for segment in track(list(split), "exporting", console=Console(stderr=True)):
+            write_graphs(segment, beside, options, weights_only=source.weights_only)
+        for name, path in source.files.items():
+            shutil.copyfile(path, beside / name)
+        report = verify(source, beside, split, variants, texts)
+        report.require_good()
+        facts: dict[str, object] = {}
+        if "int8" in variants and not source.weights_only:
+            reduced = options.reduce_range
+            facts["int8"] = {"reduce_range": needs_reduced_range() if reduced is None else reduced}
+        manifest = finish(beside, describe(source, split, variants, facts))
+        if measure is not None:
+            manifest = measure(beside)
+    return manifest, report
+
+
+def write_graphs(segment: Segment, folder: Path, options: ExportOptions, *, weights_only: bool) -> None:
+    """Write a segment's graphs in all variants that it has."""
+    first, *others = variants_of(segment, options.variants)
+    source = folder / file_name(segment.name, first)
+    to_onnx(segment, source)
+    for name in others:
+        target = folder / file_name(segment.name, name)
+        write_variant(name, source, target, weights_only=weights_only, reduce_range=options.reduce_range)
+
+
 def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> None:
     """Raise BadTarget unless `folder` is free, empty, or one of ours that may be replaced.
 
     listing: the file that makes it ours and names its files. A folder that holds anything beside these is not
     replaced: that would be lost.
     """
-    cure = f"choose another {'--out' if listing == FILE_NAME else '--rivals'}"
+    cure = f"choose another {'--out' if listing == FILE_NAME else '--baselines'}"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise BadTarget(f"{folder} is a file or a link, not a folder; {cure}")
     if not folder.exists() or not any(folder.iterdir()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offramp.export.options import UserError, agree, blocks_of, identity_of, lines_of, outcome, variants_of
+from offramp.export.options import (
+    SplitOptions,
+    UserError,
+    identity_of,
+    outcome,
+    parse_blocks,
+    read_texts,
+)
 
 if TYPE_CHECKING:
-    from offramp.export.split import Segment
-    from offramp.training.checkpoint import Checkpoint
+    from offramp.export.classifier import ExportableClassifier
+    from offramp.export.decoder import ExportableDecoder
+    from offramp.export.segments import SplitNetwork
+    from offramp.runtime.bundle.manifest import Manifest
 
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 NEEDED = (
@@ -31,8 +39,8 @@ NEEDED = (
 )
 
 
-class NotVerified(click.ClickException):
-    """One line on stderr, exit code 1 as click has it: the graphs do not say what the network says."""
+class VerificationFailed(click.ClickException):
+    """One line on stderr, exit code 1 as click has it: a segment's outputs are not those of the network."""
 
 
 @click.command(context_settings=HELP)
@@ -42,28 +50,28 @@ class NotVerified(click.ClickException):
 )
 @click.option(
     "--segments",
-    help="Where to cut: each (every exit), 'every N' blocks, blocks such as 2,4,6, or auto: times segments "
-    "and exits here and keeps the exits that save more than they cost the rows of --dev; of language models "
-    "times seams and cuts as finely as 2 % of the speed allow in every variant.  [default: each; of language "
-    "models where the training had its exits, else auto]",
+    help="Where to cut: each (every exit), 'every N' blocks, blocks such as 2,4,6, or auto. auto times "
+    "segments and exits on this machine and keeps the exits that save more than they cost for the rows of "
+    "--dev; of a language model it times seams and cuts as finely as 2 % of the speed allow in every "
+    "variant.  [default: each; for a language model the exits of its training, or auto]",
 )
 @click.option(
     "--dev",
     type=click.Path(path_type=Path),
     help='JSON lines with "text" (or "image", a path) and "label", or a folder of images for each label, on '
-    "which operating points are measured, for every variant, by the engine itself (as ee-calibrate does); "
-    "never the test set. [default: those of the checkpoint]",
+    "which operating points are measured, for every variant, with the engine itself (as ee-calibrate does); "
+    "never the test set. [default: the checkpoint's points]",
 )
 @click.option(
     "--engine",
     type=click.Choice(["ort", "trt"]),
     default="ort",
-    help="On what --segments auto and --dev measure.",
+    help="Engine with which --segments auto and --dev measure.",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where they do.  [default: cpu for ort, cuda for trt]",
+    help="Device on which they measure.  [default: cpu for ort, cuda for trt]",
 )
 @click.option(
     "--variants",
@@ -74,8 +82,8 @@ class NotVerified(click.ClickException):
 @click.option(
     "--texts",
     type=click.Path(path_type=Path),
-    help="UTF-8 lines to verify on, paths where images are read; the first 256 count. [default: 32 sentences "
-    "that come along, or images drawn by chance]",
+    help="UTF-8 lines to verify on, paths for images; the first 256 are used. [default: 32 built-in "
+    "sentences, or random images]",
 )
 @click.option(
     "--int8-range",
@@ -91,38 +99,45 @@ class NotVerified(click.ClickException):
     "FILE_int8.onnx.",
 )
 @click.option(
-    "--rivals",
+    "--baselines",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Also write a folder of single graphs for ee-bench --against: the network without exits in every "
+    help="Also write a folder of single graphs for ee-bench --baselines: the network without exits in every "
     "variant, all segments in one file with exits inside (nested If), and the network cut off after a few "
-    "blocks. --out, --rivals and --monolith must lie apart.",
+    "blocks. --out, --baselines and --monolith must lie apart.",
 )
 @click.option(
     "--truncate",
     metavar="BLOCKS",
-    help="Blocks after which --rivals are cut off, such as 3,4. [default: around mean exits, or the middle]",
+    help="Blocks after which --baselines are cut off, such as 3,4. [default: around mean exits, or the "
+    "middle]",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace what is in --out and --rivals, once the new is complete."
+    "--overwrite",
+    is_flag=True,
+    help="Replace the contents of --out and --baselines, once the new ones are complete.",
 )
-def main(**wish: Any) -> None:
+def main(**values: Any) -> None:
     """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle; or a
     causal language model as transformers saves it (Llama, Mistral, Qwen2, Qwen3, GPT-2).
 
-    Every segment is compared with the network on real text before the bundle gets its name; one that fails is
-    not written. Where --segments leaves exits out, policies see the remaining exits alone and the operating
-    points, measured with all of them, are left out.
+    Every segment is compared with the network before the bundle gets its name; one that fails is not written.
+    Where --segments leaves exits out, policies see the remaining exits alone and the operating points, which
+    were measured with all of them, are left out.
 
     Exit codes: 0 written, 1 verification failed, 2 the input cannot be used, 130 interrupted.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[export,cpu]' first")
+    options = SplitOptions(**values)  # contradictions first: loading torch takes seconds
     from offramp.export.bundle import BadTarget
 
-    before = {path: identity_of(path) for path in map(wish.get, ("out", "monolith", "rivals")) if path}
+    before = {path: identity_of(path) for path in options.targets}
     try:
-        _split(**wish)
+        if _is_language_model(options.checkpoint):
+            _split_decoder(options)
+        else:
+            _split_classifier(options)
     except BadTarget as problem:
         raise UserError(f"{problem}; {outcome(before)}") from None
     except KeyboardInterrupt:
@@ -130,162 +145,139 @@ def main(**wish: Any) -> None:
         sys.exit(130)
 
 
-def _split(
-    checkpoint: Path,
-    out: Path,
-    segments: str | None,
-    dev: Path | None,
-    engine: str,
-    device: str | None,
-    variants: str,
-    texts: Path | None,
-    int8_range: str,
-    monolith: Path | None,
-    rivals: Path | None,
-    truncate: str | None,
-    overwrite: bool,
-) -> None:
-    agree(out, monolith, rivals, truncate)  # before torch is loaded, which takes seconds
-    from offramp.export.baselines import write_rivals
-    from offramp.export.bundle import check_target, finish, writing
-    from offramp.export.describe import describe
-    from offramp.export.monolith import write_monoliths
-    from offramp.export.precision import needs_reduced_range
-    from offramp.export.split import kept_exits, split
-    from offramp.export.table import closing_table
-    from offramp.export.verify import verify
-    from offramp.models.families import UnsupportedFamily
-    from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
-    from offramp.runtime.tuning.calibrate import calibrated
-    from offramp.runtime.tuning.labelled import read_labelled
-    from offramp.training.checkpoint import TOKENIZER, BadCheckpoint, load_checkpoint
+def _is_language_model(folder: Path) -> bool:
+    """Whether a folder is one that transformers saved."""
+    return (folder / "config.json").is_file() and not (folder / "network.json").exists()
 
-    names = variants_of(variants)
-    if (checkpoint / "config.json").is_file() and not (checkpoint / "network.json").exists():
-        alone = [n for n, wish in {"--dev": dev, "--texts": texts, "--rivals": rivals}.items() if wish]
-        return _decoder(checkpoint, out, segments, names, monolith, overwrite, alone)
-    segments = segments or "each"
-    reduced = needs_reduced_range() if int8_range == "auto" else int8_range == "reduced"
+
+def _split_classifier(options: SplitOptions) -> None:
+    """A checkpoint that ee-train wrote."""
+    from offramp.export.baselines import FILE_NAME, write_baselines
+    from offramp.export.bundle import check_target
+    from offramp.export.classifier import ExportableClassifier
+    from offramp.models.families import UnsupportedFamily
+    from offramp.runtime.errors import BadInput
+    from offramp.runtime.tuning.labelled import read_labelled
+    from offramp.training.checkpoint import BadCheckpoint, load_checkpoint
+
+    export = options.export()
     try:
-        check_target(out, overwrite=overwrite)
-        if rivals is not None:
-            check_target(rivals, overwrite=overwrite, listing="rivals.json")
-        loaded = load_checkpoint(checkpoint)
+        check_target(options.out, overwrite=options.overwrite)
+        if options.baselines is not None:
+            check_target(options.baselines, overwrite=options.overwrite, listing=FILE_NAME)
+        source = ExportableClassifier(load_checkpoint(options.checkpoint))
     except (BadCheckpoint, UnsupportedFamily) as problem:
         raise UserError(str(problem)) from None
-    loaded.network.float()
-    blocks_of(truncate, loaded.network.spec.exits, "this checkpoint")  # before --segments auto takes minutes
-    lines = None if texts is None else lines_of(texts)
-    try:
-        if dev is not None:  # before minutes go into exporting
-            images = loaded.network.family.vision is not None
-            read_labelled(dev, loaded.network.spec.labels, images=images)
-        if segments.strip() == "auto":
-            parts = split(loaded.network, _by_cost(loaded, dev, engine, device), names)
-        else:
-            parts = split(loaded.network, kept_exits(loaded.network, segments), names)
-    except BadInput as problem:
-        raise UserError(f"--dev: {problem}") from None
-    except (BadSetting, EngineUnavailable) as problem:
-        raise UserError(f"--engine {engine}: {problem}") from None
-    except ValueError as problem:
-        raise UserError(f"--segments {segments} --variants {variants}: {problem}") from None
-    blocks = blocks_of(truncate, [part.blocks[-1] for part in parts[1:]], "the bundle")
-    dropped = len(loaded.network.spec.exits) - len(parts) + 1
-    if dropped and dev is None and loaded.training.get("operating_points"):
-        click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
-    with writing(out, overwrite=overwrite) as beside:
-        _export(parts, names, beside, reduced)
-        if loaded.tokenizer is not None:
-            shutil.copyfile(loaded.tokenizer, beside / TOKENIZER)
+    network = source.network.float()
+    # Before --segments auto takes minutes.
+    parse_blocks(options.truncate, network.spec.exits, "this checkpoint")
+    texts = None if options.texts is None else read_texts(options.texts)
+    if options.dev is not None:
         try:
-            report = verify(loaded, beside, parts, names, lines)
+            read_labelled(options.dev, network.spec.labels, images=network.family.vision is not None)
         except BadInput as problem:
-            raise UserError(f"--texts {texts}: {problem}") from None
-        bad = report.first_bad
-        if bad is not None:
-            raise NotVerified(f"{bad}, at most {bad.allowed:.3g} is right; no bundle was written")
-        facts = {"int8": {"reduce_range": reduced}} if "int8" in names else {}
-        manifest = finish(beside, describe(loaded, parts, names, facts))
-        if dev is not None:
-            click.echo("measuring operating points", err=True)
-            try:
-                manifest = calibrated(beside, dev, engine=engine, device=device)
-            except (BadSetting, EngineUnavailable) as problem:
-                raise UserError(f"--engine {engine}: {problem}; no bundle was written") from None
-    click.echo(closing_table(manifest, report))
-    click.echo(f"{out}: written and verified")
-    if monolith is not None:
-        write_monoliths(loaded, monolith, names, reduce_range=reduced)
-    if rivals is not None:
-        write_rivals(loaded, out, manifest, rivals, blocks=blocks, overwrite=overwrite, reduce_range=reduced)
-        click.echo(f"{rivals}: written")
+            raise UserError(f"--dev: {problem}") from None
+    split = _cut_classifier(source, options, export.variants)
+    ends = [segment.blocks[-1] for segment in split.segments]
+    blocks = parse_blocks(options.truncate, ends, "the bundle")
+    dropped = len(network.spec.exits) - len(ends)
+    if dropped and options.dev is None and source.checkpoint.training.get("operating_points"):
+        click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
+    manifest = _write(source, split, options, texts)
+    if options.baselines is not None:
+        write_baselines(source, options.out, manifest, options.baselines, export, blocks=blocks)
+        click.echo(f"{options.baselines}: written")
 
 
-def _decoder(
-    folder: Path,
-    out: Path,
-    segments: str | None,
-    variants: Sequence[str],
-    monolith: Path | None,
-    overwrite: bool,
-    others: Sequence[str],
-) -> None:
+def _split_decoder(options: SplitOptions) -> None:
     """A folder with a causal language model, as transformers or ee-train saves it."""
+    from offramp.export.auto import choose_seams
     from offramp.export.bundle import check_target
-    from offramp.export.decoder_auto import choose_cuts
-    from offramp.export.decoder_bundle import read_folder, write_decoder
-    from offramp.export.decoder_monolith import write_monolith
-    from offramp.export.decoder_verify import NotTheNetwork
-    from offramp.export.table import decoder_table
+    from offramp.export.decoder import open_decoder
     from offramp.models.families import UnsupportedFamily
     from offramp.training.checkpoint import BadCheckpoint
 
-    if others:
-        raise UserError(f"{others[0]} is for trained checkpoints: {folder} is a language model")
-    check_target(out, overwrite=overwrite)
+    folder, export = options.checkpoint, options.export()
+    given = {"--dev": options.dev, "--texts": options.texts, "--baselines": options.baselines}
+    if refused := next((name for name, value in given.items() if value), None):
+        raise UserError(f"{refused} is for trained checkpoints: {folder} is a language model")
+    check_target(options.out, overwrite=options.overwrite)
     try:
-        network, training = read_folder(folder)
-        cuts: str | Sequence[int] = segments or training.get("exits") or "auto"
+        source = open_decoder(folder)
+        cuts = options.segments or source.training.get("exits") or "auto"
         if cuts == "auto":
-            choice = choose_cuts(network, folder, variants)
-            click.echo(choice.table() + "\n")
+            choice = choose_seams(source, export.variants)
+            click.echo(choice.table + "\n")
             cuts = choice.cuts
-        wishes = {"cuts": cuts, "variants": variants, "training": training, "overwrite": overwrite}
-        manifest = write_decoder(network, folder, out, **wishes)  # type: ignore[arg-type]
-        if monolith is not None:
-            click.echo("exporting the monolith", err=True)
-            write_monolith(network, monolith, variants)
-    except NotTheNetwork as problem:
-        raise NotVerified(str(problem)) from None
+        split = source.split(cuts)
     except (BadCheckpoint, UnsupportedFamily, OSError, ValueError) as problem:
         raise UserError(f"{folder}: {problem}") from None
-    click.echo(decoder_table(manifest))
-    click.echo(f"{out}: written and verified, {len(manifest.segments)} segments of {manifest.blocks} blocks")
+    _write(source, split, options, None)
 
 
-def _by_cost(checkpoint: Checkpoint, dev: Path | None, engine: str, device: str | None) -> tuple[int, ...]:
-    """Blocks to cut after, with the table behind the choice on stdout."""
-    from offramp.export.auto import by_cost
+def _cut_classifier(
+    source: ExportableClassifier, options: SplitOptions, variants: tuple[str, ...]
+) -> SplitNetwork:
+    """The network, cut as --segments says; auto's table goes to stdout."""
+    from offramp.export.auto import choose_exits
+    from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
 
-    if dev is None:
-        raise ValueError("say --dev FILE: which exits pay depends on where rows leave")
-    choice = by_cost(checkpoint, dev, engine, device)
-    click.echo(choice.table() + "\n")
-    return tuple(choice.blocks[at] for at in choice.kept)
+    segments = options.segments or "each"
+    try:
+        if segments.strip() != "auto":
+            return source.split(segments, variants)
+        if options.dev is None:
+            raise ValueError("give --dev FILE: which exits pay depends on where rows exit")
+        choice = choose_exits(source, options.dev, options.engine, options.device)
+        click.echo(choice.table + "\n")
+        return source.split(choice.cuts, variants)
+    except BadInput as problem:
+        raise UserError(f"--dev: {problem}") from None
+    except (BadSetting, EngineUnavailable) as problem:
+        raise UserError(f"--engine {options.engine}: {problem}") from None
+    except ValueError as problem:
+        raise UserError(f"--segments {segments} --variants {options.variants}: {problem}") from None
 
 
-def _export(parts: Sequence[Segment], variants: Sequence[str], folder: Path, reduced: bool) -> None:
-    from rich.console import Console
-    from rich.progress import track
+def _write(
+    source: ExportableClassifier | ExportableDecoder,
+    split: SplitNetwork,
+    options: SplitOptions,
+    texts: Sequence[str] | None,
+) -> Manifest:
+    """Write the bundle and, if asked for, the monolith."""
+    from offramp.export.bundle import write_bundle
+    from offramp.export.monolith import write_monolith
+    from offramp.export.table import closing_table
+    from offramp.export.verify import NotVerified
+    from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
+    from offramp.runtime.tuning.calibrate import calibrated
 
-    from offramp.export.precision import to_variant
-    from offramp.export.to_onnx import to_onnx
-    from offramp.export.verify import file_name
+    def measure(folder: Path) -> Manifest:
+        click.echo("measuring operating points", err=True)
+        assert options.dev is not None
+        return calibrated(folder, options.dev, engine=options.engine, device=options.device)
 
-    for part in track(parts, "exporting", console=Console(stderr=True)):
-        source = folder / file_name(part.name, "fp32")
-        to_onnx(part, source)
-        for name in variants[1:] if part.blocks else ():
-            to_variant(name, source, folder / file_name(part.name, name), reduce_range=reduced)
-    click.echo("verifying", err=True)
+    try:
+        manifest, report = write_bundle(
+            source,
+            split,
+            options.out,
+            options.export(),
+            texts=texts,
+            measure=None if options.dev is None else measure,
+        )
+    except NotVerified as problem:
+        raise VerificationFailed(f"{problem}; no bundle was written") from None
+    except BadInput as problem:
+        file = f"--dev {options.dev}" if options.texts is None else f"--texts {options.texts}"
+        raise UserError(f"{file}: {problem}; no bundle was written") from None
+    except (BadSetting, EngineUnavailable) as problem:
+        raise UserError(f"--engine {options.engine}: {problem}; no bundle was written") from None
+    click.echo(closing_table(manifest, report))
+    count = f"{len(manifest.segments)} segments of {manifest.blocks} blocks"
+    click.echo(f"{options.out}: written and verified, {count}")
+    if options.monolith is not None:
+        click.echo("exporting the monolith", err=True)
+        write_monolith(source, options.monolith, options.export())
+    return manifest

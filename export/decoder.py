@@ -1,28 +1,53 @@
-"""Cut a decoder into stem, segments with a cache, and head: the graphs of a bundle for text generation."""
+"""What only a decoder has: segments that extend a cache, cache fills, heads, and its part of the manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from offramp.export.split import Segment
-from offramp.models.decoder import DecoderNetwork, Pair, run_block
+from offramp.export.segments import (
+    ManifestFacts,
+    Sample,
+    Segment,
+    SplitNetwork,
+    Values,
+    require_float32,
+    symbolic,
+)
+from offramp.models.decoder import DecoderNetwork, KeyValue, hidden_states, run_block
+from offramp.models.families import decoder_family_of
 from offramp.models.families.family import Context
 from offramp.models.macs import linear_weights
 from offramp.models.network import parse_exits
-from offramp.runtime.bundle.manifest import GATE, LEAVING, NEXT, Macs, Tensor
+from offramp.runtime.bundle.manifest import (
+    EXIT_HIDDEN,
+    GATE,
+    GENERATION,
+    NEXT,
+    Macs,
+    RuleSpec,
+    Tensor,
+    TextInput,
+)
+from offramp.runtime.inputs.chat import TEMPLATE
+from offramp.training.checkpoint import TOKENIZER, TRAINING, load_exits, read_json
 
-IDS, POSITIONS = (
+STEM_INPUTS = (
     Tensor("input_ids", "int64", ("batch", "seq")),
     Tensor("position_ids", "int64", ("batch", "seq")),
+    Tensor("past_valid", "int64", ("batch", "past")),
 )
-# Ids of a vocabulary by pairs are by how early a pair was worth an id: the first are the frequent ones. A
-# third of SmolLM2's is 92 % of the tokens of film reviews, and a third of the time.
-DRAFT = 16384
-VALID = Tensor("past_valid", "int64", ("batch", "past"))
+# Ids of a byte-pair vocabulary are ordered by how early a pair was worth an id: the first are the frequent
+# ones. A third of SmolLM2's ids covers 92 % of the tokens of film reviews, in a third of the time.
+DRAFT_IDS = 16384
+# Of verification: tokens of a prompt and of two steps; places of the cache beyond these; what unused places
+# hold, which a mask that leaks would let in.
+CHUNKS, SPARE, UNUSED = (8, 1, 1), 3, 9.0
 
 
 class DecoderStem(nn.Module):
@@ -38,19 +63,21 @@ class DecoderStem(nn.Module):
 
 
 class CachedBlock(nn.Module):
-    """A block with its attention to the cache, as one module: an exporter names nodes by theirs."""
+    """A block with its attention to the cache, as one module: an exporter names nodes by their modules."""
 
     def __init__(self, network: DecoderNetwork, block: int) -> None:
         super().__init__()
         self.family, self.block = network.family, network.blocks[block]
 
-    def forward(self, hidden: torch.Tensor, context: Context, past: Pair) -> tuple[torch.Tensor, Pair]:
+    def forward(
+        self, hidden: torch.Tensor, context: Context, past: KeyValue
+    ) -> tuple[torch.Tensor, KeyValue]:
         return run_block(self.family, self.block, hidden, context, past)
 
 
-class DecoderStretch(nn.Module):
-    """Consecutive blocks: hidden, what the stem made, and keys and values of each block's past -> hidden,
-    what each block adds to its past and, where a token may leave, `leaving` and `gate`.
+class DecoderSegment(nn.Module):
+    """Consecutive blocks: hidden, the stem's other outputs, and keys and values of each block's past ->
+    hidden, what each block adds to its past and, where the network has an exit, exit_hidden and gate.
     """
 
     def __init__(self, network: DecoderNetwork, blocks: range, reads: Sequence[str]) -> None:
@@ -65,33 +92,33 @@ class DecoderStretch(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         hidden, *others = tensors
-        made, past = others[: len(self.reads)], others[len(self.reads) :]
-        context, added = dict(zip(self.reads, made, strict=True)), list[torch.Tensor]()
+        context = dict(zip(self.reads, others, strict=False))
+        past, outputs = others[len(self.reads) :], list[torch.Tensor]()
         for number, block in enumerate(self.blocks):
             pair = past[2 * number], past[2 * number + 1]
             hidden, new = block(hidden, context, pair)
-            added += new
+            outputs += new
         if self.exit is not None:
-            added.append(hidden + self.exit(self.norm(hidden)))
+            outputs.append(hidden + self.exit(self.norm(hidden)))
         if self.policy is not None:
-            added.append(self.policy(self.norm(hidden))[..., 0].sigmoid())  # P(exit), as in classifiers
-        return hidden, *added
+            outputs.append(self.policy(self.norm(hidden))[..., 0].sigmoid())  # [batch, seq]
+        return hidden, *outputs
 
 
 class FilledBlock(nn.Module):
-    """What a token that goes past a block leaves in its cache."""
+    """Keys and values that a token leaves in the cache of a block that it skips."""
 
     def __init__(self, network: DecoderNetwork, block: int) -> None:
         super().__init__()
         self.family, self.block = network.family, network.blocks[block]
 
-    def forward(self, hidden: torch.Tensor, context: Context) -> Pair:
-        keys, values = self.family.keep(self.block, hidden, context)
+    def forward(self, hidden: torch.Tensor, context: Context) -> KeyValue:
+        keys, values = self.family.cache_fill(self.block, hidden, context)
         return keys.transpose(2, 3), values
 
 
-class DecoderFill(nn.Module):
-    """Hidden of tokens that go past consecutive blocks, and what turns keys -> what they leave in each."""
+class CacheFill(nn.Module):
+    """Hidden of tokens that skip consecutive blocks, and what rotates keys -> keys and values for each."""
 
     def __init__(self, network: DecoderNetwork, blocks: range, reads: Sequence[str]) -> None:
         super().__init__()
@@ -105,7 +132,7 @@ class DecoderFill(nn.Module):
 
 
 class DecoderHead(nn.Module):
-    """Hidden behind any block, or `leaving` -> logits, of all ids or of the first so many."""
+    """Hidden behind the last block, or exit_hidden -> logits of all ids, or of the first so many."""
 
     def __init__(self, network: DecoderNetwork, ids: int | None = None) -> None:
         super().__init__()
@@ -114,76 +141,58 @@ class DecoderHead(nn.Module):
         if ids is not None:
             self.words = nn.Linear(network.hidden_size, ids, network.model.lm_head.bias is not None)
             with torch.no_grad():
-                for mine, whole in zip(
-                    self.words.parameters(), network.model.lm_head.parameters(), strict=True
-                ):
-                    mine.copy_(whole[:ids])
+                whole = network.model.lm_head.parameters()
+                for first, all_ids in zip(self.words.parameters(), whole, strict=True):
+                    first.copy_(all_ids[:ids])
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (self.words(self.norm(tensors[0])),)
 
 
-@dataclass(frozen=True)
-class DecoderParts:
-    """The graphs of a decoder; fills: for every segment but the first. draft: None for a small vocabulary."""
+def split_decoder(
+    network: DecoderNetwork, cuts: str | Sequence[int], draft_ids: int = DRAFT_IDS
+) -> SplitNetwork:
+    """Stem, segments that end behind these blocks (as in parse_exits), cache fills, and heads.
 
-    stem: Segment
-    segments: tuple[Segment, ...]
-    fills: tuple[Segment, ...]
-    head: Segment
-    draft: Segment | None
-
-    def __iter__(self) -> Iterator[Segment]:
-        drafts = () if self.draft is None else (self.draft,)
-        return iter((self.stem, *self.segments, *self.fills, self.head, *drafts))
-
-
-def split_decoder(network: DecoderNetwork, cuts: str | Sequence[int], draft: int = DRAFT) -> DecoderParts:
-    """Stem, segments that end behind these blocks (as in parse_exits), what fills their caches, and heads.
-
-    draft: ids of the head that drafts; a vocabulary that is not twice as large has none. Raises ValueError
-    for a cut that there cannot be, for exits elsewhere, and for weights that are not float32.
+    draft_ids: ids of the head that drafts; a vocabulary that is not twice as large has none. Raises
+    ValueError for a cut that is impossible, for cuts without an exit where the network has exits, and for
+    weights that are not float32.
     """
-    if (dtype := next(network.parameters()).dtype) != torch.float32:
-        raise ValueError(
-            f"the network's weights are {dtype}; segments are float32: call network.float() first"
-        )
+    require_float32(network)
     network.eval()
     ends = parse_exits(cuts, network.block_count)
     if network.exits and (bare := [end for end in ends[:-1] if str(end) not in network.exits]):
-        have = ", ".join(sorted(network.exits, key=int))
-        raise ValueError(f"a segment may not end behind block {bare[0]}: there are exits behind {have}")
-    made, cached = _probe(network)
+        known = ", ".join(sorted(network.exits, key=int))
+        raise ValueError(f"a segment may not end behind block {bare[0]}: there are exits behind {known}")
+    stem_outputs, cache_sizes = _probe(network)
     longest, size = network.longest, network.hidden_size
-    stem = Segment("stem", DecoderStem(network).eval(), (IDS, POSITIONS, VALID), made, (), Macs(), longest)
-    reads = [tensor.name for tensor in made[1:]]
-    turns = tuple(tensor for tensor in made[1:] if not tensor.name.startswith("mask"))
+    stem = Segment("stem", DecoderStem(network).eval(), STEM_INPUTS, stem_outputs, (), Macs(), longest)
+    hidden, *context = stem_outputs
+    reads = [tensor.name for tensor in context]
+    rotations = tuple(tensor for tensor in context if not tensor.name.startswith("mask"))
     segments, fills = list[Segment](), list[Segment]()
     for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
         blocks, numbers = range(start, end), tuple(range(start + 1, end + 1))
-        module = DecoderStretch(network, blocks, reads).eval()
-        past, new = _cache(cached, numbers, "past", "past"), _cache(cached, numbers, "new", "seq")
-        outputs = [Tensor(NEXT + "hidden", "float32", made[0].shape), *new]
+        module = DecoderSegment(network, blocks, reads).eval()
+        past = _cache_tensors(cache_sizes, numbers, "past", "past")
+        new = _cache_tensors(cache_sizes, numbers, "new", "seq")
+        outputs = [Tensor(NEXT + "hidden", "float32", hidden.shape), *new]
         weights = sum(linear_weights(network.blocks[block]) for block in blocks)
         if module.exit is not None:
-            outputs.append(Tensor(LEAVING, "float32", made[0].shape))
+            outputs.append(Tensor(EXIT_HIDDEN, "float32", hidden.shape))
             weights += size * size
         if module.policy is not None:
-            outputs.append(Tensor(GATE, "float32", made[0].shape[:2]))
+            outputs.append(Tensor(GATE, "float32", hidden.shape[:2]))
         macs, name = Macs(token=weights, pair=2 * size * len(blocks)), f"segment_{number:02}"
-        segments.append(Segment(name, module, (*made, *past), tuple(outputs), numbers, macs, longest))
+        inputs = (*stem_outputs, *past)
+        segments.append(Segment(name, module, inputs, tuple(outputs), numbers, macs, longest))
         if number:
-            filling = DecoderFill(network, blocks, [tensor.name for tensor in turns]).eval()
-            macs, name = Macs(token=2 * size * cached[0] * cached[1] * len(blocks)), f"fill_{number:02}"
-            fills.append(Segment(name, filling, (made[0], *turns), new, numbers, macs, longest))
-    few = draft if 2 * draft <= network.vocab_size else None
-    return DecoderParts(
-        stem,
-        tuple(segments),
-        tuple(fills),
-        _head("head", network, made[0], None),
-        None if few is None else _head("draft", network, made[0], few),
-    )
+            fill = CacheFill(network, blocks, [tensor.name for tensor in rotations]).eval()
+            macs = Macs(token=2 * size * cache_sizes[0] * cache_sizes[1] * len(blocks))
+            name, inputs = f"fill_{number:02}", (hidden, *rotations)
+            fills.append(Segment(name, fill, inputs, new, numbers, macs, longest))
+    draft = None if 2 * draft_ids > network.vocab_size else _head("draft", network, hidden, draft_ids)
+    return SplitNetwork(stem, tuple(segments), tuple(fills), _head("head", network, hidden, None), draft)
 
 
 def _head(name: str, network: DecoderNetwork, hidden: Tensor, ids: int | None) -> Segment:
@@ -193,7 +202,9 @@ def _head(name: str, network: DecoderNetwork, hidden: Tensor, ids: int | None) -
     return Segment(name, module, (hidden,), (logits,), (), macs, network.longest)
 
 
-def _cache(sizes: tuple[int, int], blocks: Sequence[int], word: str, axis: str) -> tuple[Tensor, ...]:
+def _cache_tensors(
+    sizes: tuple[int, int], blocks: Sequence[int], prefix: str, axis: str
+) -> tuple[Tensor, ...]:
     """Keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size] of these blocks."""
     heads, size = sizes
     shapes: dict[str, tuple[int | str, ...]] = {
@@ -201,7 +212,7 @@ def _cache(sizes: tuple[int, int], blocks: Sequence[int], word: str, axis: str) 
         "v": ("batch", heads, axis, size),
     }
     return tuple(
-        Tensor(f"{word}_{kind}_{block}", "float32", shape)
+        Tensor(f"{prefix}_{kind}_{block}", "float32", shape)
         for block in blocks
         for kind, shape in shapes.items()
     )
@@ -209,16 +220,162 @@ def _cache(sizes: tuple[int, int], blocks: Sequence[int], word: str, axis: str) 
 
 @torch.no_grad()
 def _probe(network: DecoderNetwork) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """What the stem puts out, run at sizes that tell the axes apart; heads and size of keys and values."""
-    rows, tokens, places = 2, 5, 11
-    axes = {rows: "batch", tokens: "seq", places: "past"}
-    ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    positions = torch.arange(tokens).expand(rows, -1)
-    hidden, context = network.stem(ids, positions, torch.ones(rows, places, dtype=torch.int64))
+    """The stem's outputs, from runs at two sizes; and the heads and the size of keys and values."""
+    small, large = (2, 5, 11), (3, 7, 13)
+    outputs = list[Context]()
+    for rows, tokens, places in (small, large):
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        positions = torch.arange(tokens).expand(rows, -1)
+        hidden, context = network.stem(ids, positions, torch.ones(rows, places, dtype=torch.int64))
+        outputs.append({"hidden": hidden, **context})
     _, keys, _ = network.family.project(network.blocks[0], hidden, context)
-    made = [Tensor("hidden", "float32", ("batch", "seq", network.hidden_size))]
-    for name, value in context.items():
-        last = {"mask_past": "past", "mask_new": "seq"}.get(name, value.shape[-1])
-        lead = tuple(axes.get(size, size) for size in value.shape[:-1])
-        made.append(Tensor(name, "float32", (*lead, last)))
-    return tuple(made), (keys.shape[1], keys.shape[3])
+    axes = dict(zip(zip(small, large, strict=True), ("batch", "seq", "past"), strict=True))
+    return symbolic(*outputs, axes), (keys.shape[1], keys.shape[3])
+
+
+@dataclass(frozen=True)
+class ExportableDecoder:
+    """A causal language model and the folder that holds its tokenizer.json; see segments.Exportable.
+
+    training: what training.json holds. draft_ids: see split_decoder.
+    """
+
+    network: DecoderNetwork
+    folder: Path
+    training: Mapping[str, Any] = field(default_factory=dict)
+    draft_ids: int = DRAFT_IDS
+
+    # int8 and int4: activations are quantized token by token, so that a token gets the same logits among
+    # others as alone; one scale a tensor would not allow that.
+    weights_only: ClassVar[bool] = True
+    # Other variants than fp32 must be near enough that a wrong graph shows.
+    tolerances: ClassVar[Mapping[str, float]] = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.2, "int4": 1.5}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        paths = {name: self.folder / name for name in (TOKENIZER, TEMPLATE)}
+        return {name: path for name, path in paths.items() if name == TOKENIZER or path.is_file()}
+
+    def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
+        return split_decoder(self.network, cuts, self.draft_ids)
+
+    def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
+        config = self.network.model.generation_config
+        stop = config.eos_token_id if config.eos_token_id is not None else ()
+        return ManifestFacts(
+            task=GENERATION,
+            labels=(),
+            input=TextInput(TOKENIZER, "", int(config.pad_token_id or 0), self.network.longest),
+            rule=_default_rule(split, str(self.training.get("recipe", ""))),
+            points=(),
+            costs={},
+            training=self.training,
+            provenance={"backbone": self.network.model.config.model_type},
+            stop_ids=tuple(stop) if isinstance(stop, (list, tuple)) else (int(stop),),
+        )
+
+    def samples(
+        self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
+    ) -> Iterator[Sample]:
+        """A prompt of random ids and two steps, each with the network's own keys and values as its past."""
+        network, total = self.network, sum(CHUNKS)
+        ids = torch.randint(0, network.vocab_size, (1, total), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(total)[None]
+        embedded = network.family.embed(network.model, ids, positions)
+        states = [embedded, *hidden_states(network, ids)]  # by number of blocks that ran
+        cache = _cache(network, states, positions)
+        start = 0
+        for count in CHUNKS:
+            here = slice(start, start + count)
+            valid = torch.zeros(1, total + SPARE, dtype=torch.int64)
+            valid[:, :start] = 1
+            past: Values = {}
+            for name, new in cache.items():
+                axis = 3 if "_k_" in name else 2
+                shape = list(new.shape)
+                shape[axis] = total + SPARE
+                past[name.replace("new", "past")] = torch.full(shape, UNUSED)
+                past[name.replace("new", "past")].narrow(axis, 0, start).copy_(new.narrow(axis, 0, start))
+            stem_inputs = {"input_ids": ids[:, here], "position_ids": positions[:, here], "past_valid": valid}
+            new_here = {n: t.narrow(3 if "_k_" in n else 2, start, count) for n, t in cache.items()}
+            expected = _expected(network, split, stem_inputs, [state[:, here] for state in states], new_here)
+            yield Sample(stem_inputs | past, torch.ones(1, count, dtype=torch.bool), expected)
+            start += count
+
+
+def open_decoder(folder: Path) -> ExportableDecoder:
+    """The network of a folder that transformers loads, with the exits and training.json that ee-train left.
+
+    Raises ValueError, or what transformers raises, for a folder without such a model or its tokenizer.json;
+    UnsupportedFamily; BadCheckpoint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / TOKENIZER).is_file():
+        raise ValueError(f"it has no {TOKENIZER}: save it with a fast tokenizer of transformers")
+    decoder_family_of(AutoConfig.from_pretrained(folder).model_type)  # before weights are read
+    network = DecoderNetwork(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    load_exits(network, folder)
+    training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
+    return ExportableDecoder(network.float(), folder, training)
+
+
+def _default_rule(split: SplitNetwork, recipe: str) -> RuleSpec:
+    """The rule where the caller names none: the one for which the network was trained."""
+    if len(split.segments) > 1:
+        if any(tensor.name == GATE for tensor in split.segments[0].outputs):
+            return RuleSpec("gate", {"threshold": 0.5})
+        if recipe == "layerskip":
+            return RuleSpec("speculative", {})
+    return RuleSpec("never", {})
+
+
+def _cache(network: DecoderNetwork, states: Sequence[torch.Tensor], positions: torch.Tensor) -> Values:
+    """Keys and values of every block and token, by the names of a segment's outputs."""
+    context = network.family.context(network.model, states[0], positions)
+    cache: Values = {}
+    for number, (block, hidden) in enumerate(zip(network.blocks, states, strict=False), 1):
+        _, keys, values = network.family.project(block, hidden, context)
+        cache[f"new_k_{number}"], cache[f"new_v_{number}"] = keys.transpose(2, 3), values
+    return cache
+
+
+def _expected(
+    network: DecoderNetwork,
+    split: SplitNetwork,
+    stem_inputs: Values,
+    states: Sequence[torch.Tensor],
+    cache: Values,
+) -> Iterator[Values]:
+    """Outputs of every segment for some tokens, computed by the network's own methods.
+
+    states: their hidden states [1, tokens, hidden] by number of blocks that ran. cache: their keys and
+    values.
+    """
+    hidden, context = network.stem(*stem_inputs.values())
+    yield {"hidden": hidden, **context}
+    for segment in split.in_walking_order():
+        if segment in split.heads:
+            (logits,) = segment.outputs
+            yield {"logits": network.head(states[-1])[..., : int(logits.shape[-1])]}
+        elif segment in split.cache_fills:
+            outputs: Values = {}
+            for block in segment.blocks:
+                keys, values = network.family.cache_fill(
+                    network.blocks[block - 1], states[segment.blocks[0] - 1], context
+                )
+                outputs |= {f"new_k_{block}": keys.transpose(2, 3), f"new_v_{block}": values}
+            yield outputs
+        elif segment.blocks:
+            end = segment.blocks[-1]
+            outputs = {NEXT + "hidden": states[end]} | {
+                f"new_{kind}_{block}": cache[f"new_{kind}_{block}"]
+                for block in segment.blocks
+                for kind in "kv"
+            }
+            names = {tensor.name for tensor in segment.outputs}
+            if EXIT_HIDDEN in names:
+                outputs[EXIT_HIDDEN] = network.exit_hidden(end, states[end])
+            if GATE in names:
+                outputs[GATE] = network.gate_logit(end, states[end]).sigmoid()
+            yield outputs

@@ -1,154 +1,131 @@
-"""The same network as one graph: what a walk has to beat."""
+"""The same network as one graph: the baseline of every walk."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from offramp.export.bundle import BadTarget
-from offramp.export.precision import VARIANTS, to_variant
-from offramp.export.split import Segment, Stem, Stretch, split
+from offramp.export.options import ExportOptions
+from offramp.export.precision import write_variant
+from offramp.export.segments import Exportable, Segment, SplitNetwork, total_macs
 from offramp.export.to_onnx import to_onnx
-from offramp.models.macs import block_macs, exit_macs, linear_weights
-from offramp.models.network import EarlyExitNetwork
-from offramp.runtime.bundle.manifest import NEXT, Macs, Tensor
-from offramp.training.checkpoint import Checkpoint
+from offramp.runtime.bundle.manifest import NEW, NEXT, PAST, Tensor
 
 
 class Monolith(nn.Module):
-    """Ids and attention mask -> the last exit's logits: the stem and one stretch over all blocks."""
+    """Stem, segments and the head of the last token, run one after another.
 
-    def __init__(self, stem: Stem, stretch: Stretch) -> None:
-        super().__init__()
-        # The blocks first: an exporter names what is in two places by the first, and variants go by it.
-        self.stretch, self.stem = stretch, stem
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = self.stem.named(*tensors)
-        return self.stretch(*(made[name] for name in self.stretch.reads))  # type: ignore[no-any-return]
-
-
-class WithExits(nn.Module):
-    """Ids and attention mask -> logits [batch, segments, classes] and gates [batch, segments - 1]: all that a
-    full walk says, in one graph.
+    outputs: names of what it gives; "gates" and, with it or where every exit is asked for, "logits" are those
+    of all exits, stacked in axis 1.
     """
 
-    def __init__(self, stem: Stem, stages: Sequence[Segment]) -> None:
+    def __init__(self, split: SplitNetwork, reads: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.stretches = nn.ModuleList(stage.module for stage in stages)
-        self.stem = stem  # the blocks first, as above
-        self.names = [[tensor.name for tensor in stage.outputs] for stage in stages]
+        # The blocks first: the exporter names a module that occurs twice by its first place, and variants
+        # choose products by these names.
+        self.segments = nn.ModuleList(segment.module for segment in split.segments)
+        self.stem = split.stem.module
+        self.head = None if split.head is None else split.head.module
+        self._split, self._reads = split, [tensor.name for tensor in reads]
+        self._outputs = [tensor.name for tensor in outputs]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = self.stem.named(*tensors)
-        said: dict[str, list[torch.Tensor]] = {"logits": [], "gate": []}
-        for stretch, names in zip(self.stretches, self.names, strict=True):
-            assert isinstance(stretch, Stretch)
-            for name, value in zip(names, stretch(*(made[n] for n in stretch.reads)), strict=True):
-                if name in said:
-                    said[name].append(value)
-                else:
-                    made[name.removeprefix(NEXT)] = value
-        logits, gates = torch.stack(said["logits"], 1), said["gate"]
-        return (logits, torch.stack(gates, 1)) if gates else (logits,)
+        values = dict(zip(self._reads, tensors, strict=True))
+        _store(values, self._split.stem, self.stem(*self._split.stem.reads(values)))
+        exits: dict[str, list[torch.Tensor]] = {"logits": [], "gate": []}
+        for segment, module in zip(self._split.segments, self.segments, strict=True):
+            _store(values, segment, module(*segment.reads(values)))
+            for tensor in segment.outputs:
+                if tensor.name in exits:
+                    exits[tensor.name].append(values[tensor.name])
+        if self.head is not None:
+            (values["logits"],) = self.head(values["hidden"][:, -1:])
+        if len(exits["logits"]) > 1:
+            values["logits"] = torch.stack(exits["logits"], 1)
+        if len(exits["gate"]) > 0:
+            values["gates"] = torch.stack(exits["gate"], 1)
+        return tuple(values[name] for name in self._outputs)
 
 
-def monolith(network: EarlyExitNetwork, *, exits: bool = False) -> Segment:
-    """The network with its last exit alone (or with all of them), as one segment from ids to logits."""
-    if exits:
-        return _with_exits(network)
-    stem, stretch = split(network, (network.block_count,))
-    assert isinstance(stem.module, Stem) and isinstance(stretch.module, Stretch)
-    macs = Macs(*(getattr(stem.macs, f) + getattr(stretch.macs, f) for f in ("token", "pair", "row")))
-    module = Monolith(stem.module, stretch.module)
-    return Segment("monolith", module, stem.inputs, stretch.outputs, stretch.blocks, macs, network.longest)
+def _store(values: dict[str, torch.Tensor], segment: Segment, outputs: tuple[torch.Tensor, ...]) -> None:
+    for tensor, value in zip(segment.outputs, outputs, strict=True):
+        values[tensor.name.removeprefix(NEXT)] = value
 
 
-def truncated(network: EarlyExitNetwork, block: int) -> Segment:
-    """The network cut off after a block with that block's exit, as one segment: the static rival at a depth.
+def join(split: SplitNetwork, name: str = "monolith") -> Segment:
+    """A split network as one segment: the stem's inputs and all pasts -> logits and what caches take in.
 
-    Raises ValueError where there is no exit after the block.
+    Of one segment logits are [batch, classes], of a decoder [batch, 1, vocabulary] of the last token. Of more
+    segments they are [batch, segments, classes], with gates [batch, segments - 1] where there are policies.
     """
-    if block not in network.spec.exits:
-        raise ValueError(f"there is no exit after block {block}: exits are after {list(network.spec.exits)}")
-    stem = split(network, (network.block_count,))[0]
-    index = network.spec.exits.index(block)
-    stretch = Stretch(network, range(block), index, [tensor.name for tensor in stem.outputs]).eval()
-    stretch.last, stretch.policy = True, None
-    assert isinstance(stem.module, Stem)
-    costs = [stem.macs, exit_macs(network, index), *(block_macs(network, at) for at in range(block))]
-    if index < len(network.policies):  # counted with the exit, but nothing here asks it
-        costs.append(Macs(row=-linear_weights(network.policies[index])))
-    macs = Macs(*(sum(getattr(cost, f) for cost in costs) for f in ("token", "pair", "row")))
-    outputs = (Tensor("logits", "float32", ("batch", len(network.spec.labels))),)
-    blocks = tuple(range(1, block + 1))
-    module = Monolith(stem.module, stretch).eval()
-    return Segment(f"truncated_{block:02}", module, stem.inputs, outputs, blocks, macs, network.longest)
-
-
-def _with_exits(network: EarlyExitNetwork) -> Segment:
-    stem, *stages = split(network)
-    assert isinstance(stem.module, Stem)
-    module = WithExits(stem.module, stages)
-    count, classes = len(stages), len(network.spec.labels)
-    outputs = [Tensor("logits", "float32", ("batch", count, classes))]
-    if count > 1 and len(network.policies):
+    last = split.segments[-1]
+    past = [tensor for s in split.segments for tensor in s.inputs if tensor.name.startswith(PAST)]
+    new = [tensor for s in split.segments for tensor in s.outputs if tensor.name.startswith(NEW)]
+    outputs = [_logits(split), *new]
+    count = len(split.segments)
+    if count > 1 and split.head is None and any(t.name == "gate" for t in split.segments[0].outputs):
         outputs.append(Tensor("gates", "float32", ("batch", count - 1)))
-    macs = stem.macs
-    for stage in stages:
-        macs = Macs(*(getattr(macs, f) + getattr(stage.macs, f) for f in ("token", "pair", "row")))
-    blocks = tuple(range(1, network.block_count + 1))
-    return Segment("monolith", module, stem.inputs, tuple(outputs), blocks, macs, network.longest)
+    inputs = (*split.stem.inputs, *past)
+    module = Monolith(split, inputs, tuple(outputs)).eval()
+    heads = [split.head] if split.head is not None else []
+    macs = total_macs(segment.macs for segment in (split.stem, *split.segments, *heads))
+    blocks = tuple(block for segment in split.segments for block in segment.blocks)
+    return Segment(name, module, inputs, tuple(outputs), blocks, macs, last.longest)
+
+
+def _logits(split: SplitNetwork) -> Tensor:
+    if split.head is not None:
+        return Tensor("logits", "float32", ("batch", 1, split.head.outputs[0].shape[-1]))
+    (logits,) = (tensor for tensor in split.segments[-1].outputs if tensor.name == "logits")
+    if len(split.segments) == 1:
+        return logits
+    return Tensor("logits", "float32", ("batch", len(split.segments), logits.shape[-1]))
+
+
+def monolith(source: Exportable, *, exits: bool = False) -> Segment:
+    """The network with its last exit alone, or with every exit and policy inside."""
+    source.network.float()
+    return join(source.split("each" if exits else (source.network.block_count,)))
 
 
 def write_monolith(
-    checkpoint: Checkpoint,
-    path: Path,
-    variant: str = "fp32",
-    *,
-    exits: bool = False,
-    reduce_range: bool | None = None,
-) -> None:
-    """Write the graph: input_ids, attention_mask (token_type_ids) [batch, seq], or pixel_values [batch, 3,
-    height, width] -> logits [batch, classes].
+    source: Exportable, path: Path, options: ExportOptions | None = None, *, exits: bool = False
+) -> Mapping[str, Path]:
+    """Write the graph at `path` in fp32, and every other variant of the options beside it as
+    <stem>_<variant><suffix>; gives the files by variant. Decoders have no fp16.
 
-    exits: with every exit and policy inside, logits [batch, segments, classes], gates [batch, segments - 1].
-    Made by the same exporter, and in other variants by the same code, as the segments are.
+    Inputs and outputs: see join; exits: with every exit and policy inside. The same exporter and the same
+    code for variants as the segments'. The file at `path` is replaced last and at once: where a new one
+    stands, all is written. Raises BadTarget where something else than a file stands there.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    whole = monolith(checkpoint.network.float(), exits=exits)
-    if variant == "fp32":
-        to_onnx(whole, path)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        to_onnx(whole, Path(scratch) / "monolith.onnx")
-        to_variant(variant, Path(scratch) / "monolith.onnx", path, reduce_range=reduce_range)
-
-
-def write_monoliths(
-    checkpoint: Checkpoint, path: Path, variants: Sequence[str], *, reduce_range: bool | None = None
-) -> None:
-    """Write the graph without exits at `path`, fp32, and every other of the variants beside it as
-    <stem>_<variant><suffix>. The file at `path` comes last and at once: where a new one stands, all is
-    written. Raises BadTarget where something else than a file stands there.
-    """
-    places = {name: path.with_name(f"{path.stem}_{name}{path.suffix}") for name in variants if name != "fp32"}
-    path = Path(os.path.realpath(path))  # through a link, as plain writing goes
-    if path.exists() and not path.is_file():
+    options = options or ExportOptions()
+    names = [
+        name for name in options.variants if name != "fp32" and not (source.weights_only and name == "fp16")
+    ]
+    places = {name: path.with_name(f"{path.stem}_{name}{path.suffix}") for name in names}
+    target = Path(os.path.realpath(path))  # through a link, as plain writing goes
+    if target.exists() and not target.is_file():
         raise BadTarget(f"{path} is no regular file; choose another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        whole = Path(scratch) / "fp32.onnx"
-        write_monolith(checkpoint, whole)
-        for name in places:
-            to_variant(name, whole, Path(scratch) / f"{name}.onnx", reduce_range=reduce_range)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        graph = Path(scratch) / "fp32.onnx"
+        to_onnx(monolith(source, exits=exits), graph)
+        for name in names:
+            write_variant(
+                name,
+                graph,
+                Path(scratch) / f"{name}.onnx",
+                weights_only=source.weights_only,
+                reduce_range=options.reduce_range,
+            )
         for name, place in places.items():
             shutil.move(Path(scratch) / f"{name}.onnx", place)  # no rename where a link led to another disk
-        whole.replace(path)
+        graph.replace(target)
+    return {"fp32": path, **places}

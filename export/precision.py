@@ -1,4 +1,4 @@
-"""An fp32 graph into fp16, int8 (weights and activations) or int4 (weights alone), in the blocks alone."""
+"""Write an fp32 graph in fp16, int8 or int4: the blocks of any network, and a decoder's heads."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from offramp.export.fp16 import halve
 
-VARIANTS = ("fp32", "fp16", "int8", "int4")  # what can be written: fp32 and what is made from it
+VARIANTS = ("fp32", "fp16", "int8", "int4")  # the others are written from fp32
 BLOCK = 128  # weights that share a scale in int4
-WEIGHTS_ALONE = {"int8": 8, "int4": 4}  # bits of what weights_alone writes
+BITS = {"int8": 8, "int4": 4}  # of the weights that to_small_weights writes
 FINE = 32  # weights that share a scale there: a decoder's errors add up from token to token
-OWN = ("exit/", "policy/")  # modules of a decoder's segment that stay as they are
+KEPT = ("exit/", "policy/")  # modules of a decoder's segment that stay float32
 
 
 def to_fp16(source: Path, target: Path) -> float:
     """Write the fp16 form of a graph that to_onnx wrote; gives its size as a share of the original's.
 
-    Weights and arithmetic inside blocks are float16; pooling, exit, policy and forecast stay float32. So does
-    all that the graph reads and puts out: variants mix in one walk and share the stem. It is for GPUs, which
-    multiply float16 several times faster; a CPU runs it slower than fp32.
+    Weights and arithmetic inside blocks are float16; pooling, exit, policy and forecast stay float32, and so
+    do inputs and outputs: variants mix in one walk and share the stem. It is for GPUs, which multiply float16
+    several times faster; a CPU runs it slower than fp32.
     """
     model = onnx.load(source)
     _products_of_blocks(source, model)
-    # What rewrites put in place of the exporter's nodes has no type, and every float must be known as one.
-    made = halve(onnx.shape_inference.infer_shapes(model, strict_mode=True), in_block)
-    onnx.checker.check_model(made, full_check=True)  # types too: a float16 beside a float32 is refused
-    target.write_bytes(made.SerializeToString())
+    # Nodes that rewrites inserted have no types yet, and halve() needs to know every float.
+    halved = halve(onnx.shape_inference.infer_shapes(model, strict_mode=True), in_block)
+    onnx.checker.check_model(halved, full_check=True)  # types too: a float16 beside a float32 is refused
+    target.write_bytes(halved.SerializeToString())
     return target.stat().st_size / source.stat().st_size
 
 
@@ -44,8 +44,8 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
 
     Only products with weights inside blocks become int8: exit and policy, whose few operators decide where a
     row leaves, stay fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a
-    scale a column; activations are quantized a tensor at run time. reduce_range: 7 bits for weights, None: as
-    needs_reduced_range() says of this machine.
+    scale a column; activations are quantized at run time with one scale a tensor. reduce_range: 7 bits for
+    weights; None: where needs_reduced_range() is true of this machine.
     """
     inside = _products_of_blocks(source, onnx.load(source))
     reduced = needs_reduced_range() if reduce_range is None else reduce_range
@@ -66,42 +66,45 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
 def to_int4(source: Path, target: Path) -> float:
     """Write the int4 form of a graph that to_onnx wrote; gives its size as a share of the original's.
 
-    Weights of products inside blocks in 4 bits, symmetric, one scale for BLOCK of them; activations are
-    quantized to 8 bits as they come. It pays where reading weights is the time: short inputs, small caches.
+    Weights of products inside blocks have 4 bits, symmetric, one scale for BLOCK of them; activations are
+    quantized to 8 bits at run time. It pays where reading weights takes the time: short inputs, small caches.
     Its operator (MatMulNBits) is ONNX Runtime's own.
     """
     model = onnx.load(source)
-    return _few_bits(model, set(_products_of_blocks(source, model)), 4, BLOCK, source, target)
+    return _quantize_weights(model, set(_products_of_blocks(source, model)), 4, BLOCK, source, target)
 
 
-def weights_alone(name: str, source: Path, target: Path) -> float:
-    """Write the int8 or int4 form of a decoder's segment, fill, head or one graph; gives its size as a share.
+def to_small_weights(name: str, source: Path, target: Path) -> float:
+    """Write the int8 or int4 form of a decoder's segment, cache fill, head or monolith; gives its size as a
+    share of the original's.
 
-    Weights alone: activations are quantized in pieces of one token, so that a token says the same among
-    others as alone, which to_int8's scale a tensor does not allow. Translators and policies stay fp32.
+    Weights alone are stored in 8 or 4 bits; activations are quantized token by token, so that a token gets
+    the same logits among others as alone, which to_int8's one scale a tensor does not allow. Exits and
+    policies stay fp32.
     """
     model = onnx.load(source)
-    _untie(model)
+    _store_transposed(model)
     products = {
-        node.name for node in model.graph.node if node.op_type == "MatMul" and not node.name.startswith(OWN)
+        node.name for node in model.graph.node if node.op_type == "MatMul" and not node.name.startswith(KEPT)
     }
-    return _few_bits(model, products, WEIGHTS_ALONE[name], FINE, source, target)
+    return _quantize_weights(model, products, BITS[name], FINE, source, target)
 
 
-def _untie(model: onnx.ModelProto) -> None:
-    """Turn weights that a node transposes at run time into such that stand transposed: where stem and head
-    are one graph and share a table, the head's product has no weight of its own to quantize.
+def _store_transposed(model: onnx.ModelProto) -> None:
+    """Store weights transposed instead of transposing them at run time: where stem and head are one graph
+    and share a table, the head's product has no weight of its own to quantize.
     """
-    kept = {one.name: one for one in model.graph.initializer}
-    for node in [one for one in model.graph.node if one.op_type == "Transpose" and one.input[0] in kept]:
-        turned = onnx.numpy_helper.to_array(kept[node.input[0]])
-        order = next((list(one.ints) for one in node.attribute if one.name == "perm"), None)
-        made = onnx.numpy_helper.from_array(np.ascontiguousarray(turned.transpose(order)), node.output[0])
-        model.graph.initializer.append(made)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    transposes = [n for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in weights]
+    for node in transposes:
+        array = onnx.numpy_helper.to_array(weights[node.input[0]])
+        order = next((list(fact.ints) for fact in node.attribute if fact.name == "perm"), None)
+        stored = onnx.numpy_helper.from_array(np.ascontiguousarray(array.transpose(order)), node.output[0])
+        model.graph.initializer.append(stored)
         model.graph.node.remove(node)
 
 
-def _few_bits(
+def _quantize_weights(
     model: onnx.ModelProto, products: set[str], bits: int, block: int, source: Path, target: Path
 ) -> float:
     """Write a graph with the weights of these products in few bits; gives its size as a share."""
@@ -111,16 +114,28 @@ def _few_bits(
         config = nbits.DefaultWeightOnlyQuantConfig(
             block_size=block, is_symmetric=True, accuracy_level=4, bits=bits, op_types_to_quantize=("MatMul",)
         )
-        made = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
-        made.process()
-    target.write_bytes(made.model.model.SerializeToString())
+        quantizer = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
+        quantizer.process()
+    target.write_bytes(quantizer.model.model.SerializeToString())
     return target.stat().st_size / source.stat().st_size
 
 
-def to_variant(name: str, source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
-    """Write the graph's form of that name, all but fp32; gives its size as a share of the original's."""
+def write_variant(
+    name: str,
+    source: Path,
+    target: Path,
+    *,
+    weights_only: bool = False,
+    reduce_range: bool | None = None,
+) -> float:
+    """Write a graph in another variant than fp32; gives its size as a share of the original's.
+
+    weights_only: int8 and int4 as to_small_weights writes them. reduce_range: see to_int8.
+    """
     if name == "fp16":
         return to_fp16(source, target)
+    if weights_only and name in BITS:
+        return to_small_weights(name, source, target)
     if name == "int8":
         return to_int8(source, target, reduce_range=reduce_range)
     if name == "int4":
@@ -129,10 +144,12 @@ def to_variant(name: str, source: Path, target: Path, *, reduce_range: bool | No
 
 
 def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) -> bool:
-    """Whether weights must keep to 7 bits here (or where `platform.machine()` and /proc/cpuinfo say so).
+    """Whether int8 weights must keep to 7 bits on this machine.
+
+    machine, cpuinfo: of another machine, what platform.machine() and /proc/cpuinfo give there.
 
     x86 without VNNI adds pairs of uint8 * int8 products in 16 bits, which overflow at full range and silently
-    spoil the result; with VNNI (AVX512 or AVX) and on ARM sums have 32 bits. A bundle that is split on one
+    spoil the result; with VNNI (AVX512 or AVX) and on ARM sums have 32 bits. A bundle that is written on one
     machine and walked on another needs the answer for the latter: ee-split --int8-range reduced is right
     everywhere and costs one bit.
     """
@@ -140,13 +157,13 @@ def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) 
     if machine.lower() not in ("x86_64", "amd64", "i686", "i386"):
         return False
     if cpuinfo is None:
-        with contextlib.suppress(OSError):  # no such file but on Linux: not known, so the careful answer
+        with contextlib.suppress(OSError):  # no such file except on Linux; unknown counts as without VNNI
             cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     return not {"avx512_vnni", "avx_vnni"} & set((cpuinfo or "").split())
 
 
 def in_block(name: str) -> bool:
-    """Whether a node belongs to a block: to_onnx names nodes by their module."""
+    """Whether a node belongs to a block: to_onnx names nodes by their modules."""
     return "blocks." in name.rpartition("/")[0]
 
 
@@ -156,13 +173,13 @@ def _products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
         node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and in_block(node.name)
     ]
     if not inside:
-        raise ValueError(f"{source}: no product of a block in it; variants are made from what to_onnx wrote")
+        raise ValueError(f"{source}: it has no product of a block; write variants from what to_onnx wrote")
     return inside
 
 
 def _nbits() -> Any:
-    """ONNX Runtime's quantizer to few bits; importing it turns on INFO for the whole process, which is turned
-    off again.
+    """ONNX Runtime's quantizer to few bits. Importing it sets the process's log level to INFO; the old level
+    is put back.
     """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -174,7 +191,7 @@ def _nbits() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the quantizer's advice to pre-process: these graphs come optimized from the exporter."""
+    """Silence the quantizer's advice to pre-process: these graphs come optimized from the exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,45 +1,50 @@
-"""What ee-split prints when it is done: every stage with its size, its cost and how far it is from torch."""
+"""Tables for the terminal, and the one that ee-split prints last."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from offramp.export.verify import Report
 from offramp.runtime.bundle.manifest import Manifest
 
-TOKENS = 32  # the length of text at which the closing table counts
+TOKENS = 32  # the length of text at which the closing table counts a classifier's MACs
 
 
 def closing_table(manifest: Manifest, report: Report) -> str:
-    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, labels kept."""
+    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, and of classifiers the
+    share of labels that each variant keeps.
+    """
     variants = manifest.variants
-    (hidden,) = (t for t in manifest.stem.variants[variants[0]].outputs if t.name == "hidden")
-    tokens = hidden.shape[1] if isinstance(hidden.shape[1], int) else TOKENS  # of an image there is no choice
-    head = ["segment", "blocks", f"MACs at {tokens}", *(f"{name} bytes" for name in variants), "max abs diff"]
-    rows = [head + [f"{name} labels kept" for name in variants[1:]]]
-    kept = {(said.segment, said.variant): f"{100 * said.agreement:.1f} %" for said in report.precisions}
-    for stage in (manifest.stem, *manifest.segments):
-        blocks = "-".join(map(str, sorted({*stage.blocks[:1], *stage.blocks[-1:]})))
-        files = [stage.variants[name].file if name in stage.variants else None for name in variants]
+    tokens = _tokens(manifest)
+    segments = [manifest.stem, *manifest.segments]
+    head = ["segment", "blocks", f"MACs at {tokens}"]
+    losses = {(loss.segment, loss.variant): f"{100 * loss.agreement:.1f} %" for loss in report.losses}
+    kept = variants[1:]
+    if (decoder := manifest.decoder) is not None:
+        segments += [*decoder.cache_fills, decoder.head, *([decoder.draft] if decoder.draft else [])]
+        head[2], kept = "MACs a token", ()
+    rows = [
+        [*head, *(f"{name} bytes" for name in variants), "max abs diff", *(f"{n} labels kept" for n in kept)]
+    ]
+    for segment in segments:
+        blocks = "-".join(map(str, sorted({*segment.blocks[:1], *segment.blocks[-1:]})))
+        files = [segment.variants[name].file if name in segment.variants else None for name in variants]
         sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]
-        row = [stage.name, blocks, f"{stage.macs.of(tokens):,.0f}", *sizes, f"{report.worst(stage.name):.1e}"]
-        rows.append(row + [kept.get((stage.name, name), "") for name in variants[1:]])
-    return _aligned(rows)
+        macs = segment.macs.of(tokens) if decoder is None else segment.macs.token
+        row = [segment.name, blocks, f"{macs:,.0f}", *sizes, f"{report.worst(segment.name):.1e}"]
+        rows.append(row + [losses.get((segment.name, name), "") for name in kept])
+    return aligned(rows)
 
 
-def decoder_table(manifest: Manifest) -> str:
-    """One line a graph: blocks, MACs a token, bytes of each variant."""
-    variants, facts = manifest.variants, manifest.decoder
-    assert facts is not None
-    heads = [facts.head] if facts.draft is None else [facts.head, facts.draft]
-    rows = [["graph", "blocks", "MACs a token", *(f"{name} bytes" for name in variants)]]
-    for stage in (manifest.stem, *manifest.segments, *facts.cache_fills, *heads):
-        blocks = "-".join(map(str, sorted({*stage.blocks[:1], *stage.blocks[-1:]})))
-        files = [stage.variants[name].file if name in stage.variants else None for name in variants]
-        sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]
-        rows.append([stage.name, blocks, f"{stage.macs.token:,.0f}", *sizes])
-    return _aligned(rows)
-
-
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, each column as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(line) for line in lines)
+
+
+def _tokens(manifest: Manifest) -> int:
+    """Tokens of a row: an image has a fixed number of them."""
+    outputs = manifest.stem.variants[manifest.variants[0]].outputs
+    (length,) = (tensor.shape[1] for tensor in outputs if tensor.name == "hidden")
+    return length if isinstance(length, int) else TOKENS

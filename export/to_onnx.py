@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from offramp.export.rewrite import shorten
-from offramp.export.split import Segment
+from offramp.export.segments import Segment
 from offramp.runtime.bundle.manifest import Tensor
 
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it

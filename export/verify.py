@@ -1,28 +1,32 @@
-"""Hold a split to its network: torch whole, torch segments and ONNX Runtime, seam by seam, on samples."""
+"""Compare a split with its network, segment by segment: torch's segments and the graphs in ONNX Runtime."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 
-from offramp.export.samples import Values, batches
-from offramp.export.split import Segment, split
-from offramp.models.forecasts import path_columns
-from offramp.models.network import EarlyExitNetwork
-from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import NEXT
+from offramp.export.segments import (
+    Exportable,
+    Sample,
+    Segment,
+    SplitNetwork,
+    Values,
+    file_name,
+    variants_of,
+)
+from offramp.runtime.bundle.manifest import EXIT_HIDDEN, NEW, NEXT
 from offramp.runtime.engines.threads import fit
-from offramp.training.checkpoint import Checkpoint
 
-TOLERANCE = 1e-4
-PAIRS = ("torch whole vs torch segments", "torch whole vs ORT segments")
+TORCH, GRAPHS = "torch whole vs torch segments", "torch whole vs ORT segments"
+
+
+class NotVerified(ValueError):
+    """A segment's outputs are not those of the network."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,10 @@ class Seam:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """What a variant other than fp32 does to one exit: share of labels kept, largest change of a logit."""
+class PrecisionLoss:
+    """What a variant other than fp32 does to one segment's logits: share of rows with the same label as in
+    fp32, and the largest change of a logit.
+    """
 
     segment: str
     variant: str
@@ -56,107 +62,74 @@ class Precision:
 
 @dataclass
 class Report:
-    """Every seam in walking order, and what the other precisions do; these are told, not judged."""
+    """Every seam in walking order, and the losses of the other variants."""
 
     seams: list[Seam] = field(default_factory=list)
-    precisions: list[Precision] = field(default_factory=list)
+    losses: list[PrecisionLoss] = field(default_factory=list)
 
     @property
     def first_bad(self) -> Seam | None:
-        """The seam where it goes wrong first, or None."""
+        """The first seam that is beyond what is allowed, or None."""
         return next((seam for seam in self.seams if seam.bad), None)
 
+    def require_good(self) -> None:
+        """Raise NotVerified, naming the first bad seam, if there is one."""
+        if (bad := self.first_bad) is not None:
+            raise NotVerified(f"{bad}, allowed are {bad.allowed:.3g}")
+
     def worst(self, segment: str) -> float:
-        """The largest difference behind a segment."""
-        return max(seam.difference for seam in self.seams if seam.segment == segment)
-
-
-def file_name(segment: str, variant: str) -> str:
-    """Name of a segment's graph in a bundle."""
-    return f"{segment}.onnx" if variant == "fp32" else f"{segment}_{variant}.onnx"
+        """The largest difference behind a segment in fp32."""
+        pairs = (TORCH, GRAPHS)
+        return max(seam.difference for seam in self.seams if seam.segment == segment and seam.pair in pairs)
 
 
 @torch.no_grad()
 def verify(
-    checkpoint: Checkpoint,
+    source: Exportable,
     folder: Path,
-    segments: Sequence[Segment] | None = None,
-    variants: Sequence[str] | None = None,
+    split: SplitNetwork,
+    variants: Sequence[str],
     texts: Sequence[str] | None = None,
-    tolerance: float = TOLERANCE,
 ) -> Report:
-    """Walk samples through the network and the graphs in `folder`, and compare what every segment puts out.
+    """Walk samples through the network and through the graphs in `folder`, and compare every output.
 
-    texts: texts or paths of images, None: what comes along (see export.samples). segments, variants: as they
-    were exported; None: as the finished bundle in `folder` says. Each kind walks on with its own values, so
-    differences add up as they would in use. logits, gate, mask and evidence may differ by `tolerance`; hidden
-    by that times its largest magnitude where that is above 1, as float32 has no more digits.
+    texts: texts or paths of images, None: samples of our own. Each walk goes on with its own values, so
+    differences add up as they would in use. A difference may be the source's tolerance for the variant; of
+    hidden states, keys, values and a decoder's logits that times their largest magnitude where it is above 1,
+    as float32 has no more digits.
     """
-    network = checkpoint.network.float().eval()
-    if segments is None or variants is None:
-        manifest = open_bundle(folder).manifest
-        variants = manifest.variants
-        segments = split(network, [stage.blocks[-1] for stage in manifest.segments], variants)
-    names = [tensor.name for tensor in segments[0].inputs]
-    samples = list(batches(checkpoint, texts))
-    given = [{name: batch[name] for name in names} for batch, _ in samples]
-    real = [tokens for _, tokens in samples]
-    wholes = [_whole(network, segments, variants, batch) for batch in given]
-    others = {variant: [dict(batch) for batch in given] for variant in variants if variant != "fp32"}
-    walks = {"torch": [dict(batch) for batch in given], "fp32": given, **others}
+    source.network.float().eval()
+    samples = list(source.samples(split, variants, texts))
+    walks = {name: [dict(sample.inputs) for sample in samples] for name in ("torch", *variants)}
+    pairs = {GRAPHS if name == "fp32" else f"{GRAPHS}, variant {name}": name for name in variants}
     report = Report()
-    for segment in segments:
-        _advance_torch(segment, walks["torch"])
-        for variant in variants:
-            path = folder / file_name(segment.name, variant if segment.blocks else "fp32")
-            _advance_ort(segment, path, walks[variant])
-        truth = [next(whole) for whole in wholes]
+    for segment in split.in_walking_order():
+        for values in walks["torch"]:
+            _update(values, segment, segment.module(*segment.reads(values)))
+        for name in variants:
+            written = name if name in variants_of(segment, variants) else variants[0]
+            _run_graph(segment, folder / file_name(segment.name, written), walks[name])
+        expected = [next(sample.expected) for sample in samples]
         for tensor in segment.outputs:
-            for pair, walk in zip(PAIRS, (walks["torch"], walks["fp32"]), strict=True):
-                report.seams.append(_seam(segment.name, tensor.name, pair, truth, walk, real, tolerance))
-        if segment.blocks:
-            for variant, walk in others.items():
-                report.precisions.append(_precision(segment.name, variant, walks["fp32"], walk))
+            scaled = _is_scaled(tensor.name, segment)
+            for pair, name in {TORCH: "torch", **pairs}.items():
+                tolerance = source.tolerances.get("fp32" if name == "torch" else name)
+                if tolerance is not None:
+                    difference, scale = _difference(tensor.name, expected, walks[name], samples)
+                    allowed = tolerance * max(1.0, scale) if scaled else tolerance
+                    report.seams.append(Seam(segment.name, tensor.name, pair, difference, allowed))
+        if any(tensor.name == "logits" for tensor in segment.outputs):
+            losses = (_loss(segment.name, name, walks["fp32"], walks[name]) for name in variants[1:])
+            report.losses.extend(losses)
     return report
 
 
-def _whole(
-    network: EarlyExitNetwork,
-    segments: Sequence[Segment],
-    variants: Sequence[str],
-    batch: Mapping[str, torch.Tensor],
-) -> Iterator[Values]:
-    """What the network itself says behind stem and segments, by its own methods: the truth for both."""
-    hidden, context = network.stem(batch)
-    seen = network.no_evidence(hidden)
-    yield {"hidden": hidden, **context} | ({} if seen is None else {"evidence": seen})
-    for segment in segments[1:]:
-        for block in segment.blocks:
-            hidden = network.run_block(block - 1, hidden, context)
-        exit_index = network.spec.exits.index(segment.blocks[-1])
-        pooled = network.pooled(hidden, context)
-        said = {NEXT + "hidden": hidden, "logits": network.classify(exit_index, pooled)}
-        if exit_index < len(network.policies):
-            gate, seen = network.gate(exit_index, pooled, said["logits"], seen)
-            said |= {"gate": gate.sigmoid()} | ({} if seen is None else {NEXT + "evidence": seen})
-        if exit_index < len(network.forecasts):
-            kept = {block for later in segments for block in later.blocks[-1:]}
-            behind = network.spec.exits[exit_index + 1 :]
-            ahead = [at for at, block in enumerate(behind) if block in kept]
-            knows = network.spec.forecast
-            numbers = [knows.index(variant) for variant in variants]
-            columns = path_columns(numbers, len(knows), ahead, len(behind))
-            said["forecast"] = network.forecasts[exit_index](said["logits"]).sigmoid()[:, columns]
-        yield said
+def _is_scaled(tensor: str, segment: Segment) -> bool:
+    names = (NEXT + "hidden", "hidden", EXIT_HIDDEN)
+    return tensor in names or tensor.startswith(NEW) or (tensor == "logits" and not segment.blocks)
 
 
-def _advance_torch(segment: Segment, walk: Sequence[Values]) -> None:
-    for state in walk:
-        out = segment.module(*(state[tensor.name] for tensor in segment.inputs))
-        _take_in(state, segment, out)
-
-
-def _advance_ort(segment: Segment, path: Path, walk: Sequence[Values]) -> None:
+def _run_graph(segment: Segment, path: Path, walk: Sequence[Values]) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # torch's threads need the cores too
@@ -164,45 +137,38 @@ def _advance_ort(segment: Segment, path: Path, walk: Sequence[Values]) -> None:
     fit(options)  # a process that has walked has one pool for all sessions
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in segment.outputs]
-    for state in walk:
-        out: list[NDArray[np.float32]] = session.run(
-            names, {t.name: state[t.name].numpy() for t in segment.inputs}
-        )
-        _take_in(state, segment, [torch.from_numpy(value) for value in out])
+    for values in walk:
+        outputs = session.run(names, {t.name: values[t.name].numpy() for t in segment.inputs})
+        _update(values, segment, [torch.from_numpy(output) for output in outputs])
 
 
-def _take_in(state: Values, segment: Segment, out: Sequence[torch.Tensor]) -> None:
-    """New values under the names that the next segment reads."""
-    for tensor, value in zip(segment.outputs, out, strict=True):
-        state[tensor.name.removeprefix(NEXT)] = value
+def _update(values: Values, segment: Segment, outputs: Sequence[torch.Tensor]) -> None:
+    """Put outputs where the next segment reads them."""
+    for tensor, value in zip(segment.outputs, outputs, strict=True):
+        values[tensor.name.removeprefix(NEXT)] = value
 
 
-def _seam(
-    segment: str,
-    tensor: str,
-    pair: str,
-    truth: Sequence[Values],
-    walk: Sequence[Values],
-    real: Sequence[torch.Tensor],
-    tolerance: float,
-) -> Seam:
-    largest, allowed = 0.0, tolerance
-    for whole, state, tokens in zip(truth, walk, real, strict=True):
-        expected, found = whole[tensor], state[tensor.removeprefix(NEXT)]
+def _difference(
+    tensor: str, expected: Sequence[Values], walk: Sequence[Values], samples: Sequence[Sample]
+) -> tuple[float, float]:
+    """The largest difference, NaN where shapes or values are no match, and the largest expected magnitude."""
+    largest, scale = 0.0, 0.0
+    for whole, values, sample in zip(expected, walk, samples, strict=True):
+        right, actual = whole[tensor], values[tensor.removeprefix(NEXT)]
+        if right.shape != actual.shape:
+            return math.nan, scale
         if tensor.removeprefix(NEXT) == "hidden":
-            expected, found = expected[tokens], found[tokens]  # [real tokens, hidden]
-            allowed = max(allowed, tolerance * float(expected.abs().max()))
-        if expected.shape != found.shape:
-            return Seam(segment, tensor, pair, float("nan"), allowed)
-        difference = float((expected - found).abs().max())
+            right, actual = right[sample.kept], actual[sample.kept]  # [real tokens, hidden]
+        scale = max(scale, float(right.abs().max()))
+        difference = float((right - actual).abs().max())
         if math.isnan(difference):
-            return Seam(segment, tensor, pair, difference, allowed)
+            return difference, scale
         largest = max(largest, difference)
-    return Seam(segment, tensor, pair, largest, allowed)
+    return largest, scale
 
 
-def _precision(segment: str, variant: str, reference: Sequence[Values], walk: Sequence[Values]) -> Precision:
-    expected = torch.cat([state["logits"] for state in reference])
-    found = torch.cat([state["logits"] for state in walk])
-    agreement = float((expected.argmax(-1) == found.argmax(-1)).float().mean())
-    return Precision(segment, variant, agreement, float((expected - found).abs().max()))
+def _loss(segment: str, variant: str, reference: Sequence[Values], walk: Sequence[Values]) -> PrecisionLoss:
+    right = torch.cat([values["logits"].flatten(0, -2) for values in reference])
+    actual = torch.cat([values["logits"].flatten(0, -2) for values in walk])
+    agreement = float((right.argmax(-1) == actual.argmax(-1)).float().mean())
+    return PrecisionLoss(segment, variant, agreement, float((right - actual).abs().max()))

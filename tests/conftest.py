@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,26 +10,34 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported. The networks of the tests are tiny, and a second thread only waits for the first:
+# tests/models took five times as much CPU time with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def decoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """By family: a model of three blocks without an end, and its bundle, a segment a block, whose drafts come
-    from the first 20 of 60 ids. Beside it, folder `model` is the model as transformers saves it.
+    """By family: a model of three blocks without stop tokens, and its bundle in fp32 and int8, a segment a
+    block, with a draft head of the first 20 of 60 ids. Beside it, folder `model` is the model as transformers
+    saves it.
     """
 
     @cache
-    def made(family: str) -> tuple[Any, Path]:
+    def export(family: str) -> tuple[Any, Path]:
         import tiny  # here, since tests/runtime must do without torch
 
-        from offramp.export.decoder_bundle import write_decoder
+        from offramp.export.bundle import write_bundle
+        from offramp.export.decoder import ExportableDecoder
+        from offramp.export.options import ExportOptions
         from offramp.models.decoder import DecoderNetwork
 
         folder, model = tmp_path_factory.mktemp(family), tiny.decoder(family)
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
         tiny.tokenizer().save(str(folder / "tokenizer.json"))
         model.save_pretrained(folder / "model")
-        network, variants = DecoderNetwork(model), ("fp32", "int8")
-        write_decoder(network, folder, folder / "bundle", cuts="each", draft=20, variants=variants)
+        source = ExportableDecoder(DecoderNetwork(model), folder, draft_ids=20)
+        options = ExportOptions(("fp32", "int8"))
+        write_bundle(source, source.split("each"), folder / "bundle", options)
         return model, folder / "bundle"
 
-    return made
+    return export

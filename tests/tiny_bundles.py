@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 DATA = Path(__file__).parent / "data"
-CLASSIFIER, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_writer"
+CLASSIFIER, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_generator"
 WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]
 
 

@@ -29,7 +29,7 @@ from offramp.runtime.bundle.manifest import (
     Manifest,
     OperatingPoint,
     RuleSpec,
-    Stage,
+    Segment,
     Tensor,
     TextInput,
     Variant,
@@ -95,7 +95,7 @@ class Graph:
         return name
 
     def matrix(self, rows: int, columns: int, spread: float) -> str:
-        """A random matrix; of int8 variants: int8 numbers with one scale, made float again in the graph."""
+        """A random matrix; of int8 variants: int8 numbers with one scale, float32 in the graph."""
         values = self.random.normal(0, spread, (rows, columns)).astype(np.float32)
         if not self.eight_bits:
             return self.constant(values)
@@ -225,7 +225,7 @@ def baselines(bundle: Path, folder: Path) -> None:
     listed = []
     for name, kind, variant, number in graphs:
         graph = chain(bundle, variant, number)
-        said = f"segment_{number - 1:02d}/logits"
+        logits = f"segment_{number - 1:02d}/logits"
         outputs = [helper.make_tensor_value_info("logits", float32, ["batch", CLASSES])]
         if kind == "nested":
             graph.input.append(helper.make_tensor_value_info("threshold", float32, []))
@@ -238,11 +238,11 @@ def baselines(bundle: Path, folder: Path) -> None:
                 graph.node.append(
                     helper.make_node("Greater", [f"segment_{k:02d}/gate", "threshold"], [leaves])
                 )
-                for value, choice in ((said, f"segment_{k:02d}/logits"), (exit, f"exit_{k}")):
+                for value, choice in ((logits, f"segment_{k:02d}/logits"), (exit, f"exit_{k}")):
                     graph.node.append(helper.make_node("Where", [leaves, choice, value], [f"{value}_{k}"]))
-                said, exit = f"{said}_{k}", f"{exit}_{k}"
+                logits, exit = f"{logits}_{k}", f"{exit}_{k}"
             graph.node.append(helper.make_node("Identity", [exit], ["exit"]))
-        graph.node.append(helper.make_node("Identity", [said], ["logits"]))
+        graph.node.append(helper.make_node("Identity", [logits], ["logits"]))
         save_baseline(graph, folder / f"{name}.onnx", outputs)
         data = (folder / f"{name}.onnx").read_bytes()
         facts = {"name": name, "kind": kind, "variant": variant, "file": f"{name}.onnx", "exit": number}
@@ -254,7 +254,7 @@ def baselines(bundle: Path, folder: Path) -> None:
 def main(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     tokenizer(folder / "tokenizer.json")
-    stages = [Stage("stem", (), Macs(), {"fp32": stem(folder / "stem.onnx")})]
+    graphs = [Segment("stem", (), Macs(), {"fp32": stem(folder / "stem.onnx")})]
     for number, blocks in enumerate(BLOCKS):
         name = f"segment_{number:02d}"
         variants = {
@@ -264,7 +264,7 @@ def main(folder: Path) -> None:
         macs = Macs(
             token=len(blocks) * HIDDEN**2 + HIDDEN, pair=len(blocks) * 2 * HIDDEN, row=HIDDEN * (CLASSES + 1)
         )
-        stages.append(Stage(name, blocks, macs, variants))
+        graphs.append(Segment(name, blocks, macs, variants))
     files = {}
     for path in sorted(folder.iterdir()):
         if path.name != "manifest.json":
@@ -279,8 +279,8 @@ def main(folder: Path) -> None:
         hidden_size=HIDDEN,
         vocab_size=len(VOCABULARY),
         blocks=BLOCKS[-1][-1],
-        stem=stages[0],
-        segments=tuple(stages[1:]),
+        stem=graphs[0],
+        segments=tuple(graphs[1:]),
         rule=gate,
         points=(
             OperatingPoint("default", gate, "fp32", "none", "dev", {"accuracy": 0.5}),

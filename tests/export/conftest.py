@@ -15,10 +15,10 @@ import tiny
 import torch
 from transformers import AutoModel
 
-from offramp.export.precision import to_fp16, to_int8
-from offramp.export.split import Segment, split
-from offramp.export.to_onnx import to_onnx
-from offramp.export.verify import file_name
+from offramp.export.bundle import write_graphs
+from offramp.export.classifier import ExportableClassifier
+from offramp.export.options import ExportOptions
+from offramp.export.segments import Segment, SplitNetwork
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.runtime.engines.threads import fit
 from offramp.runtime.inputs.images import ImageInput
@@ -37,15 +37,24 @@ KINDS: dict[str, tuple[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A tiny checkpoint, its segments and the folder of their graphs."""
+    """A tiny checkpoint, the split network and the folder of its graphs in fp32, int8 and fp16."""
 
     checkpoint: Checkpoint
-    segments: list[Segment]
+    split: SplitNetwork
     folder: Path
+
+    @property
+    def source(self) -> ExportableClassifier:
+        return ExportableClassifier(self.checkpoint)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The stem and the segments."""
+        return list(self.split)
 
 
 def lively(network: EarlyExitNetwork) -> EarlyExitNetwork:
-    """No two weights alike: fresh biases are all zero, and one in another's place would not show."""
+    """Give every weight its own value: fresh biases are all zero, and a swapped one would not show."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -76,7 +85,7 @@ def tiny_checkpoint(folder: Path, family: str) -> Checkpoint:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Torch's workers wait in loops: on networks this small they only take the cores from others."""
+    """Torch's workers spin while they wait: on networks this small they only take cores from others."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,14 +97,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     @cache
     def export(family: str) -> Exported:
         folder = tmp_path_factory.mktemp(family)
-        made = tiny_checkpoint(folder, family)
-        segments = split(made.network)
-        for segment in segments:
-            to_onnx(segment, folder / file_name(segment.name, "fp32"))
-            if segment.blocks:
-                to_int8(folder / f"{segment.name}.onnx", folder / f"{segment.name}_int8.onnx")
-                to_fp16(folder / f"{segment.name}.onnx", folder / f"{segment.name}_fp16.onnx")
-        return Exported(made, segments, folder)
+        checkpoint = tiny_checkpoint(folder, family)
+        split = ExportableClassifier(checkpoint).split("each")
+        for segment in split:
+            write_graphs(segment, folder, ExportOptions(("fp32", "int8", "fp16")), weights_only=False)
+        return Exported(checkpoint, split, folder)
 
     return export
 

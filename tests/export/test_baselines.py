@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from offramp.export import baselines as rivals
-from offramp.export.baselines import mean_exits, write_rivals
+from offramp.export import baselines
+from offramp.export.baselines import blocks_around_mean_exits, write_baselines
 from offramp.export.describe import describe
-from offramp.export.split import Segment, split
+from offramp.export.options import ExportOptions
+from offramp.export.segments import Segment
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FileFact, OperatingPoint, RuleSpec
 from offramp.runtime.errors import BadBundle
-from offramp.runtime.tuning.baselines import read_rivals
+from offramp.runtime.tuning.baselines import read_baselines
 
 MANIFEST = open_bundle(Path(__file__).parent.parent / "data" / "tiny_bundle").manifest  # exits after 1, 3, 4
 
@@ -32,12 +33,12 @@ MANIFEST = open_bundle(Path(__file__).parent.parent / "data" / "tiny_bundle").ma
         ([4.0], [3]),
     ],
 )
-def test_both_sides_of_the_mean_exits(means: list[float], blocks: list[int]) -> None:
+def test_both_sides_of_the_blocks_around_mean_exits(means: list[float], blocks: list[int]) -> None:
     points = tuple(
         OperatingPoint(str(mean), RuleSpec("never", {}), "fp32", "", "dev", {"mean_exit": mean})
         for mean in means
     )
-    assert mean_exits(dataclasses.replace(MANIFEST, points=points)) == blocks
+    assert blocks_around_mean_exits(dataclasses.replace(MANIFEST, points=points)) == blocks
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, []), (2, [1]), (3, [3])])
@@ -46,7 +47,7 @@ def test_the_last_exit_is_never_cut_off(count: int, blocks: list[int], measured:
     points = (OperatingPoint("one", RuleSpec("never", {}), "fp32", "", "dev", measured),)
     few = dataclasses.replace(MANIFEST, segments=MANIFEST.segments[:count], points=points)
     at_one = [1] if count > 1 else []
-    assert mean_exits(few) == (at_one if measured.get("mean_exit") == 1.0 else blocks)
+    assert blocks_around_mean_exits(few) == (at_one if measured.get("mean_exit") == 1.0 else blocks)
 
 
 @pytest.fixture
@@ -57,29 +58,35 @@ def made(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any
     def copy(segment: Segment, path: Path) -> None:
         shutil.copyfile(found.folder / "segment_01.onnx", path)
 
-    monkeypatch.setattr(rivals, "to_onnx", copy)
+    monkeypatch.setattr(baselines, "to_onnx", copy)
     return found
 
 
 def test_each_block_once(made: Any, tmp_path: Path) -> None:
-    manifest = describe(made.checkpoint, made.segments, ("fp32",))
-    write_rivals(made.checkpoint, made.folder, manifest, tmp_path / "rivals", blocks=(1, 1))
-    found = read_rivals(tmp_path / "rivals", manifest).graphs
+    manifest = describe(made.source, made.split, ("fp32",))
+    write_baselines(
+        made.source, made.folder, manifest, tmp_path / "baselines", ExportOptions(), blocks=(1, 1)
+    )
+    found = read_baselines(tmp_path / "baselines", manifest).graphs
     assert [(graph.name, graph.exit) for graph in found[-2:]] == [("nested if", 2), ("first 1 blocks", 1)]
 
 
 def test_a_block_that_ends_no_segment_is_refused(made: Any, tmp_path: Path) -> None:
-    manifest = describe(made.checkpoint, split(made.checkpoint.network, (2,)), ("fp32",))
+    manifest = describe(made.source, made.source.split((2,)), ("fp32",))
     with pytest.raises(ValueError, match=r"no exit after block 1: its exits are after \[2\]"):
-        write_rivals(made.checkpoint, made.folder, manifest, tmp_path / "rivals", blocks=(1,))
+        write_baselines(
+            made.source, made.folder, manifest, tmp_path / "baselines", ExportOptions(), blocks=(1,)
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_reader_refuses_gets_no_name(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rivals, "file_fact", lambda path: FileFact("not a digest", 3))
-    manifest = describe(made.checkpoint, made.segments, ("fp32",))
+    monkeypatch.setattr(baselines, "file_fact", lambda path: FileFact("not a digest", 3))
+    manifest = describe(made.source, made.split, ("fp32",))
     with pytest.raises(BadBundle, match="sha256"):
-        write_rivals(made.checkpoint, made.folder, manifest, tmp_path / "rivals", blocks=(1,))
+        write_baselines(
+            made.source, made.folder, manifest, tmp_path / "baselines", ExportOptions(), blocks=(1,)
+        )
     assert not list(tmp_path.iterdir())

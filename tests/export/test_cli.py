@@ -14,16 +14,17 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from offramp.export import aot, bundle, monolith, to_onnx, verify
-from offramp.export import baselines as rivals
+from offramp.export import baselines, bundle, monolith, trt_compile
 from offramp.export.bundle import BadTarget
+from offramp.export.classifier import ExportableClassifier
 from offramp.export.cli import main
-from offramp.export.sentences import SENTENCES
-from offramp.export.split import Segment
+from offramp.export.samples import SENTENCES
+from offramp.export.segments import Segment
+from offramp.export.verify import verify
 from offramp.runtime import load
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.engines import cuda
-from offramp.runtime.tuning.baselines import read_rivals
+from offramp.runtime.tuning.baselines import read_baselines
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
 
 RULE = {"name": "gate", "parameters": {"threshold": 0.4}}
@@ -64,7 +65,7 @@ def copied(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> P
     def copy(segment: Segment, path: Path) -> None:
         shutil.copyfile(folder / f"{segment.name}.onnx", path)
 
-    monkeypatch.setattr(to_onnx, "to_onnx", copy)
+    monkeypatch.setattr(bundle, "to_onnx", copy)
     return folder
 
 
@@ -80,14 +81,15 @@ def test_dropped_exits_are_really_exported(
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert [stage.blocks for stage in manifest.segments] == [(1, 2)]
     assert manifest.rule.name == "never" and manifest.points == ()
-    loaded = load_checkpoint(saved)
-    assert verify.verify(loaded, tmp_path / "bundle", texts=["fine", "bad"]).first_bad is None
-    given = tiny.inputs()
+    source = ExportableClassifier(load_checkpoint(saved))
+    report = verify(source, tmp_path / "bundle", source.split((2,)), ("fp32", "int8"), ["fine", "bad"])
+    assert report.first_bad is None
+    inputs = tiny.inputs()
     with torch.no_grad():
-        truth = loaded.network(given).logits[:, -1].numpy()
+        truth = source.network(inputs).logits[:, -1].numpy()
     for name, tolerance in (("one.onnx", 1e-4), ("one_int8.onnx", 0.2)):
         session = open_graph(tmp_path / name)
-        logits = session.run(None, {node.name: given[node.name].numpy() for node in session.get_inputs()})
+        logits = session.run(None, {node.name: inputs[node.name].numpy() for node in session.get_inputs()})
         assert len(logits) == 1 and np.abs(logits[0] - truth).max() < tolerance
 
 
@@ -95,7 +97,9 @@ def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Pa
     result = run(saved, "--out", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].split()[:2] == ["segment", "blocks"] and lines[-1].endswith("written and verified")
+    assert lines[0].split()[:2] == ["segment", "blocks"] and lines[-1].endswith(
+        "written and verified, 2 segments of 2 blocks"
+    )
     assert [line.split()[0] for line in lines[1:-1]] == ["stem", "segment_00", "segment_01"]
     assert lines[3].split()[1] == "2" and lines[3].endswith("%")
     with load(tmp_path / "bundle", rule="never") as session:
@@ -123,7 +127,7 @@ def test_fp16_is_written_compiles_and_says_what_fp32_says(saved: Path, copied: P
             stages = (session.manifest.stem, *session.manifest.segments)
     assert [list(stage.variants) for stage in stages] == [["fp32"], ["fp32", "fp16"], ["fp32", "fp16"]]
     names = [f"segment_0{n}{end}.onnx" for end in ("", "_fp16") for n in range(2)]
-    compiled = list(aot.check(open_bundle(tmp_path / "bundle"), targets=("8.6",)))
+    compiled = list(trt_compile.check(open_bundle(tmp_path / "bundle"), targets=("8.6",)))
     assert [one.graph for one in compiled] == ["stem.onnx", *names] and all(one.size for one in compiled)
     pairs = list(zip(said["fp32"], said["fp16"], strict=True))
     assert all(full.label == half.label for full, half in pairs)
@@ -156,13 +160,13 @@ def test_exits_by_cost_and_points_on_the_engine(saved: Path, dev: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_rivals_are_what_ee_bench_reads(
+def test_baselines_are_what_ee_bench_reads(
     saved: Path, open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    words = ("--out", tmp_path / "bundle", "--rivals", tmp_path / "rivals")
+    words = ("--out", tmp_path / "bundle", "--baselines", tmp_path / "baselines")
     result = run(saved, *words, "--truncate", "1,1")
     assert result.exit_code == 0, result.output
-    found = read_rivals(tmp_path / "rivals", open_bundle(tmp_path / "bundle").manifest)
+    found = read_baselines(tmp_path / "baselines", open_bundle(tmp_path / "bundle").manifest)
     assert [(graph.kind, graph.variant, graph.exit) for graph in found.graphs] == [
         ("monolith", "fp32", 2),
         ("monolith", "int8", 2),
@@ -172,20 +176,20 @@ def test_rivals_are_what_ee_bench_reads(
     given = tiny.inputs()
     with torch.no_grad():
         truth = load_checkpoint(saved).network(given).logits[:, 0].numpy()
-    session = open_graph(tmp_path / "rivals" / found.graphs[-1].file)
+    session = open_graph(tmp_path / "baselines" / found.graphs[-1].file)
     logits = session.run(None, {node.name: given[node.name].numpy() for node in session.get_inputs()})[0]
     np.testing.assert_allclose(logits, truth, atol=1e-5)
     again = run(saved, *words, "--truncate", "1")
     assert again.exit_code == 2 and "or say --overwrite" in again.stderr
-    taken = run(saved, "--out", tmp_path / "other", "--rivals", tmp_path / "rivals")
-    assert taken.exit_code == 2 and "choose another --rivals" in taken.stderr
-    bad = run(saved, "--out", tmp_path / "other", "--rivals", tmp_path / "more", "--truncate", "3")
+    taken = run(saved, "--out", tmp_path / "other", "--baselines", tmp_path / "baselines")
+    assert taken.exit_code == 2 and "choose another --baselines" in taken.stderr
+    bad = run(saved, "--out", tmp_path / "other", "--baselines", tmp_path / "more", "--truncate", "3")
     assert bad.exit_code == 2 and "this checkpoint has exits after 1, 2" in bad.stderr
     assert not (tmp_path / "more").exists() and not (tmp_path / "other").exists()
 
 
-def test_rivals_are_cut_off_at_exits_that_the_bundle_keeps(saved: Path, tmp_path: Path) -> None:
-    words = ("--out", tmp_path / "bundle", "--rivals", tmp_path / "rivals")
+def test_baselines_are_cut_off_at_exits_that_the_bundle_keeps(saved: Path, tmp_path: Path) -> None:
+    words = ("--out", tmp_path / "bundle", "--baselines", tmp_path / "baselines")
     result = run(saved, *words, "--segments", "2", "--truncate", "1")
     assert result.exit_code == 2 and "--truncate 1: " in result.stderr
     assert "the bundle has exits after 2" in result.stderr and not list(tmp_path.iterdir())
@@ -194,13 +198,13 @@ def test_rivals_are_cut_off_at_exits_that_the_bundle_keeps(saved: Path, tmp_path
 @pytest.mark.parametrize(
     ("places", "named"),
     [
-        ({"out": "a", "rivals": "a"}, "--rivals"),
-        ({"out": "a", "rivals": "b/../a/."}, "--rivals"),
-        ({"out": "a", "rivals": "a/b"}, "--rivals"),
-        ({"out": "a/b", "rivals": "a"}, "--rivals"),
-        ({"out": "real", "rivals": "link"}, "--rivals"),
-        ({"out": "real", "rivals": "link/b"}, "--rivals"),
-        ({"out": "link/b", "rivals": "."}, "--rivals"),
+        ({"out": "a", "baselines": "a"}, "--baselines"),
+        ({"out": "a", "baselines": "b/../a/."}, "--baselines"),
+        ({"out": "a", "baselines": "a/b"}, "--baselines"),
+        ({"out": "a/b", "baselines": "a"}, "--baselines"),
+        ({"out": "real", "baselines": "link"}, "--baselines"),
+        ({"out": "real", "baselines": "link/b"}, "--baselines"),
+        ({"out": "link/b", "baselines": "."}, "--baselines"),
         ({"out": "a", "monolith": "a/one.onnx"}, "--monolith"),
         ({"out": "a", "monolith": "a"}, "--monolith"),
         ({"out": "real", "monolith": "link/deep/one.onnx"}, "--monolith"),
@@ -220,15 +224,22 @@ def test_places_that_lie_in_each_other_are_refused_first(
     assert not list((tmp_path / "real").iterdir())
 
 
-def test_a_monolith_among_the_rivals_is_refused(tmp_path: Path) -> None:
-    words = ("--out", tmp_path / "a", "--rivals", tmp_path / "b", "--monolith", tmp_path / "b" / "one.onnx")
+def test_a_monolith_inside_of_baselines_is_refused(tmp_path: Path) -> None:
+    words = (
+        "--out",
+        tmp_path / "a",
+        "--baselines",
+        tmp_path / "b",
+        "--monolith",
+        tmp_path / "b" / "one.onnx",
+    )
     result = run("no_checkpoint", *words)
-    assert result.exit_code == 2 and "--rivals" in result.stderr and "--monolith" in result.stderr
+    assert result.exit_code == 2 and "--baselines" in result.stderr and "--monolith" in result.stderr
 
 
-def test_truncate_without_rivals_is_refused(tmp_path: Path) -> None:
+def test_truncate_without_baselines_is_refused(tmp_path: Path) -> None:
     result = run("no_checkpoint", "--out", tmp_path / "bundle", "--truncate", "1")
-    assert result.exit_code == 2 and "say --rivals DIR too" in result.stderr
+    assert result.exit_code == 2 and "give --baselines DIR, too" in result.stderr
 
 
 def interrupted(*_: object, **__: object) -> None:
@@ -238,9 +249,9 @@ def interrupted(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("module", "step", "said"),
     [
-        (verify, "verify", "no bundle was written"),
-        (monolith, "write_monoliths", "written: bundle; not written: one.onnx, rivals"),
-        (rivals, "write_rivals", "written: bundle, one.onnx; not written: rivals"),
+        (bundle, "verify", "no bundle was written"),
+        (monolith, "write_monolith", "written: bundle; not written: one.onnx, baselines"),
+        (baselines, "write_baselines", "written: bundle, one.onnx; not written: baselines"),
     ],
 )
 def test_an_interruption_says_what_is_written(
@@ -256,9 +267,9 @@ def test_an_interruption_says_what_is_written(
         path.write_bytes(b"a graph")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(monolith, "write_monoliths", write)
+    monkeypatch.setattr(monolith, "write_monolith", write)
     monkeypatch.setattr(module, step, interrupted)
-    result = run(saved, "--variants", "fp32", "--monolith", "one.onnx", "--rivals", "rivals")
+    result = run(saved, "--variants", "fp32", "--monolith", "one.onnx", "--baselines", "baselines")
     assert result.exit_code == 130 and result.stderr.splitlines()[-1] == f"interrupted; {said}"
     assert (tmp_path / "bundle").exists() == said.startswith("written: bundle")
     assert ("written and verified" in result.stdout) == (tmp_path / "bundle").exists()
@@ -281,21 +292,21 @@ def test_an_interruption_while_the_old_bundle_goes(
     result = run(saved, *words, "--overwrite")
     assert result.exit_code == 130 and f"interrupted; written: {tmp_path / 'bundle'}\n" in result.stderr
     monkeypatch.undo()
-    monkeypatch.setattr(verify, "verify", interrupted)
+    monkeypatch.setattr(bundle, "verify", interrupted)
     assert "no bundle was written" in run(saved, *words, "--overwrite").stderr  # the old one is not news
 
 
-def test_rivals_that_cannot_be_put_in_place_leave_the_bundle(
+def test_baselines_that_cannot_be_put_in_place_leave_the_bundle(
     saved: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*_: object, **__: object) -> None:
         raise BadTarget("somebody was faster")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rivals, "write_rivals", late)
-    result = run(saved, "--variants", "fp32", "--rivals", "rivals")
+    monkeypatch.setattr(baselines, "write_baselines", late)
+    result = run(saved, "--variants", "fp32", "--baselines", "baselines")
     assert result.exit_code == 2
-    assert "somebody was faster; written: bundle; not written: rivals" in result.stderr
+    assert "somebody was faster; written: bundle; not written: baselines" in result.stderr
 
 
 def test_an_engine_that_is_not_there_is_one_line(
@@ -313,7 +324,7 @@ def test_an_engine_that_is_not_there_is_one_line(
 
 def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -> None:
     result = run(saved, "--out", tmp_path / "bundle", "--segments", "auto")
-    assert result.exit_code == 2 and "say --dev FILE" in result.stderr
+    assert result.exit_code == 2 and "give --dev FILE" in result.stderr
     dev.write_text('{"text": "good"}\n', encoding="utf-8")
     result = run(saved, "--out", tmp_path / "bundle", "--dev", dev)
     assert result.exit_code == 2 and 'line 1: no "label"' in result.stderr
@@ -327,14 +338,14 @@ def test_a_fault_is_named_and_no_bundle_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = to_onnx.to_onnx
+    export = bundle.to_onnx
 
     def broken(segment: Segment, path: Path) -> None:
-        whole(segment, path)
+        export(segment, path)
         if segment.name == "segment_01":
             break_weight(path, "blocks.0.attention.self.query")
 
-    monkeypatch.setattr(to_onnx, "to_onnx", broken)
+    monkeypatch.setattr(bundle, "to_onnx", broken)
     result = run(saved, "--out", tmp_path / "bundle")
     assert result.exit_code == 1
     assert "segment_01, tensor logits, torch whole vs ORT segments" in result.stderr

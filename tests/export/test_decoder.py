@@ -1,4 +1,4 @@
-"""A decoder's graphs say what the network says, at every number of tokens and places of the past."""
+"""A decoder's graphs compute what the network does, at every number of tokens and places of the past."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import tiny
 import torch
 
 from offramp.export.decoder import split_decoder
-from offramp.export.precision import to_variant
+from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.bundle.manifest import PAST
 from offramp.runtime.engines.threads import fit
 
-# What a bundle of them says is a default test: test_decoder_bundle.
+# Answers of their bundle are a default test: test_generation.
 pytestmark = pytest.mark.slow
 
 
-def opened(file: Path) -> Any:
+def open_session(file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     fit(options)
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -31,53 +31,56 @@ def opened(file: Path) -> Any:
 
 @pytest.fixture(scope="module", params=tiny.with_slow(sorted(tiny.DECODERS), "llama"))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The model, its parts (two segments: blocks 1-2 and 3), and the folder of their graphs."""
+    """The model, its split (two segments: blocks 1-2 and 3), and the folder of the graphs."""
     model, folder = tiny.decoder(request.param), tmp_path_factory.mktemp(request.param)
-    parts = [*(made := split_decoder(DecoderNetwork(model), "2", draft=20))]
-    assert (made.stem, *made.segments, made.head) == tuple(parts[at] for at in (0, 1, 2, 4))
-    for part in parts:
-        to_onnx(part, folder / f"{part.name}.onnx")
-    return model, parts, folder
+    split = split_decoder(DecoderNetwork(model), "2", draft_ids=20)
+    for segment in split:
+        to_onnx(segment, folder / f"{segment.name}.onnx")
+    return model, split, folder
 
 
 def test_cuts_are_where_they_were_asked_for(exported: Any) -> None:
-    _, parts, _ = exported
-    assert [part.name for part in parts] == ["stem", "segment_00", "segment_01", "fill_01", "head", "draft"]
-    assert [part.blocks for part in parts] == [(), (1, 2), (3,), (3,), (), ()]
-    assert [tensor.name for tensor in parts[3].outputs] == ["new_k_3", "new_v_3"]
-    assert parts[5].outputs[0].shape == ("batch", "seq", 20)
-    names = [tensor.name for tensor in parts[1].outputs]
-    assert names == ["next_hidden", "new_k_1", "new_v_1", "new_k_2", "new_v_2"]
-    assert all(len(part.blocks) == sum("past_k_" in t.name for t in part.inputs) for part in parts[1:3])
+    _, split, _ = exported
+    names = ["stem", "segment_00", "segment_01", "fill_01", "head", "draft"]
+    assert [segment.name for segment in split] == names
+    order = ["stem", "segment_00", "fill_01", "segment_01", "head", "draft"]
+    assert [segment.name for segment in split.in_walking_order()] == order
+    assert [segment.blocks for segment in split] == [(), (1, 2), (3,), (3,), (), ()]
+    assert [tensor.name for tensor in split.cache_fills[0].outputs] == ["new_k_3", "new_v_3"]
+    assert split.draft.outputs[0].shape == ("batch", "seq", 20)
+    outputs = [tensor.name for tensor in split.segments[0].outputs]
+    assert outputs == ["next_hidden", "new_k_1", "new_v_1", "new_k_2", "new_v_2"]
+    for segment in split.segments:
+        assert len(segment.blocks) == sum("past_k_" in tensor.name for tensor in segment.inputs)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "pieces", "places"), [(1, (1, 1, 1), 8), (2, (6, 1, 4), 20), (3, (11,), 1)])
-def test_graphs_answer_as_transformers_does(
+def test_graphs_compute_what_transformers_does(
     exported: Any, rows: int, pieces: tuple[int, ...], places: int
 ) -> None:
-    model, parts, folder = exported
-    parts = [parts[at] for at in (0, 1, 2, 4)]
-    sessions = [opened(folder / f"{part.name}.onnx") for part in parts]
+    model, split, folder = exported
+    segments = (split.stem, *split.segments, split.head)
+    sessions = [open_session(folder / f"{segment.name}.onnx") for segment in segments]
     ids = torch.randint(3, 60, (rows, sum(pieces)))
     cache = {
         tensor.name: np.full(
             [rows if n == "batch" else places if n == "past" else n for n in tensor.shape], 9.0, "f4"
         )
-        for part in parts
-        for tensor in part.inputs
+        for segment in segments
+        for tensor in segment.inputs
         if tensor.name.startswith(PAST)
     }
-    valid, held, said = np.zeros((rows, places), np.int64), 0, []
+    valid, held, logits = np.zeros((rows, places), np.int64), 0, []
     for piece in ids.split(pieces, dim=1):
         count = piece.shape[1]
         positions = np.tile(np.arange(held, held + count), (rows, 1))
         tensors = {"input_ids": piece.numpy(), "position_ids": positions, "past_valid": valid, **cache}
         for session in sessions:
             names = [node.name for node in session.get_outputs()]
-            found = session.run(names, {node.name: tensors[node.name] for node in session.get_inputs()})
-            tensors |= {name.removeprefix("next_"): value for name, value in zip(names, found, strict=True)}
-        said.append(tensors["logits"])
+            outputs = session.run(names, {node.name: tensors[node.name] for node in session.get_inputs()})
+            tensors |= {name.removeprefix("next_"): value for name, value in zip(names, outputs, strict=True)}
+        logits.append(tensors["logits"])
         for name, kept in cache.items():
             new = tensors[name.replace("past", "new")]
             at = (
@@ -88,18 +91,18 @@ def test_graphs_answer_as_transformers_does(
             if held + count <= places:
                 kept[at] = new
         valid[:, held : held + count], held = 1, held + count
-    np.testing.assert_allclose(np.concatenate(said, 1), model(ids).logits.numpy(), atol=2e-4, rtol=1e-3)
+    np.testing.assert_allclose(np.concatenate(logits, 1), model(ids).logits.numpy(), atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4", "fp16"])
 def test_blocks_take_every_precision(exported: Any, variant: str, tmp_path: Path) -> None:
-    _, parts, folder = exported
+    _, split, folder = exported
     file = tmp_path / "small.onnx"
-    share = to_variant(variant, folder / "segment_00.onnx", file)
+    share = write_variant(variant, folder / "segment_00.onnx", file)
     assert share < 0.9
     inputs = [node.name for node in onnx.load(file).graph.input]
-    assert inputs == [tensor.name for tensor in parts[1].inputs]
-    opened(file)
+    assert inputs == [tensor.name for tensor in split.segments[0].inputs]
+    open_session(file)
 
 
 def test_weights_that_are_not_float32_are_refused() -> None:

@@ -14,9 +14,10 @@ import pytest
 import tiny
 import torch
 
+from offramp.export.classifier import ExportableClassifier, split_classifier
 from offramp.export.describe import describe
 from offramp.export.precision import to_int4, to_int8
-from offramp.export.split import Segment, split
+from offramp.export.segments import SplitNetwork
 from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import verify
 from offramp.models import EarlyExitNetwork
@@ -41,50 +42,50 @@ def made(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactor
     source = exported("mpnet")
     checkpoint = dataclasses.replace(source.checkpoint, network=foreseeing(source.checkpoint.network))
     folder = tmp_path_factory.mktemp("foreseeing")
-    segments = split(checkpoint.network, variants=("fp32", "int8"))
+    split = split_classifier(checkpoint.network, variants=("fp32", "int8"))
     for name in ("stem", "segment_01", "segment_01_int8"):  # as they were: a forecast changes nothing there
         shutil.copyfile(source.folder / f"{name}.onnx", folder / f"{name}.onnx")
-    to_onnx(segments[1], folder / "segment_00.onnx")
+    to_onnx(split.segments[0], folder / "segment_00.onnx")
     to_int8(folder / "segment_00.onnx", folder / "segment_00_int8.onnx")
-    yield checkpoint, segments, folder
+    yield ExportableClassifier(checkpoint), split, folder
     checkpoint.network.forecasts = torch.nn.ModuleList()  # the network is shared with other tests
     checkpoint.network.spec = dataclasses.replace(checkpoint.network.spec, forecast=())
 
 
-def test_graphs_say_what_torch_forecasts(made: tuple[Any, list[Segment], Path]) -> None:
-    checkpoint, segments, folder = made
-    report = verify(checkpoint, folder, segments, ("fp32", "int8"))
+def test_graphs_say_what_torch_forecasts(made: tuple[ExportableClassifier, SplitNetwork, Path]) -> None:
+    source, split, folder = made
+    report = verify(source, folder, split, ("fp32", "int8"))
     assert report.first_bad is None
     seams = [seam for seam in report.seams if seam.tensor == "forecast"]
     assert len(seams) == 2 and max(seam.difference for seam in seams) < 1e-5
-    shapes = [[t.shape for t in part.outputs if t.name == "forecast"] for part in segments]
+    shapes = [[t.shape for t in part.outputs if t.name == "forecast"] for part in split]
     assert shapes == [[], [("batch", 2 * (1 + 2 * 1))], []]
 
 
-def test_a_wrong_forecast_is_found(made: tuple[Any, list[Segment], Path]) -> None:
-    checkpoint, segments, folder = made
+def test_a_wrong_forecast_is_found(made: tuple[ExportableClassifier, SplitNetwork, Path]) -> None:
+    source, split, folder = made
     with torch.no_grad():
-        checkpoint.network.forecasts[0].last.bias[-1] += 0.1  # of int8 to the last exit: kept
-        bad = verify(checkpoint, folder, segments, ("fp32", "int8")).first_bad
-        checkpoint.network.forecasts[0].last.bias[-1] -= 0.1
+        source.network.forecasts[0].last.bias[-1] += 0.1  # of int8 to the last exit: kept
+        bad = verify(source, folder, split, ("fp32", "int8")).first_bad
+        source.network.forecasts[0].last.bias[-1] -= 0.1
     assert bad is not None and bad.tensor == "forecast"
 
 
-def test_the_manifest_says_what_steps_cost(made: tuple[Any, list[Segment], Path]) -> None:
-    checkpoint, segments, _ = made
-    costs = describe(checkpoint, segments, ("fp32", "int8")).costs["bops"]
+def test_the_manifest_says_what_steps_cost(made: tuple[ExportableClassifier, SplitNetwork, Path]) -> None:
+    source, split, _ = made
+    costs = describe(source, split, ("fp32", "int8")).costs["bops"]
     assert costs.tokens > 0 and list(costs.steps) == ["fp32", "int8"]
-    for part, full, small in zip(segments[1:], costs.steps["fp32"], costs.steps["int8"], strict=True):
+    for part, full, small in zip(split.segments, costs.steps["fp32"], costs.steps["int8"], strict=True):
         assert full == part.macs.of(costs.tokens) * 1024
         assert full / 16 < small < full / 2
-    network = tiny.network("bert")
-    plain = describe(dataclasses.replace(checkpoint, network=network), split(network), ("fp32",))
+    plain = ExportableClassifier(dataclasses.replace(source.checkpoint, network=tiny.network("bert")))
+    plain = describe(plain, plain.split("each"), ("fp32",))
     assert plain.costs == {} and '"costs"' not in plain.to_json()
 
 
 def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(made: tuple[Any, Any, Path]) -> None:
-    checkpoint, segments, _ = made
-    manifest = describe(checkpoint, segments, ("fp32", "int8"))
+    source, split, _ = made
+    manifest = describe(source, split, ("fp32", "int8"))
     stages = (manifest.stem, *manifest.segments)
     names = ["tokenizer.json", *(facts.file for stage in stages for facts in stage.variants.values())]
     whole = dataclasses.replace(manifest, files=dict.fromkeys(names, FileFact("0" * 64, 1)))
@@ -110,7 +111,7 @@ def _forecast(manifest: dict[str, Any]) -> dict[str, Any]:
 def test_variants_without_a_forecast_are_refused(made: tuple[Any, Any, Path]) -> None:
     for variant in ("fp16", "int4"):
         with pytest.raises(ValueError, match=f"no error forecast for variant {variant}"):
-            split(made[0].network, variants=("fp32", variant))
+            made[0].split("each", ("fp32", variant))
 
 
 @pytest.mark.parametrize(("family", "variant"), [("bert", "int8"), ("mpnet", "int8"), ("bert", "int4")])

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from offramp.export import aot
+from offramp.export import trt_compile
 from offramp.export.fp16 import halve
 from offramp.export.precision import in_block
 from offramp.models.families.family import additive_mask
@@ -48,14 +48,16 @@ def evaluated(folder: Path, name: str, values: Values) -> Values:
     return {entry.name: value for entry, value in zip(model.graph.output, found, strict=True)}
 
 
-def compiled(file: Path) -> aot.Compiled:
+def compiled(file: Path) -> trt_compile.Compiled:
     """By TensorRT-RTX, for rows of 1 to 32 tokens."""
     inputs = tuple(
         Tensor(one.name, "", tuple(d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim))
         for one in onnx.load(file).graph.input
     )
     graph = Variant(file.name, inputs, ())
-    return aot.compile_graph(aot.compiler(), file.read_bytes(), graph, [((1, 1), (1, 8), (4, 32))], ("8.6",))
+    return trt_compile.compile_graph(
+        trt_compile.compiler(), file.read_bytes(), graph, [((1, 1), (1, 8), (4, 32))], ("8.6",)
+    )
 
 
 def test_weights_are_float16_in_blocks_and_float32_behind_them(exported: Callable[[str], Any]) -> None:

@@ -14,8 +14,8 @@ import torch
 from onnx import TensorProto, helper
 
 from offramp.export import nested
+from offramp.export.classifier import split_classifier
 from offramp.export.nested import nest
-from offramp.export.split import split
 from offramp.export.to_onnx import to_onnx
 from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.rules import RuleSpec, bind, simulate
@@ -70,7 +70,7 @@ def test_without_policies_the_top_probability_decides(
     open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     paths = []
-    for segment in split(tiny.network(policy=None)):
+    for segment in split_classifier(tiny.network(policy=None)):
         paths.append(tmp_path / f"{segment.name}.onnx")
         to_onnx(segment, paths[-1])
     onnx.save(nest(paths[0], paths[1:]), tmp_path / "nested.onnx")

@@ -15,8 +15,8 @@ from offramp.export.precision import (
     to_fp16,
     to_int4,
     to_int8,
-    to_variant,
-    weights_alone,
+    to_small_weights,
+    write_variant,
 )
 
 VNNI, PLAIN = "flags : fpu avx2 avx512f avx512_vnni", "flags : fpu avx2 fma"
@@ -80,7 +80,7 @@ def test_reduced_range_keeps_to_seven_bits(exported: Callable[[str], Any], tmp_p
 
 @pytest.mark.slow
 def test_a_stem_has_nothing_to_quantize(exported: Callable[[str], Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"stem\.onnx: no product of a block"):
+    with pytest.raises(ValueError, match=r"stem\.onnx: it has no product of a block"):
         to_int8(exported("electra").folder / "stem.onnx", tmp_path / "out.onnx")
 
 
@@ -103,7 +103,7 @@ def test_int4_is_in_products_of_blocks_alone_and_close(
 ) -> None:
     made = exported("bert")
     source = made.folder / "segment_01.onnx"
-    assert to_variant("int4", source, tmp_path / "out.onnx") < 1
+    assert write_variant("int4", source, tmp_path / "out.onnx") < 1
     graph = onnx.load(tmp_path / "out.onnx").graph
     small = [node.name for node in graph.node if node.op_type == "MatMulNBits"]
     assert len(small) == 6 and all("blocks." in name for name in small)
@@ -122,10 +122,10 @@ def test_int4_is_in_products_of_blocks_alone_and_close(
 
 def test_what_is_no_segment_and_no_variant(exported: Callable[[str], Any], tmp_path: Path) -> None:
     for make in (to_fp16, to_int4):
-        with pytest.raises(ValueError, match="no product of a block"):
+        with pytest.raises(ValueError, match="it has no product of a block"):
             make(exported("bert").folder / "stem.onnx", tmp_path / "out.onnx")
     with pytest.raises(ValueError, match="choose one of fp16, int8, int4"):
-        to_variant("fp8", exported("bert").folder / "segment_00.onnx", tmp_path / "out.onnx")
+        write_variant("fp8", exported("bert").folder / "segment_00.onnx", tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +149,7 @@ def test_a_table_that_stem_and_head_share_is_small_in_the_head(
     )
     imports = [onnx.helper.make_opsetid("", 21)]
     onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=imports), tmp_path / "whole.onnx")
-    weights_alone(name, tmp_path / "whole.onnx", tmp_path / "small.onnx")
+    to_small_weights(name, tmp_path / "whole.onnx", tmp_path / "small.onnx")
     made = onnx.load(tmp_path / "small.onnx").graph
     assert [node.op_type for node in made.node] == ["Gather", "MatMulNBits"]
     given = {"ids": np.array([[3, 1, 4, 1, 5]])}

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from offramp.export.split import split
+from offramp.export.classifier import split_classifier
 from offramp.export.to_onnx import OPSET, eager_attention, to_onnx
 from offramp.runtime.bundle.manifest import NEXT
 
@@ -64,9 +64,9 @@ def test_every_family_answers_as_torch_does_at_every_size(
         said = walk(made, open_graph, given)[1:]
         for number, out in enumerate(said):
             assert np.abs(out["logits"] - whole.logits[:, number].numpy()).max() < 1e-4
-        if whole.gates is not None:
+        if whole.gate_logits is not None:
             assert said[0]["gate"].shape == (rows,)
-            assert np.abs(said[0]["gate"] - whole.gates[:, 0].sigmoid().numpy()).max() < 1e-4
+            assert np.abs(said[0]["gate"] - whole.gate_logits[:, 0].sigmoid().numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
@@ -100,13 +100,13 @@ def test_exporting_is_quiet(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        to_onnx(split(tiny.network("distilbert", policy=None), ())[0], tmp_path / "stem.onnx")
+        to_onnx(split_classifier(tiny.network("distilbert", policy=None), ()).stem, tmp_path / "stem.onnx")
     printed = capfd.readouterr()
     assert (printed.out, printed.err, caplog.records) == ("", "", [])
 
 
 def test_a_graph_that_is_not_the_segment_is_refused(tmp_path: Path) -> None:
-    stem = split(tiny.network("distilbert", policy=None))[0]
+    stem = split_classifier(tiny.network("distilbert", policy=None)).stem
     module = stem.module
     module.forward = lambda *tensors: tuple(value[:, :1] for value in module.named(*tensors).values())  # type: ignore[method-assign, operator, union-attr]
     with pytest.raises(RuntimeError, match="stem: exported as"):

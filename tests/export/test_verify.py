@@ -12,9 +12,8 @@ import pytest
 import tiny
 import torch
 
-from offramp.export.sentences import SENTENCES
-from offramp.export.split import split
-from offramp.export.verify import verify
+from offramp.export.samples import SENTENCES
+from offramp.export.verify import GRAPHS, TORCH, NotVerified, verify
 
 BOTH = ("fp32", "int8")
 
@@ -30,12 +29,12 @@ def copy(exported: Callable[[str], Any], tmp_path: Path) -> Any:
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
 def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str], Any]) -> None:
     made = exported(family)
-    report = verify(made.checkpoint, made.folder, made.segments, BOTH)
+    report = verify(made.source, made.folder, made.split, BOTH)
     assert report.first_bad is None
     named = {(seam.segment, seam.tensor) for seam in report.seams}
     assert named == {(segment.name, tensor.name) for segment in made.segments for tensor in segment.outputs}
-    assert [said.segment for said in report.precisions] == ["segment_00", "segment_01"]
-    assert all(said.agreement > 0.8 and said.difference < 0.5 for said in report.precisions)
+    assert [said.segment for said in report.losses] == ["segment_00", "segment_01"]
+    assert all(said.agreement > 0.8 and said.difference < 0.5 for said in report.losses)
 
 
 @pytest.mark.parametrize(
@@ -51,36 +50,38 @@ def test_a_seeded_fault_is_named(
     copy: Any, break_weight: Callable[..., None], segment: str, module: str, tensor: str
 ) -> None:
     break_weight(copy.folder / f"{segment}.onnx", module)
-    bad = verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), SENTENCES[::6]).first_bad
+    bad = verify(copy.source, copy.folder, copy.split, ("fp32",), SENTENCES[::6]).first_bad
     assert bad is not None and (bad.segment, bad.tensor) == (segment, tensor)
-    assert bad.pair == "torch whole vs ORT segments"
+    assert bad.pair == GRAPHS
     assert f"{segment}, tensor {tensor}, torch whole vs ORT segments: max abs difference" in str(bad)
 
 
 def test_a_fault_of_the_split_itself_is_told_from_one_of_the_export(copy: Any) -> None:
-    segments = split(copy.checkpoint.network)
+    split = copy.source.split("each")
     with torch.no_grad():
-        segments[1].module.exit.bias += 1.0  # type: ignore[union-attr, operator]
-    bad = verify(copy.checkpoint, copy.folder, segments, ("fp32",), SENTENCES[::6]).first_bad
-    assert bad is not None and bad.pair == "torch whole vs torch segments"
+        split.segments[0].module.exit.bias += 1.0  # type: ignore[union-attr, operator]
+    report = verify(copy.source, copy.folder, split, ("fp32",), SENTENCES[::6])
+    assert report.first_bad is not None and report.first_bad.pair == TORCH
+    with pytest.raises(NotVerified, match=f"segment_00, tensor logits, {TORCH}: .*allowed are 0.0001"):
+        report.require_good()
 
 
 def test_nan_is_no_small_difference(copy: Any, break_weight: Callable[..., None]) -> None:
     break_weight(copy.folder / "segment_01.onnx", "exit", float("nan"))
-    bad = verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), texts=["fine"]).first_bad
+    bad = verify(copy.source, copy.folder, copy.split, ("fp32",), texts=["fine"]).first_bad
     assert bad is not None and (bad.segment, bad.tensor) == ("segment_01", "logits")
 
 
 def test_int8_is_told_and_not_judged(copy: Any, break_weight: Callable[..., None]) -> None:
     shutil.copyfile(copy.folder / "segment_00.onnx", copy.folder / "segment_00_int8.onnx")
     break_weight(copy.folder / "segment_00_int8.onnx", "exit", 50.0)
-    report = verify(copy.checkpoint, copy.folder, copy.segments, BOTH, SENTENCES[::6])
-    assert report.first_bad is None and report.precisions[0].difference > 1
+    report = verify(copy.source, copy.folder, copy.split, BOTH, SENTENCES[::6])
+    assert report.first_bad is None and report.losses[0].difference > 1
 
 
 def test_fp16_is_told_as_int8_is_and_is_nearer(copy: Any) -> None:
-    report = verify(copy.checkpoint, copy.folder, copy.segments, ("fp32", "fp16", "int8"), SENTENCES[::6])
-    said = {(one.segment, one.variant): one for one in report.precisions}
+    report = verify(copy.source, copy.folder, copy.split, ("fp32", "fp16", "int8"), SENTENCES[::6])
+    said = {(one.segment, one.variant): one for one in report.losses}
     for segment in ("segment_00", "segment_01"):
         half, eighth = said[segment, "fp16"], said[segment, "int8"]
         assert half.agreement == 1 and 0 < half.difference < eighth.difference / 2
@@ -88,7 +89,7 @@ def test_fp16_is_told_as_int8_is_and_is_nearer(copy: Any) -> None:
 
 def test_no_text_is_refused(copy: Any) -> None:
     with pytest.raises(ValueError, match="no text"):
-        verify(copy.checkpoint, copy.folder, copy.segments, ("fp32",), texts=[])
+        verify(copy.source, copy.folder, copy.split, ("fp32",), texts=[])
 
 
 def test_the_sentences_are_of_many_lengths() -> None:

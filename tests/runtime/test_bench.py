@@ -25,7 +25,7 @@ from offramp.runtime.tuning.bench import (
 from offramp.runtime.tuning.bench import main as bench
 
 DATA = Path(__file__).parents[1] / "data"
-TINY, BASELINES, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_baselines", DATA / "tiny_writer"
+TINY, BASELINES, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_baselines", DATA / "tiny_generator"
 BENCH = [sys.executable, "-m", "offramp.runtime.tuning.bench", "--bundle", str(TINY)]
 LABELS = ("negative", "positive")
 WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]

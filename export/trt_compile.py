@@ -24,9 +24,8 @@ import click
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, Variant
-from offramp.runtime.engines.profiles import Profile, profiles
 from offramp.runtime.engines.trt import VARIANTS
-from offramp.runtime.engines.trt_build import Log, build
+from offramp.runtime.engines.trt_build import Log, Profile, build, profiles
 from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
 
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities: Ampere, Ada, Blackwell

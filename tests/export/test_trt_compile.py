@@ -1,4 +1,4 @@
-"""Tests of export.aot: bundles compile with TensorRT-RTX on the CPU, broken graphs do not."""
+"""Tests of export.trt_compile: bundles compile with TensorRT-RTX on the CPU, broken graphs do not."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import tiny
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
-from offramp.export import aot
+from offramp.export import trt_compile
 from offramp.export.describe import describe
-from offramp.export.verify import file_name
+from offramp.export.segments import file_name
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import Variant
-from offramp.runtime.engines.profiles import Profile, profiles
 from offramp.runtime.engines.trt import VARIANTS
+from offramp.runtime.engines.trt_build import Profile, profiles
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 Change = Callable[[onnx.GraphProto], None]
@@ -38,10 +38,12 @@ def compiled(
     variant: Variant | None = None,
     known: Sequence[Profile] | None = None,
     targets: Sequence[str] = ("8.6",),
-) -> aot.Compiled:
+) -> trt_compile.Compiled:
     """The first segment of the tiny bundle, changed."""
     known = profiles(open_bundle(TINY).manifest) if known is None else known
-    return aot.compile_graph(aot.compiler(), changed(change), variant or segment(), known, targets)
+    return trt_compile.compile_graph(
+        trt_compile.compiler(), changed(change), variant or segment(), known, targets
+    )
 
 
 def changed(change: Change | None) -> bytes:
@@ -71,7 +73,7 @@ def mixed_types(graph: onnx.GraphProto) -> None:
 
 
 def test_every_graph_of_a_bundle_compiles_for_every_target() -> None:
-    found = list(aot.check(open_bundle(TINY)))
+    found = list(trt_compile.check(open_bundle(TINY)))
     assert [one.graph for one in found] == ["stem.onnx", *(f"segment_0{n}.onnx" for n in range(3))]
     assert all(one.size is not None and one.size > 1000 and not one.problem for one in found)
 
@@ -95,20 +97,20 @@ def test_a_profile_that_contradicts_the_graph_is_refused() -> None:
 
 
 def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) -> None:
-    whole = CliRunner().invoke(aot.main, [str(TINY), "--trt"])
+    whole = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt"])
     assert whole.exit_code == 0, whole.output
     assert "segment_02.onnx: " in whole.output and "bytes" in whole.output
     bundle = tmp_path / "bundle"
     shutil.copytree(TINY, bundle)
     (bundle / segment().file).write_bytes(changed(vendor_op))
-    damaged = CliRunner().invoke(aot.main, [str(bundle), "--trt"])
+    damaged = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
     assert damaged.exit_code == 2 and segment().file in damaged.output
     # As if it had been exported so.
     data, manifest = (bundle / segment().file).read_bytes(), bundle / "manifest.json"
     told = json.loads(manifest.read_text())
     told["files"][segment().file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest.write_text(json.dumps(told))
-    refused = CliRunner().invoke(aot.main, [str(bundle), "--trt"])
+    refused = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
     assert refused.exit_code == 1 and f"{segment().file}: refused" in refused.output
 
 
@@ -119,7 +121,7 @@ def test_a_profile_with_its_bounds_swapped_is_refused() -> None:
 
 
 def test_a_target_that_there_is_not_is_named() -> None:
-    found = CliRunner().invoke(aot.main, [str(TINY), "--trt", "--target", "9.9"])
+    found = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt", "--target", "9.9"])
     assert found.exit_code == 2 and "--target 9.9" in found.output and "8.6" in found.output
 
 
@@ -129,21 +131,21 @@ def test_one_target_that_cannot_have_it_is_enough_to_refuse() -> None:
 
 
 # Three targets take three times as long as one.
-EVERY = [pytest.param(family, aot.TARGETS, marks=pytest.mark.slow) for family in tiny.EXPORTED]
+EVERY = [pytest.param(family, trt_compile.TARGETS, marks=pytest.mark.slow) for family in tiny.EXPORTED]
 
 
-@pytest.mark.parametrize(("family", "targets"), [("bert", aot.TARGETS[:1]), *EVERY])
+@pytest.mark.parametrize(("family", "targets"), [("bert", trt_compile.TARGETS[:1]), *EVERY])
 def test_what_is_exported_compiles(
     family: str, targets: tuple[str, ...], exported: Callable[[str], Any]
 ) -> None:
     """Every graph that is meant for TensorRT, under the profiles with which it is built on a device."""
     made = exported(family)
-    known = profiles(describe(made.checkpoint, made.segments, ("fp32",)))
+    known = profiles(describe(made.source, made.split, ("fp32",)))
     for part in made.segments:
         for name in VARIANTS if part.blocks else VARIANTS[:1]:
             graph = Variant(file_name(part.name, name), part.inputs, part.outputs)
             data = (made.folder / graph.file).read_bytes()
-            found = aot.compile_graph(aot.compiler(), data, graph, known, targets)
+            found = trt_compile.compile_graph(trt_compile.compiler(), data, graph, known, targets)
             assert found.size is not None, found.problem
 
 
@@ -151,6 +153,6 @@ def test_without_the_compiler_the_cure_is_named(monkeypatch: pytest.MonkeyPatch)
     def gone(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(aot, "import_module", gone)
-    found = CliRunner().invoke(aot.main, [str(TINY), "--trt"])
+    monkeypatch.setattr(trt_compile, "import_module", gone)
+    found = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt"])
     assert found.exit_code == 2 and "pip install tensorrt-rtx-cu13" in found.output

@@ -1,9 +1,9 @@
-"""Write tests/data/tiny_writer: the bundle of a random decoder, so that tests of the runtime need no torch.
+"""Write tests/data/tiny_generator: the bundle of a random decoder, so that runtime tests need no torch.
 
-    python tests/data/make_tiny_writer.py          (needs the extra export; the bundle is checked in)
+    python tests/data/make_tiny_generator.py          (needs the extra export; the bundle is checked in)
 
-A Llama of three blocks, width 16, a segment each, with translators and policies, fills, a draft of 20 ids and
-a chat template; fp32 and int8. Tests may use no number of it, only relations.
+A Llama of three blocks, width 16, a segment each, with exits and policies, cache fills, a draft head of 20
+ids and a chat template; fp32 and int8. Tests may use no number of it, only relations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from offramp.export.decoder_bundle import write_decoder
+from offramp.export.bundle import write_bundle
+from offramp.export.decoder import ExportableDecoder
+from offramp.export.options import ExportOptions
 from offramp.models.decoder import DecoderNetwork
 
 HERE = Path(__file__).parent
@@ -33,29 +35,29 @@ def network() -> DecoderNetwork:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=60, num_key_value_heads=2, max_position_embeddings=64, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
-    made = DecoderNetwork(model)
-    made.add_exits((1, 2), policies=True)
+    decoder = DecoderNetwork(model)
+    decoder.add_exits((1, 2), policies=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-        for part in (*made.exits.values(), *made.policies.values()):
+        for part in (*decoder.exits.values(), *decoder.policies.values()):
             assert isinstance(part, nn.Linear)
             part.weight.normal_(std=0.3)
             part.bias.normal_(std=0.3)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return made
+    return decoder
 
 
 def main() -> None:
-    """Write it anew."""
+    """Write the bundle again."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny.tokenizer().save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        wishes = {"variants": ("fp32", "int8"), "draft": 20, "training": {"recipe": "consistentee_lm"}}
-        write_decoder(network(), folder, folder / "bundle", cuts="each", **wishes)
-        shutil.rmtree(HERE / "tiny_writer", ignore_errors=True)
-        shutil.copytree(folder / "bundle", HERE / "tiny_writer")
+        source = ExportableDecoder(network(), folder, {"recipe": "consistentee_lm"}, draft_ids=20)
+        write_bundle(source, source.split("each"), folder / "bundle", ExportOptions(("fp32", "int8")))
+        shutil.rmtree(HERE / "tiny_generator", ignore_errors=True)
+        shutil.copytree(folder / "bundle", HERE / "tiny_generator")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,380 @@
+"""What only a classifier has: exits and policies in its segments, and its part of the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from offramp.export.samples import batches
+from offramp.export.segments import (
+    ManifestFacts,
+    Sample,
+    Segment,
+    SplitNetwork,
+    Values,
+    require_float32,
+    symbolic,
+    total_macs,
+)
+from offramp.models.exits import pool
+from offramp.models.families.family import Context
+from offramp.models.forecasts import path_columns
+from offramp.models.macs import (
+    MacTerms,
+    bit_operations,
+    block_macs,
+    exit_macs,
+    linear_weights,
+    stem_macs,
+)
+from offramp.models.network import EarlyExitNetwork, parse_exits
+from offramp.runtime.bundle.manifest import (
+    NEXT,
+    ImageInput,
+    Macs,
+    OperatingPoint,
+    RuleSpec,
+    StepCosts,
+    Tensor,
+    TextInput,
+)
+from offramp.training.checkpoint import TOKENIZER, Checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENS = 32  # the length for which step costs are stated where training names none
+
+
+class ClassifierStem(nn.Module):
+    """Ids and attention mask, or pixels -> hidden, mask and whatever else every segment reads."""
+
+    def __init__(self, network: EarlyExitNetwork, *, evidence: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.reads = stem_inputs(network)
+        self.evidence = evidence
+
+    def named(self, *tensors: torch.Tensor) -> Context:
+        """The outputs by name; tensors in the order of stem_inputs()."""
+        hidden, context = self.network.stem(dict(zip(self.reads, tensors, strict=True)))
+        outputs = {"hidden": hidden, **context}
+        no_evidence = self.network.no_evidence(hidden) if self.evidence else None
+        if no_evidence is not None:
+            outputs["evidence"] = no_evidence
+        return outputs
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.named(*tensors).values())
+
+
+class ClassifierSegment(nn.Module):
+    """Blocks, the exit after them and, at every exit but the last, its policy or its error forecast.
+
+    exits_ahead: later exits that are kept, counted from here (0: the next exit of the network). variants:
+    numbers of those between which the forecast chooses. last: give the logits alone.
+    """
+
+    def __init__(
+        self,
+        network: EarlyExitNetwork,
+        blocks: range,
+        exit_index: int,
+        reads: Sequence[str],
+        exits_ahead: Sequence[int] = (),
+        variants: Sequence[int] = (),
+        *,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        self.family = network.family
+        self.reads = tuple(reads)
+        self.last = last
+        self.blocks = nn.ModuleList(network.blocks[block] for block in blocks)
+        self.norm, self.pooler = network.norm, network.pooler
+        self.exit = network.exits[exit_index].folded()  # type: ignore[operator]
+        self.policy: nn.Module | None = None
+        if not last and len(network.policies):
+            classes = len(network.spec.labels)
+            self.policy = network.policies[exit_index].folded(classes)  # type: ignore[operator]
+        self.forecast: nn.Module | None = None
+        if not last and len(network.forecasts) and exits_ahead:
+            self.forecast = network.forecasts[exit_index].folded(variants, exits_ahead)  # type: ignore[operator]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        context = dict(zip(self.reads, tensors, strict=True))
+        hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
+        for block in self.blocks:
+            hidden = self.family.run_block(block, hidden, context)  # [batch, seq, hidden]
+        pooled = pool(hidden, context.get("pool"), self.norm)  # [batch, hidden]
+        if self.pooler is not None:
+            pooled = self.pooler(pooled)
+        logits = self.exit(pooled)  # [batch, classes]
+        if self.last:
+            return (logits,)
+        forecast = () if self.forecast is None else (self.forecast(logits),)
+        if self.policy is None:
+            return hidden, logits, *forecast
+        gate_logit, next_evidence = self.policy(pooled, logits, evidence)
+        gate = gate_logit.sigmoid()  # [batch]
+        flows = (hidden,) if evidence is None else (hidden, next_evidence)
+        return *flows, logits, gate, *forecast
+
+
+def split_classifier(
+    network: EarlyExitNetwork, exits: Sequence[int] | None = None, variants: Sequence[str] | None = None
+) -> SplitNetwork:
+    """Cut a network at its exits: a stem, then a segment for each kept exit.
+
+    exits: 1-based blocks, exits of the network (None: all); the last block is always added. Where exits are
+    dropped, evidence flows through the kept ones alone, though the policies were trained with all. variants:
+    those that will be written, which a network with error forecasts must know (None: all that it knows);
+    others and dropped exits vanish from the forecasts. The network is put into evaluation mode. Raises
+    ValueError for an exit or a forecast that the network lacks, and for weights that are not float32.
+    """
+    require_float32(network)
+    network.eval()
+    kept = network.spec.exits if exits is None else (*sorted({*exits, network.block_count}),)
+    missing = [block for block in kept if block not in network.spec.exits]
+    if missing:
+        known = ", ".join(map(str, network.spec.exits))
+        raise ValueError(
+            f"there is no exit after block {missing[0]}: this checkpoint has exits after {known}"
+        )
+    forecast = network.spec.forecast
+    chosen = forecast if variants is None else tuple(variants)
+    unknown = [name for name in chosen if name not in forecast]
+    if forecast and unknown:
+        raise ValueError(
+            f"there is no error forecast for variant {unknown[0]}: this checkpoint knows "
+            f"{', '.join(forecast)}"
+        )
+    stem = _stem(network, evidence=network.evidence_size > 0 and len(kept) > 1)
+    ends = zip((0, *kept), kept, strict=False)
+    return SplitNetwork(
+        stem,
+        tuple(
+            _segment(network, f"segment_{number:02}", range(*blocks), stem.outputs, kept, chosen)
+            for number, blocks in enumerate(ends)
+        ),
+    )
+
+
+def truncate(network: EarlyExitNetwork, block: int) -> SplitNetwork:
+    """The network cut off after a block, with that block's exit as its last: no policy, no forecast.
+
+    Raises ValueError where there is no exit after the block.
+    """
+    if block not in network.spec.exits:
+        raise ValueError(f"there is no exit after block {block}: exits are after {list(network.spec.exits)}")
+    network.eval()
+    stem = _stem(network, evidence=False)
+    return SplitNetwork(stem, (_segment(network, "segment_00", range(block), stem.outputs, (block,), ()),))
+
+
+def cuts_of(network: EarlyExitNetwork, text: str) -> tuple[int, ...]:
+    """Blocks behind which segments end, from "each" (every exit of the network), "every N" or "2,4,6";
+    ValueError for anything else.
+    """
+    return network.spec.exits if text.strip() == "each" else parse_exits(text, network.block_count)
+
+
+def stem_inputs(network: EarlyExitNetwork) -> tuple[str, ...]:
+    """Names of the tensors that the stem reads: integers [batch, seq], or pixel_values."""
+    first, *others = network.family.inputs
+    return (first, "attention_mask", *others) if network.family.vision is None else (first,)
+
+
+def _stem(network: EarlyExitNetwork, *, evidence: bool) -> Segment:
+    module = ClassifierStem(network, evidence=evidence).eval()
+    inputs, outputs = _probe(module)
+    return Segment("stem", module, inputs, outputs, (), total_macs([stem_macs(network)]), network.longest)
+
+
+def _segment(
+    network: EarlyExitNetwork,
+    name: str,
+    blocks: range,
+    stem_outputs: Sequence[Tensor],
+    kept: Sequence[int],
+    variants: Sequence[str],
+) -> Segment:
+    """kept: all blocks with an exit that is kept; the segment of the last one gives logits alone."""
+    exit_index = network.spec.exits.index(blocks.stop)
+    later = network.spec.exits[exit_index + 1 :]
+    exits_ahead = [number for number, block in enumerate(later) if block in kept]
+    numbers = [network.spec.forecast.index(name) for name in variants if network.spec.forecast]
+    last = blocks.stop == kept[-1]
+    inputs = tuple(tensor for tensor in stem_outputs if not (last and tensor.name == "evidence"))
+    reads = [tensor.name for tensor in inputs]
+    module = ClassifierSegment(network, blocks, exit_index, reads, exits_ahead, numbers, last=last).eval()
+    outputs = [Tensor("logits", "float32", ("batch", len(network.spec.labels)))]
+    costs: list[MacTerms] = [exit_macs(network, exit_index), *(block_macs(network, at) for at in blocks)]
+    if last and exit_index < len(network.policies):  # counted with the exit, but not in this graph
+        costs.append(Macs(row=-linear_weights(network.policies[exit_index])))
+    if not last:
+        flows = [tensor for tensor in inputs if tensor.name in ("hidden", "evidence")]
+        outputs[:0] = [Tensor(NEXT + tensor.name, tensor.dtype, tensor.shape) for tensor in flows]
+        if module.policy is not None:
+            outputs.append(Tensor("gate", "float32", ("batch",)))
+        if module.forecast is not None:
+            paths = len(numbers) * (1 + len(numbers) * len(exits_ahead))
+            outputs.append(Tensor("forecast", "float32", ("batch", paths)))
+    numbered = tuple(block + 1 for block in blocks)
+    return Segment(name, module, inputs, tuple(outputs), numbered, total_macs(costs), network.longest)
+
+
+@torch.no_grad()
+def _probe(stem: ClassifierStem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The stem's inputs and outputs, from runs at two sizes."""
+    small, large = ((2, 5), (3, 7)) if stem.network.longest >= 7 else ((2, 1), (3, 2))
+    axes = {(small[0], large[0]): "batch", (small[1], large[1]): "seq"}
+    inputs, outputs = list[Context](), list[Context]()
+    for size in (small, large):
+        blank = stem.network.blank(*size)
+        inputs.append({name: blank[name] for name in stem.reads})
+        outputs.append(stem.named(*inputs[-1].values()))
+    return symbolic(*inputs, axes), symbolic(*outputs, axes)
+
+
+@dataclass(frozen=True)
+class ExportableClassifier:
+    """A checkpoint of a classifier; see segments.Exportable."""
+
+    checkpoint: Checkpoint
+
+    weights_only: ClassVar[bool] = False
+    tolerances: ClassVar[Mapping[str, float]] = {"fp32": 1e-4}
+
+    @property
+    def network(self) -> EarlyExitNetwork:
+        return self.checkpoint.network
+
+    @property
+    def files(self) -> dict[str, Path]:
+        tokenizer = self.checkpoint.tokenizer
+        return {} if tokenizer is None else {TOKENIZER: tokenizer}
+
+    def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
+        exits = cuts_of(self.network, cuts) if isinstance(cuts, str) else cuts
+        return split_classifier(self.network, exits, variants)
+
+    def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
+        network, training = self.network, self.checkpoint.training
+        points = operating_points(self.checkpoint, split, variants)
+        return ManifestFacts(
+            task="text-classification" if network.family.vision is None else "image-classification",
+            labels=network.spec.labels,
+            input=self._input(),
+            rule=_default_rule(split, points),
+            points=points,
+            costs=self._costs(split, variants),
+            training=training,
+            provenance={
+                "backbone": network.config.model_type,
+                "network": {"pooling": network.spec.pooling, "policy": network.spec.policy},
+                "trained_with": _mapping(training.get("versions")),
+            },
+        )
+
+    def samples(
+        self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
+    ) -> Iterator[Sample]:
+        names = [tensor.name for tensor in split.stem.inputs]
+        for batch, kept in batches(self.checkpoint, texts):
+            inputs = {name: batch[name] for name in names}
+            yield Sample(inputs, kept, _expected(self.network, split, variants, inputs))
+
+    def _input(self) -> TextInput | ImageInput:
+        facts = self.checkpoint.input
+        if isinstance(facts, ImageInput):
+            return facts
+        return TextInput(TOKENIZER, facts.prefix, facts.pad_id, facts.longest)
+
+    def _costs(self, split: SplitNetwork, variants: Sequence[str]) -> dict[str, StepCosts]:
+        """Bit operations of every step, for a network that chooses between variants by their cost."""
+        if not self.network.spec.forecast:
+            return {}
+        tokens = int(self.checkpoint.training.get("dev", {}).get("tokens", TOKENS))
+        steps = {
+            name: tuple(bit_operations(segment.macs, name, tokens) for segment in split.segments)
+            for name in variants
+        }
+        return {"bops": StepCosts(tokens, steps)}
+
+
+def operating_points(
+    checkpoint: Checkpoint, split: SplitNetwork, variants: Sequence[str]
+) -> tuple[OperatingPoint, ...]:
+    """The checkpoint's operating points in the written variants; none where exits were dropped.
+
+    They were measured with every exit: an exit number or a threshold means something else when some are gone.
+    Points of a rule that chose between more variants than are written are left out, too.
+    """
+    spec = checkpoint.network.spec
+    if len(split.segments) != len(spec.exits) or set(spec.forecast) - set(variants):
+        return ()
+    data = _mapping(checkpoint.training.get("data")).get("name", "")
+    return tuple(
+        OperatingPoint(
+            point["name"],
+            RuleSpec(
+                point["rule"]["name"], {key: float(v) for key, v in point["rule"]["parameters"].items()}
+            ),
+            point["variant"],
+            point["data"] or data,
+            point["split"],
+            {key: float(value) for key, value in point["measured"].items()},
+        )
+        for point in checkpoint.training.get("operating_points", [])
+        if point["variant"] in variants
+    )
+
+
+def _default_rule(split: SplitNetwork, points: Sequence[OperatingPoint]) -> RuleSpec:
+    """The rule where the caller names none: of point "default", the trained gate, or of the first point."""
+    for point in points:
+        if point.name == "default":
+            return point.rule
+    if len(split.segments) == 1:
+        return RuleSpec("never", {})
+    if any(tensor.name == "gate" for tensor in split.segments[0].outputs):
+        return RuleSpec("gate", {"threshold": 0.5})
+    return points[0].rule if points else RuleSpec("max_probability", {"threshold": 0.9})
+
+
+def _expected(
+    network: EarlyExitNetwork, split: SplitNetwork, variants: Sequence[str], inputs: Values
+) -> Iterator[Values]:
+    """Outputs of stem and segments, computed by the network's own methods."""
+    hidden, context = network.stem(inputs)
+    evidence = network.no_evidence(hidden)
+    yield {"hidden": hidden, **context} | ({} if evidence is None else {"evidence": evidence})
+    kept = {segment.blocks[-1] for segment in split.segments}
+    for segment in split.segments:
+        for block in segment.blocks:
+            hidden = network.run_block(block - 1, hidden, context)
+        exit_index = network.spec.exits.index(segment.blocks[-1])
+        pooled = network.pooled(hidden, context)
+        outputs = {NEXT + "hidden": hidden, "logits": network.classify(exit_index, pooled)}
+        if exit_index < len(network.policies):
+            gate_logit, evidence = network.gate_logit(exit_index, pooled, outputs["logits"], evidence)
+            outputs["gate"] = gate_logit.sigmoid()
+            if evidence is not None:
+                outputs[NEXT + "evidence"] = evidence
+        if exit_index < len(network.forecasts):
+            later = network.spec.exits[exit_index + 1 :]
+            exits_ahead = [number for number, block in enumerate(later) if block in kept]
+            known = network.spec.forecast
+            numbers = [known.index(variant) for variant in variants]
+            columns = path_columns(numbers, len(known), exits_ahead, len(later))
+            outputs["forecast"] = network.forecasts[exit_index](outputs["logits"]).sigmoid()[:, columns]
+        yield outputs
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,193 @@
+"""What a network is cut into: segments, each of which becomes one graph. Nothing here uses a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from offramp.models.decoder import DecoderNetwork
+from offramp.models.macs import MacTerms
+from offramp.models.network import EarlyExitNetwork
+from offramp.runtime.bundle.manifest import (
+    ImageInput,
+    Macs,
+    OperatingPoint,
+    RuleSpec,
+    StepCosts,
+    Tensor,
+    TextInput,
+)
+
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A module that takes and returns plain tensors, in the order of `inputs` and `outputs`.
+
+    blocks: 1-based, empty for stem and heads. macs: of one row, exit and policy included. longest: the most
+    tokens of a row. The module shares the network's parameters; only folded exits and policies are copies.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    blocks: tuple[int, ...]
+    macs: Macs
+    longest: int
+
+    def reads(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The segment's inputs, taken from values by name."""
+        return [values[tensor.name] for tensor in self.inputs]
+
+
+@dataclass(frozen=True)
+class SplitNetwork:
+    """All segments of a network. Classifiers have stem and segments; decoders have the others, too.
+
+    cache_fills: for every segment but the first, keys and values of tokens that skip it. draft: a head of
+    fewer ids, None where the vocabulary is small.
+    """
+
+    stem: Segment
+    segments: tuple[Segment, ...]
+    cache_fills: tuple[Segment, ...] = ()
+    head: Segment | None = None
+    draft: Segment | None = None
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter((self.stem, *self.segments, *self.cache_fills, *self.heads))
+
+    @property
+    def heads(self) -> tuple[Segment, ...]:
+        """The heads that exist."""
+        return tuple(head for head in (self.head, self.draft) if head is not None)
+
+    def in_walking_order(self) -> Iterator[Segment]:
+        """Every segment behind those whose outputs it reads; a cache fill before the segment it replaces."""
+        fills = {segment.blocks: segment for segment in self.cache_fills}
+        yield self.stem
+        for segment in self.segments:
+            if segment.blocks in fills:
+                yield fills[segment.blocks]
+            yield segment
+        yield from self.heads
+
+
+class Sample(NamedTuple):
+    """A batch on which a split is verified.
+
+    inputs: tensors of the stem, and caches. kept: tokens whose hidden states are compared [batch, seq].
+    expected: the network's own outputs, a dict for each segment in walking order.
+    """
+
+    inputs: Values
+    kept: torch.Tensor
+    expected: Iterator[Values]
+
+
+@dataclass(frozen=True)
+class ManifestFacts:
+    """What a manifest has from the checkpoint; see Manifest for the fields.
+
+    training: what training.json holds. provenance: what is known of this kind of network alone. stop_ids: of
+    decoders, the ids that end an answer.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    input: TextInput | ImageInput
+    rule: RuleSpec
+    points: tuple[OperatingPoint, ...]
+    costs: dict[str, StepCosts]
+    training: Mapping[str, object]
+    provenance: Mapping[str, object]
+    stop_ids: tuple[int, ...] = ()
+
+
+class Exportable(Protocol):
+    """A trained network with everything that its bundle needs: ExportableClassifier or ExportableDecoder.
+
+    weights_only: int8 and int4 quantize weights and no activations. tolerances: by variant, the difference
+    from the network that verification allows; a variant without one is measured only.
+    """
+
+    @property
+    def weights_only(self) -> bool: ...
+    @property
+    def tolerances(self) -> Mapping[str, float]: ...
+
+    @property
+    def network(self) -> EarlyExitNetwork | DecoderNetwork:
+        """In evaluation mode, float32."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Files that a bundle holds beside its graphs, by their names there."""
+        ...
+
+    def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
+        """Cut the network behind these blocks; ValueError for cuts that are impossible.
+
+        variants: those that will be written; None: all that the network knows.
+        """
+        ...
+
+    def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
+        """What the manifest of the split says beside its segments."""
+        ...
+
+    def samples(
+        self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
+    ) -> Iterator[Sample]:
+        """What to verify the split on: texts, paths of images, or None for samples of our own."""
+        ...
+
+
+def total_macs(costs: Iterable[MacTerms]) -> Macs:
+    """The sum, as a manifest states it."""
+    listed = list(costs)
+    return Macs(sum(c.token for c in listed), sum(c.pair for c in listed), sum(c.row for c in listed))
+
+
+def file_name(segment: str, variant: str) -> str:
+    """Name of a segment's graph in a bundle."""
+    return f"{segment}.onnx" if variant == "fp32" else f"{segment}_{variant}.onnx"
+
+
+def variants_of(segment: Segment, variants: Sequence[str]) -> list[str]:
+    """The variants in which a segment is written: a stem has the first one, a head has no fp16."""
+    if segment.name == "stem":
+        return list(variants[:1])
+    return [name for name in variants if segment.blocks or name != "fp16"]
+
+
+def require_float32(network: nn.Module) -> None:
+    """Raise ValueError for a network with other weights."""
+    if (dtype := next(network.parameters()).dtype) != torch.float32:
+        raise ValueError(
+            f"the network's weights are {dtype}; segments are float32: call network.float() first"
+        )
+
+
+def symbolic(
+    small: Mapping[str, torch.Tensor], large: Mapping[str, torch.Tensor], axes: Mapping[tuple[int, int], str]
+) -> tuple[Tensor, ...]:
+    """The tensors of a module that ran at two sizes; an axis that differs is symbolic.
+
+    axes: name by (size in small, size in large). So a family can give its blocks any tensor to read, and no
+    family's tensors are named in this room.
+    """
+    tensors = []
+    for name, value in small.items():
+        sizes = zip(value.shape, large[name].shape, strict=True)
+        shape = tuple(a if a == b else axes[a, b] for a, b in sizes)
+        tensors.append(Tensor(name, str(value.dtype).removeprefix("torch."), shape))
+    return tuple(tensors)

@@ -1,0 +1,48 @@
+"""Time tokens of decoder bundles, in a process of its own that auto.py starts.
+
+    python -m offramp.export.time_tokens VARIANT BUNDLE BUNDLE...
+
+It opens the bundles in this order; they take turns, token by token. It prints the median seconds of a token
+of each, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from offramp.runtime.loading import load_generator
+
+PROMPT, STEPS = 32, 60  # tokens of the prompt; tokens that are timed
+UNTIMED = 5  # of these, which bind memory
+
+
+def seconds_of(bundles: list[Path], variant: str) -> list[float]:
+    """Median seconds of a token at full depth, head included, of each bundle."""
+    with ExitStack() as sessions:
+        opened = [
+            sessions.enter_context(load_generator(bundle, variant=variant, rule="never", share=False))
+            for bundle in bundles
+        ]
+        prompt = min(PROMPT, opened[0].longest // 2)
+        steps = min(STEPS, opened[0].longest - prompt)
+        answers = [session.tokens([0] * prompt, steps + 1, ()) for session in opened]
+        for answer in answers:
+            next(answer)  # the prompt
+        seconds: list[list[float]] = [[] for _ in answers]
+        for step in range(steps):
+            for number in range(len(answers))[:: 1 if step % 2 else -1]:
+                started = time.perf_counter()
+                next(answers[number])
+                if step >= UNTIMED:
+                    seconds[number].append(time.perf_counter() - started)
+    return [float(np.median(times)) for times in seconds]
+
+
+if __name__ == "__main__":
+    print(json.dumps(seconds_of([Path(word) for word in sys.argv[2:]], sys.argv[1])))
