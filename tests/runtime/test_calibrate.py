@@ -22,7 +22,7 @@ from offramp.runtime.tuning.labelled import read_labelled
 from offramp.runtime.walker import walk_one
 
 DATA = Path(__file__).parent.parent / "data"
-TINY, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_writer"
+TINY, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_generator"
 TEXTS = ("good film", "bad film", "a good good plot", "dull", "film plot bad", "good", "so dull and bad")
 
 
