@@ -3,9 +3,9 @@
 The routes are the same for every bundle with so many segments: all of them, some skipped evenly, and an exit
 after the first few. A router chooses among them: one linear layer that forecasts how well each route will do
 from the hidden state of the prompt's last token after the first segment. ee-calibrate fits it and writes it
-into the bundle. The paper has an oracle allocation (training.knapsack) and publishes no such router. It is a
-ridge regression, so there is no training loop: its strength is the one with the smallest leave-one-out error,
-which has a closed form.
+into the bundle. The paper has an oracle allocation and publishes no such router. It is a ridge regression, so
+there is no training loop: its strength is the one with the smallest leave-one-out error, which has a closed
+form.
 """
 
 from __future__ import annotations
