@@ -39,19 +39,10 @@ from typing import IO, Any
 
 import click
 import numpy as np
-import onnxruntime
-import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models
 from tqdm import tqdm
-from transformers import AutoModel, BertConfig
 
-from offramp.export.classifier import ExportableClassifier
-from offramp.export.monolith import write_monolith
-from offramp.export.nested import nest
-from offramp.models import EarlyExitNetwork, NetworkSpec
-from offramp.models.policies.consistentee import ConsistentEEPolicy
 from offramp.runtime import load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import TextInput
@@ -71,12 +62,13 @@ from offramp.runtime.tuning.timing import (
     walk_candidate,
 )
 from offramp.runtime.walker import walk
-from offramp.training.checkpoint import Checkpoint, TextFacts, load_checkpoint, save_checkpoint
 
 WITH, ALONE, NESTED = "one graph with all exits", "one graph, last exit alone", "nested if"
 LOOP = "bare loop"
 FULL_WALK = RuleSpec("gate", {"threshold": 1.0})  # every gate is read and none is taken
 WARMUP = 3
+# Heavy modules are imported where they are used: on Linux the peak memory of a child process begins with that
+# of this process, and `cold` measures it.
 LINE = "a stirring , funny film that stays with you"
 MONOLITH_SCRIPT = """
 import numpy, onnxruntime
@@ -98,6 +90,14 @@ def random_checkpoint(folder: Path, blocks: int, width: int) -> Path:
     """A BERT of that size with random weights, on which time does not depend. Gates grow from exit to exit
     and depend on nothing else, so that a threshold chooses the exit of every row.
     """
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModel, BertConfig
+
+    from offramp.models import EarlyExitNetwork, NetworkSpec
+    from offramp.models.policies.consistentee import ConsistentEEPolicy
+    from offramp.training.checkpoint import Checkpoint, TextFacts, save_checkpoint
+
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "hidden_size": width,
@@ -230,6 +230,13 @@ def network_rows(
     scratch: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every row of one network, and the facts of the engine."""
+    import onnxruntime
+
+    from offramp.export.classifier import ExportableClassifier
+    from offramp.export.monolith import write_monolith
+    from offramp.export.nested import nest
+    from offramp.training.checkpoint import load_checkpoint
+
     # The user's own command, so that what is timed is what users get.
     program = str(Path(sys.executable).parent / "ee-split")
     words = ["--out", str(scratch / "bundle"), "--variants", ",".join(variants)]

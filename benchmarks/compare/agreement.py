@@ -41,9 +41,8 @@ from offramp.runtime.tuning.report import write_whole
 from offramp.runtime.walker import Trace, walk
 from offramp.training.batches import Encoded, encode_for
 from offramp.training.checkpoint import load_checkpoint
-from offramp.training.data import Columns, TextData, load_data
+from offramp.training.data import Columns, Dataset, ImageFiles, Rows, load_data
 from offramp.training.outcomes import of_one_length
-from offramp.training.rows import Pictures, Rows
 
 TIE = 1e-5
 SPLITS = ("test", "dev", "train")  # in the order in which rows are taken from them
@@ -131,7 +130,7 @@ def compare_walks(walk: Trace, other: Trace) -> dict[str, Any]:
     }
 
 
-def compare_checkpoint(folder: Path, data: TextData, count: int) -> list[dict[str, Any]]:
+def compare_checkpoint(folder: Path, data: Dataset, count: int) -> list[dict[str, Any]]:
     """A line for each of two operating points, and where precision varies one for torch in float64."""
     checkpoint = load_checkpoint(folder)
     variants = checkpoint.network.spec.forecast or ("fp32",)
@@ -162,7 +161,7 @@ def compare_checkpoint(folder: Path, data: TextData, count: int) -> list[dict[st
     return lines
 
 
-def first_rows(data: TextData, count: int) -> Rows:
+def first_rows(data: Dataset, count: int) -> Rows:
     """The first rows of test, then of dev, then of train."""
     first, *others = [data.splits[name] for name in SPLITS if name in data.splits]
     rows = first
@@ -190,7 +189,7 @@ def _items(rows: Rows) -> list[Any]:
 def _joined(rows: Rows, more: Rows) -> Rows:
     label = np.concatenate([rows.label, more.label])
     if rows.images is not None and more.images is not None:
-        images = Pictures(rows.images.files + more.images.files, rows.images.places + more.images.places)
+        images = ImageFiles(rows.images.files + more.images.files, rows.images.places + more.images.places)
         return Rows([], None, label, images)
     seconds = None if rows.text_b is None or more.text_b is None else rows.text_b + more.text_b
     return Rows(rows.text + more.text, seconds, label)

@@ -38,6 +38,7 @@ def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:
     """ONNX Runtime's CUDA provider: its CPU kernels on the double's memory, in the stream's turn."""
     real_runner, real_session = ort_cuda.runner, graphs.Graphs._session
     streams: dict[int, int] = {}  # by the id of a session
+    latest: list[int] = []  # streams of all options; the last is that of a session which no engine opened
 
     class Options(dict[str, str]):
         """No options for the CPU's provider; stream: the one that the CUDA provider would run on."""
@@ -47,6 +48,7 @@ def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:
     def options(device: Any, graphs: bool) -> dict[str, str]:
         empty = Options()
         empty.stream = device.stream
+        latest.append(device.stream)
         return empty
 
     def session(self: Any, facts: Any, data: bytes) -> Any:
@@ -57,7 +59,8 @@ def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:
 
     def runner(ort: Any, opened: Any, binding: Any, entries: Any = None) -> Callable[[], None]:
         run = real_runner(ort, opened, binding, entries)
-        return lambda: cudart.enqueue(streams[id(opened)], run)
+        stream = streams.get(id(opened), latest[-1])
+        return lambda: cudart.enqueue(stream, run)
 
     patch.setattr(graphs.Graphs, "_session", session)
     patch.setattr(ort_cuda, "runner", runner)
