@@ -199,9 +199,15 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def names_in(tree: ast.Module) -> Iterator[tuple[int, str]]:
+@cache
+def walked(file: Path) -> list[ast.AST]:
+    """Every node of a Python file."""
+    return list(ast.walk(parsed(file)))
+
+
+def names_in(file: Path) -> Iterator[tuple[int, str]]:
     """(line, name) of everything that a file names: classes, functions, arguments, variables, attributes."""
-    for node in ast.walk(tree):
+    for node in walked(file):
         line = getattr(node, "lineno", 0)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield line, node.name
@@ -215,6 +221,7 @@ def names_in(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield line, node.asname
 
 
+@cache
 def is_retired(name: str) -> bool:
     """Whether a name is, or has in it, one that the redesign replaced."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
@@ -229,11 +236,11 @@ def retired_names(file: Path) -> list[str]:
     counts: Counter[str] = Counter()
     if file.stem in RETIRED_FILES.split():
         lines[f"module {file.stem}"] = 1
-    for line, name in names_in(parsed(file)):
+    for line, name in names_in(file):
         if is_retired(name):
             counts[name] += 1
             lines.setdefault(name, line)
-    for node in ast.walk(parsed(file)):
+    for node in walked(file):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words = {node.value, *node.value.split("/")} if node.value.startswith("--") else {node.value}
             for text in words & {*RETIRED_OPTIONS.split(), *RETIRED_KEYS.split()}:
@@ -358,7 +365,7 @@ def test_only_the_walker_runs_segments() -> None:
         f"{name_of(file)}:{node.lineno} {ast.unparse(node.func)}"
         for file in sources("runtime", "export", "benchmarks")
         if name_of(file) not in STEPS_IN
-        for node in ast.walk(parsed(file))
+        for node in walked(file)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step"
     ]
     assert not wrong, "\n".join(wrong)
@@ -367,7 +374,7 @@ def test_only_the_walker_runs_segments() -> None:
 def test_only_loading_asks_for_the_kind_of_a_session() -> None:
     wrong = []
     for file in sources("runtime", "export", "benchmarks"):
-        for node in ast.walk(parsed(file)):
+        for node in walked(file):
             if name_of(file) in SESSION_KINDS_IN or not isinstance(node, ast.Call):
                 continue
             if ast.unparse(node.func) == "isinstance":
