@@ -1,4 +1,4 @@
-"""JEI-DNN and BERxiT from data to answers; what torch decides is what the bundle decides, row by row."""
+"""JEI-DNN and BERxiT from data to answers; torch and the bundle decide the same, row by row."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from offramp.runtime.rules.sweep import ExitTable
 from offramp.training.batches import encode
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import train
-from offramp.training.collect import collect
+from offramp.training.collect import collect, table_of
 from offramp.training.data import Rows
-from offramp.training.frontier import table_of
 
 SETTINGS = {
     "jei_dnn": ["warm_epochs=2", "turn_epochs=6"],
@@ -31,11 +30,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Journey:
-    """A trained checkpoint's bundle, rows that it has not seen, and what torch says of them."""
+    """A trained checkpoint's bundle, new rows, and torch's outputs for them."""
 
     bundle: Path
     rows: list[dict[str, object]]
-    said: ExitTable
+    reference: ExitTable
 
 
 @pytest.fixture(scope="module", params=tiny.with_slow(sorted(SETTINGS), "jei_dnn"))
@@ -45,13 +44,13 @@ def journey(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(1)
     sets = ["epochs=8", "batch_size=8", "lr=0.002", "heads_lr=0.01", *SETTINGS[request.param]]
     words = ["--model", str(model), "--data", str(data), "--recipe", request.param, "--precision", "fp32"]
-    flags = [word for wish in sets for word in ("--set", wish)]
+    flags = [word for setting in sets for word in ("--set", setting)]
     trained = CliRunner().invoke(train, [*words, "--out", str(root / "ckpt"), *flags])
     assert trained.exit_code == 0, trained.output
-    made = CliRunner().invoke(
+    exported = CliRunner().invoke(
         split, [str(root / "ckpt"), "--out", str(root / "bundle"), "--variants", "fp32"]
     )
-    assert made.exit_code == 0, made.output
+    assert exported.exit_code == 0, exported.output
     checkpoint = load_checkpoint(root / "ckpt")
     rows = tiny.rows(60, seed=9)
     labels = np.array([row["label"] for row in rows])
@@ -72,29 +71,29 @@ def test_the_bundle_answers_by_the_learned_gate(journey: Journey) -> None:
 def test_gates_of_the_engine_are_those_of_torch(journey: Journey) -> None:
     with load(journey.bundle, rule="never") as session:
         trace, _ = session.at_full_depth([str(row["text"]) for row in journey.rows], "fp32")
-    assert journey.said.gates is not None
-    np.testing.assert_allclose(trace.gates[:, :-1], journey.said.gates[:, :-1], atol=1e-4)
-    np.testing.assert_allclose(trace.logits, journey.said.logits, atol=1e-4)
+    assert journey.reference.gates is not None
+    np.testing.assert_allclose(trace.gates[:, :-1], journey.reference.gates[:, :-1], atol=1e-4)
+    np.testing.assert_allclose(trace.logits, journey.reference.logits, atol=1e-4)
 
 
-def test_the_walk_leaves_where_torch_says(journey: Journey) -> None:
-    """At thresholds between the gates, so that rows leave everywhere."""
-    assert journey.said.gates is not None
-    found = set()
+def test_the_walk_exits_where_torch_does(journey: Journey) -> None:
+    """At thresholds between the gates, so that rows exit at several segments."""
+    assert journey.reference.gates is not None
+    exits_taken = set()
     for share in (0.2, 0.5, 0.8):
-        gates = np.unique(journey.said.gates[:, :-1])
+        gates = np.unique(journey.reference.gates[:, :-1])
         at = min(int(share * len(gates)), len(gates) - 2)
         spec = RuleSpec("gate", {"threshold": float((gates[at] + gates[at + 1]) / 2)})
-        expected = simulate(bind(spec, 3), journey.said.logits, journey.said.gates)
+        expected = simulate(bind(spec, 3), journey.reference.logits, journey.reference.gates)
         with load(journey.bundle, rule=spec) as session:
             walked = [session(str(row["text"])) for row in journey.rows]
-        near = np.abs(journey.said.gates - spec.parameters["threshold"]).min(1) < 1e-5
-        assert near.sum() <= 6
+        ties = np.abs(journey.reference.gates - spec.parameters["threshold"]).min(1) < 1e-5
+        assert ties.sum() <= 6
         exits = np.array([answer.exit - 1 for answer in walked])
-        assert (exits == expected)[~near].all()
-        labels = journey.said.logits[np.arange(60), expected].argmax(-1)
-        assert [a.label for a, tie in zip(walked, near, strict=True) if not tie] == [
-            str(label) for label, tie in zip(labels, near, strict=True) if not tie
+        assert (exits == expected)[~ties].all()
+        labels = journey.reference.logits[np.arange(60), expected].argmax(-1)
+        assert [a.label for a, tie in zip(walked, ties, strict=True) if not tie] == [
+            str(label) for label, tie in zip(labels, ties, strict=True) if not tie
         ]
-        found |= set(exits.tolist())
-    assert len(found) >= 2
+        exits_taken |= set(exits.tolist())
+    assert len(exits_taken) >= 2

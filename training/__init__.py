@@ -1,1 +1,1 @@
-"""How a network learns: data, loop, checkpoints, recipes, evaluation."""
+"""Training: data, loop, checkpoints, recipes, evaluation."""

@@ -1,7 +1,12 @@
-"""Encoded rows and their batches: token ids once, padding as late as possible, lengths bucketed."""
+"""Encoded rows and their batches: text as token ids, images as pixels, batches of similar length.
+
+Text is tokenized once and padded as late as possible; images are decoded once and kept as uint8.
+"""
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,17 +15,20 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
-from offramp.runtime.inputs.images import ImageInput
+from offramp.runtime.inputs.images import BadInput, ImageInput, normalized, pixels
 from offramp.training.checkpoint import Checkpoint, TextFacts
-from offramp.training.pixels import encode_images
-from offramp.training.rows import BadData, Rows
+from offramp.training.data import BadData, Rows
 
-BUCKET = 50  # batches that are sorted by length together: enough to cut padding, few enough to stay shuffled
+BUCKET = 50  # batches that are sorted by length together: enough to avoid padding, few enough to stay random
+AUGMENTATIONS = ("flip", "crop")
+IN_MEMORY = 4 * 2**30  # bytes of pixels; more goes into a temporary file that the system pages in
+MAX_SHIFT = 8  # a crop is moved by at most 1 / MAX_SHIFT of the side
 
 
 class Encoded(Protocol):
-    """Rows as a recipe sees them, text or images."""
+    """Rows of text or images as a recipe reads them."""
 
     def __len__(self) -> int: ...
 
@@ -36,7 +44,7 @@ class Encoded(Protocol):
 
     @property
     def plain(self) -> Encoded:
-        """The same rows without augmentation, for measuring."""
+        """The same rows without augmentation, for evaluation."""
         ...
 
     def take(self, index: np.ndarray) -> Encoded:
@@ -52,7 +60,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Rows as token ids, one list a row, cut to the longest input."""
+    """Rows as token ids, one list a row, truncated to the longest input."""
 
     ids: list[list[int]]
     types: list[list[int]]
@@ -69,7 +77,7 @@ class EncodedText:
 
     @property
     def plain(self) -> EncodedText:
-        """Text is never augmented."""
+        """The same rows: text is never augmented."""
         return self
 
     def take(self, index: np.ndarray) -> EncodedText:
@@ -94,22 +102,68 @@ class EncodedText:
         return inputs, torch.from_numpy(self.label[np.asarray(index)]).to(device)
 
 
+@dataclass(frozen=True)
+class EncodedImages:
+    """Rows as pixels uint8 [rows, height, width, 3], each `tokens` tokens long.
+
+    augment: augmentations of the batches, from AUGMENTATIONS, drawn from torch's generator, whose state is
+    part of what a resumed run restores.
+    """
+
+    pixels: np.ndarray
+    label: np.ndarray  # [rows] int64
+    image: ImageInput
+    tokens: int
+    augment: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row [rows]."""
+        return np.full(len(self), self.tokens)
+
+    @property
+    def plain(self) -> EncodedImages:
+        """The same rows without augmentation, for evaluation."""
+        return EncodedImages(self.pixels, self.label, self.image, self.tokens)
+
+    def take(self, index: np.ndarray) -> EncodedImages:
+        """The rows at `index`, in that order."""
+        return EncodedImages(self.pixels[index], self.label[index], self.image, self.tokens, self.augment)
+
+    def batch(
+        self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """pixel_values float32 [batch, 3, height, width] and labels [batch] of the rows at `index`."""
+        rows = np.asarray(index)
+        images = self.pixels[rows]
+        if "crop" in self.augment:
+            images = random_crops(images)
+        if "flip" in self.augment:
+            flip = torch.rand(len(images)).numpy() < 0.5
+            images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+        values = torch.from_numpy(normalized(images, self.image)).to(device)
+        return {"pixel_values": values}, torch.from_numpy(self.label[rows]).to(device)
+
+
 def encode_for(checkpoint: Checkpoint, rows: Rows, augment: tuple[str, ...] = ()) -> Encoded:
-    """Rows as the checkpoint's network reads them, text or images; augment: of images (see EncodedImages).
+    """Rows of text or images as the checkpoint's network reads them; augment: of images (see EncodedImages).
 
     Raises BadData where the rows are of the other kind, or an image cannot be read.
     """
-    reads = checkpoint.input
-    if (rows.images is not None) != isinstance(reads, ImageInput):
+    network_input = checkpoint.input
+    if (rows.images is not None) != isinstance(network_input, ImageInput):
         kinds = ("images", "text") if rows.images is not None else ("text", "images")
         raise BadData(f"the data holds {kinds[0]}, the network reads {kinds[1]}; choose another of the two")
-    if isinstance(reads, ImageInput):
-        return encode_images(rows, reads, checkpoint.network.longest, augment=augment)
-    return encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), reads)
+    if isinstance(network_input, ImageInput):
+        return encode_images(rows, network_input, checkpoint.network.longest, augment=augment)
+    return encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), network_input)
 
 
 def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
-    """Token ids by the very tokenizer.json that the bundle will carry."""
+    """Token ids by the tokenizer.json that the bundle will contain."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(text.longest)
     first = [text.prefix + line for line in rows.text]
@@ -118,11 +172,55 @@ def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
     return EncodedText([e.ids for e in encodings], [e.type_ids for e in encodings], rows.label, text.pad_id)
 
 
+def encode_images(
+    rows: Rows, image: ImageInput, tokens: int, *, augment: tuple[str, ...] = (), description: str = "images"
+) -> EncodedImages:
+    """Decode every image once; raises BadData naming file and row of one that cannot be read."""
+    assert rows.images is not None
+    shape = (len(rows), image.height, image.width, 3)
+    size = int(np.prod(shape, dtype=np.int64))
+    decoded: Any
+    if size > IN_MEMORY:
+        with tempfile.TemporaryFile() as file:  # the memory map keeps the file alive
+            decoded = np.memmap(file, np.uint8, "w+", shape=shape)
+    else:
+        decoded = np.empty(shape, np.uint8)
+    files = tqdm(rows.images.files, desc=description, unit="image", file=sys.stderr, mininterval=1.0)
+    for row, image_file in enumerate(files):
+        try:
+            decoded[row] = pixels(image_file, image)
+        except BadInput as problem:
+            raise BadData(f"{rows.images.places[row]}: {problem}; repair it or take it out") from problem
+    return EncodedImages(decoded, rows.label, image, tokens, augment)
+
+
+def random_crops(images: np.ndarray) -> np.ndarray:
+    """Each image [rows, height, width, 3] moved by up to 1 / MAX_SHIFT of its sides; the gap is mirrored."""
+    rows, height, width, _ = images.shape
+    max_shifts = height // MAX_SHIFT, width // MAX_SHIFT
+    padding = ((0, 0), (max_shifts[0], max_shifts[0]), (max_shifts[1], max_shifts[1]), (0, 0))
+    padded = np.pad(images, padding, mode="reflect")
+    crops = np.empty_like(images)
+    corners = [torch.randint(0, 2 * shift + 1, (rows,)).tolist() for shift in max_shifts]
+    for row, (top, left) in enumerate(zip(*corners, strict=True)):
+        crops[row] = padded[row, top : top + height, left : left + width]
+    return crops
+
+
+def parse_augment(option: str) -> tuple[str, ...]:
+    """Augmentations from "none" or words such as "flip,crop"; ValueError that lists the known ones."""
+    words = tuple(word.strip() for word in option.split(",") if word.strip() not in ("", "none"))
+    unknown = [word for word in words if word not in AUGMENTATIONS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r}: say none, or some of {', '.join(AUGMENTATIONS)}")
+    return tuple(dict.fromkeys(words))
+
+
 def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Batches of row numbers for one epoch: shuffled, then sorted by length within buckets of BUCKET batches,
     batches shuffled again.
 
-    A pure function of its arguments, so that a resumed run meets the same batches.
+    A pure function of its arguments, so that a resumed run gets the same batches.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -135,7 +233,7 @@ def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Batches of row numbers by length, for evaluation: the least padding, order restored by the caller."""
+    """Batches of row numbers by length, for evaluation: the least padding; the caller restores the order."""
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -1,7 +1,7 @@
-"""How far the probabilities of the answers given can be trusted: calibration error and conformal sets.
+"""Calibration of the answers' probabilities: calibration error, temperatures, conformal sets.
 
-Everything starts from logits: taking a softmax of what is a softmax already makes any network look uncertain.
-Temperatures and quantiles are fitted on dev, figures are of the rows that they are applied to.
+All functions take logits: a second softmax would make any network look uncertain. Temperatures and quantiles
+are fitted on dev; figures are of the rows that they are applied to.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ Ids = NDArray[np.int64]
 
 BINS = 15
 COVERAGE = 0.95
-_RANGE = np.log([0.01, 100.0])  # of temperatures
+_LOG_TEMPERATURES = np.log([0.01, 100.0])  # least and greatest
 
 
-def answers(logits: Floats, exits: Ids) -> Floats:
-    """Logits [rows, classes] of the exits at which rows left: logits [rows, exits, classes], exits [rows]."""
-    picked: Floats = logits[np.arange(len(exits)), exits]
-    return picked
+def answer_logits(logits: Floats, exits: Ids) -> Floats:
+    """Logits [rows, classes] of each row's exit: logits [rows, exits, classes], exits [rows] (0-based)."""
+    selected: Floats = logits[np.arange(len(exits)), exits]
+    return selected
 
 
 def calibration_error(logits: Floats, labels: Ids, bins: int = BINS) -> float:
-    """Expected calibration error in 0..1: rows are sorted by the probability of their answer into `bins` bins
-    of equal mass, and |accuracy - confidence| is averaged over bins, weighted by their rows.
+    """Expected calibration error in 0..1.
 
-    logits [rows, classes], labels [rows].
+    Rows are sorted by the probability of their answer into `bins` bins of equal mass, and |accuracy -
+    confidence| is averaged over bins, weighted by their rows. logits [rows, classes], labels [rows].
     """
     probabilities = softmax(logits.astype(np.float32))
     return binned_error(probabilities.max(-1).astype(float), logits.argmax(-1) == labels, bins)
 
 
 def binned_error(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
-    """The same from the probabilities of the answers themselves: confidence [rows], right [rows]."""
+    """The calibration error from the probabilities of the answers: confidence [rows], right [rows]."""
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     gaps = [abs(right[part].mean() - confidence[part].mean()) * len(part) for part in parts]
@@ -47,22 +47,22 @@ def negative_log_likelihood(logits: Floats, labels: Ids, temperature: float = 1.
     """Mean of -log P(label) at a temperature: logits [rows, classes], labels [rows]."""
     scaled = logits.astype(float) / temperature
     top = scaled.max(-1, keepdims=True)
-    total = np.log(np.exp(scaled - top).sum(-1)) + top[:, 0]
-    return float((total - scaled[np.arange(len(labels)), labels]).mean())
+    log_sum = np.log(np.exp(scaled - top).sum(-1)) + top[:, 0]
+    return float((log_sum - scaled[np.arange(len(labels)), labels]).mean())
 
 
 def fit_temperature(logits: Floats, labels: Ids, steps: int = 60) -> float:
     """The temperature from 0.01 to 100 with the least negative log-likelihood: logits [rows, classes].
 
-    Golden-section search over its logarithm: the likelihood has one peak in 1 / temperature. Rows that are
-    all right would call for a temperature of zero and get the least one.
+    Golden-section search over its logarithm: the likelihood has one peak in 1 / temperature. Where all rows
+    are right the best temperature would be zero, and the result is the least one.
     """
-    low, high = float(_RANGE[0]), float(_RANGE[1])
+    low, high = float(_LOG_TEMPERATURES[0]), float(_LOG_TEMPERATURES[1])
     share = (5**0.5 - 1) / 2
     for _ in range(steps):
         left, right = high - share * (high - low), low + share * (high - low)
-        lower = negative_log_likelihood(logits, labels, float(np.exp(left)))
-        if lower <= negative_log_likelihood(logits, labels, float(np.exp(right))):
+        left_loss = negative_log_likelihood(logits, labels, float(np.exp(left)))
+        if left_loss <= negative_log_likelihood(logits, labels, float(np.exp(right))):
             high = right
         else:
             low = left
@@ -70,15 +70,15 @@ def fit_temperature(logits: Floats, labels: Ids, steps: int = 60) -> float:
 
 
 def fit_temperatures(logits: Floats, labels: Ids) -> Floats:
-    """One temperature an exit [exits]: logits [rows, exits, classes] and labels [rows] of dev."""
-    return np.array([fit_temperature(logits[:, at], labels) for at in range(logits.shape[1])])
+    """One temperature for each exit [exits]: logits [rows, exits, classes] and labels [rows] of dev."""
+    return np.array([fit_temperature(logits[:, index], labels) for index in range(logits.shape[1])])
 
 
 def conformal_quantile(logits: Floats, labels: Ids, coverage: float = COVERAGE) -> float:
-    """Split conformal: up to which score 1 - P labels must be let in for a set to hold the label of a new row
-    with probability `coverage`; infinite where dev is too small to promise that.
+    """Split conformal: the greatest score 1 - P of labels in a set, for sets that contain the label of a new
+    row with probability `coverage`; infinite where dev is too small.
 
-    The ceil((rows + 1) * coverage)-th smallest score of the labels: logits [rows, classes], labels [rows].
+    It is the ceil((rows + 1) * coverage)-th smallest score of the true labels: logits [rows, classes].
     """
     rows = len(labels)
     scores = 1.0 - softmax(logits.astype(np.float32))[np.arange(rows), labels]
@@ -87,26 +87,27 @@ def conformal_quantile(logits: Floats, labels: Ids, coverage: float = COVERAGE) 
 
 
 def conformal_sets(logits: Floats, quantile: float) -> NDArray[np.bool_]:
-    """Which labels are in each row's set [rows, classes]: those with 1 - P <= quantile; logits likewise."""
+    """The labels in each row's set [rows, classes]: those with 1 - P <= quantile; logits likewise."""
     inside: NDArray[np.bool_] = 1.0 - softmax(logits.astype(np.float32)) <= quantile
     return inside
 
 
-def trust(
+def calibration_figures(
     dev: Floats, dev_exits: Ids, dev_labels: Ids, test: Floats, test_exits: Ids, test_labels: Ids
 ) -> dict[str, float]:
-    """Of the answers that a rule gives: calibration error, raw and at the temperatures of dev, and mean size
-    and coverage of the conformal sets; errors and coverage in percent.
+    """Of a rule's answers: calibration error, raw and at the temperatures of dev, and mean size and coverage
+    of the conformal sets; errors and coverage in percent.
 
-    dev, test: logits [rows, exits, classes]; exits [rows] (0-based) at which the rule lets rows leave. One
-    temperature an exit, fitted on all rows of dev, and one quantile, fitted on the answers given on dev.
+    dev, test: logits [rows, exits, classes]; exits [rows] (0-based) that the rule chooses. One temperature
+    for each exit, fitted on all rows of dev, and one quantile, fitted on the answers on dev.
     """
     temperatures = fit_temperatures(dev, dev_labels)[None, :, None]
-    warm, given = answers(dev / temperatures, dev_exits), answers(test / temperatures, test_exits)
-    sets = conformal_sets(given, conformal_quantile(warm, dev_labels))
+    dev_answers = answer_logits(dev / temperatures, dev_exits)
+    test_answers = answer_logits(test / temperatures, test_exits)
+    sets = conformal_sets(test_answers, conformal_quantile(dev_answers, dev_labels))
     return {
-        "ece_raw": 100 * calibration_error(answers(test, test_exits), test_labels),
-        "ece": 100 * calibration_error(given, test_labels),
+        "ece_raw": 100 * calibration_error(answer_logits(test, test_exits), test_labels),
+        "ece": 100 * calibration_error(test_answers, test_labels),
         "set_size": float(sets.sum(1).mean()),
         "coverage": 100 * float(sets[np.arange(len(test_labels)), test_labels].mean()),
     }

@@ -1,4 +1,4 @@
-"""The checkpoint: a folder of safetensors, JSON and a tokenizer; nothing in it is ever unpickled."""
+"""The checkpoint: a folder of safetensors, JSON and a tokenizer; nothing in it is unpickled."""
 
 from __future__ import annotations
 
@@ -25,20 +25,18 @@ WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "training.json",
     "tokenizer.json",
 )
-
-
 EXITS = "exits.safetensors"  # beside a language model as transformers saves it
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint folder that is missing, incomplete or contradicts itself; the message names the file
-    and the cure.
+    """A checkpoint folder that is missing, incomplete or contradicts itself; the message names the file and
+    the cure.
     """
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How text becomes token ids for this network: put before every text, padded with, cut to (tokens)."""
+    """How this network's input text is prepared: prefix, padding id, longest input in tokens."""
 
     prefix: str
     pad_id: int
@@ -50,8 +48,8 @@ class Checkpoint:
     """A trained network with everything needed to use it.
 
     input: how text becomes token ids, or images become pixels.
-    tokenizer: the tokenizer.json that belongs to it; None where the network reads images.
-    training: what training.json holds: recipe, settings, data name, seeds, versions, dev measurements,
+    tokenizer: path of its tokenizer.json; None where the network reads images.
+    training: the content of training.json: recipe, settings, data name, seeds, versions, dev measurements,
     operating points.
     """
 
@@ -62,37 +60,43 @@ class Checkpoint:
 
     @property
     def text(self) -> TextFacts:
-        """The facts of a network that reads text; raises BadCheckpoint for one that reads images."""
+        """The input of a network that reads text; raises BadCheckpoint for one that reads images."""
         if not isinstance(self.input, TextFacts):
             raise BadCheckpoint("this checkpoint reads images, and text is needed here")
         return self.input
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the folder whole or not at all: beside it first, then renamed. Replaces a checkpoint that
-    stands there.
+    """Write the folder completely or not at all: a sibling folder first, then renamed.
+
+    Replaces a checkpoint at the same place.
     """
-    beside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_checkpoint(checkpoint, temporary)
+    replace_folder(temporary, folder)
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint's files into an empty folder."""
     network = checkpoint.network
-    # Cloned: policies share what reads their statistics, and safetensors refuses tensors that share memory.
+    # Cloned: policies share a perceptron, and safetensors refuses tensors that share memory.
     state = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()
     }
-    save_file(state, beside / WEIGHTS)
-    reads = "text" if isinstance(checkpoint.input, TextFacts) else "image"
-    facts = {
+    save_file(state, folder / WEIGHTS)
+    input_key = "text" if isinstance(checkpoint.input, TextFacts) else "image"
+    description = {
         "format": 1,
         "backbone": network.config.to_dict(),
         "network": dataclasses.asdict(network.spec),
-        reads: dataclasses.asdict(checkpoint.input),
+        input_key: dataclasses.asdict(checkpoint.input),
     }
-    write_json(beside / NETWORK, facts)
-    write_json(beside / TRAINING, checkpoint.training)
+    write_json(folder / NETWORK, description)
+    write_json(folder / TRAINING, checkpoint.training)
     if checkpoint.tokenizer is not None:
-        shutil.copyfile(checkpoint.tokenizer, beside / TOKENIZER)
-    replace_folder(beside, folder)
+        shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -101,14 +105,17 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise BadCheckpoint(f"{folder}: no such folder; train one with: ee-train --out {folder}")
     for name in (WEIGHTS, NETWORK, TRAINING):
-        _must_be_there(folder / name)
-    facts = read_json(folder / NETWORK)
+        _require_file(folder / name)
+    description = read_json(folder / NETWORK)
     try:
-        spec = dict(facts["network"])
-        spec = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
-        backbone_facts = dict(facts["backbone"])
-        config = AutoConfig.for_model(backbone_facts.pop("model_type"), **backbone_facts)
-        reads = _image(facts["image"]) if "image" in facts else TextFacts(**facts["text"])
+        spec = _with_tuples(description["network"])
+        backbone = dict(description["backbone"])
+        config = AutoConfig.for_model(backbone.pop("model_type"), **backbone)
+        network_input: TextFacts | ImageInput
+        if "image" in description:
+            network_input = ImageInput(**_with_tuples(description["image"]))
+        else:
+            network_input = TextFacts(**description["text"])
         network = EarlyExitNetwork(AutoModel.from_config(config), NetworkSpec(**spec))
     except (KeyError, TypeError) as problem:
         raise BadCheckpoint(f"{folder / NETWORK}: field missing or unknown: {problem}") from problem
@@ -117,57 +124,58 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     except (SafetensorError, RuntimeError) as problem:
         raise BadCheckpoint(f"{folder / WEIGHTS} does not fit {NETWORK}: {problem}") from problem
     network.eval()
-    tokenizer = None if "image" in facts else _must_be_there(folder / TOKENIZER)
-    return Checkpoint(network, reads, tokenizer, read_json(folder / TRAINING))
+    tokenizer = None if "image" in description else _require_file(folder / TOKENIZER)
+    return Checkpoint(network, network_input, tokenizer, read_json(folder / TRAINING))
 
 
 def save_exits(network: DecoderNetwork, folder: Path) -> None:
-    """Write what a language model learned beyond itself, if anything: translators, policies, controllers."""
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith("model.")}
-    if own:
-        save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / EXITS)
+    """Write the trained translators, policies and controllers of a language model, if it has any."""
+    added = {name: value for name, value in network.state_dict().items() if not name.startswith("model.")}
+    if added:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in added.items()}
+        save_file(tensors, folder / EXITS)
 
 
 def load_exits(network: DecoderNetwork, folder: str | Path) -> None:
-    """Give a language model the translators, policies and controllers of its folder, if any; raises
-    BadCheckpoint where they do not fit.
+    """Add the translators, policies and controllers of a language model's folder to it, if there are any.
+
+    Raises BadCheckpoint where they do not fit.
     """
     if not (file := Path(folder) / EXITS).is_file():
         return
     try:
-        own = load_file(file)
-        named = [name.split(".") for name in own]
-        if beyond := [int(block) for _, block, *_ in named if int(block) > network.block_count]:
+        tensors = load_file(file)
+        names = [name.split(".") for name in tensors]
+        if beyond := [int(block) for _, block, *_ in names if int(block) > network.block_count]:
             raise ValueError(f"it is for block {beyond[0]}, the model has {network.block_count}")
-        blocks = sorted({int(block) for part, block, *_ in named if part in ("exits", "policies")})
-        network.add_exits(blocks, policies=any(part == "policies" for part, *_ in named))
-        if any(part == "controllers" for part, *_ in named):
-            network.controllers = load_controllers(own, network.block_count, network.hidden_size)
-        found = network.load_state_dict(own, strict=False)
-        missing = [name for name in found.missing_keys if not name.startswith("model.")]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"{[*missing, *found.unexpected_keys][0]} is missing or unknown")
+        blocks = sorted({int(block) for part, block, *_ in names if part in ("exits", "policies")})
+        network.add_exits(blocks, policies=any(part == "policies" for part, *_ in names))
+        if any(part == "controllers" for part, *_ in names):
+            network.controllers = load_controllers(tensors, network.block_count, network.hidden_size)
+        mismatch = network.load_state_dict(tensors, strict=False)
+        missing = [name for name in mismatch.missing_keys if not name.startswith("model.")]
+        if missing or mismatch.unexpected_keys:
+            raise ValueError(f"{[*missing, *mismatch.unexpected_keys][0]} is missing or unknown")
     except (SafetensorError, RuntimeError, ValueError, IndexError) as problem:
         raise BadCheckpoint(f"{file} does not fit the model beside it: {problem}") from problem
 
 
-def _image(facts: dict[str, Any]) -> ImageInput:
-    # JSON has no tuples.
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
-    return ImageInput(**values)
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with tuples for lists: JSON has no tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _must_be_there(file: Path) -> Path:
+def _require_file(file: Path) -> Path:
     if not file.is_file():
         raise BadCheckpoint(f"{file} is missing: not a complete checkpoint; train it again with ee-train")
     return file
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the target, then rename, so that no reader meets half a file."""
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    """Write JSON to a sibling file, then rename, so that no reader gets half a file."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,10 +190,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put `new` where `folder` stands; the old one is removed only once the new one is in its place."""
-    old = folder.with_name(
-        f".{folder.name}.replaced-by-ee-train"
-    )  # hidden and ours: nobody's backup has this name
+    """Rename `new` to `folder`; an old folder of that name is removed only after the new one is in place."""
+    # Hidden and with our own suffix: no backup of a user has this name.
+    old = folder.with_name(f".{folder.name}.replaced-by-ee-train")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

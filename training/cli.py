@@ -1,4 +1,4 @@
-"""ee-train and ee-eval: the training room's two commands."""
+"""ee-train and ee-eval: the two commands of training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import click
 
 from offramp.training.recipes import RECIPES
 
+# The modules of the extra `train`; a missing one is named before an import fails deep inside.
 NEEDED = ("torch", "transformers", "datasets", "accelerate", "optimum", "safetensors", "rich", "matplotlib")
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
-class UserError(click.ClickException):
-    """One line on stderr, exit code 2: what the user gave cannot be used."""
+class TrainCliError(click.ClickException):
+    """One line on stderr and exit code 2: the options or the data cannot be used."""
 
     exit_code = 2
 
@@ -27,12 +29,12 @@ class UserError(click.ClickException):
     "--model",
     help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, ViT, DeiT, DINOv2); for "
     "recipes layerskip, consistentee_lm and layer_selection a causal language model (Llama, Mistral, Qwen2, "
-    "Qwen3, GPT-2), as it is or as one of them left it.",
+    "Qwen3, GPT-2), pretrained or the result of one of these recipes.",
 )
 @click.option(
     "--init",
     "init",
-    help="Go on from a trained checkpoint folder instead of --model; the joint warm start is then skipped.",
+    help="Continue from a trained checkpoint folder instead of --model; the joint warm start is skipped.",
 )
 @click.option(
     "--data",
@@ -58,18 +60,21 @@ class UserError(click.ClickException):
 )
 @click.option("--prefix", default="", help='Put before every text, such as "query: " for E5 models.')
 @click.option(
-    "--max-length", default=128, type=click.IntRange(min=4), help="Longest input in tokens; more is cut."
+    "--max-length",
+    default=128,
+    type=click.IntRange(min=4),
+    help="Longest input in tokens; longer is cut.",
 )
 @click.option("--seed", default=0, help="Seed of everything random.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
-    help="auto: bf16 where the hardware has it.",
+    help="auto: bf16 where the hardware supports it.",
 )
 @click.option(
     "--set",
-    "wishes",
+    "settings",
     multiple=True,
     metavar="NAME=VALUE",
     help="A setting of the recipe, such as alpha=0.03; repeat for more.",
@@ -77,55 +82,55 @@ class UserError(click.ClickException):
 @click.option(
     "--image-size",
     type=click.IntRange(min=1),
-    help="Side of the images that the network reads, a multiple of its patches; positions are interpolated "
-    "to it once.  [default: the model's]",
+    help="Side of the images that the network reads, a multiple of its patches; position embeddings are "
+    "interpolated to it.  [default: the model's]",
 )
 @click.option(
-    "--whole-image",
+    "--no-crop",
     is_flag=True,
-    help="Resize the whole image to that size instead of cutting its centre out as the model's preprocessor "
-    "says.",
+    help="Resize the whole image to that size instead of cropping the centre as the model's preprocessor "
+    "does.",
 )
 @click.option(
     "--augment",
     default="none",
-    help="What is done to training images: none, or some of flip (left to right), crop (moved by an eighth).",
+    help="Augmentation of training images: none, or some of flip (left to right), crop (moved by an eighth).",
 )
-@click.option("--save-every", default=120.0, help="Seconds between states to resume from.")
+@click.option("--save-every", default=120.0, help="Seconds between saved states.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in --out.")
 @click.option("--text-column", default="text", help="Column of the text.")
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
 @click.option("--label-column", default="label", help="Column of the label.")
 @click.option("--image-column", default="image", help="Column of the image, where there is no text.")
-def train(**wish: Any) -> None:
+def train(overwrite: bool, out: Path, **options: Any) -> None:
     """Train a network with exits and write a checkpoint folder.
 
-    Killed and started again with the same command, it goes on where it was. Settings of the recipes: see
-    --set with a wrong name, which lists them.
+    Killed and started again with the same command, it resumes. Settings of the recipes: --set with a wrong
+    name lists them.
     """
-    _need_extra()
-    from offramp.training.session import TrainingWish, train_wish
+    _require_extra()
+    from offramp.training.options import TrainConfig
+    from offramp.training.train import train as run_training
 
-    out: Path = wish["out"]
-    if (out / "training.json").is_file() and not wish["overwrite"]:
-        raise UserError(f"{out} holds a finished checkpoint; choose another --out, or say --overwrite")
+    if (out / "training.json").is_file() and not overwrite:
+        raise TrainCliError(f"{out} holds a finished checkpoint; choose another --out, or say --overwrite")
     if out.exists() and not (out / "training.json").is_file() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not a checkpoint; choose another --out")
-    del wish["overwrite"]  # the old checkpoint stands until the new one is whole
+        raise TrainCliError(f"{out} exists and is not a checkpoint; choose another --out")
+    # With --overwrite the old checkpoint stays until the new one is complete.
     with _plain_errors():
-        told = train_wish(TrainingWish(**wish))
-    click.echo(json.dumps({"checkpoint": str(out), **told.get("dev", {})}))
+        training = run_training(TrainConfig(out=out, **options))
+    click.echo(json.dumps({"checkpoint": str(out), **training.get("dev", {})}))
 
 
 @click.command(context_settings=HELP)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="As in ee-train.")
-@click.option("--split", default="test", help="Split that is measured.")
-@click.option("--points-from", default="dev", help="Split on which operating points are chosen.")
+@click.option("--split", default="test", help="Split on which the checkpoint is evaluated.")
+@click.option("--calibration-split", default="dev", help="Split on which operating points are chosen.")
 @click.option(
-    "--within",
+    "--max-accuracy-drop",
     default=1.0,
-    help="Accuracy points that an operating point may lose against full depth, on --points-from.",
+    help="Accuracy points that an operating point may lose against full depth, on --calibration-split.",
 )
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the figures."
@@ -140,52 +145,45 @@ def train(**wish: Any) -> None:
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
 @click.option("--label-column", default="label", help="Column of the label.")
 @click.option("--image-column", default="image", help="Column of the image, where there is no text.")
-def evaluate(**wish: Any) -> None:
-    """Measure a checkpoint: each exit, the learned policy against the standard rules, controls and oracle.
+def evaluate(**options: Any) -> None:
+    """Evaluate a checkpoint: each exit, the learned policy against the standard rules, controls and oracle.
 
     The table goes to stdout; without --json and --picture the files eval.json and eval.png are written into
     the current folder.
     """
-    _need_extra()
-    from offramp.training.report import evaluate_checkpoint
+    _require_extra()
+    from offramp.training.report import EvaluationConfig, evaluate_checkpoint
 
     with _plain_errors():
-        evaluate_checkpoint(**wish)
+        evaluate_checkpoint(EvaluationConfig(**options))
 
 
-def _need_extra() -> None:
-    """Say what to install before an import fails somewhere deep."""
-    needed = (
-        "torch",
-        "transformers",
-        "datasets",
-        "accelerate",
-        "optimum",
-        "safetensors",
-        "rich",
-        "matplotlib",
-    )
-    missing = [name for name in needed if find_spec(name) is None]
+def _require_extra() -> None:
+    """Name the command that installs a missing module of the extra."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[train]' first")
+        raise TrainCliError(f"{missing[0]} is not installed: run pip install 'offramp[train]' first")
 
 
 class _plain_errors:
-    """Turn the errors that a user can cure into one line and exit code 2; Ctrl-C into 130; anything else
-    is a bug and keeps its trace.
+    """Turns errors that a user can fix into one line and exit code 2, and Ctrl-C into exit code 130.
+
+    Any other error is a bug and keeps its traceback.
     """
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, problem: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        from offramp.runtime.errors import BadSetting
         from offramp.training.checkpoint import BadCheckpoint
         from offramp.training.data import BadData
-        from offramp.training.prepare import BadModel
-        from offramp.training.settings import BadSetting
+        from offramp.training.options import BadModel
 
         if isinstance(problem, KeyboardInterrupt):
             click.echo("interrupted; the same command goes on from the last saved state", err=True)
             sys.exit(130)
         if isinstance(problem, (BadCheckpoint, BadData, BadModel, BadSetting)):
-            raise UserError(str(problem)) from None
+            raise TrainCliError(str(problem)) from None

@@ -1,4 +1,4 @@
-"""Run a network over rows once, in evaluation mode, and keep what every exit said."""
+"""Outputs of every exit on every row, and the tables, costs and operating points computed from them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from offramp.models.macs import exit_macs, segment_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork
+from offramp.runtime.rules import RuleSpec
+from offramp.runtime.rules.sweep import ExitMacs, ExitTable, Point, choose_points, full_depth
 from offramp.training.batches import Encoded, sorted_batches
+from offramp.training.loop import Run
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Row by row: logits [rows, exits, classes], pooled [rows, exits, hidden], gates [rows, exits - 1] or
-    None, labels and tokens [rows].
+    """Outputs by row: logits [rows, exits, classes], pooled [rows, exits, hidden], gate_logits [rows, exits -
+    1] or None; and labels and lengths in tokens [rows].
     """
 
     logits: torch.Tensor
     pooled: torch.Tensor
-    gates: torch.Tensor | None
+    gate_logits: torch.Tensor | None
     labels: torch.Tensor
     lengths: np.ndarray
 
@@ -33,28 +37,99 @@ def collect(
     rows: Encoded,
     *,
     batch_size: int = 64,
-    device: Any = "cpu",
-    what: str = "reading",
+    device: torch.device | str = "cpu",
+    description: str = "reading",
 ) -> Collected:
-    """Every exit on every row, in the order of the rows, fp32, no dropout, no augmentation."""
-    training = network.training
+    """Run every exit on every row, in evaluation mode, fp32, without augmentation; the order of rows is kept.
+
+    description: of the progress bar.
+    """
+    was_training = network.training
     network.eval()
     rows = rows.plain
-    order, parts = [], []
+    order, logits, pooled, gate_logits = [], [], [], []
     batches = list(sorted_batches(rows.lengths, batch_size))
-    for index in tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0):
+    for index in tqdm(batches, desc=description, unit="batch", file=sys.stderr, mininterval=1.0):
         inputs, _ = rows.batch(index, device)
-        out = network(inputs)
-        parts.append(
-            (
-                out.logits.float().cpu(),
-                out.pooled.float().cpu(),
-                None if out.gate_logits is None else out.gate_logits.float().cpu(),
-            )
-        )
+        outputs = network(inputs)
+        logits.append(outputs.logits.float().cpu())
+        pooled.append(outputs.pooled.float().cpu())
+        if outputs.gate_logits is not None:
+            gate_logits.append(outputs.gate_logits.float().cpu())
         order.append(index)
-    network.train(training)
-    back = torch.from_numpy(np.argsort(np.concatenate(order)))
-    logits, pooled = torch.cat([p[0] for p in parts])[back], torch.cat([p[1] for p in parts])[back]
-    gates = torch.cat([p[2] for p in parts if p[2] is not None])[back] if parts[0][2] is not None else None
-    return Collected(logits, pooled, gates, torch.from_numpy(rows.label), rows.lengths)
+    network.train(was_training)
+    original = torch.from_numpy(np.argsort(np.concatenate(order)))
+    return Collected(
+        torch.cat(logits)[original],
+        torch.cat(pooled)[original],
+        torch.cat(gate_logits)[original] if gate_logits else None,
+        torch.from_numpy(rows.label),
+        rows.lengths,
+    )
+
+
+def table_of(collected: Collected) -> ExitTable:
+    """Collected tensors as the rules read them; the gate of the last exit is 1."""
+    gates = None
+    if collected.gate_logits is not None:
+        early_gates = collected.gate_logits.sigmoid().numpy()
+        gates = np.concatenate([early_gates, np.ones_like(early_gates[:, :1])], axis=1)
+    return ExitTable(collected.logits.numpy(), gates, collected.labels.numpy())
+
+
+def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> ExitMacs:
+    """Multiply-accumulates to every exit for rows of these lengths [rows] in tokens."""
+    tokens = lengths.astype(np.float64)
+    segments = segment_macs(network)
+    each = np.stack([macs.token * tokens + macs.pair * tokens**2 + macs.row for macs in segments], 1)
+    stem = stem_macs(network)
+    to_exit = (stem.token * tokens + stem.row)[:, None] + each.cumsum(1)  # [rows, exits]
+    early_exits = [exit_macs(network, index) for index in range(len(segments) - 1)]
+    early = np.sum([macs.token * tokens + macs.row for macs in early_exits], axis=0)  # [rows]
+    return ExitMacs(to_exit, to_exit[:, -1] - early, np.array(network.spec.exits))
+
+
+def random_control(exits: np.ndarray, table: ExitTable) -> float:
+    """Expected accuracy in percent of exiting at random with the histogram of `exits` [rows], computed
+    exactly.
+    """
+    shares = np.bincount(exits, minlength=table.logits.shape[1]) / len(exits)
+    return 100 * float(shares @ table.right.mean(0))
+
+
+def oracle(table: ExitTable, costs: ExitMacs) -> Point:
+    """Exit at the first exit that is right, or at the last where none is: the bound for any rule."""
+    right = table.right
+    exits = np.where(right.any(1), right.argmax(1), right.shape[1] - 1)
+    return costs.point(RuleSpec("oracle", {}), exits, table)
+
+
+def operating_points(run: Run[EarlyExitNetwork], dev: Encoded, rule: str) -> dict[str, Any]:
+    """Content of training.json: figures of the network on dev and the points that choose_points gives.
+
+    rule: the exit rule of the recipe, a name in offramp.runtime.rules.sweep.SWEPT.
+    """
+    collected = collect(run.network, dev, device=run.accelerator.device, description="dev")
+    table, costs = table_of(collected), costs_of(run.network, collected.lengths)
+    points = choose_points(rule, table, costs)
+    return {
+        "rule": rule,
+        "dev": {
+            "exit_accuracy": [round(100 * float(accuracy), 2) for accuracy in table.right.mean(0)],
+            "full_depth": full_depth(table, costs).accuracy,
+            "rows": len(collected.labels),
+        },
+        "operating_points": [_point_as_json(name, point) for name, point in points.items()],
+    }
+
+
+def _point_as_json(name: str, point: Point) -> dict[str, Any]:
+    parameters = {key: float(value) for key, value in point.rule.parameters.items()}
+    return {
+        "name": name,
+        "rule": {"name": point.rule.name, "parameters": parameters},
+        "variant": "fp32",
+        "data": "",
+        "split": "dev",
+        "measured": point.figures(),
+    }

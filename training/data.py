@@ -4,24 +4,73 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import numpy as np
 
-from offramp.training.rows import BadData, Columns, Pictures, Rows
-
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+NO_LABEL = -1  # in public test sets
+
+# A data set's tables by split, and the name of each in messages.
+Tables = tuple[dict[str, Any], dict[str, str]]
+
+
+class BadData(ValueError):
+    """Data that cannot be used; the message names the file, the row and the cure."""
 
 
 @dataclass(frozen=True)
-class TextData:
-    """Splits by the names train, dev, test (those that there are), and the names of the labels; text or
-    images.
+class Columns:
+    """Names of the columns that are read; text_b is optional, image is read where there is no text."""
+
+    text: str = "text"
+    text_b: str = "text_b"
+    label: str = "label"
+    image: str = "image"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images as the bytes or the paths of their files; places: file and row of each, for messages."""
+
+    files: list[bytes | Path]
+    places: list[str]
+
+    def take(self, index: np.ndarray) -> ImageFiles:
+        """The images at `index`, in that order."""
+        return ImageFiles([self.files[i] for i in index], [self.places[i] for i in index])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as plain lists; label is an index into the labels of the data.
+
+    images: instead of texts, which then are empty lists; not decoded yet.
     """
+
+    text: list[str]
+    text_b: list[str] | None
+    label: np.ndarray  # [rows] int64
+    images: ImageFiles | None = field(default=None)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, index: np.ndarray) -> Rows:
+        """The rows at `index`, in that order."""
+        if self.images is not None:
+            return Rows([], None, self.label[index], self.images.take(index))
+        text_b = None if self.text_b is None else [self.text_b[i] for i in index]
+        return Rows([self.text[i] for i in index], text_b, self.label[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Splits of text or images by name (those of train, dev and test that exist), and the label names."""
 
     name: str
     labels: tuple[str, ...]
@@ -33,69 +82,70 @@ class TextData:
         return any(rows.images is not None for rows in self.splits.values())
 
     def split(self, name: str) -> Rows:
-        """A split by name; raises BadData listing those that there are."""
+        """A split by name; raises BadData that lists the existing ones."""
         if name not in self.splits:
             raise BadData(f"{self.name} has no split {name!r}; it has: {', '.join(self.splits)}")
         return self.splits[name]
 
 
 def load_data(
-    source: str, columns: Columns | None = None, *, dev_share: float = 0.1, say: Any = None
-) -> TextData:
+    source: str, columns: Columns | None = None, *, dev_share: float = 0.1, messages: TextIO | None = None
+) -> Dataset:
     """Read a data set: a file (JSON lines, CSV, parquet), a folder of split files or of images, or a hub name
     ("name" or "name:configuration").
 
     Rows are images where there is no text column but an image column: the struct of bytes and path that
-    `datasets` writes, or paths, seen from the file's folder. A folder of images holds one folder a label, or
-    train, dev and test that do. Images are decoded later.
+    `datasets` writes, or paths relative to the file's folder. A folder of images holds one folder for each
+    label, or folders train, dev and test that do. Images are decoded later.
 
     Labels may be integers from 0 or strings. Without a dev split, `dev_share` of train is set aside with a
-    fixed seed, and that is told on stderr. Raises BadData naming file and row.
+    fixed seed, and a line in `messages` (None: stderr) reports it. Raises BadData naming file and row.
     """
     columns = columns or Columns()
-    raw, names = _read(Path(source), source, columns)
-    labels = _label_names(raw, names, columns)
+    tables, names = _read(Path(source), source, columns)
+    labels = _label_names(tables, names, columns)
     splits: dict[str, Rows] = {}
-    for split, table in raw.items():
+    for split, table in tables.items():
         rows = _check_rows(table, names[split], columns, labels)
         if rows is not None:
             splits[split] = rows
     if "train" in splits and "dev" not in splits:
         order = np.random.default_rng(0).permutation(len(splits["train"]))
-        cut = max(1, round(dev_share * len(order)))
+        count = max(1, round(dev_share * len(order)))
         train = splits.pop("train")
         splits = {
-            "train": train.take(np.sort(order[cut:])),
-            "dev": train.take(np.sort(order[:cut])),
+            "train": train.take(np.sort(order[count:])),
+            "dev": train.take(np.sort(order[:count])),
             **splits,
         }
         print(
-            f"{source}: no dev split; set {cut} of {len(order)} train rows aside (seed 0)",
-            file=say or sys.stderr,
+            f"{source}: no dev split; set {count} of {len(order)} train rows aside (seed 0)",
+            file=messages or sys.stderr,
         )
-    return TextData(source, labels, splits)
+    return Dataset(source, labels, splits)
 
 
 def read_splits(source: str) -> dict[str, tuple[Any, str]]:
-    """Tables of a data set of whatever columns, by the names of their splits; and what to call each in
-    messages. Raises BadData naming the file.
+    """By split, the table of a data set with any columns and its name for messages.
+
+    Raises BadData naming the file.
     """
-    raw, names = _read(Path(source), source, Columns())
-    return {split: (table, names[split]) for split, table in raw.items()}
+    tables, names = _read(Path(source), source, Columns())
+    return {split: (table, names[split]) for split, table in tables.items()}
 
 
-def _read(path: Path, source: str, columns: Columns) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: Path, source: str, columns: Columns) -> Tables:
     datasets.disable_progress_bars()
     if path.is_file():
         return _read_files({"train": path})
     if path.is_dir():
         files = _split_files(path)
-        return _read_files(files) if files else _read_folders(path, columns)
+        return _read_files(files) if files else _read_class_folders(path, columns)
     return _read_hub(source)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
-    found = {}
+    split_files = {}
     for split, aliases in SPLIT_NAMES.items():
         files = [
             folder / (alias + suffix)
@@ -106,36 +156,36 @@ def _split_files(folder: Path) -> dict[str, Path]:
         if len(files) > 1:
             raise BadData(f"{folder}: {files[0].name} and {files[1].name} are both a {split} split; keep one")
         if files:
-            found[split] = files[0]
-    return found
+            split_files[split] = files[0]
+    return split_files
 
 
-def _read_folders(folder: Path, columns: Columns) -> tuple[dict[str, Any], dict[str, str]]:
-    """Class folders, in train, dev and test or without; paths are absolute."""
-    places = {
+def _read_class_folders(folder: Path, columns: Columns) -> Tables:
+    """Folders named by class, inside train, dev and test or directly in `folder`; paths are absolute."""
+    split_folders = {
         split: folder / alias
         for split, aliases in SPLIT_NAMES.items()
         for alias in aliases
         if (folder / alias).is_dir()
     }
-    raw, names = {}, {}
-    for split, place in (places or {"train": folder}).items():
-        classes = sorted(entry for entry in place.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    tables, names = {}, {}
+    for split, split_folder in (split_folders or {"train": folder}).items():
+        classes = sorted(entry for entry in split_folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
         files = [
             file.absolute() for entry in classes for file in sorted(entry.iterdir()) if file.name[0] != "."
         ]
         if not files:
             raise BadData(
-                f"{place}: neither a train/dev/test file ({', '.join(BUILDERS)}) nor a folder of images for "
-                "each label"
+                f"{split_folder}: neither a train/dev/test file ({', '.join(BUILDERS)}) nor a folder of "
+                "images for each label"
             )
-        found = {columns.image: [str(file) for file in files], columns.label: [f.parent.name for f in files]}
-        raw[split], names[split] = datasets.Dataset.from_dict(found), str(place)
-    return raw, names
+        values = {columns.image: [str(file) for file in files], columns.label: [f.parent.name for f in files]}
+        tables[split], names[split] = datasets.Dataset.from_dict(values), str(split_folder)
+    return tables, names
 
 
-def _read_files(files: dict[str, Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    raw, names = {}, {}
+def _read_files(files: dict[str, Path]) -> Tables:
+    tables, names = {}, {}
     for split, file in files.items():
         builder = BUILDERS.get(file.suffix)
         if builder is None:
@@ -144,16 +194,17 @@ def _read_files(files: dict[str, Path]) -> tuple[dict[str, Any], dict[str, str]]
             raise BadData(f"{file}: the file is empty; it needs rows with a text and a label")
         extra = {"sep": "\t"} if file.suffix == ".tsv" else {}
         try:
-            raw[split] = datasets.load_dataset(builder, data_files=str(file), split="train", **extra)
-        except Exception as problem:  # datasets wraps whatever its readers raise
-            raise BadData(f"{file}{_bad_json_line(file)}: cannot be read: {_root(problem)}") from problem
+            tables[split] = datasets.load_dataset(builder, data_files=str(file), split="train", **extra)
+        except Exception as problem:  # datasets wraps any error of its readers
+            reason = f"cannot be read: {_root_cause(problem)}"
+            raise BadData(f"{file}{_bad_json_line(file)}: {reason}") from problem
         names[split] = str(file)
-    return raw, names
+    return tables, names
 
 
 def _bad_json_line(file: Path) -> str:
-    """ ", row N" of the first line that is not JSON, where the file is JSON lines: the reader itself does
-    not say.
+    """ ", row N" of the first line that is not JSON, where the file is JSON lines: the reader's own error
+    lacks it.
     """
     if BUILDERS[file.suffix] != "json":
         return ""
@@ -166,34 +217,37 @@ def _bad_json_line(file: Path) -> str:
     return ""
 
 
-def _root(problem: BaseException) -> str:
+def _root_cause(problem: BaseException) -> str:
     while problem.__cause__ is not None:
         problem = problem.__cause__
     return f"{type(problem).__name__}: {problem}".splitlines()[0]
 
 
-def _read_hub(source: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_hub(source: str) -> Tables:
     name, _, configuration = source.partition(":")
     try:
-        found = datasets.load_dataset(name, configuration or None)
+        hub_splits = datasets.load_dataset(name, configuration or None)
     except Exception as problem:
         raise BadData(
-            f"{source}: neither a file nor a folder here, and the hub did not give it: {_root(problem)}"
+            f"{source}: neither a file nor a folder here, and the hub did not give it: {_root_cause(problem)}"
         ) from problem
-    raw = {
-        split: found[alias] for split, aliases in SPLIT_NAMES.items() for alias in aliases if alias in found
+    tables = {
+        split: hub_splits[alias]
+        for split, aliases in SPLIT_NAMES.items()
+        for alias in aliases
+        if alias in hub_splits
     }
-    return raw, {split: f"{source}[{split}]" for split in raw}
+    return tables, {split: f"{source}[{split}]" for split in tables}
 
 
-def _label_names(raw: dict[str, Any], names: dict[str, str], columns: Columns) -> tuple[str, ...]:
-    split = "train" if "train" in raw else next(iter(raw))
-    table = raw[split]
-    for column in (_kind(table, columns), columns.label):
+def _label_names(tables: dict[str, Any], names: dict[str, str], columns: Columns) -> tuple[str, ...]:
+    split = "train" if "train" in tables else next(iter(tables))
+    table = tables[split]
+    for column in (_input_column(table, columns), columns.label):
         if column not in table.column_names:
-            have = ", ".join(table.column_names)
+            existing = ", ".join(table.column_names)
             raise BadData(
-                f"{names[split]}: no column {column!r}; it has: {have}; "
+                f"{names[split]}: no column {column!r}; it has: {existing}; "
                 "name yours with --text-column, --image-column, --label-column"
             )
     feature = table.features[columns.label]
@@ -201,7 +255,7 @@ def _label_names(raw: dict[str, Any], names: dict[str, str], columns: Columns) -
         return tuple(feature.names)
     values = [
         value
-        for other in raw.values()
+        for other in tables.values()
         if columns.label in other.column_names
         for value in other[columns.label]
     ]
@@ -210,39 +264,39 @@ def _label_names(raw: dict[str, Any], names: dict[str, str], columns: Columns) -
     integers = sorted({value for value in values if isinstance(value, int) and value >= 0})
     if integers != list(range(len(integers))):
         raise BadData(f"{names[split]}: integer labels must run from 0 without a gap, found {integers[:10]}")
-    spoken = {}
+    label_texts = {}
     if "label_text" in table.column_names:
-        spoken = dict(zip(table[columns.label], table["label_text"], strict=True))
-    return tuple(str(spoken.get(value, value)) for value in integers)
+        label_texts = dict(zip(table[columns.label], table["label_text"], strict=True))
+    return tuple(str(label_texts.get(value, value)) for value in integers)
 
 
 def _check_rows(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
-    """Rows of one split, or None for a split without labels (-1, as in public test sets)."""
-    if columns.label not in table.column_names or _kind(table, columns) not in table.column_names:
+    """Rows of one split, or None for a split without labels."""
+    if columns.label not in table.column_names or _input_column(table, columns) not in table.column_names:
         raise BadData(f"{name}: it has not the columns of the other splits, but {table.column_names}")
-    if _kind(table, columns) == columns.image:
+    if _input_column(table, columns) == columns.image:
         return _check_images(table, name, columns, labels)
     text, label = table[columns.text], table[columns.label]
     text_b = table[columns.text_b] if columns.text_b in table.column_names else None
     if len(text) == 0:
         raise BadData(f"{name}: no rows")
-    if all(value == -1 for value in label):
+    if all(value == NO_LABEL for value in label):
         return None
-    for row, words in enumerate(text, 1):
-        if not isinstance(words, str) or not words.strip():
+    for row, value in enumerate(text, 1):
+        if not isinstance(value, str) or not value.strip():
             raise BadData(
-                f"{name}, row {row}: column {columns.text!r} must be a non-empty text, found {words!r}"
+                f"{name}, row {row}: column {columns.text!r} must be a non-empty text, found {value!r}"
             )
         if text_b is not None and not isinstance(text_b[row - 1], str):
             raise BadData(
                 f"{name}, row {row}: column {columns.text_b!r} must be a text, found {text_b[row - 1]!r}"
             )
-    numbers = _numbers(label, name, labels)
+    numbers = _label_numbers(label, name, labels)
     return Rows(list(text), None if text_b is None else list(text_b), numbers)
 
 
-def _numbers(values: Any, name: str, labels: tuple[str, ...]) -> np.ndarray:
-    """Numbers of the labels [rows], given by number or by name."""
+def _label_numbers(values: Any, name: str, labels: tuple[str, ...]) -> np.ndarray:
+    """Label numbers [rows] from numbers or names."""
     indices = {value: i for i, value in enumerate(labels)}
     numbers = np.zeros(len(values), np.int64)
     for row, value in enumerate(values, 1):
@@ -253,8 +307,8 @@ def _numbers(values: Any, name: str, labels: tuple[str, ...]) -> np.ndarray:
     return numbers
 
 
-def _kind(table: Any, columns: Columns) -> str:
-    """The column that is read: the text's or, where only that is there, the image's."""
+def _input_column(table: Any, columns: Columns) -> str:
+    """The column that is read: that of the text or, where only the image's exists, that of the image."""
     images = columns.text not in table.column_names and columns.image in table.column_names
     return columns.image if images else columns.text
 
@@ -264,21 +318,18 @@ def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ..
     label = table[columns.label]
     if len(label) == 0:
         raise BadData(f"{name}: no rows")
-    if all(value == -1 for value in label):
+    if all(value == NO_LABEL for value in label):
         return None
     if isinstance(table.features[columns.image], datasets.Image):
         table = table.cast_column(columns.image, datasets.Image(decode=False))
     files: list[bytes | Path] = []
     places = [f"{name}, row {row}" for row in range(1, len(label) + 1)]
     for place, value in zip(places, table[columns.image], strict=True):
-        found = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-        if not isinstance(found, (bytes, str)) or not found:
+        image = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+        if not isinstance(image, (bytes, str)) or not image:
             raise BadData(
                 f"{place}: column {columns.image!r} must hold the bytes or the path of an image, "
                 f"found {value!r:.60}"
             )
-        files.append(found if isinstance(found, bytes) else Path(name).parent / found)
-    return Rows([], None, _numbers(label, name, labels), Pictures(files, places))
-
-
-__all__ = ["BadData", "Columns", "Rows", "TextData", "load_data", "read_splits"]
+        files.append(image if isinstance(image, bytes) else Path(name).parent / image)
+    return Rows([], None, _label_numbers(label, name, labels), ImageFiles(files, places))

@@ -1,9 +1,9 @@
-"""Forecasters: what rule quee believes of the paths ahead, fitted on held-out rows.
+"""Forecasters: estimates, fitted on held-out rows, of the errors of the paths ahead, for rule quee.
 
-Targets as in QuEE (arXiv 2406.14404; a reconstruction in everything that its abstract does not say): the
-feature space is cut into clusters, the target is a path's error rate among the cluster's rows, and a small
-network learns it. Three others are for asking what the network is worth: its own targets looked up (table),
-one number a path (mean), the truth itself (oracle).
+Targets as in QuEE (arXiv 2406.14404; a reconstruction in everything that its abstract does not state): the
+feature space is divided into clusters, the target is a path's error rate among the cluster's rows, and a
+small network is fitted to it. Three others show the value of the network: its targets looked up (table), one
+number a path (mean), the true outcome (oracle).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from offramp.training.outcomes import Floats, Numbers, Outcomes
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where rows stand: after `segment`, in variant now [rows]; rows are numbers into the outcomes; start
-    [rows] is the variant before a change, change [rows] the last exit before it.
+class WalkState:
+    """Rows in the middle of a walk, after `segment`, in variant now [rows].
+
+    rows: numbers into the outcomes. start [rows]: the variant before a change; change [rows]: the last exit
+    before it.
     """
 
     rows: Numbers
@@ -34,15 +36,17 @@ class Place:
     change: Numbers
 
 
-# (outcomes of the rows to walk, where they stand) -> P(wrong) [rows, variants * paths], of which the slice of
-# the variant now is read
-Forecaster = Callable[[Outcomes, Place], Floats]
+# (outcomes of the walked rows, state) -> P(wrong) [rows, variants * paths], of which the rule reads the slice
+# of the variant now
+Forecaster = Callable[[Outcomes, WalkState], Floats]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """clusters: at each exit in each variant; prior: rows' worth of a path's mean error rate that every
-    cluster is given; steps and lr of the small network, seed of everything random.
+class ForecastFit:
+    """Options of the fit.
+
+    clusters: at each exit in each variant. prior: weight, in rows, of a path's mean error rate in every
+    cluster. steps and lr: of the small network. seed: of everything random.
     """
 
     clusters: int = 24
@@ -53,7 +57,7 @@ class Fit:
 
 
 def k_means(points: NDArray[np.float64], count: int, seed: int, rounds: int = 30) -> NDArray[np.float64]:
-    """Centres [count or fewer, features] of points [rows, features], started far apart (k-means++)."""
+    """Centres [count or fewer, features] of points [rows, features], initialized by k-means++."""
     random = np.random.default_rng(seed)
     centres = points[random.integers(len(points), size=1)]
     while len(centres) < count:
@@ -74,9 +78,11 @@ def k_means(points: NDArray[np.float64], count: int, seed: int, rounds: int = 30
 
 
 @dataclass(frozen=True)
-class Table:
-    """Cluster targets of one exit: mean and spread [3] standardize its statistics; by variant now, centres
-    [clusters, 3] and rates [clusters, paths].
+class ClusterTable:
+    """Cluster targets of one exit.
+
+    mean and spread [3] standardize its statistics; by variant, centres [clusters, 3] and rates [clusters,
+    paths].
     """
 
     mean: Floats
@@ -84,19 +90,19 @@ class Table:
     centres: tuple[NDArray[np.float64], ...]
     rates: tuple[Floats, ...]
 
-    def look_up(self, seen: Floats, now: int) -> Floats:
+    def look_up(self, statistics: Floats, now: int) -> Floats:
         """Rates [rows, paths] for statistics [rows, 3] of rows in variant `now`."""
-        nearest = _distances((seen - self.mean) / self.spread, self.centres[now]).argmin(1)
-        found: Floats = self.rates[now][nearest]
-        return found
+        nearest = _distances((statistics - self.mean) / self.spread, self.centres[now]).argmin(1)
+        rates: Floats = self.rates[now][nearest]
+        return rates
 
 
-def make_tables(outcomes: Outcomes, fit: Fit) -> list[Table]:
+def fit_tables(outcomes: Outcomes, fit: ForecastFit) -> list[ClusterTable]:
     """The targets of every exit but the last."""
-    seen, _ = outcomes.straight()  # [rows, variants, exits, 3]
+    statistics, _ = outcomes.straight()  # [rows, variants, exits, 3]
     tables = []
     for segment in range(outcomes.exits - 1):
-        here, wrong = seen[:, :, segment], outcomes.paths(segment)
+        here, wrong = statistics[:, :, segment], outcomes.paths(segment)
         mean = here.reshape(-1, here.shape[-1]).mean(0)
         spread = here.reshape(-1, here.shape[-1]).std(0) + 1e-6
         centres, rates = [], []
@@ -109,94 +115,96 @@ def make_tables(outcomes: Outcomes, fit: Fit) -> list[Table]:
             np.add.at(sums, nearest, wrong[:, now])
             overall = wrong[:, now].mean(0)
             rates.append(((sums + fit.prior * overall) / (sizes + fit.prior)).astype(np.float32))
-        tables.append(Table(mean, spread, tuple(centres), tuple(rates)))
+        tables.append(ClusterTable(mean, spread, tuple(centres), tuple(rates)))
     return tables
 
 
-def fit_networks(outcomes: Outcomes, tables: list[Table], fit: Fit) -> nn.ModuleList:
-    """A small network an exit, regressed on the table's rates by cross-entropy, all rows at once."""
-    seen, _ = outcomes.straight()
-    count, learned = len(outcomes.variants), []
+def fit_networks(outcomes: Outcomes, tables: list[ClusterTable], fit: ForecastFit) -> nn.ModuleList:
+    """One small network for each exit, fitted to the table's rates by cross-entropy on all rows at once."""
+    statistics, _ = outcomes.straight()
+    count, networks = len(outcomes.variants), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
         for segment, table in enumerate(tables):
             network = Forecast(count, outcomes.exits - 1 - segment)
             network.mean.copy_(torch.from_numpy(table.mean))
             network.spread.copy_(torch.from_numpy(table.spread))
-            targets = [torch.from_numpy(table.look_up(seen[:, n, segment], n)) for n in range(count)]
-            inputs = torch.from_numpy(np.ascontiguousarray(seen[:, :, segment]))  # [rows, variants, 3]
+            targets = [torch.from_numpy(table.look_up(statistics[:, n, segment], n)) for n in range(count)]
+            inputs = torch.from_numpy(np.ascontiguousarray(statistics[:, :, segment]))  # [rows, variants, 3]
             _regress(network, inputs, torch.stack(targets, 1), fit)
-            learned.append(network.eval())
-    return nn.ModuleList(learned)
+            networks.append(network.eval())
+    return nn.ModuleList(networks)
 
 
-def by_network(networks: nn.ModuleList) -> Forecaster:
-    """What the small networks say."""
+def network_forecaster(networks: nn.ModuleList) -> Forecaster:
+    """Forecasts by the small networks, one for each exit but the last."""
 
     @torch.no_grad()
-    def forecast(outcomes: Outcomes, place: Place) -> Floats:
-        network = networks[place.segment]
+    def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
+        network = networks[state.segment]
         assert isinstance(network, Forecast)
-        found: Floats = network.from_statistics(torch.from_numpy(_seen(outcomes, place))).sigmoid().numpy()
-        return found
+        logits = network.from_statistics(torch.from_numpy(_statistics_of(outcomes, state)))
+        probabilities: Floats = logits.sigmoid().numpy()
+        return probabilities
 
     return forecast
 
 
-def by_table(tables: list[Table]) -> Forecaster:
-    """The clusters' own rates."""
+def table_forecaster(tables: list[ClusterTable]) -> Forecaster:
+    """Forecasts by the clusters' own rates."""
 
-    def forecast(outcomes: Outcomes, place: Place) -> Floats:
-        table, seen = tables[place.segment], _seen(outcomes, place)
-        found = np.stack([table.look_up(seen, now) for now in range(len(outcomes.variants))], axis=1)
-        return found.reshape(len(seen), -1)
+    def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
+        table, statistics = tables[state.segment], _statistics_of(outcomes, state)
+        rates = np.stack([table.look_up(statistics, now) for now in range(len(outcomes.variants))], axis=1)
+        return rates.reshape(len(statistics), -1)
 
     return forecast
 
 
-def by_mean(fitted: Outcomes) -> Forecaster:
-    """One rate a path and variant, whatever the row."""
+def mean_forecaster(fitted: Outcomes) -> Forecaster:
+    """One rate a path and variant, the same for all rows."""
     rates = [fitted.paths(segment).mean(0) for segment in range(fitted.exits - 1)]
 
-    def forecast(outcomes: Outcomes, place: Place) -> Floats:
-        return np.broadcast_to(rates[place.segment].ravel(), (len(place.rows), rates[place.segment].size))
+    def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
+        return np.broadcast_to(rates[state.segment].ravel(), (len(state.rows), rates[state.segment].size))
 
     return forecast
 
 
-def by_truth(outcomes: Outcomes, place: Place) -> Floats:
+def oracle_forecaster(outcomes: Outcomes, state: WalkState) -> Floats:
     """Whether each path does end wrong: the bound for any forecaster."""
-    found = outcomes.paths(place.segment)[place.rows]  # [rows, variants, paths]
-    changed = np.flatnonzero(place.start != place.now)
+    wrong = outcomes.paths(state.segment)[state.rows]  # [rows, variants, paths]
+    changed = np.flatnonzero(state.start != state.now)
     if len(changed):
         # After a change only the exits ahead in the same variant can be taken.
-        rows, now = place.rows[changed], place.now[changed]
-        after = outcomes.wrong[rows, place.start[changed], now, place.change[changed]][:, place.segment :]
+        rows, now = state.rows[changed], state.now[changed]
+        after = outcomes.wrong[rows, state.start[changed], now, state.change[changed]][:, state.segment :]
         ahead = after.shape[1] - 1
-        found[changed, now, 0] = after[:, 0]
+        wrong[changed, now, 0] = after[:, 0]
         columns = 1 + now[:, None] * ahead + np.arange(ahead)
-        found[changed[:, None], now[:, None], columns] = after[:, 1:]
-    return found.reshape(len(place.rows), -1)
+        wrong[changed[:, None], now[:, None], columns] = after[:, 1:]
+    return wrong.reshape(len(state.rows), -1)
 
 
-def _seen(outcomes: Outcomes, place: Place) -> Floats:
-    """Statistics [rows, 3] of the exit where rows stand."""
-    found: Floats = outcomes.seen[place.rows, place.start, place.now, place.change, place.segment]
-    return found
+def _statistics_of(outcomes: Outcomes, state: WalkState) -> Floats:
+    """Statistics [rows, 3] of the exit after the state's segment."""
+    statistics: Floats = outcomes.statistics[state.rows, state.start, state.now, state.change, state.segment]
+    return statistics
 
 
-def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit: Fit) -> None:
+def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit: ForecastFit) -> None:
     rows, count, paths = targets.shape
     optimizer = torch.optim.Adam(network.parameters(), lr=fit.lr)
-    own = torch.arange(count)
+    same = torch.arange(count)
     for _ in range(fit.steps):
-        said = network.from_statistics(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, own, own]
-        loss = functional.binary_cross_entropy_with_logits(said, targets)
+        logits = network.from_statistics(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, same, same]
+        loss = functional.binary_cross_entropy_with_logits(logits, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
 def _distances(points: NDArray[np.floating], centres: NDArray[np.floating]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = np.square(points[:, None] - centres[None]).sum(-1)
-    return found  # [points, centres]
+    """Squared distances [points, centres]."""
+    distances: NDArray[np.float64] = np.square(points[:, None] - centres[None]).sum(-1)
+    return distances

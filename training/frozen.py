@@ -1,38 +1,97 @@
-"""Exits on a frozen backbone: what it says is computed once, and the exits learn on that in seconds."""
+"""Exits on a frozen backbone: its outputs are computed once, and the exits train on them in seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.models.network import EarlyExitNetwork
 from offramp.training.collect import Collected
-from offramp.training.loop import Run, Stage
+from offramp.training.loop import Phase, Run
 
 # (logits of the exits but the last [batch, exits - 1, classes], row numbers [batch]) -> scalar
-Loss = Callable[[Tensor, Tensor], Tensor]
+ExitsLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def early_logits(network: EarlyExitNetwork, pooled: Tensor) -> Tensor:
-    """What the exits but the last say today [batch, exits - 1, classes]; pooled [batch, exits, hidden]."""
+    """Logits of the exits but the last [batch, exits - 1, classes]; pooled [batch, exits, hidden]."""
     exits = range(pooled.shape[1] - 1)
     return torch.stack([network.classify(index, pooled[:, index]) for index in exits], dim=1)
 
 
 def fit_exits(
-    run: Run, seen: Collected, loss: Loss, *, name: str, epochs: int, batch_size: int, lr: float
+    run: Run[EarlyExitNetwork],
+    collected: Collected,
+    loss: ExitsLoss,
+    *,
+    name: str,
+    epochs: int,
+    batch_size: int,
+    lr: float,
 ) -> None:
-    """One stage in which the exits but the last learn from `seen`; the last, never called, stays as it is."""
+    """One phase that trains the exits but the last on collected features; the last is not called."""
     device = run.accelerator.device
 
-    def step(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    def batch_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         rows = torch.from_numpy(index)
-        with torch.autocast(device.type, enabled=False):  # one linear layer: bf16 would only blur it
-            return loss(early_logits(run.network, seen.pooled[rows].to(device)), rows), {}
+        with torch.autocast(device.type, enabled=False):  # one linear layer: bf16 would only lose precision
+            return loss(early_logits(run.network, collected.pooled[rows].to(device)), rows), {}
 
-    lengths = np.zeros(len(seen.labels), np.int64)  # features have no length
-    run.fit(Stage(name, ("exits",), lengths, step, epochs, batch_size, lr, shared=False))
+    lengths = np.zeros(len(collected.labels), np.int64)  # features have no length
+    run.fit(Phase(name, ("exits",), lengths, batch_loss, epochs, batch_size, lr, shared=False))
+
+
+class EarlyStopping:
+    """Early stopping of each exit but the last by itself: its accuracy on dev after every epoch.
+
+    Epoch 0 is the state before training. An exit has stopped after `patience` epochs in a row without a
+    better accuracy. Accuracies and weights are stored by the run, so that a resumed run decides as an
+    uninterrupted one.
+    """
+
+    def __init__(self, run: Run[EarlyExitNetwork], dev: Collected, *, patience: int, name: str) -> None:
+        self.run, self.dev, self.patience, self.name = run, dev, patience, name
+        self.exits = list(run.network.exits)[:-1]
+        self.accuracy: list[Tensor] = []  # by epoch [exits - 1]
+
+    def evaluate(self, epoch: int) -> None:
+        """Evaluate every epoch up to `epoch` that has not been; earlier ones must be stored by the run."""
+        for number in range(len(self.accuracy), epoch + 1):
+            self.accuracy.append(self.run.stored(f"{self.name}-{number}-accuracy", self._measure))
+            self.run.stored(f"{self.name}-{number}-exits", lambda: torch.stack(list(map(_flat, self.exits))))
+
+    @property
+    def best_epoch(self) -> Tensor:
+        """The epoch with each exit's best accuracy, the first of equals [exits - 1]."""
+        return torch.stack(self.accuracy).argmax(0)
+
+    @property
+    def active(self) -> Tensor:
+        """Whether each exit still trains [exits - 1]."""
+        return len(self.accuracy) - 1 - self.best_epoch < self.patience
+
+    def restore_best(self) -> None:
+        """Set every exit to its best weights."""
+        for index, epoch in enumerate(self.best_epoch.tolist()):
+            weights = self.run.stored(f"{self.name}-{epoch}-exits", self._measure)[index]
+            values = list(self.exits[index].state_dict().values())
+            with torch.no_grad():
+                for value, part in zip(values, weights.split([v.numel() for v in values]), strict=True):
+                    value.copy_(part.view_as(value))
+
+    @torch.no_grad()
+    def _measure(self) -> Tensor:
+        device = self.run.accelerator.device
+        was_training = self.run.network.training
+        self.run.network.eval()
+        predictions = early_logits(self.run.network, self.dev.pooled.to(device)).argmax(-1).cpu()
+        self.run.network.train(was_training)
+        return (predictions == self.dev.labels[:, None]).float().mean(0)
+
+
+def _flat(module: nn.Module) -> Tensor:
+    """The whole state of a module as one vector."""
+    return torch.cat([value.detach().flatten().float().cpu() for value in module.state_dict().values()])

@@ -1,6 +1,4 @@
-"""The one training loop: stages over row numbers, on accelerate, that can be killed at any moment and
-resumed.
-"""
+"""The one training loop: phases over row numbers, on accelerate; can be killed at any time and resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,26 +21,28 @@ from tqdm import tqdm
 from offramp.training.batches import shuffled_batches
 from offramp.training.checkpoint import read_json, write_json
 
-# (model, row numbers [batch]) -> loss, figures for the log
-LossOf = Callable[[Any, np.ndarray], tuple[Tensor, dict[str, float]]]
+# (model, row numbers [batch]) -> loss, figures for the log; the model is the network, or accelerate's wrapper
+# of it where several processes train
+BatchLoss = Callable[[nn.Module, np.ndarray], tuple[Tensor, dict[str, float]]]
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stretch of training with one optimizer.
+class Phase:
+    """A part of a training with one optimizer and one loss.
 
-    trains: prefixes of parameter names that learn; all others are frozen for the stage.
-    lengths: tokens of every row [rows], for length bucketing; zeros where length does not matter.
-    heads_lr: learning rate of what starts from nothing (exits, policies) where it shares a stage with a
-    pretrained backbone; None: lr. policies_lr: that of policies alone; None: heads_lr.
-    shared: whether processes share the work by gradient averaging; a stage over cached features is too small
+    trains: prefixes of the names of trained parameters; all others are frozen during the phase.
+    lengths: tokens of every row [rows], for batches of similar length; zeros where length does not matter.
+    heads_lr: learning rate of parts without pretrained weights (exits, policies) that are trained together
+    with a pretrained backbone; None: lr. policies_lr: that of policies alone; None: heads_lr.
+    shared: whether processes share the work by gradient averaging; a phase over cached features is too short
     for that.
     """
 
     name: str
     trains: tuple[str, ...]
     lengths: np.ndarray
-    loss: LossOf
+    loss: BatchLoss
     epochs: int
     batch_size: int
     lr: float
@@ -54,17 +54,17 @@ class Stage:
     policies_lr: float | None = None
 
 
-class Run:
-    """A training run in a folder of its own: log.jsonl, remembered arrays, and the state to resume from.
+class Run(Generic[N]):
+    """A training run in its own folder: log.jsonl, stored tensors, and the state to resume from.
 
-    The state is written beside and renamed, so a kill at any moment leaves the last whole one. Batches and
-    learning rates are functions of (seed, stage, step), random generators are part of the state: resumed on
-    one CPU thread, a run ends with the weights of the uninterrupted one.
+    The state is written to a sibling file and renamed, so a kill at any time leaves the last complete one.
+    Batches and learning rates are functions of (seed, phase, step), and random generators are part of the
+    state: resumed on one CPU thread, a run ends with the weights of an uninterrupted one.
     """
 
     def __init__(
         self,
-        network: Any,
+        network: N,
         folder: Path,
         *,
         seed: int,
@@ -73,26 +73,26 @@ class Run:
     ) -> None:
         options = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[options])
-        self.network = network.to(self.accelerator.device)
+        self.network: N = network.to(self.accelerator.device)
         self.folder, self.seed, self.save_every = folder, seed, save_every
         folder.mkdir(parents=True, exist_ok=True)
-        self.stages_begun = 0
-        self.position = {"stage": 0, "step": 0}
+        self.phases_begun = 0
+        self.position = {"phase": 0, "step": 0}
         self._optimizer_state: dict[str, Tensor] = {}
         if (folder / "state.json").is_file():
             self._read_state()
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is the process that writes files."""
         return bool(self.accelerator.is_main_process)
 
     @property
-    def between(self) -> bool:
-        """Whether the stage after the one that was passed last has not begun: only then may weights be
-        changed outside of a stage, or a resumed run would change them again.
+    def between_phases(self) -> bool:
+        """Whether the next phase has not begun: only then may weights be changed outside of a phase, or a
+        resumed run would change them a second time.
         """
-        return self.position == {"stage": self.stages_begun, "step": 0}
+        return self.position == {"phase": self.phases_begun, "step": 0}
 
     def log(self, **figures: Any) -> None:
         """Append one line to log.jsonl."""
@@ -100,116 +100,119 @@ class Run:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"time": round(time.time(), 1), **figures}) + "\n")
 
-    def remember(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A tensor computed once and kept across a resume: what depends on the weights of this moment must
-        not be computed again later.
+    def stored(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is computed once and read from a file after a resume.
+
+        For values that depend on the weights of this moment and must not be computed again later.
         """
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             value = compute().contiguous().cpu()
             if self.main:
-                beside = file.with_suffix(".writing")
-                save_file({name: value}, beside)
-                os.replace(beside, file)
+                temporary = file.with_suffix(".writing")
+                save_file({name: value}, temporary)
+                os.replace(temporary, file)
             self.accelerator.wait_for_everyone()
             return value
         return load_file(file)[name]
 
-    def done_before(self) -> bool:
-        """Whether the stage that comes next was finished before a resume; if so it counts as passed and
-        must not be prepared for.
-        """
-        done = self.stages_begun < self.position["stage"]
-        self.stages_begun += int(done)
-        return done
+    def skip_finished_phase(self) -> bool:
+        """Whether the next phase was finished before a resume; if so it is counted as done.
 
-    def fit(self, stage: Stage) -> None:
-        """Run a stage, or what is left of it after a resume; a stage that is already done is skipped."""
-        if self.done_before():
+        A recipe then omits what prepares that phase.
+        """
+        finished = self.phases_begun < self.position["phase"]
+        self.phases_begun += int(finished)
+        return finished
+
+    def fit(self, phase: Phase) -> None:
+        """Run a phase, or the rest of it after a resume; a finished phase is skipped."""
+        if self.skip_finished_phase():
             return
-        number = self.stages_begun
-        self.stages_begun += 1
-        learning = self._freeze(stage.trains)
-        world = self.accelerator.num_processes if stage.shared else 1
-        rank = self.accelerator.process_index if stage.shared else 0
+        number = self.phases_begun
+        self.phases_begun += 1
+        trained = self._freeze_all_but(phase.trains)
+        world = self.accelerator.num_processes if phase.shared else 1
+        rank = self.accelerator.process_index if phase.shared else 0
         per_epoch = [
-            shuffled_batches(stage.lengths, stage.batch_size, self.seed * 1000 + number, e)
-            for e in range(stage.epochs)
+            shuffled_batches(phase.lengths, phase.batch_size, self.seed * 1000 + number, epoch)
+            for epoch in range(phase.epochs)
         ]
         batches = [batch for epoch in per_epoch for batch in epoch]
         total = len(batches) // world
-        optimizer = torch.optim.AdamW(_groups(learning, stage), lr=stage.lr)
-        model: Any = self.network
+        optimizer = torch.optim.AdamW(_parameter_groups(trained, phase), lr=phase.lr)
+        model: nn.Module = self.network
         if world > 1:
             model, optimizer = self.accelerator.prepare(self.network, optimizer)
         if self.position["step"] == 0:
             torch.manual_seed(self.seed * 1000 + number)
         else:
-            _restore(optimizer, learning, self._optimizer_state)
+            _restore_optimizer(optimizer, trained, self._optimizer_state)
         self._optimizer_state = {}
         self.network.train()
-        saved, smooth = time.monotonic(), None
+        last_save, smooth_loss = time.monotonic(), None
         bar = tqdm(
             total=total,
             initial=self.position["step"],
-            desc=stage.name,
+            desc=phase.name,
             disable=not self.main,
             unit="step",
             mininterval=1.0,
         )
         for step in range(self.position["step"], total):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, total, stage.warmup)
+                group["lr"] = group["peak"] * _schedule(step, total, phase.warmup)
             with self.accelerator.autocast():
-                loss, figures = stage.loss(model, batches[step * world + rank])
+                loss, figures = phase.loss(model, batches[step * world + rank])
             self.accelerator.backward(loss)
-            torch.nn.utils.clip_grad_norm_([p for _, p in learning], stage.clip)
+            torch.nn.utils.clip_grad_norm_([p for _, p in trained], phase.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.position["step"] = step + 1
             value = float(loss.detach())
-            smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+            smooth_loss = value if smooth_loss is None else 0.98 * smooth_loss + 0.02 * value
             bar.update()
             if step % 20 == 0 or step + 1 == total:
-                bar.set_postfix(loss=f"{smooth:.4f}")
-                self.log(stage=stage.name, step=step + 1, of=total, loss=round(value, 6), **figures)
-            if time.monotonic() - saved > self.save_every and step + 1 < total:
-                self._write_state(optimizer, learning)
-                saved = time.monotonic()
+                bar.set_postfix(loss=f"{smooth_loss:.4f}")
+                self.log(phase=phase.name, step=step + 1, of=total, loss=round(value, 6), **figures)
+            if time.monotonic() - last_save > self.save_every and step + 1 < total:
+                self._write_state(optimizer, trained)
+                last_save = time.monotonic()
         bar.close()
         self.network.eval()
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
-        self.position = {"stage": number + 1, "step": 0}
+        self.position = {"phase": number + 1, "step": 0}
         self._write_state(None, [])
 
-    def _freeze(self, prefixes: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
-        learning = []
+    def _freeze_all_but(self, prefixes: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+        """Freeze all parameters but those whose names begin with a prefix, and return these."""
+        trained = []
         for name, parameter in self.network.named_parameters():
-            learns = name.startswith(tuple(prefixes))
-            parameter.requires_grad_(learns)
-            if learns:
-                learning.append((name, parameter))
-        if not learning:
+            trains = name.startswith(tuple(prefixes))
+            parameter.requires_grad_(trains)
+            if trains:
+                trained.append((name, parameter))
+        if not trained:
             raise ValueError(f"no parameter of the network begins with {', '.join(prefixes)}")
-        return learning
+        return trained
 
     def _write_state(
-        self, optimizer: torch.optim.Optimizer | None, learning: list[tuple[str, nn.Parameter]]
+        self, optimizer: torch.optim.Optimizer | None, trained: list[tuple[str, nn.Parameter]]
     ) -> None:
         if not self.main:
             return
         tensors = {f"weights/{name}": tensor for name, tensor in self.network.state_dict().items()}
         if optimizer is not None:
-            for name, parameter in learning:
+            for name, parameter in trained:
                 for key, value in optimizer.state[parameter].items():
                     tensors[f"optimizer/{key}/{name}"] = value
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         # Two files take two renames: the tensors carry the position in their name, so state.json always names
-        # a whole file.
-        name = f"state-{self.position['stage']}-{self.position['step']}.safetensors"
+        # a complete file.
+        name = f"state-{self.position['phase']}-{self.position['step']}.safetensors"
         save_file(
             {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
             self.folder / (name + ".writing"),
@@ -223,12 +226,12 @@ class Run:
     def _read_state(self) -> None:
         state = read_json(self.folder / "state.json")
         tensors = load_file(self.folder / str(state["tensors"]))
-        self.network.load_state_dict(_under("weights/", tensors))
-        self._optimizer_state = _under("optimizer/", tensors)
+        self.network.load_state_dict(_with_prefix("weights/", tensors))
+        self._optimizer_state = _with_prefix("optimizer/", tensors)
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random/cuda"])
-        self.position = {"stage": int(state["stage"]), "step": int(state["step"])}
+        self.position = {"phase": int(state["phase"]), "step": int(state["step"])}
 
 
 def best_precision() -> str:
@@ -250,30 +253,30 @@ def _schedule(step: int, total: int, warmup: float) -> float:
     return (total - step) / max(1, total - ramp)
 
 
-def _groups(learning: list[tuple[str, nn.Parameter]], stage: Stage) -> list[dict[str, Any]]:
+def _parameter_groups(trained: list[tuple[str, nn.Parameter]], phase: Phase) -> list[dict[str, Any]]:
     groups = []
-    heads = stage.lr if stage.heads_lr is None else stage.heads_lr
-    policies = heads if stage.policies_lr is None else stage.policies_lr
-    for part, peak in {"": stage.lr, "exits": heads, "policies": policies}.items():
+    heads_lr = phase.lr if phase.heads_lr is None else phase.heads_lr
+    policies_lr = heads_lr if phase.policies_lr is None else phase.policies_lr
+    for part, peak in {"": phase.lr, "exits": heads_lr, "policies": policies_lr}.items():
         for matrices in (False, True):
-            chosen = [p for name, p in learning if _part(name) == part and (p.ndim > 1) == matrices]
-            # Biases and norms are one-dimensional; decaying them only hurts.
-            decay = stage.weight_decay if matrices else 0.0
-            if chosen:
-                groups.append({"params": chosen, "peak": peak, "lr": peak, "weight_decay": decay})
+            parameters = [p for name, p in trained if _part(name) == part and (p.ndim > 1) == matrices]
+            # Biases and norms are one-dimensional; weight decay only harms them.
+            decay = phase.weight_decay if matrices else 0.0
+            if parameters:
+                groups.append({"params": parameters, "peak": peak, "lr": peak, "weight_decay": decay})
     return groups
 
 
 def _part(name: str) -> str:
-    """ "exits", "policies" or, for the backbone and its pooler, nothing."""
+    """ "exits", "policies" or, for backbone and pooler, the empty text."""
     top = name.partition(".")[0]
     return top if top in ("exits", "policies") else ""
 
 
-def _restore(
-    optimizer: torch.optim.Optimizer, learning: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, trained: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
 ) -> None:
-    parameters = dict(learning)
+    parameters = dict(trained)
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
         parameter = parameters[name]
@@ -281,5 +284,6 @@ def _restore(
         optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

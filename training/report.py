@@ -1,7 +1,8 @@
-"""ee-eval: one checkpoint measured on one split, as a table, a JSON file and a picture."""
+"""ee-eval: one checkpoint evaluated on one split, as a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +26,62 @@ from offramp.runtime.rules.sweep import (
 )
 from offramp.training.batches import encode_for
 from offramp.training.checkpoint import load_checkpoint, write_json
-from offramp.training.collect import collect
+from offramp.training.collect import collect, costs_of, oracle, random_control, table_of
 from offramp.training.data import Columns, load_data
-from offramp.training.frontier import costs_of, oracle, random_control, table_of
 
 # Shares of the depth at which rules are compared at equal mean exit.
 SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
 
 
-def evaluate_checkpoint(
-    checkpoint: Path,
-    data: str,
-    split: str,
-    points_from: str,
-    within: float,
-    json_file: Path | None,
-    picture: Path | None,
-    batch_size: int,
-    text_column: str,
-    text_b_column: str,
-    label_column: str,
-    image_column: str = "image",
-) -> dict[str, Any]:
-    """Measure on `split` with operating points chosen on `points_from`; print the table, write the files,
-    give the figures.
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The options of ee-eval; its --help describes each."""
+
+    checkpoint: Path
+    data: str
+    split: str
+    calibration_split: str
+    max_accuracy_drop: float
+    json_file: Path | None
+    picture: Path | None
+    batch_size: int
+    text_column: str
+    text_b_column: str
+    label_column: str
+    image_column: str = "image"
+
+
+def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
+    """Evaluate on `split` with operating points chosen on `calibration_split`.
+
+    Prints the table, writes JSON and picture, and returns the figures.
     """
-    loaded = load_checkpoint(checkpoint)
-    rows = load_data(data, Columns(text_column, text_b_column, label_column, image_column))
-    seen, costs = {}, {}
-    for name in dict.fromkeys((points_from, split)):
-        encoded = encode_for(loaded, rows.split(name))
-        said = collect(loaded.network, encoded, batch_size=batch_size, what=name)
-        seen[name], costs[name] = table_of(said), costs_of(loaded.network, said.lengths)
-    figures = measure(
-        seen[points_from], seen[split], costs[points_from], costs[split], within, loaded.training
-    )
+    checkpoint = load_checkpoint(config.checkpoint)
+    columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
+    dataset = load_data(config.data, columns)
+    tables, costs = {}, {}
+    for name in dict.fromkeys((config.calibration_split, config.split)):
+        rows = encode_for(checkpoint, dataset.split(name))
+        collected = collect(checkpoint.network, rows, batch_size=config.batch_size, description=name)
+        tables[name] = table_of(collected)
+        costs[name] = costs_of(checkpoint.network, collected.lengths)
     figures = {
-        "checkpoint": Path(checkpoint).name,
-        "data": Path(data).name,
-        "split": split,
-        "points_from": points_from,
-        **figures,
+        "checkpoint": Path(config.checkpoint).name,
+        "data": Path(config.data).name,
+        "split": config.split,
+        "calibration_split": config.calibration_split,
+        **measure(
+            tables[config.calibration_split],
+            tables[config.split],
+            costs[config.calibration_split],
+            costs[config.split],
+            config.max_accuracy_drop,
+            checkpoint.training,
+        ),
     }
     _print(figures, Console())
-    write_json(json_file or Path("eval.json"), figures)
-    draw(figures, picture or Path("eval.png"))
+    write_json(config.json_file or Path("eval.json"), figures)
+    draw(figures, config.picture or Path("eval.png"))
     return figures
 
 
@@ -78,22 +90,25 @@ def measure(
     test: ExitTable,
     dev_costs: ExitMacs,
     test_costs: ExitMacs,
-    within: float,
+    max_accuracy_drop: float,
     training: dict[str, Any],
 ) -> dict[str, Any]:
-    """Every figure of the report; settings are chosen on dev alone, test is only read."""
+    """Every figure of the report; settings are chosen on dev alone.
+
+    max_accuracy_drop: accuracy points. training: the checkpoint's training.json.
+    """
     full = full_depth(test, test_costs)
-    floor = full_depth(dev, dev_costs).accuracy - within
+    min_accuracy = full_depth(dev, dev_costs).accuracy - max_accuracy_drop
     rules = [rule for rule in SWEPT if rule != "gate" or test.gates is not None]
     curves: dict[str, list[Point]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for rule in rules:
         values = settings_to_try(rule, dev)
-        on_dev = sweep(rule, values, dev, dev_costs)
+        dev_points = sweep(rule, values, dev, dev_costs)
         if rule in COUNTED:
-            values = [point.rule.parameters for point in undominated(on_dev)]
+            values = [point.rule.parameters for point in undominated(dev_points)]
         curves[rule] = sweep(rule, values, test, test_costs)
-        best = shallowest(on_dev, floor)
+        best = shallowest(dev_points, min_accuracy)
         if best is not None:
             chosen[rule] = {
                 "setting": best.rule.parameters,
@@ -106,8 +121,8 @@ def measure(
             **_tested(RuleSpec(point["rule"]["name"], point["rule"]["parameters"]), test, test_costs),
         }
         for point in training.get("operating_points", [])
-        # Rule quee changes precisions, of which this table knows one; training.json has its figures.
-        if RULES[point["rule"]["name"]].make is None
+        # Rule quee changes precisions, and this table has only one; training.json has its figures.
+        if RULES[point["rule"]["name"]].exits is not None
     ]
     depth = float(test_costs.blocks[-1])
     equal = {
@@ -117,10 +132,10 @@ def measure(
     return {
         "rows": len(test.labels),
         "exits": [int(block) for block in test_costs.blocks],
-        "exit_accuracy": [round(100 * float(value), 2) for value in test.right.mean(0)],
+        "exit_accuracy": [round(100 * float(accuracy), 2) for accuracy in test.right.mean(0)],
         "full_depth": full.figures(),
         "oracle": oracle(test, test_costs).figures(),
-        "within": within,
+        "max_accuracy_drop": max_accuracy_drop,
         "chosen_on_dev": chosen,
         "operating_points": points,
         "equal_mean_exit": equal,
@@ -139,23 +154,22 @@ def _tested(rule: RuleSpec, test: ExitTable, costs: ExitMacs) -> dict[str, Any]:
 
 
 def _print(figures: dict[str, Any], console: Console) -> None:
-    measured = f"{figures['checkpoint']} on {figures['data']} ({figures['split']}), {figures['rows']} rows"
-    exits = Table(title=f"{measured}: accuracy of each exit")
+    title = f"{figures['checkpoint']} on {figures['data']} ({figures['split']}), {figures['rows']} rows"
+    exits = Table(title=f"{title}: accuracy of each exit")
     for block in figures["exits"]:
         exits.add_column(str(block), justify="right")
-    exits.add_row(*(f"{value:.1f}" for value in figures["exit_accuracy"]))
+    exits.add_row(*(f"{accuracy:.1f}" for accuracy in figures["exit_accuracy"]))
     console.print(exits)
-    chosen = f"points chosen on {figures['points_from']}"
-    table = Table(title=f"{chosen}: shallowest within {figures['within']} of full depth")
+    chosen = f"points chosen on {figures['calibration_split']}"
+    table = Table(title=f"{chosen}: shallowest within {figures['max_accuracy_drop']} of full depth")
     for name in ("rule", "accuracy", "mean exit", "layers saved %", "MACs saved %", "random, same depths"):
         table.add_column(name, justify="left" if name == "rule" else "right")
-    full, best = figures["full_depth"], figures["oracle"]
-    table.add_row("full depth", *_cells(full), "")
-    for rule, found in figures["chosen_on_dev"].items():
-        table.add_row(rule, *_cells(found["test"]), f"{found['random_same_depth']:.2f}")
+    table.add_row("full depth", *_cells(figures["full_depth"]), "")
+    for rule, result in figures["chosen_on_dev"].items():
+        table.add_row(rule, *_cells(result["test"]), f"{result['random_same_depth']:.2f}")
     for point in figures["operating_points"]:
         table.add_row(f"point {point['name']}", *_cells(point["test"]), f"{point['random_same_depth']:.2f}")
-    table.add_row("oracle, first right", *_cells(best), "")
+    table.add_row("oracle, first right", *_cells(figures["oracle"]), "")
     console.print(table)
     equal = Table(title="accuracy at equal mean exit (interpolated on each rule's curve)")
     equal.add_column("rule")
@@ -177,7 +191,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen is needed, or there
+    matplotlib.use("Agg")  # draws without a screen
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
@@ -185,14 +199,14 @@ def draw(figures: dict[str, Any], file: Path) -> None:
     for rule, curve in figures["curves"].items():
         marker: dict[str, Any] = {"marker": "s", "markersize": 4} if rule == "patience" else {}
         axes.plot(
-            [p["mean_exit"] for p in curve],
-            [p["accuracy"] for p in curve],
+            [point["mean_exit"] for point in curve],
+            [point["accuracy"] for point in curve],
             label=rule.replace("_", " "),
             linewidth=1.6,
             **marker,
         )
-    for found in figures["chosen_on_dev"].values():
-        axes.plot(found["test"]["mean_exit"], found["test"]["accuracy"], "kx", markersize=7)
+    for result in figures["chosen_on_dev"].values():
+        axes.plot(result["test"]["mean_exit"], result["test"]["accuracy"], "kx", markersize=7)
     axes.axhline(figures["full_depth"]["accuracy"], color="0.8", linewidth=1, zorder=0)
     axes.plot(
         figures["oracle"]["mean_exit"],
@@ -203,8 +217,8 @@ def draw(figures: dict[str, Any], file: Path) -> None:
         label="oracle",
     )
     axes.set(xlabel="mean exit (blocks)", ylabel="accuracy (%)")
-    measured = f"{figures['checkpoint']} on {figures['data']} ({figures['split']})"
-    axes.set_title(f"{measured}; x: chosen on {figures['points_from']}")
+    title = f"{figures['checkpoint']} on {figures['data']} ({figures['split']})"
+    axes.set_title(f"{title}; x: chosen on {figures['calibration_split']}")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize="small")
     figure.savefig(file, dpi=130)

@@ -1,4 +1,4 @@
-"""docs/add-a-method.md is true: its recipe, registered by its line, trains by its name."""
+"""docs/add-a-method.md: its recipe, registered by its line, trains by its name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 import tiny
 
+from offramp.training.options import TrainConfig
 from offramp.training.recipes import RECIPES
-from offramp.training.session import TrainingWish, train_checkpoint
+from offramp.training.train import train
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "add-a-method.md"
 
@@ -23,10 +24,10 @@ def test_the_documents_recipe_trains_by_its_name(tmp_path: Path, monkeypatch: py
     assert registered is not None
     name, place = registered.groups()
     module = ModuleType(place)
-    monkeypatch.setitem(sys.modules, place, module)  # as the file would be found
+    monkeypatch.setitem(sys.modules, place, module)  # as if it were a file
     exec(compile(code, str(DOCUMENT), "exec"), module.__dict__)
     monkeypatch.setitem(RECIPES, name, place)
-    wish = TrainingWish(
+    config = TrainConfig(
         model=str(tiny.model_folder(tmp_path / "model")),
         init=None,
         data=str(tiny.data_folder(tmp_path / "data")),
@@ -38,13 +39,13 @@ def test_the_documents_recipe_trains_by_its_name(tmp_path: Path, monkeypatch: py
         max_length=64,
         seed=0,
         precision="fp32",
-        wishes=("epochs=6", "batch_size=8", "lr=0.002", "heads_lr=0.01", "smoothing=0.2"),
+        settings=("epochs=6", "batch_size=8", "lr=0.002", "heads_lr=0.01", "smoothing=0.2"),
         save_every=1e9,
         text_column="text",
         text_b_column="text_b",
         label_column="label",
     )
-    checkpoint = train_checkpoint(wish)
-    assert checkpoint.training["rule"] == "margin"
-    assert checkpoint.training["settings"]["smoothing"] == 0.2
-    assert checkpoint.training["dev"]["full_depth"] > 80
+    training = train(config)
+    assert training["rule"] == "margin"
+    assert training["settings"]["smoothing"] == 0.2
+    assert training["dev"]["full_depth"] > 80

@@ -1,4 +1,4 @@
-"""Calibration error, temperatures and conformal sets against cases worked out by hand."""
+"""Calibration error, temperatures and conformal sets against cases computed by hand."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from offramp.training.calibration import (
-    answers,
+    answer_logits,
     calibration_error,
+    calibration_figures,
     conformal_quantile,
     conformal_sets,
     fit_temperature,
     fit_temperatures,
     negative_log_likelihood,
-    trust,
 )
 
 
 def logits_of(*top: float) -> np.ndarray:
-    """Two classes, P(class 0) as given."""
+    """Two classes; `top` is P(class 0) of each row."""
     p = np.array(top, np.float32)
     return np.log(np.stack([p, 1 - p], -1))
 
@@ -31,11 +31,11 @@ def test_error_of_two_bins_by_hand() -> None:
     # sorted: 0.6 wrong, 0.7 right | 0.8 right, 0.9 right: |0.5 - 0.65| / 2 + |1 - 0.85| / 2
     assert calibration_error(logits, labels, bins=2) == pytest.approx(0.15, abs=1e-6)
     assert calibration_error(logits, labels, bins=1) == pytest.approx(0.0, abs=1e-6)  # 0.75 and 3 of 4
-    # More bins than rows: every row is a bin of its own.
+    # More bins than rows: every row is its own bin.
     assert calibration_error(logits, labels) == pytest.approx((0.6 + 0.3 + 0.2 + 0.1) / 4, abs=1e-6)
 
 
-def test_bins_hold_as_many_rows_each_however_probabilities_lie() -> None:
+def test_bins_have_equal_numbers_of_rows() -> None:
     logits = logits_of(*[0.51] * 2, *[0.999] * 8)
     labels = np.array([0, 1, *[0] * 8])
     # five bins of two: the first is right by half at 0.51, four are right at 0.999
@@ -45,24 +45,24 @@ def test_bins_hold_as_many_rows_each_however_probabilities_lie() -> None:
 def test_the_temperature_brings_confidence_to_accuracy() -> None:
     # Certain of 0.99, right in 3 of 4: at the best temperature P is 0.75, so T = ln 99 / ln 3.
     logits, labels = logits_of(0.99, 0.99, 0.99, 0.99), np.array([0, 0, 0, 1])
-    found = fit_temperature(logits, labels)
-    assert found == pytest.approx(math.log(99) / math.log(3), rel=1e-3)
-    assert calibration_error(logits / found, labels, bins=1) == pytest.approx(0, abs=1e-3)
-    assert negative_log_likelihood(logits, labels, found) < negative_log_likelihood(logits, labels)
-    assert fit_temperature(logits / found, labels) == pytest.approx(1.0, rel=1e-3)
+    temperature = fit_temperature(logits, labels)
+    assert temperature == pytest.approx(math.log(99) / math.log(3), rel=1e-3)
+    assert calibration_error(logits / temperature, labels, bins=1) == pytest.approx(0, abs=1e-3)
+    assert negative_log_likelihood(logits, labels, temperature) < negative_log_likelihood(logits, labels)
+    assert fit_temperature(logits / temperature, labels) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_every_exit_has_a_temperature_of_its_own() -> None:
+def test_every_exit_has_its_own_temperature() -> None:
     labels = np.array([0, 0, 0, 1])
     exits = np.stack([logits_of(*[0.75] * 4), logits_of(*[0.99] * 4)], axis=1)
     np.testing.assert_allclose(fit_temperatures(exits, labels), [1.0, 4.1827], rtol=1e-3)
 
 
-def test_all_right_gets_a_finite_temperature() -> None:
+def test_the_temperature_is_finite_where_all_rows_are_right() -> None:
     assert fit_temperature(logits_of(0.9, 0.8), np.array([0, 0])) == pytest.approx(0.01, rel=0.01)
 
 
-def test_the_quantile_is_the_rank_that_the_promise_needs() -> None:
+def test_the_quantile_is_the_rank_for_the_coverage() -> None:
     # scores 0.1 to 0.9; nine rows at 80 %: ceil(10 * 0.8) = the eighth
     dev = logits_of(*(0.9 - 0.1 * i for i in range(9)))
     labels = np.zeros(9, np.int64)
@@ -71,25 +71,27 @@ def test_the_quantile_is_the_rank_that_the_promise_needs() -> None:
     assert conformal_quantile(dev, labels, 0.91) == math.inf  # it would take a tenth row
 
 
-def test_sets_hold_every_label_that_is_likely_enough() -> None:
+def test_sets_contain_every_label_that_is_likely_enough() -> None:
     sets = conformal_sets(logits_of(0.95, 0.7, 0.45), 0.5)
     assert sets.tolist() == [[True, False], [True, False], [False, True]]
     assert conformal_sets(logits_of(0.95, 0.55), 0.6).tolist() == [[True, False], [True, True]]
     assert conformal_sets(logits_of(0.99), math.inf).tolist() == [[True, True]]
 
 
-def test_sets_cover_as_promised_on_rows_like_dev() -> None:
+def test_sets_cover_rows_of_the_distribution_of_dev() -> None:
     random = np.random.default_rng(0)
     logits = random.normal(0, 2, (4000, 2, 4)).astype(np.float32)
     p = np.exp(logits[:, 1]) / np.exp(logits[:, 1]).sum(-1, keepdims=True)
     labels = np.array([random.choice(4, p=row / row.sum()) for row in p.astype(float)])
     exits = random.integers(0, 2, 4000)
     known, new = slice(0, 2000), slice(2000, 4000)
-    found = trust(logits[known], exits[known], labels[known], logits[new], exits[new], labels[new])
-    assert found["coverage"] == pytest.approx(95, abs=1.5) and 1 < found["set_size"] < 4
-    assert found["ece"] < found["ece_raw"] / 2  # exit 1 knows nothing, and only its temperature says so
+    figures = calibration_figures(
+        logits[known], exits[known], labels[known], logits[new], exits[new], labels[new]
+    )
+    assert figures["coverage"] == pytest.approx(95, abs=1.5) and 1 < figures["set_size"] < 4
+    assert figures["ece"] < figures["ece_raw"] / 2  # exit 1 is uninformative; only its temperature shows that
 
 
-def test_answers_are_taken_at_each_rows_exit() -> None:
+def test_answers_are_the_logits_of_each_rows_exit() -> None:
     logits = np.arange(12.0).reshape(2, 3, 2)
-    assert answers(logits, np.array([2, 0])).tolist() == [[4.0, 5.0], [6.0, 7.0]]
+    assert answer_logits(logits, np.array([2, 0])).tolist() == [[4.0, 5.0], [6.0, 7.0]]

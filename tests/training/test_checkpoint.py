@@ -1,4 +1,4 @@
-"""The checkpoint folder: whole or not at all, and clear about what is wrong with it."""
+"""The checkpoint folder: written completely or not at all, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _save(folder: Path, family: str = "bert") -> Checkpoint:
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet", "electra"])
-def test_what_is_loaded_is_what_was_saved(tmp_path: Path, family: str) -> None:
+def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path: Path, family: str) -> None:
     saved = _save(tmp_path / "ckpt", family)
     loaded = load_checkpoint(tmp_path / "ckpt")
     assert loaded.text == saved.text and loaded.training == saved.training
@@ -64,7 +64,7 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "ckpt")
 
 
-def test_saving_again_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_folder_and_leaves_no_other(tmp_path: Path) -> None:
     _save(tmp_path / "ckpt")
     _save(tmp_path / "ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "tokenizer.json"]

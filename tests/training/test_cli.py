@@ -1,4 +1,4 @@
-"""ee-train and ee-eval as a user runs them, on a tiny model and data learnable in seconds."""
+"""ee-train and ee-eval as commands, on a tiny model and data learnable in seconds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def trained(folder: Path) -> Path:
     return folder / "ckpt"
 
 
-def test_consistentee_learns_and_leaves_a_whole_checkpoint(trained: Path) -> None:
+def test_consistentee_writes_a_complete_checkpoint(trained: Path) -> None:
     checkpoint = load_checkpoint(trained)
     assert checkpoint.training["dev"]["full_depth"] > 80
     names = [point["name"] for point in checkpoint.training["operating_points"]]
@@ -77,13 +77,13 @@ def test_eval_writes_table_json_and_picture(trained: Path, folder: Path, tmp_pat
     assert (tmp_path / "e.png").stat().st_size > 5000
 
 
-def test_a_finished_checkpoint_is_not_overwritten_by_surprise(trained: Path, folder: Path) -> None:
+def test_a_finished_checkpoint_is_not_overwritten_without_the_option(trained: Path, folder: Path) -> None:
     result = _run(train, "--model", "x", "--data", str(folder / "data"), "--out", str(trained))
     assert result.exit_code == 2 and "--overwrite" in result.output
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--model", "no/such-model"], "no/such-model"),
         (["--model", "MODEL", "--set", "alfa=1"], "alpha=0.015"),
@@ -92,18 +92,18 @@ def test_a_finished_checkpoint_is_not_overwritten_by_surprise(trained: Path, fol
         (["--model", "MODEL", "--exits", "9"], "block 9 does not exist"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_and_exit_code_2(
-    folder: Path, tmp_path: Path, words: list[str], told: str
+def test_unusable_options_give_one_line_and_exit_code_2(
+    folder: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     words = [str(folder / "model") if word == "MODEL" else word for word in words]
     result = _run(train, "--data", str(folder / "data"), "--out", str(tmp_path / "c"), *words)
-    assert result.exit_code == 2 and told in result.output, result.output
+    assert result.exit_code == 2 and message in result.output, result.output
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    """Killed with SIGKILL in the middle, then run again: bit for bit the weights of the run that was left
-    alone.
+def test_a_killed_training_resumes_to_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL in the middle, then run again: bit for bit the weights of an
+    uninterrupted run.
     """
     script = "import torch; torch.set_num_threads(1); from offramp.training.cli import train; train()"
     flags = [
@@ -121,18 +121,20 @@ def test_a_killed_training_goes_on_to_the_same_weights(folder: Path, tmp_path: P
     subprocess.run(
         [*command, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True
     )
-    torn = [*command, "--out", str(tmp_path / "torn")]
-    first = subprocess.Popen(torn, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state = tmp_path / "torn.partial" / "state.json"
+    resumed_run = [*command, "--out", str(tmp_path / "resumed_run")]
+    first = subprocess.Popen(
+        resumed_run, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = tmp_path / "resumed_run.partial" / "state.json"
     while first.poll() is None and not (state.is_file() and json.loads(state.read_text())["step"] >= 5):
         time.sleep(0.002)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert not (tmp_path / "torn").exists()
-    again = subprocess.run(torn, env=environment, check=True, capture_output=True, text=True)
+    assert not (tmp_path / "resumed_run").exists()
+    again = subprocess.run(resumed_run, env=environment, check=True, capture_output=True, text=True)
     assert "going on from" in again.stderr
     whole = load_file(tmp_path / "whole" / "weights.safetensors")
-    resumed = load_file(tmp_path / "torn" / "weights.safetensors")
+    resumed = load_file(tmp_path / "resumed_run" / "weights.safetensors")
     assert whole.keys() == resumed.keys()
     assert all((whole[name] == resumed[name]).all() for name in whole)
 
@@ -155,7 +157,7 @@ def test_a_resume_with_another_command_is_refused(folder: Path, tmp_path: Path) 
     assert result.exit_code == 2 and "unfinished run" in result.output
 
 
-def test_without_the_extra_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offramp.training.cli.find_spec", lambda name: None)
     result = _run(train, "--model", "x", "--data", "y")
     assert result.exit_code == 2 and "offramp[train]" in result.output

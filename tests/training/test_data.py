@@ -1,4 +1,4 @@
-"""Reading rows: every kind of file, and what a user is told when a row is wrong."""
+"""Reading rows: every kind of file, and the messages about wrong rows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_folder_of_json_lines(tmp_path: Path) -> None:
     assert data.labels == ("0", "1")
 
 
-def test_one_file_gives_a_dev_split_and_says_so(tmp_path: Path) -> None:
-    said = io.StringIO()
-    data = load_data(str(_write(tmp_path / "a.jsonl", tiny.rows(50))), say=said)
+def test_one_file_gives_a_dev_split_and_reports_it(tmp_path: Path) -> None:
+    messages = io.StringIO()
+    data = load_data(str(_write(tmp_path / "a.jsonl", tiny.rows(50))), messages=messages)
     assert len(data.split("train")) == 45 and len(data.split("dev")) == 5
-    assert "5 of 50" in said.getvalue()
+    assert "5 of 50" in messages.getvalue()
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
@@ -44,7 +44,7 @@ def test_other_files_read_the_same(tmp_path: Path, suffix: str) -> None:
         table.to_parquet(str(file))
     else:
         table.to_csv(str(file), sep="\t" if suffix == "tsv" else ",")
-    data = load_data(str(file), say=io.StringIO())
+    data = load_data(str(file), messages=io.StringIO())
     assert sorted(data.split("train").text + data.split("dev").text) == sorted(
         str(row["text"]) for row in rows
     )
@@ -56,7 +56,7 @@ def test_string_labels_and_named_columns(tmp_path: Path) -> None:
         {"sentence": "z", "kind": "ham"},
     ] * 5
     file = _write(tmp_path / "a.jsonl", rows)
-    data = load_data(str(file), Columns("sentence", "other", "kind"), say=io.StringIO())
+    data = load_data(str(file), Columns("sentence", "other", "kind"), messages=io.StringIO())
     assert data.labels == ("ham", "spam")
 
 
@@ -64,13 +64,13 @@ def test_pairs_reach_the_tokenizer_with_types(tmp_path: Path) -> None:
     file = _write(
         tmp_path / "a.jsonl", [{"text": "good film", "text_b": "bad", "label": i % 2} for i in range(10)]
     )
-    rows = load_data(str(file), say=io.StringIO()).split("train")
+    rows = load_data(str(file), messages=io.StringIO()).split("train")
     encoded = encode(rows, tiny.tokenizer(), TextFacts("", 0, 64))
     assert encoded.types[0] == [0, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([{"text": "a", "label": 0}, {"text": "", "label": 1}], r"row 2.*non-empty"),
         ([{"text": "a", "label": 0}, {"text": "b", "label": 7}], r"from 0 without a gap"),
@@ -78,9 +78,9 @@ def test_pairs_reach_the_tokenizer_with_types(tmp_path: Path) -> None:
         ([{"text": "a", "label": 0}, {"text": None, "label": 1}], r"row 2"),
     ],
 )
-def test_a_wrong_row_is_named(tmp_path: Path, rows: list[dict[str, object]], told: str) -> None:
+def test_a_wrong_row_is_named(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
     file = _write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(BadData, match=told) as caught:
+    with pytest.raises(BadData, match=message) as caught:
         load_data(str(file))
     assert str(file) in str(caught.value)
 
@@ -105,13 +105,13 @@ def test_label_unknown_in_train_is_named(tmp_path: Path) -> None:
         load_data(str(tmp_path))
 
 
-def test_missing_split_lists_those_that_there_are(tmp_path: Path) -> None:
-    data = load_data(str(_write(tmp_path / "a.jsonl", tiny.rows(20))), say=io.StringIO())
+def test_a_missing_split_lists_the_existing_ones(tmp_path: Path) -> None:
+    data = load_data(str(_write(tmp_path / "a.jsonl", tiny.rows(20))), messages=io.StringIO())
     with pytest.raises(BadData, match="train, dev"):
         data.split("test")
 
 
-def test_batches_hold_every_row_once_and_repeat_exactly() -> None:
+def test_batches_contain_every_row_once_and_repeat_exactly() -> None:
     lengths = np.arange(101) % 13
     batches = shuffled_batches(lengths, 8, seed=3, epoch=1)
     assert sorted(np.concatenate(batches)) == list(range(101))

@@ -11,15 +11,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from offramp.models import EarlyExitNetwork
 from offramp.training.batches import encode
 from offramp.training.checkpoint import TextFacts
 from offramp.training.cli import train
 from offramp.training.collect import collect
 from offramp.training.data import load_data
-from offramp.training.early_stopping import BestExits
+from offramp.training.frozen import EarlyStopping
 from offramp.training.loop import Run
 from offramp.training.recipes.jei_dnn import (
-    JeiDnn,
+    JeiDnnSettings,
     cost_shares,
     exit_turn_loss,
     gate_targets,
@@ -28,57 +29,59 @@ from offramp.training.recipes.jei_dnn import (
 )
 from offramp.training.recipes.jei_dnn import train as recipe
 
-LEAVE = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [0.1, 0.0, 0.2]])
+EXIT_AT = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [0.1, 0.0, 0.2]])
 
 
-def gradient(weighting: str, leave: torch.Tensor) -> torch.Tensor:
+def gradient(weighting: str, probabilities: torch.Tensor) -> torch.Tensor:
     """Of the exits' loss with respect to what produced the exits' cross-entropies [3, 3]."""
     torch.manual_seed(0)
     source = torch.randn(3, 3, requires_grad=True)
-    (found,) = torch.autograd.grad(exit_turn_loss(source.exp(), leave, weighting), source)
-    return found
+    (gradients,) = torch.autograd.grad(exit_turn_loss(source.exp(), probabilities, weighting), source)
+    return gradients
 
 
 def plain() -> torch.Tensor:
     torch.manual_seed(0)
     source = torch.randn(3, 3, requires_grad=True)
-    (found,) = torch.autograd.grad(source.exp().sum() / 9, source)
-    return found
+    (gradients,) = torch.autograd.grad(source.exp().sum() / 9, source)
+    return gradients
 
 
-def test_as_run_teaches_by_the_plain_sum_whatever_the_gates_say() -> None:
-    torch.testing.assert_close(gradient("as_run", LEAVE), plain())
-    torch.testing.assert_close(gradient("as_run", LEAVE.flip(1)), plain())
+def test_as_run_has_the_gradient_of_the_plain_sum() -> None:
+    torch.testing.assert_close(gradient("as_run", EXIT_AT), plain())
+    torch.testing.assert_close(gradient("as_run", EXIT_AT.flip(1)), plain())
 
 
-def test_as_intended_teaches_the_exits_where_rows_leave() -> None:
-    found = gradient("as_intended", LEAVE)
-    assert not torch.allclose(found, plain(), rtol=0.2)
-    assert found[1, 0] == 0 and found[2, 1] == 0  # nobody like that leaves there
-    weighted = (plain() * LEAVE)[0]
-    torch.testing.assert_close(found[0] / found[0].sum(), weighted / weighted.sum())
+def test_as_intended_trains_the_exits_that_rows_take() -> None:
+    gradients = gradient("as_intended", EXIT_AT)
+    assert not torch.allclose(gradients, plain(), rtol=0.2)
+    assert gradients[1, 0] == 0 and gradients[2, 1] == 0  # P(exit) is 0 there
+    weighted = (plain() * EXIT_AT)[0]
+    torch.testing.assert_close(gradients[0] / gradients[0].sum(), weighted / weighted.sum())
 
 
-def test_both_weightings_have_the_same_value_and_survive_rows_that_leave_nowhere() -> None:
+def test_both_weightings_have_the_same_value_and_accept_rows_without_exit() -> None:
     losses = torch.tensor([[1.0, 2.0, 3.0]] * 3)
-    assert exit_turn_loss(losses, LEAVE, "as_run") == pytest.approx(2.0)
-    assert exit_turn_loss(losses, LEAVE, "as_intended") == pytest.approx(2.0)
-    nobody = torch.zeros(3, 3)
-    torch.testing.assert_close(gradient("as_run", nobody), plain())
-    assert gradient("as_intended", nobody).abs().max() == 0
+    assert exit_turn_loss(losses, EXIT_AT, "as_run") == pytest.approx(2.0)
+    assert exit_turn_loss(losses, EXIT_AT, "as_intended") == pytest.approx(2.0)
+    no_exit = torch.zeros(3, 3)
+    torch.testing.assert_close(gradient("as_run", no_exit), plain())
+    assert gradient("as_intended", no_exit).abs().max() == 0
 
 
-def test_targets_open_the_optimal_gate_and_all_behind_it() -> None:
+def test_targets_are_one_from_the_optimal_exit_on() -> None:
     losses = torch.tensor([[0.9, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1], [2.0, 2.0, 2.0, 0.1]])
     costs = torch.tensor([[0.25, 0.5, 0.75, 1.0]]).expand(3, 4)
     assert gate_targets(losses, costs, 1.0).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
-    assert gate_targets(losses, costs, 10.0).tolist() == [[1, 1, 1]] * 3  # dear: everybody leaves at once
+    assert (
+        gate_targets(losses, costs, 10.0).tolist() == [[1, 1, 1]] * 3
+    )  # a high price: all rows take the first exit
     assert gate_targets(losses, costs, 0.0).tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 0]]
 
 
-def test_rare_positives_weigh_more_but_not_without_end() -> None:
+def test_rare_positives_weigh_more_up_to_a_limit() -> None:
     targets = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 1, 1], [0, 1, 1]])
-    # no positive: 4 / 0.1 is cut to 5; 1 / 3; no negative: 0.1 / 4
+    # no positive: 4 / 0.1 is limited to 5; 1 / 3; no negative: 0.1 / 4
     assert positive_weights(targets.float()).tolist() == pytest.approx([5.0, 1 / 3, 0.025])
 
 
@@ -97,11 +100,11 @@ def test_costs_are_shares_of_the_whole_walk_and_grow() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"backbone": "thawed"}, {"weighting": "as_told"}, {"price": -1.0}, {"switch": 0}]
+    "wrong", [{"backbone": "other"}, {"weighting": "other"}, {"price": -1.0}, {"switch": 0}]
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
-        JeiDnn(**wrong)  # type: ignore[arg-type]
+        JeiDnnSettings(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +115,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_each_exit_stops_by_itself_and_gets_its_best_weights_back(folder: Path, tmp_path: Path) -> None:
+def test_each_exit_stops_by_itself_and_gets_its_best_weights(folder: Path, tmp_path: Path) -> None:
     network = tiny.network(policy="jei")
     rows = load_data(str(folder / "data")).split("dev")
     dev = collect(network, encode(rows, tiny.tokenizer(), TextFacts("", 0, 64)))
     run = Run(network, tmp_path, seed=0)
-    best = BestExits(run, dev, patience=2, name="try")
-    kept = [exit_head.classify.weight.clone() for exit_head in network.exits]
+    stopping = EarlyStopping(run, dev, patience=2, name="try")
+    initial = [exit_head.classify.weight.clone() for exit_head in network.exits]
     right = dev.labels.float() * 2 - 1  # +1 for label 1
 
-    def teach(index: int, sign: float) -> None:
+    def set_weights(index: int, sign: float) -> None:
         """Weights that answer by least squares on dev, or their opposite."""
         exit_head = network.exits[index]
         features = exit_head.standardize(dev.pooled[:, index])
@@ -130,25 +133,25 @@ def test_each_exit_stops_by_itself_and_gets_its_best_weights_back(folder: Path, 
             exit_head.classify.weight.copy_(torch.stack([-answer, answer]))
             exit_head.classify.bias.zero_()
 
-    best.judge(0)
-    teach(0, 1.0)
-    teach(1, -1.0)
-    best.judge(1)
+    stopping.evaluate(0)
+    set_weights(0, 1.0)
+    set_weights(1, -1.0)
+    stopping.evaluate(1)
     good = network.exits[0].classify.weight.clone()
-    assert best.learning.tolist() == [True, True]
-    teach(0, -1.0)
-    best.judge(2)
-    assert best.best.tolist() == [1, 0] and best.learning.tolist() == [True, False]
-    best.restore()
+    assert stopping.active.tolist() == [True, True]
+    set_weights(0, -1.0)
+    stopping.evaluate(2)
+    assert stopping.best_epoch.tolist() == [1, 0] and stopping.active.tolist() == [True, False]
+    stopping.restore_best()
     torch.testing.assert_close(network.exits[0].classify.weight, good)
-    torch.testing.assert_close(network.exits[1].classify.weight, kept[1])
-    again = BestExits(run, dev, patience=2, name="try")
-    again.judge(2)  # as a resumed run: from what was remembered
-    assert again.best.tolist() == [1, 0]
+    torch.testing.assert_close(network.exits[1].classify.weight, initial[1])
+    again = EarlyStopping(run, dev, patience=2, name="try")
+    again.evaluate(2)  # as a resumed run: from stored values
+    assert again.best_epoch.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "tuned"])
-def test_what_learns_and_what_stays(folder: Path, tmp_path: Path, backbone: str) -> None:
+def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -> None:
     words = ["--data", str(folder / "data"), "--precision", "fp32"]
     fast = ["epochs=3", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
     first = [*words, "--model", str(folder / "model"), "--recipe", "joint", "--out", str(tmp_path / "joint")]
@@ -171,37 +174,37 @@ def test_what_learns_and_what_stays(folder: Path, tmp_path: Path, backbone: str)
 
 
 class Interrupted(Exception):
-    """Stands for a kill: nothing is written after it."""
+    """Simulates a kill: nothing is written after it."""
 
 
-class Torn(Run):
-    """A run that is interrupted at a step of a stage."""
+class InterruptedRun(Run[EarlyExitNetwork]):
+    """A run that is interrupted at a step of a phase."""
 
     at: tuple[str, int] | None = None
 
     def log(self, **figures: object) -> None:
         super().log(**figures)
-        if self.at is not None and (figures.get("stage"), figures.get("step")) == self.at:
+        if self.at is not None and (figures.get("phase"), figures.get("step")) == self.at:
             raise Interrupted
 
 
 @pytest.mark.parametrize("at", [("warm-up", 21), ("turns", 21), ("turns", 41)])
-def test_an_interrupted_run_ends_with_the_weights_of_the_whole_one(
+def test_an_interrupted_run_ends_with_the_weights_of_the_uninterrupted_one(
     folder: Path, tmp_path: Path, at: tuple[str, int]
 ) -> None:
-    """Best weights and counts come back as they were remembered, not as they would be found now."""
+    """Best weights and counts are read from stored values, not computed again."""
     rows = load_data(str(folder / "data"))
     encoded = [encode(rows.split(name), tiny.tokenizer(), TextFacts("", 0, 64)) for name in ("train", "dev")]
-    settings = JeiDnn(warm_epochs=4, warm_lr=0.01, turn_epochs=6, turn_batch=8, switch=10)
+    settings = JeiDnnSettings(warm_epochs=4, warm_lr=0.01, turn_epochs=6, turn_batch=8, switch=10)
 
-    def go(place: Path, stop: tuple[str, int] | None) -> dict[str, torch.Tensor]:
-        run = Torn(tiny.network(policy="jei"), place, seed=3, save_every=0)
+    def run_recipe(place: Path, stop: tuple[str, int] | None) -> dict[str, torch.Tensor]:
+        run = InterruptedRun(tiny.network(policy="jei"), place, seed=3, save_every=0)
         run.at = stop
         recipe(run, *encoded, settings, skip_warm_start=True)
         return run.network.state_dict()
 
-    whole = go(tmp_path / "whole", None)
+    whole = run_recipe(tmp_path / "whole", None)
     with pytest.raises(Interrupted):
-        go(tmp_path / "torn", at)
-    resumed = go(tmp_path / "torn", None)
+        run_recipe(tmp_path / "torn", at)
+    resumed = run_recipe(tmp_path / "torn", None)
     assert all(whole[name].equal(resumed[name]) for name in whole)

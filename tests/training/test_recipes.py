@@ -1,7 +1,8 @@
-"""The register and the baselines: what each trains, leaves alone and leaves by."""
+"""The register of recipes, and the published baselines: losses, trained parts, rules."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from offramp.models.policies import KINDS
 from offramp.runtime.rules.sweep import SWEPT
 from offramp.training.cli import train
+from offramp.training.options import parse_settings
 from offramp.training.recipes import RECIPES, load_recipe
-from offramp.training.recipes.berxit import task_loss, telling_loss
+from offramp.training.recipes.base import ClassifierRecipe, DecoderRecipe
+from offramp.training.recipes.berxit import policy_loss, task_loss
 from offramp.training.recipes.branchynet import uniform
-from offramp.training.recipes.deebert import last_alone
-from offramp.training.recipes.fastbert import distance
-from offramp.training.settings import settings_from
+from offramp.training.recipes.deebert import last_exit_only
+from offramp.training.recipes.fastbert import distillation_loss
 
 RULES = {
     "branchynet": "entropy",
@@ -32,35 +35,42 @@ RULES = {
 
 def test_losses_by_hand() -> None:
     losses = torch.tensor([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]])
-    assert uniform(losses) == 4.0 and last_alone(losses) == 7.0
+    assert uniform(losses) == 4.0 and last_exit_only(losses) == 7.0
     assert task_loss(losses, 0) == task_loss(losses, 4) == 7.0 and task_loss(losses, 3) == 12.0
 
 
-def test_students_are_held_against_the_teacher() -> None:
+def test_the_distillation_loss_is_a_kl_divergence() -> None:
     teacher = torch.log(torch.tensor([[0.5, 0.5]]))
     student = torch.log(torch.tensor([[[0.5, 0.5], [0.8, 0.2]]]))
     expected = 0.5 * torch.log(torch.tensor(0.5 / 0.8)) + 0.5 * torch.log(torch.tensor(0.5 / 0.2))
-    torch.testing.assert_close(distance(student, teacher), expected)
-    assert distance(student[:, :1] + 3.0, teacher).item() == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(distillation_loss(student, teacher), expected)
+    assert distillation_loss(student[:, :1] + 3.0, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_learning_to_exit_is_taught_whether_exits_are_wrong() -> None:
-    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0], [0.0, 9.0]]])  # says 0, 1, 1
-    gates = torch.logit(torch.tensor([[0.3, 0.9]]))  # P(right)
-    found = telling_loss(gates, logits, torch.tensor([1]))
-    assert found.item() == pytest.approx((0.7 - 1) ** 2 + (0.1 - 0) ** 2)
+def test_learning_to_exit_is_trained_to_predict_errors() -> None:
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0], [0.0, 9.0]]])  # predicts 0, 1, 1
+    gate_logits = torch.logit(torch.tensor([[0.3, 0.9]]))  # P(right)
+    loss = policy_loss(gate_logits, logits, torch.tensor([1]))
+    assert loss.item() == pytest.approx((0.7 - 1) ** 2 + (0.1 - 0) ** 2)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_keeps_the_contract(name: str) -> None:
+def test_every_recipe_implements_its_protocol(name: str) -> None:
     recipe = load_recipe(name)
-    settings = settings_from(recipe.SETTINGS, ())
+    settings = parse_settings(recipe.SETTINGS, ())
     assert recipe.__doc__.startswith(f"{name}: ") and f"--recipe {name}" in recipe.__doc__
     assert recipe.STARTS_FROM is None or recipe.STARTS_FROM in RECIPES
-    if getattr(recipe, "GENERATES", False):
-        assert not hasattr(recipe, "policy_of")
-    else:
-        recipe.policy_of(settings)
+    protocol = ClassifierRecipe if recipe.KIND == "classifier" else DecoderRecipe
+    assert recipe.KIND in ("classifier", "decoder")
+    for method in ("policy_of", "prepare", "train"):
+        declared = getattr(protocol, method, None)
+        assert (declared is None) == (getattr(recipe, method, None) is None)
+        if declared is not None:
+            parameters = list(inspect.signature(declared).parameters.values())[1:]  # without self
+            implemented = inspect.signature(getattr(recipe, method)).parameters.values()
+            assert [(p.name, p.kind) for p in implemented] == [(p.name, p.kind) for p in parameters]
+    if recipe.KIND == "classifier":
+        assert recipe.policy_of(settings) in (None, *KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +86,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start = ["--model", str(root / "model")] if begin is None else ["--init", str(root / begin)]
         words = [*start, "--data", str(root / "data"), "--recipe", name, "--out", str(root / name)]
         sets = [*fast, "exit_epochs=30", "exit_lr=0.01"] if name in ("deebert", "fastbert") else fast
-        flags = [word for wish in sets for word in ("--set", wish)]
+        flags = [word for setting in sets for word in ("--set", setting)]
         done = CliRunner().invoke(train, [*words, "--precision", "fp32", *flags])
         assert done.exit_code == 0, done.output
     return root
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_points_are_of_the_recipes_own_rule(trained: Path, name: str) -> None:
+def test_points_have_the_recipes_rule(trained: Path, name: str) -> None:
     training = json.loads((trained / name / "training.json").read_text())
     assert training["rule"] == RULES[name] and RULES[name] in SWEPT
     rules = {point["rule"]["name"] for point in training["operating_points"]}
@@ -93,7 +103,7 @@ def test_points_are_of_the_recipes_own_rule(trained: Path, name: str) -> None:
     assert (trained / name / "log.jsonl").is_file()
 
 
-def test_two_stage_recipes_leave_backbone_and_last_exit_as_they_were(trained: Path) -> None:
+def test_the_second_phase_changes_neither_backbone_nor_last_exit(trained: Path) -> None:
     teacher, student = (load_file(trained / name / "weights.safetensors") for name in ("deebert", "fastbert"))
     moved = {".".join(n.split(".")[:2]) for n, value in teacher.items() if not value.equal(student[n])}
     assert moved == {"exits.0", "exits.1"}
@@ -106,6 +116,6 @@ def test_recipes_that_only_choose_points_change_no_weight(trained: Path) -> None
         assert joint.keys() == same.keys() and all(joint[n].equal(same[n]) for n in joint)
 
 
-def test_berxit_learns_when_it_is_right(trained: Path) -> None:
+def test_the_learning_to_exit_layer_is_shared(trained: Path) -> None:
     weights = load_file(trained / "berxit" / "weights.safetensors")
     assert weights["policies.0.wrong.weight"].equal(weights["policies.1.wrong.weight"])

@@ -1,11 +1,14 @@
-"""One file a published training system; each is a list of stages for the one loop."""
+"""Recipes: one file for each published training system, each a list of phases for the one loop."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-# The register: what ee-train --recipe knows. docs/add-a-method.md shows how to add a line.
+if TYPE_CHECKING:  # it imports torch, which ee-train --help does without
+    from offramp.training.recipes.base import Recipe
+
+# The register of ee-train --recipe; docs/add-a-method.md shows how to add a line.
 RECIPES: dict[str, str] = {
     "joint": "offramp.training.recipes.joint",
     "consistentee": "offramp.training.recipes.consistentee",
@@ -23,15 +26,6 @@ RECIPES: dict[str, str] = {
 }
 
 
-def load_recipe(name: str) -> Any:
-    """The recipe's module; KeyError where the register has no such name.
-
-    It has SETTINGS, a frozen dataclass of numbers and words; policy_of(settings), the kind of policy that its
-    network carries, or None; train(run, train, dev, settings, *, skip_warm_start), which runs its stages and
-    gives what training.json is to hold; and STARTS_FROM, the recipe whose checkpoint, given as --init, spares
-    it the first stage, or None where it begins with the pretrained backbone.
-
-    A recipe for language models says GENERATES = True in place of policy_of, and its train is
-    train(run, texts, exits, settings): see training.decoders.
-    """
-    return importlib.import_module(RECIPES[name])
+def load_recipe(name: str) -> Recipe:
+    """The recipe's module; KeyError where the register has no such name."""
+    return cast("Recipe", importlib.import_module(RECIPES[name]))

@@ -1,34 +1,36 @@
-"""branchynet: every exit learns with equal weight and rows leave where the entropy is low (arXiv 1709.01686).
+"""branchynet: all exits train with equal weight, and rows exit where the entropy is low (arXiv 1709.01686).
 
-Loss: the weighted sum of the exits' cross-entropies; a row leaves at the first exit whose softmax has an
+Loss: the weighted sum of the exits' cross-entropies; a row exits at the first exit whose softmax has an
 entropy below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016).
 
 We differ: weights are equal (the paper leaves them to the user), their sum is a mean, the threshold is one
 for all exits (the paper's can differ) and is chosen on dev, and the backbone is a pretrained transformer.
 
-Expect: e5-small on sst2, some 10 minutes on one core; 89.7 % on test with 52 % of multiply-accumulates saved,
-0.3 below max-probability on recipe joint (docs/comparison.md).
+Expect: e5-small on sst2, about 10 minutes on one core; 89.7 % on test with 52 % of multiply-accumulates
+saved, 0.3 below max-probability on recipe joint (docs/comparison.md).
 
     ee-train --model MODEL --data DATA --recipe branchynet --out ckpt/
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from offramp.models.network import EarlyExitNetwork
 from offramp.training.batches import Encoded
+from offramp.training.collect import operating_points
 from offramp.training.loop import Run
-from offramp.training.points import operating_points
-from offramp.training.recipes.joint import Joint, warm_start
+from offramp.training.recipes.joint import JointSettings, warm_start
 
-SETTINGS = Joint
-STARTS_FROM = None
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = JointSettings
+STARTS_FROM: str | None = None
 
 
-def policy_of(settings: Joint) -> str | None:
-    """The entropy decides, nothing learned."""
+def policy_of(settings: JointSettings) -> str | None:
+    """None: the entropy decides, nothing is learned."""
     return None
 
 
@@ -38,8 +40,13 @@ def uniform(losses: Tensor) -> Tensor:
 
 
 def train(
-    run: Run, train: Encoded, dev: Encoded, settings: Joint, *, skip_warm_start: bool
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: JointSettings,
+    *,
+    skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Train backbone and exits (after --init: further); gives dev figures and operating points."""
+    """Train backbone and exits (with --init: further); return dev figures and operating points."""
     warm_start(run, train, settings, uniform, "branchynet")
     return operating_points(run, dev, "entropy")

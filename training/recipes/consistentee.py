@@ -1,23 +1,23 @@
-"""consistentee: a policy learned by reward decides where each instance leaves (AAAI 2024, arXiv 2312.11882).
+"""consistentee: a policy trained by reward decides where each instance exits (AAAI 2024, arXiv 2312.11882).
 
 1 warm start: recipe joint.  2 the Memorized Layer m of every training instance, once.  3 policies alone: the
-reward of leaving at exit l is R_l = quality_l - alpha * l * (1 - m / L).  4 everything: the task loss of the
-exit that is taken plus the policy loss. 3 and 4 alternate, and 3 comes last, so that the policy fits the
-exits that are deployed.
+reward of exiting at exit l is R_l = quality_l - alpha * l * (1 - m / L).  4 everything: the task loss of the
+chosen exit plus the policy loss. 3 and 4 alternate, and 3 comes last, so that the policy fits the exits that
+are deployed.
 
 Where we differ, each a setting (docs/log.md has the measurements behind the defaults):
 
-- estimator=expected computes the sum over l of P(leave at l) * R_l exactly, since the loss of every exit is
+- estimator=expected computes the sum over l of P(exit at l) * R_l exactly, since the loss of every exit is
   known in training; sampled is the paper's REINFORCE: K Bernoulli trajectories, their mean as baseline.
-- policy=statistics reads the exit's softmax and what earlier exits said; state is the paper's pooled state.
-- quality=agree rewards agreeing with the last exit; ce is the paper's -CE; correct is a 0/1 reward.
-- hardness=false drops the factor (1 - m / L); true is the paper's.
+- policy=statistics reads the softmax of this exit and of earlier ones; state is the paper's pooled state.
+- quality=agree rewards agreement with the last exit; ce is the paper's -CE; correct is a 0/1 reward.
+- hardness=false omits the factor (1 - m / L); true is the paper's.
 - spread: each row draws its alpha between alpha / spread and alpha * spread and its gates are shifted to
   match, so that one policy is trained for every threshold; 1 is the paper's single alpha.
-- rounds=0 leaves stage 4 out, since it lowered the exits on dev; 1 or more alternates as the paper does.
+- rounds=0 omits phase 4, since it lowered the exits on dev; 1 or more alternates as the paper does.
 - holdout keeps a share of train out of the warm start and computes rewards and m there.
 
-Not settings: the task loss of stage 4 is weighted by P(leave at l) instead of taken at one sampled exit, and
+Not settings: the task loss of phase 4 is weighted by P(exit at l) instead of taken at one sampled exit, and
 the public code's live reward (no depth term) and its actions without exploration are not reproduced.
 
 Expect: e5-small on sst2, a minute or two after the warm start; 89.6 % on test with 58.7 % of the layers saved
@@ -30,31 +30,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from offramp.models.network import EarlyExitNetwork
 from offramp.models.policies.consistentee import POLICY_INPUTS
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect
-from offramp.training.hardness import easiness
-from offramp.training.loop import Run, Stage
-from offramp.training.points import operating_points
-from offramp.training.recipes.joint import EVERYTHING, Joint, exit_losses, warm_start
+from offramp.training.collect import collect, operating_points
+from offramp.training.loop import Phase, Run
+from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, warm_start
 
 QUALITIES = ("ce", "correct", "agree")
 ESTIMATORS = ("expected", "sampled")
-SHIFT = (
-    3.0  # of a gate's logit for a price e times as high: P(exit) goes from 0.27 to 0.73 over a factor of 2
-)
+# Shift of a gate's logit for a price e times as high: P(exit) goes from 0.27 to 0.73 over a factor of 2.
+SHIFT = 3.0
 
 
 @dataclass(frozen=True)
-class ConsistentEE:
-    """Settings of the recipe; alpha is the reward's price of one more exit, trajectories the paper's K."""
+class ConsistentEESettings:
+    """Settings of the recipe; alpha: the reward's price of one more exit; trajectories: the paper's K."""
 
     epochs: int = 3
     batch_size: int = 32
@@ -91,27 +89,44 @@ class ConsistentEE:
             raise ValueError("trajectories: the mean of one trajectory is no baseline; at least 2")
 
 
-SETTINGS = ConsistentEE
-STARTS_FROM = "joint"
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = ConsistentEESettings
+STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: ConsistentEE) -> str | None:
-    """What the policies read, so that the network is built with them."""
+def policy_of(settings: ConsistentEESettings) -> str | None:
+    """The kind of policy by its inputs."""
     return settings.policy
 
 
-def leave_probabilities(gates: Tensor) -> Tensor:
-    """P(leave at l) [batch, exits] from logits of P(exit) [batch, exits - 1]; the last exit takes who is
-    left.
+def memorized_exit(right: Tensor) -> Tensor:
+    """The first exit (0-based) from which on every exit is right [rows]; the last where the last is wrong.
+
+    right [rows, exits] says where exits predict the label. This is ConsistentEE's Memorized Layer less one.
     """
-    stay = logsigmoid(-gates).cumsum(1)  # [batch, exits - 1] log P(still here after l)
-    reached = torch.cat([torch.zeros_like(stay[:, :1]), stay], dim=1)  # [batch, exits]
-    go = torch.cat([logsigmoid(gates), torch.zeros_like(stay[:, :1])], dim=1)
-    return (reached + go).exp()
+    right_to_the_end = right.long().flip(1).cumprod(1).sum(1)  # [rows] number of final exits all right
+    return (right.shape[1] - right_to_the_end).clamp(max=right.shape[1] - 1)
+
+
+def easiness(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - m / L [rows], the share of the depth penalty that an instance pays; 0 for the hardest.
+
+    m is the Memorized Layer, 1-based; logits [rows, exits, classes] in evaluation mode, labels [rows].
+    """
+    right = logits.argmax(-1) == labels[:, None]  # [rows, exits]
+    return 1.0 - (memorized_exit(right) + 1).float() / logits.shape[1]
+
+
+def exit_distribution(gate_logits: Tensor) -> Tensor:
+    """P(exit at l) [batch, exits] from logits of P(exit) [batch, exits - 1]; the last exit takes the rest."""
+    log_stay = logsigmoid(-gate_logits).cumsum(1)  # [batch, exits - 1] log P(no exit up to l)
+    log_reached = torch.cat([torch.zeros_like(log_stay[:, :1]), log_stay], dim=1)  # [batch, exits]
+    log_exit = torch.cat([logsigmoid(gate_logits), torch.zeros_like(log_stay[:, :1])], dim=1)
+    return (log_reached + log_exit).exp()
 
 
 def qualities(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """What leaving at each exit is worth [rows, exits]: logits [rows, exits, classes], labels [rows]."""
+    """Quality of exiting at each exit [rows, exits]: logits [rows, exits, classes], labels [rows]."""
     if kind == "ce":
         return -exit_losses(logits, labels)
     target = labels if kind == "correct" else logits[:, -1].argmax(-1)
@@ -119,129 +134,126 @@ def qualities(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
 
 
 def rewards(quality: Tensor, alpha: Tensor, easy: Tensor) -> Tensor:
-    """R [rows, exits] of leaving at each exit: quality [rows, exits], alpha and easy (1 - m / L) [rows]."""
+    """R [rows, exits] of exiting at each exit: quality [rows, exits], alpha and easy (1 - m / L) [rows]."""
     depth = torch.arange(1, quality.shape[1] + 1, device=quality.device, dtype=torch.float32)
     return quality - (alpha * easy)[:, None] * depth
 
 
-def draw_alpha(rows: int, settings: ConsistentEE, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each row's price, log-uniform around alpha, and the shift of its gates' logits that goes with it,
-    [rows].
+def draw_alpha(rows: int, settings: ConsistentEESettings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each row's price, log-uniform around alpha, and the shift of its gates' logits for it, both [rows].
 
-    A dearer exit opens the gates by a shift that is the same at every exit. So moving the threshold after
-    training is what training has practised, and the threshold 0.5 belongs to alpha itself.
+    A higher price raises the gates by a shift that is the same at every exit. So another threshold after
+    training corresponds to prices seen in training, and the threshold 0.5 corresponds to alpha itself.
     """
-    draw = (2 * torch.rand(rows, device=device) - 1) * math.log(settings.spread)
-    return settings.alpha * draw.exp(), SHIFT * draw
+    log_factor = (2 * torch.rand(rows, device=device) - 1) * math.log(settings.spread)
+    return settings.alpha * log_factor.exp(), SHIFT * log_factor
 
 
-def policy_loss(gates: Tensor, reward: Tensor, settings: ConsistentEE) -> Tensor:
-    """Scalar whose gradient raises the expected reward: gates [batch, exits - 1] logits, reward [batch,
-    exits].
+def policy_loss(gate_logits: Tensor, reward: Tensor, settings: ConsistentEESettings) -> Tensor:
+    """Scalar whose negative gradient raises the expected reward.
+
+    gate_logits [batch, exits - 1], reward [batch, exits].
     """
-    leave = leave_probabilities(gates)
+    exit_at = exit_distribution(gate_logits)
     if settings.estimator == "expected":
-        return -(leave * reward).sum(1).mean()
-    # One draw from P(leave at l) is a Bernoulli draw at every exit in turn.
-    chosen = torch.multinomial(leave.detach(), settings.trajectories, replacement=True)  # [batch, K]
-    gained = reward.gather(1, chosen)
-    advantage = gained - gained.mean(1, keepdim=True)
-    return -(advantage * leave.clamp(min=1e-9).log().gather(1, chosen)).mean()
+        return -(exit_at * reward).sum(1).mean()
+    # One draw from P(exit at l) equals a Bernoulli draw at every exit in turn.
+    sampled = torch.multinomial(exit_at.detach(), settings.trajectories, replacement=True)  # [batch, K]
+    sampled_reward = reward.gather(1, sampled)
+    advantage = sampled_reward - sampled_reward.mean(1, keepdim=True)
+    return -(advantage * exit_at.clamp(min=1e-9).log().gather(1, sampled)).mean()
 
 
 def train(
-    run: Run, train: Encoded, dev: Encoded, settings: ConsistentEE, *, skip_warm_start: bool
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: ConsistentEESettings,
+    *,
+    skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """All stages; gives dev figures and the operating points chosen on dev."""
-    kept, judged = _hold_out(len(train), settings.holdout, run.seed)
+    """All phases; return dev figures and the operating points chosen on dev."""
+    warm_rows, reward_rows = _hold_out(len(train), settings.holdout, run.seed)
     if not skip_warm_start:
-        joint = Joint(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr)
-        warm_start(run, train.take(kept), joint)
+        joint = JointSettings(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr)
+        warm_start(run, train.take(warm_rows), joint)
     device = run.accelerator.device
 
-    def measure() -> Tensor:
+    def measure_easiness() -> Tensor:
         if not settings.hardness:
             return torch.ones(len(train))
-        warm = collect(run.network, train, device=device, what="hardness")
-        return easiness(warm.logits, warm.labels)
+        collected = collect(run.network, train, device=device, description="hardness")
+        return easiness(collected.logits, collected.labels)
 
-    easy = run.remember("easiness", measure)
-    rewarded = train.take(judged)
+    easy = run.stored("easiness", measure_easiness)
+    rewarded = train.take(reward_rows)
     for number in range(settings.rounds):
-        _fit_policies(run, rewarded, easy[judged], settings, f"policy {number + 1}")
+        _fit_policies(run, rewarded, easy[reward_rows], settings, f"policy {number + 1}")
         _fit_both(run, train, easy, settings, f"both {number + 1}")
-    _fit_policies(run, rewarded, easy[judged], settings, "policy last")
+    _fit_policies(run, rewarded, easy[reward_rows], settings, "policy last")
     return operating_points(run, dev, "gate")
 
 
-def _fit_policies(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE, name: str) -> None:
-    """Policies on cached features: the rest of the network is frozen, so what it says is computed once."""
-    if run.done_before():
+def _fit_policies(
+    run: Run[EarlyExitNetwork], rows: Encoded, easy: Tensor, settings: ConsistentEESettings, name: str
+) -> None:
+    """Train policies on cached features: the rest of the network is frozen, so its outputs do not change."""
+    if run.skip_finished_phase():
         return
     device = run.accelerator.device
-    seen = collect(run.network, rows, device=device, what=f"{name}: features")
-    quality = qualities(seen.logits, seen.labels, settings.quality)
+    features = collect(run.network, rows, device=device, description=f"{name}: features")
+    quality = qualities(features.logits, features.labels, settings.quality)
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        chosen = torch.from_numpy(index)
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        batch = torch.from_numpy(index)
         alpha, shift = draw_alpha(len(index), settings, device)
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # tiny layers: bf16 would only blur the probabilities
-            gates = run.network.gate_logits(seen.pooled[chosen].to(device), seen.logits[chosen].to(device))
-            reward = rewards(quality[chosen].to(device), alpha, easy[chosen].to(device))
-            return policy_loss(gates + shift[:, None], reward, settings), _figures(gates, reward)
+        # Tiny layers: bf16 would only lose precision of the probabilities.
+        with torch.autocast(device.type, enabled=False):
+            pooled, logits = features.pooled[batch].to(device), features.logits[batch].to(device)
+            gate_logits = run.network.gate_logits(pooled, logits)
+            reward = rewards(quality[batch].to(device), alpha, easy[batch].to(device))
+            value = policy_loss(gate_logits + shift[:, None], reward, settings)
+            return value, _figures(gate_logits, reward)
 
     lengths = np.zeros(len(rows), np.int64)
     epochs = settings.policy_epochs
-    run.fit(Stage(name, ("policies",), lengths, loss, epochs, 256, settings.policy_lr, shared=False))
+    run.fit(Phase(name, ("policies",), lengths, loss, epochs, 256, settings.policy_lr, shared=False))
 
 
-def _fit_both(run: Run, rows: Encoded, easy: Tensor, settings: ConsistentEE, name: str) -> None:
-    """Everything learns: exits from the instances that leave there, policies from today's exits' rewards."""
+def _fit_both(
+    run: Run[EarlyExitNetwork], rows: Encoded, easy: Tensor, settings: ConsistentEESettings, name: str
+) -> None:
+    """Train everything: exits on the instances that exit there, policies by the current exits' rewards."""
     device = run.accelerator.device
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = rows.batch(index, device)
-        out = model(inputs, detach_policies=True)
-        quality = qualities(out.logits.detach().float(), labels, settings.quality)
+        outputs = model(inputs, detach_policies=True)
+        quality = qualities(outputs.logits.detach().float(), labels, settings.quality)
         alpha, shift = draw_alpha(len(index), settings, device)
         reward = rewards(quality, alpha, easy[torch.from_numpy(index)].to(device))
-        gates = out.gate_logits.float() + shift[:, None]
-        task = (leave_probabilities(gates.detach()) * exit_losses(out.logits, labels)).sum(1).mean()
-        return task + policy_loss(gates, reward, settings), {
-            "task": float(task.detach()),
-            **_figures(gates, reward),
-        }
+        gate_logits = outputs.gate_logits.float() + shift[:, None]
+        weights = exit_distribution(gate_logits.detach())
+        task = (weights * exit_losses(outputs.logits, labels)).sum(1).mean()
+        figures = {"task": float(task.detach()), **_figures(gate_logits, reward)}
+        return task + policy_loss(gate_logits, reward, settings), figures
 
-    learns = (*EVERYTHING, "policies")
-    run.fit(
-        Stage(
-            name,
-            learns,
-            rows.lengths,
-            loss,
-            settings.both_epochs,
-            settings.batch_size,
-            settings.both_lr,
-            settings.both_heads_lr,
-        )
-    )
+    s, trains = settings, (*EVERYTHING, "policies")
+    run.fit(Phase(name, trains, rows.lengths, loss, s.both_epochs, s.batch_size, s.both_lr, s.both_heads_lr))
 
 
-def _figures(gates: Tensor, reward: Tensor) -> dict[str, float]:
-    leave = leave_probabilities(gates.detach())
-    depth = torch.arange(1, leave.shape[1] + 1, device=leave.device)
-    return {"reward": float((leave * reward).sum(1).mean()), "exit": float((leave * depth).sum(1).mean())}
+def _figures(gate_logits: Tensor, reward: Tensor) -> dict[str, float]:
+    """Expected reward and exit (1-based), for the log."""
+    exit_at = exit_distribution(gate_logits.detach())
+    depth = torch.arange(1, exit_at.shape[1] + 1, device=exit_at.device)
+    return {"reward": float((exit_at * reward).sum(1).mean()), "exit": float((exit_at * depth).sum(1).mean())}
 
 
 def _hold_out(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for the warm start and row numbers for the rewards: all for both where nothing is held
-    out.
-    """
+    """Row numbers for the warm start and row numbers for the rewards; all for both where share is 0."""
     if share == 0:
         everything = np.arange(rows)
         return everything, everything
     order = np.random.default_rng([seed, 77]).permutation(rows)
-    cut = max(1, round(share * rows))
-    return np.sort(order[cut:]), np.sort(order[:cut])
+    count = max(1, round(share * rows))
+    return np.sort(order[count:]), np.sort(order[:count])

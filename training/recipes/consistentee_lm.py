@@ -1,32 +1,33 @@
-"""consistentee_lm: ConsistentEE for language models, a policy a token; only heads learn (arXiv 2312.11882).
+"""consistentee_lm: ConsistentEE for language models, a policy decision per token (arXiv 2312.11882).
 
-The backbone is frozen. 1 heads: exits learn the next token, weights proportional to their block.  2 policies:
-REINFORCE over K trajectories, the mean as baseline; leaving behind block l is worth R = -CE - alpha * l * (1
-- m / L), where m, a token's Memorized Layer, is the first exit from which on every exit says the right token.
-3 both: exits learn the tokens that leave there, policies go on. As at run time, a token leaves behind the
-first exit with P(exit) above 0.5, and the first token of an answer is said at full depth.
+The backbone is frozen. 1 heads: exits are trained on the next token, weights proportional to their block.  2
+policies: REINFORCE over K trajectories, the mean as baseline; the reward of exiting after block l is R = -CE
+- alpha * l * (1 - m / L), where m, a token's Memorized Layer, is the first exit from which on every exit
+predicts the right token.  3 both: exits are trained on the tokens that exit there, policies continue. As at
+run time, a token exits after the first exit with P(exit) above 0.5, and the first token of an answer is
+computed at full depth.
 
-We differ: an exit is a translator, a residual linear map before the one shared head, and stands for the
-paper's copy of the head with LoRA. Every token attends to keys and values of the full depth, so features need
-no policy: exact for a bundle's cache "deferred", an approximation of "propagated" ones. The public code pairs
-rewards with another token's depth, rewards tokens of the prompt, counts blocks from 0 and leaves out (1 - m /
-L); here reward and depth are of one token, only completions take part, blocks count from 1. Actions are drawn
-from the policy, without epsilon; trajectories are compared with the mean of the others, which is the same
-gradient but for a factor of K / (K - 1). In stage 3 m is that of the exits of that moment.
+We differ: an exit is a translator, a residual linear map before the one shared head, in place of the paper's
+copy of the head with LoRA. Every token attends to keys and values of the full depth, so features do not
+depend on the policy: exact for a bundle's cache "deferred", an approximation of "propagated" ones. The public
+code pairs rewards with another token's depth, rewards tokens of the prompt, counts blocks from 0 and omits (1
+- m / L); here reward and depth belong to one token, only completions take part, blocks count from 1. Actions
+are drawn from the policy, without epsilon; trajectories are compared with the mean of the others, which is
+the same gradient up to a factor of K / (K - 1). In phase 3 m is that of the current exits.
 
-Settings: target=model has stage 1 learn what the last block says; hardness=false drops (1 - m / L), as the
-public LLaMA code does; expert=true makes one of the K never exit, as it does too, at the price of a bias.
+Settings: target=model trains phase 1 on the last block's probabilities; hardness=false omits (1 - m / L), as
+the public LLaMA code does; expert=true makes one of the K never exit, as in that code, which adds a bias.
 
 Expect: dev in training.json has CALM's confidence and cosine at the policy's depth, their thresholds tuned on
-dev itself, which flatters them. No figure of the paper to hold this against was found.
+dev itself, which favours them. No figure of the paper was available for comparison.
 
     ee-train --model MODEL --data DATA --recipe consistentee_lm --exits 10,20 --set alpha=0.02 --out ckpt/
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,30 +35,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.models.decoder import DecoderNetwork
-from offramp.training.loop import Run, Stage
-from offramp.training.recipes.consistentee import leave_probabilities
-from offramp.training.settings import BadSetting
-from offramp.training.texts import IGNORED, Texts
-from offramp.training.token_hardness import (
-    compared,
+from offramp.runtime.errors import BadSetting
+from offramp.training.lm_data import IGNORED, TokenRows
+from offramp.training.loop import Phase, Run
+from offramp.training.recipes.consistentee import exit_distribution, memorized_exit
+from offramp.training.token_exits import (
+    collect_tokens,
+    compare_rules,
     exit_logits,
-    gates_of,
+    gate_logits_of,
     hidden_at,
-    listen,
-    may_leave,
-    memorized_block,
-    some,
+    may_exit_early,
+    sample_places,
 )
 
 TARGETS = ("data", "model")
-POLICY_BATCH = 1024  # tokens a step of stage 2
+POLICY_BATCH = 1024  # tokens a step of phase 2
 DEV_ROWS = 64
 
 
 @dataclass(frozen=True)
-class ConsistentEELM:
-    """Settings of the recipe; alpha: price of a block in nats, trajectories: K, tokens_per_batch: most that
-    stages 1 and 3 learn from a batch of rows, drawn where there are more; policy_tokens: most of stage 2.
+class ConsistentEELMSettings:
+    """Settings of the recipe; alpha: price of a block in nats; trajectories: K; tokens_per_batch: most tokens
+    of a batch of rows that phases 1 and 3 use, sampled where there are more; policy_tokens: most of phase 2.
     """
 
     epochs: int = 1
@@ -88,162 +88,162 @@ class ConsistentEELM:
             raise ValueError(f"target={self.target}: choose among {', '.join(TARGETS)}")
 
 
-SETTINGS = ConsistentEELM
-STARTS_FROM = None
-GENERATES = True
+KIND: Literal["decoder"] = "decoder"
+SETTINGS = ConsistentEELMSettings
+STARTS_FROM: str | None = None
 
 
-def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: ConsistentEELM) -> None:
-    """Give the network what it lacks of translators and policies, before a run reads what an earlier one
-    left; raises BadSetting where its exits are others.
-    """
+def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: ConsistentEELMSettings) -> None:
+    """Add the translators and policies that the network lacks; raises BadSetting where it has other exits."""
     early = [block for block in exits if block < network.block_count]
     if not early:
         raise BadSetting("--exits: consistentee_lm needs one before the last block")
-    have = sorted(int(name) for name in network.exits)
-    if have not in ([], early):
-        raise BadSetting(f"--exits {early}: the model has exits behind blocks {have}; name these")
-    if not have:
+    existing = sorted(int(name) for name in network.exits)
+    if existing not in ([], early):
+        raise BadSetting(f"--exits {early}: the model has exits after blocks {existing}; name these")
+    if not existing:
         network.add_exits(early)
     for block in early:
         if str(block) not in network.policies:
             policy = nn.Linear(network.hidden_size, 1)
-            for parameter in policy.parameters():  # 0.5 for every token: no chance in where it begins
+            for parameter in policy.parameters():  # P(exit) is 0.5 for every token, whatever the seed
                 nn.init.zeros_(parameter)
             network.policies[str(block)] = policy
 
 
-def rewards(losses: Tensor, right: Tensor, exits: tuple[int, ...], settings: ConsistentEELM) -> Tensor:
-    """R [tokens, exits] of leaving at each exit: losses [tokens, exits] nats, right [tokens, exits]."""
+def rewards(
+    losses: Tensor, right: Tensor, exits: tuple[int, ...], settings: ConsistentEELMSettings
+) -> Tensor:
+    """R [tokens, exits] of exiting at each exit: losses [tokens, exits] in nats, right [tokens, exits]."""
     depth = torch.tensor(exits, device=losses.device, dtype=torch.float32)  # blocks
-    easy = 1 - memorized_block(right, exits) / exits[-1]
+    easy = 1 - depth[memorized_exit(right)] / exits[-1]
     price = settings.alpha * (easy if settings.hardness else torch.ones_like(easy))
     return -losses - price[:, None] * depth
 
 
-def draw(gates: Tensor, settings: ConsistentEELM) -> Tensor:
-    """Exits at which K trajectories of each token leave [tokens, K]: gates [tokens, exits - 1] logits.
+def sample_exits(gate_logits: Tensor, settings: ConsistentEELMSettings) -> Tensor:
+    """Exits of K trajectories of each token [tokens, K]: gate_logits [tokens, exits - 1].
 
-    One draw from P(leave at l) is a Bernoulli draw at every exit in turn.
+    One draw from P(exit at l) equals a Bernoulli draw at every exit in turn.
     """
-    leave = leave_probabilities(gates.detach())
-    chosen = torch.multinomial(leave, settings.trajectories, replacement=True)
+    exit_at = exit_distribution(gate_logits.detach())
+    sampled = torch.multinomial(exit_at, settings.trajectories, replacement=True)
     if settings.expert:
-        chosen[:, 0] = leave.shape[1] - 1
-    return chosen
+        sampled[:, 0] = exit_at.shape[1] - 1
+    return sampled
 
 
-def policy_loss(gates: Tensor, reward: Tensor, chosen: Tensor) -> Tensor:
-    """Scalar whose gradient raises the expected reward: gates [tokens, exits - 1] logits, reward [tokens,
-    exits], chosen [tokens, K].
+def policy_loss(gate_logits: Tensor, reward: Tensor, sampled: Tensor) -> Tensor:
+    """Scalar whose negative gradient raises the expected reward.
+
+    gate_logits [tokens, exits - 1], reward [tokens, exits], sampled exits [tokens, K].
     """
-    gained = reward.gather(1, chosen)
-    count = chosen.shape[1]
-    # Against the mean of the others: with itself among them the gradient were (K - 1) / K of the true one.
-    advantage = (gained - gained.mean(1, keepdim=True)) * count / (count - 1)
-    said = leave_probabilities(gates).clamp(min=1e-30).log().gather(1, chosen)
-    return -(advantage * said).mean(1).sum() / max(1, len(gates))
+    sampled_reward = reward.gather(1, sampled)
+    count = sampled.shape[1]
+    # The mean of the others: with the sample itself in the mean, the gradient is (K - 1) / K of the true one.
+    advantage = (sampled_reward - sampled_reward.mean(1, keepdim=True)) * count / (count - 1)
+    log_probability = exit_distribution(gate_logits).clamp(min=1e-30).log().gather(1, sampled)
+    return -(advantage * log_probability).mean(1).sum() / max(1, len(gate_logits))
 
 
 def train(
-    run: Run, texts: dict[str, Texts], exits: tuple[int, ...], settings: ConsistentEELM
+    run: Run[DecoderNetwork],
+    rows: dict[str, TokenRows],
+    exits: tuple[int, ...],
+    settings: ConsistentEELMSettings,
 ) -> dict[str, Any]:
-    """All stages; gives what dev says of exits, policies and CALM's rules."""
-    prepare(run.network, exits, settings)  # where nobody did: a run that begins
+    """All phases; return dev figures of exits, policies and CALM's rules."""
+    prepare(run.network, exits, settings)  # for callers other than ee-train
     run.network.to(run.accelerator.device)
-    _fit_heads(run, texts["train"], exits, settings)
-    _fit_policies(run, texts["train"], exits, settings)
+    _fit_heads(run, rows["train"], exits, settings)
+    _fit_policies(run, rows["train"], exits, settings)
     if settings.both_epochs:
-        _fit_both(run, texts["train"], exits, settings)
-    if "dev" not in texts:
+        _fit_both(run, rows["train"], exits, settings)
+    if "dev" not in rows:
         return {}
-    s, index = settings, list(range(min(DEV_ROWS, len(texts["dev"]))))
-    said = listen(run.network, texts["dev"], index, exits, s.batch_size, s.tokens_per_batch)
-    return {"dev": compared(run.network, said, exits)}
+    s, index = settings, list(range(min(DEV_ROWS, len(rows["dev"]))))
+    outputs = collect_tokens(run.network, rows["dev"], index, exits, s.batch_size, s.tokens_per_batch)
+    return {"dev": compare_rules(run.network, outputs, exits)}
 
 
-def _fit_heads(run: Run, rows: Texts, exits: tuple[int, ...], s: ConsistentEELM) -> None:
+def _fit_heads(
+    run: Run[DecoderNetwork], rows: TokenRows, exits: tuple[int, ...], s: ConsistentEELMSettings
+) -> None:
     weights = [block / sum(exits[:-1]) for block in exits[:-1]]
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        ids, following = rows.batch(index, run.accelerator.device)
-        where = some(following != IGNORED, s.tokens_per_batch)
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        ids, targets = rows.batch(index, run.accelerator.device)
+        where = sample_places(targets != IGNORED, s.tokens_per_batch)
         states, _ = hidden_at(run.network, ids, where, exits)
-        said = following[where]
+        goal = targets[where]
         if s.target == "model":
             with torch.no_grad():
-                said = next(exit_logits(run.network, states[:, -1:], exits[-1:])).softmax(-1)
+                goal = next(exit_logits(run.network, states[:, -1:], exits[-1:])).softmax(-1)
         total, figures = torch.zeros((), device=ids.device), {}
-        told = exit_logits(run.network, states, exits[:-1])
-        for block, weight, logits in zip(exits[:-1], weights, told, strict=True):
-            one = functional.cross_entropy(logits, said, reduction="sum") / max(1, len(said))
-            figures[f"exit_{block}"] = float(one.detach())
-            total = total + weight * one
+        logits_by_exit = exit_logits(run.network, states, exits[:-1])
+        for block, weight, logits in zip(exits[:-1], weights, logits_by_exit, strict=True):
+            exit_loss = functional.cross_entropy(logits, goal, reduction="sum") / max(1, len(goal))
+            figures[f"exit_{block}"] = float(exit_loss.detach())
+            total = total + weight * exit_loss
         return total, figures
 
-    learns, rate = ("exits",), s.heads_lr
-    run.fit(Stage("heads", learns, rows.lengths, loss, s.epochs, s.batch_size, rate, shared=False))
+    trains, lr = ("exits",), s.heads_lr
+    run.fit(Phase("heads", trains, rows.lengths, loss, s.epochs, s.batch_size, lr, shared=False))
 
 
-def _fit_policies(run: Run, rows: Texts, exits: tuple[int, ...], s: ConsistentEELM) -> None:
-    """Policies on cached features: all else is frozen, so what it says is computed once."""
-    if run.done_before():
+def _fit_policies(
+    run: Run[DecoderNetwork], rows: TokenRows, exits: tuple[int, ...], s: ConsistentEELMSettings
+) -> None:
+    """Train policies on cached features: all else is frozen, so its outputs do not change."""
+    if run.skip_finished_phase():
         return
     device = run.accelerator.device
     order = np.random.default_rng([run.seed, 78]).permutation(len(rows))
     counts = np.array([max(0, len(rows.ids[row]) - rows.starts[row] - 1) for row in order])
     index = order[: max(1, int((counts.cumsum() <= s.policy_tokens).sum()))].tolist()
-    with run.accelerator.autocast():  # as in the other stages: in float32 it takes three times as long
-        said = listen(run.network, rows, index, exits, s.batch_size, s.tokens_per_batch)
-    reward = rewards(said.losses, said.right, exits, s)
+    with run.accelerator.autocast():  # as in the other phases: in float32 it takes three times as long
+        outputs = collect_tokens(run.network, rows, index, exits, s.batch_size, s.tokens_per_batch)
+    reward = rewards(outputs.losses, outputs.right, exits, s)
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        chosen = torch.from_numpy(index).to(device)
-        gates = gates_of(run.network, said.states[chosen], exits)
-        worth = reward[chosen]
-        return policy_loss(gates, worth, draw(gates, s)), _figures(gates, worth, exits)
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        batch = torch.from_numpy(index).to(device)
+        gate_logits = gate_logits_of(run.network, outputs.states[batch], exits)
+        value = policy_loss(gate_logits, reward[batch], sample_exits(gate_logits, s))
+        return value, _figures(gate_logits, reward[batch], exits)
 
-    lengths, epochs, rate = np.zeros(len(said), np.int64), s.policy_epochs, s.policies_lr
-    run.fit(Stage("policies", ("policies",), lengths, loss, epochs, POLICY_BATCH, rate, shared=False))
+    lengths, epochs, lr = np.zeros(len(outputs), np.int64), s.policy_epochs, s.policies_lr
+    run.fit(Phase("policies", ("policies",), lengths, loss, epochs, POLICY_BATCH, lr, shared=False))
 
 
-def _fit_both(run: Run, rows: Texts, exits: tuple[int, ...], s: ConsistentEELM) -> None:
-    """Exits learn from the tokens that leave there, policies from today's exits' rewards."""
+def _fit_both(
+    run: Run[DecoderNetwork], rows: TokenRows, exits: tuple[int, ...], s: ConsistentEELMSettings
+) -> None:
+    """Train exits on the tokens that exit there, and policies by the current exits' rewards."""
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        ids, following = rows.batch(index, run.accelerator.device)
-        where = some(may_leave(following), s.tokens_per_batch)
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        ids, targets = rows.batch(index, run.accelerator.device)
+        where = sample_places(may_exit_early(targets), s.tokens_per_batch)
         states, _ = hidden_at(run.network, ids, where, exits)
-        said, losses, right = following[where], [], []
+        goal, losses, right = targets[where], [], []
         for logits in exit_logits(run.network, states, exits):
-            losses.append(functional.cross_entropy(logits, said, reduction="none"))
-            right.append(logits.argmax(-1) == said)
-        loss = torch.stack(losses, 1)
-        gates = gates_of(run.network, states, exits)
-        worth = rewards(loss.detach(), torch.stack(right, 1), exits, s)
-        chosen = draw(gates, s)
-        task = loss.gather(1, chosen).mean(1).sum() / max(1, len(said))
-        figures = {"task": float(task.detach()), **_figures(gates, worth, exits)}
-        return task + policy_loss(gates, worth, chosen), figures
+            losses.append(functional.cross_entropy(logits, goal, reduction="none"))
+            right.append(logits.argmax(-1) == goal)
+        exit_losses = torch.stack(losses, 1)
+        gate_logits = gate_logits_of(run.network, states, exits)
+        reward = rewards(exit_losses.detach(), torch.stack(right, 1), exits, s)
+        sampled = sample_exits(gate_logits, s)
+        task = exit_losses.gather(1, sampled).mean(1).sum() / max(1, len(goal))
+        figures = {"task": float(task.detach()), **_figures(gate_logits, reward, exits)}
+        return task + policy_loss(gate_logits, reward, sampled), figures
 
-    learns, epochs, rates = ("exits", "policies"), s.both_epochs, (s.both_heads_lr, s.policies_lr)
-    run.fit(
-        Stage(
-            "both",
-            learns,
-            rows.lengths,
-            loss,
-            epochs,
-            s.batch_size,
-            rates[0],
-            policies_lr=rates[1],
-            shared=False,
-        )
-    )
+    trains, lr = ("exits", "policies"), s.both_heads_lr
+    phase = Phase("both", trains, rows.lengths, loss, s.both_epochs, s.batch_size, lr, shared=False)
+    run.fit(replace(phase, policies_lr=s.policies_lr))
 
 
-def _figures(gates: Tensor, reward: Tensor, exits: tuple[int, ...]) -> dict[str, float]:
-    leave = leave_probabilities(gates.detach())
-    count = max(1, len(gates))
-    depth = leave @ torch.tensor(exits, device=leave.device, dtype=leave.dtype)
-    return {"reward": float((leave * reward).sum()) / count, "depth": float(depth.sum()) / count}
+def _figures(gate_logits: Tensor, reward: Tensor, exits: tuple[int, ...]) -> dict[str, float]:
+    """Expected reward and depth in blocks, for the log."""
+    exit_at = exit_distribution(gate_logits.detach())
+    count = max(1, len(gate_logits))
+    depth = exit_at @ torch.tensor(exits, device=exit_at.device, dtype=exit_at.dtype)
+    return {"reward": float((exit_at * reward).sum()) / count, "depth": float(depth.sum()) / count}

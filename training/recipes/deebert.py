@@ -1,15 +1,16 @@
-"""deebert: fine-tune first, then the exits on the frozen backbone; entropy decides (DeeBERT, ACL 2020).
+"""deebert: fine-tune first, then train the exits on the frozen backbone; entropy decides (DeeBERT, ACL 2020).
 
-1 ordinary fine-tuning: backbone and last exit by CE_L.  2 everything of stage 1 is frozen, the other exits
-learn by sum over l < L of CE_l. A row leaves at the first exit whose entropy is below a threshold.
+1 ordinary fine-tuning: backbone and last exit by CE_L.  2 everything of phase 1 is frozen, the other exits
+are trained by the sum over l < L of CE_l. A row exits at the first exit whose entropy is below a threshold.
 
-We differ: an exit is one linear layer on the standardized mean of the tokens (theirs has a pooler of its
-own), stage 2 runs on cached features, exit_epochs epochs of seconds each (theirs: 3 epochs of the whole
-network), and warm-up, decay and rates are those of recipe joint. With --init stage 1 is taken from there: a
-checkpoint of this recipe or of fastbert, whose stage 1 is the same.
+We differ: an exit is one linear layer on the standardized mean of the tokens (the paper's has its own
+pooler), phase 2 runs on cached features, exit_epochs epochs of seconds each (the paper: 3 epochs of the whole
+network), and warm-up, decay and rates are those of recipe joint. With --init phase 1 is taken from there: a
+checkpoint of this recipe or of fastbert, whose phase 1 is the same.
 
-Expect: e5-small on sst2, some 11 minutes on one core; 89.7 % on test with 51 % of multiply-accumulates saved,
-not apart from max-probability on recipe joint, below it on trec6 (docs/comparison.md).
+Expect: e5-small on sst2, about 11 minutes on one core; 89.7 % on test with 51 % of multiply-accumulates
+saved, not significantly different from max-probability on recipe joint, below it on trec6
+(docs/comparison.md).
 
     ee-train --model MODEL --data DATA --recipe deebert --out ckpt/
 """
@@ -17,54 +18,60 @@ not apart from max-probability on recipe joint, below it on trec6 (docs/comparis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from offramp.models.network import EarlyExitNetwork
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect
+from offramp.training.collect import collect, operating_points
 from offramp.training.frozen import fit_exits
 from offramp.training.loop import Run
-from offramp.training.points import operating_points
-from offramp.training.recipes.joint import Joint, exit_losses, warm_start
+from offramp.training.recipes.joint import JointSettings, exit_losses, warm_start
 
 
 @dataclass(frozen=True)
-class DeeBert(Joint):
-    """Settings of the recipe: stage 1 as in recipe joint, then exit_epochs over features at exit_lr."""
+class DeeBertSettings(JointSettings):
+    """Settings of the recipe: phase 1 as in recipe joint; exit_epochs, exit_batch, exit_lr: of phase 2."""
 
     exit_epochs: int = 10
     exit_batch: int = 64
     exit_lr: float = 1e-3
 
 
-SETTINGS = DeeBert
-STARTS_FROM = None
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = DeeBertSettings
+STARTS_FROM: str | None = None
 
 
-def policy_of(settings: DeeBert) -> str | None:
-    """The entropy decides, nothing learned."""
+def policy_of(settings: DeeBertSettings) -> str | None:
+    """None: the entropy decides, nothing is learned."""
     return None
 
 
-def last_alone(losses: Tensor) -> Tensor:
+def last_exit_only(losses: Tensor) -> Tensor:
     """Ordinary fine-tuning: losses [batch, exits] -> scalar."""
     return losses[:, -1].mean()
 
 
 def train(
-    run: Run, train: Encoded, dev: Encoded, settings: DeeBert, *, skip_warm_start: bool
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: DeeBertSettings,
+    *,
+    skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Both stages, or the second alone; gives dev figures and operating points."""
+    """Both phases, or the second alone; return dev figures and operating points."""
     device = run.accelerator.device
     if not skip_warm_start:
-        warm_start(run, train, settings, last_alone, "fine-tuning")
-    if not run.done_before():
-        seen = collect(run.network, train, device=device, what="features")
+        warm_start(run, train, settings, last_exit_only, "fine-tuning")
+    if not run.skip_finished_phase():
+        features = collect(run.network, train, device=device, description="features")
 
         def loss(logits: Tensor, rows: Tensor) -> Tensor:
-            return exit_losses(logits, seen.labels[rows].to(device)).sum(1).mean()
+            return exit_losses(logits, features.labels[rows].to(device)).sum(1).mean()
 
         sizes = {"epochs": settings.exit_epochs, "batch_size": settings.exit_batch}
-        fit_exits(run, seen, loss, name="exits", lr=settings.exit_lr, **sizes)
+        fit_exits(run, features, loss, name="exits", lr=settings.exit_lr, **sizes)
     return operating_points(run, dev, "entropy")

@@ -1,23 +1,24 @@
-"""jei_dnn: gates on the exits' uncertainty, taught which exit would have been cheapest (arXiv 2310.09163).
+"""jei_dnn: gates on the exits' uncertainty are trained to open at the cheapest exit (arXiv 2310.09163).
 
-1 backbone: recipe joint, or --init.  2 warm-up: the exits but the last learn on the frozen backbone, exit l
-weighs L - l, each stops early by its accuracy on dev.  3 gates and exits in turns, gates first. Gates: target
-t_l = 1 for l >= l*, where l* = argmin over l of CE_l + price * cost_l (the last exit among them, cost 1), by
-BCE with positives weighted min(5, #0 / #1), counted on dev before every epoch. Exits: see weighting. Policy
-jei holds the gates' chain; a row leaves where the conditional is above one half (point "trained").
+1 backbone: recipe joint, or --init.  2 warm-up: the exits but the last train on the frozen backbone, exit l
+weighs L - l, each stops early by its accuracy on dev.  3 gates and exits train in turns, gates first. Gates:
+target t_l = 1 for l >= l*, where l* = argmin over l of CE_l + price * cost_l (the last exit included, cost
+1), by BCE with positives weighted min(5, #0 / #1), counted on dev before every epoch. Exits: see weighting.
+Policy jei computes the conditional; a row exits where it is above one half (point "trained").
 
-price is the paper's lambda: a sweep is a run for every price. Points at other thresholds than that of
+price is the paper's lambda: a sweep is one run for every price. Points at thresholds other than that of
 "trained" come from one run and are our extension.
 
-weighting: as_intended weighs CE_l by P_l, the probability of leaving there, scaled to the size of the sum of
-CE_l. as_run is what the public code computes: there the scale is not detached, so the weights cancel out of
-the gradient and what is left is the plain sum. backbone: frozen as published; tuned lets exit turns train
-backbone and last exit too.
+weighting: as_intended weighs CE_l by P_l, the probability of exiting there, scaled to the size of the sum of
+CE_l. as_run is what the public code computes: there the scale is not detached, so the weights cancel in the
+gradient and the plain sum remains. backbone: frozen as published; tuned lets exit turns train backbone and
+last exit too.
 
 We differ: costs are multiply-accumulates of the row's tokens, exits and gates included, as a share of the
-whole walk (theirs: each linear layer once); AdamW with warm-up and decay (theirs: SGD and a cosine); the
-backbone of stage 1 has learned all exits (theirs: the last alone); exits go on from there, and the start
-counts as a candidate of early stopping; turns are shortened until there are three, and gates have the last.
+whole walk (the paper's: each linear layer once); AdamW with warm-up and decay (the paper's: SGD and a
+cosine); the backbone of phase 1 was trained with all exits (the paper's: the last alone); exits continue from
+there, and the start is a candidate of early stopping; turns are shortened until there are three, and the last
+is the gates'.
 
 Expect: e5-small on sst2, two minutes on one core after recipe joint; 89.5 % on test with 52 % of
 multiply-accumulates saved (docs/comparison.md).
@@ -30,33 +31,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from offramp.models.network import EarlyExitNetwork
-from offramp.models.policies.jei import exit_probabilities
+from offramp.models.policies.jei import JeiGate, exit_probabilities
 from offramp.training.batches import Encoded
-from offramp.training.collect import Collected, collect
-from offramp.training.early_stopping import BestExits
-from offramp.training.frontier import costs_of
-from offramp.training.frozen import early_logits, fit_exits
-from offramp.training.loop import Run, Stage
-from offramp.training.points import operating_points
-from offramp.training.recipes.joint import EVERYTHING, Joint, exit_losses, warm_start
+from offramp.training.collect import Collected, collect, costs_of, operating_points
+from offramp.training.frozen import EarlyStopping, early_logits, fit_exits
+from offramp.training.loop import Phase, Run
+from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, warm_start
 
 WEIGHTINGS = ("as_run", "as_intended")
 BACKBONES = ("frozen", "tuned")
-MOST = 5.0  # a gate's rare positives weigh that much at most
-FEWEST = 0.1  # rows of a kind that are counted at least
+MAX_POSITIVE_WEIGHT = 5.0  # of a gate's rare positives
+MIN_COUNT = 0.1  # of rows of a target, which avoids a division by zero
 
 
 @dataclass(frozen=True)
-class JeiDnn(Joint):
-    """Settings: stage 1 as in recipe joint; warm_* of stage 2; switch is batches a turn of stage 3."""
+class JeiDnnSettings(JointSettings):
+    """Settings: phase 1 as in recipe joint; warm_* of phase 2; switch: batches a turn of phase 3."""
 
     backbone: str = "frozen"
     weighting: str = "as_run"
@@ -83,18 +81,20 @@ class JeiDnn(Joint):
             raise ValueError(f"price from 0; patience, turn_epochs, turn_batch and switch from 1: {self}")
 
 
-SETTINGS = JeiDnn
-STARTS_FROM = "joint"
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = JeiDnnSettings
+STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: JeiDnn) -> str | None:
+def policy_of(settings: JeiDnnSettings) -> str | None:
     """The gates."""
     return "jei"
 
 
 def gate_targets(losses: Tensor, costs: Tensor, price: float) -> Tensor:
-    """1 at the exit with the least CE_l + price * cost_l and behind it [batch, exits - 1]; losses and costs
-    [batch, exits].
+    """1 from the exit with the least CE_l + price * cost_l on, else 0 [batch, exits - 1].
+
+    losses and costs [batch, exits].
     """
     best = (losses + price * costs).argmin(1, keepdim=True)  # [batch, 1]
     return (torch.arange(losses.shape[1] - 1, device=losses.device) >= best).float()
@@ -103,144 +103,165 @@ def gate_targets(losses: Tensor, costs: Tensor, price: float) -> Tensor:
 def positive_weights(targets: Tensor) -> Tensor:
     """min(5, rows of target 0 / rows of target 1) of each gate [exits - 1]; targets [rows, exits - 1]."""
     ones = targets.sum(0)
-    return ((len(targets) - ones).clamp(min=FEWEST) / ones.clamp(min=FEWEST)).clamp(max=MOST)
+    zeros = len(targets) - ones
+    return (zeros.clamp(min=MIN_COUNT) / ones.clamp(min=MIN_COUNT)).clamp(max=MAX_POSITIVE_WEIGHT)
 
 
-def exit_turn_loss(losses: Tensor, leave: Tensor, weighting: str) -> Tensor:
-    """Scalar that teaches exits: losses and P(leave at l) [batch, exits], the same exits in both.
+def exit_turn_loss(losses: Tensor, probabilities: Tensor, weighting: str) -> Tensor:
+    """The scalar that trains exits: losses and P(exit at l) [batch, exits], the same exits in both.
 
-    A row that leaves at none of them (P sums to zero) has no weights: as_run takes its plain sum, as_intended
-    nothing.
+    For a row that exits at none of them (P sums to zero) as_run takes its plain sum, as_intended zero.
     """
     total = losses.sum(1)
-    weighted = (leave * losses).sum(1)  # [batch]
-    lost = weighted <= 1e-12
-    scale = total / weighted.masked_fill(lost, 1.0)
+    weighted = (probabilities * losses).sum(1)  # [batch]
+    no_exit = weighted <= 1e-12
+    scale = total / weighted.masked_fill(no_exit, 1.0)
     if weighting == "as_intended":
-        rows = weighted * scale.detach()
+        row_losses = weighted * scale.detach()
     else:
-        rows = torch.where(lost, total, weighted * scale)
-    return rows.mean() / losses.shape[1]
+        row_losses = torch.where(no_exit, total, weighted * scale)
+    return row_losses.mean() / losses.shape[1]
 
 
-def own_gates(network: EarlyExitNetwork, logits: Tensor) -> Tensor:
-    """Logits of g [batch, exits - 1], the gates before the chain; logits [batch, exits, classes]."""
-    return torch.stack([gate.gate_logit(logits[:, at]) for at, gate in enumerate(network.policies)], 1)  # type: ignore[operator]
+def single_gate_logits(network: EarlyExitNetwork, logits: Tensor) -> Tensor:
+    """Logits of g [batch, exits - 1], before the conditional; logits [batch, exits, classes]."""
+    columns = []
+    for index, gate in enumerate(network.policies):
+        assert isinstance(gate, JeiGate)
+        columns.append(gate.gate_logit(logits[:, index]))
+    return torch.stack(columns, 1)
 
 
 def turn_of(step: int, steps: int, switch: int) -> int:
-    """Number of a step's turn; even ones, the last among them, are the gates'."""
+    """Number of a step's turn; even turns, the last among them, train the gates."""
     turns = max(3, round(steps / switch)) // 2 * 2 + 1
     return step * turns // steps
 
 
 def train(
-    run: Run, train: Encoded, dev: Encoded, settings: JeiDnn, *, skip_warm_start: bool
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: JeiDnnSettings,
+    *,
+    skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """All stages; gives dev figures and the operating points chosen on dev."""
+    """All phases; return dev figures and the operating points chosen on dev."""
     device = run.accelerator.device
     if not skip_warm_start:
         warm_start(run, train, settings)
-    seen, judged = (collect(run.network, rows, device=device, what="features") for rows in (train, dev))
-    _warm_up(run, seen, judged, settings)
-    _in_turns(run, train, dev, seen, judged, settings)
-    found = operating_points(run, dev, "gate")
-    return {**found, "published_points": ["trained"]}  # one a price; the others are the extension
+    features, dev_features = (
+        collect(run.network, rows, device=device, description="features") for rows in (train, dev)
+    )
+    _warm_up(run, features, dev_features, settings)
+    _fit_in_turns(run, train, dev, features, dev_features, settings)
+    points = operating_points(run, dev, "gate")
+    return {**points, "published_points": ["trained"]}  # one a price; the others are our extension
 
 
-def _warm_up(run: Run, seen: Collected, dev: Collected, settings: JeiDnn) -> None:
-    exits = seen.logits.shape[1]
+def _warm_up(
+    run: Run[EarlyExitNetwork], features: Collected, dev: Collected, settings: JeiDnnSettings
+) -> None:
+    exits = features.logits.shape[1]
     weights = torch.arange(exits - 1, 0, -1.0)  # L - l
-    best = BestExits(run, dev, patience=settings.patience, name="warm-up")
-    each = ceil(len(seen.labels) / settings.turn_batch)  # steps an epoch
+    stopping = EarlyStopping(run, dev, patience=settings.patience, name="warm-up")
+    steps_per_epoch = ceil(len(features.labels) / settings.turn_batch)
 
     def loss(logits: Tensor, rows: Tensor) -> Tensor:
-        best.judge(run.position["step"] // each)
-        losses = exit_losses(logits, seen.labels[rows].to(logits.device))
-        return (losses * (weights * best.learning).to(losses.device)).sum(1).mean() / weights.sum()
+        stopping.evaluate(run.position["step"] // steps_per_epoch)
+        losses = exit_losses(logits, features.labels[rows].to(logits.device))
+        return (losses * (weights * stopping.active).to(losses.device)).sum(1).mean() / weights.sum()
 
     lr, epochs = settings.warm_lr, settings.warm_epochs
-    fit_exits(run, seen, loss, name="warm-up", epochs=epochs, batch_size=settings.turn_batch, lr=lr)
-    if run.between:
-        best.judge(epochs)
-        best.restore()
+    fit_exits(run, features, loss, name="warm-up", epochs=epochs, batch_size=settings.turn_batch, lr=lr)
+    if run.between_phases:
+        stopping.evaluate(epochs)
+        stopping.restore_best()
 
 
-def _in_turns(
-    run: Run, train: Encoded, dev: Encoded, seen: Collected, dev_seen: Collected, settings: JeiDnn
+def _fit_in_turns(
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    features: Collected,
+    dev_features: Collected,
+    settings: JeiDnnSettings,
 ) -> None:
-    if run.done_before():
+    if run.skip_finished_phase():
         return
     network, device, frozen = run.network, run.accelerator.device, settings.backbone == "frozen"
-    each = ceil(len(train) / settings.turn_batch)
-    steps = each * settings.turn_epochs
+    steps_per_epoch = ceil(len(train) / settings.turn_batch)
+    steps = steps_per_epoch * settings.turn_epochs
     costs = cost_shares(network, train.lengths)
     weights: dict[int, Tensor] = {}  # epoch -> of the gates' positives
 
-    def say(index: np.ndarray, model: Any) -> tuple[Tensor, Tensor]:
-        """Logits [batch, exits, classes] and labels of rows today."""
+    def current_logits(index: np.ndarray, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits [batch, exits, classes] of the exits as they are now, and labels [batch]."""
         if not frozen:
             inputs, labels = train.batch(index, device)
             return model(inputs).logits, labels
         rows = torch.from_numpy(index)
         with torch.autocast(device.type, enabled=False):  # as in the warm-up
-            logits = early_logits(network, seen.pooled[rows].to(device))
-        last = seen.logits[rows, -1:].to(device)
-        return torch.cat([logits, last], 1), seen.labels[rows].to(device)
+            logits = early_logits(network, features.pooled[rows].to(device))
+        last = features.logits[rows, -1:].to(device)
+        return torch.cat([logits, last], 1), features.labels[rows].to(device)
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         step = run.position["step"]
-        epoch = step // each
+        epoch = step // steps_per_epoch
         if epoch not in weights:
-            counted = _counting(run, dev, dev_seen, settings)
-            weights[epoch] = run.remember(f"positives-{epoch}", counted).to(device)
+            count = _positive_counter(run, dev, dev_features, settings)
+            weights[epoch] = run.stored(f"positives-{epoch}", count).to(device)
         if turn_of(step, steps, settings.switch) % 2:
-            logits, labels = say(index, model)
+            logits, labels = current_logits(index, model)
             with torch.no_grad():
-                leave = exit_probabilities(own_gates(network, logits.float()).sigmoid())
-            if not frozen:  # the last exit learns too, from the rows that are left
-                leave = torch.cat([leave, 1 - leave.sum(1, keepdim=True)], 1)
-            losses = exit_losses(logits, labels)[:, : leave.shape[1]]
-            return exit_turn_loss(losses, leave, settings.weighting), {"turn": 1.0}
-        network.eval()  # gates will meet exits without dropout
+                probabilities = exit_probabilities(single_gate_logits(network, logits.float()).sigmoid())
+            if not frozen:  # the last exit is trained too, on the rows that remain
+                remaining = 1 - probabilities.sum(1, keepdim=True)
+                probabilities = torch.cat([probabilities, remaining], 1)
+            losses = exit_losses(logits, labels)[:, : probabilities.shape[1]]
+            return exit_turn_loss(losses, probabilities, settings.weighting), {"turn": 1.0}
+        network.eval()  # gates will read exits without dropout
         with torch.no_grad():
-            logits, labels = say(index, model)
-            rows = costs[torch.from_numpy(index)].to(device)
-            targets = gate_targets(exit_losses(logits, labels), rows, settings.price)
+            logits, labels = current_logits(index, model)
+            row_costs = costs[torch.from_numpy(index)].to(device)
+            targets = gate_targets(exit_losses(logits, labels), row_costs, settings.price)
         network.train()
         with torch.autocast(device.type, enabled=False):
-            gates = own_gates(network, logits.float())
-            missed = binary_cross_entropy_with_logits(gates, targets, pos_weight=weights[epoch])
-        return missed, {"turn": 0.0, "optimal": float(1 + (1 - targets).sum(1).mean())}
+            gate_logits = single_gate_logits(network, logits.float())
+            gate_loss = binary_cross_entropy_with_logits(gate_logits, targets, pos_weight=weights[epoch])
+        return gate_loss, {"turn": 0.0, "optimal": float(1 + (1 - targets).sum(1).mean())}
 
-    learns = ("exits", "policies") if frozen else (*EVERYTHING, "policies")
+    trains = ("exits", "policies") if frozen else (*EVERYTHING, "policies")
     lengths = np.zeros(len(train), np.int64) if frozen else train.lengths
     s = settings
-    stage = Stage("turns", learns, lengths, loss, s.turn_epochs, s.turn_batch, s.tuned_lr, s.exits_lr)
-    run.fit(replace(stage, policies_lr=s.gates_lr, shared=not frozen))
+    phase = Phase("turns", trains, lengths, loss, s.turn_epochs, s.turn_batch, s.tuned_lr, s.exits_lr)
+    run.fit(replace(phase, policies_lr=s.gates_lr, shared=not frozen))
 
 
-def _counting(run: Run, dev: Encoded, seen: Collected, settings: JeiDnn) -> Callable[[], Tensor]:
-    """What counts the gates' targets on dev, with the exits of the moment."""
+def _positive_counter(
+    run: Run[EarlyExitNetwork], dev: Encoded, features: Collected, settings: JeiDnnSettings
+) -> Callable[[], Tensor]:
+    """A function that computes the weights of the gates' positives on dev, with the current exits."""
 
     def count() -> Tensor:
         network, device = run.network, run.accelerator.device
-        learns = network.training
+        was_training = network.training
         network.eval()
         with torch.no_grad():
             if settings.backbone == "frozen":
-                early = early_logits(network, seen.pooled.to(device)).cpu()
-                logits = torch.cat([early, seen.logits[:, -1:]], 1)
+                early = early_logits(network, features.pooled.to(device)).cpu()
+                logits = torch.cat([early, features.logits[:, -1:]], 1)
             else:
-                logits = collect(network, dev, device=device, what="dev").logits
-        network.train(learns)
-        losses = exit_losses(logits, seen.labels)
+                logits = collect(network, dev, device=device, description="dev").logits
+        network.train(was_training)
+        losses = exit_losses(logits, features.labels)
         return positive_weights(gate_targets(losses, cost_shares(network, dev.lengths), settings.price))
 
     return count
 
 
 def cost_shares(network: EarlyExitNetwork, lengths: np.ndarray) -> Tensor:
-    """Multiply-accumulates to every exit as a share of the whole walk [rows, exits], lengths in tokens."""
+    """Multiply-accumulates to every exit as a share of the whole walk [rows, exits]; lengths in tokens."""
     to_exit = costs_of(network, lengths).to_exit
     return torch.from_numpy(to_exit / to_exit[:, -1:]).float()

@@ -1,4 +1,4 @@
-"""joint: every exit learns at once, deeper ones weigh more (PABEE's training; ConsistentEE's warm start).
+"""joint: all exits train at once, deeper ones weigh more (PABEE's training; ConsistentEE's warm start).
 
 Loss: sum over exits l of l * CE_l / sum of l (PABEE, arXiv 2006.04152; also ConsistentEE's first stage).
 
@@ -6,7 +6,7 @@ We differ in the defaults (3 epochs, lr 5e-5 and 1e-3 for the exits, warm-up and
 and an exit is one linear layer on the standardized mean of the tokens, unless --pooling cls asks for the
 published shared pooler on the first token.
 
-Expect: e5-small on sst2, 3 epochs, some 6 minutes on 2 cores with AMX; 90.2 % on test at the last exit.
+Expect: e5-small on sst2, 3 epochs, about 6 minutes on 2 cores with AMX; 90.2 % on test at the last exit.
 
     ee-train --model MODEL --data DATA --recipe joint --out ckpt/
 """
@@ -15,23 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from offramp.models.network import EarlyExitNetwork
 from offramp.training.batches import Encoded
-from offramp.training.loop import Run, Stage
-from offramp.training.points import operating_points
+from offramp.training.collect import operating_points
+from offramp.training.loop import Phase, Run
 
 EVERYTHING = ("backbone", "exits", "pooler")
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Settings of the recipe; lr and heads_lr (exits, which start from nothing) at batch_size."""
+class JointSettings:
+    """Settings of the recipe; heads_lr: of the exits, which have no pretrained weights."""
 
     epochs: int = 3
     batch_size: int = 32
@@ -41,6 +42,16 @@ class Joint:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size) < 1 or self.lr <= 0:
             raise ValueError(f"epochs, batch_size and lr must be positive: {self}")
+
+
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = JointSettings
+STARTS_FROM: str | None = None
+
+
+def policy_of(settings: JointSettings) -> str | None:
+    """None: this recipe trains no policy."""
+    return None
 
 
 def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,57 +64,43 @@ def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def joint_loss(losses: Tensor) -> Tensor:
-    """Index-weighted mean over exits: losses [batch, exits] -> scalar."""
+    """Mean over exits weighted by their number: losses [batch, exits] -> scalar."""
     weights = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
     return (losses * weights).sum(1).mean() / weights.sum()
 
 
 def warm_start(
-    run: Run,
+    run: Run[EarlyExitNetwork],
     train: Encoded,
-    settings: Joint,
+    settings: JointSettings,
     combine: Callable[[Tensor], Tensor] = joint_loss,
     name: str = "joint",
 ) -> None:
-    """The stage itself, shared with every recipe that trains backbone and exits by cross-entropy alone.
+    """The phase that trains backbone and exits by cross-entropy, shared by several recipes.
 
-    combine: what is minimised, from the exits' losses [batch, exits] to a scalar.
+    combine: the minimized scalar, computed from the exits' losses [batch, exits].
     """
 
-    def loss(model: object, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = train.batch(index, run.accelerator.device)
-        losses = exit_losses(model(inputs).logits, labels)  # type: ignore[operator]
+        losses = exit_losses(model(inputs).logits, labels)
         return combine(losses), {
             "first": float(losses[:, 0].detach().mean()),
             "last": float(losses[:, -1].detach().mean()),
         }
 
-    run.fit(
-        Stage(
-            name,
-            EVERYTHING,
-            train.lengths,
-            loss,
-            settings.epochs,
-            settings.batch_size,
-            settings.lr,
-            settings.heads_lr,
-        )
-    )
-
-
-SETTINGS = Joint
-STARTS_FROM = None
-
-
-def policy_of(settings: Joint) -> str | None:
-    """This recipe trains no policy."""
-    return None
+    s = settings
+    run.fit(Phase(name, EVERYTHING, train.lengths, loss, s.epochs, s.batch_size, s.lr, s.heads_lr))
 
 
 def train(
-    run: Run, train: Encoded, dev: Encoded, settings: Joint, *, skip_warm_start: bool
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: JointSettings,
+    *,
+    skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Train backbone and exits (after --init: further); gives dev figures and operating points."""
+    """Train backbone and exits (with --init: further); return dev figures and operating points."""
     warm_start(run, train, settings)
     return operating_points(run, dev, "max_probability")

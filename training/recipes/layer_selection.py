@@ -1,15 +1,15 @@
-"""layer_selection: every block learns which tokens may go past it (ENLSP 2024 workshop, arXiv 2410.20022).
+"""layer_selection: controllers decide which tokens skip which blocks (ENLSP 2024, arXiv 2410.20022).
 
 Controllers of models.controllers, hard Gumbel softmax with straight-through gradients at temperature tau.
 Loss: cross-entropy + alpha * mean over the controlled blocks of the share of answer tokens that run them.
-Tokens of a prompt run everything; hidden states are detached before a controller reads them. input=fixed is
-the published control, whose controllers read ones: what hidden states are worth is the difference.
+Tokens of a prompt run all blocks; hidden states are detached before a controller reads them. input=fixed is
+the published control experiment, whose controllers read ones: the difference is the value of hidden states.
 
-We differ: backbone=frozen trains controllers alone (published: all; backbone=trained), they begin by running
-nearly everything (start), and the token that goes past a block is the one that predicts, not the one that is
-predicted; the first answer token is predicted by the prompt's last, which runs everything.
+We differ: backbone=frozen trains controllers alone (published: all; backbone=trained), they start by running
+nearly everything (start), and the token that skips a block is the one that predicts, not the one that is
+predicted; the first answer token is predicted by the prompt's last, which runs all blocks.
 
-Published: hidden states add little over the control; benchmarks/depth.py measures it.
+Published: hidden states add little over the control; our measurement is in docs/log.md.
 
     ee-train --model MODEL --data DATA --recipe layer_selection --set alpha=1 --out ckpt/
 """
@@ -17,26 +17,27 @@ Published: hidden states add little over the control; benchmarks/depth.py measur
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.models.controllers import INPUTS, Controllers, controllers_of
 from offramp.models.decoder import BlockMask, DecoderNetwork
-from offramp.training.loop import Run, Stage
-from offramp.training.texts import IGNORED, Texts
-from offramp.training.token_hardness import may_leave
+from offramp.training.lm_data import IGNORED, TokenRows
+from offramp.training.loop import Phase, Run
+from offramp.training.token_exits import may_exit_early
 
 BACKBONES = ("frozen", "trained")
+EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
-class LayerSelection:
-    """Settings of the recipe; alpha: price of running all blocks, in nats a token; tau: softness of
-    gradients; start: logit of running before training; lr: of all that learns.
+class LayerSelectionSettings:
+    """Settings of the recipe; alpha: price of running all blocks, in nats a token; tau: temperature of the
+    gradients; start: logit of running before training; lr: of everything that is trained.
     """
 
     epochs: int = 1
@@ -58,92 +59,102 @@ class LayerSelection:
                 raise ValueError(f"{name}={value}: choose among {', '.join(known)}")
 
 
-SETTINGS = LayerSelection
-STARTS_FROM = None
-GENERATES = True
+KIND: Literal["decoder"] = "decoder"
+SETTINGS = LayerSelectionSettings
+STARTS_FROM: str | None = None
 
 
-def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSelection) -> None:
-    """Give the network its controllers, before a run reads what an earlier one left."""
-    made = Controllers(network.block_count, network.hidden_size, input=settings.input, start=settings.start)
-    network.controllers = made
+def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSelectionSettings) -> None:
+    """Add new controllers to the network."""
+    network.controllers = Controllers(
+        network.block_count, network.hidden_size, input=settings.input, start=settings.start
+    )
 
 
-def draws(controllers: Controllers, may: Tensor, tau: float | None, ran: list[Tensor]) -> BlockMask:
-    """Blocks that tokens run, drawn at temperature tau, or, where None, the likelier; the mean over tokens
-    that `may` [batch, seq] of each controlled block is put in `ran`.
+def controlled_blocks(
+    controllers: Controllers, may_skip: Tensor, tau: float | None, shares: list[Tensor]
+) -> BlockMask:
+    """Blocks that tokens run: sampled at temperature tau or, where it is None, the likelier choice.
+
+    may_skip [batch, seq]: tokens that are controlled; others run all blocks. The share of them that runs each
+    controlled block is appended to `shares`.
     """
 
-    def decide(block: int, hidden: Tensor) -> Tensor | None:
+    def block_mask(block: int, hidden: Tensor) -> Tensor | None:
         number = block + 1
         if str(number) not in controllers:
             return None
         if tau is None:
-            share = (controllers.margin(number, hidden) > 0).to(hidden.dtype)
+            runs = (controllers.margin(number, hidden) > 0).to(hidden.dtype)
         else:
-            share = controllers.sample(number, hidden, tau)
-        ran.append((share * may).sum() / may.sum().clamp(min=1))
-        return torch.where(may, share, 1.0)
+            runs = controllers.sample(number, hidden, tau)
+        shares.append((runs * may_skip).sum() / may_skip.sum().clamp(min=1))
+        return torch.where(may_skip, runs, 1.0)
 
-    return decide
+    return block_mask
 
 
 def train(
-    run: Run, texts: dict[str, Texts], exits: tuple[int, ...], settings: LayerSelection
+    run: Run[DecoderNetwork],
+    rows: dict[str, TokenRows],
+    exits: tuple[int, ...],
+    settings: LayerSelectionSettings,
 ) -> dict[str, Any]:
-    """The one stage; gives what dev says with and without the controllers."""
-    controllers, rows, s = controllers_of(run.network), texts["train"], settings
+    """The only phase; return dev figures with and without the controllers."""
+    controllers, train_rows, s = controllers_of(run.network), rows["train"], settings
     if controllers is None:
-        raise ValueError("call prepare(network, exits, settings) before the run is made")
+        raise ValueError("call prepare(network, exits, settings) before creating the run")
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        ids, following = rows.batch(index, run.accelerator.device)
-        ran: list[Tensor] = []
-        states = model(ids, draws(controllers, may_leave(following), s.tau, ran))
-        learned = following != IGNORED
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        ids, targets = train_rows.batch(index, run.accelerator.device)
+        shares: list[Tensor] = []
+        states = model(ids, controlled_blocks(controllers, may_exit_early(targets), s.tau, shares))
+        learned = targets != IGNORED
         logits = run.network.head(states[-1][learned]).float()  # [tokens, vocabulary]
-        said = functional.cross_entropy(logits, following[learned])
-        share = torch.stack(ran).mean()
-        return said + s.alpha * share, {"said": float(said.detach()), "ran": float(share.detach())}
+        task = functional.cross_entropy(logits, targets[learned])
+        share = torch.stack(shares).mean()
+        return task + s.alpha * share, {"task": float(task.detach()), "block_share": float(share.detach())}
 
-    learns = ("controllers",) if s.backbone == "frozen" else ("model", "controllers")
-    run.fit(Stage("controllers", learns, rows.lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
+    trains = ("controllers",) if s.backbone == "frozen" else ("model", "controllers")
+    lengths = train_rows.lengths
+    run.fit(Phase("controllers", trains, lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
     controllers.fold_fixed_input()
-    return {"dev": measure(run, texts["dev"])} if "dev" in texts else {}
+    return {"dev": measure(run, rows["dev"])} if "dev" in rows else {}
 
 
 @torch.no_grad()
-def measure(run: Run, rows: Texts, most: int = 64) -> dict[str, Any]:
-    """Over the first `most` rows: answer tokens, loss of what they predict with every block and with the
-    likelier choice of the controllers, blocks run a token, and the share of tokens that run each block.
+def measure(run: Run[DecoderNetwork], rows: TokenRows, max_rows: int = 64) -> dict[str, Any]:
+    """Over the first `max_rows` rows: controlled tokens, their loss with all blocks and with the controllers'
+    likelier choice, mean blocks run, and the share of tokens that run each controlled block.
     """
     network, device = run.network, run.accelerator.device
     controllers = controllers_of(network)
     assert controllers is not None
     network.eval()
-    count, full, chosen = 0, 0.0, 0.0
-    shares = torch.zeros(len(controllers), device=device)
-    for start in range(0, min(most, len(rows)), 8):
-        ids, following = rows.batch(range(start, min(start + 8, most, len(rows))), device)
-        may, ran = may_leave(following), list[Tensor]()
-        tokens = int(may.sum())
+    token_count, full_loss, controlled_loss = 0, 0.0, 0.0
+    block_shares = torch.zeros(len(controllers), device=device)
+    count = min(max_rows, len(rows))
+    for start in range(0, count, EVALUATION_BATCH):
+        ids, targets = rows.batch(range(start, min(start + EVALUATION_BATCH, count)), device)
+        controlled, shares = may_exit_early(targets), list[Tensor]()
+        tokens = int(controlled.sum())
         if not tokens:
             continue
-        states = network(ids, draws(controllers, may, None, ran))
-        chosen += _summed(network, states[-1], following, may)
-        full += _summed(network, network(ids)[-1], following, may)
-        shares += torch.stack(ran) * tokens
-        count += tokens
-    shares = shares / max(1, count)
+        states = network(ids, controlled_blocks(controllers, controlled, None, shares))
+        controlled_loss += _loss_sum(network, states[-1], targets, controlled)
+        full_loss += _loss_sum(network, network(ids)[-1], targets, controlled)
+        block_shares += torch.stack(shares) * tokens
+        token_count += tokens
+    block_shares = block_shares / max(1, token_count)
     return {
-        "tokens": count,
-        "loss_full": round(full / max(1, count), 4),
-        "loss": round(chosen / max(1, count), 4),
-        "depth": round(network.block_count - len(controllers) + float(shares.sum()), 3),
-        "ran": [round(share, 4) for share in shares.tolist()],
+        "tokens": token_count,
+        "loss_full": round(full_loss / max(1, token_count), 4),
+        "loss": round(controlled_loss / max(1, token_count), 4),
+        "depth": round(network.block_count - len(controllers) + float(block_shares.sum()), 3),
+        "block_shares": [round(share, 4) for share in block_shares.tolist()],
     }
 
 
-def _summed(network: DecoderNetwork, hidden: Tensor, following: Tensor, where: Tensor) -> float:
+def _loss_sum(network: DecoderNetwork, hidden: Tensor, targets: Tensor, where: Tensor) -> float:
     logits = network.head(hidden[where]).float()
-    return float(functional.cross_entropy(logits, following[where], reduction="sum"))
+    return float(functional.cross_entropy(logits, targets[where], reduction="sum"))

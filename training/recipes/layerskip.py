@@ -1,13 +1,14 @@
-"""layerskip: blocks drop out and early exits learn through the one head, so that they draft well (ACL 2024).
+"""layerskip: layer dropout and early-exit losses through the one head, so that exits draft well (ACL 2024).
 
-Of a batch, every row goes past block l (0-based, of L) with probability dropout * (2^(l / (L - 1)) - 1).
-Loss: cross-entropy behind the last block and behind each exit, weights L and scale * l, divided by their sum;
-final norm and head are shared (LayerSkip, arXiv 2404.16710). curriculum: rotational has the exits learn in
-turns, one a step; gradual begins with the deepest and has all of them from half of the training on.
+Of a batch, every row skips block l (0-based, of L) with probability dropout * (2^(l / (L - 1)) - 1). Loss:
+cross-entropy after the last block and after each exit, weights L and scale * l, divided by their sum; final
+norm and head are shared (LayerSkip, arXiv 2404.16710). curriculum: rotational trains the exits in turn, one a
+step; gradual starts with the deepest and trains all of them from half of the training on.
 
-We differ: only the blocks of --exits learn to exit, which is what a bundle is cut at; target=model has exits
-learn what the last block says (its probabilities, not differentiated) in place of the text, which is what a
-draft is judged by. Dropped blocks are computed and not used, and still leave keys and values.
+We differ: only the blocks of --exits are trained to exit, where a bundle is divided into segments;
+target=model trains exits on the last block's probabilities, not differentiated, instead of the text, because
+a draft is compared with the last block. Dropped blocks are computed and not used, and still write keys and
+values.
 
 Expect: see benchmarks/results/layerskip.json for SmolLM2-135M on 2 cores.
 
@@ -19,22 +20,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from offramp.models.decoder import BlockMask
-from offramp.training.loop import Run, Stage
-from offramp.training.texts import IGNORED, Texts
+from offramp.models.decoder import BlockMask, DecoderNetwork
+from offramp.training.lm_data import IGNORED, TokenRows
+from offramp.training.loop import Phase, Run
 
 CURRICULA, TARGETS = ("all", "rotational", "gradual"), ("data", "model")
+EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
-class LayerSkip:
+class LayerSkipSettings:
     """Settings of the recipe; scale: weight of exits against the last block."""
 
     epochs: int = 1
@@ -58,84 +60,98 @@ class LayerSkip:
                 raise ValueError(f"{name}={value}: choose among {', '.join(known)}")
 
 
-SETTINGS = LayerSkip
-STARTS_FROM = None
-GENERATES = True
+KIND: Literal["decoder"] = "decoder"
+SETTINGS = LayerSkipSettings
+STARTS_FROM: str | None = None
 
 
-def drops(rows: int, blocks: int, most: float, device: torch.device) -> BlockMask:
-    """Rows that go past blocks by chance: block l with probability most * (2^(l / (L - 1)) - 1)."""
-    chance = [most * (2 ** (block / max(1, blocks - 1)) - 1) for block in range(blocks)]
-    stays = torch.rand(blocks, rows, device=device) >= torch.tensor(chance, device=device)[:, None]
+def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSkipSettings) -> None:
+    """Nothing: exits share the model's own head."""
 
-    def decide(block: int, hidden: Tensor) -> Tensor | None:
-        if bool(stays[block].all()):
+
+def layer_dropout(rows: int, blocks: int, max_rate: float, device: torch.device) -> BlockMask:
+    """Rows that skip blocks at random: block l with probability max_rate * (2^(l / (L - 1)) - 1)."""
+    rates = [max_rate * (2 ** (block / max(1, blocks - 1)) - 1) for block in range(blocks)]
+    runs = torch.rand(blocks, rows, device=device) >= torch.tensor(rates, device=device)[:, None]
+
+    def block_mask(block: int, hidden: Tensor) -> Tensor | None:
+        if bool(runs[block].all()):
             return None
-        return stays[block][:, None].expand(hidden.shape[:2]).to(hidden.dtype)
+        return runs[block][:, None].expand(hidden.shape[:2]).to(hidden.dtype)
 
-    return decide
+    return block_mask
 
 
-def enabled(exits: Sequence[int], curriculum: str, step: int, steps: int) -> list[int]:
-    """Exits that learn at this step (0-based) of so many."""
+def trained_exits(exits: Sequence[int], curriculum: str, step: int, steps: int) -> list[int]:
+    """Exits that are trained at a step (0-based) of `steps`."""
     if curriculum == "rotational":
         return [exits[step % len(exits)]] if exits else []
     if curriculum == "gradual":
-        reached = math.ceil(len(exits) * min(1.0, 2 * (step + 1) / steps))
-        return list(exits[len(exits) - reached :])
+        count = math.ceil(len(exits) * min(1.0, 2 * (step + 1) / steps))
+        return list(exits[len(exits) - count :])
     return list(exits)
 
 
-def train(run: Run, texts: dict[str, Texts], exits: tuple[int, ...], settings: LayerSkip) -> dict[str, Any]:
-    """The one stage; gives what each exit says on dev: loss, and how often it agrees with the last block."""
-    rows, blocks = texts["train"], run.network.block_count
+def train(
+    run: Run[DecoderNetwork],
+    rows: dict[str, TokenRows],
+    exits: tuple[int, ...],
+    settings: LayerSkipSettings,
+) -> dict[str, Any]:
+    """The only phase; return each exit's loss on dev and its agreement with the last block."""
+    train_rows, blocks = rows["train"], run.network.block_count
     early = [block for block in exits if block < blocks]
     s = settings
-    steps = s.epochs * math.ceil(len(rows) / s.batch_size)
+    steps = s.epochs * math.ceil(len(train_rows) / s.batch_size)
 
-    def loss(model: Any, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        ids, following = rows.batch(index, run.accelerator.device)
-        states = model(ids, drops(len(ids), blocks, s.dropout, ids.device))
-        learned = following != IGNORED
-        logits = run.network.head(states[-1][learned]).float()  # [tokens, vocabulary]
-        count = max(1, len(logits))  # a batch may have nothing to learn
-        total = blocks * functional.cross_entropy(logits, following[learned], reduction="sum") / count
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        ids, targets = train_rows.batch(index, run.accelerator.device)
+        states = model(ids, layer_dropout(len(ids), blocks, s.dropout, ids.device))
+        learned = targets != IGNORED
+        last_logits = run.network.head(states[-1][learned]).float()  # [tokens, vocabulary]
+        count = max(1, len(last_logits))  # a batch may have no token to learn
+        total = blocks * functional.cross_entropy(last_logits, targets[learned], reduction="sum") / count
         figures, weights = {"last": float(total.detach()) / blocks}, float(blocks)
-        said = logits.detach().softmax(-1) if s.target == "model" else following[learned]
-        for block in enabled(early, s.curriculum, run.position["step"], steps):
-            guess = run.network.head(states[block - 1][learned]).float()
-            one = functional.cross_entropy(guess, said, reduction="sum") / count
-            figures[f"exit_{block}"] = float(one.detach())
-            figures[f"agrees_{block}"] = int((guess.argmax(-1) == logits.argmax(-1)).sum()) / count
-            total, weights = total + s.scale * block * one, weights + s.scale * block
+        goal = last_logits.detach().softmax(-1) if s.target == "model" else targets[learned]
+        for block in trained_exits(early, s.curriculum, run.position["step"], steps):
+            exit_logits = run.network.head(states[block - 1][learned]).float()
+            exit_loss = functional.cross_entropy(exit_logits, goal, reduction="sum") / count
+            agreeing = int((exit_logits.argmax(-1) == last_logits.argmax(-1)).sum())
+            figures[f"exit_{block}"] = float(exit_loss.detach())
+            figures[f"agrees_{block}"] = agreeing / count
+            total, weights = total + s.scale * block * exit_loss, weights + s.scale * block
         return total / weights, figures
 
-    run.fit(Stage("layerskip", ("model",), rows.lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
-    return {"dev": measure(run, texts["dev"], early)} if "dev" in texts else {}
+    lengths = train_rows.lengths
+    run.fit(Phase("layerskip", ("model",), lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
+    return {"dev": measure(run, rows["dev"], early)} if "dev" in rows else {}
 
 
 @torch.no_grad()
-def measure(run: Run, rows: Texts, exits: Sequence[int], most: int = 64) -> dict[str, Any]:
-    """Over the first `most` rows, by block (the last too): loss a token, share of tokens on which the
-    likeliest is the last block's.
+def measure(
+    run: Run[DecoderNetwork], rows: TokenRows, exits: Sequence[int], max_rows: int = 64
+) -> dict[str, Any]:
+    """Over the first `max_rows` rows, by block (the last too): loss a token, and the share of tokens whose
+    likeliest next token is the last block's.
     """
     network, device = run.network, run.accelerator.device
     network.eval()
     blocks = [*exits, network.block_count]
-    losses, agreed, count = {b: 0.0 for b in blocks}, {b: 0 for b in blocks}, 0
-    for start in range(0, min(most, len(rows)), 8):
-        ids, following = rows.batch(range(start, min(start + 8, most, len(rows))), device)
-        learned = following != IGNORED
+    losses, agreeing, tokens = {b: 0.0 for b in blocks}, {b: 0 for b in blocks}, 0
+    count = min(max_rows, len(rows))
+    for start in range(0, count, EVALUATION_BATCH):
+        ids, targets = rows.batch(range(start, min(start + EVALUATION_BATCH, count)), device)
+        learned = targets != IGNORED
         states = network(ids)
         last = network.head(states[-1][learned]).argmax(-1)
-        count += int(learned.sum())
+        tokens += int(learned.sum())
         for block in blocks:
             logits = network.head(states[block - 1][learned]).float()
-            losses[block] += float(functional.cross_entropy(logits, following[learned], reduction="sum"))
-            agreed[block] += int((logits.argmax(-1) == last).sum())
+            losses[block] += float(functional.cross_entropy(logits, targets[learned], reduction="sum"))
+            agreeing[block] += int((logits.argmax(-1) == last).sum())
     return {
-        "tokens": count,
+        "tokens": tokens,
         "exits": blocks,
-        "loss": [round(losses[block] / count, 4) for block in blocks],
-        "agrees": [round(agreed[block] / count, 4) for block in blocks],
+        "loss": [round(losses[block] / tokens, 4) for block in blocks],
+        "agrees": [round(agreeing[block] / tokens, 4) for block in blocks],
     }

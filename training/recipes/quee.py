@@ -1,28 +1,28 @@
-"""quee: leave, or go on in a cheaper precision, by error forecasts; post-training (arXiv 2406.14404).
+"""quee: exit, or continue in a cheaper precision, by error forecasts; post-training (arXiv 2406.14404).
 
-A reconstruction: the abstract says that errors of paths are predicted by small networks whose targets come
+A reconstruction: the abstract states that errors of paths are predicted by small networks whose targets come
 from a discretized feature space, and that the choice weighs them against cost; everything else here is ours.
-Backbone and exits stay as they are (--init), or learn by recipe joint first. Then, on dev alone, which they
-have never seen:
+Backbone and exits are unchanged (--init), or trained by recipe joint first. Then, on dev alone, which was not
+used to train them:
 
 1 every row runs in every precision of `variants`, and from every exit on in every other (simulated).  2 at
-each exit and in each precision k-means cuts the statistics of the softmax (certainty, entropy, margin) into
-clusters; a path's error rate in a cluster is its target.  3 a small network an exit learns the targets.  4
-the price of rule quee is chosen by replaying its walks. For 4 the dev rows are forecast by networks that were
-fitted on the other half of dev; the networks that are kept are fitted on all of it.
+each exit and in each precision k-means divides the statistics of the softmax (certainty, entropy, margin)
+into clusters; a path's error rate in a cluster is its target.  3 a small network at each exit is fitted to
+the targets.  4 the price of rule quee is chosen by replaying its walks. For 4 each half of the dev rows is
+forecast by networks that were fitted on the other half; the exported networks are fitted on all of it.
 
-Settings: variants (of fp32, int8, int4, and int6, which is simulated alone and cannot be exported); clusters,
+Settings: variants (of fp32, int8, int4, and int6, which is only simulated and cannot be exported); clusters,
 prior, steps and forecast_lr of the fit; forecaster=mlp is the one that is exported. With table, mean or
-oracle the points of that forecaster stand in training.json and the checkpoint has no forecasts. Dev frontiers
-of all four, of leaving alone and of quantizing alone, are always there.
-Operating points are stated in bit operations; ee-calibrate measures milliseconds and points in them.
+oracle training.json has the points of that forecaster and the checkpoint has no forecasts. Dev frontiers of
+all four, of exiting alone and of quantizing alone, are always reported.
+Operating points are in bit operations; ee-calibrate measures milliseconds and points in them.
 
     ee-train --init CKPT --data DATA --recipe quee --out ckpt/
     ee-split ckpt/ --variants fp32,int8
     ee-calibrate dev.jsonl --bundle bundle/
 
 Expect: e5-small on sst2, 872 dev rows in fp32 and int8, three minutes on one core after recipe joint; 89.8 %
-on test with 57 % of multiply-accumulates and 97 % of bit operations saved, as leaving alone in int8 does
+on test with 57 % of multiply-accumulates and 97 % of bit operations saved, as exiting alone does in int8
 (docs/comparison.md).
 """
 
@@ -31,31 +31,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
+from offramp.models.network import EarlyExitNetwork
 from offramp.models.precision import PRECISIONS
 from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.training.batches import Encoded
 from offramp.training.forecasters import (
-    Fit,
     Forecaster,
-    Place,
-    by_mean,
-    by_network,
-    by_table,
-    by_truth,
+    ForecastFit,
+    WalkState,
     fit_networks,
-    make_tables,
+    fit_tables,
+    mean_forecaster,
+    network_forecaster,
+    oracle_forecaster,
+    table_forecaster,
 )
 from offramp.training.loop import Run
 from offramp.training.outcomes import Floats, Outcomes, collect_outcomes, pack, unpack
-from offramp.training.recipes.joint import Joint, warm_start
-from offramp.training.replanning import (
-    Ledger,
+from offramp.training.recipes.joint import JointSettings, warm_start
+from offramp.training.replay import (
+    WalkCosts,
     accuracy_at,
-    bit_ledger,
+    bit_costs,
     frontier,
     full_depth,
     hull,
@@ -64,22 +66,12 @@ from offramp.training.replanning import (
 
 FORECASTERS = ("mlp", "table", "mean", "oracle")
 FOLDS = 2
-SHARES = (
-    1.0,
-    2.0,
-    3.0,
-    4.0,
-    5.0,
-    6.0,
-    10.0,
-    25.0,
-    50.0,
-    75.0,
-)  # per cent of the full cost to compare at
+# Percent of the full cost at which frontiers are compared.
+SHARES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 25.0, 50.0, 75.0)
 
 
 @dataclass(frozen=True)
-class Quee:
+class QueeSettings:
     """Settings of the recipe; epochs to heads_lr are the warm start's, where there is no --init."""
 
     epochs: int = 3
@@ -110,107 +102,123 @@ class Quee:
         """The variants, the default first."""
         return tuple(name.strip() for name in self.variants.split(","))
 
-    def fit(self, seed: int) -> Fit:
-        """What the forecasters are fitted with."""
-        return Fit(self.clusters, self.prior, self.steps, self.forecast_lr, seed)
+    def fit(self, seed: int) -> ForecastFit:
+        """The options of the forecasters' fit."""
+        return ForecastFit(self.clusters, self.prior, self.steps, self.forecast_lr, seed)
 
 
-SETTINGS = Quee
-STARTS_FROM = "joint"
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = QueeSettings
+STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: Quee) -> str | None:
-    """No policy: the forecast decides; those of an earlier recipe are dropped."""
+def policy_of(settings: QueeSettings) -> str | None:
+    """None: the forecast decides; policies of an earlier recipe are removed."""
     return None
 
 
-def train(run: Run, train: Encoded, dev: Encoded, settings: Quee, *, skip_warm_start: bool) -> dict[str, Any]:
-    """Fit forecasts on dev and choose operating points there; gives dev figures, points and frontiers."""
+def train(
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: QueeSettings,
+    *,
+    skip_warm_start: bool,
+) -> dict[str, Any]:
+    """Fit forecasts on dev and choose operating points there; return dev figures, points and frontiers."""
     if not skip_warm_start:
-        warm_start(run, train, Joint(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr))
+        joint = JointSettings(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr)
+        warm_start(run, train, joint)
     network, names, fit = run.network, settings.names, settings.fit(run.seed)
     device = run.accelerator.device
 
-    def measure() -> Any:
-        return pack(collect_outcomes(network, dev, names, device=device, what="dev, every path"))
+    def measure_outcomes() -> Tensor:
+        description = "dev, every path"
+        return pack(collect_outcomes(network, dev, names, device=device, description=description))
 
-    outcomes = unpack(run.remember("outcomes", measure), names, dev.lengths)
+    outcomes = unpack(run.stored("outcomes", measure_outcomes), names, dev.lengths)
     if settings.forecaster == "mlp":
-        network.forecasts = fit_networks(outcomes, make_tables(outcomes, fit), fit).to(device)
+        network.forecasts = fit_networks(outcomes, fit_tables(outcomes, fit), fit).to(device)
         network.spec = dataclasses.replace(network.spec, forecast=names)
-    ledger = bit_ledger(network, dev.lengths, names)
+    costs = bit_costs(network, dev.lengths, names)
     forecasters = cross_fitted(outcomes, fit, run.seed)
-    points = {kind: frontier(outcomes, forecasters[kind], ledger) for kind in FORECASTERS}
-    full = full_depth(outcomes, ledger)
-    run.log(stage="forecasts", rows=len(dev), variants=list(names), full_depth=full.accuracy)
+    points = {kind: frontier(outcomes, forecasters[kind], costs) for kind in FORECASTERS}
+    full = full_depth(outcomes, costs)
+    run.log(phase="forecasts", rows=len(dev), variants=list(names), full_depth=full.accuracy)
     _, wrong = outcomes.straight()
-    chosen = choose_walk_points(points[settings.forecaster], full, ledger.unit)
+    chosen = choose_walk_points(points[settings.forecaster], full, costs.unit)
     return {
         "dev": {
             "exit_accuracy": [round(100 * float(1 - value), 2) for value in wrong[:, 0].mean(0)],
             "full_depth": full.accuracy,
             "rows": len(dev),
-            "tokens": ledger.stated.tokens,
+            "tokens": costs.stated.tokens,
         },
         ("operating_points" if settings.forecaster == "mlp" else f"points of {settings.forecaster}"): [
-            _as_json(name, point, ledger) for name, point in chosen.items()
+            _point_as_json(name, point, costs) for name, point in chosen.items()
         ],
-        "frontiers": compare(points, outcomes, cross_fitted_exits(outcomes, fit, run.seed), ledger),
+        "frontiers": compare(points, outcomes, cross_fitted_exits(outcomes, fit, run.seed), costs),
     }
 
 
-def fitted(outcomes: Outcomes, fit: Fit) -> dict[str, Forecaster]:
+def fit_forecasters(outcomes: Outcomes, fit: ForecastFit) -> dict[str, Forecaster]:
     """The four forecasters by name, fitted on all rows of these outcomes."""
-    tables = make_tables(outcomes, fit)
-    networks = by_network(fit_networks(outcomes, tables, fit))
-    return {"mlp": networks, "table": by_table(tables), "mean": by_mean(outcomes), "oracle": by_truth}
+    tables = fit_tables(outcomes, fit)
+    networks = network_forecaster(fit_networks(outcomes, tables, fit))
+    return {
+        "mlp": networks,
+        "table": table_forecaster(tables),
+        "mean": mean_forecaster(outcomes),
+        "oracle": oracle_forecaster,
+    }
 
 
-def cross_fitted(outcomes: Outcomes, fit: Fit, seed: int) -> dict[str, Forecaster]:
-    """The four forecasters by name, each row forecast by those that were fitted without its half."""
+def cross_fitted(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
+    """The four forecasters by name, where each row is forecast by those fitted without its half."""
     fold = np.random.default_rng([seed, 31]).permutation(len(outcomes)) % FOLDS  # [rows]
-    by_fold = [fitted(outcomes.take(np.flatnonzero(fold != number)), fit) for number in range(FOLDS)]
+    by_fold = [fit_forecasters(outcomes.take(np.flatnonzero(fold != number)), fit) for number in range(FOLDS)]
 
-    def spread(kind: str) -> Forecaster:
-        def forecast(rows: Outcomes, place: Place) -> Floats:
-            parts = np.stack([found[kind](rows, place) for found in by_fold])  # [folds, rows, paths]
-            return parts[fold[place.rows], np.arange(len(place.rows))]
+    def by_own_fold(kind: str) -> Forecaster:
+        def forecast(rows: Outcomes, state: WalkState) -> Floats:
+            forecasts = np.stack([forecasters[kind](rows, state) for forecasters in by_fold])
+            return forecasts[fold[state.rows], np.arange(len(state.rows))]  # of [folds, rows, paths]
 
         return forecast
 
-    return {kind: spread(kind) for kind in FORECASTERS}
+    return {kind: by_own_fold(kind) for kind in FORECASTERS}
 
 
-def cross_fitted_exits(outcomes: Outcomes, fit: Fit, seed: int) -> dict[str, Forecaster]:
-    """For each variant, forecasts of leaving alone: the network that knows no other variant."""
+def cross_fitted_exits(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
+    """By variant, forecasts of exiting alone: the network fitted on that variant only."""
     return {name: cross_fitted(outcomes.only([name]), fit, seed)["mlp"] for name in outcomes.variants}
 
 
 def compare(
-    quee: Mapping[str, list[WalkPoint]], outcomes: Outcomes, exits: Mapping[str, Forecaster], ledger: Ledger
+    quee: Mapping[str, list[WalkPoint]], outcomes: Outcomes, exits: Mapping[str, Forecaster], costs: WalkCosts
 ) -> dict[str, Any]:
-    """Frontiers on one cost axis from the same outcomes: quee by forecaster, leaving alone in each variant by
-    the same kind of forecast, quantizing alone, and lots drawn between static exits of all variants.
+    """Frontiers on one cost axis from the same outcomes.
 
-    quee: points by forecaster; exits: forecasters of outcomes.only([variant]), by variant. Gives accuracy on
-    each line's hull at SHARES of the full cost (None: below its cheapest point), and the hulls.
+    They are: quee by forecaster, exiting alone in each variant by the same kind of forecast, quantizing
+    alone, and random mixtures of static exits of all variants. quee: points by forecaster; exits: forecasters
+    of outcomes.only([variant]), by variant. Gives accuracy on each frontier's hull at SHARES of the full cost
+    (None: below its cheapest point), and the hulls.
     """
-    lines = {f"quee, {kind}": points for kind, points in quee.items()}
+    frontiers = {f"quee, {kind}": points for kind, points in quee.items()}
     for number, name in enumerate(outcomes.variants):
-        alone = outcomes.only([name])
-        lines[f"leaving alone, {name}"] = frontier(alone, exits[name], ledger.only([number]))
-    static = static_points(outcomes, ledger)
-    lines["quantizing alone"] = [p for p in static if p.rule.parameters["exit"] == outcomes.exits]
-    lines["lots between static exits"] = static
-    hulls = {name: hull(points) for name, points in lines.items()}
+        one_variant = outcomes.only([name])
+        frontiers[f"exiting alone, {name}"] = frontier(one_variant, exits[name], costs.only([number]))
+    static = static_points(outcomes, costs)
+    frontiers["quantizing alone"] = [p for p in static if p.rule.parameters["exit"] == outcomes.exits]
+    frontiers["mixtures of static exits"] = static
+    hulls = {name: hull(points) for name, points in frontiers.items()}
     return {
-        "unit": ledger.unit,
+        "unit": costs.unit,
         "accuracy_at": {
-            name: {f"{share:g}": _rounded(accuracy_at(line, share)) for share in SHARES}
-            for name, line in hulls.items()
+            name: {f"{share:g}": _rounded(accuracy_at(points, share)) for share in SHARES}
+            for name, points in hulls.items()
         },
         "hulls": {
-            name: [[round(p.cost, 3), round(p.accuracy, 3)] for p in line] for name, line in hulls.items()
+            name: [[round(p.cost, 3), round(p.accuracy, 3)] for p in points] for name, points in hulls.items()
         },
     }
 
@@ -219,8 +227,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
-def _as_json(name: str, point: WalkPoint, ledger: Ledger) -> dict[str, Any]:
-    depth = float(ledger.blocks.sum())
+def _point_as_json(name: str, point: WalkPoint, costs: WalkCosts) -> dict[str, Any]:
+    depth = float(costs.blocks.sum())
     figures = {
         "accuracy": point.accuracy,
         "mean_exit": point.mean_exit,

@@ -1,4 +1,4 @@
-"""Images as training reads them: every layout gives the same pixels, and what cannot be read is named."""
+"""Images for training: every layout gives the same pixels, an unreadable file is named, augmentations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import tiny
 import torch
 
 from offramp.runtime.inputs.images import ImageInput
-from offramp.training.data import BadData, Columns, load_data
-from offramp.training.pixels import encode_images, parse_augment, shifted
-from offramp.training.rows import Rows
+from offramp.training.batches import encode_images, parse_augment, random_crops
+from offramp.training.data import BadData, Columns, Rows, load_data
 
 FACTS = ImageInput(16, 16, (16, 16), "bicubic", "RGB", 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 LABELS = [0, 1, 1, 0, 1]
@@ -32,7 +31,7 @@ def class_folders(root: Path) -> Path:
     return root
 
 
-def test_every_layout_gives_the_same(tmp_path: Path) -> None:
+def test_every_layout_gives_the_same_pixels(tmp_path: Path) -> None:
     images = [tiny.png(label, number) for number, label in enumerate(LABELS)]
     expected = np.stack([tiny.image(label, number) for number, label in enumerate(LABELS)])
     for number, data in enumerate(images):
@@ -55,8 +54,8 @@ def test_every_layout_gives_the_same(tmp_path: Path) -> None:
         for split, chosen in (("train", np.sort(order[1:])), ("dev", order[:1])):
             rows_of = data.split(split)
             np.testing.assert_array_equal(pixels_of(rows_of), expected[chosen])
-            spoken = [data.labels[label] for label in rows_of.label]
-            assert spoken == [names[LABELS[at]] for at in chosen], file
+            label_names = [data.labels[label] for label in rows_of.label]
+            assert label_names == [names[LABELS[at]] for at in chosen], file
 
 
 def test_class_folders_are_labels_in_order(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_class_folders_are_labels_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels_of(without.split("train")), pixels_of(data.split("train")))
 
 
-def test_an_image_that_cannot_be_read_is_named_by_file_and_row(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_by_file_and_row(tmp_path: Path) -> None:
     lines = ["ok.png", "broken.png", "nowhere.png"]
     (tmp_path / "ok.png").write_bytes(tiny.png(0))
     (tmp_path / "broken.png").write_bytes(tiny.png(0)[:60])
@@ -104,13 +103,13 @@ def test_another_column_can_be_named(tmp_path: Path) -> None:
         load_data(str(file))
 
 
-def test_empty_class_folders_are_said(tmp_path: Path) -> None:
+def test_empty_class_folders_are_reported(tmp_path: Path) -> None:
     (tmp_path / "train" / "red").mkdir(parents=True)
     with pytest.raises(BadData, match="folder of images for each label"):
         load_data(str(tmp_path))
 
 
-def test_augmentation_is_drawn_anew_and_only_in_training(tmp_path: Path) -> None:
+def test_augmentation_is_random_and_only_for_training(tmp_path: Path) -> None:
     data = load_data(str(class_folders(tmp_path)), dev_share=0.2)
     rows = encode_images(data.split("train"), FACTS, 17, augment=("flip", "crop"))
     index = np.arange(4)
@@ -118,17 +117,17 @@ def test_augmentation_is_drawn_anew_and_only_in_training(tmp_path: Path) -> None
     first, second = (rows.batch(index)[0]["pixel_values"] for _ in range(2))
     assert not torch.equal(first, second)
     torch.manual_seed(0)
-    assert torch.equal(first, rows.batch(index)[0]["pixel_values"]), "a resumed run meets the same images"
+    assert torch.equal(first, rows.batch(index)[0]["pixel_values"]), "a resumed run gets the same images"
     plain = rows.plain.batch(index)[0]["pixel_values"]
     torch.testing.assert_close(plain, torch.from_numpy(rows.pixels).permute(0, 3, 1, 2) / 127.5 - 1)
     assert rows.take(np.array([2])).augment == ("flip", "crop")
 
 
-def test_a_shifted_crop_keeps_the_middle() -> None:
-    found = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3)).astype(np.uint8)
-    moved = shifted(found)
+def test_a_random_crop_contains_the_middle() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3)).astype(np.uint8)
+    moved = random_crops(images)
     corners = set()
-    for before, after in zip(found, moved, strict=True):
+    for before, after in zip(images, moved, strict=True):
         fits = [
             (top, left)
             for top in range(5)

@@ -1,4 +1,4 @@
-"""What a model's preprocessor says, at the size that the network reads, and wishes that do not fit."""
+"""A model's preprocessing at the size that the network reads, and options and data that do not fit."""
 
 from __future__ import annotations
 
@@ -13,46 +13,47 @@ import tiny
 from transformers import AutoImageProcessor
 
 from offramp.models import EarlyExitNetwork
+from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import normalized, pixels
 from offramp.training.batches import encode_for
 from offramp.training.checkpoint import Checkpoint, TextFacts
+from offramp.training.classifier import IMAGENET_MEAN, IMAGENET_STD, image_input, new_network
 from offramp.training.data import BadData, load_data
-from offramp.training.prepare import DEVIATION, MEAN, BadModel, fresh_network, image_facts
-from offramp.training.settings import BadSetting
+from offramp.training.options import BadModel
 
 LABELS = ("red", "blue")
 
 
 def network(model: Path, size: int | None = None) -> EarlyExitNetwork:
-    wishes: dict[str, Any] = {"exits": "each", "pooling": "cls", "policy": None, "seed": 0}
-    return fresh_network(str(model), LABELS, image_size=size, **wishes)
+    options: dict[str, Any] = {"exits": "each", "pooling": "cls", "policy": None, "seed": 0}
+    return new_network(str(model), LABELS, image_size=size, **options)
 
 
 def test_at_the_models_own_size_pixels_are_its_processors(tmp_path: Path) -> None:
     model = tiny.image_model_folder(tmp_path)
-    facts = image_facts(str(model), network(model), whole=False)
+    facts = image_input(str(model), network(model), no_crop=False)
     image = tiny.image(1, 5, (20, 30))
     processor: Any = AutoImageProcessor.from_pretrained(model)
     expected = np.stack(processor(image)["pixel_values"])
     np.testing.assert_allclose(normalized(pixels(image, facts)[None], facts), expected, atol=1e-5)
 
 
-def test_at_another_size_as_much_of_the_picture_is_seen(tmp_path: Path) -> None:
+def test_at_another_size_the_crop_contains_as_much_of_the_image(tmp_path: Path) -> None:
     model = tiny.image_model_folder(tmp_path)
     net = network(model, 32)
-    facts = image_facts(str(model), net, whole=False)
+    facts = image_input(str(model), net, no_crop=False)
     assert (facts.height, facts.resize) == (32, (36,))  # 18 for 16
-    assert image_facts(str(model), net, whole=True).resize == (32, 32)
+    assert image_input(str(model), net, no_crop=True).resize == (32, 32)
     assert net.longest == 65
 
 
-def test_without_a_preprocessor_the_defaults_are_told(tmp_path: Path) -> None:
+def test_without_a_preprocessor_the_defaults_are_reported(tmp_path: Path) -> None:
     model = tiny.image_model_folder(tmp_path)
     (model / "preprocessor_config.json").unlink()
-    said = io.StringIO()
-    facts = image_facts(str(model), network(model), whole=False, say=said)
-    assert (facts.resize, facts.mean, facts.std) == ((16, 16), MEAN, DEVIATION)
-    assert "no preprocessor" in said.getvalue() and "bicubic" in said.getvalue()
+    messages = io.StringIO()
+    facts = image_input(str(model), network(model), no_crop=False, messages=messages)
+    assert (facts.resize, facts.mean, facts.std) == ((16, 16), IMAGENET_MEAN, IMAGENET_STD)
+    assert "no preprocessor" in messages.getvalue() and "bicubic" in messages.getvalue()
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -68,17 +69,17 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (grey / "model.safetensors").unlink()
     tiny.AutoModel.from_config(tiny.VISION["vit"](num_channels=1, num_hidden_layers=2)).save_pretrained(grey)
     with pytest.raises(BadModel, match="1 channels"):
-        image_facts(str(grey), network(grey), whole=False)
+        image_input(str(grey), network(grey), no_crop=False)
 
 
 def test_data_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     images = load_data(str(tiny.image_folder(tmp_path / "images", 4, 2, 2)))
     texts = load_data(str(tiny.data_folder(tmp_path / "texts", 4, 2, 2)))
-    seeing = network(tiny.image_model_folder(tmp_path / "model"))
-    facts = image_facts(str(tmp_path / "model"), seeing, whole=False)
+    image_network = network(tiny.image_model_folder(tmp_path / "model"))
+    facts = image_input(str(tmp_path / "model"), image_network, no_crop=False)
     with pytest.raises(BadData, match="holds text, the network reads images"):
-        encode_for(Checkpoint(seeing, facts, None), texts.split("train"))
+        encode_for(Checkpoint(image_network, facts, None), texts.split("train"))
     tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
-    reading = Checkpoint(tiny.network(), TextFacts("", 0, 64), tmp_path / "tokenizer.json")
+    text_checkpoint = Checkpoint(tiny.network(), TextFacts("", 0, 64), tmp_path / "tokenizer.json")
     with pytest.raises(BadData, match="holds images, the network reads text"):
-        encode_for(reading, images.split("train"))
+        encode_for(text_checkpoint, images.split("train"))

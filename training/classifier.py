@@ -1,0 +1,275 @@
+"""Training a classifier: its network, tokenizer or preprocessing, and data, from the options of ee-train."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+
+from offramp.models.families import UnsupportedFamily, family_of
+from offramp.models.network import EarlyExitNetwork, NetworkSpec, count_blocks, parse_exits
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.inputs.images import ImageInput
+from offramp.training.batches import encode_for, parse_augment
+from offramp.training.checkpoint import (
+    TOKENIZER,
+    BadCheckpoint,
+    Checkpoint,
+    TextFacts,
+    load_checkpoint,
+    write_checkpoint,
+)
+from offramp.training.data import Columns, load_data
+from offramp.training.loop import Run
+from offramp.training.options import BadModel, TrainConfig
+from offramp.training.recipes.base import ClassifierRecipe, Settings
+
+# ImageNet's mean and standard deviation, for models without a preprocessor.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+
+
+class ClassifierTraining:
+    """The parts of a training that only classifiers have; see train.Training.
+
+    Raises BadSetting for options that contradict each other or the data.
+    """
+
+    save_every = 0.0
+
+    def __init__(self, config: TrainConfig, recipe: ClassifierRecipe[Settings], settings: Settings) -> None:
+        self.config, self.recipe, self.settings = config, recipe, settings
+        try:
+            self.augment = parse_augment(config.augment)
+        except ValueError as problem:
+            raise BadSetting(f"--augment {problem}") from problem
+        columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
+        self.data = load_data(config.data, columns)
+        if not self.data.images and (self.augment or config.no_crop):
+            raise BadSetting(f"--augment and --no-crop are for images, and {config.data} holds text")
+        if "train" not in self.data.splits:
+            raise BadSetting(f"{config.data} has no train split")
+        self.row_counts = {name: len(rows) for name, rows in self.data.splits.items()}
+        self.facts: dict[str, Any] = {}
+
+    def load(self) -> EarlyExitNetwork:
+        """The network to train, new on a pretrained backbone or from a checkpoint."""
+        config, policy = self.config, self.recipe.policy_of(self.settings)
+        if config.init is not None:
+            if config.image_size is not None or config.no_crop:
+                raise BadSetting("--image-size and --no-crop go with --model: a checkpoint has its own")
+            self.checkpoint = network_from_checkpoint(config.init, self.data.labels, policy, config.seed)
+            file = self.checkpoint.tokenizer
+            self.tokenizer_json = None if file is None else file.read_text("utf-8")
+        else:
+            self.checkpoint, self.tokenizer_json = _new_checkpoint(config, self.data.labels, policy)
+        if self.tokenizer_json is not None:
+            self.checkpoint.tokenizer = config.partial / TOKENIZER
+        return self.checkpoint.network
+
+    def write_inputs(self) -> None:
+        """Write tokenizer.json into the folder of the run, where all processes read it."""
+        if self.checkpoint.tokenizer is not None and self.tokenizer_json is not None:
+            self.checkpoint.tokenizer.write_text(self.tokenizer_json, encoding="utf-8")
+
+    def run_recipe(self, run: Run[EarlyExitNetwork]) -> dict[str, Any]:
+        """Encode the data and run the recipe's phases; its results."""
+        train = encode_for(self.checkpoint, self.data.splits["train"], self.augment)
+        dev = encode_for(self.checkpoint, self.data.splits["dev"])
+        skip_warm_start = self.config.init is not None
+        return self.recipe.train(run, train, dev, self.settings, skip_warm_start=skip_warm_start)
+
+    def write(self, folder: Path, training: dict[str, Any]) -> None:
+        """Write the checkpoint into an empty folder."""
+        self.checkpoint.training = training
+        write_checkpoint(self.checkpoint, folder)
+
+
+def _new_checkpoint(
+    config: TrainConfig, labels: tuple[str, ...], policy: str | None
+) -> tuple[Checkpoint, str | None]:
+    """A new network on its pretrained backbone, and its tokenizer's JSON where it reads text."""
+    assert config.model is not None
+    network = new_network(
+        config.model,
+        labels,
+        exits=config.exits,
+        pooling=config.pooling,
+        policy=policy,
+        seed=config.seed,
+        image_size=config.image_size,
+    )
+    if network.family.vision is not None:
+        image = image_input(config.model, network, no_crop=config.no_crop)
+        return Checkpoint(network, image, None), None
+    tokenizer, text = load_tokenizer(config.model)
+    longest = min(text.longest, network.longest, config.max_length)
+    text = TextFacts(config.prefix, text.pad_id, longest)
+    return Checkpoint(network, text, None), tokenizer.to_str()
+
+
+def new_network(
+    model: str,
+    labels: tuple[str, ...],
+    *,
+    exits: str,
+    pooling: str,
+    policy: str | None,
+    seed: int,
+    image_size: int | None = None,
+) -> EarlyExitNetwork:
+    """Exits and policies with random weights (by `seed`) on the pretrained backbone `model`, a hub name or a
+    folder.
+
+    image_size: side of the images that the network will read, None: the model's. Raises BadModel, BadSetting.
+    """
+    transformers.utils.logging.set_verbosity_error()  # notes on unused heads would hide our messages
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(model)
+        family_of(config.model_type)
+        torch.manual_seed(seed)
+        backbone = AutoModel.from_pretrained(model, dtype=torch.float32)
+    except UnsupportedFamily as problem:
+        raise BadModel(f"{model}: {problem}") from problem
+    except (OSError, ValueError) as problem:
+        raise BadModel(
+            f"{model}: neither a model folder here nor given by the hub: {str(problem).splitlines()[0]}"
+        ) from problem
+    _resize(backbone, model, image_size)
+    try:
+        spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), pooling, policy)
+    except ValueError as problem:
+        raise BadSetting(f"--exits {exits}: {problem}") from problem
+    torch.manual_seed(seed)
+    return EarlyExitNetwork(backbone, spec)
+
+
+def _resize(backbone: PreTrainedModel, model: str, size: int | None) -> None:
+    if size is None:
+        return
+    vision = family_of(backbone.config.model_type).vision
+    if vision is None:
+        raise BadSetting(f"--image-size {size}: {model} reads text")
+    for side in vision.patch(backbone.config):
+        if size % side:
+            near = max(1, round(size / side)) * side
+            raise BadSetting(f"--image-size {size}: patches are {side} pixels, say a multiple such as {near}")
+    vision.resize(backbone, size)
+
+
+def network_from_checkpoint(
+    folder: str, labels: tuple[str, ...], policy: str | None, seed: int
+) -> Checkpoint:
+    """A trained checkpoint to continue from, with policies of the given kind.
+
+    Policies of another kind are replaced by random ones (by `seed`). Raises BadCheckpoint where its labels
+    are not the data's.
+    """
+    checkpoint = load_checkpoint(folder)
+    spec = checkpoint.network.spec
+    if spec.labels != labels:
+        raise BadCheckpoint(
+            f"{folder} was trained for the labels {list(spec.labels)}, the data has {list(labels)}"
+        )
+    if policy != spec.policy:
+        old = checkpoint.network.state_dict()
+        torch.manual_seed(seed)
+        config = checkpoint.network.config
+        new_spec = NetworkSpec(spec.labels, spec.exits, spec.pooling, policy, spec.dropout)
+        network = EarlyExitNetwork(AutoModel.from_config(config), new_spec)
+        without_policies = {name: value for name, value in old.items() if not name.startswith("policies")}
+        network.load_state_dict(without_policies, strict=False)
+        checkpoint.network = network
+    elif spec.forecast:
+        # Forecasts predict the errors of exactly the weights that they were fitted on.
+        checkpoint.network.forecasts = torch.nn.ModuleList()
+        checkpoint.network.spec = dataclasses.replace(spec, forecast=())
+    return checkpoint
+
+
+def load_tokenizer(model: str) -> tuple[Tokenizer, TextFacts]:
+    """The model's tokenizer in its tokenizer.json form, with its padding id and longest input; no prefix."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as problem:
+        raise BadModel(f"{model}: no tokenizer found: {str(problem).splitlines()[0]}") from problem
+    if not tokenizer.is_fast:
+        raise BadModel(f"{model}: its tokenizer has no tokenizer.json form, which the runtime needs")
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    longest = int(min(tokenizer.model_max_length, 2**31))  # "no limit" is a number too large for a file
+    return backend, TextFacts(prefix="", pad_id=int(tokenizer.pad_token_id or 0), longest=longest)
+
+
+def image_input(
+    model: str, network: EarlyExitNetwork, *, no_crop: bool, messages: TextIO | None = None
+) -> ImageInput:
+    """Preprocessing by the model's preprocessor_config.json, scaled to the size that the network reads.
+
+    Without that file: the whole image, bicubic, with ImageNet's mean and deviation, and a line in `messages`
+    (None: stderr) says so. no_crop: resize the whole image whatever the preprocessor does.
+    """
+    vision = network.family.vision
+    assert vision is not None
+    channels, height, width = vision.shape(network.config)
+    if channels != 3:
+        raise BadModel(f"{model}: it reads {channels} channels; only images of 3 are supported")
+    default = ImageInput(
+        height, width, (height, width), "bicubic", "RGB", 1 / 255, IMAGENET_MEAN, IMAGENET_STD
+    )
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        print(
+            f"{model}: no preprocessor, taking the usual: {default} ({reason})", file=messages or sys.stderr
+        )
+        return default
+    resize: tuple[int, ...] = (height, width) if no_crop else ()
+    if processor.do_resize and not no_crop:
+        resize = _resize_before_crop(processor, height, width)
+    normalizes, rescales = processor.do_normalize, processor.do_rescale
+    return ImageInput(
+        height,
+        width,
+        resize,
+        RESAMPLING[int(processor.resample)],
+        "BGR" if getattr(processor, "do_flip_channel_order", False) else "RGB",
+        float(processor.rescale_factor) if rescales else 1.0,
+        _three(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
+        _three(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
+    )
+
+
+def _resize_before_crop(processor: Any, height: int, width: int) -> tuple[int, ...]:
+    """ImageInput.resize by which the crop contains as much of the image as at the preprocessor's own size.
+
+    A resize to 256 for crops of 224, for example, is one to 128 for crops of 112.
+    """
+    size, crop = _sizes(processor.size), _sizes(getattr(processor, "crop_size", None))
+    crops = getattr(processor, "do_center_crop", False)
+    if size.get("shortest_edge"):
+        cropped = crop["height"] if crops and crop.get("height") else size["shortest_edge"]
+        return (round(size["shortest_edge"] * min(height, width) / cropped),)
+    if crops and crop.get("height") and size.get("height"):
+        return (
+            round(size["height"] * height / crop["height"]),
+            round(size["width"] * width / crop["width"]),
+        )
+    return height, width
+
+
+def _sizes(size: Any) -> dict[str, int]:
+    return {} if size is None else {key: int(value) for key, value in dict(size).items() if value}
+
+
+def _three(numbers: Any) -> tuple[float, ...]:
+    return tuple(float(n) for n in (numbers if isinstance(numbers, (list, tuple)) else [numbers] * 3))

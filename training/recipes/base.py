@@ -1,0 +1,82 @@
+"""The declared protocols of a recipe: the names that its module must define."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal, Protocol, TypeVar
+
+from offramp.models.decoder import DecoderNetwork
+from offramp.models.network import EarlyExitNetwork
+from offramp.training.batches import Encoded
+from offramp.training.lm_data import TokenRows
+from offramp.training.loop import Run
+
+
+class Settings(Protocol):
+    """A frozen dataclass of numbers and words; every field is a --set NAME=VALUE of ee-train."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
+S = TypeVar("S")
+
+
+class ClassifierRecipe(Protocol[S]):
+    """A recipe that trains an EarlyExitNetwork.
+
+    SETTINGS: the class of its settings. STARTS_FROM: the recipe whose checkpoint, passed as --init, replaces
+    its first phase, or None where it starts from the pretrained backbone.
+    """
+
+    KIND: Literal["classifier"]
+    SETTINGS: type[S]
+    STARTS_FROM: str | None
+
+    def policy_of(self, settings: S) -> str | None:
+        """The kind of policies of its network, a name in models.policies.KINDS, or None for none."""
+        ...
+
+    def train(
+        self,
+        run: Run[EarlyExitNetwork],
+        train: Encoded,
+        dev: Encoded,
+        settings: S,
+        *,
+        skip_warm_start: bool,
+    ) -> dict[str, object]:
+        """Run the phases; return what training.json holds besides command, data and versions."""
+        ...
+
+
+class DecoderRecipe(Protocol[S]):
+    """A recipe that trains a DecoderNetwork; SETTINGS and STARTS_FROM as in ClassifierRecipe."""
+
+    KIND: Literal["decoder"]
+    SETTINGS: type[S]
+    STARTS_FROM: str | None
+
+    def prepare(self, network: DecoderNetwork, exits: tuple[int, ...], settings: S) -> None:
+        """Add the modules that the recipe trains, before a run restores an earlier state.
+
+        exits: blocks (1-based) with an exit, the last block among them. Raises BadSetting where the network
+        has other exits.
+        """
+        ...
+
+    def train(
+        self,
+        run: Run[DecoderNetwork],
+        rows: dict[str, TokenRows],
+        exits: tuple[int, ...],
+        settings: S,
+    ) -> dict[str, object]:
+        """Run the phases on rows["train"]; return what training.json holds besides command, data and
+        versions.
+
+        rows: by split; dev is optional.
+        """
+        ...
+
+
+Recipe = ClassifierRecipe[Settings] | DecoderRecipe[Settings]

@@ -1,0 +1,163 @@
+"""Walks of rule quee replayed on collected outcomes: frontiers over its price, and static points beside them.
+
+The runtime's own rule decides; only its signals come from a table instead of from an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.models.macs import bit_operations, exit_macs, segment_macs, stem_macs
+from offramp.models.network import EarlyExitNetwork
+from offramp.runtime.rules import Plan, RowSignals, Rule, RuleSpec, StepCosts, bind
+from offramp.runtime.rules.walk_points import WalkPoint
+from offramp.training.forecasters import Forecaster, WalkState
+from offramp.training.outcomes import Floats, Outcomes
+
+PRICES = (0.0, *np.geomspace(1e-3, 20.0, 60).tolist())  # errors for a full walk in fp32
+
+
+@dataclass(frozen=True)
+class WalkCosts:
+    """Costs of walks in one unit.
+
+    steps [rows, variants, segments]; stem [rows]; full [rows]: the network without early exits in fp32.
+    blocks [segments]: blocks of each. stated: the costs that the rule reads.
+    """
+
+    unit: str
+    steps: NDArray[np.float64]
+    stem: NDArray[np.float64]
+    full: NDArray[np.float64]
+    blocks: NDArray[np.int64]
+    stated: StepCosts
+
+    def of(self, plans: Plan) -> NDArray[np.float64]:
+        """Cost of each row's walk [rows]; plans int8 [rows, segments]."""
+        run = plans >= 0
+        step_costs = np.take_along_axis(self.steps, np.maximum(plans, 0)[:, None], axis=1)[:, 0]
+        return self.stem + (step_costs * run).sum(1)  # type: ignore[no-any-return]
+
+    def only(self, variants: Sequence[int]) -> WalkCosts:
+        """The costs of some variants, by number; `full` stays that of the first variant of all."""
+        names = [name for number, name in enumerate(self.stated.steps) if number in variants]
+        stated = StepCosts(self.stated.tokens, {name: self.stated.steps[name] for name in names})
+        return WalkCosts(self.unit, self.steps[:, list(variants)], self.stem, self.full, self.blocks, stated)
+
+
+def bit_costs(network: EarlyExitNetwork, lengths: NDArray[np.int64], variants: Sequence[str]) -> WalkCosts:
+    """Bit operations of rows of these lengths, with exits and forecasts; stated at their mean length."""
+    segments, stem = segment_macs(network), stem_macs(network)
+    unique, inverse = np.unique(lengths, return_inverse=True)
+    steps = np.array([[[bit_operations(s, v, n) for s in segments] for v in variants] for n in unique])
+    stem_costs = np.array([bit_operations(stem, "fp32", n) for n in unique])
+    early_exits = [exit_macs(network, index) for index in range(len(segments) - 1)]
+    early = np.array([sum(bit_operations(macs, "fp32", n) for macs in early_exits) for n in unique])
+    all_segments = np.array([sum(bit_operations(s, "fp32", n) for s in segments) for n in unique])
+    full = stem_costs + all_segments - early
+    blocks = np.diff((0, *network.spec.exits))
+    mean = round(float(lengths.mean()))
+    stated = {v: tuple(bit_operations(s, v, mean) for s in segments) for v in variants}
+    return WalkCosts(
+        "bops", steps[inverse], stem_costs[inverse], full[inverse], blocks, StepCosts(mean, stated)
+    )
+
+
+def replay(rule: Rule, outcomes: Outcomes, forecaster: Forecaster, start: int) -> Plan:
+    """The variants in which every row's segments run, -1 where they do not [rows, segments]."""
+    rows, segments = len(outcomes), outcomes.exits
+    plan: Plan = np.full((rows, segments), start, np.int8)
+    change = np.zeros(rows, np.int64)  # the last segment before the variant changed
+    memory: Floats = np.zeros((rows, rule.width), np.float32)
+    for segment in range(segments - 1):
+        active = np.flatnonzero(plan[:, segment] >= 0)
+        if not len(active):
+            break
+        now = plan[active, segment].astype(np.int64)
+        state = WalkState(active, segment, now, np.full(len(active), start), change[active])
+        no_logits = np.zeros((len(active), 2), np.float32)
+        signals = RowSignals(no_logits, forecast=forecaster(outcomes, state))
+        plan[active], memory[active] = rule(signals, memory[active], plan[active], segment)
+        following = plan[active, segment + 1]
+        change[active[(following >= 0) & (following != now)]] = segment
+    return plan
+
+
+def walk_point(rule: RuleSpec, start: int, plans: Plan, outcomes: Outcomes, costs: WalkCosts) -> WalkPoint:
+    """The figures of walks with these plans from a starting variant."""
+    rows = np.arange(len(plans))
+    run = plans >= 0
+    exits = run.shape[1] - 1 - run[:, ::-1].argmax(1)
+    last_variant = plans[rows, exits]
+    change = np.maximum((plans == start).sum(1) - 1, 0)  # a walk runs in one variant, then in one other
+    wrong = outcomes.wrong[rows, start, last_variant, change, exits]
+    return WalkPoint(
+        rule,
+        outcomes.variants[start],
+        100 * float(1 - wrong.mean()),
+        float((run * costs.blocks).sum(1).mean()),
+        100 * float(costs.of(plans).sum() / costs.full.sum()),
+        100 * float((last_variant != start).mean()),
+    )
+
+
+def frontier(
+    outcomes: Outcomes, forecaster: Forecaster, costs: WalkCosts, prices: Sequence[float] = PRICES
+) -> list[WalkPoint]:
+    """A point for every price and starting variant, the cheapest first."""
+    points = []
+    parameters = {"measured": 1.0} if costs.unit == "ms" else {}
+    for price in prices:
+        spec = RuleSpec("quee", {"price": price, **parameters})
+        rule = bind(spec, outcomes.exits, {costs.unit: costs.stated})
+        for start in range(len(outcomes.variants)):
+            plans = replay(rule, outcomes, forecaster, start)
+            points.append(walk_point(spec, start, plans, outcomes, costs))
+    return sorted(points, key=lambda point: point.cost)
+
+
+def static_points(outcomes: Outcomes, costs: WalkCosts) -> list[WalkPoint]:
+    """All rows at one exit in one variant, for each of both; the last exits are quantizing alone."""
+    points = []
+    for start in range(len(outcomes.variants)):
+        for exit_index in range(outcomes.exits):
+            plans: Plan = np.full((len(outcomes), outcomes.exits), start, np.int8)
+            plans[:, exit_index + 1 :] = -1
+            spec = RuleSpec("fixed", {"exit": exit_index + 1.0})
+            points.append(walk_point(spec, start, plans, outcomes, costs))
+    return points
+
+
+def full_depth(outcomes: Outcomes, costs: WalkCosts) -> WalkPoint:
+    """The last exit in the first variant for every row."""
+    plans: Plan = np.zeros((len(outcomes), outcomes.exits), np.int8)
+    return walk_point(RuleSpec("never", {}), 0, plans, outcomes, costs)
+
+
+def hull(points: Sequence[WalkPoint]) -> list[WalkPoint]:
+    """The upper convex hull: the accuracy of random mixtures of the points, a lower bound for any rule."""
+    kept: list[WalkPoint] = []
+    for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
+        if kept and point.accuracy <= kept[-1].accuracy:
+            continue
+        while len(kept) > 1 and _is_below(kept[-2], kept[-1], point):
+            kept.pop()
+        kept.append(point)
+    return kept
+
+
+def accuracy_at(hull_points: Sequence[WalkPoint], cost: float) -> float | None:
+    """Accuracy in percent on a hull at a cost; after its end the end's, before its start None."""
+    if not hull_points or cost < hull_points[0].cost:
+        return None
+    return float(np.interp(cost, [p.cost for p in hull_points], [p.accuracy for p in hull_points]))
+
+
+def _is_below(left: WalkPoint, middle: WalkPoint, right: WalkPoint) -> bool:
+    """Whether the middle lies on or below the straight line between its neighbours."""
+    interpolated = (right.accuracy - left.accuracy) * (middle.cost - left.cost)
+    return (middle.accuracy - left.accuracy) * (right.cost - left.cost) <= interpolated

@@ -1,0 +1,122 @@
+"""One training from options to checkpoint: network, data, recipe, dev figures, the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from accelerate import PartialState
+from torch import nn
+
+from offramp.runtime.errors import BadSetting
+from offramp.training.checkpoint import read_json, replace_folder, write_json
+from offramp.training.classifier import ClassifierTraining
+from offramp.training.decoder import DecoderTraining
+from offramp.training.loop import Run, best_precision
+from offramp.training.options import TrainConfig, parse_settings
+from offramp.training.recipes import load_recipe
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Training(Protocol[N]):
+    """The parts of a training that depend on the kind of network.
+
+    save_every: seconds between states at least. row_counts: rows by split. facts: entries of training.json
+    besides those of the recipe.
+    """
+
+    save_every: float
+    row_counts: dict[str, int]
+    facts: dict[str, Any]
+
+    def load(self) -> N:
+        """The network to train."""
+        ...
+
+    def write_inputs(self) -> None:
+        """Write the files that every process reads into the folder of the run."""
+        ...
+
+    def run_recipe(self, run: Run[N]) -> dict[str, Any]:
+        """Run the recipe's phases; its results."""
+        ...
+
+    def write(self, folder: Path, training: dict[str, Any]) -> None:
+        """Write the trained network and training.json into an empty folder."""
+        ...
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train a classifier or a decoder, by the recipe's kind, and write the folder `out`; its training.json.
+
+    Resumes from `out`.partial if it exists. Raises BadSetting, BadData, BadModel, BadCheckpoint.
+    """
+    recipe = load_recipe(config.recipe)
+    settings = parse_settings(recipe.SETTINGS, config.settings)
+    facts = {"recipe": config.recipe, "settings": dataclasses.asdict(settings)}
+    if recipe.KIND == "classifier":
+        return _train(config, ClassifierTraining(config, recipe, settings), facts)
+    return _train(config, DecoderTraining(config, recipe, settings), facts)
+
+
+def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) -> dict[str, Any]:
+    processes = PartialState()
+    with processes.main_process_first():  # it writes the files that all of them read
+        _refuse_other_command(config)
+        network = training.load()
+        if processes.is_main_process:
+            config.partial.mkdir(parents=True, exist_ok=True)
+            training.write_inputs()
+            write_json(config.partial / "command.json", _command(config))
+    precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[config.precision]
+    save_every = max(config.save_every, training.save_every)
+    run = Run(network, config.partial, seed=config.seed, precision=precision, save_every=save_every)
+    if run.position != {"phase": 0, "step": 0}:
+        place = f"phase {run.position['phase'] + 1}, step {run.position['step']}"
+        print(f"going on from {run.folder}: {place}", file=sys.stderr)
+    results = training.run_recipe(run)
+    run.log(finished=config.recipe)  # the log exists even where every phase was skipped
+    facts |= {
+        **training.facts,
+        "command": config.as_json(),
+        "data": {"name": Path(config.data).name, "rows": training.row_counts},
+        "seed": config.seed,
+        "precision": precision,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+        | {"python": platform.python_version()},
+        **results,
+    }
+    network.to("cpu")
+    if run.main:
+        temporary = config.out.with_name(config.out.name + ".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        training.write(temporary, facts)
+        shutil.copyfile(config.partial / "log.jsonl", temporary / "log.jsonl")
+        replace_folder(temporary, config.out)
+        shutil.rmtree(config.partial)
+    return facts
+
+
+def _command(config: TrainConfig) -> dict[str, Any]:
+    """The options that must be equal for a resume."""
+    return {**config.as_json(), "save_every": None}
+
+
+def _refuse_other_command(config: TrainConfig) -> None:
+    """Raise BadSetting where the folder of the run holds the state of a different command."""
+    file = config.partial / "command.json"
+    if file.is_file() and (config.partial / "state.json").is_file():
+        before = read_json(file)
+        changed = [name for name, value in _command(config).items() if before.get(name) != value]
+        if changed:
+            raise BadSetting(
+                f"{config.partial} holds an unfinished run with another {', '.join(changed)}; "
+                "repeat its command, or remove that folder"
+            )
