@@ -205,7 +205,7 @@ class DecoderMonolith:
         sequence = _Sequence(self)
         ids, start = list(prompt), 0
         for _ in range(tokens):
-            token = sequence.step(ids, start)
+            token = sequence.next_token(ids, start)
             yield token
             ids, start = [token], start + len(ids)
 
@@ -226,10 +226,10 @@ class _Sequence:
         self.keys = [name for name in monolith.past if name.startswith("past_k_")]
         self.values = [name for name in monolith.past if not name.startswith("past_k_")]
         # Keys of all blocks are one array, and so are values, as in the cache of a walk.
-        self.stacks = [self._stack(names, PLACES) for names in (self.keys, self.values)]
+        self.caches = [self._zeros(names, PLACES) for names in (self.keys, self.values)]
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
-    def step(self, ids: Sequence[int], start: int) -> int:
+    def next_token(self, ids: Sequence[int], start: int) -> int:
         """The next token after these ids, of which the first has position `start`."""
         count = len(ids)
         if start + count > self.places:
@@ -245,7 +245,7 @@ class _Sequence:
             cached[start : start + count] = new
         return int(arrays["logits"][0, 0].argmax())
 
-    def _stack(self, names: Sequence[str], places: int) -> np.ndarray:
+    def _zeros(self, names: Sequence[str], places: int) -> np.ndarray:
         sizes = {"batch": 1, "past": places}
         shape = [sizes.get(size, size) for size in self.monolith.past[names[0]]]
         return np.zeros((len(names), *shape), np.float32)
@@ -256,9 +256,9 @@ class _Sequence:
             self.places += min(self.places, 4 * PLACES)
         self._bindings.clear()
         for at, names in enumerate((self.keys, self.values)):
-            stack = self._stack(names, self.places)
-            _tokens_first(names, stack)[:filled] = _tokens_first(names, self.stacks[at])
-            self.stacks[at] = stack
+            larger = self._zeros(names, self.places)
+            _tokens_first(names, larger)[:filled] = _tokens_first(names, self.caches[at])
+            self.caches[at] = larger
         free_unused_memory()
 
     def _bind(self, count: int, places: int) -> _Binding:
@@ -270,9 +270,9 @@ class _Sequence:
             "logits": np.zeros((1, 1, monolith.vocabulary), np.float32),
         }
         added = []
-        for names, cached in zip((self.keys, self.values), self.stacks, strict=True):
-            new = self._stack(names, count)
-            past = cached if places == self.places else self._stack(names, places)
+        for names, cached in zip((self.keys, self.values), self.caches, strict=True):
+            new = self._zeros(names, count)
+            past = cached if places == self.places else self._zeros(names, places)
             for number, name in enumerate(names):
                 arrays[name.replace("past", "new", 1)], arrays[name] = new[number], past[number]
             added.append((_tokens_first(names, cached), _tokens_first(names, new)))
@@ -287,6 +287,6 @@ class _Sequence:
         return _Binding(runner(onnxruntime, monolith.session, binding), arrays, added)
 
 
-def _tokens_first(names: Sequence[str], stack: np.ndarray) -> np.ndarray:
+def _tokens_first(names: Sequence[str], array: np.ndarray) -> np.ndarray:
     """A view of keys [blocks, 1, heads, size, tokens] or values [blocks, 1, heads, tokens, size]."""
-    return np.moveaxis(stack, 4 if names[0].startswith("past_k_") else 3, 0)
+    return np.moveaxis(array, 4 if names[0].startswith("past_k_") else 3, 0)

@@ -343,8 +343,15 @@ def lossless(
             }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"command": "benchmarks/decoders.py lossless", "texts": texts.name, "fixed": fixed}
-        facts |= {"variant": variant, "count": count, "prompt": prompt, "tokens": tokens, "threads": threads}
+        facts: dict[str, Any] = {"command": "benchmarks/decoders.py lossless", "fixed": fixed}
+        facts |= {
+            "texts": texts.name,
+            "variant": variant,
+            "count": count,
+            "prompt": prompt,
+            "tokens": tokens,
+            "threads": threads,
+        }
         write_json(out, {**facts, "machine": machine(), "bundles": figures})
     for name, figure in figures.items():
         show(f"{name}, segments end after {figure['cuts']}", figure["rules"])

@@ -124,7 +124,7 @@ def compare(folder: Path, data: Path) -> None:
         )
     depth = np.mean([answer.depth for answer in answers["early exit"]])
     click.secho(
-        f"\n{len(texts)} test reviews, batch 1, tokenizing included, contenders taking turns:", bold=True
+        f"\n{len(texts)} test reviews, batch 1, tokenizing included, candidates taking turns:", bold=True
     )
     click.echo(f"{'':12}{'accuracy %':>12}{'mean exit':>12}{'time / one graph':>19}")
     blocks = answers["full walk"][0].depth

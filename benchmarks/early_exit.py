@@ -91,7 +91,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 @click.option("--truncate", default="3,5,6,7,8,9", help="As in ee-split.")
 @click.option("--points", default=POINTS, help="As in ee-bench; points that the bundle lacks are left out.")
 @click.option("--rows", default=100_000, help="Test rows at most.")
-@click.option("--turns", default=1, help="As in ee-bench.")
+@click.option("--turns", "rounds", default=1, help="As in ee-bench.")
 @click.option("--work", default=Path("runs"), type=click.Path(path_type=Path), help="Folder for bundles.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for the figures.")
 @click.option("--report", type=click.Path(path_type=Path), help="As in ee-bench.")
@@ -102,7 +102,7 @@ def main(
     truncate: str,
     points: str,
     rows: int,
-    turns: int,
+    rounds: int,
     work: Path,
     json_file: Path | None,
     report: Path | None,
@@ -119,7 +119,7 @@ def main(
     available = ",".join(name for name in points.split(",") if name in known)
     out = work / f"{checkpoint.name}.bench.json"
     words = ["--bundle", str(bundle), "--data", str(data / "test.jsonl"), "--baselines", str(baselines)]
-    words += ["--points", available, "--rows", str(rows), "--turns", str(turns), "--json", str(out)]
+    words += ["--points", available, "--rows", str(rows), "--turns", str(rounds), "--json", str(out)]
     words += ["--report", str(report)] if report is not None else []
     subprocess.run([str(BIN / "ee-bench"), *words], check=True, stdout=sys.stderr)
     figures = json.loads(out.read_text(encoding="utf-8"))

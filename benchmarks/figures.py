@@ -67,8 +67,10 @@ def shown_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def early_exit() -> list[str]:
     """One table for each checkpoint that early_exit.py measured."""
     head = ("", "accuracy %", "mean exit", "ms", "x fp32", "x int8", "x static", "realised", "in bulk")
-    columns = ("accuracy", "mean_exit", "mean_ms", "times_fp32_monolith", "times_int8_monolith")
-    columns += ("times_static", "realised", "realised_in_bulk")
+    columns = (
+        *("accuracy", "mean_exit", "mean_ms", "times_fp32_monolith", "times_int8_monolith"),
+        *("times_static", "realised", "realised_in_bulk"),
+    )
     lines: list[str] = []
     for result in read_results("early_exit"):
         about, rows = result["about"], []

@@ -73,11 +73,11 @@ def prepare(work: Path, blocks: int, width: int) -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--rows", default="1,32", show_default=True, help="Batch sizes.")
 @click.option("--lengths", default="128,32", show_default=True, help="Tokens.")
-@click.option("--turns", default=100, show_default=True, help="Rounds at most.")
+@click.option("--turns", "rounds", default=100, show_default=True, help="Rounds at most.")
 @click.option("--budget", default=360.0, show_default=True, help="Seconds for all rounds together.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="File for the figures.")
 def run(
-    work: Path, device: str, rows: str, lengths: str, turns: int, budget: float, file: Path | None
+    work: Path, device: str, rows: str, lengths: str, rounds: int, budget: float, file: Path | None
 ) -> None:
     """Measure; exit code 2 where the device is not available."""
     sizes = [(int(n), int(length)) for n in rows.split(",") for length in lengths.split(",")]
@@ -97,7 +97,7 @@ def run(
             for size in sizes:
                 click.echo(f"{variant}, {size[0]} x {size[1]}", err=True)
                 row = {"variant": variant, "rows": size[0], "tokens": size[1]}
-                row |= _measure(work, device, sessions, variant, size, turns, seconds, left_out)
+                row |= _measure(work, device, sessions, variant, size, rounds, seconds, left_out)
                 measured.append(row)
     result: dict[str, Any] = {"command": " ".join(["benchmarks/gpu.py", *sys.argv[1:]])}
     result |= {"machine": {**machine(), **facts}, "left out": left_out, "measured": measured}
@@ -135,7 +135,7 @@ def _measure(
     sessions: dict[str, Classifier],
     variant: str,
     size: tuple[int, int],
-    turns: int,
+    rounds: int,
     seconds: float,
     left_out: dict[str, str],
 ) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _measure(
     for call in calls.values():
         call()
     round_s = time.perf_counter() - started
-    timings = interleaved(calls, max(3, min(turns, int(seconds / round_s))), warmup=WARMUP)
+    timings = interleaved(calls, max(3, min(rounds, int(seconds / round_s))), warmup=WARMUP)
     return _figures(timings, sessions, size) | {"gather half of the rows ms": _gather_ms(sessions, inputs)}
 
 
@@ -298,7 +298,8 @@ def _bound_run(ort: Any, session: Any, cuda: Cuda, inputs: dict[str, Any]) -> Ru
     size = int(np.prod(shape)) * 4
     logits, place = cuda.pinned(size), cuda.memory(size)
     binding.bind_output(node.name, ort_cuda.PLACE, 0, np.float32, shape, place.pointer)
-    enqueue = ort_cuda.runner(ort, session, binding, {"disable_synchronize_execution_providers": "1"})
+    entries = {"disable_synchronize_execution_providers": "1"}
+    enqueue = ort_cuda.runner(ort, session, binding, entries)  # type: ignore[attr-defined]  # doubles replace it there
 
     def run() -> None:
         for pinned, array, target, host in uploads:

@@ -318,10 +318,10 @@ def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
 @click.option("--sizes", default="6x384,12x384,12x768", help="Blocks x width of random networks.")
 @click.option("--variants", default="fp32,int8", help="As in ee-split.")
 @click.option("--lengths", default="16,32,64,128", help="Tokens.")
-@click.option("--turns", default=200, help="Rounds of every pair at every length.")
+@click.option("--turns", "rounds", default=200, help="Rounds of every pair at every length.")
 @JSON
 def single(
-    checkpoint: Path | None, sizes: str, variants: str, lengths: str, turns: int, json_file: Path | None
+    checkpoint: Path | None, sizes: str, variants: str, lengths: str, rounds: int, json_file: Path | None
 ) -> None:
     """The walk against one graph at batch 1."""
     rows: list[dict[str, Any]] = []
@@ -332,11 +332,11 @@ def single(
             scratch, random = Path(folder), checkpoint is None
             network = checkpoint or random_checkpoint(scratch, *map(int, size.split("x")))
             more, facts = network_rows(
-                network, size, variants.split(","), counts, turns, random=random, scratch=scratch
+                network, size, variants.split(","), counts, rounds, random=random, scratch=scratch
             )
             rows += more
     Console(width=170).print(single_table(rows))
-    write_figures(json_file, {"machine": {**machine(), **facts}, "turns": turns, "rows": rows})
+    write_figures(json_file, {"machine": {**machine(), **facts}, "turns": rounds, "rows": rows})
 
 
 @main.command(context_settings={"show_default": True})
@@ -345,10 +345,10 @@ def single(
 @click.option("--data", type=FOLDER, required=True, help="As in ee-bench.")
 @click.option("--batch-size", default=32, help="Rows together.")
 @click.option("--rows", default=512, help="Rows at most.")
-@click.option("--turns", default=7, help="Rounds.")
+@click.option("--turns", "rounds", default=7, help="Rounds.")
 @JSON
 def bulk(
-    bundle: Path, baselines: Path, data: Path, batch_size: int, rows: int, turns: int, json_file: Path | None
+    bundle: Path, baselines: Path, data: Path, batch_size: int, rows: int, rounds: int, json_file: Path | None
 ) -> None:
     """Rows per second of the full walk over those of the monolith, in every variant."""
     figures: list[dict[str, Any]] = []
@@ -369,7 +369,7 @@ def bulk(
                 windows.append((list(session.batches(window, batch_size)), len(window)))
             candidates = [walk_candidate(session, "walk", "full"), monolith]
             ratios = []
-            for _ in range(turns):
+            for _ in range(rounds):
                 rates = time_bulk(candidates, windows, batch_size, 1)
                 ratios.append(rates["walk"] / rates[monolith.name])
             row = {"variant": variant, "rows_per_second": round(rates["walk"], 1)}
@@ -392,9 +392,9 @@ def run_process(command: Sequence[str]) -> int:
 @main.command(context_settings={"show_default": True})
 @BUNDLE
 @BASELINES
-@click.option("--turns", default=15, help="Processes of each kind.")
+@click.option("--turns", "rounds", default=15, help="Processes of each kind.")
 @JSON
-def cold(bundle: Path, baselines: Path, turns: int, json_file: Path | None) -> None:
+def cold(bundle: Path, baselines: Path, rounds: int, json_file: Path | None) -> None:
     """A fresh process on one line: medians, and the ratio round by round."""
     manifest = open_bundle(bundle).manifest
     if not isinstance(manifest.input, TextInput):
@@ -416,7 +416,7 @@ def cold(bundle: Path, baselines: Path, turns: int, json_file: Path | None) -> N
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         peaks: dict[str, list[int]] = {name: [] for name in commands}
         calls = {name: partial(run_process, command) for name, command in commands.items()}
-        for name, taken, peak in take_turns(calls, turns):
+        for name, taken, peak in take_turns(calls, rounds):
             seconds[name].append(taken)
             peaks[name].append(peak)
     rows: list[dict[str, Any]] = []
@@ -424,13 +424,13 @@ def cold(bundle: Path, baselines: Path, turns: int, json_file: Path | None) -> N
         row: dict[str, Any] = {"command": name, "seconds": round(float(np.median(seconds[name])), 4)}
         row |= {"ratio": round(time_ratio(seconds[name], seconds["monolith"])[0], 3)}
         rows.append(row | {"peak_mb": round(float(np.median(peaks[name])) / 1e6, 1)})
-    table = Table(title=f"a fresh process on one line, medians of {turns}")
+    table = Table(title=f"a fresh process on one line, medians of {rounds}")
     for column in rows[0]:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
-    write_figures(json_file, {"machine": machine(), "bundle": bundle.name, "turns": turns, "rows": rows})
+    write_figures(json_file, {"machine": machine(), "bundle": bundle.name, "turns": rounds, "rows": rows})
 
 
 def resident_mib(process: int) -> float:

@@ -170,7 +170,7 @@ def resident_mb() -> tuple[float, float]:
     return resident, peak
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "genai": genai,
     "llama": llama,
     "quantize": quantize,

@@ -34,7 +34,7 @@ from offramp.benchmarks.compare.exit_outputs import CheckpointOutputs, collect_o
 from offramp.benchmarks.compare.frontiers import Floats, area, gaps, interval, resampled
 from offramp.benchmarks.compare.pages import HEAD, REFERENCE, html_page, table_rows
 from offramp.runtime.tuning.report import write_whole
-from offramp.training.frontier import oracle
+from offramp.training.collect import oracle
 from offramp.training.recipes import RECIPES, load_recipe
 
 PLAIN_RULES = ("max_probability", "entropy", "margin", "patience")

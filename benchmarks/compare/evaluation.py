@@ -29,11 +29,11 @@ from offramp.runtime.rules.sweep import STEPS, Point, full_depth, settings_to_tr
 from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
 from offramp.runtime.tuning.timing import Batches, Candidate, time_rows, walk_candidate
 from offramp.training.batches import Encoded
-from offramp.training.calibration import binned_error, trust
-from offramp.training.forecasters import Forecaster, by_network
-from offramp.training.recipes.quee import Quee, cross_fitted
-from offramp.training.replanning import PRICES, measured, replay
-from offramp.training.settings import settings_from
+from offramp.training.calibration import binned_error, calibration_figures
+from offramp.training.forecasters import Forecaster, network_forecaster
+from offramp.training.options import parse_settings
+from offramp.training.recipes.quee import QueeSettings, cross_fitted
+from offramp.training.replay import PRICES, replay, walk_point
 
 HALF = 50.0  # per cent of the multiply-accumulates that the point in the table saves on dev at least
 TARGETS = (
@@ -100,7 +100,7 @@ def evaluate_exits(outputs: CheckpointOutputs, rule: str) -> Evaluation:
     share = np.bincount(exits[best], minlength=test.table.logits.shape[1]) / exits.shape[1]
     figures = _figures(settings, best, static_line(test), 100 * float(share @ test.table.right.mean(0)))
     figures |= {"setting": dict(points[best].rule.parameters)}
-    figures |= trust(
+    figures |= calibration_figures(
         dev.table.logits,
         _exits_at(points[best], dev),
         dev.table.labels,
@@ -119,19 +119,19 @@ def evaluate_quee(outputs: CheckpointOutputs) -> Evaluation:
     dev, test = outputs.paths("dev"), outputs.paths("test")
     training = outputs.checkpoint.training
     words = tuple(f"{name}={value}" for name, value in training["settings"].items())
-    fit = settings_from(Quee, words).fit(training["seed"])
+    fit = parse_settings(QueeSettings, words).fit(training["seed"])
     forecaster = cross_fitted(dev.outcomes, fit, training["seed"])["mlp"]
     exit_outputs = outputs.exit_outputs("dev")
     tried = []
     for spec in [RuleSpec("never", {}), *(RuleSpec("quee", {"price": price}) for price in PRICES)]:
-        rule = bind(spec, dev.outcomes.exits, {dev.ledger.unit: dev.ledger.stated})
+        rule = bind(spec, dev.outcomes.exits, {dev.costs.unit: dev.costs.stated})
         for start, variant in enumerate(dev.outcomes.variants):
             plans = replay(rule, dev.outcomes, forecaster, start)
-            point = measured(spec, start, plans, dev.outcomes, dev.ledger)
+            point = walk_point(spec, start, plans, dev.outcomes, dev.costs)
             saved = 100 * float(1 - _macs_of(plans, exit_outputs).sum() / exit_outputs.full["macs"].sum())
             tried.append((point.cost, point.accuracy, ChosenSetting(spec, variant, saved)))
     network = outputs.checkpoint.network
-    return _quee_on_test(outputs, test, _undominated(tried), by_network(network.forecasts))
+    return _quee_on_test(outputs, test, _undominated(tried), network_forecaster(network.forecasts))
 
 
 def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: Path) -> Evaluation:
@@ -157,8 +157,8 @@ def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: P
     chosen = _undominated(tried)
     exits = np.stack([_first_above(top["test"], c.rule.parameters["threshold"]) for _, c in chosen])
     rows = np.arange(exits.shape[1])
-    ledger = outputs.paths("test").ledger
-    to_exit = ledger.stem[:, None] + ledger.steps[:, number].cumsum(1)
+    costs = outputs.paths("test").costs
+    to_exit = costs.stem[:, None] + costs.steps[:, number].cumsum(1)
     spent = {axis: macs["test"].spent[axis][rows, exits] for axis in ("layers", "macs")}
     settings = Settings(
         ~wrong["test"][rows, exits], spent | {"bops": to_exit[rows, exits]}, macs["test"].full
@@ -245,25 +245,25 @@ def _quee_on_test(
     chosen: list[tuple[float, ChosenSetting]],
     forecaster: Forecaster,
 ) -> Evaluation:
-    outcomes, ledger, exit_outputs = test.outcomes, test.ledger, outputs.exit_outputs("test")
+    outcomes, costs, exit_outputs = test.outcomes, test.costs, outputs.exit_outputs("test")
     rights, confidences, by_chance = [], [], []
     spent: dict[str, list[NDArray[np.float64]]] = {"layers": [], "macs": [], "bops": []}
     for _, setting in chosen:
-        rule: Rule = bind(setting.rule, outcomes.exits, {ledger.unit: ledger.stated})
+        rule: Rule = bind(setting.rule, outcomes.exits, {costs.unit: costs.stated})
         start = outcomes.variants.index(setting.variant)
         plans = replay(rule, outcomes, forecaster, start)
         exits, last_variant, change = _ends(plans, start)
         at = (np.arange(len(plans)), start, last_variant, change, exits)
         rights.append(~outcomes.wrong[at])
-        confidences.append(_top_probability(outcomes.seen[at]))
+        confidences.append(_top_probability(outcomes.statistics[at]))
         spent["layers"].append(exit_outputs.costs.blocks[exits].astype(float))
         spent["macs"].append(_macs_of(plans, exit_outputs))
-        spent["bops"].append(ledger.of(plans))
+        spent["bops"].append(costs.of(plans))
         # The same plans dealt out to other rows: their expected accuracy.
         kinds, counts = np.unique(np.stack([last_variant, change, exits], 1), axis=0, return_counts=True)
         mean = [1 - outcomes.wrong[:, start, e, c, x].mean() for e, c, x in kinds]
         by_chance.append(100 * float(np.average(mean, weights=counts)))
-    stacked = {axis: np.stack(costs) for axis, costs in spent.items()}
+    stacked = {axis: np.stack(values) for axis, values in spent.items()}
     settings = Settings(np.stack(rights), stacked, exit_outputs.full)
     best = _best_at_half([(setting.macs_saved, accuracy) for accuracy, setting in chosen])
     figures = _figures(settings, best, static_line(exit_outputs), by_chance[best])
@@ -320,7 +320,7 @@ def _macs_of(plans: Plan, outputs: ExitOutputs) -> NDArray[np.float64]:
 
 
 def _ends(plans: Plan, start: int) -> tuple[NDArray[np.int64], ...]:
-    """Exit, variant there, and last segment before the change of each plan; see replanning.measured."""
+    """Exit, variant there, and last segment before the change of each plan; see replay.walk_point."""
     exits = (plans >= 0).sum(1) - 1
     last_variant = plans[np.arange(len(plans)), exits].astype(np.int64)
     return exits, last_variant, np.maximum((plans == start).sum(1) - 1, 0)

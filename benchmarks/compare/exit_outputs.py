@@ -23,11 +23,10 @@ from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules.sweep import ExitMacs, ExitTable
 from offramp.training.batches import Encoded, encode_for
 from offramp.training.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
-from offramp.training.collect import collect
+from offramp.training.collect import collect, costs_of, table_of
 from offramp.training.data import Columns, load_data
-from offramp.training.frontier import costs_of, table_of
 from offramp.training.outcomes import Outcomes, collect_outcomes
-from offramp.training.replanning import Ledger, bit_ledger
+from offramp.training.replay import WalkCosts, bit_costs
 
 Floats = NDArray[np.float64]
 SPLITS = ("dev", "test")
@@ -53,7 +52,7 @@ class Paths:
     """Outcomes of every path of rule quee through the variants on one split, and its bit operations."""
 
     outcomes: Outcomes
-    ledger: Ledger
+    costs: WalkCosts
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,20 @@ class CheckpointOutputs:
         network, rows = self.checkpoint.network, self.rows[split]
 
         def compute() -> dict[str, Any]:
-            table = table_of(collect(network, rows, what=f"{self.folder.name} {split}"))
+            table = table_of(collect(network, rows, description=f"{self.folder.name} {split}"))
             gates = {} if table.gates is None else {"gates": table.gates}
             return {"logits": table.logits, "labels": table.labels, **gates}
 
         arrays = self._kept(split, self.digests[split], compute)
         table = ExitTable(arrays["logits"], arrays.get("gates"), arrays["labels"])
         costs = costs_of(network, rows.lengths)
-        ledger = bit_ledger(network, rows.lengths, ["fp32"])
+        bits = bit_costs(network, rows.lengths, ["fp32"])
         shape = costs.to_exit.shape
-        bops = ledger.stem[:, None] + ledger.steps[:, 0].cumsum(1)
+        bops = bits.stem[:, None] + bits.steps[:, 0].cumsum(1)
         spent = {"layers": np.broadcast_to(costs.blocks.astype(float), shape), "macs": costs.to_exit}
         full = {"layers": np.full(shape[0], float(costs.blocks[-1])), "macs": costs.full}
         truncated = costs.to_exit - earlier_heads(network, rows.lengths)
-        return ExitOutputs(table, costs, spent | {"bops": bops}, full | {"bops": ledger.full}, truncated)
+        return ExitOutputs(table, costs, spent | {"bops": bops}, full | {"bops": bits.full}, truncated)
 
     def paths(self, split: str, variants: tuple[str, ...] = ()) -> Paths:
         """All paths of rule quee through these variants; the default: those that the checkpoint forecasts."""
@@ -98,13 +97,13 @@ class CheckpointOutputs:
         names = variants or tuple(network.spec.forecast)
 
         def compute() -> dict[str, Any]:
-            outcomes = collect_outcomes(network, rows, names, what=f"{self.folder.name} {split} paths")
-            return {"seen": outcomes.seen, "wrong": outcomes.wrong}
+            outcomes = collect_outcomes(network, rows, names, description=f"{self.folder.name} {split} paths")
+            return {"seen": outcomes.statistics, "wrong": outcomes.wrong}
 
         digest = f"{self.digests[split]} {names} {STATISTICS}"
         arrays = self._kept(f"{split}.paths.{'.'.join(names)}", digest, compute)
         outcomes = Outcomes(names, arrays["seen"], arrays["wrong"], rows.lengths)
-        return Paths(outcomes, bit_ledger(network, rows.lengths, names))
+        return Paths(outcomes, bit_costs(network, rows.lengths, names))
 
     def _kept(self, what: str, digest: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Arrays of the file beside the checkpoint; computed unless the file has this digest."""

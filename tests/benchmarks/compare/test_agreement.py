@@ -22,8 +22,7 @@ from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.walker import Trace
 from offramp.training.batches import EncodedText
 from offramp.training.cli import train
-from offramp.training.collect import collect
-from offramp.training.frontier import table_of
+from offramp.training.collect import collect, table_of
 
 SHORT = ("epochs=1", "batch_size=8", "lr=0.002", "heads_lr=0.01")
 GATE, PATIENCE = RuleSpec("gate", {"threshold": 0.5}), RuleSpec("patience", {"patience": 1})
