@@ -1,4 +1,4 @@
-"""Checks of manifests: of bundles for images here, of text classifiers in test_manifest."""
+"""Checks of manifests: of bundles for images and of decoders here, of text classifiers in test_manifest."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import pytest
+from tiny_bundles import GENERATOR
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import (
+    FILE_NAME,
     FileFact,
     ImageInput,
     Macs,
@@ -101,4 +103,65 @@ def test_image_tokens_must_be_a_fixed_number() -> None:
     ):
         variant[0]["shape"][1] = "seq"
     with pytest.raises(BadManifest, match="a fixed number of tokens"):
+        read_manifest(json.dumps(facts), source="here")
+
+
+def test_decoder_manifest_round_trip() -> None:
+    text = (GENERATOR / FILE_NAME).read_text(encoding="utf-8")
+    decoder = read_manifest(text, source="here").decoder
+    assert decoder is not None and decoder.draft is not None and len(decoder.cache_fills) == 2
+
+
+@pytest.mark.parametrize(
+    ("graphs", "path", "new", "message"),
+    [
+        ("segments 0", "outputs -1 name", "gates", r"segments\[0\]: it puts out"),
+        ("segments 0", "outputs -2 shape 2", 15, "all but the last put out exit_hidden"),
+        ("segments 1", "outputs -1 shape 0", "seq", "all but the last put out gate"),
+        ("segments 1", "inputs 0 name", "state", r"segments\[1\]: its input state .* is not an output"),
+        ("segments 1", "outputs 1 name", "new_k_9", r"segments\[1\]: new_k_2 is missing"),
+        ("stem", "outputs 0 name", "state", "stem: it has no output 'hidden'"),
+        ("stem", "inputs 0 name", "ids", "stem: it reads"),
+        ("decoder cache_fills 0", "outputs 0 name", "new_k_9", r"cache_fills\[0\]: it must put out"),
+        ("decoder cache_fills 0", "inputs 0 name", "state", r"cache_fills\[0\]: its input state"),
+        ("decoder head", "outputs 0 shape 2", 59, r"head: it must make logits \[batch, seq, 60\]"),
+        ("decoder draft", "outputs 0 shape 2", 60, r"draft: it must make logits .* fewer than 60\]"),
+    ],
+)
+def test_wrong_graph_of_a_decoder_is_named(graphs: str, path: str, new: Any, message: str) -> None:
+    facts = json.loads((GENERATOR / FILE_NAME).read_text(encoding="utf-8"))
+    segment: Any = facts
+    for key in graphs.split():
+        segment = segment[int(key) if key.isdigit() else key]
+    *parents, last = [int(key) if key.lstrip("-").isdigit() else key for key in path.split()]
+    for variant in segment["variants"].values():
+        place = variant
+        for key in parents:
+            place = place[key]
+        place[last] = new
+    with pytest.raises(BadManifest, match=message):
+        read_manifest(json.dumps(facts), source="here")
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "message"),
+    [
+        ("decoder stop", [60], "decoder.stop: 60 is not in a vocabulary of 60"),
+        ("decoder", None, "decoder: missing for task text-generation"),
+        ("task", "text-classification", "decoder: there is none for task text-classification"),
+        ("labels", ["a", "b"], "labels: a decoder has none"),
+        ("decoder cache_fills 1 blocks", [2], "cache_fills: their blocks must be those of the segments"),
+    ],
+)
+def test_wrong_decoder_field_is_named(path: str, new: Any, message: str) -> None:
+    facts = json.loads((GENERATOR / FILE_NAME).read_text(encoding="utf-8"))
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split()]
+    place = facts
+    for key in parents:
+        place = place[key]
+    if new is None:
+        del place[last]
+    else:
+        place[last] = new
+    with pytest.raises(BadManifest, match=message):
         read_manifest(json.dumps(facts), source="here")

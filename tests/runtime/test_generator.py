@@ -240,6 +240,19 @@ def test_incremental_text_waits_for_all_bytes_of_a_character() -> None:
     )
 
 
+def test_incremental_text_of_byte_fallback_tokens() -> None:
+    """A tokenizer that spells what it does not know in bytes, as those of Llama."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁film": 256, "s": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    ids = [256, *"é😀".encode(), 257, *"ï".encode(), 256]
+    complete, text = streamed(tokenizer, ids)
+    assert text == decoded(tokenizer, ids) == "filmé😀sï film"
+    expected = ["film", "film", "filmé", *["filmé"] * 3, "filmé😀", "filmé😀s", "filmé😀s", "filmé😀sï"]
+    assert complete == [*expected, "filmé😀sï film"]
+
+
 def test_incremental_text_passes_tokens_without_text() -> None:
     tokenizer = byte_tokenizer()
     end = tokenizer.token_to_id("<end>")

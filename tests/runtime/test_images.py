@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.runtime.bundle.manifest import ImageInput
-from offramp.runtime.errors import BadInput
-from offramp.runtime.inputs.images import decode, normalized, pixels
+from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.manifest import ImageInput, Macs, Segment, Tensor, Variant
+from offramp.runtime.errors import BadBundle, BadInput, EngineUnavailable, ItemError
+from offramp.runtime.inputs.images import ImageReader, ImageRow, decode, normalized, pixels
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -155,3 +158,34 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
             pixels(tmp_path / name, PLAIN)
     with pytest.raises(BadInput, match="cannot be read"):
         pixels(tmp_path, PLAIN)
+
+
+def image_bundle(input_name: str = "pixel_values") -> Bundle:
+    """As much of a bundle as a reader of images needs: 20 x 20 pixels become 17 tokens."""
+    tensor = Tensor(input_name, "float32", ("batch", 3, 20, 20))
+    graph = Variant("stem.onnx", (tensor,), (Tensor("hidden", "float32", ("batch", 17, 8)),))
+    manifest: Any = SimpleNamespace(input=PLAIN, stem=Segment("stem", (), Macs(), {"fp32": graph}))
+    return Bundle(Path("bundle"), manifest)
+
+
+def test_reader_gives_a_row_or_an_error_for_each_item() -> None:
+    reader, array = ImageReader(image_bundle()), noise(20, 20)
+    first, error, last = reader.read([array, "nowhere.png", file_of(array)])
+    assert error == ItemError(1, "no such image file: 'nowhere.png'")
+    assert isinstance(first, ImageRow) and isinstance(last, ImageRow)
+    assert first.length == 17 and not first.truncated
+    values = reader.arrays([first, last])["pixel_values"]
+    np.testing.assert_array_equal(values, normalized(np.stack([array, array]), PLAIN))
+    blank = reader.blank(3, 99)["pixel_values"]
+    assert blank.shape == (3, 3, 20, 20) and blank.dtype == np.float32 and not blank.any()
+
+
+def test_reader_of_another_stem_is_refused() -> None:
+    with pytest.raises(BadBundle, match="stem input 'audio' cannot be made from an image"):
+        ImageReader(image_bundle("audio"))
+
+
+def test_missing_pillow_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(EngineUnavailable, match=r"pip install 'offramp\[vision\]'"):
+        ImageReader(image_bundle())
