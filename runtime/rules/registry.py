@@ -162,7 +162,7 @@ def _whole_number(spec: RuleSpec, name: str, least: int, largest: int) -> int:
     value = spec.parameters.get(name)
     if value is None:
         raise BadSetting(f"rule {spec.name} needs {name}: give a threshold (--threshold NUMBER)")
-    if value != int(value) or not least <= value <= largest:
+    if not least <= value <= largest or value != int(value):  # in this order: NaN and infinity have no int
         raise BadSetting(
             f"rule {spec.name}: {name} {value:g} is not a whole number from {least} to {largest}"
         )

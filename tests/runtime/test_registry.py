@@ -43,6 +43,8 @@ def test_unknown_rule_lists_the_known() -> None:
         (RuleSpec("patience_confident", {"tau": 0.2}), "its parameters are threshold and patience"),
         (RuleSpec("skip", {}), r"rule skip needs segments: give a threshold \(--threshold NUMBER\)"),
         (RuleSpec("skip", {"segments": 1}), "segments 1 is not a whole number from 2 to 4"),
+        (RuleSpec("skip", {"segments": math.nan}), "segments nan is not a whole number from 2 to 4"),
+        (RuleSpec("skip", {"segments": math.inf}), "segments inf is not a whole number from 2 to 4"),
         (RuleSpec("skip", {"segments": 2.5}), "segments 2.5 is not a whole number from 2 to 4"),
         (RuleSpec("route", {}), "needs a price from 0: choose a point that ee-calibrate measured"),
         (RuleSpec("route", {"price": -1.0}), "needs a price from 0"),
