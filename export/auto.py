@@ -210,10 +210,11 @@ def choose_seams(
             whole = source.split(even_cuts(blocks, count))
             split = replace(whole, cache_fills=(), draft=None)
             _write_to_time(source, split, folder, variants, folders[0])
-        turns = [(variant, order) for variant in variants for order in (1, -1) * PAIRS]
+        openings = [(variant, order) for variant in variants for order in (1, -1) * PAIRS]
         seconds: dict[str, list[list[float]]] = {variant: [] for variant in variants}
-        for variant, order in track(turns, "timing seams", console=Console(stderr=True)):
-            # What is opened first gets the worse memory and is several percent slower: each is as often.
+        for variant, order in track(openings, "timing seams", console=Console(stderr=True)):
+            # The bundle that is opened first gets worse memory and is several percent slower: each one is it
+            # equally often.
             seconds[variant].append(_token_seconds(folders[::order], variant)[::order])
     for variant, pairs in seconds.items():
         one, cut = (float(mean) for mean in np.exp(np.log(pairs).mean(axis=0)))

@@ -24,7 +24,7 @@ from offramp.runtime.bundle.manifest import FILE_NAME, FileFact, Manifest
 
 
 class BadTarget(ValueError):
-    """The folder to write cannot be had: something stands there that is not ours to remove."""
+    """The folder cannot be written: it holds something that an earlier run did not write."""
 
 
 def write_bundle(
@@ -36,10 +36,10 @@ def write_bundle(
     texts: Sequence[str] | None = None,
     measure: Callable[[Path], Manifest] | None = None,
 ) -> tuple[Manifest, Report]:
-    """Write the bundle of a split network in the variants of the options, verified; gives its manifest.
+    """Write and verify the bundle of a split network in the variants of the options.
 
-    texts: see verify. measure: called with the finished folder before it gets its name; gives the manifest
-    that it wrote there. Raises BadTarget, NotVerified, and what measure raises; then no bundle is written.
+    texts: see verify. measure: called with the finished folder before it gets its name; returns the manifest
+    that it wrote there. Raises BadTarget, NotVerified, and the errors of measure; then no bundle is written.
     """
     variants = options.variants
     with writing(folder, overwrite=options.overwrite) as beside:
@@ -70,10 +70,10 @@ def write_graphs(segment: Segment, folder: Path, options: ExportOptions, *, weig
 
 
 def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> None:
-    """Raise BadTarget unless `folder` is free, empty, or one of ours that may be replaced.
+    """Raise BadTarget unless `folder` is missing, empty, or written by an earlier run and may be replaced.
 
-    listing: the file that makes it ours and names its files. A folder that holds anything beside these is not
-    replaced: that would be lost.
+    listing: the file that an earlier run wrote there, which names all others. A folder that holds any other
+    file is not replaced: the file would be lost.
     """
     cure = f"choose another {'--out' if listing == FILE_NAME else '--baselines'}"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -82,29 +82,28 @@ def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> 
         return
     try:
         listed = json.loads((folder / listing).read_text(encoding="utf-8"))
-        ours = {listing, *(listed["files"] if "files" in listed else (g["file"] for g in listed["graphs"]))}
+        files = listed["files"] if "files" in listed else [graph["file"] for graph in listed["graphs"]]
+        known = {listing, *files}
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadTarget(f"{folder} exists and has no {listing} of ours; {cure}") from None
-    strange = sorted({entry.name for entry in folder.iterdir()} - ours)
-    if strange:
-        raise BadTarget(
-            f"{folder / strange[0]} is not in its {listing} and would be lost; move it, or {cure}"
-        )
+        raise BadTarget(f"{folder} exists and has no {listing} that we wrote; {cure}") from None
+    others = sorted({entry.name for entry in folder.iterdir()} - known)
+    if others:
+        raise BadTarget(f"{folder / others[0]} is not in its {listing} and would be lost; move it, or {cure}")
     if not overwrite:
-        raise BadTarget(f"{folder} holds what an earlier run wrote; {cure}, or say --overwrite")
+        raise BadTarget(f"{folder} was written by an earlier run; {cure}, or give --overwrite")
 
 
 @contextlib.contextmanager
 def writing(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) -> Iterator[Path]:
-    """A folder to fill and finish(); when the block ends it takes the place of `folder`.
+    """Give an empty folder to fill and finish(); when the block ends it replaces `folder`.
 
-    If the block fails, nothing of it stays and what stood at `folder` still does. Killed, it leaves the
-    hidden folder behind, which the next run removes. Two runs must not write the same folder at once.
+    If the block fails, the new folder is removed and `folder` is unchanged. If the process is killed, a
+    hidden folder remains, which the next run removes. Two runs must not write the same folder at once.
     """
     folder = Path(folder).absolute()
     new, old = (folder.with_name(f".{folder.name}.{word}-by-ee-split") for word in ("new", "old"))
     if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames below: the old one comes back
+        old.rename(folder)  # an earlier run was killed between the two renames below
     check_target(folder, overwrite=overwrite, listing=listing)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -112,7 +111,7 @@ def writing(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) 
         yield new
         if not (new / listing).is_file():
             raise RuntimeError(f"{new} was never finished: it has no {listing}")
-        check_target(folder, overwrite=overwrite, listing=listing)  # minutes have gone by
+        check_target(folder, overwrite=overwrite, listing=listing)  # again, after minutes
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -123,10 +122,9 @@ def writing(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) 
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Write a filled folder's manifest, with sha256 and size of every file; the reader then checks it all.
+    """Write the manifest of a filled folder, with sha256 and size of every file, and check all as a reader.
 
-    No fsync: a file that a power cut emptied has another hash, and the reader says so. Gives the manifest
-    that was written.
+    No fsync: a reader finds a file that a power cut emptied by its hash. Gives the written manifest.
     """
     files = {path.name: file_fact(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME}
     manifest = dataclasses.replace(manifest, files=files)
@@ -137,9 +135,9 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def file_fact(path: Path) -> FileFact:
-    """What the file is, for a manifest."""
+    """Hash and size of a file, for a manifest."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
+        while data := file.read(2**20):
+            digest.update(data)
     return FileFact(digest.hexdigest(), path.stat().st_size)

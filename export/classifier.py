@@ -177,7 +177,7 @@ def truncate(network: EarlyExitNetwork, block: int) -> SplitNetwork:
 
 
 def cuts_of(network: EarlyExitNetwork, text: str) -> tuple[int, ...]:
-    """Blocks behind which segments end, from "each" (every exit of the network), "every N" or "2,4,6";
+    """Blocks after which segments end, from "each" (every exit of the network), "every N" or "2,4,6";
     ValueError for anything else.
     """
     return network.spec.exits if text.strip() == "each" else parse_exits(text, network.block_count)

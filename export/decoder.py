@@ -132,7 +132,7 @@ class CacheFill(nn.Module):
 
 
 class DecoderHead(nn.Module):
-    """Hidden behind the last block, or exit_hidden -> logits of all ids, or of the first so many."""
+    """Hidden after the last block, or exit_hidden -> logits of all ids, or of the first so many."""
 
     def __init__(self, network: DecoderNetwork, ids: int | None = None) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class DecoderHead(nn.Module):
 def split_decoder(
     network: DecoderNetwork, cuts: str | Sequence[int], draft_ids: int = DRAFT_IDS
 ) -> SplitNetwork:
-    """Stem, segments that end behind these blocks (as in parse_exits), cache fills, and heads.
+    """Cut a decoder into stem, segments that end after these blocks (see parse_exits), cache fills and heads.
 
     draft_ids: ids of the head that drafts; a vocabulary that is not twice as large has none. Raises
     ValueError for a cut that is impossible, for cuts without an exit where the network has exits, and for
@@ -163,14 +163,14 @@ def split_decoder(
     ends = parse_exits(cuts, network.block_count)
     if network.exits and (bare := [end for end in ends[:-1] if str(end) not in network.exits]):
         known = ", ".join(sorted(network.exits, key=int))
-        raise ValueError(f"a segment may not end behind block {bare[0]}: there are exits behind {known}")
+        raise ValueError(f"a segment may not end after block {bare[0]}: there are exits after {known}")
     stem_outputs, cache_sizes = _probe(network)
     longest, size = network.longest, network.hidden_size
     stem = Segment("stem", DecoderStem(network).eval(), STEM_INPUTS, stem_outputs, (), Macs(), longest)
     hidden, *context = stem_outputs
     reads = [tensor.name for tensor in context]
     rotations = tuple(tensor for tensor in context if not tensor.name.startswith("mask"))
-    segments, fills = list[Segment](), list[Segment]()
+    segments, cache_fills = list[Segment](), list[Segment]()
     for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
         blocks, numbers = range(start, end), tuple(range(start + 1, end + 1))
         module = DecoderSegment(network, blocks, reads).eval()
@@ -190,9 +190,11 @@ def split_decoder(
             fill = CacheFill(network, blocks, [tensor.name for tensor in rotations]).eval()
             macs = Macs(token=2 * size * cache_sizes[0] * cache_sizes[1] * len(blocks))
             name, inputs = f"fill_{number:02}", (hidden, *rotations)
-            fills.append(Segment(name, fill, inputs, new, numbers, macs, longest))
+            cache_fills.append(Segment(name, fill, inputs, new, numbers, macs, longest))
     draft = None if 2 * draft_ids > network.vocab_size else _head("draft", network, hidden, draft_ids)
-    return SplitNetwork(stem, tuple(segments), tuple(fills), _head("head", network, hidden, None), draft)
+    return SplitNetwork(
+        stem, tuple(segments), tuple(cache_fills), _head("head", network, hidden, None), draft
+    )
 
 
 def _head(name: str, network: DecoderNetwork, hidden: Tensor, ids: int | None) -> Segment:
@@ -246,7 +248,7 @@ class ExportableDecoder:
     draft_ids: int = DRAFT_IDS
 
     # int8 and int4: activations are quantized token by token, so that a token gets the same logits among
-    # others as alone; one scale a tensor would not allow that.
+    # others as alone; one scale for all of them would not allow that.
     weights_only: ClassVar[bool] = True
     # Other variants than fp32 must be near enough that a wrong graph shows.
     tolerances: ClassVar[Mapping[str, float]] = {"fp32": 1e-3, "fp16": 0.1, "int8": 0.2, "int4": 1.5}

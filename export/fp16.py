@@ -1,7 +1,7 @@
-"""Some nodes of a graph from float32 into float16, with one Cast a tensor where float32 meets them.
+"""Convert some nodes of a graph to float16, with one Cast for each tensor that crosses to or from float32.
 
-convert_float_to_float16 of ONNX Runtime rounds the weights of every node, and puts those that are to stay in
-float32 between casts of their own: seventy in a segment, in an order that no engine reads.
+convert_float_to_float16 of ONNX Runtime rounds the weights of every node, and surrounds each node that is to
+stay in float32 with casts: seventy in a segment, in an order that no engine fuses.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 def halve(model: onnx.ModelProto, inside: Callable[[str], bool]) -> onnx.ModelProto:
-    """The model with the nodes whose name is `inside` in float16; its inputs and outputs stay as they are.
+    """The model with the nodes whose name is `inside` in float16; inputs and outputs keep their types.
 
-    Tensors need types, as shape inference gives them: what has none is taken for no float.
+    Tensors need the types that shape inference adds: one without a type is taken for no float.
     """
-    made = ir.from_proto(model)
-    graph = made.graph
+    converted = ir.from_proto(model)
+    graph = converted.graph
     nodes = {node: None for node in graph if inside(node.name or "")}  # a set that keeps its order
     halves: dict[ir.Value, ir.Value] = {}
     for node in nodes:
-        for at, value in enumerate(node.inputs):
+        for number, value in enumerate(node.inputs):
             if value is None or value.dtype != FLOAT or value.producer() in nodes:
                 continue
             if value not in halves:
                 halves[value] = _narrow(graph, value, node)
-            node.replace_input_with(at, halves[value])
+            node.replace_input_with(number, halves[value])
     for value in halves:
         if value.is_initializer() and not value.uses():
             del graph.initializers[str(value.name)]
@@ -40,24 +40,24 @@ def halve(model: onnx.ModelProto, inside: Callable[[str], bool]) -> onnx.ModelPr
             if value.dtype == FLOAT:
                 value.dtype = HALF
                 _widen(graph, value, nodes)
-    return ir.to_proto(made)
+    return ir.to_proto(converted)
 
 
 def _narrow(graph: ir.Graph, value: ir.Value, reader: ir.Node) -> ir.Value:
-    """The float16 form of what comes from outside: a rounded weight, or a Cast before the first reader."""
+    """The float16 form of a value from outside: a rounded weight, or a Cast before the first reader."""
     name = f"{value.name}_half"
     if value.is_initializer() and value.const_value is not None:
-        held = _rounded(value.const_value, name)
-        made = ir.Value(name=name, type=ir.TensorType(HALF), shape=value.shape, const_value=held)
-        graph.register_initializer(made)
-        return made
+        rounded = _rounded(value.const_value, name)
+        weight = ir.Value(name=name, type=ir.TensorType(HALF), shape=value.shape, const_value=rounded)
+        graph.register_initializer(weight)
+        return weight
     cast = _cast(value, name, HALF)
     graph.insert_before(reader, cast)
     return cast.outputs[0]
 
 
 def _widen(graph: ir.Graph, value: ir.Value, nodes: dict[ir.Node, None]) -> None:
-    """A Cast back for readers outside and for the graph's output, under the name that they know."""
+    """Insert a Cast back for readers outside and for the graph's output; it has the value's former name."""
     readers = [use for use in value.uses() if use.node not in nodes]
     if not readers and value not in graph.outputs:
         return
@@ -68,18 +68,18 @@ def _widen(graph: ir.Graph, value: ir.Value, nodes: dict[ir.Node, None]) -> None
     graph.insert_after(producer, cast)
     for use in readers:
         use.node.replace_input_with(use.idx, cast.outputs[0])
-    for at, output in enumerate(graph.outputs):
+    for number, output in enumerate(graph.outputs):
         if output is value:
-            graph.outputs[at] = cast.outputs[0]
+            graph.outputs[number] = cast.outputs[0]
 
 
 def _cast(value: ir.Value, name: str, to: ir.DataType) -> ir.Node:
-    out = ir.Value(name=name, type=ir.TensorType(to), shape=value.shape)
-    return ir.Node("", "Cast", [value], [ir.AttrInt64("to", to)], outputs=[out], name=f"Cast_{name}")
+    output = ir.Value(name=name, type=ir.TensorType(to), shape=value.shape)
+    return ir.Node("", "Cast", [value], [ir.AttrInt64("to", to)], outputs=[output], name=f"Cast_{name}")
 
 
 def _halve_attributes(node: ir.Node) -> None:
-    """What a node says of types itself: constants, and casts to float32."""
+    """Convert the types in a node's attributes: constants, and casts to float32."""
     for attribute in list(node.attributes.values()):
         if node.op_type == "Cast" and attribute.name == "to" and attribute.as_int() == FLOAT:
             node.attributes.add(ir.AttrInt64("to", HALF))
@@ -87,7 +87,7 @@ def _halve_attributes(node: ir.Node) -> None:
             node.attributes.add(ir.AttrTensor(attribute.name, _rounded(attribute.as_tensor())))
 
 
-def _rounded(held: ir.TensorProtocol, name: str | None = None) -> ir.TensorProtocol:
-    """In float16, and nothing infinite: where float32's least number masks, -inf would make softmax NaN."""
-    most = np.float32(np.finfo(np.float16).max)
-    return ir.tensor(held.numpy().clip(-most, most).astype(np.float16), name=name)
+def _rounded(tensor: ir.TensorProtocol, name: str | None = None) -> ir.TensorProtocol:
+    """In float16 and finite: where float32's least number is a mask, -inf would make softmax NaN."""
+    largest = np.float32(np.finfo(np.float16).max)
+    return ir.tensor(tensor.numpy().clip(-largest, largest).astype(np.float16), name=name)

@@ -1,7 +1,7 @@
-"""All segments in one graph with exits inside: an If after every exit, whose other branch is the rest.
+"""All segments in one graph with exits inside: an If after every exit, whose else branch is the rest.
 
-The honest single-file rival of a walk. It is put together from the segments' own graphs, so that it computes
-what the walk computes; an If has one condition for all rows, so it takes one row at a time.
+The fair single-file baseline of a walk. It is joined from the segments' own graphs, so it computes what the
+walk computes. An If has one condition for all rows, so it takes one row at a time.
 """
 
 from __future__ import annotations
@@ -18,136 +18,143 @@ from offramp.export.to_onnx import OPSET
 from offramp.runtime.bundle.manifest import NEXT
 
 LOGITS, GATE, EXIT, THRESHOLD = "logits", "gate", "exit", "threshold"
-DEEPEST = 30  # every If is three messages deeper (node, attribute, graph), and protobuf reads 100 at most
+MAX_DEPTH = 30  # every If is three messages deeper (node, attribute, graph), and protobuf reads at most 100
 
 
 def nest(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
-    """One model: inputs as the stem's, [1, seq], and threshold []; outputs logits [1, classes], exit [1].
+    """Join graphs into one model: inputs are the stem's, [1, seq], and threshold []; outputs logits [1,
+    classes] and exit [1].
 
-    stem, segments: fp32 graphs as to_onnx wrote them, in walking order. A row leaves at the first exit whose
+    stem, segments: fp32 graphs as to_onnx wrote them, in walking order. A row exits at the first exit whose
     gate is above the threshold or, where segments have no policy, whose top probability reaches it; exit is
-    its 1-based number. Raises ValueError where an input of a segment comes from nowhere, and for more than
-    DEEPEST segments.
+    its 1-based number. Raises ValueError where nothing computes an input of a segment, and for more than
+    MAX_DEPTH segments.
     """
-    if len(segments) > DEEPEST:
-        raise ValueError(f"{len(segments)} segments cannot be nested, only {DEEPEST}; keep fewer exits")
+    if len(segments) > MAX_DEPTH:
+        raise ValueError(f"{len(segments)} segments cannot be nested, only {MAX_DEPTH}; keep fewer exits")
     model = helper.make_model(
         onnx.GraphProto(name="nested"), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10
     )
-    graph = model.graph  # filled where it stands: a copy a level would copy all weights behind it each time
+    graph = model.graph  # filled in place: a copy at every level would copy all weights below it each time
     source = onnx.load(stem).graph
-    graph.input.extend(_row(entry) for entry in source.input)
+    graph.input.extend(_for_one_row(entry) for entry in source.input)
     graph.input.append(helper.make_tensor_value_info(THRESHOLD, TensorProto.FLOAT, []))
-    made = _place(graph, source, "stem.", {entry.name: entry.name for entry in source.input})
-    del source  # its weights are in the graph by now
-    found = _fill(graph, segments, 0, made)
-    graph.node.extend(_copies((found.logits, found.exit), (LOGITS, EXIT)))
-    graph.output.extend(_outputs(LOGITS, EXIT, found.classes))
+    values = _insert(graph, source, "stem.", {entry.name: entry.name for entry in source.input})
+    del source  # its weights are in the graph now
+    result = _add_segments(graph, segments, 0, values)
+    graph.node.extend(_copies((result.logits, result.exit), (LOGITS, EXIT)))
+    graph.output.extend(_outputs(LOGITS, EXIT, result.classes))
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a graph knows at its end: the names of logits and exit number, and how many classes there are."""
+class _Result:
+    """The names of a graph's logits and exit number, and the number of classes."""
 
     logits: str
     exit: str
     classes: int
 
 
-def _place(
-    graph: onnx.GraphProto, source: onnx.GraphProto, prefix: str, given: Mapping[str, str]
+def _insert(
+    graph: onnx.GraphProto, source: onnx.GraphProto, prefix: str, inputs: Mapping[str, str]
 ) -> dict[str, str]:
-    """Put the parts of `source` into `graph`, every name of its own prefixed, its inputs read under the names
-    in `given`; gives what it puts out, by the name that readers know. `source` is renamed and of no more use.
+    """Move `source` into `graph`, with a prefix on all of its names but its inputs, which are read under the
+    names in `inputs`; gives the new names of its outputs. `source` cannot be used afterwards.
 
-    Shapes are kept (with their free sizes): without them ONNX Runtime fuses less in a branch, and the rival
-    would be slower than it has to be.
+    Shapes are kept (with their free sizes): without them ONNX Runtime fuses less in a branch, and the
+    baseline would be slower than necessary.
     """
-    missing = [entry.name for entry in source.input if entry.name not in given]
+    missing = [entry.name for entry in source.input if entry.name not in inputs]
     if missing:
-        raise ValueError(f"{prefix[:-1]}: nothing before it makes its input {missing[0]!r}")
-    names = {entry.name: given[entry.name] for entry in source.input}
+        raise ValueError(f"{prefix[:-1]}: nothing before it computes its input {missing[0]!r}")
+    names = {entry.name: inputs[entry.name] for entry in source.input}
 
-    def named(name: str) -> str:
-        return names.get(name, prefix + name) if name else ""  # "": an input that is left out
+    def renamed(name: str) -> str:
+        return names.get(name, prefix + name) if name else ""  # "": an optional input that is left out
 
-    made = {entry.name.removeprefix(NEXT): named(entry.name) for entry in source.output}
+    outputs = {entry.name.removeprefix(NEXT): renamed(entry.name) for entry in source.output}
     for node in source.node:
-        node.name = prefix + node.name if node.name else ""  # a bare prefix would name many nodes alike
-        node.input[:] = [named(name) for name in node.input]
-        node.output[:] = [named(name) for name in node.output]
-    for part in (*source.initializer, *source.value_info, *source.output):
-        part.name = named(part.name)
+        node.name = (
+            prefix + node.name if node.name else ""
+        )  # the prefix alone would be the name of many nodes
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+    for entry in (*source.initializer, *source.value_info, *source.output):
+        entry.name = renamed(entry.name)
     graph.node.extend(source.node)
     graph.initializer.extend(source.initializer)
     graph.value_info.extend((*source.value_info, *source.output))
-    return made
+    return outputs
 
 
-def _fill(graph: onnx.GraphProto, segments: Sequence[Path], at: int, known: Mapping[str, str]) -> _Found:
-    """Put segment number `at` (0-based), and behind an If those after it, into `graph`; known: values by name
-    so far.
+def _add_segments(
+    graph: onnx.GraphProto, segments: Sequence[Path], number: int, values: Mapping[str, str]
+) -> _Result:
+    """Insert segment `number` (0-based) into `graph`, and after it an If with the later ones.
+
+    values: the names of what was computed so far.
     """
-    prefix = f"segment_{at:02}."
-    source = onnx.load(segments[at]).graph
-    (said,) = [entry for entry in source.output if entry.name == LOGITS]
-    classes = said.type.tensor_type.shape.dim[-1].dim_value
-    made = _place(graph, source, prefix, known)
-    del source, said  # not kept until all behind it is there: its weights are in `graph` by now
-    logits, number = made[LOGITS], f"{prefix}{EXIT}"
-    graph.initializer.append(numpy_helper.from_array(np.array([at + 1], np.int64), number))
-    if at + 1 == len(segments):
-        return _Found(logits, number, classes)
-    nodes, constants = _question(made, prefix)
+    prefix = f"segment_{number:02}."
+    source = onnx.load(segments[number]).graph
+    (entry,) = [output for output in source.output if output.name == LOGITS]
+    classes = entry.type.tensor_type.shape.dim[-1].dim_value
+    outputs = _insert(graph, source, prefix, values)
+    del source, entry  # before the recursion: its weights are in `graph` now
+    logits, exit = outputs[LOGITS], f"{prefix}{EXIT}"
+    graph.initializer.append(numpy_helper.from_array(np.array([number + 1], np.int64), exit))
+    if number + 1 == len(segments):
+        return _Result(logits, exit, classes)
+    nodes, constants = _exit_test(outputs, prefix)
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
     leave = f"{prefix}leave.{LOGITS}", f"{prefix}leave.{EXIT}"
     stay = f"{prefix}stay.{LOGITS}", f"{prefix}stay.{EXIT}"
-    found = f"{prefix}found.{LOGITS}", f"{prefix}found.{EXIT}"
-    branch = graph.node.add(op_type="If", name=f"{prefix}If", input=[f"{prefix}leaves"], output=found)
-    behind = branch.attribute.add(name="else_branch", type=onnx.AttributeProto.GRAPH).g
-    behind.name = f"{prefix}stay"
-    rest = _fill(behind, segments, at + 1, {**known, **made})
-    behind.node.extend(_copies((rest.logits, rest.exit), stay))
-    behind.output.extend(_outputs(*stay, classes))
-    left = helper.make_graph(
-        _copies((logits, number), leave), f"{prefix}leave", [], _outputs(*leave, classes)
+    result = f"{prefix}result.{LOGITS}", f"{prefix}result.{EXIT}"
+    branch = graph.node.add(op_type="If", name=f"{prefix}If", input=[f"{prefix}leaves"], output=result)
+    rest = branch.attribute.add(name="else_branch", type=onnx.AttributeProto.GRAPH).g
+    rest.name = f"{prefix}stay"
+    later = _add_segments(rest, segments, number + 1, {**values, **outputs})
+    rest.node.extend(_copies((later.logits, later.exit), stay))
+    rest.output.extend(_outputs(*stay, classes))
+    exited = helper.make_graph(
+        _copies((logits, exit), leave), f"{prefix}leave", [], _outputs(*leave, classes)
     )
-    branch.attribute.append(helper.make_attribute("then_branch", left))
-    return _Found(*found, classes)
+    branch.attribute.append(helper.make_attribute("then_branch", exited))
+    return _Result(*result, classes)
 
 
-def _question(made: Mapping[str, str], prefix: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """Nodes that say whether the row leaves, and their constants: the runtime's rules gate and
-    max_probability.
+def _exit_test(outputs: Mapping[str, str], prefix: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """Nodes that compute whether the row exits, as the runtime's rules gate and max_probability do, and their
+    constants.
     """
-    answer = f"{prefix}leaves"
-    if GATE in made:
-        return [helper.make_node("Greater", [made[GATE], THRESHOLD], [answer])], []
+    leaves = f"{prefix}leaves"
+    if GATE in outputs:
+        return [helper.make_node("Greater", [outputs[GATE], THRESHOLD], [leaves])], []
     axes = numpy_helper.from_array(np.array([-1], np.int64), f"{prefix}axes")
     nodes = [
-        helper.make_node("Softmax", [made[LOGITS]], [f"{prefix}probabilities"], axis=-1),
+        helper.make_node("Softmax", [outputs[LOGITS]], [f"{prefix}probabilities"], axis=-1),
         helper.make_node("ReduceMax", [f"{prefix}probabilities", axes.name], [f"{prefix}top"], keepdims=0),
-        helper.make_node("GreaterOrEqual", [f"{prefix}top", THRESHOLD], [answer]),
+        helper.make_node("GreaterOrEqual", [f"{prefix}top", THRESHOLD], [leaves]),
     ]
     return nodes, [axes]
 
 
-def _copies(names: Sequence[str], ends: Sequence[str]) -> list[onnx.NodeProto]:
-    return [helper.make_node("Identity", [name], [end]) for name, end in zip(names, ends, strict=True)]
+def _copies(names: Sequence[str], targets: Sequence[str]) -> list[onnx.NodeProto]:
+    pairs = zip(names, targets, strict=True)
+    return [helper.make_node("Identity", [name], [target]) for name, target in pairs]
 
 
-def _outputs(logits: str, number: str, classes: int) -> list[onnx.ValueInfoProto]:
+def _outputs(logits: str, exit: str, classes: int) -> list[onnx.ValueInfoProto]:
     return [
         helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, classes]),
-        helper.make_tensor_value_info(number, TensorProto.INT64, [1]),
+        helper.make_tensor_value_info(exit, TensorProto.INT64, [1]),
     ]
 
 
-def _row(entry: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-    """An input of the stem for one row alone."""
+def _for_one_row(entry: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """An input of the stem with a batch of 1."""
     info = onnx.ValueInfoProto()
     info.CopyFrom(entry)
     info.type.tensor_type.shape.dim[0].Clear()

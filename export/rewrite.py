@@ -1,7 +1,7 @@
-"""Rewrites of an exported graph that cost nothing and save operators: a tiny one costs as much to start as
-to run, and a segment starts again what one graph of all blocks does once.
+"""Rewrites of an exported graph that save operators: a tiny one costs as much to start as to run, and every
+segment repeats some that one graph of all blocks runs once.
 
-All results are ONNX's own operators; the rules run on onnxscript's pattern rewriter.
+All results are ONNX's own operators; the rewrites run on onnxscript's pattern rewriter.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 
 
 class FixedReshape(RewriteRuleClassBase):
-    """Reshape by a constant where sizes are numbers or stay where they were (0: "as in the input"); one may
-    move (-1: what is left).
+    """Reshape by a constant where sizes are numbers or keep their axis (0: "as in the input"); one may move
+    to another axis (-1: the rest).
 
-    The exporter reads the free sizes off some input of the graph, by Shape and Concat, in every segment
-    anew.
+    The exporter computes the free sizes from some input of the graph, by Shape and Concat, again in every
+    segment.
     """
 
     def pattern(self, op: Any, data: Any, shape: Any) -> Any:
@@ -29,18 +29,18 @@ class FixedReshape(RewriteRuleClassBase):
     def check(self, context: Any, data: ir.Value, shape: ir.Value, reshaped: ir.Value) -> MatchResult:
         result = MatchResult()
         if shape.const_value is not None:
-            return result.fail("constant already")
+            return result.fail("a constant already")
         if _sizes(data, reshaped) is None:
-            return result.fail("two free sizes move or are not known")
+            return result.fail("two free sizes move or are unknown")
         return result
 
     def rewrite(self, op: Any, data: ir.Value, shape: ir.Value, reshaped: ir.Value) -> Any:
-        sizes = _sizes(data, reshaped) or []  # check() has seen it
+        sizes = _sizes(data, reshaped) or []  # check() excluded None
         return op.Reshape(data, op.Constant(value=ir.tensor(sizes, dtype=ir.DataType.INT64)))
 
 
 class Quotient(RewriteRuleClassBase):
-    """x / sqrt(v) in RMS norms, the form that ONNX Runtime fuses into one operator, for x * (1 / sqrt(v))."""
+    """x / sqrt(v) in RMS norms, which ONNX Runtime fuses into one operator, for x * (1 / sqrt(v))."""
 
     def pattern(self, op: Any, x: Any, v: Any) -> Any:
         return op.Mul(x, op.Reciprocal(op.Sqrt(v)))
@@ -52,8 +52,8 @@ class Quotient(RewriteRuleClassBase):
 class HalfLast(RewriteRuleClassBase):
     """GELU as (x * (1 + erf(x / sqrt 2))) * 0.5, the order that ONNX Runtime fuses into one operator.
 
-    PyTorch's decomposition halves the bracket first, x * (0.5 * (1 + erf)), which no version of ONNX Runtime
-    up to 1.32 knows: five operators over the widest tensor of a block.
+    PyTorch's decomposition halves the bracket first, x * (0.5 * (1 + erf)), which no ONNX Runtime up to 1.32
+    fuses: five operators over the widest tensor of a block.
     """
 
     def pattern(self, op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
@@ -62,8 +62,8 @@ class HalfLast(RewriteRuleClassBase):
 
     def check(self, context: Any, x: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value) -> MatchResult:
         result = MatchResult()
-        wanted = ((root, math.sqrt(2.0)), (one, 1.0), (half, 0.5))
-        if not all(_is(value, number) for value, number in wanted):
+        constants = ((root, math.sqrt(2.0)), (one, 1.0), (half, 0.5))
+        if not all(_is(value, number) for value, number in constants):
             return result.fail("not the constants of GELU")
         return result
 
@@ -72,43 +72,42 @@ class HalfLast(RewriteRuleClassBase):
         return op.Mul(op.Mul(x, bracket), half)
 
 
-class Abreast(RewriteRuleClassBase):
-    """One product for products of the same input whose results stand side by side, biases too."""
+class JoinedProducts(RewriteRuleClassBase):
+    """One product for several products of the same input that are concatenated, biases too."""
 
     def pattern(self, op: Any, first: Any) -> Any:
         return op.Concat(first, _allow_other_inputs=True, axis=-1, _outputs=["joined"])
 
     def check(self, context: Any, first: ir.Value, joined: ir.Value) -> MatchResult:
-        result, parts = MatchResult(), _products(joined)
-        if len(parts) < 2:
-            return result.fail("not all are products with weights, alone or with a bias")
-        if len({(id(part.data), part.bias is None) for part in parts}) > 1:
+        result, products = MatchResult(), _products(joined)
+        if len(products) < 2:
+            return result.fail("not all are products with weights, with or without a bias")
+        if len({(id(product.data), product.bias is None) for product in products}) > 1:
             return result.fail("of different inputs, or some with a bias and some without")
         return result
 
     def rewrite(self, op: Any, first: ir.Value, joined: ir.Value) -> Any:
-        parts = _products(joined)
-        made = op.MatMul(
-            parts[0].data, _beside(op, [part.weights for part in parts], f"{joined.name}_weights")
-        )
-        biases = [part.bias for part in parts if part.bias is not None]
-        return op.Add(made, _beside(op, biases, f"{joined.name}_biases")) if biases else made
+        products = _products(joined)
+        weights = _concatenated(op, [product.weights for product in products], f"{joined.name}_weights")
+        output = op.MatMul(products[0].data, weights)
+        biases = [product.bias for product in products if product.bias is not None]
+        return op.Add(output, _concatenated(op, biases, f"{joined.name}_biases")) if biases else output
 
 
 RULES = RewriteRuleSet(
-    [rule.rule() for rule in (FixedReshape, Quotient, HalfLast, Abreast)],  # type: ignore[no-untyped-call]
+    [rule.rule() for rule in (FixedReshape, Quotient, HalfLast, JoinedProducts)],  # type: ignore[no-untyped-call]
     commute=True,
 )
 
 
 def shorten(model: ir.Model) -> ir.Model:
-    """The model with all rewrites done and everything removed that nothing uses any more."""
+    """The model with all rewrites applied and all unused nodes removed."""
     return rewrite(model, RULES)
 
 
 def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
-    """Constant sizes of a Reshape: numbers, 0 where a free size is the input's at the same place, and -1 for
-    one that is not.
+    """Constant sizes of a Reshape: numbers, 0 where a free size is the input's at the same axis, and -1 for
+    one that is not; None where two would be -1.
     """
     if data.shape is None or reshaped.shape is None:
         return None
@@ -124,7 +123,7 @@ def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
 
 
 class _Product(NamedTuple):
-    """Of an input and weights, with a bias or without."""
+    """A product of an input and weights, with a bias or without."""
 
     data: ir.Value
     weights: np.ndarray
@@ -132,21 +131,21 @@ class _Product(NamedTuple):
 
 
 def _products(joined: ir.Value) -> list[_Product]:
-    """What a Concat puts side by side, where all of it is products with weights; none where not."""
+    """The inputs of a Concat, if all of them are products with weights; else none."""
     node = joined.producer()
-    found = [_product(value) for value in (() if node is None else node.inputs)]
-    known = [product for product in found if product is not None]
-    return known if len(known) == len(found) else []
+    values = () if node is None else tuple(node.inputs)
+    products = [product for product in map(_product, values) if product is not None]
+    return products if len(products) == len(values) else []
 
 
 def _product(value: ir.Value | None) -> _Product | None:
     node, bias = None if value is None else value.producer(), None
     if node is not None and node.op_type == "Add":
-        values = [(one, _constant(one)) for one in node.inputs]
-        biases = [array for _, array in values if array is not None]
+        addends = [(addend, _constant(addend)) for addend in node.inputs]
+        biases = [array for _, array in addends if array is not None]
         if len(biases) != 1:
             return None
-        product = next(one for one, array in values if array is None)
+        product = next(addend for addend, array in addends if array is None)
         bias, node = biases[0], None if product is None else product.producer()
     if node is None or node.op_type != "MatMul":
         return None
@@ -159,13 +158,13 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
     return None if constant is None else constant.numpy()
 
 
-def _beside(op: Any, arrays: Sequence[np.ndarray], name: str) -> Any:
-    """A constant of these, side by side."""
+def _concatenated(op: Any, arrays: Sequence[np.ndarray], name: str) -> Any:
+    """A constant of these arrays, concatenated in the last axis."""
     return op.initializer(ir.tensor(np.concatenate(arrays, axis=-1)), name=name)
 
 
 def _is(value: ir.Value, number: float) -> bool:
-    """Whether a value is a constant scalar of that number in float32."""
+    """Whether a value is a constant scalar, equal to a number in float32."""
     constant = value.const_value
     return (
         constant is not None

@@ -1,4 +1,4 @@
-"""What a bundle is verified on: real text, or images, as the stem takes them."""
+"""Samples on which a classifier's bundle is verified: real text, or images, as inputs of the stem."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from offramp.export.segments import Values
 from offramp.runtime.inputs.images import ImageInput, normalized, pixels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
-MOST, ROWS, ALONE = 256, 4, 8  # samples that are used, rows of a batch, samples that also go alone
-DRAWN = 16  # images that are drawn where none are given
-Values = dict[str, torch.Tensor]
-
-
+MAX_SAMPLES, ROWS, ALONE = 256, 4, 8  # samples that are used, rows of a batch, samples also run alone
+RANDOM_IMAGES = 16  # where the caller gives none
 Batches = Iterator[tuple[Values, torch.Tensor]]
 
 
 def batches(checkpoint: Checkpoint, samples: Sequence[str] | None = None) -> Batches:
-    """Stem inputs, and which tokens are real [batch, seq].
+    """Inputs of the stem, and which tokens are real [batch, seq].
 
-    samples: texts or paths of images; None: SENTENCES, or images drawn with a fixed seed. Raises BadInput for
-    an image that cannot be read.
+    samples: texts or paths of images; None: SENTENCES, or random images with a fixed seed. Raises BadInput
+    for an image that cannot be read.
     """
     if isinstance(checkpoint.input, ImageInput):
         return _images(checkpoint, checkpoint.input, samples)
@@ -32,19 +30,19 @@ def batches(checkpoint: Checkpoint, samples: Sequence[str] | None = None) -> Bat
 
 def _images(checkpoint: Checkpoint, facts: ImageInput, files: Sequence[str] | None) -> Batches:
     """Batches of images, the last ones alone."""
-    found = [pixels(file, facts) for file in files[:MOST]] if files is not None else _drawn(facts)
-    if not found:
+    images = _random_images(facts) if files is None else [pixels(file, facts) for file in files[:MAX_SAMPLES]]
+    if not images:
         raise ValueError("no image to verify on; give a file with at least one path")
-    groups = [found[start : start + ROWS] for start in range(0, len(found), ROWS)]
-    for group in [*groups, *([one] for one in found[-2:])]:
+    groups = [images[start : start + ROWS] for start in range(0, len(images), ROWS)]
+    for group in [*groups, *([image] for image in images[-2:])]:
         values = torch.from_numpy(normalized(np.stack(group), facts))
         yield {"pixel_values": values}, torch.ones(len(group), checkpoint.network.longest, dtype=torch.bool)
 
 
-def _drawn(facts: ImageInput) -> list[np.ndarray]:
-    """Coarse random squares with fine noise over them: neither flat nor only noise, as pictures are."""
+def _random_images(facts: ImageInput) -> list[np.ndarray]:
+    """Coarse random squares with fine noise over them: neither flat nor noise alone, as photographs are."""
     rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (DRAWN, 4, 4, 3))
+    coarse = rng.integers(0, 256, (RANDOM_IMAGES, 4, 4, 3))
     high, wide = -(-facts.height // 4), -(-facts.width // 4)
     large = coarse.repeat(high, 1).repeat(wide, 2)[:, : facts.height, : facts.width]
     noisy = large + rng.normal(0, 20, large.shape)
@@ -56,12 +54,12 @@ def _texts(checkpoint: Checkpoint, facts: TextFacts, texts: Sequence[str]) -> Ba
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
     tokenizer.no_padding()
     tokenizer.enable_truncation(facts.longest)
-    found = [tokenizer.encode(facts.prefix + text) for text in texts[:MOST]]
-    if not found:
+    encodings = [tokenizer.encode(facts.prefix + text) for text in texts[:MAX_SAMPLES]]
+    if not encodings:
         raise ValueError("no text to verify on; give a file with at least one line")
-    groups = [found[start : start + ROWS] for start in range(0, len(found), ROWS)]
-    by_length = sorted(found, key=lambda encoding: len(encoding.ids))
-    groups += [[one] for one in by_length[:: max(1, len(by_length) // ALONE)]]
+    groups = [encodings[start : start + ROWS] for start in range(0, len(encodings), ROWS)]
+    by_length = sorted(encodings, key=lambda encoding: len(encoding.ids))
+    groups += [[encoding] for encoding in by_length[:: max(1, len(by_length) // ALONE)]]
     groups += [[by_length[0]], [by_length[-1]]]
     for group in groups:
         longest = max(len(encoding.ids) for encoding in group)
@@ -76,7 +74,7 @@ def _texts(checkpoint: Checkpoint, facts: TextFacts, texts: Sequence[str]) -> Ba
     yield {name: value[:1, :1] for name, value in batch.items()}, mask[:1, :1].bool()
 
 
-# One word to over a hundred.
+# From one word to over a hundred.
 SENTENCES = (
     "Yes.",
     "Bread",

@@ -70,12 +70,12 @@ class SplitNetwork:
         return tuple(head for head in (self.head, self.draft) if head is not None)
 
     def in_walking_order(self) -> Iterator[Segment]:
-        """Every segment behind those whose outputs it reads; a cache fill before the segment it replaces."""
-        fills = {segment.blocks: segment for segment in self.cache_fills}
+        """Every segment after those whose outputs it reads; a cache fill before the segment it replaces."""
+        cache_fills = {segment.blocks: segment for segment in self.cache_fills}
         yield self.stem
         for segment in self.segments:
-            if segment.blocks in fills:
-                yield fills[segment.blocks]
+            if segment.blocks in cache_fills:
+                yield cache_fills[segment.blocks]
             yield segment
         yield from self.heads
 
@@ -134,7 +134,7 @@ class Exportable(Protocol):
         ...
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
-        """Cut the network behind these blocks; ValueError for cuts that are impossible.
+        """Cut the network after these blocks; ValueError for cuts that are impossible.
 
         variants: those that will be written; None: all that the network knows.
         """

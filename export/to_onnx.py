@@ -1,4 +1,4 @@
-"""One segment into one ONNX file: opset 18, named axes, weights inside, no operator but ONNX's own."""
+"""Export a segment to an ONNX file: opset 18, named axes, weights inside, only ONNX's own operators."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from offramp.export.segments import Segment
 from offramp.runtime.bundle.manifest import Tensor
 
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
-# They differ from each other and from one, which an exporter may take for a constant.
+# They differ from each other, and from one, which an exporter may treat as a constant.
 TRACED = {"batch": 2, "seq": 11, "past": 7}
 
 
 def to_onnx(segment: Segment, path: Path) -> None:
-    """Write a segment's graph: inputs and outputs named, typed and shaped as the segment says.
+    """Write a segment's graph, with the segment's names, types and shapes of inputs and outputs.
 
-    Nodes are named by the module that they come from ("blocks.0.attention.self.query/MatMul_9"). Raises
-    RuntimeError where the exporter made a graph that is not what the segment says, or holds operators of a
-    vendor.
+    Nodes are named by their modules ("blocks.0.attention.self.query/MatMul_9"). Raises RuntimeError where the
+    exported graph has other inputs or outputs, or operators of a vendor.
     """
     axes = {name: torch.export.Dim(name, min=1, max=segment.longest) for name in ("seq", "past")}
     axes["batch"] = torch.export.Dim("batch", min=1)
@@ -58,10 +57,10 @@ def to_onnx(segment: Segment, path: Path) -> None:
 
 @contextlib.contextmanager
 def eager_attention(module: nn.Module) -> Iterator[None]:
-    """Plain attention products while exporting: fewer operators than scaled_dot_product_attention makes."""
+    """Export attention as plain products: fewer operators than scaled_dot_product_attention becomes."""
     configs: dict[int, Any] = {}
-    for part in module.modules():
-        config = getattr(part, "config", None)
+    for submodule in module.modules():
+        config = getattr(submodule, "config", None)
         if hasattr(config, "_attn_implementation"):
             configs[id(config)] = config
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -76,7 +75,7 @@ def eager_attention(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the exporter's chatter; what it raises still comes through.
+    """Silence the exporter's output; its exceptions are raised as usual.
 
     It prints, logs and warns on every export about things that nobody here can change (axes that share a
     name, torchvision that is not installed).
@@ -101,25 +100,25 @@ def _example(tensor: Tensor, longest: int) -> torch.Tensor:
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    """Name every node by its module, which the exporter knows and keeps in its own notes alone."""
+    """Name every node by its module, which the exporter stores in its metadata alone."""
     for number, node in enumerate(model.graph.node):
-        notes = {note.key: note.value for note in node.metadata_props}
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
         # "['', 'blocks.0', 'blocks.0.attention', 'linear']": modules from the outside in, the operator's own
         # name last
         scopes = [
             scope.strip(" '\"")
-            for scope in notes.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")
+            for scope in metadata.get("pkg.torch.onnx.name_scopes", "").strip("[]").split(",")
         ]
         module = (
             scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else ""
-        )  # "_...": made by no module
+        )  # "_...": of no module
         node.name = f"{module}/{node.op_type}_{number}".lstrip("/")
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: half of a small graph, with paths of the exporting machine among them."""
+    """Remove the exporter's metadata: half of a small graph, with paths of the exporting machine in it."""
     graph = model.graph
-    for part in (
+    for entry in (
         model,
         graph,
         *graph.node,
@@ -128,22 +127,23 @@ def _strip(model: onnx.ModelProto) -> None:
         *graph.initializer,
         *graph.value_info,
     ):
-        del part.metadata_props[:]
-        part.doc_string = ""
+        del entry.metadata_props[:]
+        entry.doc_string = ""
 
 
 def _check(model: onnx.ModelProto, segment: Segment) -> None:
-    """Hold the graph to the segment's word before anybody relies on it."""
+    """Compare the graph with the segment, and check it."""
     foreign = {node.domain or "ai.onnx" for node in model.graph.node} - {"ai.onnx"}
     if foreign or model.functions or [o.version for o in model.opset_import if o.domain == ""] != [OPSET]:
         raise RuntimeError(
             f"{segment.name}: exported with operators beyond ONNX opset {OPSET}: {sorted(foreign)}"
         )
-    for said, made in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
-        found = tuple(_tensor(value) for value in made)
-        if found != said:
+    for expected, values in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
+        tensors = tuple(_tensor(value) for value in values)
+        if tensors != expected:
             raise RuntimeError(
-                f"{segment.name}: exported as {found}, expected {said}; is this torch release supported?"
+                f"{segment.name}: exported as {tensors}, expected {expected}; is this torch release "
+                "supported?"
             )
     onnx.checker.check_model(model)
 

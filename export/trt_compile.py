@@ -1,12 +1,12 @@
-"""ee-verify: is a bundle whole, and would TensorRT take its graphs? Compiled ahead of time, without a GPU.
+"""ee-verify: check a bundle's files, and compile its graphs for TensorRT ahead of time, without a GPU.
 
-    ee-verify bundle/              # every file against the manifest
-    ee-verify bundle/ --trt        # and its graphs through TensorRT-RTX's parser and compiler
+    ee-verify bundle/              # compare every file with the manifest
+    ee-verify bundle/ --trt        # and compile its graphs with TensorRT-RTX
 
 TensorRT itself does not start without a GPU; TensorRT-RTX compiles on the CPU. It has the same parser and API
-and another compiler: what it refuses would fail on a device, what it takes is strong evidence and no proof.
-int8 and int4 graphs are ONNX Runtime's own; fp32 and fp16 are meant for TensorRT. Profiles and settings are
-those with which engine trt builds on a device.
+and another compiler: a graph that it refuses would fail on a device; one that it compiles will very probably
+work, which is no proof. int8 and int4 graphs are for ONNX Runtime alone; fp32 and fp16 are for TensorRT, too.
+Profiles and settings are those with which engine trt builds on a device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CURE = "pip install tensorrt-rtx-cu13 (dev machines only: 97 MB; it needs no GPU
 
 @dataclass(frozen=True)
 class Compiled:
-    """One graph: bytes of the engine, or None and what TensorRT-RTX said against it."""
+    """A compiled graph: bytes of the engine, or None and TensorRT-RTX's error messages."""
 
     graph: str
     size: int | None
@@ -43,7 +43,7 @@ class Compiled:
 
 
 def compiler() -> Any:
-    """The module tensorrt_rtx; ModuleNotFoundError says how to get it."""
+    """The module tensorrt_rtx; ModuleNotFoundError names the package to install."""
     try:
         return import_module("tensorrt_rtx")
     except ImportError as problem:
@@ -53,52 +53,52 @@ def compiler() -> Any:
 def compile_graph(
     trt: Any, data: bytes, graph: Variant, known: Sequence[Profile], targets: Sequence[str] = TARGETS
 ) -> Compiled:
-    """Compile the bytes of one graph for every target, as engine trt would for the GPU that it finds."""
+    """Compile the bytes of one graph for every target, as engine trt does for the GPU of a device."""
     started = time.perf_counter()
 
     def adjust(config: Any) -> None:
         config.num_compute_capabilities = len(targets)
-        for at, target in enumerate(targets):
-            # One that is declined would be left out without a word.
-            if not config.set_compute_capability(_capability(trt, target), at):
+        for number, target in enumerate(targets):
+            # The compiler would leave out a declined target without an error.
+            if not config.set_compute_capability(_capability(trt, target), number):
                 raise BadBundle(f"{graph.file}: TensorRT-RTX declines to compile it for {target}")
 
     try:
         blob, _ = build(trt, Log(trt), data, graph, known, adjust=adjust)
     except BadBundle as problem:
-        # After any error it asks for a GPU, too, which says nothing about the graph.
-        said = [part for part in str(problem).split("; ") if "cudaError" not in part]
-        return Compiled(graph.file, None, time.perf_counter() - started, "; ".join(said))
+        # After any error it also reports that there is no GPU, which is no error of the graph.
+        messages = [message for message in str(problem).split("; ") if "cudaError" not in message]
+        return Compiled(graph.file, None, time.perf_counter() - started, "; ".join(messages))
     return Compiled(graph.file, len(blob), time.perf_counter() - started)
 
 
 def check(
     bundle: Bundle, variants: Sequence[str] = VARIANTS, targets: Sequence[str] = TARGETS
 ) -> Iterator[Compiled]:
-    """Every graph of the bundle in these variants, those of them that it has, stem first."""
+    """Compile every graph of the bundle in those of these variants that it has, the stem first."""
     trt, manifest = compiler(), bundle.manifest
     if manifest.task == GENERATION:
         raise BadSetting(f"{bundle.folder} generates text, which engine trt does not walk yet")
     graphs = [manifest.stem.variants[manifest.variants[0]]]
     for variant in (name for name in manifest.variants if name in variants):
-        graphs += [stage.variants[variant] for stage in manifest.segments]
+        graphs += [segment.variants[variant] for segment in manifest.segments]
     for graph in graphs:
         yield compile_graph(trt, bundle.read(graph.file), graph, profiles(manifest), targets)
 
 
 def _capability(trt: Any, target: str) -> Any:
-    """The compiler's own constant; BadSetting names those that there are."""
+    """The compiler's constant for a target such as "8.6"; BadSetting lists the ones that exist."""
     known = [name for name in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
     if (name := f"SM{target.replace('.', '')}") not in known:
-        offers = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in known)
+        offers = ", ".join(f"{constant[2:-1]}.{constant[-1]}" for constant in known)
         raise BadSetting(f"--target {target}: TensorRT-RTX compiles for {offers}")
     return getattr(trt.ComputeCapability, name)
 
 
 @click.command(help=__doc__, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path), default=Path("bundle/"))
-@click.option("--trt", is_flag=True, help="Compile its graphs with TensorRT-RTX, which has to be installed.")
-@click.option("--variant", help="Precision that is compiled. [default: those of fp32 and fp16 that it has]")
+@click.option("--trt", is_flag=True, help="Compile its graphs with TensorRT-RTX, which must be installed.")
+@click.option("--variant", help="Variant to compile. [default: those of fp32 and fp16 that it has]")
 @click.option("--target", "targets", multiple=True, default=TARGETS, help="Compute capability, such as 8.6.")
 def main(bundle: Path, trt: bool, variant: str | None, targets: tuple[str, ...]) -> None:
     refused = 0
@@ -108,12 +108,13 @@ def main(bundle: Path, trt: bool, variant: str | None, targets: tuple[str, ...])
         click.echo(f"{bundle}: {len(opened.manifest.files)} files as the manifest says")
         if trt and variant not in (None, *opened.manifest.variants):
             raise click.UsageError(f"--variant {variant}: it offers {', '.join(opened.manifest.variants)}")
-        for found in check(opened, VARIANTS if variant is None else [variant], targets) if trt else ():
-            said = "refused" if found.size is None else f"{found.size:,} bytes, {found.seconds:.1f} s"
-            click.echo(f"{found.graph}: {said}")
-            if found.problem:
-                click.echo(f"  {found.problem}", err=True)
-            refused += found.size is None
+        for result in check(opened, VARIANTS if variant is None else [variant], targets) if trt else ():
+            is_refused = result.size is None
+            outcome = "refused" if is_refused else f"{result.size:,} bytes, {result.seconds:.1f} s"
+            click.echo(f"{result.graph}: {outcome}")
+            if result.problem:
+                click.echo(f"  {result.problem}", err=True)
+            refused += is_refused
     except (OfframpError, ModuleNotFoundError) as problem:
         click.echo(f"ee-verify: {problem}", err=True)
         sys.exit(2)

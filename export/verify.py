@@ -31,7 +31,7 @@ class NotVerified(ValueError):
 
 @dataclass(frozen=True)
 class Seam:
-    """The largest difference of one tensor behind one segment; hidden states count at real tokens alone."""
+    """The largest difference of one output of one segment; of hidden states, at real tokens alone."""
 
     segment: str
     tensor: str
@@ -41,7 +41,7 @@ class Seam:
 
     @property
     def bad(self) -> bool:
-        """Beyond what is allowed; a NaN is."""
+        """Larger than allowed; a NaN is."""
         return not self.difference <= self.allowed
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def first_bad(self) -> Seam | None:
-        """The first seam that is beyond what is allowed, or None."""
+        """The first seam whose difference is not allowed, or None."""
         return next((seam for seam in self.seams if seam.bad), None)
 
     def require_good(self) -> None:
@@ -78,7 +78,7 @@ class Report:
             raise NotVerified(f"{bad}, allowed are {bad.allowed:.3g}")
 
     def worst(self, segment: str) -> float:
-        """The largest difference behind a segment in fp32."""
+        """The largest difference of a segment's outputs in fp32."""
         pairs = (TORCH, GRAPHS)
         return max(seam.difference for seam in self.seams if seam.segment == segment and seam.pair in pairs)
 
@@ -93,10 +93,10 @@ def verify(
 ) -> Report:
     """Walk samples through the network and through the graphs in `folder`, and compare every output.
 
-    texts: texts or paths of images, None: samples of our own. Each walk goes on with its own values, so
-    differences add up as they would in use. A difference may be the source's tolerance for the variant; of
-    hidden states, keys, values and a decoder's logits that times their largest magnitude where it is above 1,
-    as float32 has no more digits.
+    texts: texts or paths of images, None: built-in samples. Each walk continues with its own values, so
+    differences add up as they would in use. Differences up to the source's tolerance for the variant are
+    allowed; for hidden states, keys, values and a decoder's logits, times their largest magnitude where it is
+    above 1, as float32 has no more digits.
     """
     source.network.float().eval()
     samples = list(source.samples(split, variants, texts))
@@ -151,7 +151,7 @@ def _update(values: Values, segment: Segment, outputs: Sequence[torch.Tensor]) -
 def _difference(
     tensor: str, expected: Sequence[Values], walk: Sequence[Values], samples: Sequence[Sample]
 ) -> tuple[float, float]:
-    """The largest difference, NaN where shapes or values are no match, and the largest expected magnitude."""
+    """The largest difference, NaN for other shapes and for NaN, and the largest expected magnitude."""
     largest, scale = 0.0, 0.0
     for whole, values, sample in zip(expected, walk, samples, strict=True):
         right, actual = whole[tensor], values[tensor.removeprefix(NEXT)]

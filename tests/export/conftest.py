@@ -129,7 +129,7 @@ def break_weight() -> Callable[..., None]:
 def open_graph() -> Callable[[Path], Any]:
     def session(file: Path) -> Any:
         options = onnxruntime.SessionOptions()
-        fit(options)  # tests before these may have made the process's one thread pool
+        fit(options)  # earlier tests may have created the process's only thread pool
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     return session

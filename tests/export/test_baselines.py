@@ -51,42 +51,57 @@ def test_the_last_exit_is_never_cut_off(count: int, blocks: list[int], measured:
 
 
 @pytest.fixture
-def made(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+def tiny_export(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two exits; the exporter is replaced by a copy of one segment: nobody looks into the graphs."""
-    found = exported("bert")
+    export = exported("bert")
 
     def copy(segment: Segment, path: Path) -> None:
-        shutil.copyfile(found.folder / "segment_01.onnx", path)
+        shutil.copyfile(export.folder / "segment_01.onnx", path)
 
     monkeypatch.setattr(baselines, "to_onnx", copy)
-    return found
+    return export
 
 
-def test_each_block_once(made: Any, tmp_path: Path) -> None:
-    manifest = describe(made.source, made.split, ("fp32",))
+def test_each_block_once(tiny_export: Any, tmp_path: Path) -> None:
+    manifest = describe(tiny_export.source, tiny_export.split, ("fp32",))
     write_baselines(
-        made.source, made.folder, manifest, tmp_path / "baselines", ExportOptions(), blocks=(1, 1)
+        tiny_export.source,
+        tiny_export.folder,
+        manifest,
+        tmp_path / "baselines",
+        ExportOptions(),
+        blocks=(1, 1),
     )
-    found = read_baselines(tmp_path / "baselines", manifest).graphs
-    assert [(graph.name, graph.exit) for graph in found[-2:]] == [("nested if", 2), ("first 1 blocks", 1)]
+    graphs = read_baselines(tmp_path / "baselines", manifest).graphs
+    assert [(graph.name, graph.exit) for graph in graphs[-2:]] == [("nested if", 2), ("first 1 blocks", 1)]
 
 
-def test_a_block_that_ends_no_segment_is_refused(made: Any, tmp_path: Path) -> None:
-    manifest = describe(made.source, made.source.split((2,)), ("fp32",))
+def test_a_block_that_ends_no_segment_is_refused(tiny_export: Any, tmp_path: Path) -> None:
+    manifest = describe(tiny_export.source, tiny_export.source.split((2,)), ("fp32",))
     with pytest.raises(ValueError, match=r"no exit after block 1: its exits are after \[2\]"):
         write_baselines(
-            made.source, made.folder, manifest, tmp_path / "baselines", ExportOptions(), blocks=(1,)
+            tiny_export.source,
+            tiny_export.folder,
+            manifest,
+            tmp_path / "baselines",
+            ExportOptions(),
+            blocks=(1,),
         )
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_reader_refuses_gets_no_name(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baselines, "file_fact", lambda path: FileFact("not a digest", 3))
-    manifest = describe(made.source, made.split, ("fp32",))
+    manifest = describe(tiny_export.source, tiny_export.split, ("fp32",))
     with pytest.raises(BadBundle, match="sha256"):
         write_baselines(
-            made.source, made.folder, manifest, tmp_path / "baselines", ExportOptions(), blocks=(1,)
+            tiny_export.source,
+            tiny_export.folder,
+            manifest,
+            tmp_path / "baselines",
+            ExportOptions(),
+            blocks=(1,),
         )
     assert not list(tmp_path.iterdir())

@@ -104,7 +104,7 @@ def test_a_bundle_is_replaced_only_when_told(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadTarget, match=r"has no manifest\.json of ours"):
+    with pytest.raises(BadTarget, match=r"has no manifest\.json that we wrote"):
         write(tmp_path / "bundle", overwrite=True)
     assert names(tmp_path / "bundle") == ["thesis.txt"]
 

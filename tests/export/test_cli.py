@@ -79,7 +79,7 @@ def test_dropped_exits_are_really_exported(
     assert "operating points, measured with all, are too" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "one.onnx", "one_int8.onnx"]
     manifest = open_bundle(tmp_path / "bundle").manifest
-    assert [stage.blocks for stage in manifest.segments] == [(1, 2)]
+    assert [segment.blocks for segment in manifest.segments] == [(1, 2)]
     assert manifest.rule.name == "never" and manifest.points == ()
     source = ExportableClassifier(load_checkpoint(saved))
     report = verify(source, tmp_path / "bundle", source.split((2,)), ("fp32", "int8"), ["fine", "bad"])
@@ -111,8 +111,8 @@ def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Pa
         ("default", "films", "fp32"),
         ("small", "films", "int8"),
     ]
-    told = manifest.provenance
-    assert (told["recipe"], told["seed"]) == ("consistentee", 7) and "reduce_range" in told["int8"]
+    origin = manifest.provenance
+    assert (origin["recipe"], origin["seed"]) == ("consistentee", 7) and "reduce_range" in origin["int8"]
     assert "somebody" not in (tmp_path / "bundle" / "manifest.json").read_text()
 
 
@@ -120,16 +120,16 @@ def test_fp16_is_written_compiles_and_says_what_fp32_says(saved: Path, copied: P
     result = run(saved, "--out", tmp_path / "bundle", "--variants", "fp32,fp16")
     assert result.exit_code == 0, result.output
     assert "fp16 labels kept" in result.stdout
-    said: dict[str, list[Any]] = {}
+    answers: dict[str, list[Any]] = {}
     for variant in ("fp32", "fp16"):
         with load(tmp_path / "bundle", variant=variant, rule="never") as session:
-            said[variant] = list(session.map(SENTENCES[:12]))
-            stages = (session.manifest.stem, *session.manifest.segments)
-    assert [list(stage.variants) for stage in stages] == [["fp32"], ["fp32", "fp16"], ["fp32", "fp16"]]
+            answers[variant] = list(session.map(SENTENCES[:12]))
+            segments = (session.manifest.stem, *session.manifest.segments)
+    assert [list(segment.variants) for segment in segments] == [["fp32"], ["fp32", "fp16"], ["fp32", "fp16"]]
     names = [f"segment_0{n}{end}.onnx" for end in ("", "_fp16") for n in range(2)]
     compiled = list(trt_compile.check(open_bundle(tmp_path / "bundle"), targets=("8.6",)))
     assert [one.graph for one in compiled] == ["stem.onnx", *names] and all(one.size for one in compiled)
-    pairs = list(zip(said["fp32"], said["fp16"], strict=True))
+    pairs = list(zip(answers["fp32"], answers["fp16"], strict=True))
     assert all(full.label == half.label for full, half in pairs)
     assert 0 < max(abs(full.score - half.score) for full, half in pairs) < 0.01
 
@@ -166,21 +166,21 @@ def test_baselines_are_what_ee_bench_reads(
     words = ("--out", tmp_path / "bundle", "--baselines", tmp_path / "baselines")
     result = run(saved, *words, "--truncate", "1,1")
     assert result.exit_code == 0, result.output
-    found = read_baselines(tmp_path / "baselines", open_bundle(tmp_path / "bundle").manifest)
-    assert [(graph.kind, graph.variant, graph.exit) for graph in found.graphs] == [
+    listed = read_baselines(tmp_path / "baselines", open_bundle(tmp_path / "bundle").manifest)
+    assert [(graph.kind, graph.variant, graph.exit) for graph in listed.graphs] == [
         ("monolith", "fp32", 2),
         ("monolith", "int8", 2),
         ("nested", "fp32", 2),
         ("truncated", "fp32", 1),
     ]
-    given = tiny.inputs()
+    inputs = tiny.inputs()
     with torch.no_grad():
-        truth = load_checkpoint(saved).network(given).logits[:, 0].numpy()
-    session = open_graph(tmp_path / "baselines" / found.graphs[-1].file)
-    logits = session.run(None, {node.name: given[node.name].numpy() for node in session.get_inputs()})[0]
+        truth = load_checkpoint(saved).network(inputs).logits[:, 0].numpy()
+    session = open_graph(tmp_path / "baselines" / listed.graphs[-1].file)
+    logits = session.run(None, {node.name: inputs[node.name].numpy() for node in session.get_inputs()})[0]
     np.testing.assert_allclose(logits, truth, atol=1e-5)
     again = run(saved, *words, "--truncate", "1")
-    assert again.exit_code == 2 and "or say --overwrite" in again.stderr
+    assert again.exit_code == 2 and "or give --overwrite" in again.stderr
     taken = run(saved, "--out", tmp_path / "other", "--baselines", tmp_path / "baselines")
     assert taken.exit_code == 2 and "choose another --baselines" in taken.stderr
     bad = run(saved, "--out", tmp_path / "other", "--baselines", tmp_path / "more", "--truncate", "3")
@@ -247,7 +247,7 @@ def interrupted(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "step", "said"),
+    ("module", "step", "outcome"),
     [
         (bundle, "verify", "no bundle was written"),
         (monolith, "write_monolith", "written: bundle; not written: one.onnx, baselines"),
@@ -261,7 +261,7 @@ def test_an_interruption_says_what_is_written(
     monkeypatch: pytest.MonkeyPatch,
     module: Any,
     step: str,
-    said: str,
+    outcome: str,
 ) -> None:
     def write(checkpoint: object, path: Path, *_: object, **__: object) -> None:
         path.write_bytes(b"a graph")
@@ -270,8 +270,8 @@ def test_an_interruption_says_what_is_written(
     monkeypatch.setattr(monolith, "write_monolith", write)
     monkeypatch.setattr(module, step, interrupted)
     result = run(saved, "--variants", "fp32", "--monolith", "one.onnx", "--baselines", "baselines")
-    assert result.exit_code == 130 and result.stderr.splitlines()[-1] == f"interrupted; {said}"
-    assert (tmp_path / "bundle").exists() == said.startswith("written: bundle")
+    assert result.exit_code == 130 and result.stderr.splitlines()[-1] == f"interrupted; {outcome}"
+    assert (tmp_path / "bundle").exists() == outcome.startswith("written: bundle")
     assert ("written and verified" in result.stdout) == (tmp_path / "bundle").exists()
 
 
@@ -283,10 +283,10 @@ def test_an_interruption_while_the_old_bundle_goes(
     assert run(saved, *words).exit_code == 0
     remove = shutil.rmtree
 
-    def cut_short(path: Path, **wish: Any) -> None:
+    def cut_short(path: Path, **options: Any) -> None:
         if ".old-" in path.name and path.exists():
             raise KeyboardInterrupt
-        remove(path, **wish)
+        remove(path, **options)
 
     monkeypatch.setattr(bundle.shutil, "rmtree", cut_short)
     result = run(saved, *words, "--overwrite")
@@ -316,8 +316,8 @@ def test_an_engine_that_is_not_there_is_one_line(
         raise OSError(name)
 
     monkeypatch.setattr(cuda, "_load", gone)
-    wishes = ["--variants", "fp32", "--dev", dev, "--engine", "trt"]
-    result = run(saved, "--out", tmp_path / "bundle", *wishes)
+    words = ["--variants", "fp32", "--dev", dev, "--engine", "trt"]
+    result = run(saved, "--out", tmp_path / "bundle", *words)
     assert result.exit_code == 2 and "--engine trt: engine trt: no CUDA driver" in result.stderr
     assert "no bundle was written" in result.stderr and not (tmp_path / "bundle").exists()
 

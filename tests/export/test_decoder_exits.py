@@ -204,7 +204,7 @@ def test_graphs_of_another_network_are_named(exported: Any) -> None:
 
 def test_a_segment_ends_where_there_is_an_exit(tmp_path: Path) -> None:
     source = ExportableDecoder(with_exits("llama", (1,), False), tmp_path)
-    with pytest.raises(ValueError, match="may not end behind block 2: there are exits behind 1"):
+    with pytest.raises(ValueError, match="may not end after block 2: there are exits after 1"):
         source.split("each")
 
 

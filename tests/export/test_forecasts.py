@@ -27,7 +27,7 @@ from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import FileFact
 
 
-def foreseeing(network: EarlyExitNetwork) -> EarlyExitNetwork:
+def with_forecasts(network: EarlyExitNetwork) -> EarlyExitNetwork:
     """The network with random forecasts for fp32, int6 and int8."""
     torch.manual_seed(3)
     ahead = range(len(network.spec.exits) - 1, 0, -1)
@@ -37,11 +37,13 @@ def foreseeing(network: EarlyExitNetwork) -> EarlyExitNetwork:
 
 
 @pytest.fixture(scope="module")
-def made(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def split_with_forecasts(
+    exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """The tiny MPNet with a policy and forecasts, split for fp32 and int8 and exported."""
     source = exported("mpnet")
-    checkpoint = dataclasses.replace(source.checkpoint, network=foreseeing(source.checkpoint.network))
-    folder = tmp_path_factory.mktemp("foreseeing")
+    checkpoint = dataclasses.replace(source.checkpoint, network=with_forecasts(source.checkpoint.network))
+    folder = tmp_path_factory.mktemp("forecasts")
     split = split_classifier(checkpoint.network, variants=("fp32", "int8"))
     for name in ("stem", "segment_01", "segment_01_int8"):  # as they were: a forecast changes nothing there
         shutil.copyfile(source.folder / f"{name}.onnx", folder / f"{name}.onnx")
@@ -52,18 +54,22 @@ def made(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactor
     checkpoint.network.spec = dataclasses.replace(checkpoint.network.spec, forecast=())
 
 
-def test_graphs_say_what_torch_forecasts(made: tuple[ExportableClassifier, SplitNetwork, Path]) -> None:
-    source, split, folder = made
+def test_graphs_say_what_torch_forecasts(
+    split_with_forecasts: tuple[ExportableClassifier, SplitNetwork, Path],
+) -> None:
+    source, split, folder = split_with_forecasts
     report = verify(source, folder, split, ("fp32", "int8"))
     assert report.first_bad is None
     seams = [seam for seam in report.seams if seam.tensor == "forecast"]
     assert len(seams) == 2 and max(seam.difference for seam in seams) < 1e-5
-    shapes = [[t.shape for t in part.outputs if t.name == "forecast"] for part in split]
+    shapes = [[t.shape for t in segment.outputs if t.name == "forecast"] for segment in split]
     assert shapes == [[], [("batch", 2 * (1 + 2 * 1))], []]
 
 
-def test_a_wrong_forecast_is_found(made: tuple[ExportableClassifier, SplitNetwork, Path]) -> None:
-    source, split, folder = made
+def test_a_wrong_forecast_is_found(
+    split_with_forecasts: tuple[ExportableClassifier, SplitNetwork, Path],
+) -> None:
+    source, split, folder = split_with_forecasts
     with torch.no_grad():
         source.network.forecasts[0].last.bias[-1] += 0.1  # of int8 to the last exit: kept
         bad = verify(source, folder, split, ("fp32", "int8")).first_bad
@@ -71,23 +77,28 @@ def test_a_wrong_forecast_is_found(made: tuple[ExportableClassifier, SplitNetwor
     assert bad is not None and bad.tensor == "forecast"
 
 
-def test_the_manifest_says_what_steps_cost(made: tuple[ExportableClassifier, SplitNetwork, Path]) -> None:
-    source, split, _ = made
+def test_the_manifest_says_what_steps_cost(
+    split_with_forecasts: tuple[ExportableClassifier, SplitNetwork, Path],
+) -> None:
+    source, split, _ = split_with_forecasts
     costs = describe(source, split, ("fp32", "int8")).costs["bops"]
     assert costs.tokens > 0 and list(costs.steps) == ["fp32", "int8"]
-    for part, full, small in zip(split.segments, costs.steps["fp32"], costs.steps["int8"], strict=True):
-        assert full == part.macs.of(costs.tokens) * 1024
+    for segment, full, small in zip(split.segments, costs.steps["fp32"], costs.steps["int8"], strict=True):
+        assert full == segment.macs.of(costs.tokens) * 1024
         assert full / 16 < small < full / 2
     plain = ExportableClassifier(dataclasses.replace(source.checkpoint, network=tiny.network("bert")))
     plain = describe(plain, plain.split("each"), ("fp32",))
     assert plain.costs == {} and '"costs"' not in plain.to_json()
 
 
-def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(made: tuple[Any, Any, Path]) -> None:
-    source, split, _ = made
+def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(
+    split_with_forecasts: tuple[Any, Any, Path],
+) -> None:
+    source, split, _ = split_with_forecasts
     manifest = describe(source, split, ("fp32", "int8"))
-    stages = (manifest.stem, *manifest.segments)
-    names = ["tokenizer.json", *(facts.file for stage in stages for facts in stage.variants.values())]
+    segments = (manifest.stem, *manifest.segments)
+    graphs = (graph for segment in segments for graph in segment.variants.values())
+    names = ["tokenizer.json", *(graph.file for graph in graphs)]
     whole = dataclasses.replace(manifest, files=dict.fromkeys(names, FileFact("0" * 64, 1)))
     text = whole.to_json()
     assert read_manifest(text, source="good").costs == manifest.costs
@@ -108,10 +119,10 @@ def _forecast(manifest: dict[str, Any]) -> dict[str, Any]:
     return next(tensor for tensor in outputs if tensor["name"] == "forecast")
 
 
-def test_variants_without_a_forecast_are_refused(made: tuple[Any, Any, Path]) -> None:
+def test_variants_without_a_forecast_are_refused(split_with_forecasts: tuple[Any, Any, Path]) -> None:
     for variant in ("fp16", "int4"):
         with pytest.raises(ValueError, match=f"no error forecast for variant {variant}"):
-            made[0].split("each", ("fp32", variant))
+            split_with_forecasts[0].split("each", ("fp32", variant))
 
 
 @pytest.mark.parametrize(("family", "variant"), [("bert", "int8"), ("mpnet", "int8"), ("bert", "int4")])
@@ -126,22 +137,22 @@ def test_simulated_precisions_are_what_onnx_runtime_computes(
     these lie on a boundary between two levels, an activation falls to the other one, which shows as a small
     part of what quantizing does at all.
     """
-    made = exported(family)
-    network, source = made.checkpoint.network, made.folder / "segment_00.onnx"
+    export = exported(family)
+    network, source = export.checkpoint.network, export.folder / "segment_00.onnx"
     target = tmp_path / "out.onnx"
     if variant == "int8":
         to_int8(source, target, reduce_range=False)
     else:
         to_int4(source, target)
     blocks = in_precision(network.blocks, variant)
-    session, names = open_graph(target), [tensor.name for tensor in made.segments[1].inputs]
+    session, names = open_graph(target), [tensor.name for tensor in export.segments[1].inputs]
     torch.manual_seed(0)
     far, wrong = [], []
     for length in (3, 7, 12):
         ids = torch.randint(5, 60, (1, length))
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
         with torch.no_grad():
-            hidden, context = network.stem(given)
+            hidden, context = network.stem(inputs)
             after = network.family.run_block(blocks[0], hidden, context)
             simulated = network.classify(0, network.pooled(after, context)).numpy()
             plain = network.family.run_block(network.blocks[0], hidden, context)

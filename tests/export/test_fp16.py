@@ -27,7 +27,7 @@ def load(folder: Path, name: str) -> onnx.GraphProto:
     return onnx.load(folder / f"{name}.onnx").graph
 
 
-def given(graph: onnx.GraphProto, mask: list[list[int]] | None = None) -> Values:
+def random_inputs(graph: onnx.GraphProto, mask: list[list[int]] | None = None) -> Values:
     """Random values for every input; the mask of rows of nine tokens."""
     generator, values = np.random.default_rng(0), {}
     for entry in graph.input:
@@ -44,8 +44,8 @@ def given(graph: onnx.GraphProto, mask: list[list[int]] | None = None) -> Values
 def evaluated(folder: Path, name: str, values: Values) -> Values:
     """In numpy, which rounds to float16 after every operator; ONNX Runtime's CPU goes on in float32."""
     model = onnx.load(folder / f"{name}.onnx")
-    found = ReferenceEvaluator(model).run(None, values)
-    return {entry.name: value for entry, value in zip(model.graph.output, found, strict=True)}
+    outputs = ReferenceEvaluator(model).run(None, values)
+    return {entry.name: value for entry, value in zip(model.graph.output, outputs, strict=True)}
 
 
 def compiled(file: Path) -> trt_compile.Compiled:
@@ -108,7 +108,7 @@ def test_every_tensor_that_crosses_is_cast_once(family: str, exported: Callable[
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
 def test_what_it_says_is_near_fp32(family: str, exported: Callable[[str], Any]) -> None:
     folder = exported(family).folder
-    values = given(load(folder, "segment_00"))
+    values = random_inputs(load(folder, "segment_00"))
     full, half = (evaluated(folder, name, values) for name in ("segment_00", "segment_00_fp16"))
     assert all(half[name].dtype == np.float32 for name in full)
     assert 0 < np.abs(full["next_hidden"] - half["next_hidden"])[0].max() < 0.02
@@ -117,7 +117,7 @@ def test_what_it_says_is_near_fp32(family: str, exported: Callable[[str], Any]) 
 
 def test_a_fully_padded_row_is_finite(exported: Callable[[str], Any]) -> None:
     folder = exported("mpnet").folder
-    values = given(load(folder, "segment_00"), [[1] * 9, [0] * 9])
+    values = random_inputs(load(folder, "segment_00"), [[1] * 9, [0] * 9])
     values["position_bias"] = np.full_like(
         values["position_bias"], -40
     )  # so low are scores of large networks
@@ -132,13 +132,13 @@ def test_a_float32_among_float16_is_refused(exported: Callable[[str], Any], tmp_
     with pytest.raises(onnx.shape_inference.InferenceError):
         onnx.checker.check_model(model, full_check=True)
     onnx.save(model, tmp_path / "mixed.onnx")
-    found = compiled(tmp_path / "mixed.onnx")
-    assert found.size is None and found.problem
+    result = compiled(tmp_path / "mixed.onnx")
+    assert result.size is None and result.problem
 
 
 def test_constants_casts_and_shared_weights_of_a_block() -> None:
     """Float32's least number stays finite, and a weight that is read outside, too, stays float32 there."""
-    least = numpy_helper.from_array(np.array(np.finfo(np.float32).min), "held")
+    least = numpy_helper.from_array(np.array(np.finfo(np.float32).min), "constant")
     nodes = [
         helper.make_node("Constant", [], ["least"], "blocks.0/Constant_0", value=least),
         helper.make_node("Cast", ["number"], ["float"], "blocks.0/Cast_1", to=TensorProto.FLOAT),
@@ -153,13 +153,13 @@ def test_constants_casts_and_shared_weights_of_a_block() -> None:
     model = onnx.shape_inference.infer_shapes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     )
-    made = halve(model, in_block)
-    onnx.checker.check_model(made, full_check=True)
-    assert {one.name: one.data_type for one in made.graph.initializer} == {
+    halved = halve(model, in_block)
+    onnx.checker.check_model(halved, full_check=True)
+    assert {one.name: one.data_type for one in halved.graph.initializer} == {
         "shared": TensorProto.FLOAT,
         "shared_half": TensorProto.FLOAT16,
     }
-    held = numpy_helper.to_array(made.graph.node[0].attribute[0].t)
-    assert held.dtype == np.float16 and held == -65504
-    (found,) = ReferenceEvaluator(made).run(None, {"number": np.array([3, -4])})
-    assert np.allclose(found, [0.03, -0.04], rtol=1e-3)
+    constant = numpy_helper.to_array(halved.graph.node[0].attribute[0].t)
+    assert constant.dtype == np.float16 and constant == -65504
+    (output,) = ReferenceEvaluator(halved).run(None, {"number": np.array([3, -4])})
+    assert np.allclose(output, [0.03, -0.04], rtol=1e-3)

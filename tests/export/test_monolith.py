@@ -1,4 +1,4 @@
-"""The rival graph: no exits, same answers. Exported for real in test_cli."""
+"""One graph of a network: the answers of its segments. It is really exported in test_cli."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from offramp.models.macs import segment_macs
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_the_module_says_what_the_last_exit_says(family: str) -> None:
-    network, given = tiny.network(family), tiny.inputs(family)
+    network, inputs = tiny.network(family), tiny.inputs(family)
     whole = join(split_classifier(network, (3,)))
     with torch.no_grad():
-        logits = whole.module(*(given[tensor.name] for tensor in whole.inputs))[0]
-        torch.testing.assert_close(logits, network(given).logits[:, -1], atol=1e-5, rtol=0)
+        logits = whole.module(*(inputs[tensor.name] for tensor in whole.inputs))[0]
+        torch.testing.assert_close(logits, network(inputs).logits[:, -1], atol=1e-5, rtol=0)
     assert [tensor.name for tensor in whole.outputs] == ["logits"] and whole.blocks == (1, 2, 3)
 
 
 @pytest.mark.parametrize("policy", ["statistics", "state", None])
 def test_with_exits_it_says_what_every_exit_says(policy: str | None) -> None:
-    network, given = tiny.network(policy=policy), tiny.inputs()
+    network, inputs = tiny.network(policy=policy), tiny.inputs()
     whole = join(split_classifier(network))
     with torch.no_grad():
-        made = whole.module(*(given[tensor.name] for tensor in whole.inputs))
-        expected = network(given)
-    torch.testing.assert_close(made[0], expected.logits, atol=1e-5, rtol=0)
+        outputs = whole.module(*(inputs[tensor.name] for tensor in whole.inputs))
+        expected = network(inputs)
+    torch.testing.assert_close(outputs[0], expected.logits, atol=1e-5, rtol=0)
     assert [tensor.name for tensor in whole.outputs] == (["logits", "gates"] if policy else ["logits"])
     if policy:
-        torch.testing.assert_close(made[1], expected.gate_logits.sigmoid(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(outputs[1], expected.gate_logits.sigmoid(), atol=1e-5, rtol=0)
 
 
 def test_its_macs_are_those_without_early_exits() -> None:
@@ -67,13 +67,13 @@ def test_no_policy_in_the_graph_none_in_its_macs(policy: str) -> None:
 def test_int8_is_made_by_the_segments_quantizer(
     exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("bert")
+    export = exported("bert")
 
     def copy(segment: Segment, path: Path) -> None:
-        shutil.copyfile(made.folder / "segment_01.onnx", path)
+        shutil.copyfile(export.folder / "segment_01.onnx", path)
 
     monkeypatch.setattr(monolith, "to_onnx", copy)
-    files = monolith.write_monolith(made.source, tmp_path / "one.onnx", ExportOptions(("fp32", "int8")))
+    files = monolith.write_monolith(export.source, tmp_path / "one.onnx", ExportOptions(("fp32", "int8")))
     assert files == {"fp32": tmp_path / "one.onnx", "int8": tmp_path / "one_int8.onnx"}
     graph = onnx.load(files["int8"]).graph
     assert len([node for node in graph.node if node.op_type == "MatMulInteger"]) == 6
@@ -83,17 +83,17 @@ def test_int8_is_made_by_the_segments_quantizer(
 def test_a_graph_and_its_other_forms_take_their_places_at_the_end(
     exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("bert")
+    export = exported("bert")
     (tmp_path / "link.onnx").symlink_to("one.onnx")
     (tmp_path / "one.onnx").write_bytes(b"old")
 
     def copy(segment: Segment, path: Path) -> None:
         assert (tmp_path / "one.onnx").read_bytes() == b"old"
-        shutil.copyfile(made.folder / "segment_01.onnx", path)
+        shutil.copyfile(export.folder / "segment_01.onnx", path)
 
     monkeypatch.setattr(monolith, "to_onnx", copy)
     options = ExportOptions(("fp32", "fp16", "int8"))
-    monolith.write_monolith(made.source, tmp_path / "link.onnx", options)
+    monolith.write_monolith(export.source, tmp_path / "link.onnx", options)
     names = ["link.onnx", "link_fp16.onnx", "link_int8.onnx", "one.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert any(node.op_type == "Cast" for node in onnx.load(tmp_path / "link_fp16.onnx").graph.node)

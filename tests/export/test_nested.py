@@ -1,4 +1,4 @@
-"""The nested graph: bit for bit what the segments say, and it leaves where the runtime's rule leaves."""
+"""The nested graph: the segments' outputs, and the exits of the runtime's rules."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.rules import RuleSpec, bind, simulate
 
 
-def files(made: Any) -> list[Path]:
-    return [made.folder / f"{segment.name}.onnx" for segment in made.segments]
+def files(export: Any) -> list[Path]:
+    return [export.folder / f"{segment.name}.onnx" for segment in export.segments]
 
 
-def walked(paths: list[Path], open_graph: Callable[[Path], Any], given: dict[str, np.ndarray]) -> list[dict]:
-    """What every segment says, in fp32 on ONNX Runtime, one row."""
-    state, said = dict(given), []
+def walk(paths: list[Path], open_graph: Callable[[Path], Any], inputs: dict[str, np.ndarray]) -> list[dict]:
+    """The outputs of every segment for one row, in fp32 on ONNX Runtime."""
+    values, outputs = dict(inputs), []
     for path in paths:
         session = open_graph(path)
         names = [node.name for node in session.get_outputs()]
-        found = session.run(names, {node.name: state[node.name] for node in session.get_inputs()})
-        out = dict(zip(names, found, strict=True))
-        state |= {name.removeprefix(NEXT): value for name, value in out.items()}
-        said.append(out)
-    return said[1:]
+        arrays = session.run(names, {node.name: values[node.name] for node in session.get_inputs()})
+        out = dict(zip(names, arrays, strict=True))
+        values |= {name.removeprefix(NEXT): value for name, value in out.items()}
+        outputs.append(out)
+    return outputs[1:]
 
 
 def rows(family: str, count: int) -> list[dict[str, np.ndarray]]:
@@ -44,25 +44,25 @@ def rows(family: str, count: int) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_it_leaves_where_the_walk_leaves_and_says_the_same(
+def test_rows_exit_where_the_walk_exits_with_its_logits(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     paths = files(exported(family))
     onnx.save(nest(paths[0], paths[1:]), tmp_path / "nested.onnx")
     session = open_graph(tmp_path / "nested.onnx")
     names = [node.name for node in session.get_inputs()]
-    for given in rows(family, 4):
-        said = walked(paths, open_graph, given)
-        gates = [float(out["gate"][0]) for out in said[:-1]]
+    for inputs in rows(family, 4):
+        outputs = walk(paths, open_graph, inputs)
+        gates = [float(out["gate"][0]) for out in outputs[:-1]]
         # Not the gates themselves: two graphs may differ in a gate's last bit, and on some CPUs do.
         for threshold in (0.0, *(gate + 1e-6 for gate in gates), *(gate - 1e-6 for gate in gates), 2.0):
-            feed = {**given, "threshold": np.array(threshold, np.float32)}
+            feed = {**inputs, "threshold": np.array(threshold, np.float32)}
             logits, exit = session.run(["logits", "exit"], {name: feed[name] for name in names})
-            table = np.stack([out["logits"] for out in said], 1)
-            rule = bind(RuleSpec("gate", {"threshold": float(np.float32(threshold))}), len(said))
+            table = np.stack([out["logits"] for out in outputs], 1)
+            rule = bind(RuleSpec("gate", {"threshold": float(np.float32(threshold))}), len(outputs))
             expected = simulate(rule, table, np.array([gates], np.float32))[0]
             assert exit.tolist() == [expected + 1]
-            np.testing.assert_allclose(logits, said[expected]["logits"], atol=1e-6)
+            np.testing.assert_allclose(logits, outputs[expected]["logits"], atol=1e-6)
 
 
 @pytest.mark.slow
@@ -75,17 +75,17 @@ def test_without_policies_the_top_probability_decides(
         to_onnx(segment, paths[-1])
     onnx.save(nest(paths[0], paths[1:]), tmp_path / "nested.onnx")
     session = open_graph(tmp_path / "nested.onnx")
-    given = rows("bert", 1)[0]
-    table = np.stack([out["logits"] for out in walked(paths, open_graph, given)], 1)
+    inputs = rows("bert", 1)[0]
+    table = np.stack([out["logits"] for out in walk(paths, open_graph, inputs)], 1)
     top = torch.softmax(torch.from_numpy(table), -1).amax(-1)[0].tolist()
     for threshold in (0.0, top[0] - 1e-4, top[0] + 1e-4, 2.0):
-        feed = {**given, "threshold": np.array(threshold, np.float32)}
+        feed = {**inputs, "threshold": np.array(threshold, np.float32)}
         exit = session.run(["exit"], {node.name: feed[node.name] for node in session.get_inputs()})[0]
         rule = bind(RuleSpec("max_probability", {"threshold": threshold}), table.shape[1])
         assert exit[0] == simulate(rule, table, None)[0] + 1
 
 
-def test_an_input_from_nowhere_is_named(exported: Callable[[str], Any], tmp_path: Path) -> None:
+def test_an_input_that_nothing_computes_is_named(exported: Callable[[str], Any], tmp_path: Path) -> None:
     paths = files(exported("bert"))
     model = onnx.load(paths[1])
     model.graph.input.append(helper.make_tensor_value_info("memory", TensorProto.FLOAT, ["batch"]))

@@ -1,4 +1,4 @@
-"""int8 and int4: smaller, close, and the decision stays in fp32. fp16 has its own file, test_half."""
+"""int8 and int4: smaller, close, and exits and policies stay fp32. fp16 has its own file, test_fp16."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def test_scales_are_per_channel(exported: Callable[[str], Any]) -> None:
 def test_it_is_smaller_and_its_logits_are_close(
     exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    made = exported("mpnet")
-    share = to_int8(made.folder / "segment_01.onnx", tmp_path / "out.onnx")
+    export = exported("mpnet")
+    share = to_int8(export.folder / "segment_01.onnx", tmp_path / "out.onnx")
     assert share < 0.7  # a quarter of the weights; in a block this small, half of the file is not weights
     generator = np.random.default_rng(0)
-    given = {
+    inputs = {
         "hidden": generator.standard_normal((2, 9, 32), dtype=np.float32),
         "mask": np.zeros((2, 1, 1, 9), np.float32),
         "pool": np.full((2, 1, 9), 1 / 9, np.float32),
         "position_bias": np.zeros((1, 4, 9, 9), np.float32),
     }
-    sessions = [open_graph(file) for file in (made.folder / "segment_01.onnx", tmp_path / "out.onnx")]
-    full, small = (session.run(["logits"], given)[0] for session in sessions)
+    sessions = [open_graph(file) for file in (export.folder / "segment_01.onnx", tmp_path / "out.onnx")]
+    full, small = (session.run(["logits"], inputs)[0] for session in sessions)
     assert 0 < np.abs(full - small).max() < 0.1
 
 
@@ -101,20 +101,20 @@ def test_machines_that_need_the_reduced_range(machine: str, flags: str, reduced:
 def test_int4_is_in_products_of_blocks_alone_and_close(
     exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    made = exported("bert")
-    source = made.folder / "segment_01.onnx"
+    export = exported("bert")
+    source = export.folder / "segment_01.onnx"
     assert write_variant("int4", source, tmp_path / "out.onnx") < 1
     graph = onnx.load(tmp_path / "out.onnx").graph
     small = [node.name for node in graph.node if node.op_type == "MatMulNBits"]
     assert len(small) == 6 and all("blocks." in name for name in small)
     generator = np.random.default_rng(0)
-    given = {
+    inputs = {
         "hidden": generator.standard_normal((2, 9, 32), dtype=np.float32),
         "mask": np.zeros((2, 1, 1, 9), np.float32),
         "pool": np.full((2, 1, 9), 1 / 9, np.float32),
     }
     full, four = (
-        open_graph(file).run(["logits"], {k: given[k] for k in given})[0]
+        open_graph(file).run(["logits"], {k: inputs[k] for k in inputs})[0]
         for file in (source, tmp_path / "out.onnx")
     )
     assert 0 < np.abs(full - four).max() < 0.3
@@ -150,9 +150,9 @@ def test_a_table_that_stem_and_head_share_is_small_in_the_head(
     imports = [onnx.helper.make_opsetid("", 21)]
     onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=imports), tmp_path / "whole.onnx")
     to_small_weights(name, tmp_path / "whole.onnx", tmp_path / "small.onnx")
-    made = onnx.load(tmp_path / "small.onnx").graph
-    assert [node.op_type for node in made.node] == ["Gather", "MatMulNBits"]
-    given = {"ids": np.array([[3, 1, 4, 1, 5]])}
-    full, few = (open_graph(tmp_path / f"{file}.onnx").run(None, given)[0] for file in ("whole", "small"))
+    graph = onnx.load(tmp_path / "small.onnx").graph
+    assert [node.op_type for node in graph.node] == ["Gather", "MatMulNBits"]
+    inputs = {"ids": np.array([[3, 1, 4, 1, 5]])}
+    full, few = (open_graph(tmp_path / f"{file}.onnx").run(None, inputs)[0] for file in ("whole", "small"))
     assert 0 < np.abs(full - few).max() < (0.6 if name == "int8" else 8)
-    assert (few.argmax(-1) == given["ids"]).all()  # a word is likest to itself
+    assert (few.argmax(-1) == inputs["ids"]).all()  # a token is most similar to itself

@@ -1,6 +1,6 @@
-"""Rewrites: what they save is saved in every family, and what only looks like their pattern is left alone.
+"""Rewrites save operators in every family, and leave patterns alone that only look like theirs.
 
-That answers stay the same is test_to_onnx's and test_verify's business.
+That outputs stay the same is tested in test_to_onnx and test_verify.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from offramp.runtime.engines import threads
 def test_segments_compute_no_shapes_and_fuse_gelu(
     family: str, exported: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    made = exported(family)
-    for segment in made.segments[1:]:
-        file = made.folder / f"{segment.name}.onnx"
+    export = exported(family)
+    for segment in export.segments[1:]:
+        file = export.folder / f"{segment.name}.onnx"
         assert "Shape" not in {node.op_type for node in onnx.load(file).graph.node}
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -44,13 +44,13 @@ def test_segments_compute_no_shapes_and_fuse_gelu(
 
 
 def graph(
-    nodes: list[onnx.NodeProto], shape: list[Any], made: list[Any], **constants: Any
+    nodes: list[onnx.NodeProto], input_shape: list[Any], output_shape: list[Any], **constants: Any
 ) -> onnx.ModelProto:
     values = [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, made)
+    entry = helper.make_tensor_value_info("x", TensorProto.FLOAT, input_shape)
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)
     return helper.make_model(
-        helper.make_graph(nodes, "g", [given], [out], values),
+        helper.make_graph(nodes, "g", [entry], [out], values),
         opset_imports=[helper.make_opsetid("", 18)],
         ir_version=9,
     )
@@ -66,8 +66,8 @@ def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    said: np.ndarray = session.run(None, {"x": x})[0]
-    return said
+    output: np.ndarray = session.run(None, {"x": x})[0]
+    return output
 
 
 def test_a_reshape_that_moves_a_free_size_keeps_its_shape() -> None:
@@ -100,10 +100,10 @@ def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_
     segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2").segments[0]
     to_onnx(segment, tmp_path / "segment.onnx")
     plain = Counter(node.op_type for node in onnx.load(tmp_path / "segment.onnx").graph.node)
-    # How long the past and the new are, which shares are cut by: once for all blocks.
+    # The lengths of past and new, by which attention weights are split: once for all blocks.
     assert plain["Shape"] == 2 and plain["Tile"] == 1 and not plain["Gather"]
-    # A block has one product for queries, keys and values, one for the two halves of its MLP, two behind
-    # them, and four of attention.
+    # A block has one product for queries, keys and values, one for the two halves of its MLP, two after them,
+    # and four of attention.
     assert plain["MatMul"] == 8 * len(segment.blocks)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")

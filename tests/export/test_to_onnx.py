@@ -1,4 +1,4 @@
-"""One segment, one graph: right at every size, named, plain ONNX, and quiet about it."""
+"""The graph of a segment: right at every size, nodes named, plain ONNX; and exporting prints nothing."""
 
 from __future__ import annotations
 
@@ -31,51 +31,51 @@ def batch(rows: int, length: int, pad: int) -> dict[str, torch.Tensor]:
 
 
 def walk(
-    made: Any, open_graph: Callable[[Path], Any], given: dict[str, torch.Tensor]
+    export: Any, open_graph: Callable[[Path], Any], inputs: dict[str, torch.Tensor]
 ) -> list[dict[str, np.ndarray]]:
-    """What the graphs say, segment by segment, on ONNX Runtime alone."""
-    state = {name: value.numpy() for name, value in given.items()}
-    said = []
-    for segment in made.segments:
-        session = open_graph(made.folder / f"{segment.name}.onnx")
+    """Outputs of the graphs, segment by segment, on ONNX Runtime alone."""
+    values = {name: value.numpy() for name, value in inputs.items()}
+    outputs = []
+    for segment in export.segments:
+        session = open_graph(export.folder / f"{segment.name}.onnx")
         names = [node.name for node in session.get_outputs()]
         out = dict(
             zip(
                 names,
-                session.run(names, {node.name: state[node.name] for node in session.get_inputs()}),
+                session.run(names, {node.name: values[node.name] for node in session.get_inputs()}),
                 strict=True,
             )
         )
-        state |= {name.removeprefix(NEXT): value for name, value in out.items()}
-        said.append(out)
-    return said
+        values |= {name.removeprefix(NEXT): value for name, value in out.items()}
+        outputs.append(out)
+    return outputs
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(sorted(tiny.CONFIGS), "bert", "mpnet"))
 def test_every_family_answers_as_torch_does_at_every_size(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
 ) -> None:
-    made = exported(family)
-    network, pad = made.checkpoint.network, made.checkpoint.text.pad_id
+    export = exported(family)
+    network, pad = export.checkpoint.network, export.checkpoint.text.pad_id
     for rows, length in SIZES:
-        given = batch(rows, length, pad)
+        inputs = batch(rows, length, pad)
         with torch.no_grad():
-            whole = network(given)
-        said = walk(made, open_graph, given)[1:]
-        for number, out in enumerate(said):
+            whole = network(inputs)
+        outputs = walk(export, open_graph, inputs)[1:]
+        for number, out in enumerate(outputs):
             assert np.abs(out["logits"] - whole.logits[:, number].numpy()).max() < 1e-4
         if whole.gate_logits is not None:
-            assert said[0]["gate"].shape == (rows,)
-            assert np.abs(said[0]["gate"] - whole.gate_logits[:, 0].sigmoid().numpy()).max() < 1e-4
+            assert outputs[0]["gate"].shape == (rows,)
+            assert np.abs(outputs[0]["gate"] - whole.gate_logits[:, 0].sigmoid().numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
 def test_graphs_are_plain_and_carry_no_notes(family: str, exported: Callable[[str], Any]) -> None:
-    made = exported(family)
-    for segment in made.segments:
-        file = made.folder / f"{segment.name}.onnx"
+    export = exported(family)
+    for segment in export.segments:
+        file = export.folder / f"{segment.name}.onnx"
         model = onnx.load(file)
-        assert [(said.domain, said.version) for said in model.opset_import] == [("", OPSET)]
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
         assert not {"If", "Loop", "Scan", "NonZero"} & {node.op_type for node in model.graph.node}
         assert b".py" not in file.read_bytes()
         assert len({node.name for node in model.graph.node}) == len(model.graph.node)

@@ -29,7 +29,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 Change = Callable[[onnx.GraphProto], None]
 
 
-def segment() -> Variant:
+def first_graph() -> Variant:
     return open_bundle(TINY).manifest.segments[0].variants["fp32"]
 
 
@@ -42,12 +42,12 @@ def compiled(
     """The first segment of the tiny bundle, changed."""
     known = profiles(open_bundle(TINY).manifest) if known is None else known
     return trt_compile.compile_graph(
-        trt_compile.compiler(), changed(change), variant or segment(), known, targets
+        trt_compile.compiler(), changed(change), variant or first_graph(), known, targets
     )
 
 
 def changed(change: Change | None) -> bytes:
-    model = onnx.load(TINY / segment().file)
+    model = onnx.load(TINY / first_graph().file)
     if change is not None:
         change(model.graph)
     return bytes(model.SerializeToString())
@@ -73,27 +73,27 @@ def mixed_types(graph: onnx.GraphProto) -> None:
 
 
 def test_every_graph_of_a_bundle_compiles_for_every_target() -> None:
-    found = list(trt_compile.check(open_bundle(TINY)))
-    assert [one.graph for one in found] == ["stem.onnx", *(f"segment_0{n}.onnx" for n in range(3))]
-    assert all(one.size is not None and one.size > 1000 and not one.problem for one in found)
+    results = list(trt_compile.check(open_bundle(TINY)))
+    assert [result.graph for result in results] == ["stem.onnx", *(f"segment_0{n}.onnx" for n in range(3))]
+    assert all(r.size is not None and r.size > 1000 and not r.problem for r in results)
 
 
 def test_an_operator_of_a_vendor_is_refused_by_name() -> None:
     assert compiled().size is not None
-    found = compiled(vendor_op)
-    assert found.size is None and "FastGelu" in found.problem
+    result = compiled(vendor_op)
+    assert result.size is None and "FastGelu" in result.problem
 
 
 def test_mixed_types_are_refused() -> None:
-    found = compiled(mixed_types)
-    assert found.size is None and "cannot" in found.problem
+    result = compiled(mixed_types)
+    assert result.size is None and "cannot" in result.problem
 
 
 def test_a_profile_that_contradicts_the_graph_is_refused() -> None:
-    first, *rest = segment().inputs
-    crooked = replace(segment(), inputs=(replace(first, shape=(*first.shape[:-1], 5)), *rest))
-    found = compiled(variant=crooked)
-    assert found.size is None and "cannot compile" in found.problem
+    first, *rest = first_graph().inputs
+    crooked = replace(first_graph(), inputs=(replace(first, shape=(*first.shape[:-1], 5)), *rest))
+    result = compiled(variant=crooked)
+    assert result.size is None and "cannot compile" in result.problem
 
 
 def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) -> None:
@@ -102,32 +102,32 @@ def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) ->
     assert "segment_02.onnx: " in whole.output and "bytes" in whole.output
     bundle = tmp_path / "bundle"
     shutil.copytree(TINY, bundle)
-    (bundle / segment().file).write_bytes(changed(vendor_op))
+    (bundle / first_graph().file).write_bytes(changed(vendor_op))
     damaged = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
-    assert damaged.exit_code == 2 and segment().file in damaged.output
+    assert damaged.exit_code == 2 and first_graph().file in damaged.output
     # As if it had been exported so.
-    data, manifest = (bundle / segment().file).read_bytes(), bundle / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["files"][segment().file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    manifest.write_text(json.dumps(told))
+    data, manifest = (bundle / first_graph().file).read_bytes(), bundle / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    facts["files"][first_graph().file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest.write_text(json.dumps(facts))
     refused = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
-    assert refused.exit_code == 1 and f"{segment().file}: refused" in refused.output
+    assert refused.exit_code == 1 and f"{first_graph().file}: refused" in refused.output
 
 
 def test_a_profile_with_its_bounds_swapped_is_refused() -> None:
     swapped = [profile[::-1] for profile in profiles(open_bundle(TINY).manifest)]
-    found = compiled(known=swapped)
-    assert found.size is None and "MIN<=OPT<=MAX" in found.problem
+    result = compiled(known=swapped)
+    assert result.size is None and "MIN<=OPT<=MAX" in result.problem
 
 
 def test_a_target_that_there_is_not_is_named() -> None:
-    found = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt", "--target", "9.9"])
-    assert found.exit_code == 2 and "--target 9.9" in found.output and "8.6" in found.output
+    result = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt", "--target", "9.9"])
+    assert result.exit_code == 2 and "--target 9.9" in result.output and "8.6" in result.output
 
 
 def test_one_target_that_cannot_have_it_is_enough_to_refuse() -> None:
-    found = compiled(targets=("8.6", "7.5"))
-    assert found.size is None and "SM75" in found.problem
+    result = compiled(targets=("8.6", "7.5"))
+    assert result.size is None and "SM75" in result.problem
 
 
 # Three targets take three times as long as one.
@@ -139,14 +139,14 @@ def test_what_is_exported_compiles(
     family: str, targets: tuple[str, ...], exported: Callable[[str], Any]
 ) -> None:
     """Every graph that is meant for TensorRT, under the profiles with which it is built on a device."""
-    made = exported(family)
-    known = profiles(describe(made.source, made.split, ("fp32",)))
-    for part in made.segments:
-        for name in VARIANTS if part.blocks else VARIANTS[:1]:
-            graph = Variant(file_name(part.name, name), part.inputs, part.outputs)
-            data = (made.folder / graph.file).read_bytes()
-            found = trt_compile.compile_graph(trt_compile.compiler(), data, graph, known, targets)
-            assert found.size is not None, found.problem
+    export = exported(family)
+    known = profiles(describe(export.source, export.split, ("fp32",)))
+    for segment in export.segments:
+        for name in VARIANTS if segment.blocks else VARIANTS[:1]:
+            graph = Variant(file_name(segment.name, name), segment.inputs, segment.outputs)
+            data = (export.folder / graph.file).read_bytes()
+            result = trt_compile.compile_graph(trt_compile.compiler(), data, graph, known, targets)
+            assert result.size is not None, result.problem
 
 
 def test_without_the_compiler_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,5 +154,5 @@ def test_without_the_compiler_the_cure_is_named(monkeypatch: pytest.MonkeyPatch)
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(trt_compile, "import_module", gone)
-    found = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt"])
-    assert found.exit_code == 2 and "pip install tensorrt-rtx-cu13" in found.output
+    result = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt"])
+    assert result.exit_code == 2 and "pip install tensorrt-rtx-cu13" in result.output

@@ -1,4 +1,4 @@
-"""verify(): silent on a right split, and it names the very seam of a wrong one."""
+"""verify() accepts a right split, and names the first wrong tensor of another one."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ BOTH = ("fp32", "int8")
 
 @pytest.fixture
 def copy(exported: Callable[[str], Any], tmp_path: Path) -> Any:
-    """The BERT export in a folder of this test's own."""
-    made = exported("bert")
-    shutil.copytree(made.folder, tmp_path / "copy")
-    return dataclasses.replace(made, folder=tmp_path / "copy")
+    """The BERT export in a folder of its own."""
+    export = exported("bert")
+    shutil.copytree(export.folder, tmp_path / "copy")
+    return dataclasses.replace(export, folder=tmp_path / "copy")
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
 def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str], Any]) -> None:
-    made = exported(family)
-    report = verify(made.source, made.folder, made.split, BOTH)
+    export = exported(family)
+    report = verify(export.source, export.folder, export.split, BOTH)
     assert report.first_bad is None
     named = {(seam.segment, seam.tensor) for seam in report.seams}
-    assert named == {(segment.name, tensor.name) for segment in made.segments for tensor in segment.outputs}
-    assert [said.segment for said in report.losses] == ["segment_00", "segment_01"]
-    assert all(said.agreement > 0.8 and said.difference < 0.5 for said in report.losses)
+    assert named == {(segment.name, tensor.name) for segment in export.segments for tensor in segment.outputs}
+    assert [loss.segment for loss in report.losses] == ["segment_00", "segment_01"]
+    assert all(loss.agreement > 0.8 and loss.difference < 0.5 for loss in report.losses)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_int8_is_told_and_not_judged(copy: Any, break_weight: Callable[..., None
 
 def test_fp16_is_told_as_int8_is_and_is_nearer(copy: Any) -> None:
     report = verify(copy.source, copy.folder, copy.split, ("fp32", "fp16", "int8"), SENTENCES[::6])
-    said = {(one.segment, one.variant): one for one in report.losses}
+    losses = {(loss.segment, loss.variant): loss for loss in report.losses}
     for segment in ("segment_00", "segment_01"):
-        half, eighth = said[segment, "fp16"], said[segment, "int8"]
+        half, eighth = losses[segment, "fp16"], losses[segment, "int8"]
         assert half.agreement == 1 and 0 < half.difference < eighth.difference / 2
 
 
