@@ -1,4 +1,4 @@
-"""The whole road for images: class folders, checkpoint, bundle, answers, by the commands of a user."""
+"""Images from class folders to checkpoint, bundle and answers, by the commands."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ SETS = ["epochs=6", "batch_size=8", "lr=0.002", "heads_lr=0.01", "policy_epochs=
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)  # torch's threads and ONNX Runtime's would fight for the same cores
+    torch.set_num_threads(1)  # torch's threads and ONNX Runtime's would compete for the same cores
     folder = tmp_path_factory.mktemp("images")
     tiny.image_folder(folder / "data")
     return folder
 
 
 @pytest.fixture(scope="module", params=tiny.with_slow(sorted(KINDS), "dinov2"))
-def made(root: Path, request: pytest.FixtureRequest) -> Path:
-    """A folder with ckpt and bundle of one family; DINOv2 at another size than its own."""
+def family_root(root: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder with ckpt and bundle of one family; DINOv2 at another size than the model's."""
     family: str = request.param
     folder = root / family
     model = tiny.image_model_folder(folder / "model", family)
     words = ["--model", str(model), "--data", str(root / "data"), "--out", str(folder / "ckpt")]
     words += ["--precision", "fp32", "--pooling", KINDS[family], "--augment", "flip,crop"]
-    words += ["--image-size", "24", "--whole-image"] if family == "dinov2" else []
+    words += ["--image-size", "24", "--no-crop"] if family == "dinov2" else []
     words += [word for name in SETS for word in ("--set", name)]
     trained = CliRunner().invoke(train, words)
     assert trained.exit_code == 0, trained.output
@@ -60,49 +60,49 @@ def pictures(count: int) -> list[Any]:
     return [tiny.image(number % 2, 5000 + number, (20, 23)) for number in range(count)]
 
 
-def test_it_answers_as_it_was_taught(made: Path) -> None:
-    found = pictures(20)
-    with load(made / "bundle") as session:
-        answers = list(session.map(found, batch_size=8))
+def test_it_answers_with_the_learned_labels(family_root: Path) -> None:
+    images = pictures(20)
+    with load(family_root / "bundle") as session:
+        answers = list(session.map(images, batch_size=8))
     right = [answer.label == ("red", "blue")[at % 2] for at, answer in enumerate(answers)]
     assert sum(right) >= 18
 
 
-def test_torch_and_the_walk_say_the_same(made: Path, root: Path) -> None:
-    """Data, pixels, every exit and every gate, from the files to the logits, one by one and together."""
-    checkpoint = load_checkpoint(made / "ckpt")
+def test_torch_and_the_walk_agree(family_root: Path, root: Path) -> None:
+    """From the files to the logits and gates of every exit, one by one and in batches."""
+    checkpoint = load_checkpoint(family_root / "ckpt")
     rows = load_data(str(root / "data")).split("test")
-    said = collect(checkpoint.network, encode_for(checkpoint, rows))
-    assert rows.images is not None and said.gates is not None
-    with load(made / "bundle", rule="never") as session:
+    collected = collect(checkpoint.network, encode_for(checkpoint, rows))
+    assert rows.images is not None and collected.gate_logits is not None
+    with load(family_root / "bundle", rule="never") as session:
         trace, tokens = session.at_full_depth(rows.images.files)
         alone = [session(file) for file in rows.images.files[:4]]
         together = list(session.map(rows.images.files[:4], batch_size=4))
-    np.testing.assert_allclose(trace.logits, said.logits.numpy(), atol=2e-4)
-    np.testing.assert_allclose(trace.gates[:, :-1], said.gates.sigmoid().numpy(), atol=2e-4)
+    np.testing.assert_allclose(trace.logits, collected.logits.numpy(), atol=2e-4)
+    np.testing.assert_allclose(trace.gates[:, :-1], collected.gate_logits.sigmoid().numpy(), atol=2e-4)
     assert set(tokens) == {checkpoint.network.longest}
-    for one, other in zip(alone, together, strict=True):
-        assert (one.label, one.exit) == (other.label, other.exit)
-        assert one.score == pytest.approx(other.score, abs=1e-5)
+    for single, batched in zip(alone, together, strict=True):
+        assert (single.label, single.exit) == (batched.label, batched.exit)
+        assert single.score == pytest.approx(batched.score, abs=1e-5)
 
 
-def test_what_exits_early_is_what_torch_would_let_go(made: Path, root: Path) -> None:
+def test_early_exits_are_those_of_torch(family_root: Path, root: Path) -> None:
     rows = load_data(str(root / "data")).split("test")
     assert rows.images is not None
-    with load(made / "bundle", rule="never") as session:
+    with load(family_root / "bundle", rule="never") as session:
         trace, _ = session.at_full_depth(rows.images.files)
         threshold = float(np.median(trace.gates[:, 0]))
-    with load(made / "bundle", rule="gate", threshold=threshold) as session:
+    with load(family_root / "bundle", rule="gate", threshold=threshold) as session:
         answers = list(session.map(rows.images.files, batch_size=5))
     expected = np.where(trace.gates[:, 0] > threshold, 1, 2)
-    assert {1, 2} == set(expected), "the threshold must part the rows"
+    assert {1, 2} == set(expected), "the threshold must separate the rows"
     assert [answer.exit for answer in answers] == expected.tolist()
 
 
-def test_ee_run_names_the_file_of_every_answer(made: Path, root: Path, tmp_path: Path) -> None:
+def test_ee_run_names_the_file_of_every_answer(family_root: Path, root: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no")
     files = [root / "data/test/red/000.png", tmp_path / "broken.jpg", root / "data/test/blue/001.png"]
-    words = ["--bundle", str(made / "bundle"), *map(str, files)]
+    words = ["--bundle", str(family_root / "bundle"), *map(str, files)]
     for more in ([], ["--batch-size", "4"]):
         done = CliRunner().invoke(run, [*words, *more])
         assert done.exit_code == 1, done.output
@@ -112,11 +112,11 @@ def test_ee_run_names_the_file_of_every_answer(made: Path, root: Path, tmp_path:
         assert "broken.jpg" in lines[1]["error"] and "item" not in lines[1]["error"]
 
 
-def test_ee_run_takes_lists(made: Path, root: Path) -> None:
+def test_ee_run_takes_lists(family_root: Path, root: Path) -> None:
     data = root / "data"
     (data / "list.txt").write_text("test/red/000.png\n\ntest/blue/001.png\n")
     (data / "list.jsonl").write_text('{"image": "test/red/000.png"}\n{"text": "no"}\n')
-    words = ["--bundle", str(made / "bundle"), str(data / "list.txt"), str(data / "list.jsonl")]
+    words = ["--bundle", str(family_root / "bundle"), str(data / "list.txt"), str(data / "list.jsonl")]
     done = CliRunner().invoke(run, words)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line.get("label", line.get("error")) for line in lines] == [
@@ -128,13 +128,13 @@ def test_ee_run_takes_lists(made: Path, root: Path) -> None:
     ]
     assert done.exit_code == 1
     listed = f"{data}/test/red/000.png\n"
-    done = CliRunner().invoke(run, ["--bundle", str(made / "bundle"), "-"], input=listed)
+    done = CliRunner().invoke(run, ["--bundle", str(family_root / "bundle"), "-"], input=listed)
     assert done.exit_code == 0 and json.loads(done.stdout)["file"] == listed.strip()
-    done = CliRunner().invoke(run, ["--bundle", str(made / "bundle"), str(data / "nowhere.txt")])
+    done = CliRunner().invoke(run, ["--bundle", str(family_root / "bundle"), str(data / "nowhere.txt")])
     assert done.exit_code == 2 and "nowhere.txt" in done.stderr
 
 
-def test_points_come_from_folders_and_from_lines(made: Path, root: Path) -> None:
+def test_points_come_from_folders_and_from_lines(family_root: Path, root: Path) -> None:
     data = root / "data"
     rows = [
         {"image": f"dev/{label}/{number:03}.png", "label": label}
@@ -144,41 +144,41 @@ def test_points_come_from_folders_and_from_lines(made: Path, root: Path) -> None
     (data / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tables = []
     for source in (data / "dev", data / "dev.jsonl"):
-        done = CliRunner().invoke(calibrate, [str(source), "--bundle", str(made / "bundle")])
+        done = CliRunner().invoke(calibrate, [str(source), "--bundle", str(family_root / "bundle")])
         assert done.exit_code == 0, done.output
         tables.append(done.stdout)
     (data / "dev.jsonl").unlink()
     assert tables[0] == tables[1] and "default" in tables[0]
 
 
-def test_ee_eval_measures_it(made: Path, root: Path, tmp_path: Path) -> None:
-    words = [str(made / "ckpt"), "--data", str(root / "data"), "--json", str(tmp_path / "e.json")]
+def test_ee_eval_measures_it(family_root: Path, root: Path, tmp_path: Path) -> None:
+    words = [str(family_root / "ckpt"), "--data", str(root / "data"), "--json", str(tmp_path / "e.json")]
     done = CliRunner().invoke(evaluate, [*words, "--picture", str(tmp_path / "e.png")])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "e.json").read_text())["split"] == "test"
 
 
-def test_the_facts_are_the_models(made: Path) -> None:
-    checkpoint = load_checkpoint(made / "ckpt")
+def test_the_preprocessing_is_the_models(family_root: Path) -> None:
+    checkpoint = load_checkpoint(family_root / "ckpt")
     facts = checkpoint.input
     assert isinstance(checkpoint.network, EarlyExitNetwork) and checkpoint.tokenizer is None
-    whole = checkpoint.network.config.model_type == "dinov2"
-    assert facts == json_facts(made)
-    assert (facts.height, facts.resize) == ((24, (24, 24)) if whole else (16, (18,)))  # type: ignore[union-attr]
+    resized = checkpoint.network.config.model_type == "dinov2"
+    assert facts == json_facts(family_root)
+    assert (facts.height, facts.resize) == ((24, (24, 24)) if resized else (16, (18,)))  # type: ignore[union-attr]
     assert facts.mean == (0.5, 0.4, 0.3) and facts.std == (0.2, 0.3, 0.4)  # type: ignore[union-attr]
 
 
-def json_facts(made: Path) -> Any:
-    with load(made / "bundle") as session:
+def json_facts(family_root: Path) -> Any:
+    with load(family_root / "bundle") as session:
         return session.manifest.input
 
 
-def test_ee_bench_measures_images(made: Path, root: Path, tmp_path: Path) -> None:
+def test_ee_bench_measures_images(family_root: Path, root: Path, tmp_path: Path) -> None:
     file = root / "data" / "bench.jsonl"
     file.write_text(
         '{"image": "test/red/000.png", "label": "red"}\n{"image": "test/blue/001.png", "label": 0}\n'
     )
-    figures = measure(made / "bundle", file, turns=1, starts=1)
-    full = next(one for one in figures["contenders"] if one["kind"] == "full")
+    figures = measure(family_root / "bundle", file, rounds=1, starts=1)
+    full = next(c for c in figures["candidates"] if c["kind"] == "full")
     assert full["accuracy"] == 100.0 and figures["about"]["rows"] == 2
-    assert figures["about"]["mean_tokens"] == load_checkpoint(made / "ckpt").network.longest
+    assert figures["about"]["mean_tokens"] == load_checkpoint(family_root / "ckpt").network.longest

@@ -1,4 +1,4 @@
-"""The whole road on a tiny model: data, checkpoint, bundle, answers, by the commands that a user types."""
+"""From data to checkpoint, bundle and answers on a tiny model, by the commands."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from offramp.training.cli import train
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("journey")
     model, data = tiny.model_folder(root / "model", "mpnet"), tiny.data_folder(root / "data")
-    # Torch's threads and ONNX Runtime's would fight for the same two cores.
+    # Torch's threads and ONNX Runtime's would compete for the same cores.
     torch.set_num_threads(1)
     sets = ["epochs=10", "batch_size=8", "lr=0.002", "heads_lr=0.01", "policy_epochs=20", "policy_lr=0.01"]
     words = ["--model", str(model), "--data", str(data), "--out", str(root / "ckpt"), "--precision", "fp32"]
     trained = CliRunner().invoke(train, [*words, *(word for name in sets for word in ("--set", name))])
     assert trained.exit_code == 0, trained.output
-    made = CliRunner().invoke(split, [str(root / "ckpt"), "--out", str(root / "bundle")])
-    assert made.exit_code == 0, made.output
+    exported = CliRunner().invoke(split, [str(root / "ckpt"), "--out", str(root / "bundle")])
+    assert exported.exit_code == 0, exported.output
     return root / "bundle"
 
 
-def test_the_bundle_answers_as_it_was_taught(bundle: Path) -> None:
+def test_the_bundle_answers_with_the_learned_labels(bundle: Path) -> None:
     rows = tiny.rows(40, seed=9)
     with load(bundle) as session:
         answers = list(session.map([str(row["text"]) for row in rows], batch_size=8))
@@ -40,8 +40,8 @@ def test_the_bundle_answers_as_it_was_taught(bundle: Path) -> None:
     assert {len(answer.steps) for answer in answers} <= {1, 2, 3}
 
 
-def test_an_operating_point_does_on_dev_what_its_manifest_says(bundle: Path) -> None:
-    """Export, engine, walker and rule together repeat what training measured in torch."""
+def test_an_operating_point_measures_on_dev_as_in_its_manifest(bundle: Path) -> None:
+    """Export, engine, walker and rule together reproduce what training measured in torch."""
     data = bundle.parent / "data" / "dev.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     for name in ("full", "trained", "default"):

@@ -1,4 +1,4 @@
-"""Recipe quee from data to answers: joint, forecasts, bundle, walks that change precision, calibration."""
+"""Recipe quee from data to answers: training, forecasts, bundle, walks that change precision, calibration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from offramp.runtime.rules import bind
 from offramp.runtime.tuning.calibrate import main as calibrate
 from offramp.training.batches import encode
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
+from offramp.training.classifier import network_from_checkpoint
 from offramp.training.cli import evaluate, train
 from offramp.training.data import Rows
-from offramp.training.forecasters import by_network
+from offramp.training.forecasters import network_forecaster
 from offramp.training.outcomes import collect_outcomes
-from offramp.training.prepare import network_from_checkpoint
-from offramp.training.replanning import replay
+from offramp.training.replay import replay
 
 JOINT = ["epochs=4", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
 
@@ -44,16 +44,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]:
         done = CliRunner().invoke(command, words)  # type: ignore[arg-type]
         assert done.exit_code == 0, done.output
-    # 48 rows teach forecasts little: wild ones decide for everything there is, which is what the tests need.
-    wild = load_checkpoint(root / "ckpt")
+    # Forecasts fitted on 48 rows choose few paths; random ones give every kind of walk, which the tests need.
+    random = load_checkpoint(root / "ckpt")
     torch.manual_seed(2)
     with torch.no_grad():
-        for forecast in wild.network.forecasts:
+        for forecast in random.network.forecasts:
             forecast.last.weight.normal_(0, 1.0)
             bias = forecast.last.bias.zero_().view(2, 1 + 2 * forecast.ahead)  # [variant now, paths]
-            bias[0, 1 + forecast.ahead :] = bias[1, 1 : 1 + forecast.ahead] = -1.5  # the other variant lures
-    save_checkpoint(wild, root / "wild")
-    done = CliRunner().invoke(split, [str(root / "wild"), "--out", str(root / "bundle")])
+            bias[0, 1 + forecast.ahead :] = bias[
+                1, 1 : 1 + forecast.ahead
+            ] = -1.5  # favours a change of variant
+    save_checkpoint(random, root / "random")
+    done = CliRunner().invoke(split, [str(root / "random"), "--out", str(root / "bundle")])
     assert done.exit_code == 0, done.output
     return root
 
@@ -66,36 +68,37 @@ def test_the_backbone_is_not_touched(root: Path) -> None:
     assert {name.split(".")[0] for name in set(new) - set(old)} == {"forecasts"}
 
 
-def test_training_tells_frontiers_and_points(root: Path) -> None:
-    told = load_checkpoint(root / "ckpt").training
-    lines = told["frontiers"]["accuracy_at"]
-    assert {"quee, mlp", "quee, oracle", "leaving alone, int8", "quantizing alone"} <= set(lines)
-    assert all(lines["quee, oracle"]["75"] >= line["75"] for line in lines.values())
-    points = {point["name"]: point for point in told["operating_points"]}
+def test_training_reports_frontiers_and_points(root: Path) -> None:
+    training = load_checkpoint(root / "ckpt").training
+    frontiers = training["frontiers"]["accuracy_at"]
+    assert {"quee, mlp", "quee, oracle", "exiting alone, int8", "quantizing alone"} <= set(frontiers)
+    assert all(frontiers["quee, oracle"]["75"] >= frontier["75"] for frontier in frontiers.values())
+    points = {point["name"]: point for point in training["operating_points"]}
     assert points["default"]["measured"]["accuracy"] >= points["full"]["measured"]["accuracy"] - 0.5
 
 
 def test_rows_that_change_their_precision_walk_as_they_were_replayed(root: Path) -> None:
     """Simulated precision, forecasts and rule in torch and numpy against graphs, engine and walker."""
-    checkpoint = load_checkpoint(root / "wild")
+    checkpoint = load_checkpoint(root / "random")
     texts = [row["text"] for row in map(json.loads, (root / "data/dev.jsonl").read_text().splitlines())]
     rows = Rows(texts, None, np.zeros(len(texts), np.int64))
     encoded = encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), checkpoint.text)
     outcomes = collect_outcomes(checkpoint.network, encoded, ("fp32", "int8"))
-    forecast, costs = by_network(checkpoint.network.forecasts), open_bundle(root / "bundle").manifest.costs
+    forecast = network_forecaster(checkpoint.network.forecasts)
+    costs = open_bundle(root / "bundle").manifest.costs
     kinds, same, batched = set(), [], []
     for start, price in itertools.product(("fp32", "int8"), (0.02, 0.2)):
         spec = RuleSpec("quee", {"price": price})
         plans = replay(bind(spec, 3, costs), outcomes, forecast, outcomes.variants.index(start))
         expected = [[outcomes.variants[v] for v in plan if v >= 0] for plan in plans]
         with load(root / "bundle", rule=spec, variant=start) as session:
-            found = [[variant for _, variant in session(text).steps] for text in texts]
+            walked = [[variant for _, variant in session(text).steps] for text in texts]
             together = [[variant for _, variant in a.steps] for a in session.map(texts, batch_size=8)]
-        kinds |= {tuple(dict.fromkeys(steps)) for steps in found}
-        same += [a == b for a, b in zip(found, expected, strict=True)]
-        batched += [a == b for a, b in zip(found, together, strict=True)]
+        kinds |= {tuple(dict.fromkeys(steps)) for steps in walked}
+        same += [a == b for a, b in zip(walked, expected, strict=True)]
+        batched += [a == b for a, b in zip(walked, together, strict=True)]
     assert kinds == {("fp32",), ("int8",), ("fp32", "int8"), ("int8", "fp32")}
-    assert np.mean(same) > 0.95  # a level of int8 that falls to the other side can turn a close decision
+    assert np.mean(same) > 0.95  # a level of int8 that falls to the other side can change a close decision
     assert np.mean(batched) > 0.8  # int8 takes one scale for all rows of a batch
 
 
@@ -128,10 +131,10 @@ def test_variants_without_forecasts_are_refused(root: Path, tmp_path: Path) -> N
     assert done.exit_code == 2 and "no error forecast for variant int4" in done.output
 
 
-def test_going_on_from_it_with_another_recipe_drops_its_forecasts(root: Path) -> None:
+def test_another_recipe_started_from_it_drops_its_forecasts(root: Path) -> None:
     for policy in (None, "statistics"):
-        again = network_from_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
-        assert again.network.spec.forecast == () and len(again.network.forecasts) == 0
+        checkpoint = network_from_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
+        assert checkpoint.network.spec.forecast == () and len(checkpoint.network.forecasts) == 0
 
 
 @pytest.mark.slow

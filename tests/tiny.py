@@ -61,16 +61,16 @@ VISION: dict[str, Any] = {
     "dinov2": lambda **more: Dinov2Config(mlp_ratio=2, layerscale_value=0.5, **IMAGES | more),
 }
 # Grouped, single and whole heads of keys and values; a window; biases; normed queries; heads beyond hidden.
-TALKS: dict[str, Any] = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+DECODER_SIZES: dict[str, Any] = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64}
 DECODERS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**TALKS, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**TALKS | {"num_key_value_heads": 1}, sliding_window=40),
-    "qwen2": lambda: Qwen2Config(**TALKS | {"num_key_value_heads": 4}),
-    "qwen3": lambda: Qwen3Config(**TALKS, head_dim=16),
+    "llama": lambda: LlamaConfig(**DECODER_SIZES, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**DECODER_SIZES | {"num_key_value_heads": 1}, sliding_window=40),
+    "qwen2": lambda: Qwen2Config(**DECODER_SIZES | {"num_key_value_heads": 4}),
+    "qwen3": lambda: Qwen3Config(**DECODER_SIZES, head_dim=16),
     "gpt2": lambda: GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64),
 }
-# Families whose graphs the export tests look at.
-EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT go the whole road in test_images_journey
+# Families of the export tests.
+EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT are exported in test_images_journey
 GOOD, BAD = ["good", "fine", "lovely", "warm", "bright"], ["bad", "poor", "awful", "cold", "dull"]
 WORDS = [
     "[PAD]",
@@ -95,7 +95,7 @@ def backbone(family: str, seed: int = 0) -> Any:
 
 
 def decoder(family: str, seed: int = 0) -> Any:
-    """A random causal language model; no bias is zero and no norm is one: a missing one would show."""
+    """A random causal language model; no bias is 0 and no norm is 1: a missing one changes the output."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(DECODERS[family]()).eval()
     with torch.no_grad():
@@ -132,15 +132,17 @@ def pixel_values(rows: int = 2, size: int = 16) -> dict[str, torch.Tensor]:
 
 def tokenizer() -> Tokenizer:
     """A word-level tokenizer over WORDS, with BERT's [CLS] a [SEP] b [SEP]."""
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
+    word_tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
+    word_tokenizer.normalizer = normalizers.Lowercase()
+    word_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    word_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    return made
+    return word_tokenizer
 
 
 def model_folder(folder: Path, family: str = "bert") -> Path:
@@ -154,20 +156,20 @@ def model_folder(folder: Path, family: str = "bert") -> Path:
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Sentences whose label is told by one word: learnable in seconds."""
+    """Sentences whose label depends on one word: learnable in seconds."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(words: list[str]) -> str:
         return words[int(torch.randint(len(words), (1,), generator=generator))]
 
-    found = []
+    sentences = []
     for number in range(count):
         label = number % 2
         filler = [
             pick(["the", "a", "film", "plot", "scene", "very", "quite", "is"]) for _ in range(1 + number % 7)
         ]
-        found.append({"text": " ".join([*filler, pick(GOOD if label else BAD)]), "label": label})
-    return found
+        sentences.append({"text": " ".join([*filler, pick(GOOD if label else BAD)]), "label": label})
+    return sentences
 
 
 def data_folder(folder: Path, train: int = 64, dev: int = 32, test: int = 32) -> Path:

@@ -87,9 +87,9 @@ def test_rare_positives_weigh_more_up_to_a_limit() -> None:
 
 def test_turns_begin_and_end_with_the_gates() -> None:
     for steps, switch in ((1150, 200), (3000, 200), (15, 200), (400, 200), (800, 200)):
-        turns = [turn_of(step, steps, switch) for step in range(steps)]
-        assert turns[0] == 0 and turns[-1] % 2 == 0 and turns[-1] >= 2
-        assert turns == sorted(turns) and set(turns) == set(range(turns[-1] + 1))
+        turn_numbers = [turn_of(step, steps, switch) for step in range(steps)]
+        assert turn_numbers[0] == 0 and turn_numbers[-1] % 2 == 0 and turn_numbers[-1] >= 2
+        assert turn_numbers == sorted(turn_numbers) and set(turn_numbers) == set(range(turn_numbers[-1] + 1))
     assert turn_of(2999, 3000, 200) == 14  # 15 turns of 200
 
 

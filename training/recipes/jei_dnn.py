@@ -134,8 +134,8 @@ def single_gate_logits(network: EarlyExitNetwork, logits: Tensor) -> Tensor:
 
 def turn_of(step: int, steps: int, switch: int) -> int:
     """Number of a step's turn; even turns, the last among them, train the gates."""
-    turns = max(3, round(steps / switch)) // 2 * 2 + 1
-    return step * turns // steps
+    turn_count = max(3, round(steps / switch)) // 2 * 2 + 1
+    return step * turn_count // steps
 
 
 def train(
