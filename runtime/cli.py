@@ -62,7 +62,7 @@ Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "pr
 strings). On a terminal the text itself is printed as it comes; otherwise an answer:
 {"text": "…", "tokens": 12, "depth": 30.0, "blocks_run": 31.5, "ms": 310.2, "first_ms": 41.0,
 "tokens_per_s": 38.7}
-  depth       mean number of blocks behind which tokens were predicted
+  depth       mean depth, in blocks, at which tokens were predicted
   blocks_run  mean number of blocks run for a token, with drafts and tokens that had waited
 
 \b
@@ -128,7 +128,7 @@ class RunOptions:
 @click.option(
     "--batch-size", type=AT_LEAST_1, default=1, show_default=True, help="Rows walked together at most."
 )
-@click.option("--threads", type=AT_LEAST_1, help="Threads of the engine.  [default: one a core]")
+@click.option("--threads", type=AT_LEAST_1, help="Threads of the engine.  [default: one for each core]")
 @click.option(
     "--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="What INPUT is."
 )

@@ -58,13 +58,28 @@ def decode(
     """
     if not len(ids):
         raise BadInput("the prompt has no token")
-    segments = len(manifest.segments)
     sequence = engine.begin({"input_ids": np.array([ids], np.int64)})
+    try:
+        yield from _decode(engine, rule, manifest, variant, sequence, max_new_tokens, stop_ids)
+    finally:
+        engine.drop(sequence)
+
+
+def _decode(
+    engine: Engine[TokenSequence],
+    rule: Rule,
+    manifest: Manifest,
+    variant: int,
+    sequence: TokenSequence,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+) -> Iterator[Token]:
+    """Generate tokens for a sequence that has been fed its prompt; see decode."""
+    segments = len(manifest.segments)
     steps = walk_one(engine, FULL_DEPTH, sequence, (variant,) * segments)
     prompt_hidden = steps[0].signals.hidden
-    plan: list[int] = rule.first_plan(
-        segments, variant, None if prompt_hidden is None else prompt_hidden[-1]
-    )[0].tolist()
+    last_hidden = None if prompt_hidden is None else prompt_hidden[-1]
+    plan: list[int] = rule.first_plan(segments, variant, last_hidden)[0].tolist()
     tokens = [Token(int(steps[-1].signals.logits[-1].argmax()), manifest.blocks, manifest.blocks)]
     count, longest = 0, sequence.runner.longest
     while True:

@@ -71,19 +71,20 @@ class TextGenerator(Session[TokenSequence]):
         self,
         prompt: str | Sequence[Message],
         max_new_tokens: int = MAX_NEW_TOKENS,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[TextChunk]:
         """Generate the most probable continuation of a prompt, one chunk for each token.
 
         prompt: a text, or messages {role, content}, from which the bundle's chat template makes one. It ends
-        at a stop token of the bundle (with an empty chunk), before the first of `stop` in the text, after
-        max_new_tokens, or where the network reads no further. Raises BadInput for anything else or for a
-        prompt that is too long, BadSetting where there is no template, SessionClosed.
+        at a stop token of the bundle (with an empty chunk), before the first of `stop` (a string or several)
+        in the text, after max_new_tokens, or where the network reads no further. Raises BadInput for anything
+        else or for a prompt that is too long, BadSetting where there is no template, SessionClosed.
         """
         if max_new_tokens < 1:
             raise BadSetting(f"max_new_tokens {max_new_tokens}: expected 1 or more")
         tokens = self.tokens(self.encode_prompt(prompt), max_new_tokens)
-        return self._chunks(tokens, [word for word in stop if word])
+        words = [stop] if isinstance(stop, str) else stop
+        return self._chunks(tokens, [word for word in words if word])
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a prompt; raises what generate raises."""

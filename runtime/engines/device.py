@@ -18,7 +18,7 @@ import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Manifest, Tensor, TextInput, Variant
 from offramp.runtime.engines.base import Array, Rows
-from offramp.runtime.engines.buffers import Run, BufferPool
+from offramp.runtime.engines.buffers import BufferPool, Run
 from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
 from offramp.runtime.errors import DeviceFailed, OutOfMemory
 from offramp.runtime.rules.base import RowSignals

@@ -223,16 +223,16 @@ def _check_interface(path: str, facts: Variant, session: Any) -> None:
         real = {node.name: node for node in nodes}
         if set(real) != {tensor.name for tensor in tensors}:
             raise BadBundle(
-                f"{path}: {side}s {sorted(real)}, the manifest says {sorted(t.name for t in tensors)}"
+                f"{path}: {side}s {sorted(real)}, the manifest has {sorted(t.name for t in tensors)}"
             )
         for tensor in tensors:
             node = real[tensor.name]
             dtype = node.type.removeprefix("tensor(").removesuffix(")")
             if _DTYPES.get(dtype, dtype) != np.dtype(tensor.dtype).name:
-                raise BadBundle(f"{path}: {side} {tensor.name} is {dtype}, the manifest says {tensor.dtype}")
+                raise BadBundle(f"{path}: {side} {tensor.name} is {dtype}, the manifest has {tensor.dtype}")
             sizes = list(zip(node.shape, tensor.shape, strict=False))
             clash = [1 for a, b in sizes if isinstance(a, int) and isinstance(b, int) and a != b]
             if clash or (node.shape and len(node.shape) != len(tensor.shape)):
                 raise BadBundle(
-                    f"{path}: {side} {tensor.name} is {node.shape}, the manifest says {list(tensor.shape)}"
+                    f"{path}: {side} {tensor.name} is {node.shape}, the manifest has {list(tensor.shape)}"
                 )

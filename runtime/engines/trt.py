@@ -320,7 +320,7 @@ def _set_tensors(context: Any, graph: Variant, places: Places, log: Log) -> None
     for tensor in graph.outputs:
         shape, expected = tuple(context.get_tensor_shape(tensor.name)), places[tensor.name].shape
         if shape != expected:
-            raise BadBundle(f"{graph.file}: {tensor.name} would be {shape}, the manifest says {expected}")
+            raise BadBundle(f"{graph.file}: {tensor.name} would be {shape}, the manifest has {expected}")
 
 
 def _graph_of(manifest: Manifest) -> Callable[[Step], Variant]:

@@ -146,7 +146,7 @@ def check_tensors(trt: Any, engine: Any, graph: Variant) -> None:
         expected = {tensor.name for tensor in tensors}
         if real_names != expected:
             raise BadBundle(
-                f"{graph.file}: {side} {sorted(real_names)}, the manifest says {sorted(expected)}"
+                f"{graph.file}: {side} {sorted(real_names)}, the manifest has {sorted(expected)}"
             )
         for tensor in tensors:
             _check_tensor(trt, engine, graph, trt_versions.as_read(trt, tensor))
@@ -155,7 +155,7 @@ def check_tensors(trt: Any, engine: Any, graph: Variant) -> None:
 def _check_tensor(trt: Any, engine: Any, graph: Variant, tensor: Tensor) -> None:
     dtype = engine.get_tensor_dtype(tensor.name)
     if dtype != getattr(trt.DataType, DTYPES[tensor.dtype], None):
-        raise BadBundle(f"{graph.file}: {tensor.name} is {dtype}, the manifest says {tensor.dtype}")
+        raise BadBundle(f"{graph.file}: {tensor.name} is {dtype}, the manifest has {tensor.dtype}")
     sizes = list(zip(tuple(engine.get_tensor_shape(tensor.name)), tensor.shape, strict=False))
     if any(isinstance(size, int) and real not in (-1, size) for real, size in sizes):
-        raise BadBundle(f"{graph.file}: {tensor.name} is {sizes}, the manifest says {list(tensor.shape)}")
+        raise BadBundle(f"{graph.file}: {tensor.name} is {sizes}, the manifest has {list(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""Images into pixels: decoded and resized by Pillow, normalized by numpy, as the manifest says.
+"""Images into pixels: decoded and resized by Pillow, normalized by numpy, by the manifest.
 
 Training makes its pixels with this file too, so that a bundle sees what its network has learned from. The
 steps are those of transformers' image processors on Pillow: RGB, resize, cut the centre out, rescale,

@@ -413,7 +413,7 @@ def test_a_tensor_of_another_type(broken: pytest.MonkeyPatch) -> None:
 
 def test_an_input_of_another_type_than_the_manifest_says(broken: pytest.MonkeyPatch) -> None:
     broken.setattr(trt_versions, "as_read", lambda trt, tensor: dataclasses.replace(tensor, dtype="float32"))
-    with pytest.raises(BadBundle, match="the manifest says float32"):
+    with pytest.raises(BadBundle, match="the manifest has float32"):
         opened()
 
 
