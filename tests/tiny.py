@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MPNetConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -235,3 +236,16 @@ def greedy(network: DecoderNetwork, prompts: Sequence[Sequence[int]], count: int
             ids.append(int(network.head(last_state).argmax()))
         answers.append(ids[len(prompt) :])
     return answers
+
+
+def hub_tokenizer() -> PreTrainedTokenizerFast:
+    """The word-level tokenizer as transformers has it; [SEP] ends texts."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="[SEP]", pad_token="[PAD]")
+
+
+def write_rows(folder: Path, *rows: Any, split: str = "train") -> str:
+    """A split as JSON lines in a folder, whose name is returned."""
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder)

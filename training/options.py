@@ -1,4 +1,4 @@
-"""What ee-train is asked for: TrainConfig, and a recipe's settings from NAME=VALUE words."""
+"""The options of ee-train as TrainConfig, and a recipe's settings from NAME=VALUE words."""
 
 from __future__ import annotations
 

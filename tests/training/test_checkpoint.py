@@ -8,7 +8,16 @@ import pytest
 import tiny
 import torch
 
-from offramp.training.checkpoint import BadCheckpoint, Checkpoint, TextFacts, load_checkpoint, save_checkpoint
+from offramp.models.decoder import DecoderNetwork
+from offramp.training.checkpoint import (
+    BadCheckpoint,
+    Checkpoint,
+    TextFacts,
+    load_checkpoint,
+    load_exits,
+    save_checkpoint,
+    save_exits,
+)
 
 
 def _save(folder: Path, family: str = "bert") -> Checkpoint:
@@ -68,3 +77,29 @@ def test_saving_again_replaces_the_folder_and_leaves_no_other(tmp_path: Path) ->
     _save(tmp_path / "ckpt")
     _save(tmp_path / "ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "tokenizer.json"]
+
+
+def test_exits_are_saved_and_loaded(tmp_path: Path) -> None:
+    network = DecoderNetwork(tiny.decoder("llama"))
+    save_exits(network, tmp_path)
+    assert not list(tmp_path.iterdir())  # the model has no exits
+    network.add_exits((1, 2), policies=True)
+    with torch.no_grad():
+        network.exits["1"].weight.fill_(0.5)  # type: ignore[operator, union-attr]
+    save_exits(network, tmp_path)
+    loaded = DecoderNetwork(tiny.decoder("llama"))
+    load_exits(loaded, tmp_path)
+    assert sorted(loaded.exits) == sorted(loaded.policies) == ["1", "2"]
+    assert float(loaded.exits["1"].weight.detach()[0, 0]) == 0.5  # type: ignore[union-attr, index]
+    (tmp_path / "exits.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BadCheckpoint, match="does not fit the model beside it"):
+        load_exits(DecoderNetwork(tiny.decoder("llama")), tmp_path)
+
+
+def test_exits_of_a_larger_model_are_refused(tmp_path: Path) -> None:
+    network = DecoderNetwork(tiny.decoder("llama"))
+    network.add_exits((1, 3))
+    network.exits["7"] = network.exits.pop("3")
+    save_exits(network, tmp_path)
+    with pytest.raises(BadCheckpoint, match="it is for block 7, the model has 3"):
+        load_exits(DecoderNetwork(tiny.decoder("llama")), tmp_path)

@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.errors import BadSetting
@@ -233,8 +232,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 def test_from_options_to_a_folder_that_loads(tmp_path: Path) -> None:
     tiny.decoder("llama").save_pretrained(tmp_path / "model")
-    words = PreTrainedTokenizerFast(tokenizer_object=tiny.tokenizer(), eos_token="[SEP]", pad_token="[PAD]")
-    words.save_pretrained(tmp_path / "model")
+    tiny.hub_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     for split, seed in (("train", 0), ("dev", 1)):
         lines = [

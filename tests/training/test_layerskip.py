@@ -1,4 +1,4 @@
-"""layerskip: layer dropout, curricula, data of language models, and a trained folder."""
+"""layerskip: layer dropout, curricula, and a trained folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offramp.export.cli import main as split
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.bundle.files import open_bundle
-from offramp.training.checkpoint import BadCheckpoint, load_exits, save_exits
 from offramp.training.cli import train
-from offramp.training.data import BadData
 from offramp.training.decoder import keep_large_blocks, load_decoder
 from offramp.training.lm_data import IGNORED, TokenRows, load_token_rows
 from offramp.training.loop import Run
@@ -75,98 +73,10 @@ def test_a_batch_without_learned_tokens_changes_nothing(tmp_path: Path) -> None:
         assert torch.isfinite(value).all() and torch.allclose(value, before[name], atol=1e-3)
 
 
-# --- texts ---
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, [SEP] ends texts."""
-    return PreTrainedTokenizerFast(tokenizer_object=tiny.tokenizer(), eos_token="[SEP]", pad_token="[PAD]")
-
-
-def write_rows(folder: Path, *rows: Any, split_: str = "train") -> str:
-    folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / f"{split_}.jsonl").write_text(lines, encoding="utf-8")
-    return str(folder)
-
-
-def test_completions_of_pairs_are_learned(tmp_path: Path) -> None:
-    first, second = {"prompt": "the film was", "completion": "good"}, {"prompt": "", "completion": "a plot"}
-    source = write_rows(tmp_path, first, second)
-    rows = load_token_rows(source, tokenizer(), 9)["train"]
-    ids = {word: tokenizer().convert_tokens_to_ids(word) for word in (*tiny.WORDS,)}
-    assert rows.ids == [
-        [ids[word] for word in ("the", "film", "was", "good", "[SEP]")],
-        [ids[word] for word in ("a", "plot", "[SEP]")],
-    ]
-    ids_batch, targets = rows.batch([0, 1])
-    assert targets[0].tolist() == [IGNORED, IGNORED, ids["good"], ids["[SEP]"], IGNORED]
-    assert targets[1].tolist() == [ids["plot"], ids["[SEP]"], IGNORED, IGNORED, IGNORED]
-    assert ids_batch[1].tolist()[3:] == [0, 0] and rows.lengths.tolist() == [5, 3]
-    short = load_token_rows(source, tokenizer(), 4)["train"]
-    assert short.ids[0] == [
-        ids[word] for word in ("film", "was", "good", "[SEP]")
-    ]  # the end of the prompt is kept
-
-
-def test_texts_are_concatenated(tmp_path: Path) -> None:
-    source = write_rows(tmp_path, {"text": "the film\u2028was good"}, {"text": "a plot"})
-    rows = load_token_rows(source, tokenizer(), 4)["train"]
-    assert [len(row) for row in rows.ids] == [4, 4] and rows.starts == [1, 1]
-    end = tokenizer().eos_token_id
-    assert sum(row.count(end) for row in rows.ids) == 2 and rows.ids[1][0] == end
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "completion": "the film was good"}, "row 1: the completion has 5 tokens, rows 4"),
-        ({"prompt": 3, "completion": "the"}, "row 1: column 'prompt' must be a text, found 3"),
-        ({"words": "the"}, "neither 'text' nor prompt and completion, but words"),
-        ({"text": ""}, "no text in it"),
-    ],
-)
-def test_unusable_texts_are_refused(tmp_path: Path, row: Any, message: str) -> None:
-    with pytest.raises(BadData, match=message):
-        load_token_rows(write_rows(tmp_path, row), tokenizer(), 4)
-
-
-# --- exits beside a model ---
-
-
-def test_exits_are_saved_and_loaded(tmp_path: Path) -> None:
-    network = DecoderNetwork(tiny.decoder("llama"))
-    save_exits(network, tmp_path)
-    assert not list(tmp_path.iterdir())  # the model has no exits
-    network.add_exits((1, 2), policies=True)
-    with torch.no_grad():
-        network.exits["1"].weight.fill_(0.5)  # type: ignore[operator, union-attr]
-    save_exits(network, tmp_path)
-    loaded = DecoderNetwork(tiny.decoder("llama"))
-    load_exits(loaded, tmp_path)
-    assert sorted(loaded.exits) == sorted(loaded.policies) == ["1", "2"]
-    assert float(loaded.exits["1"].weight.detach()[0, 0]) == 0.5  # type: ignore[union-attr, index]
-    (tmp_path / "exits.safetensors").write_bytes(b"nothing")
-    with pytest.raises(BadCheckpoint, match="does not fit the model beside it"):
-        load_exits(DecoderNetwork(tiny.decoder("llama")), tmp_path)
-
-
-def test_exits_of_a_larger_model_are_refused(tmp_path: Path) -> None:
-    network = DecoderNetwork(tiny.decoder("llama"))
-    network.add_exits((1, 3))
-    network.exits["7"] = network.exits.pop("3")
-    save_exits(network, tmp_path)
-    with pytest.raises(BadCheckpoint, match="it is for block 7, the model has 3"):
-        load_exits(DecoderNetwork(tiny.decoder("llama")), tmp_path)
-
-
 def test_large_blocks_are_kept_with_glibc() -> None:
     import platform
 
     assert keep_large_blocks() == (platform.libc_ver()[0] == "glibc")
-
-
-# --- by ee-train ---
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +84,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder, and texts."""
     root = tmp_path_factory.mktemp("layerskip")
     tiny.decoder("llama").save_pretrained(root / "model")
-    tokenizer().save_pretrained(root / "model")
+    tiny.hub_tokenizer().save_pretrained(root / "model")
     rows = [{"text": SENTENCES[n % 3]} for n in range(60)]
-    write_rows(root / "data", *rows)
-    write_rows(root / "data", *rows[:6], split_="dev")
+    tiny.write_rows(root / "data", *rows)
+    tiny.write_rows(root / "data", *rows[:6], split="dev")
     return root
 
 
@@ -201,7 +111,9 @@ def test_exits_learn_and_the_folder_is_a_model(folder: Path) -> None:
     )
     network, _ = load_decoder(str(folder / "model"))
     run = Run(network, folder / "scratch", seed=0)
-    before = layerskip.measure(run, load_token_rows(str(folder / "data"), tokenizer(), 16)["dev"], [1])
+    before = layerskip.measure(
+        run, load_token_rows(str(folder / "data"), tiny.hub_tokenizer(), 16)["dev"], [1]
+    )
     assert training["dev"]["exits"] == [1, 3]
     assert training["dev"]["loss"][0] < before["loss"][0] - 0.5 and training["dev"]["agrees"][0] > 0.6
     model = AutoModelForCausalLM.from_pretrained(folder / "ckpt")
@@ -224,7 +136,7 @@ def test_its_bundle_drafts(folder: Path) -> None:
 def test_ee_train_refuses_unusable_models_and_data(folder: Path, tmp_path: Path) -> None:
     done = trained(folder, "none", exits="9")
     assert done.exit_code == 2 and "block 9 does not exist" in done.output
-    write_rows(tmp_path / "data", {"text": "a film"}, split_="dev")
+    tiny.write_rows(tmp_path / "data", {"text": "a film"}, split="dev")
     words = ["--recipe", "layerskip", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
     words += ["--precision", "fp32"]
     done = CliRunner().invoke(train, ["--model", str(folder / "model"), *words])

@@ -94,9 +94,8 @@ def synthetic(count: int = 400, exits: int = 4, seed: int = 0) -> Outcomes:
     certain = (skill[None, None] - hard[:, None, None, None, None]) + random.normal(0, 0.1, shape)
     statistics = np.stack([certain, -certain, random.random(shape)], axis=-1).astype(np.float32)
     same = np.arange(2)
-    statistics[:, same, same] = statistics[:, same, same][
-        :, :, :1
-    ]  # without a change, the same wherever it would be
+    # Without a change: the same wherever the change would be.
+    statistics[:, same, same] = statistics[:, same, same][:, :, :1]
     return Outcomes(("fp32", "int8"), statistics, wrong, np.full(count, 9))
 
 
