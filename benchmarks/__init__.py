@@ -1,1 +1,1 @@
-"""Every figure that the README claims, as a command."""
+"""The commands that measure the figures of README and docs, and write their tables."""

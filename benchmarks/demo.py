@@ -106,11 +106,11 @@ def compare(folder: Path, data: Path) -> None:
             return early.labels[int(np.argmax(logits))]
 
         answers = {"early exit": [early(t) for t in texts], "full walk": [full(t) for t in texts]}
-        labels = {name: [answer.label for answer in given] for name, given in answers.items()}
+        labels = {name: [answer.label for answer in of_walk] for name, of_walk in answers.items()}
         labels["one graph"] = [label_by_monolith(text) for text in texts]
         accuracy = {
-            name: np.mean([label == row["label"] for label, row in zip(given, rows, strict=True)])
-            for name, given in labels.items()
+            name: np.mean([label == row["label"] for label, row in zip(predicted, rows, strict=True)])
+            for name, predicted in labels.items()
         }
         sample = texts[:100]
         seconds = interleaved(

@@ -198,7 +198,7 @@ def _targets(measured: list[dict[str, Any]]) -> dict[str, Any]:
         realised = min((exit["realised"] for exit in exits), default=float("nan"))
         holds = overhead <= OVERHEAD and realised >= REALISED
         targets[cut] = {"full / one graph": overhead, "realised": realised, "holds": holds}
-    return targets | {"asked": {"full / one graph": OVERHEAD, "realised": REALISED}}
+    return targets | {"required": {"full / one graph": OVERHEAD, "realised": REALISED}}
 
 
 def _inputs(rows: int, length: int) -> dict[str, Any]:

@@ -1,3 +1,1 @@
-"""ee-compare: one judge for all early-exit methods on one model and data set, and its tables in
-docs/comparison.md.
-"""
+"""ee-compare: one judge for all early-exit methods, and the tables of docs/comparison.md."""

@@ -146,17 +146,17 @@ def compare_checkpoint(folder: Path, data: Dataset, count: int) -> list[dict[str
         for point in [*default, *[point for point in points if point.name.startswith("saves-")][:1]]:
             cases = [(variants[:1], costs_of_one_variant(costs, variants[0]))]
             cases += [(variants, costs)] if variants[1:] else []
-            for allowed, stated in cases:
+            for names, stated in cases:
                 rule = bind(point.rule, len(session.manifest.segments), stated)
-                start = variants.index(point.variant) if point.variant in allowed else 0
-                what = " ".join([folder.name, point.name, *allowed])
+                start = variants.index(point.variant) if point.variant in names else 0
+                what = " ".join([folder.name, point.name, *names])
                 in_torch = walk_torch(network, encoded, variants, rule, start, what)
                 others = {"bundle": walk_bundle(session, items, rule, start, what)}
-                if allowed[1:]:
+                if names[1:]:
                     others["float64"] = walk_torch(double, encoded, variants, rule, start, what)
                 for name, other in others.items():
                     line = {"checkpoint": folder.name, "rule": point.rule.name, "point": point.name}
-                    line |= {"variants": ",".join(allowed), "torch_against": name}
+                    line |= {"variants": ",".join(names), "torch_against": name}
                     lines.append(line | compare_walks(in_torch, other))
     return lines
 

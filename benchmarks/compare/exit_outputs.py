@@ -1,7 +1,7 @@
 """What a comparison keeps beside a checkpoint: the outputs of every exit on dev and test, and its bundle.
 
-A kept file or bundle belongs to the weights and rows that it was made from and stores their digest: with
-other weights or rows it is made again.
+A kept file or bundle belongs to the weights and rows from which it was computed, and stores their digest:
+with other weights or rows it is computed again.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class CheckpointOutputs:
 
         def compute() -> dict[str, Any]:
             outcomes = collect_outcomes(network, rows, names, description=f"{self.folder.name} {split} paths")
-            return {"seen": outcomes.statistics, "wrong": outcomes.wrong}
+            return {"statistics": outcomes.statistics, "wrong": outcomes.wrong}
 
-        digest = f"{self.digests[split]} {names} {STATISTICS}"
+        digest = f"{self.digests[split]} {names} statistics {STATISTICS}"
         arrays = self._kept(f"{split}.paths.{'.'.join(names)}", digest, compute)
-        outcomes = Outcomes(names, arrays["seen"], arrays["wrong"], rows.lengths)
+        outcomes = Outcomes(names, arrays["statistics"], arrays["wrong"], rows.lengths)
         return Paths(outcomes, bit_costs(network, rows.lengths, names))
 
     def _kept(self, what: str, digest: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

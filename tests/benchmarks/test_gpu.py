@@ -66,7 +66,7 @@ def test_with_a_gpu_it_measures_every_engine(
     for row in result["measured"]:
         assert engines <= set(row) and np.isfinite(numbers(row)).all()
         assert {"a wait costs us", "plain / CUDA graphs"} <= set(row["trt thirds"])
-    assert set(result["targets"]) == {"each", "thirds", "asked"} and result["left out"] == {}
+    assert set(result["targets"]) == {"each", "thirds", "required"} and result["left out"] == {}
     assert result["machine"]["trt gpu"] == "Double GPU, 8.6" and machine.cudart.faults == []
 
 

@@ -87,9 +87,9 @@ def test_a_bundle_of_other_weights_disagrees(tmp_path: Path, monkeypatch: pytest
     # The two classes are swapped in the checkpoint, and the key claims that the old bundle has the new
     # weights.
     weights = runs / "joint_0" / "weights.safetensors"
-    kept = load_file(weights)
+    tensors = load_file(weights)
     save_file(
-        {name: t.roll(1, 0) if len(t.shape) and len(t) == 2 else t for name, t in kept.items()}, weights
+        {name: t.roll(1, 0) if len(t.shape) and len(t) == 2 else t for name, t in tensors.items()}, weights
     )
     (runs / "joint_0.bundle.key").write_text(f"{digest_of(runs / 'joint_0')} fp32")
     bad = CliRunner().invoke(agreement.main, words)

@@ -22,6 +22,8 @@ from offramp.export.cli import main as split
 from offramp.models.forecasts import softmax_statistics
 from offramp.training.cli import train
 
+pytestmark = pytest.mark.slow  # trains by several recipes
+
 SETS = ("epochs=2", "batch_size=8", "lr=0.002", "heads_lr=0.01")
 
 
