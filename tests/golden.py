@@ -36,10 +36,24 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 # Old name -> new name; a name that is not here is the same in both.
-OPTIONS: dict[str, str] = {}  # of commands, such as "--cache": "--exit-kv"; --within and --no-crop too
-FIELDS: dict[str, str] = {}  # keys of JSON lines, JSON files and manifests, attributes and classes of Python
-KEYWORDS: dict[str, str] = {}  # of load(), generate() and map()
-FILES: dict[str, str] = {}  # files of a bundle or of a folder of single graphs
+OPTIONS: dict[str, str] = {
+    "--cache": "--exit-kv",
+    "--against": "--baselines",
+    "--rivals": "--baselines",
+    "--whole-image": "--no-crop",
+}  # of commands, such as "--cache": "--exit-kv"; --within and --no-crop too
+FIELDS: dict[str, str] = {
+    "ran": "blocks_run",
+    "contenders": "candidates",
+    "segments_end_behind": "segments_end_after",
+    "fills": "cache_fills",
+    "leaving": "exit_hidden",
+    "Session": "Classifier",
+    "Writer": "TextGenerator",
+    "Piece": "TextChunk",
+}  # keys of JSON lines, JSON files and manifests, attributes and classes of Python
+KEYWORDS: dict[str, str] = {"cache": "exit_kv"}  # of load(), generate() and map()
+FILES: dict[str, str] = {"rivals.json": "baselines.json"}  # files of a bundle or of a folder of single graphs
 
 FINE, COARSE = 1, 100  # millionths by which numbers may differ: of fp32, of other variants
 EITHER = ("errors", "message", "said")  # texts: a difference is a note
@@ -200,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("--work", type=Path, required=True, help="Folder of checkpoints, inputs and bundles.")
-    parser.add_argument("--out", type=Path, help="Record to write.")
+    parser.add_argument("--out", type=Path, help="Record to write; of compare too, if wished.")
     parser.add_argument("--record", type=Path, help="Record to compare with.")
     parser.add_argument(
         "--set", dest="wish", choices=[*SETS, "all"], help="[default: those of --record, or tiny]"
@@ -237,15 +251,16 @@ def main() -> None:
         for key, run in play(name, doors, wish.assets, recorded, reuse=wish.reuse):
             if wish.only in key:
                 print(f"{name}: {key}", file=sys.stderr, flush=True)
-                runs[key] = run()
+                runs[key] = json.loads(json.dumps(run()))  # as it is read back: lists for tuples
         found["sets"][name] = runs
         if compares:
             failed += judged(recorded, runs, doors, partial=bool(wish.only))
+    if wish.out is not None:
+        wish.out.parent.mkdir(parents=True, exist_ok=True)
+        wish.out.write_text(written(found), encoding="utf-8")
     if compares:
         print(f"{failed} differences" if failed else "as recorded")
         raise SystemExit(min(failed, 1))
-    wish.out.parent.mkdir(parents=True, exist_ok=True)
-    wish.out.write_text(written(found), encoding="utf-8")
 
 
 def judged(old: dict[str, Any], new: dict[str, Any], doors: Doors, *, partial: bool) -> int:

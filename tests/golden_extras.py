@@ -72,7 +72,13 @@ def _bench(doors: Doors, words: list[str], file: str) -> dict[str, Any]:
     if code:
         return {"code": code, "said": said}
     tree = _keys(json.loads((doors.cwd / file).read_text(encoding="utf-8")))
-    names = sorted(line.split("  ")[0] for line in out.decode().splitlines() if line[:1].isalpha())
+    names = sorted(
+        {
+            line.split("  ")[0]
+            for line in out.decode().splitlines()
+            if line[:1].isalpha() and " drafts " not in line
+        }
+    )
     return {"code": code, "raw": tree, "said": " | ".join(names)}
 
 
