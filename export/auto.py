@@ -109,7 +109,7 @@ def choose_exits(
     """
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         folders = [Path(scratch) / "every", Path(scratch) / "one"]
-        for folder, cuts in zip(folders, ("each", (source.network.block_count,)), strict=True):
+        for folder, cuts in zip(folders, ("each", str(source.network.block_count)), strict=True):
             _write_to_time(source, source.split(cuts, ("fp32",)), folder, ("fp32",), None)
         with (
             load_classifier(folders[0], rule="never", engine=engine, device=device) as every,

@@ -11,6 +11,7 @@ from torch import nn
 
 from offramp.export.samples import batches
 from offramp.export.segments import (
+    TOLERANCE,
     ManifestFacts,
     Sample,
     Segment,
@@ -233,12 +234,10 @@ def _probe(stem: ClassifierStem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]
     """The stem's inputs and outputs, from runs at two sizes."""
     small, large = ((2, 5), (3, 7)) if stem.network.longest >= 7 else ((2, 1), (3, 2))
     axes = {(small[0], large[0]): "batch", (small[1], large[1]): "seq"}
-    inputs, outputs = list[Context](), list[Context]()
-    for size in (small, large):
-        blank = stem.network.blank(*size)
-        inputs.append({name: blank[name] for name in stem.reads})
-        outputs.append(stem.named(*inputs[-1].values()))
-    return symbolic(*inputs, axes), symbolic(*outputs, axes)
+    blanks = [stem.network.blank(*size) for size in (small, large)]
+    inputs = [{name: blank[name] for name in stem.reads} for blank in blanks]
+    outputs = [stem.named(*values.values()) for values in inputs]
+    return symbolic(inputs[0], inputs[1], axes), symbolic(outputs[0], outputs[1], axes)
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ class ExportableClassifier:
     checkpoint: Checkpoint
 
     weights_only: ClassVar[bool] = False
-    tolerances: ClassVar[Mapping[str, float]] = {"fp32": 1e-4}
+    tolerances: ClassVar[Mapping[str, float]] = {"fp32": TOLERANCE}
 
     @property
     def network(self) -> EarlyExitNetwork:

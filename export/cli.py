@@ -52,8 +52,8 @@ class VerificationFailed(click.ClickException):
     "--segments",
     help="Where to cut: each (every exit), 'every N' blocks, blocks such as 2,4,6, or auto. auto times "
     "segments and exits on this machine and keeps the exits that save more than they cost for the rows of "
-    "--dev; of a language model it times seams and cuts as finely as 2 % of the speed allow in every "
-    "variant.  [default: each; for a language model the exits of its training, or auto]",
+    "--dev; of a language model it times the boundaries of segments and cuts as finely as 2 % of the speed "
+    "allow in every variant.  [default: each; for a language model the exits of its training, or auto]",
 )
 @click.option(
     "--dev",
@@ -103,7 +103,7 @@ class VerificationFailed(click.ClickException):
     type=click.Path(file_okay=False, path_type=Path),
     help="Also write a folder of single graphs for ee-bench --baselines: the network without exits in every "
     "variant, all segments in one file with exits inside (nested If), and the network cut off after a few "
-    "blocks. --out, --baselines and --monolith must lie apart.",
+    "blocks. --out, --baselines and --monolith must be different places.",
 )
 @click.option(
     "--truncate",
@@ -152,11 +152,12 @@ def _is_language_model(folder: Path) -> bool:
 
 def _split_classifier(options: SplitOptions) -> None:
     """A checkpoint that ee-train wrote."""
-    from offramp.export.baselines import FILE_NAME, write_baselines
+    from offramp.export.baselines import write_baselines
     from offramp.export.bundle import check_target
     from offramp.export.classifier import ExportableClassifier
     from offramp.models.families import UnsupportedFamily
     from offramp.runtime.errors import BadInput
+    from offramp.runtime.tuning.baselines import FILE_NAME
     from offramp.runtime.tuning.labelled import read_labelled
     from offramp.training.checkpoint import BadCheckpoint, load_checkpoint
 

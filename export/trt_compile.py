@@ -1,5 +1,6 @@
 """ee-verify: check a bundle's files, and compile its graphs for TensorRT ahead of time, without a GPU.
 
+\b
     ee-verify bundle/              # compare every file with the manifest
     ee-verify bundle/ --trt        # and compile its graphs with TensorRT-RTX
 

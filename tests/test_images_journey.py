@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=tiny.with_slow(sorted(KINDS), "dinov2"))
+@pytest.fixture(scope="module", params=tiny.with_slow(sorted(KINDS)))
 def family_root(root: Path, request: pytest.FixtureRequest) -> Path:
     """A folder with ckpt and bundle of one family; DINOv2 at another size than the model's."""
     family: str = request.param

@@ -28,6 +28,8 @@ from offramp.training.forecasters import network_forecaster
 from offramp.training.outcomes import collect_outcomes
 from offramp.training.replay import replay
 
+pytestmark = pytest.mark.slow  # trains and exports two networks
+
 JOINT = ["epochs=4", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
 
 

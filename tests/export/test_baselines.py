@@ -62,6 +62,7 @@ def tiny_export(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch)
     return export
 
 
+@pytest.mark.slow
 def test_each_block_once(tiny_export: Any, tmp_path: Path) -> None:
     manifest = describe(tiny_export.source, tiny_export.split, ("fp32",))
     write_baselines(

@@ -1,10 +1,8 @@
-"""A decoder's bundle with exits, by ee-split: translators, policies, small weights, chats, and its checks."""
+"""A decoder's bundle with exits, by ee-split, against its network: translators, policies, small weights."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,13 @@ from offramp.export.decoder import ExportableDecoder, open_decoder
 from offramp.export.options import ExportOptions
 from offramp.export.verify import NotVerified, verify
 from offramp.models.decoder import DecoderNetwork, hidden_states
-from offramp.runtime import BadInput, BadManifest, BadSetting, load, load_generator
+from offramp.runtime import load_generator
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.sequence import TokenSequence
 from offramp.training.checkpoint import save_exits
 
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'robot' %}{{ raise_exception('no robots') }}"
-    "{% endif %}{{ message['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}the{% endif %}"
-)
+TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}the"
 
 
 def with_exits(family: str, blocks: tuple[int, ...], policies: bool) -> DecoderNetwork:
@@ -46,7 +41,7 @@ def with_exits(family: str, blocks: tuple[int, ...], policies: bool) -> DecoderN
     return network
 
 
-@pytest.fixture(scope="module", params=tiny.with_slow(["llama", "gpt2", "qwen3"], "llama"))
+@pytest.fixture(scope="module", params=tiny.with_slow(["llama", "gpt2", "qwen3"]))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A network with exits after blocks 1 and 2, and its bundle by ee-split, as ee-train leaves a folder."""
     folder, network = tmp_path_factory.mktemp(request.param), with_exits(request.param, (1, 2), True)
@@ -73,6 +68,7 @@ def test_exits_and_gates_are_those_of_the_network(exported: Any) -> None:
     network, bundle = exported
     manifest = open_bundle(bundle).manifest
     assert manifest.rule.name == "gate" and manifest.provenance["recipe"] == "consistentee_lm"
+    assert "chat_template.jinja" in manifest.files
     ids = torch.randint(3, 60, (1, 9))
     states = [state[0] for state in hidden_states(network, ids)]
     with load_generator(bundle) as session:
@@ -143,47 +139,6 @@ def test_small_weights_are_small_in_every_graph(exported: Any) -> None:
     assert 1e-3 < np.abs(logits["fp32"] - logits["int4"]).max() < 1.0
 
 
-def test_messages_become_a_prompt(exported: Any, decoder_bundle: Callable[[str], Any]) -> None:
-    messages: list[Any] = [{"role": "user", "content": "the film"}, {"role": "user", "content": "was good"}]
-    with load_generator(exported[1]) as session:
-        ids = tiny.tokenizer().encode("the film was good the", add_special_tokens=False).ids
-        assert session.encode_prompt(messages) == ids != session.encode_prompt("the film was good the")
-        expected = [token.id for token in session.tokens(ids, 6)]
-        assert [chunk.token for chunk in session.generate(messages, 6)] == expected
-        with pytest.raises(BadInput, match="refuses these messages: no robots"):
-            session.generate([{"role": "robot", "content": "beep"}])
-    with load(decoder_bundle("llama")[1]) as session, pytest.raises(BadSetting, match="no chat template"):
-        session.generate(messages)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("segment", "keys", "value", "message"),
-    [
-        ("segments 0", ["outputs", -1, "name"], "gates", r"segments\[0\]: it puts out"),
-        ("segments 0", ["outputs", -2, "shape", 2], 31, "all but the last put out exit_hidden"),
-        ("decoder cache_fills 0", ["outputs", 0, "name"], "new_k_9", r"cache_fills\[0\]: it must put out"),
-        ("decoder cache_fills 0", ["inputs", 0, "name"], "state", r"cache_fills\[0\]: its input state"),
-        ("decoder head", ["outputs", 0, "shape", 2], 59, r"must make logits \[batch, seq, 60\]"),
-    ],
-)
-def test_a_manifest_that_contradicts_itself_is_refused(
-    exported: Any, tmp_path: Path, segment: str, keys: list[Any], value: Any, message: str
-) -> None:
-    bundle = Path(shutil.copytree(exported[1], tmp_path / "bundle"))
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    entry: Any = manifest
-    for word in segment.split():
-        entry = entry[int(word) if word.isdigit() else word]
-    for graph in entry["variants"].values():
-        place: Any = graph
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(BadManifest, match=message):
-        open_bundle(bundle)
-
-
 def test_graphs_of_another_network_are_named(exported: Any) -> None:
     bundle = exported[1]
     source = open_decoder(bundle.parent / "model")
@@ -208,6 +163,7 @@ def test_a_segment_ends_where_there_is_an_exit(tmp_path: Path) -> None:
         source.split("each")
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_not_the_network_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
 from offramp.export.classifier import ExportableClassifier, split_classifier
+from offramp.export.cli import main as split_command
 from offramp.export.describe import describe
 from offramp.export.precision import to_int4, to_int8
 from offramp.export.segments import SplitNetwork
@@ -24,7 +27,11 @@ from offramp.models import EarlyExitNetwork
 from offramp.models.forecasts import Forecast
 from offramp.models.precision import in_precision
 from offramp.runtime.bundle.checks import read_manifest
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FileFact
+from offramp.training.checkpoint import save_checkpoint
+
+pytestmark = pytest.mark.slow  # exports and verifies a network with forecasts
 
 
 def with_forecasts(network: EarlyExitNetwork) -> EarlyExitNetwork:
@@ -162,3 +169,17 @@ def test_simulated_precisions_are_what_onnx_runtime_computes(
         far.append(np.abs(simulated - real).max())
         wrong.append(np.abs(full - real).max())
     assert max(far) < 2e-3 and max(far) < 0.2 * max(wrong), (far, wrong)
+
+
+def test_ee_split_measures_points_of_images_with_forecasts(
+    exported: Callable[[str], Any], tmp_path: Path
+) -> None:
+    checkpoint = copy.deepcopy(exported("dinov2").checkpoint)
+    with_forecasts(checkpoint.network)
+    save_checkpoint(checkpoint, tmp_path / "ckpt")
+    tiny.image_folder(tmp_path / "data", train=2, dev=8, test=2)
+    words = [str(tmp_path / "ckpt"), "--out", str(tmp_path / "bundle"), "--dev", str(tmp_path / "data/dev")]
+    done = CliRunner().invoke(split_command, words)
+    assert done.exit_code == 0, done.output
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert set(manifest.costs) == {"bops", "ms"} and "default" in {point.name for point in manifest.points}

@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from offramp.models.decoder import DecoderNetwork, exit_after, hidden_states, skip_blocks
-from offramp.runtime import BadInput, BadSetting, RuleSpec, load, load_generator
+from offramp.runtime import RuleSpec, load_generator
 from offramp.runtime.decoding import Token, decode
-from offramp.runtime.engines.ort_decoder import PLACES, KVCache, OrtDecoderEngine
+from offramp.runtime.engines.ort_decoder import PLACES, KVCache
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.rules.exits import ExitRule, never
 from offramp.runtime.rules.speculative import Speculative
@@ -93,24 +93,6 @@ def test_the_cache_grows_and_forgets_nothing(
     assert [token.id for token in session.tokens(ids, count)] == greedy(exported[0], ids, count)
 
 
-def test_an_answer_ends_at_a_stop_token_or_where_the_network_ends(session: TextGenerator) -> None:
-    ids = [5, 9, 30]
-    whole = [token.id for token in session.tokens(ids, 12)]
-    end = whole.index(whole[6])
-    assert [token.id for token in session.tokens(ids, 12, [whole[6]])] == whole[: end + 1]
-    longest = session.longest
-    assert len(list(session.tokens(ids, 1000))) == longest - len(ids) + 1
-    with pytest.raises(BadInput, match="the prompt has no token"):
-        list(session.tokens([], 3))
-    with pytest.raises(BadInput, match=rf"{longest + 1} tokens: this network reads {longest}"):
-        list(session.tokens([5] * (longest + 1), 3))
-
-
-def test_int8_generates(exported: tuple[Any, Path]) -> None:
-    with load_generator(exported[1], variant="int8") as session:
-        assert len(list(session.tokens([5, 9, 30], 9))) == 9
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("exit_kv", ["deferred", "propagate"])
 def test_an_exit_predicts_what_the_network_does_there(exported: tuple[Any, Path], exit_kv: str) -> None:
@@ -146,40 +128,6 @@ def test_a_deferred_cache_gives_the_logits_of_full_depth(
     assert [sequence.waiting(segment) for segment in range(3)] == [0, 1, 0]
 
 
-def test_many_waiting_tokens_run_in_several_steps(session: TextGenerator) -> None:
-    """Forty tokens exit, then one goes deeper: runs of 16, with the result of full depth."""
-    ids = torch.randint(3, 60, (45,), generator=torch.Generator().manual_seed(4)).tolist()
-    early, deep = new_sequence(session, ids[:4]), new_sequence(session, ids[:4])
-    for sequence in (early, deep):
-        run(session, sequence, (0, 0, 0))
-    for token in ids[4:]:
-        early.feed([token])
-        run(session, early, (0, -1, -1))
-        deep.feed([token])
-        last = run(session, deep, (0, 0, 0)).hidden[-1].copy()
-    assert early.waiting(1) == 41
-    np.testing.assert_allclose(run(session, early, (-1, 0, 0)).hidden[-1], last, atol=1e-5)
-    assert early.blocks_run == deep.blocks_run
-
-
-def test_a_truncated_sequence_forgets_wrong_tokens(session: TextGenerator) -> None:
-    sequence = new_sequence(session, PROMPT)
-    run(session, sequence, (0, 0, 0))
-    sequence.feed([7])
-    alone = run(session, sequence, (0, 0, 0)).hidden[-1].copy()
-    for depth in (1, 3):  # wrong tokens at several depths
-        sequence.truncate(len(PROMPT))
-        for token in (41, 42, 43):
-            sequence.feed([token])
-            run(session, sequence, (0,) * depth + (-1,) * (3 - depth))
-        sequence.truncate(len(PROMPT))
-        assert not any(sequence.waiting(segment) for segment in range(3))
-        sequence.feed([7])
-        np.testing.assert_allclose(run(session, sequence, (0, 0, 0)).hidden[-1], alone, atol=1e-6)
-    sequence.truncate(0)
-    assert sequence.filled == [0, 0, 0]
-
-
 def speculative(*fixed: int) -> Speculative:
     return Speculative(RuleSpec("speculative", {}), 3, fixed or None)  # type: ignore[arg-type]
 
@@ -199,49 +147,6 @@ def test_drafts_change_nothing(session: TextGenerator, fixed: tuple[int, ...]) -
             assert rule.offered[3 - fixed[0]] == 0 < rule.offered[fixed[0]]
 
 
-def test_drafts_that_agree_are_accepted(session: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An oracle drafts: every round yields all of its drafts and one more token."""
-    full_depth = [token.id for token in session.tokens(PROMPT, 31)]
-    rule, logits = speculative(1, 4), KVCache.logits
-    lengths: list[int] = []
-
-    def oracle(self: KVCache, hidden: Any, draft: bool = False) -> Any:
-        if not draft:
-            return logits(self, hidden)
-        return np.eye(1, 60, full_depth[lengths[-1] - len(PROMPT)], dtype=np.float32) * 100
-
-    feed = TokenSequence.feed
-
-    def counted(self: TokenSequence, ids: list[int]) -> None:
-        feed(self, ids)
-        lengths.append(self.length)
-
-    monkeypatch.setattr(KVCache, "logits", oracle)
-    monkeypatch.setattr(TokenSequence, "feed", counted)
-    tokens = tokens_of(session, rule, 31)
-    assert [token.id for token in tokens] == full_depth
-    assert rule.accepted[1] == rule.offered[1] == 24 and rule.rounds[1] == 6
-    assert [token.drafted for token in tokens[1:6]] == [True] * 4 + [False]
-    # Drafting tokens run block 1 alone; all five then run the other two together.
-    assert [token.blocks_run for token in tokens[1:6]] == [15, 0, 0, 0, 0]
-
-
-def test_a_close_call_is_run_again_alone(session: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offramp.runtime.decoding.CLOSE_LOGITS", 1e9)
-    rule = speculative(2, 3)
-    drafted = tokens_of(session, rule, 20)
-    assert [token.id for token in drafted] == [token.id for token in session.tokens(PROMPT, 20)]
-    assert rule.offered[2] > 0 and rule.accepted[2] == 0
-
-
-def test_the_draft_head_has_the_first_ids(session: TextGenerator) -> None:
-    runner = new_sequence(session, PROMPT).runner
-    hidden = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
-    whole = runner.logits(hidden).copy()
-    np.testing.assert_allclose(runner.logits(hidden, draft=True), whole[:, :20], atol=1e-5)
-    assert whole.shape == (2, 60)
-
-
 def test_skipped_segments_are_those_of_the_network(exported: tuple[Any, Path]) -> None:
     network = DecoderNetwork(exported[0].eval())
     with load_generator(exported[1], rule="skip", threshold=2) as session:
@@ -252,41 +157,3 @@ def test_skipped_segments_are_those_of_the_network(exported: tuple[Any, Path]) -
         right = network.head(last)[0].argmax(-1).tolist()
     assert right[len(PROMPT) - 1 :] == ids[0, len(PROMPT) :].tolist()
     assert [token.depth for token in tokens] == [3] + [2] * 11
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "message"),
-    [
-        ("quee", {"price": 0.1}, "is not for bundles that generate text"),
-        ("gate", {"threshold": 0.5}, "no policy in this bundle"),
-        ("skip", {}, "rule skip needs segments"),
-        ("skip", {"segments": 4}, "segments 4 is not a whole number from 2 to 3"),
-        ("speculative", {"exit": 1}, "no parameters, or both exit and drafts"),
-        ("speculative", {"exit": 3, "drafts": 2}, "exit 3 is not a whole number from 1 to 2"),
-        ("fixed", {"exit": 4}, "exit 4 does not exist"),
-        ("max_probability", {}, "needs threshold"),
-    ],
-)
-def test_rules_that_are_refused(
-    exported: tuple[Any, Path], name: str, parameters: dict[str, float], message: str
-) -> None:
-    with pytest.raises(BadSetting, match=message):
-        load(exported[1], rule=RuleSpec(name, parameters))
-
-
-def test_rules_of_a_session(exported: tuple[Any, Path]) -> None:
-    def depths(rule: str, threshold: float) -> list[tuple[int, int]]:
-        with load_generator(exported[1], rule=rule, threshold=threshold) as session:
-            return [(c.depth, c.blocks_run) for c in session.generate("the film was good", 12)]
-
-    assert depths("fixed", 1) == [(3, 3)] + [(1, 1)] * 11
-    # The prompt's own token, and exits that are sure of something.
-    assert {depth for depth, _ in depths("max_probability", 0.02)} == {1, 3}
-    assert {depth for depth, _ in depths("patience", 1)} <= {2, 3}
-
-
-def test_the_engine_of_a_decoder_opens_graphs_when_they_are_used(session: TextGenerator) -> None:
-    assert isinstance(session.engine, OrtDecoderEngine)
-    assert not any(name.startswith(("fill", "draft")) for name in session.engine._open)
-    tokens_of(session, speculative(1, 2), 6)
-    assert "draft" in session.engine._open

@@ -95,7 +95,7 @@ def test_a_norm_divides() -> None:
     assert operators(graph(nodes, ["batch"], ["batch"])) == ["Sqrt", "Div"]
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(["llama", "qwen3"], "llama"))
+@pytest.mark.parametrize("family", tiny.with_slow(["llama", "qwen3"]))
 def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_path: Path) -> None:
     segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2").segments[0]
     to_onnx(segment, tmp_path / "segment.onnx")
