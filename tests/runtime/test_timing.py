@@ -43,7 +43,7 @@ def test_all_candidates_answer_the_same_rows_in_turns_of_a_few() -> None:
     log: list[str] = []
     timings = time_rows([scripted(name, log) for name in "abc"], [[]] * (ROWS_PER_TURN + 2), rounds=2)
     runs = [(name, len(list(group))) for name, group in groupby(log)]
-    # One untimed run, then the rows. Two turns of one candidate in a row look like one.
+    # One untimed run, then the rows. Two results of one candidate in a row look like one.
     assert sum(length for _, length in runs) == 3 * 2 * (ROWS_PER_TURN + 2 + 2)
     assert {name: log.count(name) for name in "abc"} == dict.fromkeys("abc", 2 * (ROWS_PER_TURN + 2 + 2))
     assert runs[0][1] == ROWS_PER_TURN + 1
@@ -101,14 +101,14 @@ def test_stages_are_timed_time_rows() -> None:
 
 def test_callables_run_once_a_round_and_give_their_results() -> None:
     calls = {name: (lambda name=name: name * 2) for name in "abc"}
-    turns = list(take_turns(calls, 6))
-    for at in range(0, len(turns), 3):
-        assert sorted(name for name, _, _ in turns[at : at + 3]) == ["a", "b", "c"]
-    assert all(result == name * 2 and seconds >= 0 for name, seconds, result in turns)
-    orders = {tuple(name for name, _, _ in turns[at : at + 3]) for at in range(0, len(turns), 3)}
+    rounds = list(take_rounds(calls, 6))
+    for at in range(0, len(results), 3):
+        assert sorted(name for name, _, _ in results[at : at + 3]) == ["a", "b", "c"]
+    assert all(result == name * 2 and seconds >= 0 for name, seconds, result in results)
+    orders = {tuple(name for name, _, _ in results[at : at + 3]) for at in range(0, len(results), 3)}
     assert len(orders) > 1
-    assert [name for name, _, _ in take_turns(calls, 6)] == [name for name, _, _ in turns]  # seeded
-    assert [name for name, _, _ in take_turns(calls, 6, seed=1)] != [name for name, _, _ in turns]
+    assert [name for name, _, _ in take_turns(calls, 6)] == [name for name, _, _ in results]  # seeded
+    assert [name for name, _, _ in take_turns(calls, 6, seed=1)] != [name for name, _, _ in results]
 
 
 def test_seconds_are_those_of_the_callable_alone(capsys: pytest.CaptureFixture[str]) -> None:
