@@ -1,14 +1,15 @@
 # Needs Python >= 3.10, pip and make. Everything else goes into .venv, once: again only after pyproject.toml changed.
 #   make demo    train, split and walk a real model; prints what it measured
-#   make test    the tests, without those marked slow, gpu or trt (CI runs the slow ones too)
-#   make check   ruff, mypy --strict, and whether the README's tree is the tree
+#   make test    the tests, without those marked slow, gpu or trt
+#   make test-all   the slow ones too, as CI does
+#   make check   ruff, mypy --strict, and whether the tree in docs/structure.md is the tree
 #   make bench   what early exit saves on this machine; writes the figures of README.md and docs/measured.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROOMS := benchmarks export models runtime training
 
-.PHONY: demo test check bench figures tree clean
+.PHONY: demo test test-all check bench figures tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.product
@@ -34,8 +35,14 @@ figures: $(VENV)/.product
 	$(BIN)/python benchmarks/figures.py
 
 # pytest and not python -m pytest: the latter puts the current folder on sys.path, and the rooms would be there twice.
+# Two processes; a file stays in one, since its tests share what is slow to make (tests/conftest.py).
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(PYTEST)
+
+test-all: $(VENV)/.dev
+	$(PYTEST) -m 'not gpu and not trt'
 
 check: $(VENV)/.dev build/types
 	$(BIN)/ruff check

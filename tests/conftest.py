@@ -1,4 +1,4 @@
-"""Shared by tests that need torch: exporting a decoder takes seconds, so one bundle a family serves all."""
+"""Shared by all tests: which of them run in one process, and one exported decoder a family for all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ import pytest
 # Before torch is imported. The networks of the tests are tiny, and a second thread only waits for the first:
 # tests/models took five times as much CPU time with two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Files of this folder share the classifiers that are exported once a session; these export decoders.
+SHARING = "tests/export"
+EXPORTING_DECODERS = ("test_generation.py", "test_decoder_exits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest -n, run each file in one process, and files that share exported classifiers in one."""
+    root = Path(__file__).parent.parent
+    for item in items:
+        file = item.path.relative_to(root)
+        shares = file.parent.as_posix() == SHARING and file.name not in EXPORTING_DECODERS
+        item.add_marker(pytest.mark.xdist_group(SHARING if shares else file.as_posix()))
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ class Journey:
     reference: ExitTable
 
 
-@pytest.fixture(scope="module", params=tiny.with_slow(sorted(SETTINGS), "jei_dnn"))
+@pytest.fixture(scope="module", params=tiny.with_slow(sorted(SETTINGS)))
 def journey(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Journey:
     root = tmp_path_factory.mktemp(request.param)
     model, data = tiny.model_folder(root / "model", "distilbert"), tiny.data_folder(root / "data")
