@@ -48,7 +48,7 @@ SESSION_KINDS_IN = {"runtime/loading.py"}
 PROTOCOLS: dict[str, tuple[str, ...]] = {
     "runtime/engines/base.py": (),
     "runtime/rules/base.py": (),
-    "training/recipes/__init__.py": (),
+    "training/recipes/base.py": (),
     "models/families/family.py": (),
     "models/families/decoder.py": (),
 }
