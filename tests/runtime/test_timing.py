@@ -101,7 +101,7 @@ def test_stages_are_timed_time_rows() -> None:
 
 def test_callables_run_once_a_round_and_give_their_results() -> None:
     calls = {name: (lambda name=name: name * 2) for name in "abc"}
-    rounds = list(take_rounds(calls, 6))
+    results = list(take_turns(calls, 6))
     for at in range(0, len(results), 3):
         assert sorted(name for name, _, _ in results[at : at + 3]) == ["a", "b", "c"]
     assert all(result == name * 2 and seconds >= 0 for name, seconds, result in results)
