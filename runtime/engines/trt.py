@@ -183,14 +183,14 @@ class TrtOpener:
 
     def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
         """One run on these addresses; see Opener.bind."""
-        held = self._context(step, profile_of(self._profiles, rows, length))
-        context, stream, graph = held.context, self._cuda.stream, self._graph(step)
+        entry = self._context(step, profile_of(self._profiles, rows, length))
+        context, stream, graph = entry.context, self._cuda.stream, self._graph(step)
         this_run, log = object(), self._engines[step].log
 
         def run() -> None:
-            if held.owner is not this_run:
+            if entry.owner is not this_run:
                 _set_tensors(context, graph, places, log)
-                held.owner = this_run
+                entry.owner = this_run
             if not context.execute_async_v3(stream):
                 raise DeviceFailed(f"{graph.file}: TensorRT cannot run {rows} x {length}: {log.take()}")
 
@@ -270,9 +270,9 @@ class TrtOpener:
 
     def _context(self, step: Step, profile: int) -> _Context:
         """The context of a step and profile; a new one each time where runs are captured."""
-        held = None if self.captures else self._contexts.get((step, profile))
-        if held is not None:
-            return held
+        entry = None if self.captures else self._contexts.get((step, profile))
+        if entry is not None:
+            return entry
         file, opened = self._graph(step).file, self._engines[step]
         context = trt_versions.context(self._trt, opened.engine)
         if context is None:
@@ -280,12 +280,12 @@ class TrtOpener:
         if len(self._profiles) > 1 and not context.set_optimization_profile_async(profile, self._cuda.stream):
             raise DeviceFailed(f"{file}: profile {profile} is refused: {opened.log.take()}")
         self._lend(context)  # before it is kept for others: there may be no memory to lend
-        held = _Context(context)
+        entry = _Context(context)
         if self.captures:
-            self._captured_contexts.append(held)
+            self._captured_contexts.append(entry)
         else:
-            self._contexts[step, profile] = held
-        return held
+            self._contexts[step, profile] = entry
+        return entry
 
     def _lend(self, context: Any) -> None:
         """Give a context scratch memory: one piece serves all, as they run one after another.
