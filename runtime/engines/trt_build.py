@@ -145,9 +145,7 @@ def check_tensors(trt: Any, engine: Any, graph: Variant) -> None:
     ):
         expected = {tensor.name for tensor in tensors}
         if real_names != expected:
-            raise BadBundle(
-                f"{graph.file}: {side} {sorted(real_names)}, the manifest has {sorted(expected)}"
-            )
+            raise BadBundle(f"{graph.file}: {side} {sorted(real_names)}, the manifest has {sorted(expected)}")
         for tensor in tensors:
             _check_tensor(trt, engine, graph, trt_versions.as_read(trt, tensor))
 
