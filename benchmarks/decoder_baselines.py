@@ -1,8 +1,10 @@
-"""Baselines of a decoder on the CPU: onnxruntime-genai and llama.cpp, each a process in its own environment.
+"""Baselines of a decoder on the CPU: onnxruntime-genai and llama.cpp, each a process in a separate
+environment.
 
-A benchmark opens Genai(genai_model(...)) and Llama(llama_model(...)), which answer in turns, prompt by
-prompt. Nothing else may be busy meanwhile, not even a spinning thread pool: llama.cpp's threads spin until
-the last of them is done, and where one of them has no core, that costs a time slice for each matrix.
+A benchmark opens GenaiProcess(build_genai_model(...)) and LlamaProcess(build_llama_model(...)), which answer
+in turns, prompt by prompt. No other process may be busy meanwhile, not even with a spinning thread pool:
+llama.cpp's threads spin until the last of them is done, and if one of them has no core, that costs a time
+slice for each matrix.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ PACKAGES = {
     "genai": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"),
     "llama": ("cmake==4.4.4", "ninja==1.13.2", "numpy", "typing-extensions", "diskcache", "jinja2"),
 }
-# There is no wheel of it, and wheels of other bindings are for AVX2 alone: this is compiled for the machine
-# on which it runs. Its source also contains llama.cpp's own converter.
+# llama-cpp-python has no wheel, and wheels of other bindings are for AVX2 alone, so it is compiled for the
+# machine on which it runs. Its source also contains llama.cpp's own converter.
 LLAMA = (
     "llama-cpp-python==0.3.36",
     "llama_cpp_python-0.3.36.tar.gz",
     "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
 )
-SENTENCEPIECE = "sentencepiece==0.2.3"  # the converter imports it, whatever the tokenizer
+SENTENCEPIECE = "sentencepiece==0.2.3"  # the converter imports it for every tokenizer
 # GCC 12 treats the load of AMX's configuration as one of 8 bytes and drops the other stores: a prompt in Q8_0
-# or Q4_0 crashes (ggml-org/llama.cpp#26954). With this line before the load the stores stay.
+# or Q4_0 crashes (ggml-org/llama.cpp#26954). With this line before the load the stores are kept.
 AMX = ("    _tile_loadconfig(&tc);\n", '    __asm__ volatile("" : : "m"(tc));\n')
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -45,8 +47,9 @@ WORKERS = Path(__file__).resolve().with_name("workers.py")
 
 
 class TimedAnswer(NamedTuple):
-    """Ids of an answer's tokens, seconds to the first of them, and seconds from each to the next [tokens -
-    1].
+    """A generated answer: token ids, seconds to the first token, and seconds from each token to the next.
+
+    step_s [tokens - 1].
     """
 
     ids: list[int]
@@ -55,10 +58,16 @@ class TimedAnswer(NamedTuple):
 
 
 class BaselineProcess:
-    """A worker process that answers each line of JSON with a line of JSON; `facts` is its first line."""
+    """A worker process that answers each line of JSON with a line of JSON.
+
+    facts: its first line, the versions of its packages.
+    """
 
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
-        """Start it and wait until its model is loaded; RuntimeError with the end of its stderr if it ends."""
+        """Start the worker and wait until its model is loaded.
+
+        Raises RuntimeError with the end of its stderr if it ends before.
+        """
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the worker
         self._worker = subprocess.Popen(
             [str(word) for word in command],
@@ -71,9 +80,10 @@ class BaselineProcess:
         self.facts: dict[str, str] = json.loads(self._line())
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> TimedAnswer:
-        """Greedy tokens after a prompt, exactly `max_new_tokens`: a stop token counts as any other.
+        """Generate exactly `max_new_tokens` tokens greedily after a prompt; stop tokens do not end the
+        answer.
 
-        Raises RuntimeError where the worker ends.
+        Raises RuntimeError if the worker ends.
         """
         assert self._worker.stdin
         request = {"prompt_ids": list(prompt), "tokens": max_new_tokens}
@@ -87,8 +97,8 @@ class BaselineProcess:
     def close(self) -> None:
         """End the worker; a second call does nothing."""
         assert self._worker.stdin and self._worker.stdout
-        with contextlib.suppress(OSError):  # where it had ended before, with a request unread
-            self._worker.stdin.close()  # it answers until its input ends
+        with contextlib.suppress(OSError):  # if the worker ended before it read a request
+            self._worker.stdin.close()  # the worker answers until its input ends
         try:
             self._worker.wait(10)
         except subprocess.TimeoutExpired:
@@ -120,30 +130,31 @@ class BaselineProcess:
         return RuntimeError(f"the worker ended with {code}: {words}")
 
 
-class Genai(BaselineProcess):
-    """onnxruntime-genai with a folder of genai_model."""
+class GenaiProcess(BaselineProcess):
+    """A worker process that generates with onnxruntime-genai, from a folder written by build_genai_model."""
 
     def __init__(self, folder: Path, threads: int = 2) -> None:
-        python = environment("genai") / "bin" / "python"
+        python = baseline_environment("genai") / "bin" / "python"
         super().__init__([python, "-I", WORKERS, "genai", folder, str(threads)])
 
 
-class Llama(BaselineProcess):
-    """llama.cpp with a file of llama_model.
+class LlamaProcess(BaselineProcess):
+    """A worker process that generates with llama.cpp, from a GGUF file written by build_llama_model.
 
-    context: tokens of prompt and answer at most. kv: type of keys and values, f16 (its own default) or f32.
+    context: most tokens of prompt and answer together. kv: type of keys and values, f16 (llama.cpp's default)
+    or f32.
     """
 
     def __init__(self, file: Path, threads: int = 2, context: int = 2048, kv: str = "f16") -> None:
-        python = environment("llama") / "bin" / "python"
+        python = baseline_environment("llama") / "bin" / "python"
         super().__init__([python, "-I", WORKERS, "llama", file, str(threads), str(context), kv])
 
 
-def environment(name: str) -> Path:
-    """The virtual environment of a baseline (genai or llama), created once in the cache folder.
+def baseline_environment(name: str) -> Path:
+    """The folder of the virtual environment of a baseline (genai or llama), created once in the cache folder.
 
     For llama it compiles llama.cpp for this machine's CPU: that needs a C++ compiler and takes some minutes
-    on CMAKE_BUILD_PARALLEL_LEVEL cores. Raises SystemExit where it cannot be created.
+    on CMAKE_BUILD_PARALLEL_LEVEL cores. Raises SystemExit if it cannot be created.
     """
     folder = cache_folder() / "baselines" / name
     pins = "\n".join((*PACKAGES[name], *((*LLAMA, SENTENCEPIECE, *AMX) if name == "llama" else ())))
@@ -169,7 +180,7 @@ def environment(name: str) -> Path:
 def _build_llama(folder: Path, pip: list[str | Path]) -> None:
     requirement, name, sha256 = LLAMA
     source, build = folder / "source", folder / "source" / "build"
-    # Its binary dependencies may come as wheels, itself only as source.
+    # Only this package is required as source; its dependencies may be wheels.
     _run([*pip, "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, requirement])
     digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     if digest != sha256:
@@ -196,16 +207,16 @@ def _build_llama(folder: Path, pip: list[str | Path]) -> None:
     _run([*pip, "install", "--no-deps", "--target", source / "converter", SENTENCEPIECE])
 
 
-def genai_model(hf_folder: Path, precision: str, out: Path) -> Path:
-    """The folder out/PRECISION (fp32, int8 or int4) that onnxruntime-genai's own builder writes from a folder
-    of transformers; written once.
+def build_genai_model(hf_folder: Path, precision: str, out: Path) -> Path:
+    """Convert a model folder of transformers with onnxruntime-genai's builder; gives out/PRECISION.
 
-    int8 and int4 are MatMulNBits in blocks of 32, symmetric, with activations in int8. The builder runs in
-    the environment of this process and needs the extra export.
+    It is written once. precision: fp32, int8 or int4; int8 and int4 are MatMulNBits in blocks of 32,
+    symmetric, with activations in int8. The builder runs in the environment of this process and needs the
+    extra export.
     """
     folder = out / precision
     if not folder.is_dir():
-        (packages,) = environment("genai").glob("lib/python*/site-packages")
+        (packages,) = baseline_environment("genai").glob("lib/python*/site-packages")
         builder = packages / "onnxruntime_genai" / "models" / "builder.py"
         options = [] if precision == "fp32" else ["--extra_options", "accuracy_level=4", "block_size=32"]
         temporary = out / f"{precision}.writing"
@@ -218,31 +229,31 @@ def genai_model(hf_folder: Path, precision: str, out: Path) -> Path:
     return folder
 
 
-def llama_model(hf_folder: Path, kind: str, out: Path) -> Path:
-    """The file out/KIND.gguf that llama.cpp's own converter (F32, F16) and quantiser (Q8_0, Q4_0, Q4_0_pure)
-    write from a folder of transformers; written once, the quantised ones from F32.gguf in the same folder.
+def build_llama_model(hf_folder: Path, kind: str, out: Path) -> Path:
+    """Convert a model folder of transformers to a GGUF file with llama.cpp's tools; gives out/KIND.gguf.
 
-    Q4_0 is llama.cpp's recipe, which keeps a tied embedding in more bits (Q6_K, or Q8_0 where the width is
-    not a multiple of 256); Q4_0_pure has every matrix in Q4_0.
+    It is written once, by llama.cpp's converter (F32, F16) or its quantiser (Q8_0, Q4_0, Q4_0_pure), which
+    reads F32.gguf in the same folder. Q4_0 is llama.cpp's recipe, which keeps a tied embedding in more bits
+    (Q6_K, or Q8_0 if the width is not a multiple of 256); Q4_0_pure has every matrix in Q4_0.
     """
     file = out / f"{kind}.gguf"
     if not file.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        folder, temporary = environment("llama"), file.with_suffix(".writing")
+        folder, temporary = baseline_environment("llama"), file.with_suffix(".writing")
         if kind in ("F32", "F16"):
             code = folder / "source" / "vendor" / "llama.cpp"
             paths = os.pathsep.join(map(str, (code / "gguf-py", folder / "source" / "converter")))
             convert: list[str | Path] = [sys.executable, code / "convert_hf_to_gguf.py", hf_folder]
             _run([*convert, "--outtype", kind.lower(), "--outfile", temporary], PYTHONPATH=paths)
         else:
-            quantize = (WORKERS, "quantize", llama_model(hf_folder, "F32", out))
+            quantize = (WORKERS, "quantize", build_llama_model(hf_folder, "F32", out))
             _run([folder / "bin" / "python", "-I", *quantize, temporary, kind])
         temporary.rename(file)
     return file
 
 
 def _run(command: Sequence[str | Path], **environment: str) -> None:
-    """Run a command silently; SystemExit with the end of its output where it fails."""
+    """Run a command without printing its output; raise SystemExit with the end of the output if it fails."""
     words = [str(word) for word in command]
     done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, check=False)
     if done.returncode:

@@ -1,9 +1,10 @@
-"""Candidates of the decoder benchmarks, one function each from a prompt to its timed tokens, and rounds of
-turns.
+"""Candidates of the decoder benchmarks, each a function from a prompt to timed tokens, and the rounds in
+which they take turns.
 
-What a process opens first gets worse memory than what it opens later, and what is opened after others were
-closed gets their scattered pages: up to a tenth of the speed, for as long as it is open. So every round is a
-fresh process, and rounds come in pairs, of which the second opens the candidates in reverse order.
+The order in which a process opens candidates changes their speed by up to a tenth for as long as they are
+open: the first one gets worse memory than later ones, and one that is opened after others were closed gets
+their scattered pages. So every round is a new process, and rounds come in pairs, of which the second opens
+the candidates in reverse order.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import onnxruntime
 
 from offramp.benchmarks.decoder_baselines import (
     BaselineProcess,
-    Genai,
-    Llama,
+    GenaiProcess,
+    LlamaProcess,
     TimedAnswer,
-    genai_model,
-    llama_model,
+    build_genai_model,
+    build_llama_model,
 )
 from offramp.runtime import load_generator
 from offramp.runtime.engines.buffers import Run, runner
@@ -44,15 +45,15 @@ WITH_BASELINES = (OFFRAMP, MONOLITH, GENAI, LLAMA)
 GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # llama.cpp's kind of as many bits
 THREADS = 2
 BURST = 9  # tokens
-PAUSE_S = 0.15  # threads that look for work after a run would slow down the next candidate
+PAUSE_S = 0.15  # before each turn: threads that still spin after a run would slow down the next candidate
 
-Generate = Callable[[list[int], int], Iterator[int]]  # prompt, number of tokens -> ids as they come
+Generate = Callable[[list[int], int], Iterator[int]]  # prompt, number of tokens -> ids, as they are generated
 Answer = Callable[[list[int], int], TimedAnswer]
-Round = dict[str, list[TimedAnswer]]  # by candidate, an answer a prompt
+Round = dict[str, list[TimedAnswer]]  # by candidate, one answer for each prompt
 
 
-def timed(ids: Iterator[int]) -> TimedAnswer:
-    """All ids of an iterator, and the time of each."""
+def time_tokens(ids: Iterator[int]) -> TimedAnswer:
+    """Read all token ids of an iterator and time each of them."""
     tokens, stamps = list[int](), [time.perf_counter()]
     for token in ids:
         tokens.append(token)
@@ -62,14 +63,15 @@ def timed(ids: Iterator[int]) -> TimedAnswer:
 
 
 def monolith_file(scratch: Path, variant: str) -> Path:
-    """The file of the decoder as one graph."""
+    """The path of the ONNX file that holds the decoder as one graph in this variant."""
     return scratch / ("monolith.onnx" if variant == "fp32" else f"monolith_{variant}.onnx")
 
 
 @contextmanager
 def open_in_process(scratch: Path, variant: str, names: Sequence[str]) -> Iterator[dict[str, Generate]]:
-    """Candidates of this process by name, opened in this order: "monolith", or a bundle of the scratch folder
-    at full depth.
+    """Open candidates in this process, in the order of `names`; gives their generate functions by name.
+
+    A name is "monolith" or that of a bundle in the scratch folder, which runs at full depth.
     """
     candidates: dict[str, Generate] = {}
     with ExitStack() as stack:
@@ -91,7 +93,11 @@ def _ids(session: TextGenerator, prompt: list[int], tokens: int) -> Iterator[int
 def open_with_baselines(
     model: Path, scratch: Path, variant: str, facts: dict[str, Any], names: Sequence[str]
 ) -> Iterator[dict[str, Answer]]:
-    """Candidates by name (see WITH_BASELINES), opened in this order; `facts` gets the baselines' versions."""
+    """Open candidates, among them baseline processes, in the order of `names`; gives answer functions by
+    name.
+
+    names: some of WITH_BASELINES. The versions of the baselines are added to `facts`.
+    """
     candidates: dict[str, Answer] = {}
     with ExitStack() as stack:
         for name in names:
@@ -102,23 +108,25 @@ def open_with_baselines(
                 continue
             baseline: BaselineProcess
             if name == GENAI:
-                baseline = Genai(genai_model(model, variant, scratch / "genai"), THREADS)
+                baseline = GenaiProcess(build_genai_model(model, variant, scratch / "genai"), THREADS)
             else:
-                baseline = Llama(llama_model(model, GGUF[variant], scratch / "llama"), THREADS)
+                baseline = LlamaProcess(build_llama_model(model, GGUF[variant], scratch / "llama"), THREADS)
             stack.enter_context(baseline)
             facts[name], candidates[name] = baseline.facts, baseline.answer
         yield candidates
 
 
 def _timed_answer(generate: Generate, prompt: list[int], tokens: int) -> TimedAnswer:
-    return timed(generate(prompt, tokens))
+    return time_tokens(generate(prompt, tokens))
 
 
-def time_answers(
+def time_whole_answers(
     candidates: Mapping[str, Answer], prompts: Sequence[list[int]], tokens: int, seed: int
 ) -> Round:
-    """Candidates answer prompt by prompt, in an order that is drawn for each prompt: a candidate slows down
-    the next one by what it leaves in the processor's caches, and by threads that still run.
+    """Time the candidates' answers prompt by prompt, in an order that is drawn for each prompt.
+
+    The order varies because a candidate slows down the next one: it fills the processor's caches, and its
+    threads may still run.
     """
     answers: Round = {name: [] for name in candidates}
     order = np.random.default_rng(seed)
@@ -134,16 +142,18 @@ def time_answers(
 def time_bursts(
     candidates: Mapping[str, Generate], prompts: Sequence[list[int]], tokens: int, seed: int
 ) -> Round:
-    """As time_answers, but a turn is BURST tokens: the machine's speed changes from one second to the next by
-    more than candidates of one process differ. The first step of each burst is left out, because the
-    candidate's memory is then not in the caches.
+    """Time the candidates' answers in turns of BURST tokens, in an order that is drawn for each turn.
+
+    Turns are short because the machine's speed changes from one second to the next by more than candidates of
+    one process differ. The first step of each burst is left out, because the candidate's memory is not in the
+    caches then.
     """
     answers: Round = {name: [] for name in candidates}
     order = np.random.default_rng(seed)
     for prompt in prompts:
         streams = {name: generate(prompt, tokens) for name, generate in candidates.items()}
         for name, stream in streams.items():
-            answers[name].append(timed(islice(stream, 1)))
+            answers[name].append(time_tokens(islice(stream, 1)))
         for _ in range(1, tokens, BURST):
             calls = {name: partial(_burst, stream) for name, stream in streams.items()}
             for name, _, (ids, _, steps) in take_turns(calls, 1, seed=order):
@@ -153,21 +163,21 @@ def time_bursts(
 
 
 def _burst(stream: Iterator[int]) -> TimedAnswer:
-    return timed(islice(stream, BURST))
+    return time_tokens(islice(stream, BURST))
 
 
 def run_round(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One round in this process: answers by candidate, and the versions of baselines as "facts".
+    """Run one round in this process; gives "answers" by candidate, and the versions of baselines as "facts".
 
-    request: scratch, variant, prompts (ids), tokens, seed, names (in the order in which they are to be
-    opened), and for a round with baselines model.
+    request: scratch, variant, prompts (ids), tokens, seed, names (in the order in which they are opened), and
+    model for a round with baselines.
     """
     scratch, variant, names = Path(request["scratch"]), request["variant"], request["names"]
     facts: dict[str, Any] = {}
     rest = (request["prompts"], request["tokens"], request["seed"])
     if "model" in request:
         with open_with_baselines(Path(request["model"]), scratch, variant, facts, names) as processes:
-            answers = time_answers(processes, *rest)
+            answers = time_whole_answers(processes, *rest)
     else:
         with open_in_process(scratch, variant, names) as candidates:
             answers = time_bursts(candidates, *rest)
@@ -175,7 +185,10 @@ def run_round(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_fresh_round(request: Mapping[str, Any], facts: dict[str, Any]) -> Round:
-    """run_round in a fresh process; adds the versions of baselines to `facts`."""
+    """Run one round in a new process; gives answers by candidate, adds versions of baselines to `facts`.
+
+    request: see run_round.
+    """
     worker = [sys.executable, "-m", "offramp.benchmarks.workers", "round"]
     done = subprocess.run(worker, input=json.dumps(request), check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -184,9 +197,9 @@ def run_fresh_round(request: Mapping[str, Any], facts: dict[str, Any]) -> Round:
 
 
 class DecoderMonolith:
-    """A decoder as the one graph that ee-split --monolith writes; it generates greedily.
+    """A decoder as one graph, which ee-split --monolith writes; it generates greedily.
 
-    Its cache is that of a walk: bound to the session, and extended in place.
+    Its cache is handled as in a walk: it is bound to the session and extended in place.
     """
 
     def __init__(self, file: Path) -> None:
@@ -201,7 +214,7 @@ class DecoderMonolith:
         self.vocabulary = int(self.session.get_outputs()[0].shape[2])
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Iterator[int]:
-        """The most probable ids, `tokens` of them."""
+        """Generate this number of tokens greedily; yields their ids."""
         sequence = _Sequence(self)
         ids, start = list(prompt), 0
         for _ in range(tokens):
@@ -211,7 +224,10 @@ class DecoderMonolith:
 
 
 class _Binding(NamedTuple):
-    """Runs on a number of tokens: bound arrays, and pairs (cache, new keys or values), tokens first."""
+    """A bound run of a fixed number of tokens.
+
+    arrays: bound inputs and outputs by name. added: pairs (cache, new keys or values), tokens first.
+    """
 
     run: Run
     arrays: dict[str, np.ndarray]
@@ -219,7 +235,7 @@ class _Binding(NamedTuple):
 
 
 class _Sequence:
-    """One sequence: its cache, and the bindings to it by number of tokens."""
+    """One sequence that is being generated: its cache, and bindings to it by number of tokens."""
 
     def __init__(self, monolith: DecoderMonolith) -> None:
         self.monolith, self.places = monolith, PLACES
@@ -230,7 +246,7 @@ class _Sequence:
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def next_token(self, ids: Sequence[int], start: int) -> int:
-        """The next token after these ids, of which the first has position `start`."""
+        """Run these ids, the first at position `start`, and give the most probable next token."""
         count = len(ids)
         if start + count > self.places:
             self._grow(start + count)
@@ -288,5 +304,8 @@ class _Sequence:
 
 
 def _tokens_first(names: Sequence[str], array: np.ndarray) -> np.ndarray:
-    """A view of keys [blocks, 1, heads, size, tokens] or values [blocks, 1, heads, tokens, size]."""
+    """A view of keys or values with the axis of tokens first.
+
+    array: keys [blocks, 1, heads, size, tokens] or values [blocks, 1, heads, tokens, size].
+    """
     return np.moveaxis(array, 4 if names[0].startswith("past_k_") else 3, 0)

@@ -64,7 +64,9 @@ HELD_TO_TRANSFORMERS = 20  # prompts
 
 
 def write_bundles(model: Path, scratch: Path) -> dict[str, Any]:
-    """Write the bundles and the monolith that are missing; gives the cuts of auto and their table."""
+    """Write the bundles and the monolith that are missing in `scratch`; gives the cuts of auto and their
+    table.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     source, options = open_decoder(model), ExportOptions(VARIANTS)
     if not (scratch / "auto.json").is_file():
@@ -83,7 +85,7 @@ def write_bundles(model: Path, scratch: Path) -> dict[str, Any]:
 
 
 def read_prompts(session: TextGenerator, texts: Path, count: int, tokens: int) -> list[list[int]]:
-    """The first tokens of the first texts that are long enough."""
+    """The first `tokens` ids of each of the first `count` texts that are long enough."""
     prompts: list[list[int]] = []
     with texts.open(encoding="utf-8") as lines:
         for line in lines:
@@ -95,14 +97,14 @@ def read_prompts(session: TextGenerator, texts: Path, count: int, tokens: int) -
     return prompts
 
 
-def prompts_for(scratch: Path, texts: Path, count: int) -> list[list[int]]:
-    """The first 24 ids of so many texts."""
+def read_short_prompts(scratch: Path, texts: Path, count: int) -> list[list[int]]:
+    """Prompts of 24 token ids, from the first `count` texts that are long enough."""
     with load_generator(scratch / "auto", rule="never") as session:
         return read_prompts(session, texts, count, 24)
 
 
 def generate_by_transformers(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy answers of transformers, stop tokens ignored."""
+    """Token ids that transformers generates greedily after each prompt; stop tokens are ignored."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     network.generation_config.eos_token_id = None
     answers = []
@@ -120,8 +122,10 @@ def run_rounds(
     count: int,
     facts: dict[str, Any] | None = None,
 ) -> list[Round]:
-    """Rounds in fresh processes, each with its share of the prompts; of a pair the second opens in reverse
-    order.
+    """Run `count` rounds in new processes, each with an equal share of the prompts.
+
+    Rounds come in pairs, of which the second opens the candidates in reverse order. facts: gets the versions
+    of baselines.
     """
     size, rounds = -(-len(prompts) // count), []
     starts = range(0, len(prompts), size)
@@ -137,11 +141,11 @@ def run_rounds(
 def compare_rounds(
     rounds: list[Round], reference: str, expected: list[list[int]]
 ) -> dict[str, dict[str, Any]]:
-    """By candidate: tokens/s of all prompts, hiccups of the machine included; the speed of a prompt's median
-    token over the reference's: geometric mean over pairs of rounds and its standard error, and the median
-    over prompts.
+    """Figures of every candidate over all rounds, beside those of the reference.
 
-    same: number of answers that are the expected ones.
+    tokens_per_s: over all prompts, slow moments of the machine included. ratio: speed of a prompt's median
+    token over the reference's, geometric mean over pairs of rounds; error: its standard error; ratio_median:
+    the median over prompts. same: number of answers that are the expected ones.
     """
     figures = {}
     base = [np.log([np.median(answer.step_s) for answer in answers[reference]]) for answers in rounds]
@@ -165,8 +169,8 @@ def compare_rounds(
     return figures
 
 
-def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print a table of these rows; its columns are the keys of the first."""
+def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Print rows of figures by name as a table; its columns are the keys of the first row."""
     table = Table("", *next(iter(rows.values())), title=title)
     for name, row in rows.items():
         table.add_row(name, *map(str, row.values()))
@@ -208,11 +212,11 @@ def full(
     alone: bool,
     out: Path | None,
 ) -> None:
-    """Segments against the monolith."""
+    """Compare the speed of bundles at full depth with that of the monolith."""
     auto, figures = write_bundles(model, scratch), dict[str, dict[str, dict[str, Any]]]()
     others = [f"segments_{n}" for n in SEGMENTS if (scratch / f"segments_{n}").is_dir()]
     names = [MONOLITH, "auto", *([] if alone else others)]
-    prompts = prompts_for(scratch, texts, count)
+    prompts = read_short_prompts(scratch, texts, count)
     facts: dict[str, Any] = {"command": "benchmarks/decoders.py full" + " --alone" * alone}
     facts |= {"model": model.name, "prompts": count, "tokens": tokens, "rounds": rounds}
     facts |= {"texts": texts.name, "held_to_transformers": min(count, HELD_TO_TRANSFORMERS)}
@@ -223,7 +227,7 @@ def full(
         by_monolith = [answer.ids for answers in measured for answer in answers[MONOLITH]]
         expected = by_transformers if variant == "fp32" else by_monolith
         figures[variant] = compare_rounds(measured, MONOLITH, expected)
-        show(f"{model.name}, {variant}, auto cuts after {auto['cuts']}", figures[variant])
+        print_table(f"{model.name}, {variant}, auto cuts after {auto['cuts']}", figures[variant])
         if out is not None:
             write_json(out, {**facts, "machine": machine(), "auto": auto, "candidates": figures})
 
@@ -239,10 +243,10 @@ def full(
 def baselines(
     model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
 ) -> None:
-    """Beside onnxruntime-genai and llama.cpp, at three precisions."""
+    """Compare the speed of a bundle with onnxruntime-genai and llama.cpp, at three precisions."""
     auto, figures = read_json(scratch / "auto.json"), dict[str, Any]()
     versions: dict[str, Any] = {variant: {} for variant in VARIANTS}
-    prompts = prompts_for(scratch, texts, count)
+    prompts = read_short_prompts(scratch, texts, count)
     facts = {"command": "benchmarks/decoders.py baselines", "model": model.name, "prompts": count}
     facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
     facts |= {"cuts": auto["cuts"], "machine": machine()}
@@ -251,7 +255,7 @@ def baselines(
         measured = run_rounds(request, list(WITH_BASELINES), prompts, rounds, versions[variant])
         own = [answer.ids for answers in measured for answer in answers[OFFRAMP]]
         figures[variant] = compare_rounds(measured, OFFRAMP, own)
-        show(f"{model.name}, {variant}", figures[variant])
+        print_table(f"{model.name}, {variant}", figures[variant])
         if out is not None:  # after each precision: a compiler may run before the next one
             write_json(out, {**facts, "baselines": versions, "candidates": figures})
 
@@ -263,7 +267,7 @@ def baselines(
 @click.option("--rounds", default=3, show_default=True, help="Fresh processes of each kind.")
 @OUT
 def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | None) -> None:
-    """Resident set of the walk and of the monolith."""
+    """Measure the resident set of the walk and of the monolith."""
     figures: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:
         for kind in ("segments", MONOLITH):
@@ -291,7 +295,7 @@ def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | No
     if out is not None:
         facts = {"command": "benchmarks/decoders.py memory", "context": context, "rounds": rounds}
         write_json(out, {**facts, "machine": machine(), "candidates": figures})
-    show(f"memory at {context} tokens", figures)
+    print_table(f"memory at {context} tokens", figures)
 
 
 @main.command()
@@ -320,7 +324,7 @@ def lossless(
     threads: int | None,
     out: Path | None,
 ) -> None:
-    """Drafts by early exits against full depth."""
+    """Compare rule speculative, which drafts by early exits, with full depth."""
     pairs = [(int(exit), int(drafts)) for exit, drafts in (pair.split(",") for pair in fixed.split())]
     figures: dict[str, Any] = {}
     for bundle in bundles:
@@ -354,13 +358,13 @@ def lossless(
         }
         write_json(out, {**facts, "machine": machine(), "bundles": figures})
     for name, figure in figures.items():
-        show(f"{name}, segments end after {figure['cuts']}", figure["rules"])
+        print_table(f"{name}, segments end after {figure['cuts']}", figure["rules"])
 
 
 def lossless_figures(
     sessions: dict[str, TextGenerator], prompts: list[list[int]], tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """By rule, "full" first: answers in turns, compared with those of full depth."""
+    """Time the sessions' answers in turns; figures by session, compared with session "full"."""
     generators = {name: partial(_tokens, session, tokens) for name, session in sessions.items()}
     for session in sessions.values():
         for _ in session.tokens(prompts[0], min(8, tokens), ()):
@@ -383,7 +387,7 @@ def lossless_figures(
 
 
 def draft_figures(session: TextGenerator) -> dict[str, Any]:
-    """Rounds, drafts offered and share accepted by exit; empty for rules that do not draft."""
+    """The numbers of rounds and of drafts by exit, and the share accepted; empty for rules without drafts."""
     stats = session.draft_stats
     if stats is None:
         return {}

@@ -1,8 +1,8 @@
-"""make demo: MiniLM on film reviews, from training to answers, and a measurement of what early exit gained.
+"""make demo: MiniLM on film reviews, from training to answers, and a measurement of the gain of early exit.
 
     python benchmarks/demo.py [--out demo] [--epochs 2]
 
-It prints each command before it runs it, so that it can be typed again.
+It prints each command before it runs it, so that users can repeat it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from offramp.benchmarks.fetch import minilm, rotten_tomatoes
+from offramp.benchmarks.fetch import fetch_minilm, write_rotten_tomatoes
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -30,7 +30,7 @@ EXAMPLES = (
 )
 
 
-def run(*words: str) -> None:
+def run_command(*words: str) -> None:
     """Print a command and run it; if it fails, end the demo with its exit code."""
     click.secho("\n$ " + shlex.join(words), bold=True)
     program = (
@@ -45,11 +45,11 @@ def run(*words: str) -> None:
 @click.option("--out", default="demo", help="Folder for data, checkpoint and bundle, under the checkout.")
 @click.option("--epochs", default=2, help="Passes of the warm start.")
 def main(out: str, epochs: int) -> None:
-    """Train, split and run on real weights and real reviews; print what the early exit gained."""
+    """Train, split and run on real weights and real reviews; print the gain of early exit."""
     started = time.monotonic()
     folder = ROOT / out
     folder.mkdir(exist_ok=True)
-    model, data = minilm(), rotten_tomatoes(folder / "data")
+    model, data = fetch_minilm(), write_rotten_tomatoes(folder / "data")
     if not (folder / "ckpt" / "training.json").is_file():
         words = [
             "--model",
@@ -61,21 +61,22 @@ def main(out: str, epochs: int) -> None:
             "--out",
             f"{out}/ckpt",
         ]
-        run("ee-train", *words, "--set", f"epochs={epochs}")
-    run("python", "export/split.py", f"{out}/ckpt", "--out", f"{out}/bundle", "--overwrite")
+        run_command("ee-train", *words, "--set", f"epochs={epochs}")
+    run_command("python", "export/split.py", f"{out}/ckpt", "--out", f"{out}/bundle", "--overwrite")
     examples = folder / "examples.txt"
     examples.write_text("\n".join(EXAMPLES) + "\n", encoding="utf-8")
-    run("ee-run", "--bundle", f"{out}/bundle", "--stats", f"{out}/examples.txt")
-    compare(folder, data)
+    run_command("ee-run", "--bundle", f"{out}/bundle", "--stats", f"{out}/examples.txt")
+    print_comparison(folder, data)
     minutes = (time.monotonic() - started) / 60
     click.echo(
         f"\nThe demo took {minutes:.1f} minutes. Try: ee-run --bundle {out}/bundle, and type a sentence."
     )
 
 
-def compare(folder: Path, data: Path) -> None:
-    """Accuracy on the test split and time at batch 1: the early-exit walk, the full walk, the same model as
-    one graph.
+def print_comparison(folder: Path, data: Path) -> None:
+    """Print accuracy on test and time at batch 1 of the early-exit walk, the full walk and the single graph.
+
+    folder: that of the demo, with bundle and checkpoint. data: folder of the data set.
     """
     import onnxruntime
 

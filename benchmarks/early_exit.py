@@ -3,8 +3,8 @@
     python benchmarks/early_exit.py CKPT --model e5-small --data DATA --truncate 3,5,6,7,8,9 \
         --work runs/ --json benchmarks/results/early_exit_NAME.json
 
-It splits the checkpoint with baselines into --work (once), with operating points measured on DATA/dev.jsonl
-by the engine itself. ee-bench then walks DATA/test.jsonl at points that were chosen on dev. Each candidate is
+It splits the checkpoint with baselines into --work (once); the engine measures the operating points on
+DATA/dev.jsonl. ee-bench then walks DATA/test.jsonl at points that were chosen on dev. Each candidate is
 compared with full depth in fp32 (accuracy lost), with the fp32 and the int8 monolith (ratio of mean
 wall-clock an input at batch 1), and with a truncated network of the same accuracy, read off the line through
 the truncated graphs and the monolith.
@@ -41,10 +41,10 @@ COLUMNS = {
 
 
 def static_ms(candidates: list[dict[str, Any]], accuracy: float) -> float | None:
-    """Milliseconds of a truncated network of that accuracy; None above the best and below the worst.
+    """Interpolated milliseconds of a truncated network of this accuracy; None outside the measured range.
 
-    Interpolated on the upper hull of the static graphs: a graph that a faster and better one beats is not
-    used.
+    The time is read off the upper hull of the static graphs, without graphs that a faster one matches in
+    accuracy.
     """
     hull: list[tuple[float, float]] = []  # accuracy, milliseconds; both rise
     static = [c for c in candidates if c["kind"] in ("truncated", "monolith") and c["variant"] == "fp32"]
@@ -56,8 +56,8 @@ def static_ms(candidates: list[dict[str, Any]], accuracy: float) -> float | None
     return float(np.interp(accuracy, [known for known, _ in hull], [ms for _, ms in hull]))
 
 
-def with_ratios(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a candidate, with its ratios to the baselines."""
+def rows_with_ratios(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row of figures for each candidate, with its ratios to the baselines."""
     candidates = figures["candidates"]
     named = {candidate["name"]: candidate for candidate in candidates}
     full, monolith, int8 = named["walk full depth"], named["monolith"], named["monolith int8"]
@@ -73,8 +73,8 @@ def with_ratios(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Print the table, with all candidates."""
+def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    """Print a table with one line for each candidate."""
     table = Table(title=title)
     for head in ("candidate", *COLUMNS):
         table.add_column(head, justify="right")
@@ -107,7 +107,7 @@ def main(
     json_file: Path | None,
     report: Path | None,
 ) -> None:
-    """Split once, bench, print the table."""
+    """Split the checkpoint once, run ee-bench, and print the table."""
     work.mkdir(parents=True, exist_ok=True)
     bundle, baselines = work / f"{checkpoint.name}.bundle", work / f"{checkpoint.name}.baselines"
     if not (baselines / "baselines.json").is_file():
@@ -123,8 +123,8 @@ def main(
     words += ["--report", str(report)] if report is not None else []
     subprocess.run([str(BIN / "ee-bench"), *words], check=True, stdout=sys.stderr)
     figures = json.loads(out.read_text(encoding="utf-8"))
-    table_rows = with_ratios(figures)
-    show(table_rows, f"{checkpoint.name}, test, {figures['about']['rows']} rows")
+    table_rows = rows_with_ratios(figures)
+    print_table(table_rows, f"{checkpoint.name}, test, {figures['about']['rows']} rows")
     if json_file is not None:
         about = figures["about"] | {"bundle": checkpoint.name, "model": model, "data": data.name}
         result = {"about": about, "rows": table_rows}

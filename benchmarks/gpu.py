@@ -1,4 +1,4 @@
-"""What early exit costs and saves on an NVIDIA GPU, beside one graph and torch on the same GPU.
+"""Measure the cost and gain of early exit on an NVIDIA GPU, beside one graph and torch on the same GPU.
 
     python benchmarks/gpu.py prepare work/                    # on any machine: a random network, exported
     python benchmarks/gpu.py run work/ --json gpu.json        # on the one with the GPU: about 8 minutes
@@ -7,8 +7,8 @@
 Candidates take turns in one process, ratios are formed round by round: the walk through every segment (with
 an exit after each block, and after every third) on ONNX Runtime's CUDA kernels and, where it is installed,
 TensorRT; plain and with CUDA graphs; the same network without exits as one graph on ONNX Runtime; and on
-torch. For all of them inputs come from the host and answers go back to it. What cannot be run is listed with
-its reason and never replaced.
+torch. All of them read inputs from the host and copy answers back to it. A candidate that cannot run is
+listed with the reason and never replaced.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 @click.option("--blocks", default=12, show_default=True)
 @click.option("--width", default=768, show_default=True)
 def prepare(work: Path, blocks: int, width: int) -> None:
-    """Export a BERT of random weights (times do not depend on them) in fp32 and fp16, cut in two ways."""
+    """Export a BERT of random weights, on which times do not depend, in fp32 and fp16, cut in two ways."""
     from offramp.benchmarks.overhead import random_checkpoint
 
     work.mkdir(parents=True, exist_ok=True)
@@ -73,13 +73,13 @@ def prepare(work: Path, blocks: int, width: int) -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--rows", default="1,32", show_default=True, help="Batch sizes.")
 @click.option("--lengths", default="128,32", show_default=True, help="Tokens.")
-@click.option("--turns", "rounds", default=100, show_default=True, help="Rounds at most.")
+@click.option("--turns", "rounds", default=100, show_default=True, help="Most rounds.")
 @click.option("--budget", default=360.0, show_default=True, help="Seconds for all rounds together.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="File for the figures.")
 def run(
     work: Path, device: str, rows: str, lengths: str, rounds: int, budget: float, file: Path | None
 ) -> None:
-    """Measure; exit code 2 where the device is not available."""
+    """Measure all candidates and print the figures; exit code 2 if the device is not available."""
     sizes = [(int(n), int(length)) for n in rows.split(",") for length in lengths.split(",")]
     measured: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
@@ -110,9 +110,10 @@ def run(
 def _open_sessions(
     work: Path, device: str, variant: str, stack: ExitStack, left_out: dict[str, str]
 ) -> Iterator[tuple[str, Classifier]]:
-    """Name -> session: engine, cut, and "graphs" where CUDA graphs are on.
+    """Open the sessions that are measured; yields their names and themselves.
 
-    Raises where ONNX Runtime is not available on the device; a missing TensorRT is noted in `left_out`.
+    A name is engine and cut, with "graphs" if CUDA graphs are on. Raises if ONNX Runtime is not available on
+    the device; a missing TensorRT is noted in `left_out`.
     """
     options: dict[str, Any] = {"rule": "never", "variant": variant, "share": False, "batch_size": 32}
     for cut in CUTS:
@@ -139,12 +140,12 @@ def _measure(
     seconds: float,
     left_out: dict[str, str],
 ) -> dict[str, Any]:
-    """Every figure at one size: ratios to one graph, shares by exit, the cost of waiting and of gathering."""
+    """Measure all figures at one size: ratios to one graph, shares by exit, cost of waiting and gathering."""
     inputs = _inputs(*size)
     calls: dict[str, Run] = {name: _walk(session, inputs) for name, session in sessions.items()}
-    calls[ONE_GRAPH] = one_graph(work, variant, device, inputs)
+    calls[ONE_GRAPH] = single_graph_run(work, variant, device, inputs)
     try:
-        calls["torch"] = torch_network(work, variant, device, inputs)
+        calls["torch"] = torch_run(work, variant, device, inputs)
     except Exception as problem:  # torch may be missing, too old, or without the device
         left_out["torch"] = f"{type(problem).__name__}: {problem}"
     for name, session in sessions.items():
@@ -189,7 +190,7 @@ def _figures(seconds: Seconds, sessions: dict[str, Classifier], size: tuple[int,
 
 
 def _targets(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether ONNX Runtime reaches the targets at batch 1 in fp16, by cut: the worst of all lengths."""
+    """By cut, whether ONNX Runtime reaches the targets at batch 1 in fp16 at all lengths."""
     rows = [row for row in measured if row["variant"] == "fp16" and row["rows"] == 1]
     targets = {}
     for cut in CUTS:
@@ -207,7 +208,7 @@ def _inputs(rows: int, length: int) -> dict[str, Any]:
 
 
 def _walk(session: Classifier, inputs: dict[str, Any], exit: int | None = None) -> Run:
-    """A walk of all rows to that exit, 1-based; None: to the last."""
+    """A function that walks all rows to this exit (1-based), or to the last for None."""
     manifest, ids = session.manifest, np.arange(len(inputs["input_ids"]))
     segments = len(manifest.segments)
     rule = bind(RuleSpec("fixed", {"exit": float(exit or segments)}), segments)
@@ -217,8 +218,9 @@ def _walk(session: Classifier, inputs: dict[str, Any], exit: int | None = None) 
 
 
 def _walk_waiting_once(session: Classifier, inputs: dict[str, Any]) -> Run:
-    """A full walk that waits for the device only at its end: what it saves is the cost of deciding at every
-    exit.
+    """A function that walks all rows to the end and waits for the device only there.
+
+    The time that it saves is the cost of deciding at every exit.
     """
     full_walk, engine = _walk(session, inputs), session.engine
     assert isinstance(engine, DeviceEngine)
@@ -242,7 +244,7 @@ def _without_waiting(cuda: Any) -> Iterator[None]:
 
 
 def _gather_ms(sessions: dict[str, Classifier], inputs: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of taking every other row, the worst case: no two of the rows are neighbours."""
+    """Milliseconds by session of taking every other row, the worst case, since no two rows are neighbours."""
     figures = {}
     for name, session in sessions.items():
         engine, state = session.engine, session.engine.begin(inputs)
@@ -260,11 +262,11 @@ def _take_every_other(session: Classifier, state: Any, wait: Run) -> None:
     wait()
 
 
-def one_graph(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> Run:
-    """The network without exits as one graph: inputs from the host, logits back to it, and waited for.
+def single_graph_run(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> Run:
+    """A function that runs the network without exits as one graph, from inputs to logits on the host.
 
     On a GPU it is bound to device memory and enqueued on one stream, as the walk is, so that only the graphs
-    differ.
+    differ; it waits for the logits.
     """
     import onnxruntime
 
@@ -313,8 +315,11 @@ def _bound_run(ort: Any, session: Any, cuda: Cuda, inputs: dict[str, Any]) -> Ru
     return run
 
 
-def torch_network(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> Run:
-    """transformers' BERT of that shape with a classifier, eager, with torch's own fused attention."""
+def torch_run(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> Run:
+    """A function that runs transformers' BERT of the same shape with a classifier, from inputs to logits.
+
+    It runs eagerly, with torch's own fused attention.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -326,13 +331,13 @@ def torch_network(work: Path, variant: str, device: str, inputs: dict[str, Any])
     @torch.inference_mode()
     def run() -> object:
         feed = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        return model(**feed).logits.float().cpu().numpy()  # brings it to the host, and waits
+        return model(**feed).logits.float().cpu().numpy()  # copies to the host, which waits
 
     return run
 
 
 def _sizes(facts: Any) -> dict[str, Any]:
-    """The sizes of the backbone, wherever they are in the file."""
+    """The sizes of the backbone, found in the nested dictionaries of network.json."""
     if isinstance(facts, dict):
         if "num_hidden_layers" in facts:
             return {name: facts[name] for name in SIZES}

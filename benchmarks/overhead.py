@@ -1,5 +1,4 @@
-"""What walking segments costs: against the same network as one graph, and as processes with a start and a
-memory.
+"""Measure the cost of walking segments against one graph, of starting a process, and its memory.
 
     python benchmarks/overhead.py single --json FILE
     python benchmarks/overhead.py bulk --bundle bundle/ --baselines baselines/ --data test.jsonl --json FILE
@@ -10,17 +9,17 @@ single: random BERTs (or --checkpoint) with an exit and a policy after every blo
 At batch 1, in turns in one process, on one thread pool and one arena: the full-depth walk under rule gate;
 the same network with the same exits and policies as one session ("one graph with all exits"); the network
 with its last exit alone, which computes less; and the walk's own bound sessions in a bare loop, a lower bound
-for any walker. Times include everything after tokenizing: binding, running, reading the gate, the rule. What
-a process opens first runs 1 to 3 % slower than what it opens last, so the bundle is opened twice, before and
-after the graphs, and every figure is over the rounds of both. In fp32 the walk to each exit is compared with
-that exit's share of the full walk and with the nested-If graph, which leaves at the same exit: the policies
-are such that a threshold chooses the exit. Before each of these runs the one graph runs untimed: otherwise a
-shallow walk would find its few segments in the cache, unlike the full walk.
-bulk: rows per second of the full walk over those of the monolith, on the same batches of windows sorted by
-length; every exit and policy of the walk is computed and none is taken.
-cold: a fresh process from start to end on one line: ee-run against ten lines around the monolith
-(MONOLITH_SCRIPT), which is what a user would write with the monolith, onnxruntime and tokenizers.
-memory: resident memory of `ee-run -` over a long input: it must not grow with the number of lines.
+for any walker. Times include everything after tokenizing: binding, running, reading the gate, the rule. The
+session that a process opens first runs 1 to 3 % slower than the last, so the bundle is opened twice, before
+and after the graphs, and every figure is over the rounds of both. In fp32 the walk to each exit is compared
+with that exit's share of the full walk and with the nested-If graph, which leaves at the same exit: the
+policies are such that a threshold chooses the exit. Before each of these runs the one graph runs untimed:
+otherwise a shallow walk would find its few segments in the cache, unlike the full walk. bulk: rows per second
+of the full walk over those of the monolith, on the same batches of windows sorted by length; every exit and
+policy of the walk is computed and none is taken. cold: a new process from start to end on one line of input:
+ee-run against a script of ten lines (MONOLITH_SCRIPT), as a user would write it with the monolith,
+onnxruntime and tokenizers. memory: resident memory of `ee-run -` over a long input: it must not grow with the
+number of lines.
 """
 
 from __future__ import annotations
@@ -87,8 +86,11 @@ Run = Callable[[], object]
 
 
 def random_checkpoint(folder: Path, blocks: int, width: int) -> Path:
-    """A BERT of that size with random weights, on which time does not depend. Gates grow from exit to exit
-    and depend on nothing else, so that a threshold chooses the exit of every row.
+    """Write a checkpoint of a BERT of this size with random weights into `folder`; gives the checkpoint's
+    folder.
+
+    Times do not depend on weights. Gates grow from exit to exit and are the same for all rows, so that a
+    threshold chooses the exit of every row.
     """
     import torch
     from tokenizers import Tokenizer, models
@@ -123,19 +125,22 @@ def _gate_bias(number: int) -> float:
     return 0.5 * number - 3.0
 
 
-def threshold_of(exit: int) -> float:
-    """The threshold with which all rows of such a network leave at that exit (1-based)."""
+def threshold_for_exit(exit: int) -> float:
+    """The threshold of rule gate with which all rows of a random_checkpoint leave at this exit (1-based)."""
     return float(1 / (1 + np.exp(-(_gate_bias(exit - 1) - 0.25))))
 
 
 def random_inputs(rows: int, length: int) -> Inputs:
-    """Rows of that many tokens."""
+    """Inputs of rows with random token ids, without padding: arrays [rows, length] by name."""
     ids = np.random.default_rng(length).integers(5, 1000, (rows, length))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
 def walk_run(session: Classifier, inputs: Inputs, threshold: float) -> Run:
-    """A walk of these rows under rule gate; threshold 1: to the end, every gate read and none taken."""
+    """A function that walks these rows under rule gate.
+
+    With threshold 1 it walks to the end: every gate is read and no row leaves early.
+    """
     manifest, rows = session.manifest, np.arange(len(inputs["input_ids"]))
     rule = bind(RuleSpec("gate", {"threshold": threshold}), len(manifest.segments))
     sizes = {"rows": len(rows), "segments": len(manifest.segments), "classes": len(manifest.labels)}
@@ -144,13 +149,13 @@ def walk_run(session: Classifier, inputs: Inputs, threshold: float) -> Run:
 
 
 def graph_run(session: Any, inputs: Inputs) -> Run:
-    """One run of a single graph."""
+    """A function that runs a single graph on these inputs."""
     known = {entry.name: inputs[entry.name] for entry in session.get_inputs()}
     return lambda: session.run(None, known)
 
 
 def loop_run(session: Classifier, inputs: Inputs) -> Run:
-    """The walk's own bound sessions in a bare loop: a lower bound for any walker."""
+    """A function that runs the walk's bound sessions in a bare loop, a lower bound for any walker."""
     walk_run(session, inputs, 1.0)()  # binds
     engine: Any = session.engine
     variant = session.manifest.variants.index(session.variant)
@@ -167,20 +172,23 @@ def loop_run(session: Classifier, inputs: Inputs) -> Run:
 
 
 def pooled_ratio(pairs: list[dict[str, list[float]]], name: str, reference: str) -> list[float]:
-    """Median, 5th and 95th percentile of the ratio round by round, over the rounds of all pairs."""
+    """Median, 5th and 95th percentile of the ratio of two candidates' times, over the rounds of all pairs.
+
+    pairs: seconds of each round by candidate; one dictionary for each opened session.
+    """
     seconds, base = (np.concatenate([pair[key] for pair in pairs]) for key in (name, reference))
     return [round(value, 4) for value in time_ratio(seconds, base)]
 
 
 def mean_ms(pairs: list[dict[str, list[float]]], name: str) -> float:
-    """Mean over the pairs of the median milliseconds."""
+    """A candidate's median milliseconds, averaged over the pairs."""
     return round(1e3 * float(np.mean([np.median(pair[name]) for pair in pairs])), 3)
 
 
 def full_depth_figures(
     sessions: list[Classifier], graphs: Mapping[str, Any], length: int, rounds: int
 ) -> dict[str, Any]:
-    """Ratios of the full walk and of the bare loop to each graph at one length."""
+    """Time ratios of the full walk and of the bare loop to each graph, at one length in tokens."""
     inputs = random_inputs(1, length)
     figures: dict[str, Any] = {}
     for name, graph in graphs.items():
@@ -196,11 +204,11 @@ def full_depth_figures(
 
 
 def depth_figures(session: Classifier, graphs: Mapping[str, Any], length: int, rounds: int) -> dict[str, Any]:
-    """At every exit: the walk against that exit's share of the full walk, and against the nested graph."""
+    """Time of the walk to every exit, over that exit's share of the full walk and over the nested graph."""
     inputs, segments = random_inputs(1, length), len(session.manifest.segments)
     share, nested = [], []
     for k in range(1, segments + 1):
-        threshold = threshold_of(k) if k < segments else 1.0
+        threshold = threshold_for_exit(k) if k < segments else 1.0
         with_threshold = inputs | {"threshold": np.array(threshold, np.float32)}
         names = [entry.name for entry in graphs[NESTED].get_inputs()]
         if graphs[NESTED].run(["exit"], {name: with_threshold[name] for name in names})[0] != k:
@@ -219,7 +227,7 @@ def depth_figures(session: Classifier, graphs: Mapping[str, Any], length: int, r
     return {"exit time / (stem + share of the rest)": share, "walk / nested if, by exit": nested}
 
 
-def network_rows(
+def measure_network(
     checkpoint: Path,
     name: str,
     variants: Sequence[str],
@@ -229,7 +237,7 @@ def network_rows(
     random: bool,
     scratch: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Every row of one network, and the facts of the engine."""
+    """Split and measure one network; gives one row for each variant and length, and the engine's facts."""
     import onnxruntime
 
     from offramp.export.classifier import ExportableClassifier
@@ -237,7 +245,7 @@ def network_rows(
     from offramp.export.nested import nest
     from offramp.training.checkpoint import load_checkpoint
 
-    # The user's own command, so that what is timed is what users get.
+    # The command that users run, so that the timed bundle is the one that they get.
     program = str(Path(sys.executable).parent / "ee-split")
     words = ["--out", str(scratch / "bundle"), "--variants", ",".join(variants)]
     words += ["--monolith", str(scratch / "alone.onnx")]
@@ -278,7 +286,7 @@ def network_rows(
 
 
 def single_table(rows: list[dict[str, Any]]) -> Table:
-    """One line for each network, variant and length."""
+    """The table of command single, with one line for each network, variant and length."""
     table = Table(title="batch 1; ratios: median (5..95 %)")
     pairs = (f"walk / {ALONE}", f"{LOOP} / {ALONE}", f"walk / {WITH}")
     for column in ("network", "tokens", *pairs, "exit k / (stem + k share)", "walk / nested if"):
@@ -308,7 +316,7 @@ JSON = click.option(
 
 
 def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures where a file was named."""
+    """Write the figures as JSON if a file is given."""
     if file is not None:
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -323,7 +331,7 @@ def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
 def single(
     checkpoint: Path | None, sizes: str, variants: str, lengths: str, rounds: int, json_file: Path | None
 ) -> None:
-    """The walk against one graph at batch 1."""
+    """Time the walk against one graph at batch 1."""
     rows: list[dict[str, Any]] = []
     facts: dict[str, str] = {}
     counts = [int(length) for length in lengths.split(",")]
@@ -331,7 +339,7 @@ def single(
         with tempfile.TemporaryDirectory() as folder:
             scratch, random = Path(folder), checkpoint is None
             network = checkpoint or random_checkpoint(scratch, *map(int, size.split("x")))
-            more, facts = network_rows(
+            more, facts = measure_network(
                 network, size, variants.split(","), counts, rounds, random=random, scratch=scratch
             )
             rows += more
@@ -343,14 +351,14 @@ def single(
 @BUNDLE
 @BASELINES
 @click.option("--data", type=FOLDER, required=True, help="As in ee-bench.")
-@click.option("--batch-size", default=32, help="Rows together.")
-@click.option("--rows", default=512, help="Rows at most.")
+@click.option("--batch-size", default=32, help="Rows in a batch.")
+@click.option("--rows", default=512, help="Most rows that are read.")
 @click.option("--turns", "rounds", default=7, help="Rounds.")
 @JSON
 def bulk(
     bundle: Path, baselines: Path, data: Path, batch_size: int, rows: int, rounds: int, json_file: Path | None
 ) -> None:
-    """Rows per second of the full walk over those of the monolith, in every variant."""
+    """Measure rows per second of the full walk over those of the monolith, in every variant."""
     figures: list[dict[str, Any]] = []
     opened = open_bundle(bundle)
     manifest, reader = opened.manifest, reader_of(opened)
@@ -380,7 +388,7 @@ def bulk(
 
 
 def run_process(command: Sequence[str]) -> int:
-    """Run a process to its end; gives the peak of its resident set in bytes."""
+    """Run a command in a process to its end; gives the peak of its resident set in bytes."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -395,7 +403,7 @@ def run_process(command: Sequence[str]) -> int:
 @click.option("--turns", "rounds", default=15, help="Processes of each kind.")
 @JSON
 def cold(bundle: Path, baselines: Path, rounds: int, json_file: Path | None) -> None:
-    """A fresh process on one line: medians, and the ratio round by round."""
+    """Time new processes that read one line of input, as ee-run and as a script around the monolith."""
     manifest = open_bundle(bundle).manifest
     if not isinstance(manifest.input, TextInput):
         raise click.ClickException(f"{bundle}: this benchmark is for text")
@@ -442,7 +450,7 @@ def resident_mib(process: int) -> float:
 
 
 def write_lines(target: IO[bytes], lines: int) -> None:
-    """Write lines of 1 to 15 words."""
+    """Write this number of lines of 1 to 15 words to a pipe and close it."""
     for number in range(lines):
         words = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(1 + number % 15)]
         target.write((" ".join(words) + "\n").encode())
@@ -455,7 +463,7 @@ def write_lines(target: IO[bytes], lines: int) -> None:
 @click.option("--batch-size", default=32)
 @JSON
 def memory(bundle: Path, lines: int, batch_size: int, json_file: Path | None) -> None:
-    """Resident memory of ee-run at a hundred places of a long input."""
+    """Measure the resident memory of ee-run at a hundred places of a long input."""
     program = Path(sys.executable).parent / "ee-run"
     command = [str(program), "--bundle", str(bundle), "--batch-size", str(batch_size), "-"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Scripts of decoder benchmarks that run in a process of their own.
+"""Scripts of decoder benchmarks that run in separate processes.
 
     workers.py genai FOLDER THREADS             # onnxruntime-genai: a line of JSON for a line of JSON
     workers.py llama FILE THREADS CONTEXT KV    # llama.cpp: the same
@@ -6,8 +6,8 @@
     workers.py round                            # one round of decoders.py full or baselines: the same
     workers.py memory segments|monolith SCRATCH VARIANT TEXTS CONTEXT    # prints resident and peak MB
 
-genai, llama and quantize run in a baseline's own environment, without offramp and its dependencies: whatever
-is not of the standard library is imported where it is used.
+genai, llama and quantize run in a baseline's environment, without offramp and its dependencies. Modules
+outside the standard library are therefore imported inside the functions that use them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from typing import Any, TextIO
 
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2}  # llama.h: enum llama_ftype
 CACHE_TYPES = {"f32": 0, "f16": 1}  # ggml.h: enum ggml_type
-Answer = Callable[[list[int], int], Iterable[int]]  # prompt, number of tokens -> ids as they come
+Answer = Callable[[list[int], int], Iterable[int]]  # prompt, number of tokens -> ids, as they are generated
 
 
 def serve(facts: dict[str, str], answer: Answer, answers: TextIO) -> None:
-    """Write the facts, then for every request on stdin the ids of an answer and the time of each token."""
+    """Answer requests on stdin until it ends: token ids, and the time of each token, as JSON lines.
+
+    facts: versions, the first line that is written. answers: the stream to write to.
+    """
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -44,19 +47,21 @@ def serve(facts: dict[str, str], answer: Answer, answers: TextIO) -> None:
         print(json.dumps({"ids": ids, "first_s": ends[0] - start, "step_s": steps}), file=answers, flush=True)
 
 
-def answer_stream() -> TextIO:
-    """The process's stdout for answers alone: what a library prints goes to stderr from now on."""
+def redirect_stdout() -> TextIO:
+    """A stream to the process's stdout for answers alone; all other output to stdout goes to stderr
+    afterwards.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
-def genai(folder: str, threads: str) -> None:
-    """Answer by onnxruntime-genai, with a folder of its builder."""
-    answers = answer_stream()
+def serve_genai(folder: str, threads: str) -> None:
+    """Answer requests on stdin with onnxruntime-genai, from a folder that its builder wrote."""
+    answers = redirect_stdout()
     library = importlib.import_module("onnxruntime_genai")
-    # The last id of the vocabulary replaces the model's stop token: without one the library takes it from
-    # elsewhere.
+    # The last id of the vocabulary replaces the model's stop token: without an id here the library reads one
+    # from another file.
     with open(os.path.join(folder, "genai_config.json"), encoding="utf-8") as file:
         stop = int(json.load(file)["model"]["vocab_size"]) - 1
     config = library.Config(folder)
@@ -81,9 +86,9 @@ def genai(folder: str, threads: str) -> None:
     serve({name: importlib.metadata.version(name) for name in packages}, answer, answers)
 
 
-def llama(file: str, threads: str, context: str, kv: str) -> None:
-    """Answer by llama.cpp, with a GGUF file."""
-    answers = answer_stream()
+def serve_llama(file: str, threads: str, context: str, kv: str) -> None:
+    """Answer requests on stdin with llama.cpp, from a GGUF file."""
+    answers = redirect_stdout()
     library: Any = importlib.import_module("llama_cpp")
     numpy = importlib.import_module("numpy")
     model = library.llama_model_load_from_file(file.encode(), library.llama_model_default_params())
@@ -119,8 +124,11 @@ def llama(file: str, threads: str, context: str, kv: str) -> None:
     serve(facts, answer, answers)
 
 
-def quantize(source: str, target: str, kind: str) -> None:
-    """Quantise a GGUF file of fp32 weights; a kind that ends in _pure keeps no matrix in more bits."""
+def quantize_gguf(source: str, target: str, kind: str) -> None:
+    """Quantise a GGUF file of fp32 weights into the file `target`.
+
+    kind: Q8_0, Q4_0 or Q4_0_pure, which keeps no matrix in more bits.
+    """
     library: Any = importlib.import_module("llama_cpp")
     params = library.llama_model_quantize_default_params()
     params.ftype, params.pure = FILE_TYPES[kind.removesuffix("_pure")], kind.endswith("_pure")
@@ -128,16 +136,19 @@ def quantize(source: str, target: str, kind: str) -> None:
         raise RuntimeError(f"llama.cpp did not quantise {source}")
 
 
-def round_of_turns() -> None:
-    """Read one request of decoder_candidates.run_rounds on stdin, and write the answers by candidate."""
+def serve_round() -> None:
+    """Run one round (decoder_candidates.run_round); its request is a JSON line on stdin, its result on stdout."""
     from offramp.benchmarks.decoder_candidates import run_round
 
     print(json.dumps(run_round(json.loads(sys.stdin.readline()))))
 
 
-def memory(kind: str, scratch: str, variant: str, texts: str, context: str) -> None:
-    """Read half of a context, write the other half; print the resident set at the end and its peak in MB."""
-    # What is not needed for this is not imported: it would count.
+def print_memory(kind: str, scratch: str, variant: str, texts: str, context: str) -> None:
+    """Run a decoder over a context, half prompt and half answer, and print its resident set and peak in MB.
+
+    kind: "segments" for the bundle of auto, else the monolith. texts: file of the prompt. context: tokens.
+    """
+    # Only needed modules are imported, since each adds to the resident set.
     from tokenizers import Tokenizer
 
     folder, total = Path(scratch), int(context)
@@ -164,18 +175,18 @@ def memory(kind: str, scratch: str, variant: str, texts: str, context: str) -> N
 
 
 def resident_mb() -> tuple[float, float]:
-    """Resident set of this process and its peak, in MB (10^6 bytes), as the kernel counts them."""
+    """The resident set of this process and its peak, in MB (10^6 bytes), as the kernel counts them."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
     resident, peak = (int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
     return resident, peak
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "genai": genai,
-    "llama": llama,
-    "quantize": quantize,
-    "round": round_of_turns,
-    "memory": memory,
+    "genai": serve_genai,
+    "llama": serve_llama,
+    "quantize": quantize_gguf,
+    "round": serve_round,
+    "memory": print_memory,
 }
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def _e5_quee(out: Path, work: Path, command: Command, assets: Path | None) -> No
 
 def _smollm2(out: Path, work: Path, command: Command, assets: Path | None) -> None:
     snippet(
-        f"import pathlib; from offramp.benchmarks.fetch import smollm2; smollm2(pathlib.Path({str(out)!r}))"
+        "import pathlib; from offramp.benchmarks.fetch import fetch_smollm2; "
+        f"fetch_smollm2(pathlib.Path({str(out)!r}))"
     )
 
 

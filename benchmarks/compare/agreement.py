@@ -1,16 +1,17 @@
-"""Do bundles decide as torch does? The same segments in the same precision and the same label, row by row.
+"""Compare the decisions of a bundle with those of torch, row by row: segments, their precision, and label.
 
     python benchmarks/compare/agreement.py runs/ --data DATA --json benchmarks/results/agreement_sst2.json
 
 runs/ is the --out of ee-compare, with its checkpoints RECIPE_SEED. Torch walks rows through the trained
-modules, by a loop of its own; the bundle walks them as it is deployed, a text or an image file through the
-session's encoder, at batch 1. Two operating points of each bundle: "default" and the first that saves.
+modules, by a loop that is independent of the walker; the bundle walks them as it is deployed, a text or an
+image file through the session's encoder, at batch 1. Two operating points of each bundle are compared:
+"default" and the first whose name begins with "saves-".
 
-A row that they decide differently is a tie where no probability and no gate before the decision differed by
+A row that the two decide differently is a tie if no probability and no gate before the decision differed by
 more than 1e-5. Any other difference is "other". In walks that stay in fp32 "other" ends the command with exit
 code 1, and so do ties of more than one row in a hundred. Where weights are rounded, a number between two grid
-points may be rounded either way; therefore torch in float64 is compared with torch in float32 too: how often
-arithmetic alone changes a decision.
+points may be rounded either way. Torch in float64 is therefore compared with torch in float32 too, which
+measures how often arithmetic alone changes a decision.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from offramp.benchmarks.compare.exit_outputs import bundle_of
+from offramp.benchmarks.compare.exit_outputs import ensure_bundle
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.precision import in_precision
 from offramp.runtime import Classifier, load_classifier
@@ -52,7 +53,9 @@ SPLITS = ("test", "dev", "train")  # in the order in which rows are taken from t
 def walk_torch(
     network: EarlyExitNetwork, rows: Encoded, variants: Sequence[str], rule: Rule, start: int, what: str = ""
 ) -> Trace:
-    """Every row through the modules, each variant in its simulated precision, in the network's own dtype.
+    """Walk all rows through the trained torch modules, each variant in its simulated precision.
+
+    Everything is computed in the network's dtype.
 
     Rows of one length run together, so nothing is padded. All of them run in every variant in which one of
     them runs; the results that a row does not need are dropped.
@@ -96,7 +99,7 @@ def walk_torch(
 
 
 def walk_bundle(session: Classifier, items: Sequence[Any], rule: Rule, start: int, what: str = "") -> Trace:
-    """Every row through a bundle, from a user's item: a text, a pair, an image."""
+    """Walk every item (a text, a pair of texts, an image file) through a bundle at batch 1."""
     manifest, number = session.manifest, np.zeros(1, np.int64)
     sizes = {"segments": len(manifest.segments), "classes": len(manifest.labels), "rows": 1, "limit": 1}
     traces = []
@@ -108,9 +111,10 @@ def walk_bundle(session: Classifier, items: Sequence[Any], rule: Rule, start: in
 
 
 def compare_walks(walk: Trace, other: Trace) -> dict[str, Any]:
-    """How many rows two walks decide alike, how many of the others are ties, and how far apart they are.
+    """Count the rows that two walks decide alike, the ties among the others, and how far apart they are.
 
-    gap: the largest difference of a row's probabilities and gates, as far as both walks took the same path.
+    gap: the largest difference of a row's probabilities and gates, over the segments in which both walks took
+    the same path.
     """
     elsewhere = (walk.variants != other.variants).any(1)
     labels = _labels(walk) != _labels(other)
@@ -131,16 +135,20 @@ def compare_walks(walk: Trace, other: Trace) -> dict[str, Any]:
 
 
 def compare_checkpoint(folder: Path, data: Dataset, count: int) -> list[dict[str, Any]]:
-    """A line for each of two operating points, and where precision varies one for torch in float64."""
+    """Compare torch with a checkpoint's bundle at two operating points; one dictionary of figures a
+    comparison.
+
+    Where precision varies, torch in float64 is compared too.
+    """
     checkpoint = load_checkpoint(folder)
     variants = checkpoint.network.spec.forecast or ("fp32",)
     rows = first_rows(data, count)
     items, encoded = _items(rows), encode_for(checkpoint, rows)
     network, double = checkpoint.network.eval(), deepcopy(checkpoint.network).double().eval()
     lines = []
-    # One thread: a row is small, and waiting for other processes of the machine would cost more than it
-    # gains.
-    with load_classifier(bundle_of(folder, variants), rule="never", threads=1) as session:
+    # One thread: a row is small, and waiting for other processes would cost more time than a second thread
+    # saves.
+    with load_classifier(ensure_bundle(folder, variants), rule="never", threads=1) as session:
         points, costs = session.manifest.points, session.manifest.costs
         default = [point for point in points if point.name == "default"]
         for point in [*default, *[point for point in points if point.name.startswith("saves-")][:1]]:
@@ -162,7 +170,7 @@ def compare_checkpoint(folder: Path, data: Dataset, count: int) -> list[dict[str
 
 
 def first_rows(data: Dataset, count: int) -> Rows:
-    """The first rows of test, then of dev, then of train."""
+    """The first `count` rows of a data set: rows of test, then of dev, then of train."""
     first, *others = [data.splits[name] for name in SPLITS if name in data.splits]
     rows = first
     for split in others:
@@ -171,7 +179,7 @@ def first_rows(data: Dataset, count: int) -> Rows:
 
 
 def costs_of_one_variant(costs: Mapping[str, StepCosts], variant: str) -> dict[str, StepCosts]:
-    """The costs with every other variant at an infinite cost: rule quee then never changes the variant."""
+    """Step costs in which all variants but one cost infinity, so that rule quee never changes the variant."""
     finite = {}
     for unit, stated in costs.items():
         infinite = dict.fromkeys(stated.steps, tuple(np.inf for _ in stated.steps[variant]))
@@ -180,7 +188,7 @@ def costs_of_one_variant(costs: Mapping[str, StepCosts], variant: str) -> dict[s
 
 
 def _items(rows: Rows) -> list[Any]:
-    """Rows as a session takes them."""
+    """The rows as items of a session: paths of images, texts, or pairs of texts."""
     if rows.images is not None:
         return list(rows.images.files)
     return list(rows.text if rows.text_b is None else zip(rows.text, rows.text_b, strict=True))
@@ -196,20 +204,20 @@ def _joined(rows: Rows, more: Rows) -> Rows:
 
 
 def _labels(trace: Trace) -> NDArray[np.int64]:
-    """Number of the label at the exit of each row."""
+    """The label number that each row has at its exit [rows]."""
     last = trace.variants.shape[1] - 1 - (trace.variants[:, ::-1] >= 0).argmax(1)
     labels: NDArray[np.int64] = trace.logits[np.arange(len(last)), last].argmax(-1)
     return labels
 
 
 def _in_dtype(network: EarlyExitNetwork, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point tensors in the network's own dtype."""
+    """The tensors, with floating-point ones converted to the network's dtype."""
     dtype = next(network.parameters()).dtype
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def show(lines: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table."""
+def print_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with one line for each comparison of two walks."""
     table = Table(title="torch in float32 against the bundle, and against torch in float64")
     for name in lines[0]:
         table.add_column(name)
@@ -221,7 +229,7 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("runs", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--data", required=True, help="As in ee-train.")
-@click.option("--seed", default=0, help="Seed of the checkpoints.")
+@click.option("--seed", default=0, help="Seed of the checkpoints that are compared.")
 @click.option("--rows", default=2000, help="Number of rows: of test, then of dev, then of train.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for the figures.")
 def main(runs: Path, data: str, seed: int, rows: int, json_file: Path | None) -> None:
@@ -233,7 +241,7 @@ def main(runs: Path, data: str, seed: int, rows: int, json_file: Path | None) ->
         raise click.UsageError(
             f"{runs} holds no checkpoint RECIPE_{seed}; make some with ee-compare --out {runs}"
         )
-    show(lines)
+    print_table(lines)
     if json_file is not None:
         words = f"{runs.name} --data {Path(data).name} --seed {seed} --rows {rows}"
         command = f"benchmarks/compare/agreement.py {words}"

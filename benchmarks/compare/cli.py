@@ -3,16 +3,17 @@ tables.
 
     ee-compare --model MODEL --data DATA --recipes consistentee,jei_dnn,quee,deebert --seeds 3 --out results/
 
-Interrupted and started again with the same command, it goes on: checkpoints and the outputs of their exits
-are kept in --out. Every recipe has its own default settings and number of epochs; recipes that start from
-another's checkpoint share it, one a seed. Each method leaves by its own rule; on the joint checkpoint the
-plain rules are tried as well. As many settings are swept for each on dev; the undominated ones are read once
-on test.
+Started again with the same command after an interruption, it resumes: checkpoints and the outputs of their
+exits are kept in --out. Every recipe has its own default settings and number of epochs; recipes that start
+from another's checkpoint share it, one a seed. Each method leaves by its own rule; on the joint checkpoint
+the plain rules are tried as well. The same number of settings is swept for each rule on dev; the undominated
+ones are evaluated once on test.
 
 Compared with max-probability on the joint checkpoint: the area between the frontiers with its sign, and over
 resampled rows the difference between 30 and 60 % of multiply-accumulates saved. Controls at a point that
-saves at least half: exits drawn by chance with the same histogram, a truncated network of equal cost, first
-right (oracle). Where precision varies, bit operations; with --measure, milliseconds of the exported bundles.
+saves at least half: exits drawn at random with the same histogram, a truncated network of equal cost, first
+right (oracle). Where precision varies, bit operations are counted; with --measure, the exported bundles are
+timed in milliseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from rich.table import Table
 
 from offramp.benchmarks.compare.evaluation import Evaluation, evaluate_methods, time_bundles
 from offramp.benchmarks.compare.exit_outputs import CheckpointOutputs, collect_outputs
-from offramp.benchmarks.compare.frontiers import Floats, area, gaps, interval, resampled
+from offramp.benchmarks.compare.frontiers import (
+    Floats,
+    accuracy_differences,
+    areas_between,
+    bootstrap_weights,
+    difference_interval,
+)
 from offramp.benchmarks.compare.pages import HEAD, REFERENCE, html_page, table_rows
 from offramp.runtime.tuning.report import write_whole
 from offramp.training.collect import oracle
@@ -44,7 +51,11 @@ RANGE = (30.0, 60.0)  # per cent of multiply-accumulates saved
 
 
 def train_once(recipe: str, seed: int, out: Path, words: list[str]) -> Path:
-    """The checkpoint out/RECIPE_SEED, trained if it is missing, after the checkpoint that it starts from."""
+    """Train the checkpoint out/RECIPE_SEED, and the one that it starts from, unless they exist; give its
+    folder.
+
+    words: arguments of ee-train for model and data, "--data" among them.
+    """
     folder, data = out / f"{recipe}_{seed}", words[words.index("--data") :]
     if not (folder / "training.json").is_file():
         begin, start = words[: words.index("--data")], load_recipe(recipe).STARTS_FROM
@@ -58,9 +69,10 @@ def train_once(recipe: str, seed: int, out: Path, words: list[str]) -> Path:
 def compare(
     recipes: list[str], seeds: list[int], out: Path, words: list[str], data: str, measure: int = 0
 ) -> dict[str, Any]:
-    """Every method's figures for every seed, and over seeds its difference from max-probability.
+    """Train and evaluate all recipes; the content of compare.json.
 
-    measure: rows of test that the bundles of seed 0 walk; 0 for none.
+    It holds every method's figures for every seed, and over seeds its difference from max-probability.
+    measure: rows of test on which the bundles of the first seed are timed; 0 for none.
     """
     methods: dict[str, list[dict[str, Any]]] = {}
     differences: dict[str, list[Floats]] = {}
@@ -73,13 +85,15 @@ def compare(
         outputs = {name: collect_outputs(out / f"{name}_{seed}", data) for name in names}
         evaluations = evaluate_methods(outputs, PLAIN_RULES)
         reference = evaluations[REFERENCE].settings
-        weights = resampled(reference.right.shape[1])
+        weights = bootstrap_weights(reference.right.shape[1])
         for name, evaluation in evaluations.items():
-            figures, line = dict(evaluation.figures), evaluation.settings.line()
-            figures["above"], figures["below"] = area(line, reference.line(), *RANGE)
+            figures, line = dict(evaluation.figures), evaluation.settings.frontier()
+            figures["above"], figures["below"] = areas_between(line, reference.frontier(), *RANGE)
             figures |= {"seed": seed, "lines": _lines(evaluation)}
             methods.setdefault(name, []).append(figures)
-            differences.setdefault(name, []).append(gaps(evaluation.settings, reference, *RANGE, weights))
+            differences.setdefault(name, []).append(
+                accuracy_differences(evaluation.settings, reference, *RANGE, weights)
+            )
         methods.setdefault(ORACLE, []).append(_oracle_figures(outputs["joint"]) | {"seed": seed})
         if measure and seed == seeds[0]:
             joint = outputs["joint"]
@@ -89,7 +103,9 @@ def compare(
         "rows": {split: len(rows) for split, rows in outputs["joint"].rows.items()},
         "seeds": seeds,
         "methods": methods,
-        "against_max_probability": {name: interval(of_seeds) for name, of_seeds in differences.items()},
+        "against_max_probability": {
+            name: difference_interval(of_seeds) for name, of_seeds in differences.items()
+        },
         "draws": {
             name: np.mean(of_seeds, axis=0)[1:].round(4).tolist() for name, of_seeds in differences.items()
         },
@@ -102,29 +118,29 @@ def compare(
 
 
 def _lines(evaluation: Evaluation) -> dict[str, Any]:
-    """The frontier on every axis, at evenly spaced savings."""
+    """By cost axis, savings at even spacing and the accuracies of the method's frontier there."""
     lines = {}
     for axis in evaluation.settings.spent:
-        saved, accuracy = evaluation.settings.line(axis)
+        saved, accuracy = evaluation.settings.frontier(axis)
         grid = np.linspace(saved[0], saved[-1], CORNERS)
         lines[axis] = [grid.round(2).tolist(), np.interp(grid, saved, accuracy).round(2).tolist()]
     return lines
 
 
 def _oracle_figures(joint: CheckpointOutputs) -> dict[str, float]:
-    """First right: the bound of accuracy for any rule on these exits."""
+    """Figures of exiting at the first right exit, which bounds the accuracy of any rule on these exits."""
     outputs = joint.exit_outputs("test")
     best = oracle(outputs.table, outputs.costs)
     return {"accuracy_at_half": best.accuracy, "macs_saved": best.macs_saved}
 
 
 def _share_at(points: list[dict[str, float]], macs_saved: float) -> float:
-    """Time as a share of the monolith's, at the walked point nearest to the one in the table."""
+    """Time in percent of the monolith's, at the timed point whose saving is nearest to `macs_saved`."""
     return min(points, key=lambda point: abs(point["macs_saved"] - macs_saved))["share"]
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
+def print_table(result: dict[str, Any]) -> None:
+    """Print a table with one line for each method."""
     seeds = ", ".join(map(str, result["seeds"]))
     table = Table(title=f"{result['data']}, test, seeds {seeds}; at the point that saves half")
     for name in HEAD:
@@ -145,7 +161,10 @@ def show(result: dict[str, Any]) -> None:
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="As in ee-train, for every recipe."
 )
 @click.option(
-    "--measure", default=0, metavar="ROWS", help="Export the bundles of seed 0 and time them on so many rows."
+    "--measure",
+    default=0,
+    metavar="ROWS",
+    help="Export the bundles of seed 0 and time them on this number of rows.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder for everything it makes."
@@ -166,8 +185,8 @@ def main(
     """Train what is missing, measure every method by the same means, print the table, write compare.json and
     the page compare.html.
 
-    Started again after an interruption, it goes on. Points are chosen on dev; test is read once. What follows
-    -- is passed on to ee-train wherever --model is, such as -- --image-size 112 --pooling cls.
+    Started again after an interruption, it resumes. Points are chosen on dev; test is read once. Arguments
+    after -- are passed to ee-train whenever --model is, for example -- --image-size 112 --pooling cls.
     """
     names = list(dict.fromkeys(recipes.split(",")))
     unknown = [name for name in names if name not in RECIPES]
@@ -183,7 +202,7 @@ def main(
     except subprocess.CalledProcessError as problem:
         command = " ".join(map(str, problem.cmd))
         raise click.ClickException(f"{command} ended with {problem.returncode}") from None
-    show(result)
+    print_table(result)
     arguments = [model, "--data", data, *options, "--recipes", recipes]
     without_folders = [Path(word).name if Path(word).exists() else word for word in arguments]
     tail = ["--seeds", str(seeds), *(["--measure", str(measure)] if measure else [])]

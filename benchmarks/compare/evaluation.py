@@ -1,7 +1,7 @@
 """Methods as frontiers: settings chosen on dev and read on test, the controls that a method has to beat, and
 the time of its bundle.
 
-Every method may also choose never to leave early, so every frontier begins at full depth.
+Each method may also never exit early, so every frontier begins at full depth.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from offramp.benchmarks.compare.exit_outputs import (
     CheckpointOutputs,
     ExitOutputs,
-    Paths,
-    baselines_of,
-    bundle_of,
+    VariantPaths,
+    baselines_folder,
+    ensure_bundle,
 )
-from offramp.benchmarks.compare.frontiers import Line, Settings, ordered, score
+from offramp.benchmarks.compare.frontiers import Frontier, SettingResults, elue_score, sorted_frontier
 from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.rules import Plan, Rule, RuleSpec, bind, simulate
@@ -35,7 +35,7 @@ from offramp.training.options import parse_settings
 from offramp.training.recipes.quee import QueeSettings, cross_fitted
 from offramp.training.replay import PRICES, replay, walk_point
 
-HALF = 50.0  # per cent of the multiply-accumulates that the point in the table saves on dev at least
+HALF = 50.0  # least share of multiply-accumulates, in percent, that the point in the table saves on dev
 TARGETS = (
     0.0,
     30.0,
@@ -43,14 +43,14 @@ TARGETS = (
     50.0,
     60.0,
     70.0,
-)  # per cent of multiply-accumulates that timed points save on dev
+)  # percent of multiply-accumulates that timed points save on dev
 ROUNDS = 3
 BOTH = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
 class ChosenSetting:
-    """A setting chosen on dev: the rule, the variant in which a walk starts, per cent saved on dev."""
+    """A setting chosen on dev: rule, starting variant, and percent of multiply-accumulates saved on dev."""
 
     rule: RuleSpec
     variant: str
@@ -59,20 +59,22 @@ class ChosenSetting:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One method on one seed: its settings on test, how they were chosen, figures at the point that saves
-    half, and the checkpoint whose bundle walks it.
+    """The evaluation of one method for one seed.
+
+    settings: results of its settings on test. chosen: the settings, in the same order. figures: at the point
+    that saves half. checkpoint: the folder whose bundle walks this method.
     """
 
-    settings: Settings
+    settings: SettingResults
     chosen: list[ChosenSetting]
     figures: dict[str, Any]
     checkpoint: Path
 
 
 def evaluate_methods(outputs: Mapping[str, CheckpointOutputs], rules: Sequence[str]) -> dict[str, Evaluation]:
-    """Evaluations of one seed by the method's name in the table.
+    """Evaluate all methods of one seed; gives evaluations by the method's name in the table.
 
-    outputs: by recipe, "joint" among them. rules: those that are tried on the joint checkpoint.
+    outputs: by recipe, "joint" among them. rules: exit rules that are tried on the joint checkpoint.
     """
     joint = outputs["joint"]
     evaluations = {f"{rule} (joint)": evaluate_exits(joint, rule) for rule in rules}
@@ -89,7 +91,7 @@ def evaluate_methods(outputs: Mapping[str, CheckpointOutputs], rules: Sequence[s
 
 
 def evaluate_exits(outputs: CheckpointOutputs, rule: str) -> Evaluation:
-    """A rule that leaves early, on the fp32 outputs of every exit."""
+    """Evaluate an exit rule on the fp32 outputs of every exit, with settings swept on dev."""
     dev, test = outputs.exit_outputs("dev"), outputs.exit_outputs("test")
     full = full_depth(dev.table, dev.costs)
     points = undominated([*sweep(rule, settings_to_try(rule, dev.table), dev.table, dev.costs), full])
@@ -98,7 +100,7 @@ def evaluate_exits(outputs: CheckpointOutputs, rule: str) -> Evaluation:
     settings = _settings_at(test, exits)
     best = _best_at_half([(point.macs_saved, point.accuracy) for point in points])
     share = np.bincount(exits[best], minlength=test.table.logits.shape[1]) / exits.shape[1]
-    figures = _figures(settings, best, static_line(test), 100 * float(share @ test.table.right.mean(0)))
+    figures = _figures(settings, best, static_frontier(test), 100 * float(share @ test.table.right.mean(0)))
     figures |= {"setting": dict(points[best].rule.parameters)}
     figures |= calibration_figures(
         dev.table.logits,
@@ -113,10 +115,12 @@ def evaluate_exits(outputs: CheckpointOutputs, rule: str) -> Evaluation:
 
 
 def evaluate_quee(outputs: CheckpointOutputs) -> Evaluation:
-    """Rule quee in bit operations: prices and starting variants are chosen on dev, with forecasts by networks
-    that were fitted on other rows (as in the recipe); test is forecast by the networks of the checkpoint.
+    """Evaluate rule quee in bit operations.
+
+    Prices and starting variants are chosen on dev, with forecasts by networks that were fitted on other rows
+    (as in the recipe). Errors on test are forecast by the networks of the checkpoint.
     """
-    dev, test = outputs.paths("dev"), outputs.paths("test")
+    dev, test = outputs.variant_paths("dev"), outputs.variant_paths("test")
     training = outputs.checkpoint.training
     words = tuple(f"{name}={value}" for name, value in training["settings"].items())
     fit = parse_settings(QueeSettings, words).fit(training["seed"])
@@ -135,15 +139,16 @@ def evaluate_quee(outputs: CheckpointOutputs) -> Evaluation:
 
 
 def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: Path) -> Evaluation:
-    """Leaving by max-probability in one variant: the control of rule quee.
+    """Evaluate exiting by max-probability in one variant, which is the control of rule quee.
 
-    outputs: of recipe quee, whose exits are those of `checkpoint`, the one whose bundle walks this.
+    outputs: those of recipe quee, which has the exits of `checkpoint`; the bundle of `checkpoint` walks this
+    method.
     """
-    number = outputs.paths("dev").outcomes.variants.index(variant)
+    number = outputs.variant_paths("dev").outcomes.variants.index(variant)
     macs, top, wrong = {}, {}, {}  # by split; top and wrong [rows, exits]
     for split in ("dev", "test"):
         macs[split] = outputs.exit_outputs(split)
-        statistics, errors = outputs.paths(split).outcomes.straight()
+        statistics, errors = outputs.variant_paths(split).outcomes.straight()
         top[split], wrong[split] = _top_probability(statistics[:, number]), errors[:, number]
     tried = []
     thresholds = np.unique(np.quantile(top["dev"], np.linspace(0, 1, STEPS)))
@@ -157,28 +162,28 @@ def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: P
     chosen = _undominated(tried)
     exits = np.stack([_first_above(top["test"], c.rule.parameters["threshold"]) for _, c in chosen])
     rows = np.arange(exits.shape[1])
-    costs = outputs.paths("test").costs
+    costs = outputs.variant_paths("test").costs
     to_exit = costs.stem[:, None] + costs.steps[:, number].cumsum(1)
     spent = {axis: macs["test"].spent[axis][rows, exits] for axis in ("layers", "macs")}
-    settings = Settings(
+    settings = SettingResults(
         ~wrong["test"][rows, exits], spent | {"bops": to_exit[rows, exits]}, macs["test"].full
     )
     best = _best_at_half([(c.macs_saved, accuracy) for accuracy, c in chosen])
     share = np.bincount(exits[best], minlength=top["test"].shape[1]) / exits.shape[1]
     by_chance = 100 * float(share @ (1 - wrong["test"].mean(0)))
-    figures = _figures(settings, best, static_line(macs["test"]), by_chance)
+    figures = _figures(settings, best, static_frontier(macs["test"]), by_chance)
     figures["setting"] = dict(chosen[best][1].rule.parameters)
     return Evaluation(settings, [c for _, c in chosen], figures, checkpoint)
 
 
-def static_line(outputs: ExitOutputs) -> Line:
-    """Truncated networks, each with one exit and without the cost of others: saved and accuracy."""
+def static_frontier(outputs: ExitOutputs) -> Frontier:
+    """The frontier of truncated networks, each with one exit and without the cost of the others."""
     saved = 100 * (1 - outputs.truncated.sum(0) / outputs.full["macs"].sum())
-    return ordered(saved, 100 * outputs.table.right.mean(0))
+    return sorted_frontier(saved, 100 * outputs.table.right.mean(0))
 
 
 def timed_settings(chosen: Sequence[ChosenSetting]) -> list[int]:
-    """Numbers of the settings nearest to TARGETS, each once."""
+    """Sorted indices, without repeats, of the settings whose savings are nearest to TARGETS."""
     saved = np.array([setting.macs_saved for setting in chosen])
     return sorted({int(np.abs(saved - target).argmin()) for target in TARGETS})
 
@@ -186,14 +191,16 @@ def timed_settings(chosen: Sequence[ChosenSetting]) -> list[int]:
 def time_bundles(
     evaluations: Mapping[str, Evaluation], checkpoint: Path, rows: Encoded, sample: int
 ) -> dict[str, Any]:
-    """Milliseconds at batch 1: bundles of all methods walk the same rows in turns, beside the monolith.
+    """Time the bundles of all methods and the monolith, in turns on the same rows at batch 1, in
+    milliseconds.
 
-    By method a point for each timed setting; its accuracy is that on all of test; share: of the monolith's
-    time, in per cent. checkpoint: the one whose monolith is the reference. sample: rows of test, drawn by
-    chance. Walks of one bundle share its weights: each answers a row untimed before its turn (see time_rows).
+    For each method there is one point a timed setting; its accuracy is that on all of test, its "share" is
+    the time in percent of the monolith's. checkpoint: the one whose monolith is the reference. sample: number
+    of rows of test, drawn at random. Walks of one bundle share its weights: each answers a row untimed before
+    its turn (see time_rows).
     """
     sampled = np.sort(np.random.default_rng(0).permutation(len(rows))[:sample])
-    manifest = open_bundle(bundle_of(checkpoint, BOTH, baselines=True)).manifest
+    manifest = open_bundle(ensure_bundle(checkpoint, BOTH, baselines=True)).manifest
     names = [tensor.name for tensor in next(iter(manifest.stem.variants.values())).inputs]
     singles: list[Batches] = [[(np.zeros(1, np.int64), _arrays(rows, int(row), names))] for row in sampled]
     sessions: dict[tuple[Path, str], Classifier] = {}
@@ -202,7 +209,7 @@ def time_bundles(
     for name, evaluation in evaluations.items():
         variants = BOTH if {setting.variant for setting in evaluation.chosen} - {"fp32"} else BOTH[:1]
         same = evaluation.checkpoint == checkpoint
-        bundle = bundle_of(evaluation.checkpoint, BOTH if same else variants, baselines=same)
+        bundle = ensure_bundle(evaluation.checkpoint, BOTH if same else variants, baselines=same)
         for at in timed_settings(evaluation.chosen):
             setting = evaluation.chosen[at]
             if (bundle, setting.variant) not in sessions:
@@ -214,7 +221,7 @@ def time_bundles(
             label = f"{name} {at}"
             candidates.append(walk_candidate(session, label, "walk", rule))
             places[label] = (name, at)
-    folder = baselines_of(checkpoint)
+    folder = baselines_folder(checkpoint)
     graph = next(graph for graph in read_baselines(folder, manifest).graphs if graph.kind == MONOLITH)
     candidates.append(open_baseline(folder, graph, manifest, threads=None, threshold=None))
     for candidate in candidates:
@@ -241,7 +248,7 @@ def time_bundles(
 
 def _quee_on_test(
     outputs: CheckpointOutputs,
-    test: Paths,
+    test: VariantPaths,
     chosen: list[tuple[float, ChosenSetting]],
     forecaster: Forecaster,
 ) -> Evaluation:
@@ -259,28 +266,28 @@ def _quee_on_test(
         spent["layers"].append(exit_outputs.costs.blocks[exits].astype(float))
         spent["macs"].append(_macs_of(plans, exit_outputs))
         spent["bops"].append(costs.of(plans))
-        # The same plans dealt out to other rows: their expected accuracy.
+        # Expected accuracy of the same plans assigned to rows at random.
         kinds, counts = np.unique(np.stack([last_variant, change, exits], 1), axis=0, return_counts=True)
         mean = [1 - outcomes.wrong[:, start, e, c, x].mean() for e, c, x in kinds]
         by_chance.append(100 * float(np.average(mean, weights=counts)))
     stacked = {axis: np.stack(values) for axis, values in spent.items()}
-    settings = Settings(np.stack(rights), stacked, exit_outputs.full)
+    settings = SettingResults(np.stack(rights), stacked, exit_outputs.full)
     best = _best_at_half([(setting.macs_saved, accuracy) for accuracy, setting in chosen])
-    figures = _figures(settings, best, static_line(exit_outputs), by_chance[best])
+    figures = _figures(settings, best, static_frontier(exit_outputs), by_chance[best])
     figures |= {"setting": dict(chosen[best][1].rule.parameters)}
-    # Not at a temperature: of a path's outputs the statistics are kept, and not the logits.
+    # Without a temperature: only statistics of a path's outputs are stored, not the logits.
     figures["ece_raw"] = 100 * binned_error(confidences[best], rights[best])
     return Evaluation(settings, [setting for _, setting in chosen], figures, outputs.folder)
 
 
-def _settings_at(outputs: ExitOutputs, exits: NDArray[np.int64]) -> Settings:
+def _settings_at(outputs: ExitOutputs, exits: NDArray[np.int64]) -> SettingResults:
     rows = np.arange(exits.shape[1])
     spent = {axis: cost[rows, exits] for axis, cost in outputs.spent.items()}
-    return Settings(outputs.table.right[rows, exits], spent, outputs.full)
+    return SettingResults(outputs.table.right[rows, exits], spent, outputs.full)
 
 
-def _figures(settings: Settings, best: int, static: Line, by_chance: float) -> dict[str, Any]:
-    """Figures of the point that saves half, and the score of the whole line."""
+def _figures(settings: SettingResults, best: int, static: Frontier, by_chance: float) -> dict[str, Any]:
+    """Figures of setting number `best`, and the ELUE score of the whole frontier."""
     saved = {
         axis: 100 * (1 - float(spent[best].sum() / settings.full[axis].sum()))
         for axis, spent in settings.spent.items()
@@ -290,19 +297,20 @@ def _figures(settings: Settings, best: int, static: Line, by_chance: float) -> d
         **{f"{axis}_saved": value for axis, value in saved.items()},
         "random": by_chance,
         "static": float(np.interp(saved["macs"], *static)),
-        "elue": score(settings.line(), static),
+        "elue": elue_score(settings.frontier(), static),
     }
 
 
 def _best_at_half(points: list[tuple[float, float]]) -> int:
-    """Number of the most accurate point among those that save half on dev; points: (saved, accuracy)."""
+    """Index of the most accurate point among those that save half on dev; points: (saved, accuracy)."""
     enough = [at for at, (saved, _) in enumerate(points) if saved >= HALF]
     return max(enough, key=lambda at: points[at][1], default=0)
 
 
 def _undominated(tried: list[tuple[float, float, ChosenSetting]]) -> list[tuple[float, ChosenSetting]]:
-    """Accuracy and setting of those that are more accurate than all cheaper ones, cheapest first, and of the
-    most expensive one; tried: (cost, accuracy, setting).
+    """The settings that are more accurate than all cheaper ones, and the most expensive one; cheapest first.
+
+    tried: (cost, accuracy, setting). Gives (accuracy, setting).
     """
     edge: list[tuple[float, ChosenSetting]] = []
     for _, accuracy, setting in sorted(tried, key=lambda entry: (entry[0], -entry[1])):
@@ -313,21 +321,21 @@ def _undominated(tried: list[tuple[float, float, ChosenSetting]]) -> list[tuple[
 
 
 def _macs_of(plans: Plan, outputs: ExitOutputs) -> NDArray[np.float64]:
-    """Multiply-accumulates of plans [rows, segments], whatever the precision."""
+    """Multiply-accumulates of each plan [rows], in whatever precision; plans [rows, segments]."""
     exits = (plans >= 0).sum(1) - 1
     macs: NDArray[np.float64] = outputs.spent["macs"][np.arange(len(plans)), exits]
     return macs
 
 
 def _ends(plans: Plan, start: int) -> tuple[NDArray[np.int64], ...]:
-    """Exit, variant there, and last segment before the change of each plan; see replay.walk_point."""
+    """Each plan's exit, its variant there, and the last segment in the starting variant, each [rows]."""
     exits = (plans >= 0).sum(1) - 1
     last_variant = plans[np.arange(len(plans)), exits].astype(np.int64)
     return exits, last_variant, np.maximum((plans == start).sum(1) - 1, 0)
 
 
 def _first_above(top: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """The first exit whose top probability reaches the threshold, else the last: [rows, exits] -> [rows]."""
+    """The first exit whose top probability reaches the threshold, else the last [rows]; top [rows, exits]."""
     leaves = top >= threshold
     leaves[:, -1] = True
     exits: NDArray[np.int64] = leaves.argmax(1)
@@ -335,8 +343,9 @@ def _first_above(top: NDArray[np.float64], threshold: float) -> NDArray[np.int64
 
 
 def _top_probability(statistics: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The top probability p from the statistics log(p / q) and p - q, where q is the second: [..., 3] ->
-    [...].
+    """The top probability p [...] computed from statistics [..., 3].
+
+    They hold log(p / q) and p - q, where q is the second highest probability.
     """
     log_ratio, margin = statistics[..., 0].astype(float), statistics[..., 2].astype(float)
     gap = -np.expm1(-np.maximum(log_ratio, 1e-12))  # 1 - q / p
@@ -350,6 +359,6 @@ def _exits_at(point: Point, outputs: ExitOutputs) -> NDArray[np.int64]:
 
 
 def _arrays(rows: Encoded, row: int, names: list[str]) -> dict[str, NDArray[Any]]:
-    """The stem's inputs for one row, batch 1."""
+    """The stem's inputs by name for one row, as a batch of 1."""
     inputs, _ = rows.batch([row])
     return {name: inputs[name].numpy() for name in names}

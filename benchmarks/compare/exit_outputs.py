@@ -1,7 +1,8 @@
-"""What a comparison keeps beside a checkpoint: the outputs of every exit on dev and test, and its bundle.
+"""Results that a comparison stores beside a checkpoint: outputs of every exit on dev and test, and the
+bundle.
 
-A kept file or bundle belongs to the weights and rows from which it was computed, and stores their digest:
-with other weights or rows it is computed again.
+A stored file or bundle contains the digest of the weights and rows from which it was computed. With other
+weights or rows it is computed again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SPLITS = ("dev", "test")
 
 @dataclass(frozen=True)
 class ExitOutputs:
-    """Outputs of every exit on one split in fp32, and the cost of leaving there.
+    """Outputs of every exit on one split in fp32, and the cost of each row's walk up to each exit.
 
     spent [rows, exits] and full [rows] (the network without early exits in fp32) by axis: layers, macs, bops.
     truncated [rows, exits]: multiply-accumulates of the truncated network that has this exit and no other.
@@ -48,8 +49,10 @@ class ExitOutputs:
 
 
 @dataclass(frozen=True)
-class Paths:
-    """Outcomes of every path of rule quee through the variants on one split, and its bit operations."""
+class VariantPaths:
+    """Outcomes of every path that rule quee can take through the variants on one split, and their costs in
+    bit operations.
+    """
 
     outcomes: Outcomes
     costs: WalkCosts
@@ -57,7 +60,10 @@ class Paths:
 
 @dataclass(frozen=True)
 class CheckpointOutputs:
-    """A checkpoint, the encoded rows of dev and test, and the digest of weights and rows by split."""
+    """A checkpoint with its encoded rows of dev and test; computes and stores what its exits give for them.
+
+    digests: by split, that of weights and rows.
+    """
 
     folder: Path
     checkpoint: Checkpoint
@@ -66,13 +72,13 @@ class CheckpointOutputs:
 
     @property
     def rule(self) -> str:
-        """The rule that the checkpoint was trained for."""
+        """The name of the exit rule that the checkpoint was trained for."""
         training = self.checkpoint.training
         points = training.get("operating_points") or [{"rule": {"name": "max_probability"}}]
         return str(training.get("rule") or points[0]["rule"]["name"])
 
     def exit_outputs(self, split: str) -> ExitOutputs:
-        """Every exit on every row, in fp32."""
+        """The fp32 outputs of every exit on every row of a split."""
         network, rows = self.checkpoint.network, self.rows[split]
 
         def compute() -> dict[str, Any]:
@@ -80,7 +86,7 @@ class CheckpointOutputs:
             gates = {} if table.gates is None else {"gates": table.gates}
             return {"logits": table.logits, "labels": table.labels, **gates}
 
-        arrays = self._kept(split, self.digests[split], compute)
+        arrays = self._load_or_compute(split, self.digests[split], compute)
         table = ExitTable(arrays["logits"], arrays.get("gates"), arrays["labels"])
         costs = costs_of(network, rows.lengths)
         bits = bit_costs(network, rows.lengths, ["fp32"])
@@ -88,11 +94,14 @@ class CheckpointOutputs:
         bops = bits.stem[:, None] + bits.steps[:, 0].cumsum(1)
         spent = {"layers": np.broadcast_to(costs.blocks.astype(float), shape), "macs": costs.to_exit}
         full = {"layers": np.full(shape[0], float(costs.blocks[-1])), "macs": costs.full}
-        truncated = costs.to_exit - earlier_heads(network, rows.lengths)
+        truncated = costs.to_exit - earlier_exit_macs(network, rows.lengths)
         return ExitOutputs(table, costs, spent | {"bops": bops}, full | {"bops": bits.full}, truncated)
 
-    def paths(self, split: str, variants: tuple[str, ...] = ()) -> Paths:
-        """All paths of rule quee through these variants; the default: those that the checkpoint forecasts."""
+    def variant_paths(self, split: str, variants: tuple[str, ...] = ()) -> VariantPaths:
+        """The outcomes of all paths of rule quee through these variants on a split.
+
+        variants: those for which the checkpoint has forecasts, unless given.
+        """
         network, rows = self.checkpoint.network, self.rows[split]
         names = variants or tuple(network.spec.forecast)
 
@@ -101,12 +110,14 @@ class CheckpointOutputs:
             return {"statistics": outcomes.statistics, "wrong": outcomes.wrong}
 
         digest = f"{self.digests[split]} {names} statistics {STATISTICS}"
-        arrays = self._kept(f"{split}.paths.{'.'.join(names)}", digest, compute)
+        arrays = self._load_or_compute(f"{split}.paths.{'.'.join(names)}", digest, compute)
         outcomes = Outcomes(names, arrays["statistics"], arrays["wrong"], rows.lengths)
-        return Paths(outcomes, bit_costs(network, rows.lengths, names))
+        return VariantPaths(outcomes, bit_costs(network, rows.lengths, names))
 
-    def _kept(self, what: str, digest: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Arrays of the file beside the checkpoint; computed unless the file has this digest."""
+    def _load_or_compute(
+        self, what: str, digest: str, compute: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Arrays of the file beside the checkpoint; computed and written unless the file has this digest."""
         file = self.folder.with_name(f"{self.folder.name}.{what}.npz")
         if file.is_file():
             with np.load(file, allow_pickle=False) as stored:
@@ -121,10 +132,10 @@ class CheckpointOutputs:
 
 
 def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -> CheckpointOutputs:
-    """Load a checkpoint and encode the rows that it is judged on; outputs are computed when they are read."""
+    """Load a checkpoint and encode its evaluation rows; outputs are computed on first access."""
     checkpoint, rows = load_checkpoint(folder), load_data(data, Columns())
     encoded = {split: encode_for(checkpoint, rows.split(split)) for split in splits}
-    weights = digest_of(folder)
+    weights = weights_digest(folder)
     digests = {}
     for split in splits:
         plain = rows.split(split)
@@ -136,14 +147,15 @@ def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -
     return CheckpointOutputs(folder, checkpoint, encoded, digests)
 
 
-def digest_of(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """The first sixteen hex digits of the sha256 of a checkpoint's weights."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
-def earlier_heads(network: EarlyExitNetwork, lengths: NDArray[np.int64]) -> Floats:
-    """Multiply-accumulates of the exits and policies before each exit [rows, exits]; a truncated network has
-    none of them.
+def earlier_exit_macs(network: EarlyExitNetwork, lengths: NDArray[np.int64]) -> Floats:
+    """Multiply-accumulates of the exits and policies before each exit [rows, exits].
+
+    A truncated network has none of them.
     """
     tokens = lengths.astype(np.float64)[:, None]
     heads = [exit_macs(network, index) for index in range(len(network.spec.exits) - 1)]
@@ -152,23 +164,24 @@ def earlier_heads(network: EarlyExitNetwork, lengths: NDArray[np.int64]) -> Floa
     return before
 
 
-def bundle_of(checkpoint: Path, variants: tuple[str, ...], *, baselines: bool = False) -> Path:
-    """The checkpoint's bundle beside it; exported unless there is one of these weights with these variants
-    and, where asked for, baselines.
+def ensure_bundle(checkpoint: Path, variants: tuple[str, ...], *, baselines: bool = False) -> Path:
+    """The folder of the bundle beside a checkpoint, which ee-split writes unless it is there already.
+
+    An existing bundle is used if it has these weights, these variants and, with `baselines`, the baselines.
     """
     bundle = checkpoint.with_name(f"{checkpoint.name}.bundle")
     key_file = checkpoint.with_name(f"{checkpoint.name}.bundle.key")
     needed = {*variants, *({"baselines"} if baselines else ())}
     weights, *present = key_file.read_text(encoding="utf-8").split() if key_file.is_file() else ("",)
-    if weights != digest_of(checkpoint) or not needed <= {*present}:
+    if weights != weights_digest(checkpoint) or not needed <= {*present}:
         words = ["--out", str(bundle), "--variants", ",".join(variants), "--overwrite"]
-        words += ["--baselines", str(baselines_of(checkpoint))] if baselines else []
+        words += ["--baselines", str(baselines_folder(checkpoint))] if baselines else []
         command = [str(Path(sys.executable).parent / "ee-split"), str(checkpoint), *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        key_file.write_text(" ".join([digest_of(checkpoint), *sorted(needed)]), encoding="utf-8")
+        key_file.write_text(" ".join([weights_digest(checkpoint), *sorted(needed)]), encoding="utf-8")
     return bundle
 
 
-def baselines_of(checkpoint: Path) -> Path:
-    """The folder beside a checkpoint for its single graphs."""
+def baselines_folder(checkpoint: Path) -> Path:
+    """The folder beside a checkpoint that holds its baselines, the single graphs."""
     return checkpoint.with_name(f"{checkpoint.name}.baselines")

@@ -1,7 +1,7 @@
-"""Frontiers of accuracy against what is saved: areas between them, scores, and paired intervals.
+"""Frontiers of accuracy against the share saved: areas between them, scores, and paired intervals.
 
-A frontier is a broken line through a method's settings, which were chosen on dev and read on test. Both axes
-are in per cent: the share saved (of layers, multiply-accumulates or bit operations) and accuracy.
+A frontier is a polyline through a method's settings, which were chosen on dev and evaluated on test. Both
+axes are in percent: the share saved (of layers, multiply-accumulates or bit operations) and accuracy.
 """
 
 from __future__ import annotations
@@ -13,44 +13,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Line = tuple[Floats, Floats]  # saved and accuracy, by rising saving
+Frontier = tuple[Floats, Floats]  # saved and accuracy in percent, sorted by saving
 GRID = 61  # points at which two lines are compared for each resample
 RESAMPLES = 500
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A method at its settings, row by row: right [settings, rows]; by axis what was spent [settings, rows]
-    and what the network without early exits spends, full [rows].
+class SettingResults:
+    """The results of a method's settings for each row.
+
+    right [settings, rows]: whether the answer is right. spent [settings, rows] by cost axis (layers, macs,
+    bops); full [rows] by axis: the cost of the network without early exits.
     """
 
     right: NDArray[np.bool_]
     spent: Mapping[str, Floats]
     full: Mapping[str, Floats]
 
-    def line(self, axis: str = "macs") -> Line:
-        """Saved and accuracy on an axis."""
-        return self.lines(np.ones((len(self.full[axis]), 1)), axis)[0]
+    def frontier(self, axis: str = "macs") -> Frontier:
+        """The method's frontier: percent saved on this cost axis, and accuracy in percent."""
+        return self.frontiers(np.ones((len(self.full[axis]), 1)), axis)[0]
 
-    def lines(self, weights: Floats, axis: str = "macs") -> list[Line]:
-        """A line for every column of weights [rows, resamples]; a weight is how often a row counts."""
+    def frontiers(self, weights: Floats, axis: str = "macs") -> list[Frontier]:
+        """One frontier for each column of weights [rows, resamples]; a weight is how often a row counts."""
         saved = 100 * (1 - self.spent[axis] @ weights / (self.full[axis] @ weights))
         accuracy = 100 * (self.right.astype(float) @ weights) / weights.sum(0)
-        return [ordered(saved[:, at], accuracy[:, at]) for at in range(weights.shape[1])]
+        return [sorted_frontier(saved[:, at], accuracy[:, at]) for at in range(weights.shape[1])]
 
 
-def ordered(saved: Floats, accuracy: Floats) -> Line:
-    """A line by rising saving; settings that save the same are averaged."""
+def sorted_frontier(saved: Floats, accuracy: Floats) -> Frontier:
+    """A frontier from unsorted points, sorted by saving; points with equal savings are averaged."""
     unique, place = np.unique(saved, return_inverse=True)
     return unique, np.bincount(place, accuracy) / np.bincount(place)
 
 
-def area(line: Line, reference: Line, low: float, high: float) -> tuple[float, float]:
-    """How far `line` lies above and below `reference` between two savings, each divided by the width where
-    both exist: percent points, both positive. NaN where they have no width in common.
+def areas_between(line: Frontier, reference: Frontier, low: float, high: float) -> tuple[float, float]:
+    """Mean distance in percentage points by which `line` lies above `reference`, and by which it lies below.
 
-    Trapezoids between all corners of both lines, and their crossings (BERxiT's public plotting/auc.py does
-    the same over mean exits).
+    Both are positive: the areas between savings `low` and `high`, divided by the width over which both
+    frontiers exist; NaN if there is none. Trapezoids between all corners of both frontiers and their
+    crossings are summed (BERxiT's public plotting/auc.py does the same over mean exits).
     """
     low, high = max(low, line[0][0], reference[0][0]), min(high, line[0][-1], reference[0][-1])
     if high <= low:
@@ -70,36 +72,47 @@ def area(line: Line, reference: Line, low: float, high: float) -> tuple[float, f
     return above / (high - low), below / (high - low)
 
 
-def score(line: Line, static: Line) -> float:
-    """ELUE's score: mean over the line's points of accuracy less a static network's at the same cost.
+def elue_score(line: Frontier, static: Frontier) -> float:
+    """ELUE's score: mean over a frontier's points of accuracy minus that of a static network of equal cost.
 
-    static: truncated networks, one an exit. Points outside of what they save are compared with the nearest.
+    static: the frontier of truncated networks. Points outside its range are compared with its nearest end.
     """
     return float(np.mean(line[1] - np.interp(line[0], *static)))
 
 
-def resampled(rows: int, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Bootstrap weights [rows, resamples]: how often each row was drawn; the same for every caller."""
+def bootstrap_weights(rows: int, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Bootstrap weights [rows, resamples]: how often each row was drawn with replacement.
+
+    They depend on the arguments only, so that methods are compared on the same resamples.
+    """
     draw = np.random.default_rng(seed)
     counts = [np.bincount(draw.integers(0, rows, rows), minlength=rows) for _ in range(resamples)]
     return np.stack(counts, axis=1).astype(float)
 
 
-def gaps(
-    method: Settings, reference: Settings, low: float, high: float, weights: Floats, axis: str = "macs"
+def accuracy_differences(
+    method: SettingResults,
+    reference: SettingResults,
+    low: float,
+    high: float,
+    weights: Floats,
+    axis: str = "macs",
 ) -> Floats:
-    """Mean of `method` less `reference` between two savings: over all rows, then for every resample
-    [1 + resamples].
+    """Mean accuracy of `method` minus that of `reference` between two savings, in percentage points.
+
+    [1 + resamples]: first over all rows, then for every resample.
     """
     grid = np.linspace(low, high, GRID)
     weights = np.concatenate([np.ones((len(weights), 1)), weights], axis=1)
-    pairs = zip(method.lines(weights, axis), reference.lines(weights, axis), strict=True)
+    pairs = zip(method.frontiers(weights, axis), reference.frontiers(weights, axis), strict=True)
     return np.array([np.mean(np.interp(grid, *line) - np.interp(grid, *other)) for line, other in pairs])
 
 
-def interval(differences: Sequence[Floats]) -> dict[str, float]:
-    """Mean difference and its 95 % interval over rows: `differences` holds gaps() of several seeds or data
-    sets, in which resample n drew the same rows of the same data; they are averaged first.
+def difference_interval(differences: Sequence[Floats]) -> dict[str, float]:
+    """Mean difference and its 95 % interval over rows.
+
+    differences: results of accuracy_differences() for several seeds or data sets, in which resample n drew
+    the same rows of the same data; they are averaged first.
     """
     mean = np.mean(differences, axis=0)
     low, high = np.percentile(mean[1:], [2.5, 97.5])

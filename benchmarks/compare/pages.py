@@ -2,8 +2,8 @@
 
     python benchmarks/compare/pages.py    # reads compare_*.json and agreement_*.json of benchmarks/results
 
-A result file whose "settings" are not empty is a variant: it is compared with the file of the same data
-without them, row by row, since both resampled the same rows.
+A result file with non-empty "settings" is compared with the file of the same data without settings, row by
+row, since both resampled the same rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from offramp.benchmarks.compare.frontiers import Floats, interval
+from offramp.benchmarks.compare.frontiers import Floats, difference_interval
 from offramp.runtime.tuning.report import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ Written by `python benchmarks/compare/pages.py` from `benchmarks/results/compare
 below made. Settings were chosen on dev; test was read once.
 
 - Accuracy (standard deviation over seeds), savings and controls are those of one point: the most accurate
-  one on dev among those that save half of the multiply-accumulates. random: exits drawn by chance with the
+  one on dev among those that save half of the multiply-accumulates. random: exits drawn at random with the
   same histogram. static: a truncated network of equal cost.
 - above, below: area between the method's frontier and that of max-probability on the joint checkpoint. elue:
   mean over the frontier of accuracy less that of truncated networks of equal cost. ece: calibration error,
@@ -64,7 +64,7 @@ before that differed by more than 1e-5. other: neither; in fp32 there must be no
 two grid points may be rounded either way and changes everything after it, so torch in float64 does not decide
 as torch in float32 does either; the bundle is compared with that.
 """
-# Told apart without colour too: each has its own dash.
+# Each line has its own dash too, so that lines are distinct without colour.
 COLOURS = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
 DASHES = ("-", "--", "-.", ":")
 _INK = "#010203"  # replaced by the page's own colour of text
@@ -81,7 +81,7 @@ th:first-child, td:first-child { text-align: left }
 LEGEND = """
 At the setting that was the most accurate on dev among those that save half of the multiply-accumulates or
 more: accuracy (standard deviation over seeds), share saved of multiply-accumulates and of bit operations, the
-accuracy of exits drawn by chance with the same histogram (random) and of a truncated network of equal cost
+accuracy of exits drawn at random with the same histogram (random) and of a truncated network of equal cost
 (static), calibration error (ece, 15 bins of equal mass, raw and at the temperatures of dev) and mean size of
 95 % conformal sets, time as a share of the monolith's, all on test, in percent. Against max-probability
 on the joint checkpoint between 30 and 60 % saved: area above and below its line, and the difference of the
@@ -97,7 +97,7 @@ AXES = {
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
-    """One line a method: means over seeds, standard deviation of the accuracy in brackets, the verdict."""
+    """Table rows of a comparison, one a method: means over seeds, deviation of the accuracy, the verdict."""
     rows = []
     for name, seeds in result["methods"].items():
         cells = []
@@ -108,13 +108,13 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         if len(accuracy) > 1:
             cells[0] += f" ({np.std(accuracy, ddof=1):.2f})"
         against = result["against_max_probability"].get(name)
-        difference = "-" if against is None else with_interval(against)
+        difference = "-" if against is None else format_difference(against)
         rows.append([name, *cells, difference, verdict(seeds, against)])
     return rows
 
 
 def verdict(seeds: list[dict[str, Any]], against: Mapping[str, float] | None) -> str:
-    """What a method loses to, in words; empty where it beats both controls and ties with the reference."""
+    """Which controls a method does not beat and whether it differs from the reference, in words; else ""."""
     if against is None:
         return ""
     mean = {
@@ -130,58 +130,58 @@ def verdict(seeds: list[dict[str, Any]], against: Mapping[str, float] | None) ->
     return "; ".join(words)
 
 
-def with_interval(figures: Mapping[str, float]) -> str:
-    """A difference and its interval."""
+def format_difference(figures: Mapping[str, float]) -> str:
+    """A difference and its interval as text, such as "+0.12 [-0.03, +0.27]"."""
     return f"{figures['difference']:+.2f} [{figures['low']:+.2f}, {figures['high']:+.2f}]"
 
 
 def side_of_zero(figures: Mapping[str, float]) -> str:
-    """On which side of zero the interval lies, in words."""
+    """The side of zero on which an interval lies, "above" or "below"; "not apart" if it contains zero."""
     if figures["low"] > 0:
         return "above"
     return "below" if figures["high"] < 0 else "not apart"
 
 
-def grid(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """A Markdown table."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
 def read_results(kind: str = "compare") -> list[dict[str, Any]]:
-    """All result files of a kind, in the order of their names."""
+    """The content of all result files KIND_*.json, in the order of their names."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
 
 
 def differences_of(result: dict[str, Any], name: str) -> Floats:
-    """Output of gaps() averaged over seeds: the difference over all rows, then for every resample."""
+    """A method's difference from max-probability, mean over seeds: over all rows, then for every resample."""
     mean = result["against_max_probability"][name]["difference"]
     return np.array([mean, *result["draws"][name]])
 
 
-def over_all(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A line for each method that all data sets have; each data set has the same weight."""
+def all_data_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """One table row for each method that all data sets have; each data set has the same weight."""
     rows = []
     for name in results[0]["draws"]:
         if name == REFERENCE or not all(name in result["draws"] for result in results):
             continue
-        mean = interval([differences_of(result, name) for result in results])
+        mean = difference_interval([differences_of(result, name) for result in results])
         each = [f"{result['against_max_probability'][name]['difference']:+.2f}" for result in results]
-        rows.append([name, *each, with_interval(mean), side_of_zero(mean)])
+        rows.append([name, *each, format_difference(mean), side_of_zero(mean)])
     return rows
 
 
-def summary(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The table over all data sets; empty where there is only one."""
+def summary_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown lines of the table over all data sets; empty if there is only one."""
     plain = [result for result in results if not result["settings"]]
     if len(plain) < 2:
         return []
     head = ("method (rule)", *(result["data"] for result in plain), "all, 95 %", "against max-probability")
-    return grid(head, over_all(plain))
+    return markdown_table(head, all_data_rows(plain))
 
 
-def variants(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Other settings of a recipe less its default ones."""
+def other_setting_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Table rows that compare results of other settings of a recipe with those of its default settings."""
     plain = {result["data"]: result for result in results if not result["settings"]}
     rows = []
     for result in results:
@@ -191,16 +191,16 @@ def variants(results: Sequence[dict[str, Any]]) -> list[list[str]]:
         for name in result["draws"]:
             if name.endswith("(joint)"):
                 continue
-            gain = interval([differences_of(result, name) - differences_of(default, name)])
+            gain = difference_interval([differences_of(result, name) - differences_of(default, name)])
             seeds = (r["methods"][name] for r in (result, default))
             means = (np.mean([figures["accuracy_at_half"] for figures in each]) for each in seeds)
             cells = [result["data"], name, " ".join(result["settings"]), *(f"{mean:.2f}" for mean in means)]
-            rows.append([*cells, with_interval(gain), side_of_zero(gain)])
+            rows.append([*cells, format_difference(gain), side_of_zero(gain)])
     return rows
 
 
-def milliseconds(result: dict[str, Any]) -> list[list[str]]:
-    """The walked points of every method."""
+def timed_point_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Table rows of the timed points of every method."""
     return [
         [
             name,
@@ -215,35 +215,35 @@ def milliseconds(result: dict[str, Any]) -> list[list[str]]:
 
 
 def agreement_table(result: dict[str, Any]) -> list[str]:
-    """The command and a line for every walk of a result file of agreement.py."""
+    """Markdown lines for a result file of agreement.py: its command, and a table of all comparisons."""
     head = [name.replace("_", " ") for name in result["lines"][0]]
     rows = [[str(value).replace("_", " ") for value in line.values()] for line in result["lines"]]
-    return [f"    python {result['command']}", "", *grid(head, rows)]
+    return [f"    python {result['command']}", "", *markdown_table(head, rows)]
 
 
-def document(results: Sequence[dict[str, Any]], agreements: Sequence[dict[str, Any]] = ()) -> str:
-    """docs/comparison.md."""
-    lines = [INTRODUCTION, "## Over all data sets", "", *summary(results)]
+def comparison_document(results: Sequence[dict[str, Any]], agreements: Sequence[dict[str, Any]] = ()) -> str:
+    """The text of docs/comparison.md."""
+    lines = [INTRODUCTION, "## Over all data sets", "", *summary_table(results)]
     for result in (result for result in results if not result["settings"]):
         seeds = ", ".join(map(str, result["seeds"]))
         title = f"## {result['data']} ({result['rows']['test']} rows of test, seeds {seeds})"
-        lines += [title, "", f"    {result['command']}", "", *grid(HEAD, table_rows(result))]
+        lines += [title, "", f"    {result['command']}", "", *markdown_table(HEAD, table_rows(result))]
         if "milliseconds" in result:
             about = result["milliseconds"]
             words = f"Walked at batch 1 ({about['rows']} rows of test, monolith {about['monolith_ms']} ms):"
             head = ("method (rule)", "ms", "% of the monolith", "macs saved %", "accuracy %")
-            lines += [words, "", *grid(head, milliseconds(result))]
-    other = variants(results)
+            lines += [words, "", *markdown_table(head, timed_point_rows(result))]
+    other = other_setting_rows(results)
     if other:
         names = ("data", "method (rule)", "instead of the default", "accuracy at half", "default's")
-        lines += ["## Other settings", "", *grid((*names, "less the default", ""), other)]
+        lines += ["## Other settings", "", *markdown_table((*names, "less the default", ""), other)]
     if agreements:
         lines += [AGREEMENT, *(line for result in agreements for line in agreement_table(result))]
     return "\n".join(lines)
 
 
 def html_page(result: dict[str, Any]) -> str:
-    """The page of one comparison: pictures of the frontiers, the table, and in words what beats what."""
+    """The HTML page of one comparison: pictures of the frontiers, the table, and the verdicts in words."""
     title, rows = f"{result['data']}: methods compared", table_rows(result)
     verdicts = [f"{row[0]}: {row[-1]}." for row in rows if row[-1]]
     tie = "Every method beats chance and truncation; none is apart from max-probability in every seed."
@@ -252,7 +252,7 @@ def html_page(result: dict[str, Any]) -> str:
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in HEAD)
     seeds = ", ".join(map(str, result["seeds"]))
     axes = [axis for axis in AXES if axis != "ms" or "milliseconds" in result]
-    pictures = "".join(f"<figure>{picture(result, axis)}</figure>" for axis in axes)
+    pictures = "".join(f"<figure>{frontier_svg(result, axis)}</figure>" for axis in axes)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
@@ -263,8 +263,8 @@ def html_page(result: dict[str, Any]) -> str:
     )
 
 
-def line_of(result: dict[str, Any], name: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A method's line on an axis: the mean over seeds, where every seed has one; None without any."""
+def frontier_of(result: dict[str, Any], name: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """A method's frontier on an axis, mean over seeds, as x and y values; None for methods without one."""
     if axis == "ms":
         points = sorted((p["share"], p["accuracy"]) for p in result["milliseconds"]["points"].get(name, []))
         return None if not points else (np.array(points)[:, 0], np.array(points)[:, 1])
@@ -276,8 +276,8 @@ def line_of(result: dict[str, Any], name: str, axis: str) -> tuple[np.ndarray, n
     return (100 - saved if axis == "bops" else saved), mean
 
 
-def picture(result: dict[str, Any], axis: str) -> str:
-    """Frontiers on one axis as SVG."""
+def frontier_svg(result: dict[str, Any], axis: str) -> str:
+    """The frontiers of all methods on one axis as an SVG element."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -287,7 +287,7 @@ def picture(result: dict[str, Any], axis: str) -> str:
         figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
         for number, (name, seeds) in enumerate(result["methods"].items()):
             look = {"color": COLOURS[number % len(COLOURS)], "label": name}
-            line = line_of(result, name, axis)
+            line = frontier_of(result, name, axis)
             if line is not None:
                 mark = "o" if axis == "ms" else ""
                 dash = DASHES[number // len(COLOURS) % len(DASHES)]
@@ -322,7 +322,7 @@ def main() -> None:
         raise click.ClickException(
             f"no compare_*.json in {RESULTS.name}/: run ee-compare and copy its file there"
         )
-    write_whole(DOCUMENT, document(results, read_results("agreement")))
+    write_whole(DOCUMENT, comparison_document(results, read_results("agreement")))
     click.echo(DOCUMENT.name)
 
 

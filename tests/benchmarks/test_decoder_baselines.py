@@ -18,11 +18,11 @@ import pytest
 from offramp.benchmarks import decoder_baselines
 from offramp.benchmarks.decoder_baselines import (
     BaselineProcess,
-    Genai,
-    Llama,
+    GenaiProcess,
+    LlamaProcess,
     TimedAnswer,
-    genai_model,
-    llama_model,
+    build_genai_model,
+    build_llama_model,
 )
 
 # Each token is the one before it plus one; the process ends without an answer at the token 99.
@@ -126,7 +126,7 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = f'#!/bin/sh\nshift\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n'
     python.write_text(script, encoding="utf-8")
     python.chmod(0o755)
-    monkeypatch.setattr(decoder_baselines, "environment", lambda name: tmp_path)
+    monkeypatch.setattr(decoder_baselines, "baseline_environment", lambda name: tmp_path)
     (tmp_path / "genai_config.json").write_text('{"model": {"vocab_size": 50}}', encoding="utf-8")
     return tmp_path
 
@@ -146,7 +146,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
 
     folder = tmp_path / "environment"
     (folder / "lib" / "python3.10" / "site-packages").mkdir(parents=True)
-    monkeypatch.setattr(decoder_baselines, "environment", lambda name: folder)
+    monkeypatch.setattr(decoder_baselines, "baseline_environment", lambda name: folder)
     monkeypatch.setattr(decoder_baselines, "_run", run)
     return commands
 
@@ -174,7 +174,7 @@ def test_the_error_of_a_worker_that_does_not_start_is_quoted() -> None:
 
 
 def test_genai_worker(libraries: Path) -> None:
-    with Genai(libraries) as process:
+    with GenaiProcess(libraries) as process:
         assert process.facts == {"onnxruntime-genai": "1.2", "onnxruntime": "1.2"}
         answer = process.answer([9, 5], 4)
         assert answer.ids == [6, 7, 8, 9] and len(answer.step_s) == 3
@@ -185,7 +185,7 @@ def test_genai_worker(libraries: Path) -> None:
 
 
 def test_llama_worker(libraries: Path) -> None:
-    with Llama(Path("file"), context=8) as process:
+    with LlamaProcess(Path("file"), context=8) as process:
         assert process.facts == {"llama-cpp-python": "0", "built for": "AVX = 1"}
         answer = process.answer([1, 2], 3)
         assert answer.ids == [3, 6, 12] and len(answer.step_s) == 2
@@ -193,12 +193,12 @@ def test_llama_worker(libraries: Path) -> None:
         with pytest.raises(RuntimeError, match="llama_decode returned 1 for 9 tokens"):
             process.answer([1] * 9, 1)
     with pytest.raises(RuntimeError, match="did not open none"):
-        Llama(Path("none"), context=8)
+        LlamaProcess(Path("none"), context=8)
 
 
 @pytest.mark.slow
 def test_both_take_turns(libraries: Path) -> None:
-    with Genai(libraries) as genai, Llama(Path("file"), context=8) as llama:
+    with GenaiProcess(libraries) as genai, LlamaProcess(Path("file"), context=8) as llama:
         for start in (1, 2):
             assert genai.answer([start], 2).ids == [start + 1, start + 2]
             assert llama.answer([start], 2).ids == [start, 2 * start]
@@ -217,9 +217,9 @@ def test_llama_worker_quantises(libraries: Path) -> None:
 def test_models_are_written_once(tmp_path: Path, commands: Commands) -> None:
     out = tmp_path / "out"
     for _ in range(2):
-        assert genai_model(tmp_path / "hf", "int4", out) == out / "int4"
-        assert genai_model(tmp_path / "hf", "fp32", out) == out / "fp32"
-        assert llama_model(tmp_path / "hf", "Q8_0", out) == out / "Q8_0.gguf"
+        assert build_genai_model(tmp_path / "hf", "int4", out) == out / "int4"
+        assert build_genai_model(tmp_path / "hf", "fp32", out) == out / "fp32"
+        assert build_llama_model(tmp_path / "hf", "Q8_0", out) == out / "Q8_0.gguf"
     assert sorted(file.name for file in out.iterdir()) == ["F32.gguf", "Q8_0.gguf", "fp32", "int4"]
     (int4, _), (fp32, _), (convert, paths), (quantize, _) = commands
     assert int4[-2:] == ["accuracy_level=4", "block_size=32"] and "--extra_options" not in fp32
@@ -231,9 +231,9 @@ def test_models_are_written_once(tmp_path: Path, commands: Commands) -> None:
 def test_a_failing_command_is_quoted_and_leaves_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_baselines, "environment", lambda name: tmp_path)
+    monkeypatch.setattr(decoder_baselines, "baseline_environment", lambda name: tmp_path)
     with pytest.raises(SystemExit, match=r"convert_hf_to_gguf\.py"):  # there is none
-        llama_model(tmp_path, "F16", tmp_path / "out")
+        build_llama_model(tmp_path, "F16", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -247,12 +247,12 @@ def test_environments_are_created_once_and_again_for_other_pins(
     )
     monkeypatch.setattr(venv, "create", lambda folder, with_pip: folder.mkdir(parents=True))
     for _ in range(2):
-        folder = decoder_baselines.environment("genai")
+        folder = decoder_baselines.baseline_environment("genai")
         assert folder == tmp_path / "baselines" / "genai"
     assert len(commands) == 1 and commands[0][-2:] == list(decoder_baselines.PACKAGES["genai"])
     monkeypatch.setitem(decoder_baselines.PACKAGES, "genai", ("onnxruntime-genai==0",))
     (folder / "stale").touch()
-    decoder_baselines.environment("genai")
+    decoder_baselines.baseline_environment("genai")
     assert len(commands) == 2 and [file.name for file in folder.iterdir()] == ["installed.txt"]
 
 
@@ -283,13 +283,13 @@ def test_llama_is_compiled_from_the_pinned_source(tmp_path: Path, monkeypatch: p
     packages = folder / "lib" / "python3.10" / "site-packages"
     monkeypatch.setattr(venv, "create", lambda folder, with_pip: packages.mkdir(parents=True))
     with pytest.raises(SystemExit, match="sha256"):
-        decoder_baselines.environment("llama")
+        decoder_baselines.baseline_environment("llama")
     assert not (folder / "source").exists() and not (folder / "installed.txt").exists()
 
     digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     monkeypatch.setattr(decoder_baselines, "LLAMA", (requirement, name, digest))
     commands.clear()
-    assert decoder_baselines.environment("llama") == folder
+    assert decoder_baselines.baseline_environment("llama") == folder
     _, download, configure, build, _ = commands
     assert download[-1] == requirement and "-DGGML_NATIVE=ON" in configure and build[-1] == "llama"
     repaired = (folder / "source" / kernels.relative_to(root)).read_text(encoding="utf-8")

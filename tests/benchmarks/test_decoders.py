@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from offramp.benchmarks import decoders
 from offramp.benchmarks.decoder_baselines import TimedAnswer
-from offramp.benchmarks.decoder_candidates import Round, open_in_process, timed
+from offramp.benchmarks.decoder_candidates import Round, open_in_process, time_tokens
 from offramp.benchmarks.workers import resident_mb
 
 DATA = Path(__file__).parents[1] / "data"
@@ -81,7 +81,7 @@ def test_the_second_round_of_a_pair_opens_in_reverse_order(monkeypatch: pytest.M
 
 def test_an_answer_is_timed() -> None:
     with open_in_process(GENERATOR.parent, "fp32", [GENERATOR.name]) as candidates:
-        answer = timed(candidates[GENERATOR.name]([5, 6, 7], 5))
+        answer = time_tokens(candidates[GENERATOR.name]([5, 6, 7], 5))
     assert len(answer.ids) == 5 and answer.first_s > 0 and len(answer.step_s) == 4
     assert all(megabytes > 10 for megabytes in resident_mb())
 

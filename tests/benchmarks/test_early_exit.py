@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from offramp.benchmarks.early_exit import static_ms, with_ratios
+from offramp.benchmarks.early_exit import rows_with_ratios, static_ms
 
 
 def candidate(name: str, kind: str, accuracy: float, ms: float, variant: str = "fp32") -> dict[str, Any]:
@@ -35,6 +35,6 @@ def test_there_is_no_static_network_above_the_best_or_below_the_worst() -> None:
 
 def test_a_walk_is_compared_with_full_depth_and_both_monoliths() -> None:
     walks = [candidate("walk", "walk", 85.0, 4.0), candidate("walk full depth", "full", 90.0, 13.0)]
-    row = with_ratios({"candidates": [*walks, *STATIC]})[0]
+    row = rows_with_ratios({"candidates": [*walks, *STATIC]})[0]
     assert row["accuracy_lost"] == 5.0
     assert (row["times_fp32_monolith"], row["times_int8_monolith"], row["times_static"]) == (3.0, 1.5, 2.0)

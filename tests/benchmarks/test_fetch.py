@@ -21,7 +21,7 @@ def test_mixed_texts_can_be_limited_in_length(tmp_path: Path, monkeypatch: pytes
             (out / f"{split}.jsonl").write_text("".join(rows))
         return out
 
-    monkeypatch.setattr(fetch, "film_texts", films)
+    monkeypatch.setattr(fetch, "write_film_texts", films)
     pairs = [{"prompt": "p" * n, "completion": f"{n}<|endoftext|>"} for n in range(1, 41)]
     source = tmp_path / "pairs"
     source.mkdir()

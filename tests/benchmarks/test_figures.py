@@ -9,26 +9,26 @@ from typing import Any
 import pytest
 
 from offramp.benchmarks import figures
-from offramp.benchmarks.compare.pages import grid
+from offramp.benchmarks.compare.pages import markdown_table
 
 MACHINE = {"cpu": "A CPU", "when": "2026-11-28T12:00:00+00:00"}
 
 
 @pytest.mark.parametrize("file", figures.DOCUMENTS, ids=lambda file: file.name)
 def test_the_tables_of_the_documents_are_those_of_the_result_files(file: Path) -> None:
-    _, inside, _ = figures.between_marks(file.read_text(encoding="utf-8"))
+    _, inside, _ = figures.split_at_marks(file.read_text(encoding="utf-8"))
     expected = "\n".join(figures.DOCUMENTS[file]()).strip("\n")
     assert inside == expected, "make figures"
 
 
 def test_a_text_without_marks_is_refused() -> None:
-    assert figures.between_marks(f"a{figures.BEGIN}\n\nb\n\n{figures.END}c") == ("a", "b", "c")
+    assert figures.split_at_marks(f"a{figures.BEGIN}\n\nb\n\n{figures.END}c") == ("a", "b", "c")
     with pytest.raises(ValueError, match="missing"):
-        figures.between_marks(f"a{figures.BEGIN}b")
+        figures.split_at_marks(f"a{figures.BEGIN}b")
 
 
 def test_a_grid_is_a_markdown_table() -> None:
-    assert grid(("a", "b"), [[1, "x"]]) == ["| a | b |", "|---|---|", "| 1 | x |", ""]
+    assert markdown_table(("a", "b"), [[1, "x"]]) == ["| a | b |", "|---|---|", "| 1 | x |", ""]
 
 
 def test_the_truncated_graph_shown_is_the_most_accurate_that_is_no_slower_than_the_walk() -> None:
@@ -39,7 +39,7 @@ def test_the_truncated_graph_shown_is_the_most_accurate_that_is_no_slower_than_t
         {"name": "first 5 blocks", "kind": "truncated", "accuracy": 85.0, "mean_ms": 5.2},
         {"name": "first 6 blocks", "kind": "truncated", "accuracy": 88.0, "mean_ms": 6.0},
     ]
-    shown = [row["name"] for row in figures.shown_rows(rows)]
+    shown = [row["name"] for row in figures.rows_to_show(rows)]
     assert shown == ["walk default", "monolith", "first 5 blocks"]
 
 
@@ -49,12 +49,12 @@ def write(folder: Path, kind: str, facts: dict[str, Any]) -> None:
 
 def test_drafts_by_bundle_and_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    assert figures.lossless() == [] and figures.overhead() == []
+    assert figures.lossless_table() == [] and figures.overhead_table() == []
     row = {"same": 99, "speed": 1.3, "speed_median": 1.25, "accepted": {"1": 0.5}}
     bundle = {"cuts": [4, 8, 30], "rules": {"full": {}, "1,2": row}}
     write(
         tmp_path, "lossless", {"variant": "fp32", "count": 100, "tokens": 64, "bundles": {"trained": bundle}}
     )
-    table = figures.lossless()
+    table = figures.lossless_table()
     assert table[0].endswith("(A CPU, 2026-11-28)")
     assert table[-2] == "| trained | exit 1, 2 drafts | 99 of 100 | 1.30 | 1.25 | exit 1: 50% |"

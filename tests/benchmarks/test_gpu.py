@@ -58,7 +58,7 @@ def test_with_a_gpu_it_measures_every_engine(
 ) -> None:
     machine = gpu.machine(monkeypatch, tmp_path / "cache")
     gpu.ort_on_cuda(monkeypatch, machine.cudart)
-    monkeypatch.setattr("offramp.benchmarks.gpu.torch_network", lambda *arguments: lambda: None)
+    monkeypatch.setattr("offramp.benchmarks.gpu.torch_run", lambda *arguments: lambda: None)
     result = run(work, tmp_path / "out.json", "--rows", "1,4", "--lengths", "8", "--budget", "1")
     engines = {
         f"{name}{more}" for name in ("ort each", "ort thirds", "trt thirds") for more in ("", " graphs")

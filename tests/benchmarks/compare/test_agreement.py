@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from offramp.benchmarks.compare import agreement
-from offramp.benchmarks.compare.exit_outputs import digest_of
+from offramp.benchmarks.compare.exit_outputs import weights_digest
 from offramp.export.cli import main as split
 from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.walker import Trace
@@ -91,6 +91,6 @@ def test_a_bundle_of_other_weights_disagrees(tmp_path: Path, monkeypatch: pytest
     save_file(
         {name: t.roll(1, 0) if len(t.shape) and len(t) == 2 else t for name, t in tensors.items()}, weights
     )
-    (runs / "joint_0.bundle.key").write_text(f"{digest_of(runs / 'joint_0')} fp32")
+    (runs / "joint_0.bundle.key").write_text(f"{weights_digest(runs / 'joint_0')} fp32")
     bad = CliRunner().invoke(agreement.main, words)
     assert bad.exit_code == 1, bad.output

@@ -9,10 +9,10 @@ from typing import Any
 from offramp.benchmarks.compare.pages import (
     DOCUMENT,
     REFERENCE,
-    document,
-    over_all,
+    all_data_rows,
+    comparison_document,
+    other_setting_rows,
     read_results,
-    variants,
     verdict,
 )
 
@@ -34,25 +34,25 @@ def result(data: str, difference: float, draws: list[float], *settings: str) -> 
 def test_data_sets_have_the_same_weight_and_are_averaged_before_the_interval() -> None:
     # Half of the resamples of each are below zero; of their mean all are above.
     first, second = result("x", 1.0, [-1.0, 3.0] * 50), result("y", 1.0, [3.0, -1.0] * 50)
-    assert over_all([first, second]) == [["a (gate)", "+1.00", "+1.00", "+1.00 [+1.00, +1.00]", "above"]]
-    assert over_all([first])[0][-1] == "not apart"
+    assert all_data_rows([first, second]) == [["a (gate)", "+1.00", "+1.00", "+1.00 [+1.00, +1.00]", "above"]]
+    assert all_data_rows([first])[0][-1] == "not apart"
 
 
 def test_a_method_that_a_data_set_lacks_is_left_out() -> None:
     lacking = result("y", 0.0, [0.0])
     del lacking["draws"]["a (gate)"]
-    assert over_all([result("x", 1.0, [1.0]), lacking]) == []
+    assert all_data_rows([result("x", 1.0, [1.0]), lacking]) == []
 
 
 def test_a_variant_is_compared_with_the_default_by_resample() -> None:
     plain, other = result("x", 1.0, [0.0, 2.0] * 50), result("x", 0.5, [-0.5, 1.5] * 50, "price=2")
-    (row,) = variants([plain, other])
+    (row,) = other_setting_rows([plain, other])
     assert row == ["x", "a (gate)", "price=2", "90.50", "91.00", "-0.50 [-0.50, -0.50]", "below"]
-    assert variants([other]) == [] and variants([plain]) == []
+    assert other_setting_rows([other]) == [] and other_setting_rows([plain]) == []
 
 
 def test_the_document_is_written_from_the_result_files() -> None:
-    expected = document(read_results(), read_results("agreement"))
+    expected = comparison_document(read_results(), read_results("agreement"))
     assert DOCUMENT.read_text(encoding="utf-8") == expected, "python benchmarks/compare/pages.py"
 
 
