@@ -137,7 +137,7 @@ def quantize_gguf(source: str, target: str, kind: str) -> None:
 
 
 def serve_round() -> None:
-    """Run one round (decoder_candidates.run_round); its request is a JSON line on stdin, its result on stdout."""
+    """Run the round that a JSON line on stdin requests; its result is a JSON line on stdout."""
     from offramp.benchmarks.decoder_candidates import run_round
 
     print(json.dumps(run_round(json.loads(sys.stdin.readline()))))
