@@ -18,6 +18,7 @@ SHARING = "tests/export"
 EXPORTING_DECODERS = ("test_generation.py", "test_decoder_exits.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest -n, run each file in one process, and files that share exported classifiers in one."""
     root = Path(__file__).parent.parent
