@@ -46,7 +46,7 @@ from offramp.benchmarks.decoder_candidates import (
     monolith_file,
     run_fresh_round,
 )
-from offramp.export.auto import choose_seams, even_cuts
+from offramp.export.auto import choose_segment_count, even_cuts
 from offramp.export.bundle import write_bundle
 from offramp.export.decoder import open_decoder
 from offramp.export.monolith import write_monolith
@@ -70,7 +70,7 @@ def write_bundles(model: Path, scratch: Path) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
     source, options = open_decoder(model), ExportOptions(VARIANTS)
     if not (scratch / "auto.json").is_file():
-        choice = choose_seams(source, VARIANTS)
+        choice = choose_segment_count(source, VARIANTS)
         click.echo(choice.table, err=True)
         write_json(scratch / "auto.json", {"cuts": choice.cuts, "table": choice.table.splitlines()})
     auto = read_json(scratch / "auto.json")

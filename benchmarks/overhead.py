@@ -242,7 +242,7 @@ def measure_network(
 
     from offramp.export.classifier import ExportableClassifier
     from offramp.export.monolith import write_monolith
-    from offramp.export.nested import nest
+    from offramp.export.nested import nest_segments
     from offramp.training.checkpoint import load_checkpoint
 
     # The command that users run, so that the timed bundle is the one that they get.
@@ -261,7 +261,7 @@ def measure_network(
             if random:
                 segments = (sessions[0].manifest.stem, *sessions[0].manifest.segments)
                 stem, *rest = [scratch / "bundle" / segment.variants["fp32"].file for segment in segments]
-                (scratch / "nested.onnx").write_bytes(nest(stem, rest).SerializeToString())
+                (scratch / "nested.onnx").write_bytes(nest_segments(stem, rest).SerializeToString())
                 files[NESTED] = "nested.onnx"
         options = onnxruntime.SessionOptions()
         threads.fit(options)  # the walk's pool: same threads, same optimisation level

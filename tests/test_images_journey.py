@@ -18,7 +18,7 @@ from offramp.runtime import load
 from offramp.runtime.cli import main as run
 from offramp.runtime.tuning.bench import measure
 from offramp.runtime.tuning.calibrate import main as calibrate
-from offramp.training.batches import encode_for
+from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import evaluate, train
 from offramp.training.collect import collect
@@ -72,7 +72,7 @@ def test_torch_and_the_walk_agree(family_root: Path, root: Path) -> None:
     """From the files to the logits and gates of every exit, one by one and in batches."""
     checkpoint = load_checkpoint(family_root / "ckpt")
     rows = load_data(str(root / "data")).split("test")
-    collected = collect(checkpoint.network, encode_for(checkpoint, rows))
+    collected = collect(checkpoint.network, encode_rows(checkpoint, rows))
     assert rows.images is not None and collected.gate_logits is not None
     with load(family_root / "bundle", rule="never") as session:
         trace, tokens = session.at_full_depth(rows.images.files)

@@ -16,10 +16,10 @@ from offramp.runtime import load
 from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.rules import bind, simulate
 from offramp.runtime.rules.sweep import ExitTable
-from offramp.training.batches import encode
+from offramp.training.batches import encode_texts
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import train
-from offramp.training.collect import collect, table_of
+from offramp.training.collect import collect, exit_table
 from offramp.training.data import Rows
 
 SETTINGS = {
@@ -54,10 +54,10 @@ def journey(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     checkpoint = load_checkpoint(root / "ckpt")
     rows = tiny.rows(60, seed=9)
     labels = np.array([row["label"] for row in rows])
-    encoded = encode(
+    encoded = encode_texts(
         Rows([str(row["text"]) for row in rows], None, labels), tiny.tokenizer(), checkpoint.text
     )
-    return Journey(root / "bundle", rows, table_of(collect(checkpoint.network, encoded)))
+    return Journey(root / "bundle", rows, exit_table(collect(checkpoint.network, encoded)))
 
 
 def test_the_bundle_answers_by_the_learned_gate(journey: Journey) -> None:

@@ -19,14 +19,14 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.rules import bind
 from offramp.runtime.tuning.calibrate import main as calibrate
-from offramp.training.batches import encode
+from offramp.training.batches import encode_texts
 from offramp.training.checkpoint import load_checkpoint, save_checkpoint
-from offramp.training.classifier import network_from_checkpoint
+from offramp.training.classifier import load_initial_checkpoint
 from offramp.training.cli import evaluate, train
 from offramp.training.data import Rows
 from offramp.training.forecasters import network_forecaster
 from offramp.training.outcomes import collect_outcomes
-from offramp.training.replay import replay
+from offramp.training.replay import replay_walks
 
 pytestmark = pytest.mark.slow  # trains and exports two networks
 
@@ -84,14 +84,14 @@ def test_rows_that_change_their_precision_walk_as_they_were_replayed(root: Path)
     checkpoint = load_checkpoint(root / "random")
     texts = [row["text"] for row in map(json.loads, (root / "data/dev.jsonl").read_text().splitlines())]
     rows = Rows(texts, None, np.zeros(len(texts), np.int64))
-    encoded = encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), checkpoint.text)
+    encoded = encode_texts(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), checkpoint.text)
     outcomes = collect_outcomes(checkpoint.network, encoded, ("fp32", "int8"))
     forecast = network_forecaster(checkpoint.network.forecasts)
     costs = open_bundle(root / "bundle").manifest.costs
     kinds, same, batched = set(), [], []
     for start, price in itertools.product(("fp32", "int8"), (0.02, 0.2)):
         spec = RuleSpec("quee", {"price": price})
-        plans = replay(bind(spec, 3, costs), outcomes, forecast, outcomes.variants.index(start))
+        plans = replay_walks(bind(spec, 3, costs), outcomes, forecast, outcomes.variants.index(start))
         expected = [[outcomes.variants[v] for v in plan if v >= 0] for plan in plans]
         with load(root / "bundle", rule=spec, variant=start) as session:
             walked = [[variant for _, variant in session(text).steps] for text in texts]
@@ -135,7 +135,7 @@ def test_variants_without_forecasts_are_refused(root: Path, tmp_path: Path) -> N
 
 def test_another_recipe_started_from_it_drops_its_forecasts(root: Path) -> None:
     for policy in (None, "statistics"):
-        checkpoint = network_from_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
+        checkpoint = load_initial_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
         assert checkpoint.network.spec.forecast == () and len(checkpoint.network.forecasts) == 0
 
 

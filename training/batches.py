@@ -21,14 +21,14 @@ from offramp.runtime.inputs.images import BadInput, ImageInput, normalized, pixe
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.data import BadData, Rows
 
-BUCKET = 50  # batches that are sorted by length together: enough to avoid padding, few enough to stay random
+BUCKET = 50  # batches sorted by length together: enough to avoid padding, few enough for a random order
 AUGMENTATIONS = ("flip", "crop")
-IN_MEMORY = 4 * 2**30  # bytes of pixels; more goes into a temporary file that the system pages in
+IN_MEMORY = 4 * 2**30  # bytes of pixels; larger arrays are mapped to a temporary file
 MAX_SHIFT = 8  # a crop is moved by at most 1 / MAX_SHIFT of the side
 
 
 class Encoded(Protocol):
-    """Rows of text or images as a recipe reads them."""
+    """Rows of text or images that are encoded for a network, as recipes read them."""
 
     def __len__(self) -> int: ...
 
@@ -60,7 +60,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Rows as token ids, one list a row, truncated to the longest input."""
+    """Rows of text as token ids, one list for each row, truncated to the longest input."""
 
     ids: list[list[int]]
     types: list[list[int]]
@@ -104,10 +104,10 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Rows as pixels uint8 [rows, height, width, 3], each `tokens` tokens long.
+    """Rows of images as pixels uint8 [rows, height, width, 3], each `tokens` tokens long.
 
-    augment: augmentations of the batches, from AUGMENTATIONS, drawn from torch's generator, whose state is
-    part of what a resumed run restores.
+    augment: augmentations of the batches, from AUGMENTATIONS, drawn from torch's generator, whose state a
+    resumed run restores.
     """
 
     pixels: np.ndarray
@@ -136,7 +136,7 @@ class EncodedImages:
     def batch(
         self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """pixel_values float32 [batch, 3, height, width] and labels [batch] of the rows at `index`."""
+        """Inputs pixel_values float32 [batch, 3, height, width] and labels [batch] of the rows at `index`."""
         rows = np.asarray(index)
         images = self.pixels[rows]
         if "crop" in self.augment:
@@ -148,10 +148,11 @@ class EncodedImages:
         return {"pixel_values": values}, torch.from_numpy(self.label[rows]).to(device)
 
 
-def encode_for(checkpoint: Checkpoint, rows: Rows, augment: tuple[str, ...] = ()) -> Encoded:
-    """Rows of text or images as the checkpoint's network reads them; augment: of images (see EncodedImages).
+def encode_rows(checkpoint: Checkpoint, rows: Rows, augment: tuple[str, ...] = ()) -> Encoded:
+    """Encode rows of text or images for a checkpoint's network.
 
-    Raises BadData where the rows are of the other kind, or an image cannot be read.
+    augment: augmentations of images (see EncodedImages). Raises BadData if the rows are of the other kind, or
+    an image cannot be read.
     """
     network_input = checkpoint.input
     if (rows.images is not None) != isinstance(network_input, ImageInput):
@@ -159,11 +160,11 @@ def encode_for(checkpoint: Checkpoint, rows: Rows, augment: tuple[str, ...] = ()
         raise BadData(f"the data holds {kinds[0]}, the network reads {kinds[1]}; choose another of the two")
     if isinstance(network_input, ImageInput):
         return encode_images(rows, network_input, checkpoint.network.longest, augment=augment)
-    return encode(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), network_input)
+    return encode_texts(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), network_input)
 
 
-def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
-    """Token ids by the tokenizer.json that the bundle will contain."""
+def encode_texts(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
+    """Encode rows of text as token ids by a tokenizer, whose tokenizer.json the bundle will contain."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(text.longest)
     first = [text.prefix + line for line in rows.text]
@@ -175,7 +176,11 @@ def encode(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
 def encode_images(
     rows: Rows, image: ImageInput, tokens: int, *, augment: tuple[str, ...] = (), description: str = "images"
 ) -> EncodedImages:
-    """Decode every image once; raises BadData naming file and row of one that cannot be read."""
+    """Decode every image once to the size that the network reads.
+
+    tokens: of each image. description: of the progress bar. Raises BadData naming file and row of an image
+    that cannot be read.
+    """
     assert rows.images is not None
     shape = (len(rows), image.height, image.width, 3)
     size = int(np.prod(shape, dtype=np.int64))
@@ -195,7 +200,7 @@ def encode_images(
 
 
 def random_crops(images: np.ndarray) -> np.ndarray:
-    """Each image [rows, height, width, 3] moved by up to 1 / MAX_SHIFT of its sides; the gap is mirrored."""
+    """Move each image [rows, height, width, 3] by up to 1 / MAX_SHIFT of its sides; gaps are mirrored."""
     rows, height, width, _ = images.shape
     max_shifts = height // MAX_SHIFT, width // MAX_SHIFT
     padding = ((0, 0), (max_shifts[0], max_shifts[0]), (max_shifts[1], max_shifts[1]), (0, 0))
@@ -208,7 +213,10 @@ def random_crops(images: np.ndarray) -> np.ndarray:
 
 
 def parse_augment(option: str) -> tuple[str, ...]:
-    """Augmentations from "none" or words such as "flip,crop"; ValueError that lists the known ones."""
+    """The augmentations of --augment, which is "none" or a list such as "flip,crop".
+
+    Raises ValueError that lists the known ones.
+    """
     words = tuple(word.strip() for word in option.split(",") if word.strip() not in ("", "none"))
     unknown = [word for word in words if word not in AUGMENTATIONS]
     if unknown:
@@ -217,10 +225,10 @@ def parse_augment(option: str) -> tuple[str, ...]:
 
 
 def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Batches of row numbers for one epoch: shuffled, then sorted by length within buckets of BUCKET batches,
-    batches shuffled again.
+    """Random batches of row numbers for one epoch, each of rows of similar length.
 
-    A pure function of its arguments, so that a resumed run gets the same batches.
+    Rows are shuffled, then sorted by length within buckets of BUCKET batches, then batches are shuffled. This
+    is a pure function of its arguments, so that a resumed run gets the same batches.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -233,7 +241,10 @@ def shuffled_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 
 
 def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Batches of row numbers by length, for evaluation: the least padding; the caller restores the order."""
+    """Batches of row numbers sorted by length, for evaluation with the least padding.
+
+    The caller restores the order of the rows.
+    """
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -1,7 +1,7 @@
 """Calibration of the answers' probabilities: calibration error, temperatures, conformal sets.
 
-All functions take logits: a second softmax would make any network look uncertain. Temperatures and quantiles
-are fitted on dev; figures are of the rows that they are applied to.
+All functions take logits, not probabilities: a second softmax would flatten them. Temperatures and quantiles
+are fitted on dev; figures are for the rows to which they are applied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _LOG_TEMPERATURES = np.log([0.01, 100.0])  # least and greatest
 
 
 def answer_logits(logits: Floats, exits: Ids) -> Floats:
-    """Logits [rows, classes] of each row's exit: logits [rows, exits, classes], exits [rows] (0-based)."""
+    """Select each row's logits at its exit [rows, classes]: logits [rows, exits, classes], exits [rows]
+    0-based.
+    """
     selected: Floats = logits[np.arange(len(exits)), exits]
     return selected
 
@@ -36,7 +38,7 @@ def calibration_error(logits: Floats, labels: Ids, bins: int = BINS) -> float:
 
 
 def binned_error(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
-    """The calibration error from the probabilities of the answers: confidence [rows], right [rows]."""
+    """Expected calibration error in 0..1 from answers' probabilities: confidence [rows], right [rows]."""
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     gaps = [abs(right[part].mean() - confidence[part].mean()) * len(part) for part in parts]
@@ -44,7 +46,7 @@ def binned_error(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS)
 
 
 def negative_log_likelihood(logits: Floats, labels: Ids, temperature: float = 1.0) -> float:
-    """Mean of -log P(label) at a temperature: logits [rows, classes], labels [rows]."""
+    """Mean of -log P(label) in nats at a temperature: logits [rows, classes], labels [rows]."""
     scaled = logits.astype(float) / temperature
     top = scaled.max(-1, keepdims=True)
     log_sum = np.log(np.exp(scaled - top).sum(-1)) + top[:, 0]
@@ -54,8 +56,8 @@ def negative_log_likelihood(logits: Floats, labels: Ids, temperature: float = 1.
 def fit_temperature(logits: Floats, labels: Ids, steps: int = 60) -> float:
     """The temperature from 0.01 to 100 with the least negative log-likelihood: logits [rows, classes].
 
-    Golden-section search over its logarithm: the likelihood has one peak in 1 / temperature. Where all rows
-    are right the best temperature would be zero, and the result is the least one.
+    Golden-section search over its logarithm: the likelihood has one peak in 1 / temperature. If all rows are
+    right, the best temperature would be zero, and the result is the lowest one of the range.
     """
     low, high = float(_LOG_TEMPERATURES[0]), float(_LOG_TEMPERATURES[1])
     share = (5**0.5 - 1) / 2
@@ -70,15 +72,16 @@ def fit_temperature(logits: Floats, labels: Ids, steps: int = 60) -> float:
 
 
 def fit_temperatures(logits: Floats, labels: Ids) -> Floats:
-    """One temperature for each exit [exits]: logits [rows, exits, classes] and labels [rows] of dev."""
+    """Fit one temperature for each exit [exits]: logits [rows, exits, classes] and labels [rows] of dev."""
     return np.array([fit_temperature(logits[:, index], labels) for index in range(logits.shape[1])])
 
 
 def conformal_quantile(logits: Floats, labels: Ids, coverage: float = COVERAGE) -> float:
-    """Split conformal: the greatest score 1 - P of labels in a set, for sets that contain the label of a new
-    row with probability `coverage`; infinite where dev is too small.
+    """The greatest score 1 - P of labels in a conformal set, for sets that contain a new row's label with
+    probability `coverage`.
 
-    It is the ceil((rows + 1) * coverage)-th smallest score of the true labels: logits [rows, classes].
+    Split conformal prediction: it is the ceil((rows + 1) * coverage)-th smallest score of the true labels,
+    and infinite if there are too few rows. logits [rows, classes] and labels [rows] of dev.
     """
     rows = len(labels)
     scores = 1.0 - softmax(logits.astype(np.float32))[np.arange(rows), labels]
@@ -87,7 +90,10 @@ def conformal_quantile(logits: Floats, labels: Ids, coverage: float = COVERAGE) 
 
 
 def conformal_sets(logits: Floats, quantile: float) -> NDArray[np.bool_]:
-    """The labels in each row's set [rows, classes]: those with 1 - P <= quantile; logits likewise."""
+    """Which labels are in each row's conformal set [rows, classes]: those with 1 - P <= quantile.
+
+    logits [rows, classes].
+    """
     inside: NDArray[np.bool_] = 1.0 - softmax(logits.astype(np.float32)) <= quantile
     return inside
 
@@ -95,11 +101,12 @@ def conformal_sets(logits: Floats, quantile: float) -> NDArray[np.bool_]:
 def calibration_figures(
     dev: Floats, dev_exits: Ids, dev_labels: Ids, test: Floats, test_exits: Ids, test_labels: Ids
 ) -> dict[str, float]:
-    """Of a rule's answers: calibration error, raw and at the temperatures of dev, and mean size and coverage
-    of the conformal sets; errors and coverage in percent.
+    """Figures of the calibration of a rule's answers on test: calibration errors and conformal sets.
 
-    dev, test: logits [rows, exits, classes]; exits [rows] (0-based) that the rule chooses. One temperature
-    for each exit, fitted on all rows of dev, and one quantile, fitted on the answers on dev.
+    Calibration error raw and at the temperatures of dev, mean size and coverage of the sets; errors and
+    coverage in percent. dev, test: logits [rows, exits, classes]; exits [rows] (0-based) that the rule
+    chooses. There is one temperature for each exit, fitted on all rows of dev, and one quantile, fitted on
+    the answers on dev.
     """
     temperatures = fit_temperatures(dev, dev_labels)[None, :, None]
     dev_answers = answer_logits(dev / temperatures, dev_exits)

@@ -1,4 +1,4 @@
-"""The checkpoint: a folder of safetensors, JSON and a tokenizer; nothing in it is unpickled."""
+"""The checkpoint: a folder of safetensors, JSON and a tokenizer, without pickles."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ EXITS = "exits.safetensors"  # beside a language model as transformers saves it
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint folder that is missing, incomplete or contradicts itself; the message names the file and
-    the cure.
+    """Error for a checkpoint folder that is missing, incomplete or inconsistent.
+
+    The message names the file and the cure.
     """
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How this network's input text is prepared: prefix, padding id, longest input in tokens."""
+    """How a network's input text is prepared: prefix, padding id, longest input in tokens."""
 
     prefix: str
     pad_id: int
@@ -48,7 +49,7 @@ class Checkpoint:
     """A trained network with everything needed to use it.
 
     input: how text becomes token ids, or images become pixels.
-    tokenizer: path of its tokenizer.json; None where the network reads images.
+    tokenizer: path of its tokenizer.json; None for a network that reads images.
     training: the content of training.json: recipe, settings, data name, seeds, versions, dev measurements,
     operating points.
     """
@@ -60,16 +61,16 @@ class Checkpoint:
 
     @property
     def text(self) -> TextFacts:
-        """The input of a network that reads text; raises BadCheckpoint for one that reads images."""
+        """The input facts of a network that reads text; raises BadCheckpoint for one that reads images."""
         if not isinstance(self.input, TextFacts):
             raise BadCheckpoint("this checkpoint reads images, and text is needed here")
         return self.input
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the folder completely or not at all: a sibling folder first, then renamed.
+    """Write a checkpoint folder completely or not at all; an old checkpoint there is replaced.
 
-    Replaces a checkpoint at the same place.
+    A sibling folder is written first and then renamed.
     """
     temporary = folder.with_name(folder.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +130,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def save_exits(network: DecoderNetwork, folder: Path) -> None:
-    """Write the trained translators, policies and controllers of a language model, if it has any."""
+    """Write a language model's translators, policies and controllers into its folder, if it has any."""
     added = {name: value for name, value in network.state_dict().items() if not name.startswith("model.")}
     if added:
         tensors = {name: value.detach().cpu().contiguous() for name, value in added.items()}
@@ -137,9 +138,9 @@ def save_exits(network: DecoderNetwork, folder: Path) -> None:
 
 
 def load_exits(network: DecoderNetwork, folder: str | Path) -> None:
-    """Add the translators, policies and controllers of a language model's folder to it, if there are any.
+    """Add the translators, policies and controllers in a language model's folder to the network, if any.
 
-    Raises BadCheckpoint where they do not fit.
+    Raises BadCheckpoint if they do not fit.
     """
     if not (file := Path(folder) / EXITS).is_file():
         return
@@ -161,7 +162,7 @@ def load_exits(network: DecoderNetwork, folder: str | Path) -> None:
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with tuples for lists: JSON has no tuples."""
+    """The values with tuples in place of lists, since JSON has no tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
@@ -172,14 +173,14 @@ def _require_file(file: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a sibling file, then rename, so that no reader gets half a file."""
+    """Write JSON to a sibling file, then rename it, so that the file is never half written."""
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises BadCheckpoint naming the file and the line."""
+    """Read a JSON object from a file; raises BadCheckpoint naming the file and the line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as problem:
@@ -191,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def replace_folder(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; an old folder of that name is removed only after the new one is in place."""
-    # Hidden and with our own suffix: no backup of a user has this name.
+    # Hidden and with a suffix of offramp, so that it is no backup of a user.
     old = folder.with_name(f".{folder.name}.replaced-by-ee-train")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

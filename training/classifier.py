@@ -1,4 +1,6 @@
-"""Training a classifier: its network, tokenizer or preprocessing, and data, from the options of ee-train."""
+"""The parts of a classifier's training: network, tokenizer or preprocessing, and data, from ee-train's
+options.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from offramp.models.families import UnsupportedFamily, family_of
 from offramp.models.network import EarlyExitNetwork, NetworkSpec, count_blocks, parse_exits
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
-from offramp.training.batches import encode_for, parse_augment
+from offramp.training.batches import encode_rows, parse_augment
 from offramp.training.checkpoint import (
     TOKENIZER,
     BadCheckpoint,
@@ -51,7 +53,7 @@ class ClassifierTraining:
             raise BadSetting(f"--augment {problem}") from problem
         columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
         self.data = load_data(config.data, columns)
-        if not self.data.images and (self.augment or config.no_crop):
+        if not self.data.has_images and (self.augment or config.no_crop):
             raise BadSetting(f"--augment and --no-crop are for images, and {config.data} holds text")
         if "train" not in self.data.splits:
             raise BadSetting(f"{config.data} has no train split")
@@ -59,12 +61,12 @@ class ClassifierTraining:
         self.facts: dict[str, Any] = {}
 
     def load(self) -> EarlyExitNetwork:
-        """The network to train, new on a pretrained backbone or from a checkpoint."""
+        """Load the network to train, new on a pretrained backbone or from a checkpoint."""
         config, policy = self.config, self.recipe.policy_of(self.settings)
         if config.init is not None:
             if config.image_size is not None or config.no_crop:
                 raise BadSetting("--image-size and --no-crop go with --model: a checkpoint has its own")
-            self.checkpoint = network_from_checkpoint(config.init, self.data.labels, policy, config.seed)
+            self.checkpoint = load_initial_checkpoint(config.init, self.data.labels, policy, config.seed)
             file = self.checkpoint.tokenizer
             self.tokenizer_json = None if file is None else file.read_text("utf-8")
         else:
@@ -79,9 +81,9 @@ class ClassifierTraining:
             self.checkpoint.tokenizer.write_text(self.tokenizer_json, encoding="utf-8")
 
     def run_recipe(self, run: Run[EarlyExitNetwork]) -> dict[str, Any]:
-        """Encode the data and run the recipe's phases; its results."""
-        train = encode_for(self.checkpoint, self.data.splits["train"], self.augment)
-        dev = encode_for(self.checkpoint, self.data.splits["dev"])
+        """Encode the data and run the recipe's phases; gives its entries of training.json."""
+        train = encode_rows(self.checkpoint, self.data.splits["train"], self.augment)
+        dev = encode_rows(self.checkpoint, self.data.splits["dev"])
         skip_warm_start = self.config.init is not None
         return self.recipe.train(run, train, dev, self.settings, skip_warm_start=skip_warm_start)
 
@@ -94,7 +96,7 @@ class ClassifierTraining:
 def _new_checkpoint(
     config: TrainConfig, labels: tuple[str, ...], policy: str | None
 ) -> tuple[Checkpoint, str | None]:
-    """A new network on its pretrained backbone, and its tokenizer's JSON where it reads text."""
+    """A checkpoint with a new network on a pretrained backbone, and the tokenizer's JSON if it reads text."""
     assert config.model is not None
     network = new_network(
         config.model,
@@ -124,10 +126,10 @@ def new_network(
     seed: int,
     image_size: int | None = None,
 ) -> EarlyExitNetwork:
-    """Exits and policies with random weights (by `seed`) on the pretrained backbone `model`, a hub name or a
-    folder.
+    """A network with new exits and policies, of random weights by `seed`, on a pretrained backbone.
 
-    image_size: side of the images that the network will read, None: the model's. Raises BadModel, BadSetting.
+    model: hub name or folder of the backbone. image_size: side of the images that the network will read; None
+    for the model's. Raises BadModel, BadSetting.
     """
     transformers.utils.logging.set_verbosity_error()  # notes on unused heads would hide our messages
     transformers.utils.logging.disable_progress_bar()
@@ -164,13 +166,13 @@ def _resize(backbone: PreTrainedModel, model: str, size: int | None) -> None:
     vision.resize(backbone, size)
 
 
-def network_from_checkpoint(
+def load_initial_checkpoint(
     folder: str, labels: tuple[str, ...], policy: str | None, seed: int
 ) -> Checkpoint:
-    """A trained checkpoint to continue from, with policies of the given kind.
+    """Load a trained checkpoint to continue from, with policies of the given kind.
 
-    Policies of another kind are replaced by random ones (by `seed`). Raises BadCheckpoint where its labels
-    are not the data's.
+    Policies of another kind are replaced by random ones (by `seed`). Raises BadCheckpoint if its labels
+    differ from the data's.
     """
     checkpoint = load_checkpoint(folder)
     spec = checkpoint.network.spec
@@ -195,7 +197,9 @@ def network_from_checkpoint(
 
 
 def load_tokenizer(model: str) -> tuple[Tokenizer, TextFacts]:
-    """The model's tokenizer in its tokenizer.json form, with its padding id and longest input; no prefix."""
+    """Load the model's tokenizer in its tokenizer.json form, with padding id and longest input, without
+    prefix.
+    """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as problem:
@@ -212,10 +216,10 @@ def load_tokenizer(model: str) -> tuple[Tokenizer, TextFacts]:
 def image_input(
     model: str, network: EarlyExitNetwork, *, no_crop: bool, messages: TextIO | None = None
 ) -> ImageInput:
-    """Preprocessing by the model's preprocessor_config.json, scaled to the size that the network reads.
+    """The preprocessing in a model's preprocessor_config.json, scaled to the size that the network reads.
 
-    Without that file: the whole image, bicubic, with ImageNet's mean and deviation, and a line in `messages`
-    (None: stderr) says so. no_crop: resize the whole image whatever the preprocessor does.
+    Without that file: the whole image, bicubic, with ImageNet's mean and deviation, which a line in
+    `messages` (None: stderr) reports. no_crop: resize the whole image even if the preprocessor crops.
     """
     vision = network.family.vision
     assert vision is not None
@@ -244,15 +248,16 @@ def image_input(
         RESAMPLING[int(processor.resample)],
         "BGR" if getattr(processor, "do_flip_channel_order", False) else "RGB",
         float(processor.rescale_factor) if rescales else 1.0,
-        _three(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
-        _three(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
+        _per_channel(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
+        _per_channel(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
     )
 
 
 def _resize_before_crop(processor: Any, height: int, width: int) -> tuple[int, ...]:
-    """ImageInput.resize by which the crop contains as much of the image as at the preprocessor's own size.
+    """ImageInput.resize for crops of this size that contain the same share of the image as the
+    preprocessor's.
 
-    A resize to 256 for crops of 224, for example, is one to 128 for crops of 112.
+    A resize to 256 for crops of 224, for example, becomes one to 128 for crops of 112.
     """
     size, crop = _sizes(processor.size), _sizes(getattr(processor, "crop_size", None))
     crops = getattr(processor, "do_center_crop", False)
@@ -271,5 +276,5 @@ def _sizes(size: Any) -> dict[str, int]:
     return {} if size is None else {key: int(value) for key, value in dict(size).items() if value}
 
 
-def _three(numbers: Any) -> tuple[float, ...]:
+def _per_channel(numbers: Any) -> tuple[float, ...]:
     return tuple(float(n) for n in (numbers if isinstance(numbers, (list, tuple)) else [numbers] * 3))

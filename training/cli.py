@@ -13,13 +13,13 @@ import click
 
 from offramp.training.recipes import RECIPES
 
-# The modules of the extra `train`; a missing one is named before an import fails deep inside.
+# The modules of the extra `train`; a missing one is reported before any of them is imported.
 NEEDED = ("torch", "transformers", "datasets", "accelerate", "optimum", "safetensors", "rich", "matplotlib")
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
 class TrainCliError(click.ClickException):
-    """One line on stderr and exit code 2: the options or the data cannot be used."""
+    """Error for options or data that cannot be used: one line on stderr and exit code 2."""
 
     exit_code = 2
 
@@ -159,14 +159,15 @@ def evaluate(**options: Any) -> None:
 
 
 def _require_extra() -> None:
-    """Name the command that installs a missing module of the extra."""
+    """Raise TrainCliError with the command that installs the extra if one of its modules is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise TrainCliError(f"{missing[0]} is not installed: run pip install 'offramp[train]' first")
 
 
 class _plain_errors:
-    """Turns errors that a user can fix into one line and exit code 2, and Ctrl-C into exit code 130.
+    """Context that turns errors that a user can fix into one line and exit code 2, and Ctrl-C into exit code
+    130.
 
     Any other error is a bug and keeps its traceback.
     """

@@ -20,8 +20,9 @@ from offramp.training.loop import Run
 
 @dataclass(frozen=True)
 class Collected:
-    """Outputs by row: logits [rows, exits, classes], pooled [rows, exits, hidden], gate_logits [rows, exits -
-    1] or None; and labels and lengths in tokens [rows].
+    """The outputs of every exit on every row, with labels and lengths in tokens [rows].
+
+    logits [rows, exits, classes], pooled [rows, exits, hidden], gate_logits [rows, exits - 1] or None.
     """
 
     logits: torch.Tensor
@@ -68,8 +69,8 @@ def collect(
     )
 
 
-def table_of(collected: Collected) -> ExitTable:
-    """Collected tensors as the rules read them; the gate of the last exit is 1."""
+def exit_table(collected: Collected) -> ExitTable:
+    """The collected outputs as a table that exit rules read; the gate of the last exit is 1."""
     gates = None
     if collected.gate_logits is not None:
         early_gates = collected.gate_logits.sigmoid().numpy()
@@ -77,8 +78,8 @@ def table_of(collected: Collected) -> ExitTable:
     return ExitTable(collected.logits.numpy(), gates, collected.labels.numpy())
 
 
-def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> ExitMacs:
-    """Multiply-accumulates to every exit for rows of these lengths [rows] in tokens."""
+def exit_costs(network: EarlyExitNetwork, lengths: np.ndarray) -> ExitMacs:
+    """The multiply-accumulates up to every exit, for rows of these lengths [rows] in tokens."""
     tokens = lengths.astype(np.float64)
     segments = segment_macs(network)
     each = np.stack([macs.token * tokens + macs.pair * tokens**2 + macs.row for macs in segments], 1)
@@ -89,28 +90,31 @@ def costs_of(network: EarlyExitNetwork, lengths: np.ndarray) -> ExitMacs:
     return ExitMacs(to_exit, to_exit[:, -1] - early, np.array(network.spec.exits))
 
 
-def random_control(exits: np.ndarray, table: ExitTable) -> float:
-    """Expected accuracy in percent of exiting at random with the histogram of `exits` [rows], computed
-    exactly.
+def random_exit_accuracy(exits: np.ndarray, table: ExitTable) -> float:
+    """Expected accuracy in percent of rows that exit at random with the histogram of `exits` [rows].
+
+    It is computed exactly, without drawing.
     """
     shares = np.bincount(exits, minlength=table.logits.shape[1]) / len(exits)
     return 100 * float(shares @ table.right.mean(0))
 
 
-def oracle(table: ExitTable, costs: ExitMacs) -> Point:
-    """Exit at the first exit that is right, or at the last where none is: the bound for any rule."""
+def oracle_point(table: ExitTable, costs: ExitMacs) -> Point:
+    """The figures of exiting at the first right exit, or at the last if none is right: the bound for any
+    rule.
+    """
     right = table.right
     exits = np.where(right.any(1), right.argmax(1), right.shape[1] - 1)
     return costs.point(RuleSpec("oracle", {}), exits, table)
 
 
 def operating_points(run: Run[EarlyExitNetwork], dev: Encoded, rule: str) -> dict[str, Any]:
-    """Content of training.json: figures of the network on dev and the points that choose_points gives.
+    """Choose operating points on dev; gives them and figures of the network on dev for training.json.
 
     rule: the exit rule of the recipe, a name in offramp.runtime.rules.sweep.SWEPT.
     """
     collected = collect(run.network, dev, device=run.accelerator.device, description="dev")
-    table, costs = table_of(collected), costs_of(run.network, collected.lengths)
+    table, costs = exit_table(collected), exit_costs(run.network, collected.lengths)
     points = choose_points(rule, table, costs)
     return {
         "rule": rule,

@@ -20,12 +20,12 @@ Tables = tuple[dict[str, Any], dict[str, str]]
 
 
 class BadData(ValueError):
-    """Data that cannot be used; the message names the file, the row and the cure."""
+    """Error for data that cannot be used; the message names the file, the row and the cure."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that are read; text_b is optional, image is read where there is no text."""
+    """Names of the columns that are read; text_b is optional, image is read if there is no text column."""
 
     text: str = "text"
     text_b: str = "text_b"
@@ -35,7 +35,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images as the bytes or the paths of their files; places: file and row of each, for messages."""
+    """Images of one split as bytes or paths of their files; places: file and row of each, for messages."""
 
     files: list[bytes | Path]
     places: list[str]
@@ -47,9 +47,9 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Rows:
-    """One split as plain lists; label is an index into the labels of the data.
+    """The rows of one split as plain lists; label is an index into the labels of the data.
 
-    images: instead of texts, which then are empty lists; not decoded yet.
+    images: set instead of texts, which are empty lists then; not decoded yet.
     """
 
     text: list[str]
@@ -70,19 +70,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits of text or images by name (those of train, dev and test that exist), and the label names."""
+    """A data set: label names, and the splits of text or images among train, dev and test that exist."""
 
     name: str
     labels: tuple[str, ...]
     splits: dict[str, Rows]
 
     @property
-    def images(self) -> bool:
+    def has_images(self) -> bool:
         """Whether the rows are images."""
         return any(rows.images is not None for rows in self.splits.values())
 
     def split(self, name: str) -> Rows:
-        """A split by name; raises BadData that lists the existing ones."""
+        """The rows of a split by its name; raises BadData that lists the existing ones."""
         if name not in self.splits:
             raise BadData(f"{self.name} has no split {name!r}; it has: {', '.join(self.splits)}")
         return self.splits[name]
@@ -91,12 +91,12 @@ class Dataset:
 def load_data(
     source: str, columns: Columns | None = None, *, dev_share: float = 0.1, messages: TextIO | None = None
 ) -> Dataset:
-    """Read a data set: a file (JSON lines, CSV, parquet), a folder of split files or of images, or a hub name
-    ("name" or "name:configuration").
+    """Read a labelled data set of text or images from a file, a folder or the hub, and check every row.
 
-    Rows are images where there is no text column but an image column: the struct of bytes and path that
-    `datasets` writes, or paths relative to the file's folder. A folder of images holds one folder for each
-    label, or folders train, dev and test that do. Images are decoded later.
+    source: a file (JSON lines, CSV, parquet), a folder of split files or of images, or a hub name ("name" or
+    "name:configuration"). Rows are images if there is an image column and no text column: the struct of bytes
+    and path that `datasets` writes, or paths relative to the file's folder. A folder of images holds one
+    folder for each label, or folders train, dev and test with such folders. Images are decoded later.
 
     Labels may be integers from 0 or strings. Without a dev split, `dev_share` of train is set aside with a
     fixed seed, and a line in `messages` (None: stderr) reports it. Raises BadData naming file and row.
@@ -126,9 +126,9 @@ def load_data(
 
 
 def read_splits(source: str) -> dict[str, tuple[Any, str]]:
-    """By split, the table of a data set with any columns and its name for messages.
+    """Read a data set with any columns; gives by split its table and its name for messages.
 
-    Raises BadData naming the file.
+    source: as in load_data. Raises BadData naming the file.
     """
     tables, names = _read(Path(source), source, Columns())
     return {split: (table, names[split]) for split, table in tables.items()}
@@ -161,7 +161,10 @@ def _split_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_class_folders(folder: Path, columns: Columns) -> Tables:
-    """Folders named by class, inside train, dev and test or directly in `folder`; paths are absolute."""
+    """Tables of image paths from folders named by class, in train, dev and test or directly in `folder`.
+
+    Paths are absolute.
+    """
     split_folders = {
         split: folder / alias
         for split, aliases in SPLIT_NAMES.items()
@@ -203,8 +206,9 @@ def _read_files(files: dict[str, Path]) -> Tables:
 
 
 def _bad_json_line(file: Path) -> str:
-    """ ", row N" of the first line that is not JSON, where the file is JSON lines: the reader's own error
-    lacks it.
+    """The text ", row N" for the first line of a JSON lines file that is not JSON, else "".
+
+    The reader's own error does not contain it.
     """
     if BUILDERS[file.suffix] != "json":
         return ""
@@ -271,7 +275,7 @@ def _label_names(tables: dict[str, Any], names: dict[str, str], columns: Columns
 
 
 def _check_rows(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
-    """Rows of one split, or None for a split without labels."""
+    """The checked rows of one split, or None for a split without labels."""
     if columns.label not in table.column_names or _input_column(table, columns) not in table.column_names:
         raise BadData(f"{name}: it has not the columns of the other splits, but {table.column_names}")
     if _input_column(table, columns) == columns.image:
@@ -308,13 +312,13 @@ def _label_numbers(values: Any, name: str, labels: tuple[str, ...]) -> np.ndarra
 
 
 def _input_column(table: Any, columns: Columns) -> str:
-    """The column that is read: that of the text or, where only the image's exists, that of the image."""
+    """The name of the input column: the text column, or the image column if only that exists."""
     images = columns.text not in table.column_names and columns.image in table.column_names
     return columns.image if images else columns.text
 
 
 def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
-    """Bytes or paths of one split's images; None without labels, as for text."""
+    """The checked rows of one split of images, as bytes or paths; None for a split without labels."""
     label = table[columns.label]
     if len(label) == 0:
         raise BadData(f"{name}: no rows")

@@ -1,4 +1,4 @@
-"""Training a decoder: its model, exits and data, and a result folder that transformers loads."""
+"""The parts of a decoder's training: model, exits, data, and a result folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class DecoderTraining:
         self.facts: dict[str, Any] = {"exits": list(self.exits)}
 
     def load(self) -> DecoderNetwork:
-        """The network, with the modules that the recipe trains."""
+        """The network to train, with the modules that the recipe adds."""
         self.recipe.prepare(self.network, self.exits, self.settings)
         if not torch.cuda.is_available():
             keep_large_blocks()
         return self.network
 
     def write_inputs(self) -> None:
-        """Nothing: the tokenizer is in memory."""
+        """Write nothing, since a decoder's tokenizer is in memory."""
 
     def run_recipe(self, run: Run[DecoderNetwork]) -> dict[str, Any]:
-        """Run the recipe's phases; its results."""
+        """Run the recipe's phases; gives its entries of training.json."""
         return self.recipe.train(run, self.rows, self.exits, self.settings)
 
     def write(self, folder: Path, training: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class DecoderTraining:
 
 
 def load_decoder(model: str) -> tuple[DecoderNetwork, PreTrainedTokenizerBase]:
-    """The network of a causal language model, float32, with the exits saved beside it, and its tokenizer.
+    """Load a causal language model in float32, with the exits saved beside it, and its tokenizer.
 
     model: a hub name or a folder. Raises BadModel, BadCheckpoint.
     """
@@ -93,11 +93,11 @@ def load_decoder(model: str) -> tuple[DecoderNetwork, PreTrainedTokenizerBase]:
 
 
 def keep_large_blocks() -> bool:
-    """Tell glibc's allocator to keep large blocks for the rest of this process; False without glibc.
+    """Set glibc's allocator to keep large memory blocks for the rest of this process; False without glibc.
 
-    The logits of a language model are hundreds of megabytes. By default glibc maps each such block anew and
-    the kernel clears it page by page: of adding up a few of that size that was three fifths of the time (231
-    ms against 91, one core, trial), of a training step of SmolLM2-135M two fifths.
+    The logits of a language model are hundreds of megabytes. By default glibc maps each block of this size
+    anew and the kernel clears it page by page. That took three fifths of the time of adding a few such blocks
+    (231 ms against 91, one core, trial), and two fifths of a training step of SmolLM2-135M.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

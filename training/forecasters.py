@@ -2,8 +2,8 @@
 
 Targets as in QuEE (arXiv 2406.14404; a reconstruction in everything that its abstract does not state): the
 feature space is divided into clusters, the target is a path's error rate among the cluster's rows, and a
-small network is fitted to it. Three others show the value of the network: its targets looked up (table), one
-number a path (mean), the true outcome (oracle).
+small network is fitted to it. Three other forecasters show the value of the network: its targets looked up
+(table), one number for each path (mean), the true outcome (oracle).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from offramp.training.outcomes import Floats, Numbers, Outcomes
 
 @dataclass(frozen=True)
 class WalkState:
-    """Rows in the middle of a walk, after `segment`, in variant now [rows].
+    """The state of rows in the middle of a walk, after `segment`.
 
-    rows: numbers into the outcomes. start [rows]: the variant before a change; change [rows]: the last exit
-    before it.
+    rows: indices into the outcomes. now [rows]: the present variant; start [rows]: the variant before a
+    change; change [rows]: the last exit before it.
     """
 
     rows: Numbers
@@ -37,16 +37,16 @@ class WalkState:
 
 
 # (outcomes of the walked rows, state) -> P(wrong) [rows, variants * paths], of which the rule reads the slice
-# of the variant now
+# of the present variant
 Forecaster = Callable[[Outcomes, WalkState], Floats]
 
 
 @dataclass(frozen=True)
 class ForecastFit:
-    """Options of the fit.
+    """Options of fitting the forecasters.
 
-    clusters: at each exit in each variant. prior: weight, in rows, of a path's mean error rate in every
-    cluster. steps and lr: of the small network. seed: of everything random.
+    clusters: number at each exit in each variant. prior: weight, in rows, of a path's mean error rate in
+    every cluster. steps and lr: of the small network. seed: of everything random.
     """
 
     clusters: int = 24
@@ -57,7 +57,9 @@ class ForecastFit:
 
 
 def k_means(points: NDArray[np.float64], count: int, seed: int, rounds: int = 30) -> NDArray[np.float64]:
-    """Centres [count or fewer, features] of points [rows, features], initialized by k-means++."""
+    """Cluster centres [count or fewer, features] of points [rows, features] by k-means, starting from
+    k-means++.
+    """
     random = np.random.default_rng(seed)
     centres = points[random.integers(len(points), size=1)]
     while len(centres) < count:
@@ -79,9 +81,9 @@ def k_means(points: NDArray[np.float64], count: int, seed: int, rounds: int = 30
 
 @dataclass(frozen=True)
 class ClusterTable:
-    """Cluster targets of one exit.
+    """The clusters of one exit's statistics and the error rate of each path in each cluster.
 
-    mean and spread [3] standardize its statistics; by variant, centres [clusters, 3] and rates [clusters,
+    mean and spread [3] standardize the statistics; by variant, centres [clusters, 3] and rates [clusters,
     paths].
     """
 
@@ -91,18 +93,18 @@ class ClusterTable:
     rates: tuple[Floats, ...]
 
     def look_up(self, statistics: Floats, now: int) -> Floats:
-        """Rates [rows, paths] for statistics [rows, 3] of rows in variant `now`."""
+        """Error rates [rows, paths] for rows in variant `now` with these statistics [rows, 3]."""
         nearest = _distances((statistics - self.mean) / self.spread, self.centres[now]).argmin(1)
         rates: Floats = self.rates[now][nearest]
         return rates
 
 
 def fit_tables(outcomes: Outcomes, fit: ForecastFit) -> list[ClusterTable]:
-    """The targets of every exit but the last."""
-    statistics, _ = outcomes.straight()  # [rows, variants, exits, 3]
+    """Fit the cluster table of every exit but the last."""
+    statistics, _ = outcomes.without_change()  # [rows, variants, exits, 3]
     tables = []
     for segment in range(outcomes.exits - 1):
-        here, wrong = statistics[:, :, segment], outcomes.paths(segment)
+        here, wrong = statistics[:, :, segment], outcomes.path_errors(segment)
         mean = here.reshape(-1, here.shape[-1]).mean(0)
         spread = here.reshape(-1, here.shape[-1]).std(0) + 1e-6
         centres, rates = [], []
@@ -120,8 +122,8 @@ def fit_tables(outcomes: Outcomes, fit: ForecastFit) -> list[ClusterTable]:
 
 
 def fit_networks(outcomes: Outcomes, tables: list[ClusterTable], fit: ForecastFit) -> nn.ModuleList:
-    """One small network for each exit, fitted to the table's rates by cross-entropy on all rows at once."""
-    statistics, _ = outcomes.straight()
+    """Fit one small network for each exit to its table's rates, by cross-entropy on all rows at once."""
+    statistics, _ = outcomes.without_change()
     count, networks = len(outcomes.variants), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
@@ -137,7 +139,7 @@ def fit_networks(outcomes: Outcomes, tables: list[ClusterTable], fit: ForecastFi
 
 
 def network_forecaster(networks: nn.ModuleList) -> Forecaster:
-    """Forecasts by the small networks, one for each exit but the last."""
+    """A forecaster that computes errors by the small networks, one for each exit but the last."""
 
     @torch.no_grad()
     def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
@@ -151,7 +153,7 @@ def network_forecaster(networks: nn.ModuleList) -> Forecaster:
 
 
 def table_forecaster(tables: list[ClusterTable]) -> Forecaster:
-    """Forecasts by the clusters' own rates."""
+    """A forecaster that looks up the error rates of the row's cluster."""
 
     def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
         table, statistics = tables[state.segment], _statistics_of(outcomes, state)
@@ -162,8 +164,8 @@ def table_forecaster(tables: list[ClusterTable]) -> Forecaster:
 
 
 def mean_forecaster(fitted: Outcomes) -> Forecaster:
-    """One rate a path and variant, the same for all rows."""
-    rates = [fitted.paths(segment).mean(0) for segment in range(fitted.exits - 1)]
+    """A forecaster that gives each path its mean error rate, the same for all rows."""
+    rates = [fitted.path_errors(segment).mean(0) for segment in range(fitted.exits - 1)]
 
     def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
         return np.broadcast_to(rates[state.segment].ravel(), (len(state.rows), rates[state.segment].size))
@@ -172,8 +174,8 @@ def mean_forecaster(fitted: Outcomes) -> Forecaster:
 
 
 def oracle_forecaster(outcomes: Outcomes, state: WalkState) -> Floats:
-    """Whether each path does end wrong: the bound for any forecaster."""
-    wrong = outcomes.paths(state.segment)[state.rows]  # [rows, variants, paths]
+    """The true outcome of each path, 1 for wrong [rows, variants * paths], which bounds any forecaster."""
+    wrong = outcomes.path_errors(state.segment)[state.rows]  # [rows, variants, paths]
     changed = np.flatnonzero(state.start != state.now)
     if len(changed):
         # After a change only the exits ahead in the same variant can be taken.
@@ -187,7 +189,7 @@ def oracle_forecaster(outcomes: Outcomes, state: WalkState) -> Floats:
 
 
 def _statistics_of(outcomes: Outcomes, state: WalkState) -> Floats:
-    """Statistics [rows, 3] of the exit after the state's segment."""
+    """The statistics [rows, 3] of the exit after the state's segment."""
     statistics: Floats = outcomes.statistics[state.rows, state.start, state.now, state.change, state.segment]
     return statistics
 

@@ -17,7 +17,9 @@ ExitsLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def early_logits(network: EarlyExitNetwork, pooled: Tensor) -> Tensor:
-    """Logits of the exits but the last [batch, exits - 1, classes]; pooled [batch, exits, hidden]."""
+    """Compute logits of the exits but the last [batch, exits - 1, classes] from pooled [batch, exits,
+    hidden].
+    """
     exits = range(pooled.shape[1] - 1)
     return torch.stack([network.classify(index, pooled[:, index]) for index in exits], dim=1)
 
@@ -32,7 +34,10 @@ def fit_exits(
     batch_size: int,
     lr: float,
 ) -> None:
-    """One phase that trains the exits but the last on collected features; the last is not called."""
+    """Train the exits but the last on collected features, as one phase; the last exit is not called.
+
+    loss: (logits of these exits [batch, exits - 1, classes], row numbers [batch]) -> scalar.
+    """
     device = run.accelerator.device
 
     def batch_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
@@ -45,11 +50,11 @@ def fit_exits(
 
 
 class EarlyStopping:
-    """Early stopping of each exit but the last by itself: its accuracy on dev after every epoch.
+    """Early stopping of each exit but the last on its own, by its accuracy on dev after every epoch.
 
     Epoch 0 is the state before training. An exit has stopped after `patience` epochs in a row without a
-    better accuracy. Accuracies and weights are stored by the run, so that a resumed run decides as an
-    uninterrupted one.
+    better accuracy. Accuracies and weights are stored by the run, so that a resumed run makes the same
+    decisions as an uninterrupted one.
     """
 
     def __init__(self, run: Run[EarlyExitNetwork], dev: Collected, *, patience: int, name: str) -> None:
@@ -58,14 +63,16 @@ class EarlyStopping:
         self.accuracy: list[Tensor] = []  # by epoch [exits - 1]
 
     def evaluate(self, epoch: int) -> None:
-        """Evaluate every epoch up to `epoch` that has not been; earlier ones must be stored by the run."""
+        """Evaluate every epoch up to `epoch` that is not evaluated yet; the run has stored earlier ones."""
         for number in range(len(self.accuracy), epoch + 1):
-            self.accuracy.append(self.run.stored(f"{self.name}-{number}-accuracy", self._measure))
-            self.run.stored(f"{self.name}-{number}-exits", lambda: torch.stack(list(map(_flat, self.exits))))
+            self.accuracy.append(self.run.compute_once(f"{self.name}-{number}-accuracy", self._measure))
+            self.run.compute_once(
+                f"{self.name}-{number}-exits", lambda: torch.stack(list(map(_state_vector, self.exits)))
+            )
 
     @property
     def best_epoch(self) -> Tensor:
-        """The epoch with each exit's best accuracy, the first of equals [exits - 1]."""
+        """The epoch with each exit's best accuracy [exits - 1], the first among equal ones."""
         return torch.stack(self.accuracy).argmax(0)
 
     @property
@@ -76,7 +83,7 @@ class EarlyStopping:
     def restore_best(self) -> None:
         """Set every exit to its best weights."""
         for index, epoch in enumerate(self.best_epoch.tolist()):
-            weights = self.run.stored(f"{self.name}-{epoch}-exits", self._measure)[index]
+            weights = self.run.compute_once(f"{self.name}-{epoch}-exits", self._measure)[index]
             values = list(self.exits[index].state_dict().values())
             with torch.no_grad():
                 for value, part in zip(values, weights.split([v.numel() for v in values]), strict=True):
@@ -92,6 +99,6 @@ class EarlyStopping:
         return (predictions == self.dev.labels[:, None]).float().mean(0)
 
 
-def _flat(module: nn.Module) -> Tensor:
-    """The whole state of a module as one vector."""
+def _state_vector(module: nn.Module) -> Tensor:
+    """The whole state of a module as one vector [values]."""
     return torch.cat([value.detach().flatten().float().cpu() for value in module.state_dict().values()])

@@ -1,4 +1,4 @@
-"""Data of language models: rows of token ids, and which of their tokens are learned."""
+"""Training data of language models: rows of token ids, and which of their tokens are learned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IGNORED = -100  # the target of a token that is not learned, as cross_entropy de
 
 @dataclass(frozen=True)
 class TokenRows:
-    """One split: token ids a row, and the first token of each that is learned (1 or later)."""
+    """The rows of one split as token ids, with the index of each row's first learned token (1 or later)."""
 
     ids: list[list[int]]
     starts: list[int]
@@ -36,8 +36,9 @@ class TokenRows:
     def batch(
         self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """Ids [batch, seq], padded at the end with 0, and targets [batch, seq]: the next id at each place, or
-        IGNORED.
+        """Ids and targets [batch, seq] of the rows at `index`.
+
+        Ids are padded at the end with 0. A target is the next id, or IGNORED where none is learned.
         """
         longest = max(len(self.ids[i]) for i in index)
         ids = np.zeros((len(index), longest), np.int64)
@@ -52,10 +53,11 @@ class TokenRows:
 def load_token_rows(
     source: str, tokenizer: PreTrainedTokenizerBase, longest: int, *, text: str = "text"
 ) -> dict[str, TokenRows]:
-    """Splits by name, from rows {prompt, completion}, of which completions are learned, or {text}.
+    """Read and tokenize the splits of a language model's data, by name.
 
-    Texts are concatenated with an end-of-text token between them and divided into rows of `longest` tokens.
-    Where a pair is too long, the beginning of the prompt is cut off. Raises BadData naming file and row.
+    source: rows {prompt, completion}, of which completions are learned, or {text}; see data.load_data. Texts
+    are concatenated with an end-of-text token between them and divided into rows of `longest` tokens. If a
+    pair is too long, the beginning of the prompt is cut off. Raises BadData naming file and row.
     """
     splits = {}
     for split, (table, name) in read_splits(source).items():

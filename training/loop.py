@@ -1,4 +1,4 @@
-"""The one training loop: phases over row numbers, on accelerate; can be killed at any time and resumed."""
+"""The training loop: phases over row numbers, on accelerate; it can be killed at any time and resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from offramp.training.batches import shuffled_batches
 from offramp.training.checkpoint import read_json, write_json
 
 # (model, row numbers [batch]) -> loss, figures for the log; the model is the network, or accelerate's wrapper
-# of it where several processes train
+# of it if several processes train
 BatchLoss = Callable[[nn.Module, np.ndarray], tuple[Tensor, dict[str, float]]]
 N = TypeVar("N", bound=nn.Module)
 
@@ -32,7 +32,7 @@ class Phase:
     """A part of a training with one optimizer and one loss.
 
     trains: prefixes of the names of trained parameters; all others are frozen during the phase.
-    lengths: tokens of every row [rows], for batches of similar length; zeros where length does not matter.
+    lengths: tokens of every row [rows], for batches of similar length; zeros if length does not matter.
     heads_lr: learning rate of parts without pretrained weights (exits, policies) that are trained together
     with a pretrained backbone; None: lr. policies_lr: that of policies alone; None: heads_lr.
     shared: whether processes share the work by gradient averaging; a phase over cached features is too short
@@ -55,9 +55,9 @@ class Phase:
 
 
 class Run(Generic[N]):
-    """A training run in its own folder: log.jsonl, stored tensors, and the state to resume from.
+    """A training run with a folder that holds log.jsonl, stored tensors, and the state to resume from.
 
-    The state is written to a sibling file and renamed, so a kill at any time leaves the last complete one.
+    The state is written to a sibling file and renamed, so a kill at any time leaves the last complete state.
     Batches and learning rates are functions of (seed, phase, step), and random generators are part of the
     state: resumed on one CPU thread, a run ends with the weights of an uninterrupted one.
     """
@@ -83,32 +83,33 @@ class Run(Generic[N]):
             self._read_state()
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes files."""
         return bool(self.accelerator.is_main_process)
 
     @property
     def between_phases(self) -> bool:
-        """Whether the next phase has not begun: only then may weights be changed outside of a phase, or a
-        resumed run would change them a second time.
+        """Whether the next phase has not begun.
+
+        Weights may be changed outside of a phase only then, or a resumed run would change them a second time.
         """
         return self.position == {"phase": self.phases_begun, "step": 0}
 
     def log(self, **figures: Any) -> None:
-        """Append one line to log.jsonl."""
-        if self.main:
+        """Append one line with the time and these figures to log.jsonl."""
+        if self.is_main_process:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"time": round(time.time(), 1), **figures}) + "\n")
 
-    def stored(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is computed once and read from a file after a resume.
+    def compute_once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a tensor once and store it in the run's folder; after a resume it is read from there.
 
-        For values that depend on the weights of this moment and must not be computed again later.
+        For values that depend on the present weights and must not be computed again later.
         """
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             value = compute().contiguous().cpu()
-            if self.main:
+            if self.is_main_process:
                 temporary = file.with_suffix(".writing")
                 save_file({name: value}, temporary)
                 os.replace(temporary, file)
@@ -117,16 +118,16 @@ class Run(Generic[N]):
         return load_file(file)[name]
 
     def skip_finished_phase(self) -> bool:
-        """Whether the next phase was finished before a resume; if so it is counted as done.
+        """Whether the next phase was finished before a resume; if so, it is counted as done.
 
-        A recipe then omits what prepares that phase.
+        The recipe can then omit the preparation of that phase.
         """
         finished = self.phases_begun < self.position["phase"]
         self.phases_begun += int(finished)
         return finished
 
     def fit(self, phase: Phase) -> None:
-        """Run a phase, or the rest of it after a resume; a finished phase is skipped."""
+        """Train through a phase, or the rest of it after a resume; a finished phase is skipped."""
         if self.skip_finished_phase():
             return
         number = self.phases_begun
@@ -155,7 +156,7 @@ class Run(Generic[N]):
             total=total,
             initial=self.position["step"],
             desc=phase.name,
-            disable=not self.main,
+            disable=not self.is_main_process,
             unit="step",
             mininterval=1.0,
         )
@@ -186,7 +187,9 @@ class Run(Generic[N]):
         self._write_state(None, [])
 
     def _freeze_all_but(self, prefixes: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
-        """Freeze all parameters but those whose names begin with a prefix, and return these."""
+        """Freeze all parameters but those whose names begin with a prefix; gives names and parameters of
+        these.
+        """
         trained = []
         for name, parameter in self.network.named_parameters():
             trains = name.startswith(tuple(prefixes))
@@ -200,7 +203,7 @@ class Run(Generic[N]):
     def _write_state(
         self, optimizer: torch.optim.Optimizer | None, trained: list[tuple[str, nn.Parameter]]
     ) -> None:
-        if not self.main:
+        if not self.is_main_process:
             return
         tensors = {f"weights/{name}": tensor for name, tensor in self.network.state_dict().items()}
         if optimizer is not None:
@@ -210,7 +213,7 @@ class Run(Generic[N]):
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
-        # Two files take two renames: the tensors carry the position in their name, so state.json always names
+        # Two files need two renames. The tensor file's name contains the position, so state.json always names
         # a complete file.
         name = f"state-{self.position['phase']}-{self.position['step']}.safetensors"
         save_file(
@@ -235,8 +238,9 @@ class Run(Generic[N]):
 
 
 def best_precision() -> str:
-    """bf16 where the hardware multiplies it natively, "no" (fp32) elsewhere: emulated bf16 is slower than
-    fp32.
+    """The fastest precision on this machine: "bf16" if the hardware multiplies it natively, else "no" (fp32).
+
+    Emulated bf16 is slower than fp32.
     """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
@@ -246,7 +250,7 @@ def best_precision() -> str:
 
 
 def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then linear decay to zero."""
+    """Factor on the learning rate: linear warm-up over a share of the steps, then linear decay to zero."""
     ramp = max(1, round(warmup * total))
     if step < ramp:
         return (step + 1) / ramp
@@ -268,7 +272,7 @@ def _parameter_groups(trained: list[tuple[str, nn.Parameter]], phase: Phase) -> 
 
 
 def _part(name: str) -> str:
-    """ "exits", "policies" or, for backbone and pooler, the empty text."""
+    """The part of the network that a parameter belongs to: "exits", "policies" or, for all others, ""."""
     top = name.partition(".")[0]
     return top if top in ("exits", "policies") else ""
 
@@ -285,5 +289,5 @@ def _restore_optimizer(
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
+    """The tensors whose names begin with the prefix, by their names without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

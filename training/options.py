@@ -14,12 +14,12 @@ S = TypeVar("S")
 
 
 class BadModel(ValueError):
-    """A model that cannot be loaded or has no adapter; the message names it and the cure."""
+    """Error for a model that cannot be loaded or has no adapter; the message names it and the cure."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of ee-train, as training.json holds them; its --help describes each.
+    """The options of ee-train, as training.json holds them; ee-train --help describes each.
 
     settings: NAME=VALUE words of --set. Raises BadSetting unless exactly one of model and init is set.
     """
@@ -55,14 +55,17 @@ class TrainConfig:
         return self.out.with_name(self.out.name + ".partial")
 
     def as_json(self) -> dict[str, Any]:
-        """The options as JSON values."""
+        """The options as a dictionary of JSON values."""
         # Through JSON and back, so that tuples compare equal with the lists that are read from a file.
         values: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(self), "out": str(self.out)}))
         return values
 
 
 def parse_settings(kind: type[S], words: tuple[str, ...]) -> S:
-    """A recipe's frozen settings from NAME=VALUE words; raises BadSetting that lists names and defaults."""
+    """Parse NAME=VALUE words into a recipe's frozen settings, an instance of `kind`.
+
+    Raises BadSetting that lists names and defaults.
+    """
     assert dataclasses.is_dataclass(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Outcomes of all paths: each exit in each precision, and after one change of precision, simulated.
+"""Simulated outcomes of all paths: each exit in each precision, and after one change of precision.
 
-A walk of rule quee changes the variant at most once, so this table contains all walks: any of them can be
-replayed from it exactly, without running the network again.
+A walk of rule quee changes the variant at most once, so this table contains all walks. Each can be replayed
+exactly from it, without running the network again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes by [row, variant before, variant after, last exit before the change, exit].
+    """The outcomes of all paths through variants and exits for each row.
 
-    statistics [..., 3]: of the exit's softmax (see models.forecasts). wrong: whether the exit predicts a
-    wrong label. Both are defined where the exit is after the change, or the two variants are the same.
-    variants: names, the default first. lengths: tokens [rows].
+    Axes: [row, variant before, variant after, last exit before the change, exit]. statistics [..., 3]: of the
+    exit's softmax (see models.forecasts). wrong: whether the exit predicts a wrong label. Both are defined
+    for exits after the change, and if the two variants are the same. variants: names, the default first.
+    lengths: tokens [rows].
     """
 
     variants: tuple[str, ...]
@@ -44,33 +45,33 @@ class Outcomes:
 
     @property
     def exits(self) -> int:
-        """Number of exits."""
+        """The number of exits."""
         return int(self.wrong.shape[-1])
 
     def __len__(self) -> int:
         return len(self.wrong)
 
     def take(self, rows: Numbers) -> Outcomes:
-        """The outcomes of some rows."""
+        """The outcomes of the rows with these numbers, in that order."""
         return Outcomes(self.variants, self.statistics[rows], self.wrong[rows], self.lengths[rows])
 
-    def only(self, variants: Sequence[str]) -> Outcomes:
-        """The outcomes of some variants, in that order."""
+    def select_variants(self, variants: Sequence[str]) -> Outcomes:
+        """The outcomes restricted to these variants, in that order."""
         numbers = [self.variants.index(name) for name in variants]
         grid = np.ix_(range(len(self)), numbers, numbers)
         return Outcomes(tuple(variants), self.statistics[grid], self.wrong[grid], self.lengths)
 
-    def straight(self) -> tuple[Floats, Bools]:
-        """Statistics [rows, variants, exits, 3] and wrong [rows, variants, exits] without any change."""
+    def without_change(self) -> tuple[Floats, Bools]:
+        """Statistics [rows, variants, exits, 3] and wrong [rows, variants, exits] of paths in one variant."""
         same = np.arange(len(self.variants))
         return self.statistics[:, same, same, 0], self.wrong[:, same, same, 0]
 
-    def paths(self, segment: int) -> Floats:
-        """1 where exiting after `segment`, or a path from there, is wrong [rows, variants, paths].
+    def path_errors(self, segment: int) -> Floats:
+        """Errors, 1 for wrong, of exiting after `segment` and of every path onwards [rows, variants, paths].
 
         The paths are in the order of a forecast.
         """
-        _, wrong = self.straight()
+        _, wrong = self.without_change()
         ahead = self.wrong[:, :, :, segment, segment + 1 :]  # [rows, before, after, exits ahead]
         here = wrong[:, :, segment, None]  # [rows, variants, 1]
         return np.concatenate([here, ahead.reshape(*ahead.shape[:2], -1)], axis=2).astype(np.float32)
@@ -85,17 +86,18 @@ def collect_outcomes(
     device: torch.device | str = "cpu",
     description: str = "",
 ) -> Outcomes:
-    """Run every row in every variant, and on from each exit in every other; fp32 arithmetic, no dropout.
+    """Run every row in every variant, and from each exit onwards in every other variant.
 
-    Costs about V + V (V - 1) L / 2 walks at full depth for V variants and L exits. Rows of one length are
-    batched together: nothing is padded, and each is rounded as it would be alone.
+    Arithmetic is in fp32, without dropout. It costs about V + V (V - 1) L / 2 walks at full depth for V
+    variants and L exits. Rows of one length are batched together, so nothing is padded and each is rounded as
+    in a batch of 1.
     """
     network.eval()
     blocks = [in_precision(network.blocks, name).eval().to(device) for name in variants]
     exits, count = len(network.spec.exits), len(variants)
     shape = (len(rows), count, count, exits, exits)
     statistics, wrong = np.zeros((*shape, STATISTICS), np.float32), np.zeros(shape, np.bool_)
-    batches = of_one_length(rows.lengths)
+    batches = equal_length_batches(rows.lengths)
     for index in tqdm(batches, desc=description, unit="batch", file=sys.stderr, mininterval=1.0):
         inputs, labels = rows.batch(index, device)
         hidden, context = network.stem(inputs)
@@ -104,7 +106,7 @@ def collect_outcomes(
             for change in range(exits):
                 at_change, logits = _run_segment(network, blocks[before], change, at_change, context)
                 row_statistics, row_wrong = _outcome(logits, labels)
-                # Without a change: the same value wherever the change would be.
+                # Without a change of variant the value is the same for every place of the change.
                 statistics[index, before, before, :, change] = row_statistics[:, None]
                 wrong[index, before, before, :, change] = row_wrong[:, None]
                 for after in (number for number in range(count) if number != before):
@@ -116,13 +118,13 @@ def collect_outcomes(
     return Outcomes(tuple(variants), statistics, wrong, rows.lengths)
 
 
-def pack(outcomes: Outcomes) -> Tensor:
-    """Statistics and wrong as one tensor [..., 4], which a run can store."""
+def pack_outcomes(outcomes: Outcomes) -> Tensor:
+    """Pack statistics and wrong into one tensor [..., 4], which a run can store."""
     return torch.from_numpy(np.concatenate([outcomes.statistics, outcomes.wrong[..., None]], axis=-1))
 
 
-def unpack(packed: Tensor, variants: Sequence[str], lengths: Numbers) -> Outcomes:
-    """The inverse of pack()."""
+def unpack_outcomes(packed: Tensor, variants: Sequence[str], lengths: Numbers) -> Outcomes:
+    """Restore outcomes from a tensor of pack_outcomes(), with their variants and lengths [rows]."""
     values = packed.numpy()
     return Outcomes(tuple(variants), values[..., :STATISTICS], values[..., STATISTICS] > 0.5, lengths)
 
@@ -130,7 +132,9 @@ def unpack(packed: Tensor, variants: Sequence[str], lengths: Numbers) -> Outcome
 def _run_segment(
     network: EarlyExitNetwork, blocks: nn.ModuleList, exit_index: int, hidden: Tensor, context: Context
 ) -> tuple[Tensor, Tensor]:
-    """Hidden after the blocks up to an exit, in the precision of `blocks`, and that exit's logits."""
+    """Run the blocks of one segment in the precision of `blocks`; gives hidden after it and its exit's
+    logits.
+    """
     ends = (0, *network.spec.exits)
     for block in range(ends[exit_index], ends[exit_index + 1]):
         hidden = network.family.run_block(blocks[block], hidden, context)
@@ -138,12 +142,12 @@ def _run_segment(
 
 
 def _outcome(logits: Tensor, labels: Tensor) -> tuple[Floats, Bools]:
-    """Statistics [batch, 3] and wrong [batch]."""
+    """Statistics [batch, 3] of logits [batch, classes], and whether their label is wrong [batch]."""
     return softmax_statistics(logits).cpu().numpy(), (logits.argmax(-1) != labels).cpu().numpy()
 
 
-def of_one_length(lengths: Numbers) -> list[Numbers]:
-    """Batches of row numbers, each of rows of one length: nothing has to be padded."""
+def equal_length_batches(lengths: Numbers) -> list[Numbers]:
+    """Batches of row numbers, each of rows of equal length, so that nothing is padded."""
     batches = []
     for length in np.unique(lengths):
         same = np.flatnonzero(lengths == length)

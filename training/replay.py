@@ -1,6 +1,6 @@
-"""Walks of rule quee replayed on collected outcomes: frontiers over its price, and static points beside them.
+"""Replay walks of rule quee on collected outcomes: frontiers over its price, and static points beside them.
 
-The runtime's own rule decides; only its signals come from a table instead of from an engine.
+The runtime's rule makes the decisions; its signals come from a table instead of from an engine.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PRICES = (0.0, *np.geomspace(1e-3, 20.0, 60).tolist())  # errors for a full walk
 
 @dataclass(frozen=True)
 class WalkCosts:
-    """Costs of walks in one unit.
+    """The costs of each row's steps in one unit, from which the costs of walks are computed.
 
     steps [rows, variants, segments]; stem [rows]; full [rows]: the network without early exits in fp32.
-    blocks [segments]: blocks of each. stated: the costs that the rule reads.
+    blocks [segments]: number of blocks of each segment. stated: the costs that the rule reads.
     """
 
     unit: str
@@ -36,21 +36,24 @@ class WalkCosts:
     blocks: NDArray[np.int64]
     stated: StepCosts
 
-    def of(self, plans: Plan) -> NDArray[np.float64]:
-        """Cost of each row's walk [rows]; plans int8 [rows, segments]."""
+    def walk_costs(self, plans: Plan) -> NDArray[np.float64]:
+        """The cost of each row's walk [rows] by its plan; plans int8 [rows, segments]."""
         run = plans >= 0
         step_costs = np.take_along_axis(self.steps, np.maximum(plans, 0)[:, None], axis=1)[:, 0]
         return self.stem + (step_costs * run).sum(1)  # type: ignore[no-any-return]
 
-    def only(self, variants: Sequence[int]) -> WalkCosts:
-        """The costs of some variants, by number; `full` stays that of the first variant of all."""
+    def select_variants(self, variants: Sequence[int]) -> WalkCosts:
+        """The costs restricted to the variants with these numbers; `full` is not changed."""
         names = [name for number, name in enumerate(self.stated.steps) if number in variants]
         stated = StepCosts(self.stated.tokens, {name: self.stated.steps[name] for name in names})
         return WalkCosts(self.unit, self.steps[:, list(variants)], self.stem, self.full, self.blocks, stated)
 
 
 def bit_costs(network: EarlyExitNetwork, lengths: NDArray[np.int64], variants: Sequence[str]) -> WalkCosts:
-    """Bit operations of rows of these lengths, with exits and forecasts; stated at their mean length."""
+    """The costs in bit operations for rows of these lengths in tokens, exits and forecasts included.
+
+    The costs that the rule reads are those at the mean length.
+    """
     segments, stem = segment_macs(network), stem_macs(network)
     unique, inverse = np.unique(lengths, return_inverse=True)
     steps = np.array([[[bit_operations(s, v, n) for s in segments] for v in variants] for n in unique])
@@ -67,8 +70,11 @@ def bit_costs(network: EarlyExitNetwork, lengths: NDArray[np.int64], variants: S
     )
 
 
-def replay(rule: Rule, outcomes: Outcomes, forecaster: Forecaster, start: int) -> Plan:
-    """The variants in which every row's segments run, -1 where they do not [rows, segments]."""
+def replay_walks(rule: Rule, outcomes: Outcomes, forecaster: Forecaster, start: int) -> Plan:
+    """Replay all rows' walks under a rule from a starting variant; gives plans [rows, segments].
+
+    A plan holds the variant in which each segment runs, -1 for segments that do not run.
+    """
     rows, segments = len(outcomes), outcomes.exits
     plan: Plan = np.full((rows, segments), start, np.int8)
     change = np.zeros(rows, np.int64)  # the last segment before the variant changed
@@ -88,7 +94,7 @@ def replay(rule: Rule, outcomes: Outcomes, forecaster: Forecaster, start: int) -
 
 
 def walk_point(rule: RuleSpec, start: int, plans: Plan, outcomes: Outcomes, costs: WalkCosts) -> WalkPoint:
-    """The figures of walks with these plans from a starting variant."""
+    """The figures of walks that ran these plans under a rule from a starting variant."""
     rows = np.arange(len(plans))
     run = plans >= 0
     exits = run.shape[1] - 1 - run[:, ::-1].argmax(1)
@@ -100,28 +106,31 @@ def walk_point(rule: RuleSpec, start: int, plans: Plan, outcomes: Outcomes, cost
         outcomes.variants[start],
         100 * float(1 - wrong.mean()),
         float((run * costs.blocks).sum(1).mean()),
-        100 * float(costs.of(plans).sum() / costs.full.sum()),
+        100 * float(costs.walk_costs(plans).sum() / costs.full.sum()),
         100 * float((last_variant != start).mean()),
     )
 
 
-def frontier(
+def price_frontier(
     outcomes: Outcomes, forecaster: Forecaster, costs: WalkCosts, prices: Sequence[float] = PRICES
 ) -> list[WalkPoint]:
-    """A point for every price and starting variant, the cheapest first."""
+    """The points of rule quee for every price and starting variant, the cheapest first."""
     points = []
     parameters = {"measured": 1.0} if costs.unit == "ms" else {}
     for price in prices:
         spec = RuleSpec("quee", {"price": price, **parameters})
         rule = bind(spec, outcomes.exits, {costs.unit: costs.stated})
         for start in range(len(outcomes.variants)):
-            plans = replay(rule, outcomes, forecaster, start)
+            plans = replay_walks(rule, outcomes, forecaster, start)
             points.append(walk_point(spec, start, plans, outcomes, costs))
     return sorted(points, key=lambda point: point.cost)
 
 
 def static_points(outcomes: Outcomes, costs: WalkCosts) -> list[WalkPoint]:
-    """All rows at one exit in one variant, for each of both; the last exits are quantizing alone."""
+    """The points at which all rows leave at one exit in one variant, for every exit and variant.
+
+    Those of the last exit are quantizing alone.
+    """
     points = []
     for start in range(len(outcomes.variants)):
         for exit_index in range(outcomes.exits):
@@ -132,14 +141,17 @@ def static_points(outcomes: Outcomes, costs: WalkCosts) -> list[WalkPoint]:
     return points
 
 
-def full_depth(outcomes: Outcomes, costs: WalkCosts) -> WalkPoint:
-    """The last exit in the first variant for every row."""
+def full_depth_point(outcomes: Outcomes, costs: WalkCosts) -> WalkPoint:
+    """The point at which all rows run to the last exit in the first variant."""
     plans: Plan = np.zeros((len(outcomes), outcomes.exits), np.int8)
     return walk_point(RuleSpec("never", {}), 0, plans, outcomes, costs)
 
 
-def hull(points: Sequence[WalkPoint]) -> list[WalkPoint]:
-    """The upper convex hull: the accuracy of random mixtures of the points, a lower bound for any rule."""
+def upper_hull(points: Sequence[WalkPoint]) -> list[WalkPoint]:
+    """The upper convex hull of points by cost and accuracy: a lower bound for any rule.
+
+    The accuracy on it is that of random mixtures of the points.
+    """
     kept: list[WalkPoint] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
         if kept and point.accuracy <= kept[-1].accuracy:
@@ -150,8 +162,8 @@ def hull(points: Sequence[WalkPoint]) -> list[WalkPoint]:
     return kept
 
 
-def accuracy_at(hull_points: Sequence[WalkPoint], cost: float) -> float | None:
-    """Accuracy in percent on a hull at a cost; after its end the end's, before its start None."""
+def hull_accuracy(hull_points: Sequence[WalkPoint], cost: float) -> float | None:
+    """The accuracy in percent on a hull at a cost; that of its end at higher costs, None before its start."""
     if not hull_points or cost < hull_points[0].cost:
         return None
     return float(np.interp(cost, [p.cost for p in hull_points], [p.accuracy for p in hull_points]))

@@ -1,4 +1,4 @@
-"""ee-eval: one checkpoint evaluated on one split, as a table, a JSON file and a picture."""
+"""ee-eval: evaluates one checkpoint on one split; writes a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from offramp.runtime.rules.sweep import (
     sweep,
     undominated,
 )
-from offramp.training.batches import encode_for
+from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import load_checkpoint, write_json
-from offramp.training.collect import collect, costs_of, oracle, random_control, table_of
+from offramp.training.collect import collect, exit_costs, exit_table, oracle_point, random_exit_accuracy
 from offramp.training.data import Columns, load_data
 
 # Shares of the depth at which rules are compared at equal mean exit.
@@ -35,7 +35,7 @@ SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The options of ee-eval; its --help describes each."""
+    """The options of ee-eval; ee-eval --help describes each."""
 
     checkpoint: Path
     data: str
@@ -52,7 +52,7 @@ class EvaluationConfig:
 
 
 def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate on `split` with operating points chosen on `calibration_split`.
+    """Evaluate a checkpoint on `split` with operating points chosen on `calibration_split`.
 
     Prints the table, writes JSON and picture, and returns the figures.
     """
@@ -61,16 +61,16 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
     dataset = load_data(config.data, columns)
     tables, costs = {}, {}
     for name in dict.fromkeys((config.calibration_split, config.split)):
-        rows = encode_for(checkpoint, dataset.split(name))
+        rows = encode_rows(checkpoint, dataset.split(name))
         collected = collect(checkpoint.network, rows, batch_size=config.batch_size, description=name)
-        tables[name] = table_of(collected)
-        costs[name] = costs_of(checkpoint.network, collected.lengths)
+        tables[name] = exit_table(collected)
+        costs[name] = exit_costs(checkpoint.network, collected.lengths)
     figures = {
         "checkpoint": Path(config.checkpoint).name,
         "data": Path(config.data).name,
         "split": config.split,
         "calibration_split": config.calibration_split,
-        **measure(
+        **evaluation_figures(
             tables[config.calibration_split],
             tables[config.split],
             costs[config.calibration_split],
@@ -81,11 +81,11 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
     }
     _print(figures, Console())
     write_json(config.json_file or Path("eval.json"), figures)
-    draw(figures, config.picture or Path("eval.png"))
+    draw_picture(figures, config.picture or Path("eval.png"))
     return figures
 
 
-def measure(
+def evaluation_figures(
     dev: ExitTable,
     test: ExitTable,
     dev_costs: ExitMacs,
@@ -93,7 +93,7 @@ def measure(
     max_accuracy_drop: float,
     training: dict[str, Any],
 ) -> dict[str, Any]:
-    """Every figure of the report; settings are chosen on dev alone.
+    """Compute every figure of the report; settings are chosen on dev alone.
 
     max_accuracy_drop: accuracy points. training: the checkpoint's training.json.
     """
@@ -134,7 +134,7 @@ def measure(
         "exits": [int(block) for block in test_costs.blocks],
         "exit_accuracy": [round(100 * float(accuracy), 2) for accuracy in test.right.mean(0)],
         "full_depth": full.figures(),
-        "oracle": oracle(test, test_costs).figures(),
+        "oracle": oracle_point(test, test_costs).figures(),
         "max_accuracy_drop": max_accuracy_drop,
         "chosen_on_dev": chosen,
         "operating_points": points,
@@ -148,7 +148,7 @@ def _tested(rule: RuleSpec, test: ExitTable, costs: ExitMacs) -> dict[str, Any]:
     histogram = np.bincount(exits, minlength=test.logits.shape[1])
     return {
         "test": costs.point(rule, exits, test).figures(),
-        "random_same_depth": round(random_control(exits, test), 3),
+        "random_same_depth": round(random_exit_accuracy(exits, test), 3),
         "histogram": [int(count) for count in histogram],
     }
 
@@ -185,9 +185,9 @@ def _cells(point: dict[str, float]) -> tuple[str, ...]:
     return tuple(f"{point[name]:.2f}" for name in ("accuracy", "mean_exit", "layers_saved", "macs_saved"))
 
 
-def draw(figures: dict[str, Any], file: Path) -> None:
-    """Accuracy against mean exit for every rule, with the exits themselves, the oracle and the chosen
-    points.
+def draw_picture(figures: dict[str, Any], file: Path) -> None:
+    """Draw accuracy against mean exit for every rule, with single exits, oracle and chosen points, into a
+    file.
     """
     import matplotlib
 

@@ -17,12 +17,12 @@ from offramp.training.lm_data import IGNORED, TokenRows
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """Outputs for tokens that may exit early; exits are in order, the last block among them.
+    """The outputs of all exits for tokens that may exit early; exits are in order, the last block among them.
 
     states: hidden after the exits before the last [tokens, exits - 1, hidden]. targets: the right next token
-    [tokens]. losses: in nats; predictions: the likeliest next token [tokens, exits]. margins: top probability
-    minus the second; cosines: of the hidden state and the one a block before, -1 after block 1 [tokens, exits
-    - 1].
+    [tokens]. losses: in nats; predictions: the likeliest next token; both [tokens, exits]. margins: top
+    probability minus the second; cosines: of the hidden state and the one a block before, -1 after block 1;
+    both [tokens, exits - 1].
     """
 
     states: Tensor
@@ -37,20 +37,22 @@ class TokenOutputs:
 
     @property
     def right(self) -> Tensor:
-        """Where the prediction is the target [tokens, exits]."""
+        """Whether each prediction is the target [tokens, exits]."""
         return self.predictions == self.targets[:, None]
 
 
 def may_exit_early(targets: Tensor) -> Tensor:
-    """Tokens that may exit early [batch, seq]: those whose next token is learned, except the first of each
-    row, which is the prompt's last and runs every block.
+    """Which tokens may exit early [batch, seq]: those whose next token is learned, except the first of each
+    row.
+
+    That first one is the prompt's last token and runs every block.
     """
     learned = targets != IGNORED
     return learned & (learned.cumsum(1) > 1)
 
 
-def sample_places(places: Tensor, count: int) -> Tensor:
-    """At most `count` of the marked places [batch, seq], drawn at random where there are more."""
+def sample_tokens(places: Tensor, count: int) -> Tensor:
+    """Draw at most `count` of the marked tokens at random; gives their mask [batch, seq]."""
     marked = places.flatten().nonzero()[:, 0]
     sampled = torch.zeros_like(places.flatten())
     sampled[marked[torch.randperm(len(marked))[:count].to(marked.device)]] = True
@@ -58,11 +60,12 @@ def sample_places(places: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def hidden_at(
+def states_at_exits(
     network: DecoderNetwork, ids: Tensor, where: Tensor, exits: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """For the tokens at `where` [batch, seq], all at full depth: hidden after each exit [tokens, exits,
-    hidden] and its cosine with the hidden state a block before [tokens, exits].
+    """The hidden states of the tokens at `where` [batch, seq] after each exit, all tokens at full depth.
+
+    Gives hidden [tokens, exits, hidden] and its cosine with the hidden state a block before [tokens, exits].
     """
     network.model.eval()  # the frozen model has no dropout
     states = [state[where] for state in network(ids)]
@@ -76,13 +79,13 @@ def hidden_at(
 
 
 def exit_logits(network: DecoderNetwork, states: Tensor, exits: Sequence[int]) -> Iterator[Tensor]:
-    """Logits [tokens, vocabulary] of one exit after another: states [tokens, exits, hidden]."""
+    """Compute the logits [tokens, vocabulary] of one exit after another; states [tokens, exits, hidden]."""
     for number, block in enumerate(exits):
         yield network.head(network.exit_hidden(block, states[:, number])).float()
 
 
-def gate_logits_of(network: DecoderNetwork, states: Tensor, exits: Sequence[int]) -> Tensor:
-    """Logits of P(exit) [tokens, exits - 1] after all exits but the last.
+def policy_logits(network: DecoderNetwork, states: Tensor, exits: Sequence[int]) -> Tensor:
+    """Compute the policies' logits of P(exit) [tokens, exits - 1] after all exits but the last.
 
     states [tokens, exits - 1 or more, hidden].
     """
@@ -100,8 +103,9 @@ def collect_tokens(
     batch_size: int,
     tokens: int,
 ) -> TokenOutputs:
-    """Outputs of the exits for these rows, `batch_size` rows and, as logits are large, `tokens` tokens at a
-    time.
+    """Run the network on the rows at `index` and collect the outputs of the exits.
+
+    `batch_size` rows run at a time and, as logits are large, the head reads `tokens` tokens at a time.
     """
     network.eval()
     states, cosines, targets = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -109,7 +113,7 @@ def collect_tokens(
     for start in tqdm(range(0, len(index), batch_size), desc="outputs of exits", mininterval=1.0):
         ids, batch_targets = rows.batch(index[start : start + batch_size], network.model.device)
         where = may_exit_early(batch_targets)
-        batch_states, batch_cosines = hidden_at(network, ids, where, exits)
+        batch_states, batch_cosines = states_at_exits(network, ids, where, exits)
         states.append(batch_states[:, :-1])
         cosines.append(batch_cosines[:, :-1])
         targets.append(batch_targets[where])
@@ -131,17 +135,20 @@ def collect_tokens(
     )
 
 
-def first_above(scores: Tensor, threshold: float) -> Tensor:
-    """Exit of each token, 0-based [tokens]: the first whose score [tokens, exits - 1] is above the threshold,
-    else the last.
+def first_exit_above(scores: Tensor, threshold: float) -> Tensor:
+    """The first exit (0-based) whose score is above the threshold, else the last [tokens].
+
+    scores [tokens, exits - 1].
     """
     always = torch.ones_like(scores[:, :1], dtype=torch.bool)
     return torch.cat([scores > threshold, always], 1).long().argmax(1)
 
 
-def result_of(outputs: TokenOutputs, exit_numbers: Tensor, exits: Sequence[int]) -> dict[str, Any]:
-    """Figures of exiting at exit_numbers [tokens] (0-based, see first_above): mean depth in blocks, share of
-    tokens by exit, loss in nats, share of right predictions and of those that agree with the last block.
+def figures_at_exits(outputs: TokenOutputs, exit_numbers: Tensor, exits: Sequence[int]) -> dict[str, Any]:
+    """The figures of tokens that exit at these exits [tokens] (0-based).
+
+    Mean depth in blocks, share of tokens by exit, loss in nats, share of right predictions and of those that
+    agree with the last block.
     """
     shares = torch.bincount(exit_numbers, minlength=len(exits)) / len(outputs)
     predictions = outputs.predictions.gather(1, exit_numbers[:, None])[:, 0]
@@ -155,32 +162,33 @@ def result_of(outputs: TokenOutputs, exit_numbers: Tensor, exits: Sequence[int])
     }
 
 
-def result_at_depth(
+def figures_at_depth(
     outputs: TokenOutputs, scores: Tensor, depth: float, exits: Sequence[int], steps: int = 200
 ) -> dict[str, Any]:
-    """The result whose mean depth is nearest to `depth`, and its threshold, the same for all exits.
+    """The figures at the threshold on scores for which the mean depth in blocks is nearest to `depth`.
 
-    Thresholds are swept over quantiles of scores [tokens, exits - 1].
+    The threshold is the same for all exits; it is swept over quantiles of scores [tokens, exits - 1].
     """
     ordered = scores.flatten().sort().values
     places = torch.linspace(0, len(ordered) - 1, steps + 1).round().long()
     thresholds = [float(ordered[0]) - 1, *ordered[places.to(ordered.device)].tolist()]
     blocks = torch.tensor(exits, device=scores.device, dtype=torch.float64)
-    depths = [float(blocks[first_above(scores, threshold)].mean()) for threshold in thresholds]
+    depths = [float(blocks[first_exit_above(scores, threshold)].mean()) for threshold in thresholds]
     best = min(range(len(thresholds)), key=lambda number: abs(depths[number] - depth))
-    result = result_of(outputs, first_above(scores, thresholds[best]), exits)
+    result = figures_at_exits(outputs, first_exit_above(scores, thresholds[best]), exits)
     return {"threshold": round(thresholds[best], 7), **result}
 
 
 @torch.no_grad()
 def compare_rules(network: DecoderNetwork, outputs: TokenOutputs, exits: Sequence[int]) -> dict[str, Any]:
-    """Figures of each exit, of the policies at P(exit) 0.5, and of CALM's rules at the policies' depth."""
+    """Compare each exit, the policies at P(exit) 0.5, and CALM's rules at the policies' mean depth."""
     if not len(outputs):
         return {"tokens": 0}
-    gate_logits = gate_logits_of(network, outputs.states, exits)
-    policy = result_of(outputs, first_above(gate_logits, 0.0), exits)
+    gate_logits = policy_logits(network, outputs.states, exits)
+    policy = figures_at_exits(outputs, first_exit_above(gate_logits, 0.0), exits)
     fixed = [
-        result_of(outputs, torch.full_like(outputs.targets, number), exits) for number in range(len(exits))
+        figures_at_exits(outputs, torch.full_like(outputs.targets, number), exits)
+        for number in range(len(exits))
     ]
     return {
         "tokens": len(outputs),
@@ -188,8 +196,8 @@ def compare_rules(network: DecoderNetwork, outputs: TokenOutputs, exits: Sequenc
         **{name: [result[name] for result in fixed] for name in ("loss", "agrees", "right")},
         "policy": policy,
         "calm": {  # thresholds are tuned on these very tokens
-            "confidence": result_at_depth(outputs, outputs.margins, policy["depth"], exits),
-            "cosine": result_at_depth(outputs, outputs.cosines, policy["depth"], exits),
+            "confidence": figures_at_depth(outputs, outputs.margins, policy["depth"], exits),
+            "cosine": figures_at_depth(outputs, outputs.cosines, policy["depth"], exits),
         },
     }
 

@@ -1,4 +1,4 @@
-"""One training from options to checkpoint: network, data, recipe, dev figures, the folder."""
+"""Run one training from options to the checkpoint folder: network, data, recipe, dev figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ N = TypeVar("N", bound=nn.Module)
 class Training(Protocol[N]):
     """The parts of a training that depend on the kind of network.
 
-    save_every: seconds between states at least. row_counts: rows by split. facts: entries of training.json
+    save_every: least seconds between states. row_counts: rows by split. facts: entries of training.json
     besides those of the recipe.
     """
 
@@ -36,7 +36,7 @@ class Training(Protocol[N]):
     facts: dict[str, Any]
 
     def load(self) -> N:
-        """The network to train."""
+        """Load or create the network to train."""
         ...
 
     def write_inputs(self) -> None:
@@ -44,7 +44,7 @@ class Training(Protocol[N]):
         ...
 
     def run_recipe(self, run: Run[N]) -> dict[str, Any]:
-        """Run the recipe's phases; its results."""
+        """Run the recipe's phases; gives its entries of training.json."""
         ...
 
     def write(self, folder: Path, training: dict[str, Any]) -> None:
@@ -53,7 +53,9 @@ class Training(Protocol[N]):
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a classifier or a decoder, by the recipe's kind, and write the folder `out`; its training.json.
+    """Train a classifier or a decoder, by the recipe's kind, and write the folder `out`.
+
+    Gives the content of its training.json.
 
     Resumes from `out`.partial if it exists. Raises BadSetting, BadData, BadModel, BadCheckpoint.
     """
@@ -67,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) -> dict[str, Any]:
     processes = PartialState()
-    with processes.main_process_first():  # it writes the files that all of them read
+    with processes.main_process_first():  # the main process writes the files that all processes read
         _refuse_other_command(config)
         network = training.load()
         if processes.is_main_process:
@@ -81,7 +83,7 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
         place = f"phase {run.position['phase'] + 1}, step {run.position['step']}"
         print(f"going on from {run.folder}: {place}", file=sys.stderr)
     results = training.run_recipe(run)
-    run.log(finished=config.recipe)  # the log exists even where every phase was skipped
+    run.log(finished=config.recipe)  # the log exists even if every phase was skipped
     facts |= {
         **training.facts,
         "command": config.as_json(),
@@ -93,7 +95,7 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
         **results,
     }
     network.to("cpu")
-    if run.main:
+    if run.is_main_process:
         temporary = config.out.with_name(config.out.name + ".writing")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -105,12 +107,12 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
 
 
 def _command(config: TrainConfig) -> dict[str, Any]:
-    """The options that must be equal for a resume."""
+    """The options that must be equal for a run to be resumed."""
     return {**config.as_json(), "save_every": None}
 
 
 def _refuse_other_command(config: TrainConfig) -> None:
-    """Raise BadSetting where the folder of the run holds the state of a different command."""
+    """Raise BadSetting if the folder of the run holds the state of a different command."""
     file = config.partial / "command.json"
     if file.is_file() and (config.partial / "state.json").is_file():
         before = read_json(file)

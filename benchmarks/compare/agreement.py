@@ -40,10 +40,10 @@ from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.rules import RowSignals, Rule, StepCosts, bind, softmax
 from offramp.runtime.tuning.report import write_whole
 from offramp.runtime.walker import Trace, walk
-from offramp.training.batches import Encoded, encode_for
+from offramp.training.batches import Encoded, encode_rows
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.data import Columns, Dataset, ImageFiles, Rows, load_data
-from offramp.training.outcomes import of_one_length
+from offramp.training.outcomes import equal_length_batches
 
 TIE = 1e-5
 SPLITS = ("test", "dev", "train")  # in the order in which rows are taken from them
@@ -69,7 +69,9 @@ def walk_torch(
         np.zeros(len(rows)),
     )
     memory = np.zeros((len(rows), rule.width), np.float32)
-    for index in tqdm(of_one_length(rows.lengths), desc=what, unit="batch", file=sys.stderr, mininterval=1.0):
+    for index in tqdm(
+        equal_length_batches(rows.lengths), desc=what, unit="batch", file=sys.stderr, mininterval=1.0
+    ):
         hidden, context = network.stem(_in_dtype(network, rows.batch(index)[0]))
         context, evidence = _in_dtype(network, context), network.no_evidence(hidden)
         for segment in range(segments):
@@ -143,7 +145,7 @@ def compare_checkpoint(folder: Path, data: Dataset, count: int) -> list[dict[str
     checkpoint = load_checkpoint(folder)
     variants = checkpoint.network.spec.forecast or ("fp32",)
     rows = first_rows(data, count)
-    items, encoded = _items(rows), encode_for(checkpoint, rows)
+    items, encoded = _items(rows), encode_rows(checkpoint, rows)
     network, double = checkpoint.network.eval(), deepcopy(checkpoint.network).double().eval()
     lines = []
     # One thread: a row is small, and waiting for other processes would cost more time than a second thread

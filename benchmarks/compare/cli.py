@@ -41,7 +41,7 @@ from offramp.benchmarks.compare.frontiers import (
 )
 from offramp.benchmarks.compare.pages import HEAD, REFERENCE, html_page, table_rows
 from offramp.runtime.tuning.report import write_whole
-from offramp.training.collect import oracle
+from offramp.training.collect import oracle_point
 from offramp.training.recipes import RECIPES, load_recipe
 
 PLAIN_RULES = ("max_probability", "entropy", "margin", "patience")
@@ -130,7 +130,7 @@ def _lines(evaluation: Evaluation) -> dict[str, Any]:
 def _oracle_figures(joint: CheckpointOutputs) -> dict[str, float]:
     """Figures of exiting at the first right exit, which bounds the accuracy of any rule on these exits."""
     outputs = joint.exit_outputs("test")
-    best = oracle(outputs.table, outputs.costs)
+    best = oracle_point(outputs.table, outputs.costs)
     return {"accuracy_at_half": best.accuracy, "macs_saved": best.macs_saved}
 
 

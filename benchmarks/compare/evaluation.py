@@ -32,8 +32,8 @@ from offramp.training.batches import Encoded
 from offramp.training.calibration import binned_error, calibration_figures
 from offramp.training.forecasters import Forecaster, network_forecaster
 from offramp.training.options import parse_settings
-from offramp.training.recipes.quee import QueeSettings, cross_fitted
-from offramp.training.replay import PRICES, replay, walk_point
+from offramp.training.recipes.quee import QueeSettings, fit_by_halves
+from offramp.training.replay import PRICES, replay_walks, walk_point
 
 HALF = 50.0  # least share of multiply-accumulates, in percent, that the point in the table saves on dev
 TARGETS = (
@@ -124,13 +124,13 @@ def evaluate_quee(outputs: CheckpointOutputs) -> Evaluation:
     training = outputs.checkpoint.training
     words = tuple(f"{name}={value}" for name, value in training["settings"].items())
     fit = parse_settings(QueeSettings, words).fit(training["seed"])
-    forecaster = cross_fitted(dev.outcomes, fit, training["seed"])["mlp"]
+    forecaster = fit_by_halves(dev.outcomes, fit, training["seed"])["mlp"]
     exit_outputs = outputs.exit_outputs("dev")
     tried = []
     for spec in [RuleSpec("never", {}), *(RuleSpec("quee", {"price": price}) for price in PRICES)]:
         rule = bind(spec, dev.outcomes.exits, {dev.costs.unit: dev.costs.stated})
         for start, variant in enumerate(dev.outcomes.variants):
-            plans = replay(rule, dev.outcomes, forecaster, start)
+            plans = replay_walks(rule, dev.outcomes, forecaster, start)
             point = walk_point(spec, start, plans, dev.outcomes, dev.costs)
             saved = 100 * float(1 - _macs_of(plans, exit_outputs).sum() / exit_outputs.full["macs"].sum())
             tried.append((point.cost, point.accuracy, ChosenSetting(spec, variant, saved)))
@@ -148,7 +148,7 @@ def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: P
     macs, top, wrong = {}, {}, {}  # by split; top and wrong [rows, exits]
     for split in ("dev", "test"):
         macs[split] = outputs.exit_outputs(split)
-        statistics, errors = outputs.variant_paths(split).outcomes.straight()
+        statistics, errors = outputs.variant_paths(split).outcomes.without_change()
         top[split], wrong[split] = _top_probability(statistics[:, number]), errors[:, number]
     tried = []
     thresholds = np.unique(np.quantile(top["dev"], np.linspace(0, 1, STEPS)))
@@ -258,14 +258,14 @@ def _quee_on_test(
     for _, setting in chosen:
         rule: Rule = bind(setting.rule, outcomes.exits, {costs.unit: costs.stated})
         start = outcomes.variants.index(setting.variant)
-        plans = replay(rule, outcomes, forecaster, start)
+        plans = replay_walks(rule, outcomes, forecaster, start)
         exits, last_variant, change = _ends(plans, start)
         at = (np.arange(len(plans)), start, last_variant, change, exits)
         rights.append(~outcomes.wrong[at])
         confidences.append(_top_probability(outcomes.statistics[at]))
         spent["layers"].append(exit_outputs.costs.blocks[exits].astype(float))
         spent["macs"].append(_macs_of(plans, exit_outputs))
-        spent["bops"].append(costs.of(plans))
+        spent["bops"].append(costs.walk_costs(plans))
         # Expected accuracy of the same plans assigned to rows at random.
         kinds, counts = np.unique(np.stack([last_variant, change, exits], 1), axis=0, return_counts=True)
         mean = [1 - outcomes.wrong[:, start, e, c, x].mean() for e, c, x in kinds]

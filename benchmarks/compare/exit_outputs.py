@@ -22,9 +22,9 @@ from offramp.models.forecasts import STATISTICS
 from offramp.models.macs import exit_macs
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules.sweep import ExitMacs, ExitTable
-from offramp.training.batches import Encoded, encode_for
+from offramp.training.batches import Encoded, encode_rows
 from offramp.training.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
-from offramp.training.collect import collect, costs_of, table_of
+from offramp.training.collect import collect, exit_costs, exit_table
 from offramp.training.data import Columns, load_data
 from offramp.training.outcomes import Outcomes, collect_outcomes
 from offramp.training.replay import WalkCosts, bit_costs
@@ -82,13 +82,13 @@ class CheckpointOutputs:
         network, rows = self.checkpoint.network, self.rows[split]
 
         def compute() -> dict[str, Any]:
-            table = table_of(collect(network, rows, description=f"{self.folder.name} {split}"))
+            table = exit_table(collect(network, rows, description=f"{self.folder.name} {split}"))
             gates = {} if table.gates is None else {"gates": table.gates}
             return {"logits": table.logits, "labels": table.labels, **gates}
 
         arrays = self._load_or_compute(split, self.digests[split], compute)
         table = ExitTable(arrays["logits"], arrays.get("gates"), arrays["labels"])
-        costs = costs_of(network, rows.lengths)
+        costs = exit_costs(network, rows.lengths)
         bits = bit_costs(network, rows.lengths, ["fp32"])
         shape = costs.to_exit.shape
         bops = bits.stem[:, None] + bits.steps[:, 0].cumsum(1)
@@ -134,7 +134,7 @@ class CheckpointOutputs:
 def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -> CheckpointOutputs:
     """Load a checkpoint and encode its evaluation rows; outputs are computed on first access."""
     checkpoint, rows = load_checkpoint(folder), load_data(data, Columns())
-    encoded = {split: encode_for(checkpoint, rows.split(split)) for split in splits}
+    encoded = {split: encode_rows(checkpoint, rows.split(split)) for split in splits}
     weights = weights_digest(folder)
     digests = {}
     for split in splits:

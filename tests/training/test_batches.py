@@ -49,7 +49,7 @@ def test_every_layout_gives_the_same_pixels(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("image,label\n" + rows)
     for file in ("hub.parquet", "plain.parquet", "rows.jsonl", "rows.csv"):
         data = load_data(str(tmp_path / file), dev_share=0.2)
-        assert data.images
+        assert data.has_images
         order = np.random.default_rng(0).permutation(5)
         for split, chosen in (("train", np.sort(order[1:])), ("dev", order[:1])):
             rows_of = data.split(split)
@@ -98,7 +98,7 @@ def test_another_column_can_be_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"img": "a.png", "fine": at % 2}) + "\n" for at in range(4)))
     data = load_data(str(file), Columns(image="img", label="fine"))
-    assert data.images and data.labels == ("0", "1")
+    assert data.has_images and data.labels == ("0", "1")
     with pytest.raises(BadData, match="--image-column"):
         load_data(str(file))
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from offramp.models import EarlyExitNetwork
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import normalized, pixels
-from offramp.training.batches import encode_for
+from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.classifier import IMAGENET_MEAN, IMAGENET_STD, image_input, new_network
 from offramp.training.data import BadData, load_data
@@ -78,8 +78,8 @@ def test_data_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     image_network = network(tiny.image_model_folder(tmp_path / "model"))
     facts = image_input(str(tmp_path / "model"), image_network, no_crop=False)
     with pytest.raises(BadData, match="holds text, the network reads images"):
-        encode_for(Checkpoint(image_network, facts, None), texts.split("train"))
+        encode_rows(Checkpoint(image_network, facts, None), texts.split("train"))
     tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
     text_checkpoint = Checkpoint(tiny.network(), TextFacts("", 0, 64), tmp_path / "tokenizer.json")
     with pytest.raises(BadData, match="holds images, the network reads text"):
-        encode_for(text_checkpoint, images.split("train"))
+        encode_rows(text_checkpoint, images.split("train"))

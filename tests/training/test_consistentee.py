@@ -10,10 +10,10 @@ from offramp.training.recipes.consistentee import (
     draw_alpha,
     easiness,
     exit_distribution,
+    exit_qualities,
+    exit_rewards,
     memorized_exit,
     policy_loss,
-    qualities,
-    rewards,
 )
 
 LOGITS = torch.tensor([[[2.0, 0.0], [0.0, 2.0], [0.0, 4.0]]])
@@ -27,16 +27,16 @@ def test_exit_distribution_is_the_chain_of_gates() -> None:
 
 
 def test_reward_charges_depth_to_easy_instances_alone() -> None:
-    quality = qualities(LOGITS, LABELS, "ce")
-    easy = rewards(quality, torch.tensor([0.1]), torch.tensor([0.5]))
-    hard = rewards(quality, torch.tensor([0.1]), torch.tensor([0.0]))
+    quality = exit_qualities(LOGITS, LABELS, "ce")
+    easy = exit_rewards(quality, torch.tensor([0.1]), torch.tensor([0.5]))
+    hard = exit_rewards(quality, torch.tensor([0.1]), torch.tensor([0.0]))
     torch.testing.assert_close(hard - easy, torch.tensor([[0.05, 0.10, 0.15]]))
     torch.testing.assert_close(hard[0, 2], torch.log_softmax(LOGITS[0, 2], -1)[1])
 
 
 def test_qualities_correct_and_agree() -> None:
-    assert qualities(LOGITS, LABELS, "correct").tolist() == [[0.0, 1.0, 1.0]]
-    assert qualities(LOGITS, torch.tensor([0]), "agree").tolist() == [[0.0, 1.0, 1.0]]
+    assert exit_qualities(LOGITS, LABELS, "correct").tolist() == [[0.0, 1.0, 1.0]]
+    assert exit_qualities(LOGITS, torch.tensor([0]), "agree").tolist() == [[0.0, 1.0, 1.0]]
 
 
 def test_prices_are_drawn_around_alpha_and_shift_the_gates() -> None:

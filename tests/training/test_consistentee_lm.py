@@ -23,9 +23,9 @@ from offramp.training.recipes import consistentee_lm
 from offramp.training.recipes.consistentee import exit_distribution
 from offramp.training.recipes.consistentee_lm import (
     ConsistentEELMSettings,
+    exit_rewards,
     policy_loss,
     prepare,
-    rewards,
     sample_exits,
     train,
 )
@@ -73,10 +73,10 @@ def without_late_blocks(network: DecoderNetwork, first: int) -> DecoderNetwork:
 def test_reward_of_every_exit() -> None:
     losses = torch.tensor([[1.0, 0.5, 0.25], [2.0, 3.0, 4.0]])
     right = torch.tensor([[False, True, True], [True, True, False]])
-    reward = rewards(losses, right, (2, 4, 8), ConsistentEELMSettings(alpha=0.1))
+    reward = exit_rewards(losses, right, (2, 4, 8), ConsistentEELMSettings(alpha=0.1))
     # The first needs 4 of 8 blocks and pays half of 0.1 a block; the second is never right at the end: free.
     torch.testing.assert_close(reward, torch.tensor([[-1.1, -0.7, -0.65], [-2.0, -3.0, -4.0]]))
-    plain = rewards(losses, right, (2, 4, 8), ConsistentEELMSettings(alpha=0.1, hardness=False))
+    plain = exit_rewards(losses, right, (2, 4, 8), ConsistentEELMSettings(alpha=0.1, hardness=False))
     torch.testing.assert_close(plain, torch.tensor([[-1.2, -0.9, -1.05], [-2.2, -3.4, -4.8]]))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from offramp.training.batches import encode, shuffled_batches
+from offramp.training.batches import encode_texts, shuffled_batches
 from offramp.training.checkpoint import TextFacts
 from offramp.training.data import BadData, Columns, load_data
 
@@ -65,7 +65,7 @@ def test_pairs_reach_the_tokenizer_with_types(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", [{"text": "good film", "text_b": "bad", "label": i % 2} for i in range(10)]
     )
     rows = load_data(str(file), messages=io.StringIO()).split("train")
-    encoded = encode(rows, tiny.tokenizer(), TextFacts("", 0, 64))
+    encoded = encode_texts(rows, tiny.tokenizer(), TextFacts("", 0, 64))
     assert encoded.types[0] == [0, 0, 0, 0, 1, 1]
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from offramp.models import EarlyExitNetwork
-from offramp.training.batches import encode
+from offramp.training.batches import encode_texts
 from offramp.training.checkpoint import TextFacts
 from offramp.training.cli import train
 from offramp.training.collect import collect
@@ -25,7 +25,7 @@ from offramp.training.recipes.jei_dnn import (
     exit_turn_loss,
     gate_targets,
     positive_weights,
-    turn_of,
+    turn_number,
 )
 from offramp.training.recipes.jei_dnn import train as recipe
 
@@ -87,10 +87,10 @@ def test_rare_positives_weigh_more_up_to_a_limit() -> None:
 
 def test_turns_begin_and_end_with_the_gates() -> None:
     for steps, switch in ((1150, 200), (3000, 200), (15, 200), (400, 200), (800, 200)):
-        turn_numbers = [turn_of(step, steps, switch) for step in range(steps)]
+        turn_numbers = [turn_number(step, steps, switch) for step in range(steps)]
         assert turn_numbers[0] == 0 and turn_numbers[-1] % 2 == 0 and turn_numbers[-1] >= 2
         assert turn_numbers == sorted(turn_numbers) and set(turn_numbers) == set(range(turn_numbers[-1] + 1))
-    assert turn_of(2999, 3000, 200) == 14  # 15 turns of 200
+    assert turn_number(2999, 3000, 200) == 14  # 15 turns of 200
 
 
 def test_costs_are_shares_of_the_whole_walk_and_grow() -> None:
@@ -118,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_exit_stops_by_itself_and_gets_its_best_weights(folder: Path, tmp_path: Path) -> None:
     network = tiny.network(policy="jei")
     rows = load_data(str(folder / "data")).split("dev")
-    dev = collect(network, encode(rows, tiny.tokenizer(), TextFacts("", 0, 64)))
+    dev = collect(network, encode_texts(rows, tiny.tokenizer(), TextFacts("", 0, 64)))
     run = Run(network, tmp_path, seed=0)
     stopping = EarlyStopping(run, dev, patience=2, name="try")
     initial = [exit_head.classify.weight.clone() for exit_head in network.exits]
@@ -194,7 +194,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_the_uninterrupted_one(
 ) -> None:
     """Best weights and counts are read from stored values, not computed again."""
     rows = load_data(str(folder / "data"))
-    encoded = [encode(rows.split(name), tiny.tokenizer(), TextFacts("", 0, 64)) for name in ("train", "dev")]
+    encoded = [
+        encode_texts(rows.split(name), tiny.tokenizer(), TextFacts("", 0, 64)) for name in ("train", "dev")
+    ]
     settings = JeiDnnSettings(warm_epochs=4, warm_lr=0.01, turn_epochs=6, turn_batch=8, switch=10)
 
     def run_recipe(place: Path, stop: tuple[str, int] | None) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from offramp.training.loop import Run
 from offramp.training.recipes.layer_selection import (
     LayerSelectionSettings,
     controlled_blocks,
-    measure,
+    measure_controllers,
     prepare,
     train,
 )
@@ -100,7 +100,7 @@ def test_the_backbone_is_trained_with_backbone_trained(tmp_path: Path) -> None:
 def test_at_full_depth_both_losses_are_equal(tmp_path: Path) -> None:
     network = DecoderNetwork(tiny.decoder("llama"))
     prepare(network, (), LayerSelectionSettings(start=50.0))
-    figures = measure(Run(network, tmp_path, seed=0), answer_rows(12))
+    figures = measure_controllers(Run(network, tmp_path, seed=0), answer_rows(12))
     assert figures["depth"] == 3 and figures["block_shares"] == [1.0]
     assert figures["loss"] == figures["loss_full"]
     assert figures["tokens"] == 12 * 2  # three are learned, the first is predicted by the prompt

@@ -111,7 +111,7 @@ def test_exits_learn_and_the_folder_is_a_model(folder: Path) -> None:
     )
     network, _ = load_decoder(str(folder / "model"))
     run = Run(network, folder / "scratch", seed=0)
-    before = layerskip.measure(
+    before = layerskip.measure_exits(
         run, load_token_rows(str(folder / "data"), tiny.hub_tokenizer(), 16)["dev"], [1]
     )
     assert training["dev"]["exits"] == [1, 3]

@@ -27,15 +27,15 @@ from offramp.training.forecasters import (
     oracle_forecaster,
     table_forecaster,
 )
-from offramp.training.outcomes import Outcomes, collect_outcomes, pack, unpack
+from offramp.training.outcomes import Outcomes, collect_outcomes, pack_outcomes, unpack_outcomes
 from offramp.training.replay import (
     WalkCosts,
     bit_costs,
-    frontier,
-    full_depth,
-    hull,
-    replay,
+    full_depth_point,
+    price_frontier,
+    replay_walks,
     static_points,
+    upper_hull,
     walk_point,
 )
 
@@ -74,9 +74,9 @@ def test_outcomes_equal_walks_of_every_path(network: EarlyExitNetwork, rows: Enc
                             outcomes.statistics[place], softmax_statistics(logits)[0], atol=2e-3
                         )
                         assert outcomes.wrong[place] == bool(logits.argmax() != label[0])
-    again = unpack(pack(outcomes), NAMES, rows.lengths)
+    again = unpack_outcomes(pack_outcomes(outcomes), NAMES, rows.lengths)
     assert (again.statistics == outcomes.statistics).all() and (again.wrong == outcomes.wrong).all()
-    fewer = outcomes.only(["fp32", "int8"])
+    fewer = outcomes.select_variants(["fp32", "int8"])
     assert (fewer.wrong[:, 1, 0] == outcomes.wrong[:, 2, 0]).all() and fewer.variants == ("fp32", "int8")
 
 
@@ -124,9 +124,9 @@ def test_k_means_recovers_clusters() -> None:
 def test_targets_are_error_rates_of_clusters() -> None:
     outcomes = synthetic()
     table = fit_tables(outcomes, ForecastFit(clusters=8, prior=0.0))[1]
-    statistics, _ = outcomes.straight()
+    statistics, _ = outcomes.without_change()
     rates = table.look_up(statistics[:, 1, 1], 1)
-    truth = outcomes.paths(1)[:, 1]
+    truth = outcomes.path_errors(1)[:, 1]
     np.testing.assert_allclose(rates.mean(0), truth.mean(0), atol=1e-5)
     assert len(np.unique(rates[:, 0])) > 2 and ((rates >= 0) & (rates <= 1)).all()
 
@@ -139,7 +139,9 @@ def test_better_forecasts_give_better_walks_and_the_oracle_is_the_bound() -> Non
 
     def gain(forecaster: Forecaster) -> float:
         """The greatest accuracy minus a price times the cost."""
-        return max(p.accuracy - 0.4 * p.cost for p in frontier(walk_rows, forecaster, costs, [0.2, 0.4, 0.8]))
+        return max(
+            p.accuracy - 0.4 * p.cost for p in price_frontier(walk_rows, forecaster, costs, [0.2, 0.4, 0.8])
+        )
 
     oracle, network = gain(oracle_forecaster), gain(network_forecaster(networks))
     table, mean = gain(table_forecaster(tables)), gain(mean_forecaster(fit_rows))
@@ -166,7 +168,7 @@ def test_replayed_walks_and_their_figures() -> None:
     costs = costs_of_walks(outcomes)
     rule = bind(RuleSpec("quee", {"price": 0.3}), outcomes.exits, {"bops": costs.stated})
     for start in range(2):
-        plans = replay(rule, outcomes, oracle_forecaster, start)
+        plans = replay_walks(rule, outcomes, oracle_forecaster, start)
         assert {len({*row.tolist()} - {-1}) for row in plans} == {1, 2}
         point = walk_point(rule.spec, start, plans, outcomes, costs)
         right = cost = changed = 0.0
@@ -185,11 +187,11 @@ def test_static_points_full_depth_and_hull() -> None:
     outcomes = synthetic()
     costs = costs_of_walks(outcomes)
     points = static_points(outcomes, costs)
-    _, wrong = outcomes.straight()
+    _, wrong = outcomes.without_change()
     assert [p.accuracy for p in points] == pytest.approx((100 * (1 - wrong.mean(0))).ravel().tolist())
-    full = full_depth(outcomes, costs)
+    full = full_depth_point(outcomes, costs)
     assert full.cost == pytest.approx(100) and full.accuracy == pytest.approx(points[3].accuracy)
-    edge = hull(points)
+    edge = upper_hull(points)
     slopes = [(b.accuracy - a.accuracy) / (b.cost - a.cost) for a, b in pairwise(edge)]
     assert slopes == sorted(slopes, reverse=True) and edge[0].cost == min(p.cost for p in points)
 
@@ -202,5 +204,5 @@ def test_bits_are_counted_for_every_row(network: EarlyExitNetwork) -> None:
     assert costs.steps[1, 1, 2] == bit_operations(segments[2], "int8", 9)
     plans = np.array([[0, 1, -1]] * 3, np.int8)
     expected = costs.stem + costs.steps[:, 0, 0] + costs.steps[:, 1, 1]
-    np.testing.assert_allclose(costs.of(plans), expected)
+    np.testing.assert_allclose(costs.walk_costs(plans), expected)
     assert (costs.full < costs.stem + costs.steps[:, 0].sum(1)).all()  # without the earlier exits

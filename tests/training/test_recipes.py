@@ -19,7 +19,7 @@ from offramp.training.options import parse_settings
 from offramp.training.recipes import RECIPES, load_recipe
 from offramp.training.recipes.base import ClassifierRecipe, DecoderRecipe
 from offramp.training.recipes.berxit import policy_loss, task_loss
-from offramp.training.recipes.branchynet import uniform
+from offramp.training.recipes.branchynet import mean_loss
 from offramp.training.recipes.deebert import last_exit_only
 from offramp.training.recipes.fastbert import distillation_loss
 
@@ -35,7 +35,7 @@ RULES = {
 
 def test_losses_by_hand() -> None:
     losses = torch.tensor([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]])
-    assert uniform(losses) == 4.0 and last_exit_only(losses) == 7.0
+    assert mean_loss(losses) == 4.0 and last_exit_only(losses) == 7.0
     assert task_loss(losses, 0) == task_loss(losses, 4) == 7.0 and task_loss(losses, 3) == 12.0
 
 

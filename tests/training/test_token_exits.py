@@ -13,11 +13,11 @@ from offramp.training.lm_data import TokenRows
 from offramp.training.token_exits import (
     TokenOutputs,
     collect_tokens,
-    first_above,
+    figures_at_depth,
+    figures_at_exits,
+    first_exit_above,
     may_exit_early,
-    result_at_depth,
-    result_of,
-    sample_places,
+    sample_tokens,
 )
 
 EXITS_AT = (1, 2, 3)
@@ -27,8 +27,8 @@ def test_tokens_that_may_exit_early() -> None:
     _, targets = TokenRows([[5, 6, 7, 8, 9], [5, 6, 7]], [3, 1]).batch([0, 1])
     where = may_exit_early(targets)
     assert where.tolist() == [[False, False, False, True, False], [False, True, False, False, False]]
-    assert torch.equal(sample_places(where, 2), where)
-    sampled = sample_places(where, 1)
+    assert torch.equal(sample_tokens(where, 2), where)
+    sampled = sample_tokens(where, 1)
     assert int(sampled.sum()) == 1 and bool((where | ~sampled).all())
 
 
@@ -64,13 +64,13 @@ def test_results_of_exiting_by_a_score() -> None:
         margins=torch.tensor([[0.1, 0.8], [0.9, 0.1], [0.9, 0.9], [0.2, 0.3]]),
         cosines=torch.zeros(4, 2),
     )
-    exit_numbers = first_above(outputs.margins, 0.5)
+    exit_numbers = first_exit_above(outputs.margins, 0.5)
     assert exit_numbers.tolist() == [1, 0, 0, 2]
     expected = {"depth": 5.0, "shares": [0.5, 0.25, 0.25], "loss": 1.0, "right": 1.0, "agrees": 0.75}
-    assert result_of(outputs, exit_numbers, (3, 4, 10)) == expected
-    assert result_at_depth(outputs, outputs.margins, 5.4, (3, 4, 10)) == {
+    assert figures_at_exits(outputs, exit_numbers, (3, 4, 10)) == expected
+    assert figures_at_depth(outputs, outputs.margins, 5.4, (3, 4, 10)) == {
         "threshold": pytest.approx(0.3),
         **expected,
     }
-    assert result_at_depth(outputs, outputs.margins, 0.0, (3, 4, 10))["depth"] == 3.0
-    assert result_at_depth(outputs, outputs.margins, 99.0, (3, 4, 10))["depth"] == 10.0
+    assert figures_at_depth(outputs, outputs.margins, 0.0, (3, 4, 10))["depth"] == 3.0
+    assert figures_at_depth(outputs, outputs.margins, 99.0, (3, 4, 10))["depth"] == 10.0

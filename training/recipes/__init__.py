@@ -27,5 +27,5 @@ RECIPES: dict[str, str] = {
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe's module; KeyError where the register has no such name."""
+    """Import a recipe's module by its name; KeyError if the register has no such name."""
     return cast("Recipe", importlib.import_module(RECIPES[name]))

@@ -1,4 +1,4 @@
-"""The declared protocols of a recipe: the names that its module must define."""
+"""The protocols of a recipe: the names that its module must define."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offramp.training.loop import Run
 
 
 class Settings(Protocol):
-    """A frozen dataclass of numbers and words; every field is a --set NAME=VALUE of ee-train."""
+    """The settings of a recipe: a frozen dataclass whose every field is a --set NAME=VALUE of ee-train."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
@@ -25,7 +25,7 @@ class ClassifierRecipe(Protocol[S]):
     """A recipe that trains an EarlyExitNetwork.
 
     SETTINGS: the class of its settings. STARTS_FROM: the recipe whose checkpoint, passed as --init, replaces
-    its first phase, or None where it starts from the pretrained backbone.
+    its first phase, or None if it starts from the pretrained backbone.
     """
 
     KIND: Literal["classifier"]
@@ -33,7 +33,7 @@ class ClassifierRecipe(Protocol[S]):
     STARTS_FROM: str | None
 
     def policy_of(self, settings: S) -> str | None:
-        """The kind of policies of its network, a name in models.policies.KINDS, or None for none."""
+        """The kind of policies that the network gets, a name in models.policies.KINDS, or None for none."""
         ...
 
     def train(
@@ -45,7 +45,7 @@ class ClassifierRecipe(Protocol[S]):
         *,
         skip_warm_start: bool,
     ) -> dict[str, object]:
-        """Run the phases; return what training.json holds besides command, data and versions."""
+        """Run the phases; return the recipe's entries of training.json."""
         ...
 
 
@@ -59,8 +59,8 @@ class DecoderRecipe(Protocol[S]):
     def prepare(self, network: DecoderNetwork, exits: tuple[int, ...], settings: S) -> None:
         """Add the modules that the recipe trains, before a run restores an earlier state.
 
-        exits: blocks (1-based) with an exit, the last block among them. Raises BadSetting where the network
-        has other exits.
+        exits: blocks (1-based) with an exit, the last block among them. Raises BadSetting if the network has
+        other exits.
         """
         ...
 
@@ -71,8 +71,7 @@ class DecoderRecipe(Protocol[S]):
         exits: tuple[int, ...],
         settings: S,
     ) -> dict[str, object]:
-        """Run the phases on rows["train"]; return what training.json holds besides command, data and
-        versions.
+        """Run the phases on rows["train"]; return the recipe's entries of training.json.
 
         rows: by split; dev is optional.
         """

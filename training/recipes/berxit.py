@@ -4,11 +4,11 @@ Even steps minimize CE_L, odd steps the sum of all CE_l. At every step the learn
 layer on the pooled state for all exits, is trained by squared error to predict whether the exit is wrong; its
 loss is added. A row exits where the layer predicts that the exit is right (policy lte, rule gate).
 
-We differ: the exits are those of recipe joint (the paper's: linear on BERT's pooler), rates likewise, and the
-threshold is chosen on dev; regression is not built. With --init everything is trained further from there.
+We differ: exits and rates are those of recipe joint (the paper's exits: linear on BERT's pooler), and the
+threshold is chosen on dev; regression is not implemented. With --init all parts are trained further.
 
 Expect: e5-small on sst2, about 10 minutes on one core; 85.2 % on test with 50 % of multiply-accumulates
-saved, the weakest here: 3.4 below max-probability on recipe joint (docs/comparison.md).
+saved, the lowest of all recipes: 3.4 below max-probability on recipe joint (docs/comparison.md).
 
     ee-train --model MODEL --data DATA --recipe berxit --out ckpt/
 """
@@ -32,12 +32,12 @@ STARTS_FROM: str | None = None
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """The learning-to-exit layer."""
+    """The kind of policies, "lte": one learning-to-exit layer for all exits."""
     return "lte"
 
 
 def task_loss(losses: Tensor, step: int) -> Tensor:
-    """The last exit's loss on even steps, the sum of all on odd ones: losses [batch, exits] -> scalar."""
+    """The last exit's loss on even steps, the sum of all on odd ones, a scalar; losses [batch, exits]."""
     return (losses.sum(1) if step % 2 else losses[:, -1]).mean()
 
 
@@ -58,7 +58,7 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """The only phase; return dev figures and operating points."""
+    """Train all parts in one phase; return dev figures and operating points."""
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = train.batch(index, run.accelerator.device)

@@ -30,12 +30,12 @@ STARTS_FROM: str | None = None
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """None: the entropy decides, nothing is learned."""
+    """None, since the entropy decides and no policy is trained."""
     return None
 
 
-def uniform(losses: Tensor) -> Tensor:
-    """Mean over rows and exits: losses [batch, exits] -> scalar."""
+def mean_loss(losses: Tensor) -> Tensor:
+    """The mean loss over rows and exits, a scalar; losses [batch, exits]."""
     return losses.mean()
 
 
@@ -48,5 +48,5 @@ def train(
     skip_warm_start: bool,
 ) -> dict[str, Any]:
     """Train backbone and exits (with --init: further); return dev figures and operating points."""
-    warm_start(run, train, settings, uniform, "branchynet")
+    warm_start(run, train, settings, mean_loss, "branchynet")
     return operating_points(run, dev, "entropy")

@@ -52,7 +52,9 @@ SHIFT = 3.0
 
 @dataclass(frozen=True)
 class ConsistentEESettings:
-    """Settings of the recipe; alpha: the reward's price of one more exit; trajectories: the paper's K."""
+    """Settings of recipe consistentee; alpha: the reward's price of one more exit; trajectories: the paper's
+    K.
+    """
 
     epochs: int = 3
     batch_size: int = 32
@@ -95,21 +97,21 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: ConsistentEESettings) -> str | None:
-    """The kind of policy by its inputs."""
+    """The kind of policies, named by their inputs: "statistics" or "state"."""
     return settings.policy
 
 
 def memorized_exit(right: Tensor) -> Tensor:
-    """The first exit (0-based) from which on every exit is right [rows]; the last where the last is wrong.
+    """The first exit (0-based) from which on every exit is right [rows]; the last exit if that is wrong.
 
-    right [rows, exits] says where exits predict the label. This is ConsistentEE's Memorized Layer less one.
+    right [rows, exits]: whether exits predict the label. This is ConsistentEE's Memorized Layer minus one.
     """
     right_to_the_end = right.long().flip(1).cumprod(1).sum(1)  # [rows] number of final exits all right
     return (right.shape[1] - right_to_the_end).clamp(max=right.shape[1] - 1)
 
 
 def easiness(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 - m / L [rows], the share of the depth penalty that an instance pays; 0 for the hardest.
+    """The factor on an instance's depth penalty, 1 - m / L [rows]; 0 for the hardest instances.
 
     m is the Memorized Layer, 1-based; logits [rows, exits, classes] in evaluation mode, labels [rows].
     """
@@ -118,29 +120,38 @@ def easiness(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def exit_distribution(gate_logits: Tensor) -> Tensor:
-    """P(exit at l) [batch, exits] from logits of P(exit) [batch, exits - 1]; the last exit takes the rest."""
+    """P(exit at l) of each exit [batch, exits] from logits of P(exit) [batch, exits - 1].
+
+    The last exit gets the remaining probability.
+    """
     log_stay = logsigmoid(-gate_logits).cumsum(1)  # [batch, exits - 1] log P(no exit up to l)
     log_reached = torch.cat([torch.zeros_like(log_stay[:, :1]), log_stay], dim=1)  # [batch, exits]
     log_exit = torch.cat([logsigmoid(gate_logits), torch.zeros_like(log_stay[:, :1])], dim=1)
     return (log_reached + log_exit).exp()
 
 
-def qualities(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """Quality of exiting at each exit [rows, exits]: logits [rows, exits, classes], labels [rows]."""
+def exit_qualities(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """The quality part of the reward of exiting at each exit [rows, exits].
+
+    kind: one of QUALITIES. logits [rows, exits, classes], labels [rows].
+    """
     if kind == "ce":
         return -exit_losses(logits, labels)
     target = labels if kind == "correct" else logits[:, -1].argmax(-1)
     return (logits.argmax(-1) == target[:, None]).float()
 
 
-def rewards(quality: Tensor, alpha: Tensor, easy: Tensor) -> Tensor:
-    """R [rows, exits] of exiting at each exit: quality [rows, exits], alpha and easy (1 - m / L) [rows]."""
+def exit_rewards(quality: Tensor, alpha: Tensor, easy: Tensor) -> Tensor:
+    """The reward R of exiting at each exit [rows, exits]: quality [rows, exits], alpha, easy (1 - m / L)
+    [rows].
+    """
     depth = torch.arange(1, quality.shape[1] + 1, device=quality.device, dtype=torch.float32)
     return quality - (alpha * easy)[:, None] * depth
 
 
 def draw_alpha(rows: int, settings: ConsistentEESettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each row's price, log-uniform around alpha, and the shift of its gates' logits for it, both [rows].
+    """Draw each row's price, log-uniform around alpha; gives prices and the shifts of gate logits, both
+    [rows].
 
     A higher price raises the gates by a shift that is the same at every exit. So another threshold after
     training corresponds to prices seen in training, and the threshold 0.5 corresponds to alpha itself.
@@ -150,7 +161,7 @@ def draw_alpha(rows: int, settings: ConsistentEESettings, device: torch.device) 
 
 
 def policy_loss(gate_logits: Tensor, reward: Tensor, settings: ConsistentEESettings) -> Tensor:
-    """Scalar whose negative gradient raises the expected reward.
+    """The policies' loss, a scalar whose minimization raises the expected reward.
 
     gate_logits [batch, exits - 1], reward [batch, exits].
     """
@@ -172,7 +183,7 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """All phases; return dev figures and the operating points chosen on dev."""
+    """Run all phases; return dev figures and the operating points chosen on dev."""
     warm_rows, reward_rows = _hold_out(len(train), settings.holdout, run.seed)
     if not skip_warm_start:
         joint = JointSettings(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr)
@@ -185,11 +196,11 @@ def train(
         collected = collect(run.network, train, device=device, description="hardness")
         return easiness(collected.logits, collected.labels)
 
-    easy = run.stored("easiness", measure_easiness)
+    easy = run.compute_once("easiness", measure_easiness)
     rewarded = train.take(reward_rows)
     for number in range(settings.rounds):
         _fit_policies(run, rewarded, easy[reward_rows], settings, f"policy {number + 1}")
-        _fit_both(run, train, easy, settings, f"both {number + 1}")
+        _fit_exits_and_policies(run, train, easy, settings, f"both {number + 1}")
     _fit_policies(run, rewarded, easy[reward_rows], settings, "policy last")
     return operating_points(run, dev, "gate")
 
@@ -197,12 +208,14 @@ def train(
 def _fit_policies(
     run: Run[EarlyExitNetwork], rows: Encoded, easy: Tensor, settings: ConsistentEESettings, name: str
 ) -> None:
-    """Train policies on cached features: the rest of the network is frozen, so its outputs do not change."""
+    """Train policies on cached features, since the rest of the network is frozen and its outputs do not
+    change.
+    """
     if run.skip_finished_phase():
         return
     device = run.accelerator.device
     features = collect(run.network, rows, device=device, description=f"{name}: features")
-    quality = qualities(features.logits, features.labels, settings.quality)
+    quality = exit_qualities(features.logits, features.labels, settings.quality)
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         batch = torch.from_numpy(index)
@@ -211,7 +224,7 @@ def _fit_policies(
         with torch.autocast(device.type, enabled=False):
             pooled, logits = features.pooled[batch].to(device), features.logits[batch].to(device)
             gate_logits = run.network.gate_logits(pooled, logits)
-            reward = rewards(quality[batch].to(device), alpha, easy[batch].to(device))
+            reward = exit_rewards(quality[batch].to(device), alpha, easy[batch].to(device))
             value = policy_loss(gate_logits + shift[:, None], reward, settings)
             return value, _figures(gate_logits, reward)
 
@@ -220,18 +233,18 @@ def _fit_policies(
     run.fit(Phase(name, ("policies",), lengths, loss, epochs, 256, settings.policy_lr, shared=False))
 
 
-def _fit_both(
+def _fit_exits_and_policies(
     run: Run[EarlyExitNetwork], rows: Encoded, easy: Tensor, settings: ConsistentEESettings, name: str
 ) -> None:
-    """Train everything: exits on the instances that exit there, policies by the current exits' rewards."""
+    """Train all parts: exits on the instances that exit there, policies by the current exits' rewards."""
     device = run.accelerator.device
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = rows.batch(index, device)
         outputs = model(inputs, detach_policies=True)
-        quality = qualities(outputs.logits.detach().float(), labels, settings.quality)
+        quality = exit_qualities(outputs.logits.detach().float(), labels, settings.quality)
         alpha, shift = draw_alpha(len(index), settings, device)
-        reward = rewards(quality, alpha, easy[torch.from_numpy(index)].to(device))
+        reward = exit_rewards(quality, alpha, easy[torch.from_numpy(index)].to(device))
         gate_logits = outputs.gate_logits.float() + shift[:, None]
         weights = exit_distribution(gate_logits.detach())
         task = (weights * exit_losses(outputs.logits, labels)).sum(1).mean()
@@ -243,14 +256,14 @@ def _fit_both(
 
 
 def _figures(gate_logits: Tensor, reward: Tensor) -> dict[str, float]:
-    """Expected reward and exit (1-based), for the log."""
+    """The expected reward and exit (1-based) of a batch, for the log."""
     exit_at = exit_distribution(gate_logits.detach())
     depth = torch.arange(1, exit_at.shape[1] + 1, device=exit_at.device)
     return {"reward": float((exit_at * reward).sum(1).mean()), "exit": float((exit_at * depth).sum(1).mean())}
 
 
 def _hold_out(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for the warm start and row numbers for the rewards; all for both where share is 0."""
+    """Row numbers for the warm start and row numbers for the rewards; all rows for both if share is 0."""
     if share == 0:
         everything = np.arange(rows)
         return everything, everything

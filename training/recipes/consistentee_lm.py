@@ -43,10 +43,10 @@ from offramp.training.token_exits import (
     collect_tokens,
     compare_rules,
     exit_logits,
-    gate_logits_of,
-    hidden_at,
     may_exit_early,
-    sample_places,
+    policy_logits,
+    sample_tokens,
+    states_at_exits,
 )
 
 TARGETS = ("data", "model")
@@ -56,8 +56,10 @@ DEV_ROWS = 64
 
 @dataclass(frozen=True)
 class ConsistentEELMSettings:
-    """Settings of the recipe; alpha: price of a block in nats; trajectories: K; tokens_per_batch: most tokens
-    of a batch of rows that phases 1 and 3 use, sampled where there are more; policy_tokens: most of phase 2.
+    """Settings of recipe consistentee_lm.
+
+    alpha: price of a block in nats; trajectories: K; tokens_per_batch: most tokens of a batch of rows that
+    phases 1 and 3 use, sampled if there are more; policy_tokens: most tokens of phase 2.
     """
 
     epochs: int = 1
@@ -94,7 +96,7 @@ STARTS_FROM: str | None = None
 
 
 def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: ConsistentEELMSettings) -> None:
-    """Add the translators and policies that the network lacks; raises BadSetting where it has other exits."""
+    """Add the translators and policies that the network lacks; raises BadSetting if it has other exits."""
     early = [block for block in exits if block < network.block_count]
     if not early:
         raise BadSetting("--exits: consistentee_lm needs one before the last block")
@@ -106,15 +108,15 @@ def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: Consisten
     for block in early:
         if str(block) not in network.policies:
             policy = nn.Linear(network.hidden_size, 1)
-            for parameter in policy.parameters():  # P(exit) is 0.5 for every token, whatever the seed
+            for parameter in policy.parameters():  # P(exit) is 0.5 for every token and every seed
                 nn.init.zeros_(parameter)
             network.policies[str(block)] = policy
 
 
-def rewards(
+def exit_rewards(
     losses: Tensor, right: Tensor, exits: tuple[int, ...], settings: ConsistentEELMSettings
 ) -> Tensor:
-    """R [tokens, exits] of exiting at each exit: losses [tokens, exits] in nats, right [tokens, exits]."""
+    """The reward of exiting at each exit [tokens, exits]; losses in nats and right, both [tokens, exits]."""
     depth = torch.tensor(exits, device=losses.device, dtype=torch.float32)  # blocks
     easy = 1 - depth[memorized_exit(right)] / exits[-1]
     price = settings.alpha * (easy if settings.hardness else torch.ones_like(easy))
@@ -122,7 +124,8 @@ def rewards(
 
 
 def sample_exits(gate_logits: Tensor, settings: ConsistentEELMSettings) -> Tensor:
-    """Exits of K trajectories of each token [tokens, K]: gate_logits [tokens, exits - 1].
+    """Sample the exits (0-based) of K trajectories for each token [tokens, K]; gate_logits [tokens, exits -
+    1].
 
     One draw from P(exit at l) equals a Bernoulli draw at every exit in turn.
     """
@@ -134,7 +137,7 @@ def sample_exits(gate_logits: Tensor, settings: ConsistentEELMSettings) -> Tenso
 
 
 def policy_loss(gate_logits: Tensor, reward: Tensor, sampled: Tensor) -> Tensor:
-    """Scalar whose negative gradient raises the expected reward.
+    """The policies' loss, a scalar whose minimization raises the expected reward.
 
     gate_logits [tokens, exits - 1], reward [tokens, exits], sampled exits [tokens, K].
     """
@@ -152,13 +155,13 @@ def train(
     exits: tuple[int, ...],
     settings: ConsistentEELMSettings,
 ) -> dict[str, Any]:
-    """All phases; return dev figures of exits, policies and CALM's rules."""
+    """Run all phases; return dev figures of exits, policies and CALM's rules."""
     prepare(run.network, exits, settings)  # for callers other than ee-train
     run.network.to(run.accelerator.device)
     _fit_heads(run, rows["train"], exits, settings)
     _fit_policies(run, rows["train"], exits, settings)
     if settings.both_epochs:
-        _fit_both(run, rows["train"], exits, settings)
+        _fit_exits_and_policies(run, rows["train"], exits, settings)
     if "dev" not in rows:
         return {}
     s, index = settings, list(range(min(DEV_ROWS, len(rows["dev"]))))
@@ -173,8 +176,8 @@ def _fit_heads(
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         ids, targets = rows.batch(index, run.accelerator.device)
-        where = sample_places(targets != IGNORED, s.tokens_per_batch)
-        states, _ = hidden_at(run.network, ids, where, exits)
+        where = sample_tokens(targets != IGNORED, s.tokens_per_batch)
+        states, _ = states_at_exits(run.network, ids, where, exits)
         goal = targets[where]
         if s.target == "model":
             with torch.no_grad():
@@ -194,7 +197,7 @@ def _fit_heads(
 def _fit_policies(
     run: Run[DecoderNetwork], rows: TokenRows, exits: tuple[int, ...], s: ConsistentEELMSettings
 ) -> None:
-    """Train policies on cached features: all else is frozen, so its outputs do not change."""
+    """Train policies on cached features, since all other parts are frozen and their outputs do not change."""
     if run.skip_finished_phase():
         return
     device = run.accelerator.device
@@ -203,11 +206,11 @@ def _fit_policies(
     index = order[: max(1, int((counts.cumsum() <= s.policy_tokens).sum()))].tolist()
     with run.accelerator.autocast():  # as in the other phases: in float32 it takes three times as long
         outputs = collect_tokens(run.network, rows, index, exits, s.batch_size, s.tokens_per_batch)
-    reward = rewards(outputs.losses, outputs.right, exits, s)
+    reward = exit_rewards(outputs.losses, outputs.right, exits, s)
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         batch = torch.from_numpy(index).to(device)
-        gate_logits = gate_logits_of(run.network, outputs.states[batch], exits)
+        gate_logits = policy_logits(run.network, outputs.states[batch], exits)
         value = policy_loss(gate_logits, reward[batch], sample_exits(gate_logits, s))
         return value, _figures(gate_logits, reward[batch], exits)
 
@@ -215,22 +218,22 @@ def _fit_policies(
     run.fit(Phase("policies", ("policies",), lengths, loss, epochs, POLICY_BATCH, lr, shared=False))
 
 
-def _fit_both(
+def _fit_exits_and_policies(
     run: Run[DecoderNetwork], rows: TokenRows, exits: tuple[int, ...], s: ConsistentEELMSettings
 ) -> None:
     """Train exits on the tokens that exit there, and policies by the current exits' rewards."""
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         ids, targets = rows.batch(index, run.accelerator.device)
-        where = sample_places(may_exit_early(targets), s.tokens_per_batch)
-        states, _ = hidden_at(run.network, ids, where, exits)
+        where = sample_tokens(may_exit_early(targets), s.tokens_per_batch)
+        states, _ = states_at_exits(run.network, ids, where, exits)
         goal, losses, right = targets[where], [], []
         for logits in exit_logits(run.network, states, exits):
             losses.append(functional.cross_entropy(logits, goal, reduction="none"))
             right.append(logits.argmax(-1) == goal)
         exit_losses = torch.stack(losses, 1)
-        gate_logits = gate_logits_of(run.network, states, exits)
-        reward = rewards(exit_losses.detach(), torch.stack(right, 1), exits, s)
+        gate_logits = policy_logits(run.network, states, exits)
+        reward = exit_rewards(exit_losses.detach(), torch.stack(right, 1), exits, s)
         sampled = sample_exits(gate_logits, s)
         task = exit_losses.gather(1, sampled).mean(1).sum() / max(1, len(goal))
         figures = {"task": float(task.detach()), **_figures(gate_logits, reward, exits)}
@@ -242,7 +245,7 @@ def _fit_both(
 
 
 def _figures(gate_logits: Tensor, reward: Tensor, exits: tuple[int, ...]) -> dict[str, float]:
-    """Expected reward and depth in blocks, for the log."""
+    """The expected reward and depth in blocks of a batch, for the log."""
     exit_at = exit_distribution(gate_logits.detach())
     count = max(1, len(gate_logits))
     depth = exit_at @ torch.tensor(exits, device=exit_at.device, dtype=exit_at.dtype)

@@ -1,6 +1,6 @@
 """deebert: fine-tune first, then train the exits on the frozen backbone; entropy decides (DeeBERT, ACL 2020).
 
-1 ordinary fine-tuning: backbone and last exit by CE_L.  2 everything of phase 1 is frozen, the other exits
+1 ordinary fine-tuning: backbone and last exit by CE_L.  2 the parts of phase 1 are frozen, the other exits
 are trained by the sum over l < L of CE_l. A row exits at the first exit whose entropy is below a threshold.
 
 We differ: an exit is one linear layer on the standardized mean of the tokens (the paper's has its own
@@ -32,7 +32,7 @@ from offramp.training.recipes.joint import JointSettings, exit_losses, warm_star
 
 @dataclass(frozen=True)
 class DeeBertSettings(JointSettings):
-    """Settings of the recipe: phase 1 as in recipe joint; exit_epochs, exit_batch, exit_lr: of phase 2."""
+    """Settings of recipe deebert: those of phase 1 as in recipe joint; exit_* belong to phase 2."""
 
     exit_epochs: int = 10
     exit_batch: int = 64
@@ -45,12 +45,12 @@ STARTS_FROM: str | None = None
 
 
 def policy_of(settings: DeeBertSettings) -> str | None:
-    """None: the entropy decides, nothing is learned."""
+    """None, since the entropy decides and no policy is trained."""
     return None
 
 
 def last_exit_only(losses: Tensor) -> Tensor:
-    """Ordinary fine-tuning: losses [batch, exits] -> scalar."""
+    """The mean loss of the last exit, a scalar, as in ordinary fine-tuning; losses [batch, exits]."""
     return losses[:, -1].mean()
 
 
@@ -62,7 +62,7 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Both phases, or the second alone; return dev figures and operating points."""
+    """Run both phases, or the second alone; return dev figures and operating points."""
     device = run.accelerator.device
     if not skip_warm_start:
         warm_start(run, train, settings, last_exit_only, "fine-tuning")

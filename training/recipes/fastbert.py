@@ -1,6 +1,6 @@
 """fastbert: exits are distilled from the last exit on the frozen backbone (FastBERT, ACL 2020).
 
-1 ordinary fine-tuning: backbone and last exit, the teacher, by CE_L.  2 everything of phase 1 is frozen, the
+1 ordinary fine-tuning: backbone and last exit, the teacher, by CE_L.  2 the parts of phase 1 are frozen, the
 other exits, the students, are trained by the sum of KL(teacher || student). A row exits at the first exit
 whose entropy, as a share of its maximum, is below a threshold (the paper's "speed").
 
@@ -36,13 +36,14 @@ STARTS_FROM: str | None = "deebert"
 
 
 def policy_of(settings: DeeBertSettings) -> str | None:
-    """None: the entropy decides, nothing is learned."""
+    """None, since the entropy decides and no policy is trained."""
     return None
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student), summed over exits, mean over rows: student [batch, exits, classes] and teacher
-    [batch, classes] are logits.
+    """KL(teacher || student), summed over exits and averaged over rows.
+
+    student [batch, exits, classes] and teacher [batch, classes] are logits.
     """
     targets = teacher.softmax(-1)[:, None]  # [batch, 1, classes]
     difference = teacher.log_softmax(-1)[:, None] - student.log_softmax(-1)  # [batch, exits, classes]
@@ -57,7 +58,7 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Both phases, or the second alone; return dev figures and operating points."""
+    """Run both phases, or the second alone; return dev figures and operating points."""
     device = run.accelerator.device
     if not skip_warm_start:
         warm_start(run, train, settings, last_exit_only, "fine-tuning")

@@ -41,7 +41,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.policies.jei import JeiGate, exit_probabilities
 from offramp.training.batches import Encoded
-from offramp.training.collect import Collected, collect, costs_of, operating_points
+from offramp.training.collect import Collected, collect, exit_costs, operating_points
 from offramp.training.frozen import EarlyStopping, early_logits, fit_exits
 from offramp.training.loop import Phase, Run
 from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, warm_start
@@ -54,7 +54,7 @@ MIN_COUNT = 0.1  # of rows of a target, which avoids a division by zero
 
 @dataclass(frozen=True)
 class JeiDnnSettings(JointSettings):
-    """Settings: phase 1 as in recipe joint; warm_* of phase 2; switch: batches a turn of phase 3."""
+    """Settings of recipe jei_dnn: phase 1 as in recipe joint; warm_*: phase 2; switch: batches of a turn."""
 
     backbone: str = "frozen"
     weighting: str = "as_run"
@@ -87,12 +87,12 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: JeiDnnSettings) -> str | None:
-    """The gates."""
+    """The kind of policies, "jei": gates on the exits' uncertainty."""
     return "jei"
 
 
 def gate_targets(losses: Tensor, costs: Tensor, price: float) -> Tensor:
-    """1 from the exit with the least CE_l + price * cost_l on, else 0 [batch, exits - 1].
+    """The gates' targets [batch, exits - 1]: 1 from the exit with the least CE_l + price * cost_l on, else 0.
 
     losses and costs [batch, exits].
     """
@@ -101,16 +101,19 @@ def gate_targets(losses: Tensor, costs: Tensor, price: float) -> Tensor:
 
 
 def positive_weights(targets: Tensor) -> Tensor:
-    """min(5, rows of target 0 / rows of target 1) of each gate [exits - 1]; targets [rows, exits - 1]."""
+    """The weight of each gate's positive targets [exits - 1]: min(5, rows of target 0 / rows of target 1).
+
+    targets [rows, exits - 1].
+    """
     ones = targets.sum(0)
     zeros = len(targets) - ones
     return (zeros.clamp(min=MIN_COUNT) / ones.clamp(min=MIN_COUNT)).clamp(max=MAX_POSITIVE_WEIGHT)
 
 
 def exit_turn_loss(losses: Tensor, probabilities: Tensor, weighting: str) -> Tensor:
-    """The scalar that trains exits: losses and P(exit at l) [batch, exits], the same exits in both.
+    """The loss of an exit turn, a scalar: losses and P(exit at l) [batch, exits], the same exits in both.
 
-    For a row that exits at none of them (P sums to zero) as_run takes its plain sum, as_intended zero.
+    For a row that exits at none of them (P sums to zero), as_run uses its plain sum, as_intended zero.
     """
     total = losses.sum(1)
     weighted = (probabilities * losses).sum(1)  # [batch]
@@ -124,7 +127,11 @@ def exit_turn_loss(losses: Tensor, probabilities: Tensor, weighting: str) -> Ten
 
 
 def single_gate_logits(network: EarlyExitNetwork, logits: Tensor) -> Tensor:
-    """Logits of g [batch, exits - 1], before the conditional; logits [batch, exits, classes]."""
+    """Logits of each gate's own probability g [batch, exits - 1], before it is made conditional on reaching
+    it.
+
+    logits [batch, exits, classes].
+    """
     columns = []
     for index, gate in enumerate(network.policies):
         assert isinstance(gate, JeiGate)
@@ -132,8 +139,8 @@ def single_gate_logits(network: EarlyExitNetwork, logits: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def turn_of(step: int, steps: int, switch: int) -> int:
-    """Number of a step's turn; even turns, the last among them, train the gates."""
+def turn_number(step: int, steps: int, switch: int) -> int:
+    """The number of the turn that a step belongs to; even turns, the last among them, train the gates."""
     turn_count = max(3, round(steps / switch)) // 2 * 2 + 1
     return step * turn_count // steps
 
@@ -146,7 +153,7 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """All phases; return dev figures and the operating points chosen on dev."""
+    """Run all phases; return dev figures and the operating points chosen on dev."""
     device = run.accelerator.device
     if not skip_warm_start:
         warm_start(run, train, settings)
@@ -196,7 +203,7 @@ def _fit_in_turns(
     weights: dict[int, Tensor] = {}  # epoch -> of the gates' positives
 
     def current_logits(index: np.ndarray, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Logits [batch, exits, classes] of the exits as they are now, and labels [batch]."""
+        """Logits of the current exits [batch, exits, classes], and labels [batch]."""
         if not frozen:
             inputs, labels = train.batch(index, device)
             return model(inputs).logits, labels
@@ -211,8 +218,8 @@ def _fit_in_turns(
         epoch = step // steps_per_epoch
         if epoch not in weights:
             count = _positive_counter(run, dev, dev_features, settings)
-            weights[epoch] = run.stored(f"positives-{epoch}", count).to(device)
-        if turn_of(step, steps, settings.switch) % 2:
+            weights[epoch] = run.compute_once(f"positives-{epoch}", count).to(device)
+        if turn_number(step, steps, settings.switch) % 2:
             logits, labels = current_logits(index, model)
             with torch.no_grad():
                 probabilities = exit_probabilities(single_gate_logits(network, logits.float()).sigmoid())
@@ -262,6 +269,6 @@ def _positive_counter(
 
 
 def cost_shares(network: EarlyExitNetwork, lengths: np.ndarray) -> Tensor:
-    """Multiply-accumulates to every exit as a share of the whole walk [rows, exits]; lengths in tokens."""
-    to_exit = costs_of(network, lengths).to_exit
+    """Multiply-accumulates up to every exit as a share of the whole walk [rows, exits]; lengths in tokens."""
+    to_exit = exit_costs(network, lengths).to_exit
     return torch.from_numpy(to_exit / to_exit[:, -1:]).float()

@@ -32,7 +32,7 @@ EVERYTHING = ("backbone", "exits", "pooler")
 
 @dataclass(frozen=True)
 class JointSettings:
-    """Settings of the recipe; heads_lr: of the exits, which have no pretrained weights."""
+    """Settings of recipe joint; heads_lr: learning rate of the exits, which have no pretrained weights."""
 
     epochs: int = 3
     batch_size: int = 32
@@ -50,12 +50,12 @@ STARTS_FROM: str | None = None
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """None: this recipe trains no policy."""
+    """None, since this recipe trains no policy."""
     return None
 
 
 def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every exit: logits [batch, exits, classes], labels [batch] -> [batch, exits]."""
+    """The cross-entropy of every exit [batch, exits]; logits [batch, exits, classes], labels [batch]."""
     rows, exits, _ = logits.shape
     repeated = labels[:, None].expand(rows, exits)
     return functional.cross_entropy(logits.float().flatten(0, 1), repeated.flatten(), reduction="none").view(
@@ -64,7 +64,7 @@ def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def joint_loss(losses: Tensor) -> Tensor:
-    """Mean over exits weighted by their number: losses [batch, exits] -> scalar."""
+    """The mean loss over exits, weighted by their number (1-based), a scalar; losses [batch, exits]."""
     weights = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
     return (losses * weights).sum(1).mean() / weights.sum()
 
@@ -76,9 +76,9 @@ def warm_start(
     combine: Callable[[Tensor], Tensor] = joint_loss,
     name: str = "joint",
 ) -> None:
-    """The phase that trains backbone and exits by cross-entropy, shared by several recipes.
+    """Train backbone and exits by cross-entropy, in one phase that several recipes share.
 
-    combine: the minimized scalar, computed from the exits' losses [batch, exits].
+    combine: computes the minimized scalar from the exits' losses [batch, exits].
     """
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:

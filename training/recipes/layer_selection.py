@@ -1,12 +1,13 @@
 """layer_selection: controllers decide which tokens skip which blocks (ENLSP 2024, arXiv 2410.20022).
 
-Controllers of models.controllers, hard Gumbel softmax with straight-through gradients at temperature tau.
+Controllers of models.controllers are trained by hard Gumbel softmax with straight-through gradients at
+temperature tau.
 Loss: cross-entropy + alpha * mean over the controlled blocks of the share of answer tokens that run them.
 Tokens of a prompt run all blocks; hidden states are detached before a controller reads them. input=fixed is
 the published control experiment, whose controllers read ones: the difference is the value of hidden states.
 
-We differ: backbone=frozen trains controllers alone (published: all; backbone=trained), they start by running
-nearly everything (start), and the token that skips a block is the one that predicts, not the one that is
+We differ: backbone=frozen trains controllers alone (published: all; backbone=trained), they run nearly all
+blocks at first (start), and the token that skips a block is the one that predicts, not the one that is
 predicted; the first answer token is predicted by the prompt's last, which runs all blocks.
 
 Published: hidden states add little over the control; our measurement is in docs/log.md.
@@ -36,8 +37,10 @@ EVALUATION_BATCH = 8
 
 @dataclass(frozen=True)
 class LayerSelectionSettings:
-    """Settings of the recipe; alpha: price of running all blocks, in nats a token; tau: temperature of the
-    gradients; start: logit of running before training; lr: of everything that is trained.
+    """Settings of recipe layer_selection.
+
+    alpha: price of running all blocks, in nats a token; tau: temperature of the gradients; start: logit of
+    running before training; lr: of all trained parameters.
     """
 
     epochs: int = 1
@@ -65,7 +68,7 @@ STARTS_FROM: str | None = None
 
 
 def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSelectionSettings) -> None:
-    """Add new controllers to the network."""
+    """Add new controllers to the network, for all blocks but the first and the last."""
     network.controllers = Controllers(
         network.block_count, network.hidden_size, input=settings.input, start=settings.start
     )
@@ -74,7 +77,8 @@ def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSele
 def controlled_blocks(
     controllers: Controllers, may_skip: Tensor, tau: float | None, shares: list[Tensor]
 ) -> BlockMask:
-    """Blocks that tokens run: sampled at temperature tau or, where it is None, the likelier choice.
+    """A block mask of the blocks that controllers choose: sampled at temperature tau or, for None, the
+    likelier.
 
     may_skip [batch, seq]: tokens that are controlled; others run all blocks. The share of them that runs each
     controlled block is appended to `shares`.
@@ -100,7 +104,7 @@ def train(
     exits: tuple[int, ...],
     settings: LayerSelectionSettings,
 ) -> dict[str, Any]:
-    """The only phase; return dev figures with and without the controllers."""
+    """Train the controllers in one phase; return dev figures with and without them."""
     controllers, train_rows, s = controllers_of(run.network), rows["train"], settings
     if controllers is None:
         raise ValueError("call prepare(network, exits, settings) before creating the run")
@@ -119,13 +123,15 @@ def train(
     lengths = train_rows.lengths
     run.fit(Phase("controllers", trains, lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
     controllers.fold_fixed_input()
-    return {"dev": measure(run, rows["dev"])} if "dev" in rows else {}
+    return {"dev": measure_controllers(run, rows["dev"])} if "dev" in rows else {}
 
 
 @torch.no_grad()
-def measure(run: Run[DecoderNetwork], rows: TokenRows, max_rows: int = 64) -> dict[str, Any]:
-    """Over the first `max_rows` rows: controlled tokens, their loss with all blocks and with the controllers'
-    likelier choice, mean blocks run, and the share of tokens that run each controlled block.
+def measure_controllers(run: Run[DecoderNetwork], rows: TokenRows, max_rows: int = 64) -> dict[str, Any]:
+    """Evaluate the controllers' likelier choice on the first `max_rows` rows, beside running all blocks.
+
+    Gives the number of controlled tokens, their loss in nats with all blocks and with the controllers, mean
+    blocks run, and the share of tokens that run each controlled block.
     """
     network, device = run.network, run.accelerator.device
     controllers = controllers_of(network)

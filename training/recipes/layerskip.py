@@ -1,6 +1,6 @@
 """layerskip: layer dropout and early-exit losses through the one head, so that exits draft well (ACL 2024).
 
-Of a batch, every row skips block l (0-based, of L) with probability dropout * (2^(l / (L - 1)) - 1). Loss:
+Every row of a batch skips block l (0-based, of L) with probability dropout * (2^(l / (L - 1)) - 1). Loss:
 cross-entropy after the last block and after each exit, weights L and scale * l, divided by their sum; final
 norm and head are shared (LayerSkip, arXiv 2404.16710). curriculum: rotational trains the exits in turn, one a
 step; gradual starts with the deepest and trains all of them from half of the training on.
@@ -37,7 +37,7 @@ EVALUATION_BATCH = 8
 
 @dataclass(frozen=True)
 class LayerSkipSettings:
-    """Settings of the recipe; scale: weight of exits against the last block."""
+    """Settings of recipe layerskip; scale: weight of the exits' losses against the last block's."""
 
     epochs: int = 1
     batch_size: int = 8
@@ -66,11 +66,11 @@ STARTS_FROM: str | None = None
 
 
 def prepare(network: DecoderNetwork, exits: tuple[int, ...], settings: LayerSkipSettings) -> None:
-    """Nothing: exits share the model's own head."""
+    """Add nothing, since exits share the model's own head."""
 
 
 def layer_dropout(rows: int, blocks: int, max_rate: float, device: torch.device) -> BlockMask:
-    """Rows that skip blocks at random: block l with probability max_rate * (2^(l / (L - 1)) - 1)."""
+    """A block mask: rows skip blocks at random, block l with rate max_rate * (2^(l / (L - 1)) - 1)."""
     rates = [max_rate * (2 ** (block / max(1, blocks - 1)) - 1) for block in range(blocks)]
     runs = torch.rand(blocks, rows, device=device) >= torch.tensor(rates, device=device)[:, None]
 
@@ -83,7 +83,7 @@ def layer_dropout(rows: int, blocks: int, max_rate: float, device: torch.device)
 
 
 def trained_exits(exits: Sequence[int], curriculum: str, step: int, steps: int) -> list[int]:
-    """Exits that are trained at a step (0-based) of `steps`."""
+    """The exits that are trained at a step (0-based) of `steps` under a curriculum, one of CURRICULA."""
     if curriculum == "rotational":
         return [exits[step % len(exits)]] if exits else []
     if curriculum == "gradual":
@@ -98,7 +98,7 @@ def train(
     exits: tuple[int, ...],
     settings: LayerSkipSettings,
 ) -> dict[str, Any]:
-    """The only phase; return each exit's loss on dev and its agreement with the last block."""
+    """Train the model in one phase; return each exit's loss on dev and its agreement with the last block."""
     train_rows, blocks = rows["train"], run.network.block_count
     early = [block for block in exits if block < blocks]
     s = settings
@@ -124,15 +124,17 @@ def train(
 
     lengths = train_rows.lengths
     run.fit(Phase("layerskip", ("model",), lengths, loss, s.epochs, s.batch_size, s.lr, warmup=0.05))
-    return {"dev": measure(run, rows["dev"], early)} if "dev" in rows else {}
+    return {"dev": measure_exits(run, rows["dev"], early)} if "dev" in rows else {}
 
 
 @torch.no_grad()
-def measure(
+def measure_exits(
     run: Run[DecoderNetwork], rows: TokenRows, exits: Sequence[int], max_rows: int = 64
 ) -> dict[str, Any]:
-    """Over the first `max_rows` rows, by block (the last too): loss a token, and the share of tokens whose
-    likeliest next token is the last block's.
+    """Evaluate the exits and the last block on the first `max_rows` rows.
+
+    Gives by block the loss in nats a token, and the share of tokens for which the likeliest next token is the
+    last block's.
     """
     network, device = run.network, run.accelerator.device
     network.eval()

@@ -3,8 +3,8 @@
 Loss: sum over exits l of l * CE_l / sum of l, which is recipe joint. A row exits once t exits in a row have
 predicted the same label as the exit before each.
 
-We differ: see recipe joint for the exits; regression is not built. With --init a joint checkpoint nothing is
-trained, only the points of the rule are chosen.
+We differ: see recipe joint for the exits; regression is not implemented. With a joint checkpoint as --init
+nothing is trained, only the points of the rule are chosen.
 
 Expect: e5-small on sst2, 15 seconds after recipe joint; 86.9 % on test with 51 % of multiply-accumulates
 saved, 2.2 below max-probability on the same exits (docs/comparison.md).
@@ -28,7 +28,7 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """None: agreement decides, nothing is learned."""
+    """None, since agreement of exits decides and no policy is trained."""
     return None
 
 
@@ -40,7 +40,7 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Recipe joint, unless --init replaces it; return dev figures and operating points."""
+    """Train as recipe joint unless --init replaces it; return dev figures and operating points."""
     if not skip_warm_start:
         warm_start(run, train, settings)
     return operating_points(run, dev, "patience")

@@ -52,16 +52,16 @@ from offramp.training.forecasters import (
     table_forecaster,
 )
 from offramp.training.loop import Run
-from offramp.training.outcomes import Floats, Outcomes, collect_outcomes, pack, unpack
+from offramp.training.outcomes import Floats, Outcomes, collect_outcomes, pack_outcomes, unpack_outcomes
 from offramp.training.recipes.joint import JointSettings, warm_start
 from offramp.training.replay import (
     WalkCosts,
-    accuracy_at,
     bit_costs,
-    frontier,
-    full_depth,
-    hull,
+    full_depth_point,
+    hull_accuracy,
+    price_frontier,
     static_points,
+    upper_hull,
 )
 
 FORECASTERS = ("mlp", "table", "mean", "oracle")
@@ -72,7 +72,7 @@ SHARES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 25.0, 50.0, 75.0)
 
 @dataclass(frozen=True)
 class QueeSettings:
-    """Settings of the recipe; epochs to heads_lr are the warm start's, where there is no --init."""
+    """Settings of recipe quee; epochs to heads_lr are those of the warm start without --init."""
 
     epochs: int = 3
     batch_size: int = 32
@@ -99,11 +99,11 @@ class QueeSettings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The variants, the default first."""
+        """The names of the variants, the default first."""
         return tuple(name.strip() for name in self.variants.split(","))
 
     def fit(self, seed: int) -> ForecastFit:
-        """The options of the forecasters' fit."""
+        """The options of the forecasters' fit by these settings and a seed."""
         return ForecastFit(self.clusters, self.prior, self.steps, self.forecast_lr, seed)
 
 
@@ -113,7 +113,7 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: QueeSettings) -> str | None:
-    """None: the forecast decides; policies of an earlier recipe are removed."""
+    """None, since the forecast decides; policies of an earlier recipe are removed."""
     return None
 
 
@@ -134,18 +134,18 @@ def train(
 
     def measure_outcomes() -> Tensor:
         description = "dev, every path"
-        return pack(collect_outcomes(network, dev, names, device=device, description=description))
+        return pack_outcomes(collect_outcomes(network, dev, names, device=device, description=description))
 
-    outcomes = unpack(run.stored("outcomes", measure_outcomes), names, dev.lengths)
+    outcomes = unpack_outcomes(run.compute_once("outcomes", measure_outcomes), names, dev.lengths)
     if settings.forecaster == "mlp":
         network.forecasts = fit_networks(outcomes, fit_tables(outcomes, fit), fit).to(device)
         network.spec = dataclasses.replace(network.spec, forecast=names)
     costs = bit_costs(network, dev.lengths, names)
-    forecasters = cross_fitted(outcomes, fit, run.seed)
-    points = {kind: frontier(outcomes, forecasters[kind], costs) for kind in FORECASTERS}
-    full = full_depth(outcomes, costs)
+    forecasters = fit_by_halves(outcomes, fit, run.seed)
+    points = {kind: price_frontier(outcomes, forecasters[kind], costs) for kind in FORECASTERS}
+    full = full_depth_point(outcomes, costs)
     run.log(phase="forecasts", rows=len(dev), variants=list(names), full_depth=full.accuracy)
-    _, wrong = outcomes.straight()
+    _, wrong = outcomes.without_change()
     chosen = choose_walk_points(points[settings.forecaster], full, costs.unit)
     return {
         "dev": {
@@ -157,12 +157,12 @@ def train(
         ("operating_points" if settings.forecaster == "mlp" else f"points of {settings.forecaster}"): [
             _point_as_json(name, point, costs) for name, point in chosen.items()
         ],
-        "frontiers": compare(points, outcomes, cross_fitted_exits(outcomes, fit, run.seed), costs),
+        "frontiers": compare_frontiers(points, outcomes, fit_exits_by_halves(outcomes, fit, run.seed), costs),
     }
 
 
 def fit_forecasters(outcomes: Outcomes, fit: ForecastFit) -> dict[str, Forecaster]:
-    """The four forecasters by name, fitted on all rows of these outcomes."""
+    """Fit the four forecasters on all rows of these outcomes; gives them by name."""
     tables = fit_tables(outcomes, fit)
     networks = network_forecaster(fit_networks(outcomes, tables, fit))
     return {
@@ -173,48 +173,56 @@ def fit_forecasters(outcomes: Outcomes, fit: ForecastFit) -> dict[str, Forecaste
     }
 
 
-def cross_fitted(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
-    """The four forecasters by name, where each row is forecast by those fitted without its half."""
+def fit_by_halves(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
+    """Fit the four forecasters on each half of the rows; gives forecasters by name that forecast the other
+    half.
+    """
     fold = np.random.default_rng([seed, 31]).permutation(len(outcomes)) % FOLDS  # [rows]
     by_fold = [fit_forecasters(outcomes.take(np.flatnonzero(fold != number)), fit) for number in range(FOLDS)]
 
-    def by_own_fold(kind: str) -> Forecaster:
+    def by_fold_of_row(kind: str) -> Forecaster:
         def forecast(rows: Outcomes, state: WalkState) -> Floats:
             forecasts = np.stack([forecasters[kind](rows, state) for forecasters in by_fold])
             return forecasts[fold[state.rows], np.arange(len(state.rows))]  # of [folds, rows, paths]
 
         return forecast
 
-    return {kind: by_own_fold(kind) for kind in FORECASTERS}
+    return {kind: by_fold_of_row(kind) for kind in FORECASTERS}
 
 
-def cross_fitted_exits(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
-    """By variant, forecasts of exiting alone: the network fitted on that variant only."""
-    return {name: cross_fitted(outcomes.only([name]), fit, seed)["mlp"] for name in outcomes.variants}
+def fit_exits_by_halves(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
+    """Fit a forecaster of exiting alone for each variant, on that variant only and by halves; gives them by
+    name.
+    """
+    return {
+        name: fit_by_halves(outcomes.select_variants([name]), fit, seed)["mlp"] for name in outcomes.variants
+    }
 
 
-def compare(
+def compare_frontiers(
     quee: Mapping[str, list[WalkPoint]], outcomes: Outcomes, exits: Mapping[str, Forecaster], costs: WalkCosts
 ) -> dict[str, Any]:
-    """Frontiers on one cost axis from the same outcomes.
+    """Compare rule quee with exiting alone and quantizing alone on one cost axis, from the same outcomes.
 
-    They are: quee by forecaster, exiting alone in each variant by the same kind of forecast, quantizing
-    alone, and random mixtures of static exits of all variants. quee: points by forecaster; exits: forecasters
-    of outcomes.only([variant]), by variant. Gives accuracy on each frontier's hull at SHARES of the full cost
-    (None: below its cheapest point), and the hulls.
+    The frontiers are: quee by forecaster, exiting alone in each variant by the same kind of forecast,
+    quantizing alone, and random mixtures of static exits of all variants. quee: points by forecaster; exits:
+    forecasters of outcomes.select_variants([variant]), by variant. Gives accuracy on each frontier's hull at
+    SHARES of the full cost (None: below its cheapest point), and the hulls.
     """
     frontiers = {f"quee, {kind}": points for kind, points in quee.items()}
     for number, name in enumerate(outcomes.variants):
-        one_variant = outcomes.only([name])
-        frontiers[f"exiting alone, {name}"] = frontier(one_variant, exits[name], costs.only([number]))
+        one_variant = outcomes.select_variants([name])
+        frontiers[f"exiting alone, {name}"] = price_frontier(
+            one_variant, exits[name], costs.select_variants([number])
+        )
     static = static_points(outcomes, costs)
     frontiers["quantizing alone"] = [p for p in static if p.rule.parameters["exit"] == outcomes.exits]
     frontiers["mixtures of static exits"] = static
-    hulls = {name: hull(points) for name, points in frontiers.items()}
+    hulls = {name: upper_hull(points) for name, points in frontiers.items()}
     return {
         "unit": costs.unit,
         "accuracy_at": {
-            name: {f"{share:g}": _rounded(accuracy_at(points, share)) for share in SHARES}
+            name: {f"{share:g}": _rounded(hull_accuracy(points, share)) for share in SHARES}
             for name, points in hulls.items()
         },
         "hulls": {

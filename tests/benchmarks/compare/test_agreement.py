@@ -22,7 +22,7 @@ from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.walker import Trace
 from offramp.training.batches import EncodedText
 from offramp.training.cli import train
-from offramp.training.collect import collect, table_of
+from offramp.training.collect import collect, exit_table
 
 SHORT = ("epochs=1", "batch_size=8", "lr=0.002", "heads_lr=0.01")
 GATE, PATIENCE = RuleSpec("gate", {"threshold": 0.5}), RuleSpec("patience", {"patience": 1})
@@ -34,7 +34,7 @@ def test_a_walk_through_torch_takes_the_exits_of_the_table(spec: RuleSpec) -> No
     random = np.random.default_rng(0)
     ids = [random.integers(5, 60, length).tolist() for length in (4, 9, 4, 6, 9, 4, 7, 8)]
     rows = EncodedText(ids, [[0] * len(row) for row in ids], random.integers(0, 2, len(ids)), 0)
-    table, rule = table_of(collect(network, rows)), bind(spec, 3)
+    table, rule = exit_table(collect(network, rows)), bind(spec, 3)
     plans = agreement.walk_torch(network, rows, ("fp32",), rule, 0).variants
     assert ((plans >= 0).sum(1) - 1 == simulate(rule, table.logits, table.gates)).all()
 

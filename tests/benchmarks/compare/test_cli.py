@@ -125,7 +125,7 @@ def test_a_truncated_network_has_the_cost_of_its_own_exit_alone(root: Path) -> N
 def test_rows_in_int8_exit_where_the_top_probability_reaches_the_threshold(root: Path) -> None:
     outputs = collect_outputs(root / "out" / "quee_0", str(root / "data"))
     evaluation, paths = evaluate_one_variant(outputs, "int8", root), outputs.variant_paths("test")
-    statistics, wrong = paths.outcomes.straight()
+    statistics, wrong = paths.outcomes.without_change()
     for at, setting in enumerate(evaluation.chosen):
         for row in range(len(paths.outcomes)):
             above = _top_probability(statistics[row, 1, :-1]) >= setting.rule.parameters["threshold"]
