@@ -19,10 +19,12 @@ INPUTS = ("hidden", "fixed")
 
 
 class Controllers(nn.ModuleDict):
-    """By block (1-based, as a string): hidden -> logits of running the block and of skipping it.
+    """The controllers of a network: for each controlled block one linear layer, hidden -> logits of run and
+    skip.
 
-    input: hidden reads the hidden state before the block, detached; fixed reads ones for every token, the
-    control experiment without knowledge of the token. start: logit of running before training.
+    Keys are block numbers (1-based, as strings). input: "hidden" reads the hidden state before the block,
+    detached; "fixed" reads ones for every token, the control experiment without knowledge of the token.
+    start: logit of running before training.
     """
 
     def __init__(self, blocks: int, hidden_size: int, *, input: str = "hidden", start: float = 2.0) -> None:
@@ -39,7 +41,7 @@ class Controllers(nn.ModuleDict):
         self.input = input
 
     def logits(self, block: int, hidden: Tensor) -> Tensor:
-        """Logits [..., 2] of running and of skipping one block (1-based); hidden [..., hidden]."""
+        """The logits of running and of skipping a block (1-based) [..., 2]; hidden [..., hidden]."""
         hidden = hidden.detach().float()
         if self.input == "fixed":
             features = torch.ones_like(hidden)
@@ -49,7 +51,7 @@ class Controllers(nn.ModuleDict):
         return logits
 
     def sample(self, block: int, hidden: Tensor, tau: float) -> Tensor:
-        """1 for tokens that run the block, 0 for tokens that skip it [batch, seq], sampled.
+        """Sample for each token whether it runs the block: 1 to run, 0 to skip [batch, seq].
 
         The gradient is that of the soft sample at temperature tau (straight-through Gumbel softmax).
         """
@@ -57,13 +59,15 @@ class Controllers(nn.ModuleDict):
         return one_hot[..., 0]
 
     def margin(self, block: int, hidden: Tensor) -> Tensor:
-        """Logit of running minus logit of skipping the block [batch, seq]; a token runs it where above 0."""
+        """The logit of running minus that of skipping the block [batch, seq]; a token runs it if above 0."""
         logits = self.logits(block, hidden)
         return logits[..., 0] - logits[..., 1]
 
     @torch.no_grad()
     def fold_fixed_input(self) -> None:
-        """Of a fixed input, move weights times ones into the biases: any input then gives the same logits."""
+        """Move the weights of controllers with fixed input into the biases, so that any input gives their
+        logits.
+        """
         if self.input == "hidden":
             return
         for linear in self.values():
@@ -73,15 +77,16 @@ class Controllers(nn.ModuleDict):
 
 
 def controllers_of(network: nn.Module) -> Controllers | None:
-    """The controllers of a network, or None."""
+    """The controllers of a network, or None if it has none."""
     controllers = getattr(network, "controllers", None)
     return controllers if isinstance(controllers, Controllers) else None
 
 
 def load_controllers(state: Mapping[str, Tensor], blocks: int, hidden_size: int) -> Controllers:
-    """Trained controllers from tensors by name; names that do not begin with "controllers." are ignored.
+    """Create trained controllers from tensors by name.
 
-    Raises ValueError where they do not fit such a network.
+    Names that do not begin with "controllers." are ignored. Raises ValueError if the tensors do not fit a
+    network of this size.
     """
     prefix = "controllers."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

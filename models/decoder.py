@@ -1,7 +1,6 @@
 """A decoder in parts: stem, blocks that read and extend a cache, exits, and a head.
 
-`hidden_states` runs whole texts at once with a depth of its own for every token, for training and
-verification.
+`hidden_states` runs whole texts at once with a separate depth for every token, for training and verification.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:  # a slow import, needed for annotations only
 # the product of queries and keys moves no data.
 KeyValue = tuple[Tensor, Tensor]
 # (block, 0-based, hidden [batch, seq, hidden] before it) -> 1 for tokens that run the block, 0 for tokens
-# that skip it, shares between them in training [batch, seq]; None where all tokens run it
+# that skip it, shares between them in training [batch, seq]; None if all tokens run it
 BlockMask = Callable[[int, Tensor], Tensor | None]
 MASKED = float(torch.finfo(torch.float16).min) / 2  # see families.family.additive_mask
 
@@ -32,8 +31,8 @@ MASKED = float(torch.finfo(torch.float16).min) / 2  # see families.family.additi
 class DecoderNetwork(nn.Module):
     """A transformers causal language model whose blocks take cached keys and values and return new ones.
 
-    The cache may be longer than what it holds: past_valid marks the places that count. Raises
-    UnsupportedFamily where no adapter knows the model.
+    The cache may have unused places: past_valid marks those that are used. Raises UnsupportedFamily if there
+    is no adapter for the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -52,20 +51,19 @@ class DecoderNetwork(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The blocks in order."""
+        """The model's blocks in order."""
         return self.family.blocks(self.model)
 
     def forward(self, ids: Tensor, block_mask: BlockMask | None = None) -> list[Tensor]:
-        """Hidden after every block, for training: see hidden_states."""
+        """The hidden states [batch, seq, hidden] after every block, for training: see hidden_states."""
         return list(hidden_states(self, ids, block_mask))
 
     def stem(self, ids: Tensor, positions: Tensor, past_valid: Tensor) -> tuple[Tensor, Context]:
-        """Embed ids [batch, seq] at positions [batch, seq] that follow a past, valid where past_valid [batch,
-        past] is 1.
+        """Embed ids [batch, seq] at positions [batch, seq] that follow a cached past.
 
-        Gives hidden [batch, seq, hidden] and the tensors that every block reads: mask_past [batch, 1, seq,
-        past] and mask_new [batch, 1, seq, seq], additive, and those of the family. Positions grow within a
-        row.
+        past_valid [batch, past]: 1 for cached tokens that are used. Gives hidden [batch, seq, hidden] and the
+        tensors that every block reads: mask_past [batch, 1, seq, past] and mask_new [batch, 1, seq, seq],
+        additive, and those of the family. Positions grow within a row.
         """
         hidden = self.family.embed(self.model, ids, positions)
         mask_past = (1.0 - past_valid[:, None, None, :].to(hidden.dtype)) * MASKED
@@ -77,18 +75,18 @@ class DecoderNetwork(nn.Module):
     def run_block(
         self, block: int, hidden: Tensor, context: Context, past: KeyValue
     ) -> tuple[Tensor, KeyValue]:
-        """Run block number `block` (0-based): hidden [batch, seq, hidden] -> the same shape, and its new keys
-        and values for the cache.
+        """Run one block (0-based) on hidden [batch, seq, hidden] with its cached keys and values.
+
+        Gives hidden of the same shape, and the new keys and values for the cache.
         """
         return run_block(self.family, self.blocks[block], hidden, context, past)
 
     def add_exits(self, blocks: Sequence[int], *, policies: bool = False) -> None:
-        """Add translators, which change nothing before training, and policies if asked for, after these
-        blocks (1-based).
+        """Add an exit after each of these blocks (1-based): a translator and, with `policies`, a policy.
 
-        A translator is a linear map of the normed hidden state, added to it before the head (the "tuned
-        lens", arXiv 2303.08112); a policy is a linear map of the normed hidden state to one number
-        (ConsistentEE's for LLaMA).
+        Translators change nothing before training. A translator is a linear map of the normed hidden state,
+        added to it before the head (the "tuned lens", arXiv 2303.08112); a policy is a linear map of the
+        normed hidden state to one number (ConsistentEE's for LLaMA).
         """
         for block in blocks:
             translator = nn.Linear(self.hidden_size, self.hidden_size)
@@ -99,19 +97,19 @@ class DecoderNetwork(nn.Module):
                 self.policies[str(block)] = nn.Linear(self.hidden_size, 1)
 
     def exit_hidden(self, block: int, hidden: Tensor) -> Tensor:
-        """Input of the head for tokens that exit after this block (1-based), the same shape as hidden."""
+        """The input of the head for tokens that exit after this block (1-based), in the shape of hidden."""
         if (name := str(block)) not in self.exits:
             return hidden
         translated: Tensor = self.exits[name](self.family.norm(self.model)(hidden))
         return hidden + translated
 
     def gate_logit(self, block: int, hidden: Tensor) -> Tensor:
-        """Logit of P(exit) of each token after this block (1-based) [batch, seq]."""
+        """The policy's logit of P(exit) of each token after this block (1-based) [batch, seq]."""
         logits: Tensor = self.policies[str(block)](self.family.norm(self.model)(hidden))
         return logits[..., 0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocabulary] of hidden [..., hidden] after the last block, or of exit_hidden."""
+        """The logits [..., vocabulary] for hidden [..., hidden] after the last block, or for exit_hidden."""
         lm_head = cast("nn.Module", self.model.lm_head)
         logits: Tensor = lm_head(self.family.norm(self.model)(hidden))
         return logits
@@ -120,7 +118,10 @@ class DecoderNetwork(nn.Module):
 def run_block(
     family: DecoderFamily, block: nn.Module, hidden: Tensor, context: Context, past: KeyValue
 ) -> tuple[Tensor, KeyValue]:
-    """See DecoderNetwork.run_block."""
+    """Run one block of a decoder family on hidden [batch, seq, hidden] with its cached keys and values.
+
+    Gives hidden of the same shape, and the new keys and values for the cache.
+    """
     queries, keys, values = family.project(block, hidden, context)
     new = keys.transpose(2, 3), values
     attended = attend(queries, past, new, context["mask_past"], context["mask_new"])
@@ -128,9 +129,9 @@ def run_block(
 
 
 def attend(queries: Tensor, past: KeyValue, new: KeyValue, mask_past: Tensor, mask_new: Tensor) -> Tensor:
-    """Attention of scaled queries [batch, heads, seq, size] to the past and the new tokens: [batch, seq,
-    heads * size].
+    """Compute attention of scaled queries [batch, heads, seq, size] to past and new tokens.
 
+    Gives the attended values [batch, seq, heads * size].
     The scores of the two are concatenated for one softmax, so the long cache is read in place. Queries of
     heads that share keys are rows of one product: keys are not repeated, only the mask is, which is the same
     for every block of a graph.
@@ -149,10 +150,10 @@ def attend(queries: Tensor, past: KeyValue, new: KeyValue, mask_past: Tensor, ma
 def hidden_states(
     network: DecoderNetwork, ids: Tensor, block_mask: BlockMask | None = None
 ) -> Iterator[Tensor]:
-    """Hidden [batch, seq, hidden] after every block in turn, for ids [batch, seq] padded at the end.
+    """Compute hidden [batch, seq, hidden] after every block in turn, for ids [batch, seq] padded at the end.
 
     A token that skips a block still writes keys and values there, computed from its unchanged hidden state by
-    the block's own norm and projections. So a token that exits is one that skips all later blocks (the
+    the block's norm and projections. So a token that exits is one that skips all later blocks (the
     "propagated" cache). All blocks are computed and then selected from: depth is counted, no time is saved.
     """
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -171,7 +172,7 @@ def hidden_states(
 
 
 def exit_after(depths: Tensor) -> BlockMask:
-    """Each token runs its first `depths` blocks [batch, seq] and skips the rest."""
+    """A block mask by which each token runs only its first blocks; depths [batch, seq]: how many."""
 
     def block_mask(block: int, hidden: Tensor) -> Tensor:
         return (depths > block).to(hidden.dtype)
@@ -180,7 +181,7 @@ def exit_after(depths: Tensor) -> BlockMask:
 
 
 def skip_blocks(skipped: frozenset[int], first: int = 0) -> BlockMask:
-    """Tokens from position `first` on skip these blocks (0-based); earlier ones run all blocks."""
+    """A block mask: tokens from position `first` on skip these blocks (0-based), earlier ones none."""
 
     def block_mask(block: int, hidden: Tensor) -> Tensor | None:
         if block not in skipped:

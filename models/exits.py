@@ -9,21 +9,22 @@ POOLINGS = ("mean", "cls")
 
 
 def pooling_weights(attention_mask: Tensor) -> Tensor:
-    """Weights [batch, 1, seq] that sum to one over the real tokens; mean pooling is then one product."""
+    """Weights of mean pooling [batch, 1, seq], which sum to one over the real tokens: one product pools."""
     keep = attention_mask[:, None, :].float()  # [batch, 1, seq]
     return keep / keep.sum(dim=-1, keepdim=True).clamp(min=1.0)
 
 
 def patch_weights(hidden: Tensor, prefix: int) -> Tensor:
-    """Weights [1, 1, seq] of the mean over patches, the same for every row; hidden [batch, seq, hidden]."""
+    """Weights of the mean over patches [1, 1, seq], the same for every row; hidden [batch, seq, hidden]."""
     tokens = hidden.shape[1]
     positions = torch.arange(tokens, device=hidden.device)
     return ((positions >= prefix).float() / (tokens - prefix)).view(1, 1, tokens)
 
 
 def pool(hidden: Tensor, weights: Tensor | None, norm: nn.Module | None = None) -> Tensor:
-    """One vector a row [batch, hidden]: the weighted mean of the tokens or, without weights, the first token.
+    """Pool hidden [batch, seq, hidden] into one vector a row [batch, hidden].
 
+    It is the weighted mean of the tokens or, without weights, the first token.
     norm: applied to each token before pooling.
     """
     if weights is None:
@@ -34,8 +35,9 @@ def pool(hidden: Tensor, weights: Tensor | None, norm: nn.Module | None = None) 
 
 
 class Pooler(nn.Module):
-    """Dense and tanh on the pooled vector, one for all exits (BERT's pooler, shared as in PABEE and
-    ConsistentEE).
+    """A dense layer and tanh on the pooled vector [batch, hidden], one for all exits.
+
+    It is BERT's pooler, shared as in PABEE and ConsistentEE.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -47,13 +49,12 @@ class Pooler(nn.Module):
 
 
 class Standardize(nn.Module):
-    """Centre and scale each feature of the pooled vector by running statistics, so that exits at every depth
-    learn at the same rate.
+    """A layer that centres and scales each feature of the pooled vector by running statistics.
 
-    Pooled vectors of shallow blocks lie close together (spread 1.5 at length 384 after block 1 of a BERT, 7
-    after block 11): with one learning rate the shallow exits end five points of accuracy lower. The
-    statistics are running ones, not the batch's, so that training and evaluation compute the same and a batch
-    of one row is no special case.
+    Exits at every depth then learn at the same rate. Pooled vectors of shallow blocks lie close together
+    (spread 1.5 at length 384 after block 1 of a BERT, 7 after block 11): with one learning rate the shallow
+    exits reach five points of accuracy less. The statistics are running ones, not the batch's, so that
+    training and evaluation compute the same and a batch of one row is no special case.
     """
 
     mean: Tensor
@@ -69,7 +70,7 @@ class Standardize(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Factor on the centred features [features]."""
+        """The factor on each centred feature [features]."""
         return (self.variance + 1e-6).rsqrt()
 
     def forward(self, vector: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class Standardize(nn.Module):
         return (vector.float() - self.mean) * self.scale  # [batch, features]
 
     def _update(self, vector: Tensor) -> None:
-        # The first batches count in full (a running mean), later ones by the momentum.
+        # The first batches have equal weights (a running mean), later ones the momentum.
         self.seen += 1
         weight = torch.clamp(1.0 / self.seen, min=self.momentum)
         centre = vector.mean(0)
@@ -89,8 +90,9 @@ class Standardize(nn.Module):
 
 
 class Exit(nn.Module):
-    """A classifier at the end of a segment, pooled [batch, hidden] -> logits [batch, classes]: standardize,
-    dropout, one linear layer.
+    """A classifier at the end of a segment, pooled [batch, hidden] -> logits [batch, classes].
+
+    It standardizes, applies dropout, and ends with one linear layer.
     """
 
     def __init__(self, hidden_size: int, classes: int, dropout: float) -> None:
@@ -104,7 +106,7 @@ class Exit(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:
-        """The same classifier in evaluation mode as one linear layer, the form for a graph."""
+        """This exit in evaluation mode as one linear layer, the form for an exported graph."""
         linear = nn.Linear(self.classify.in_features, self.classify.out_features)
         weight = self.classify.weight * self.standardize.scale
         linear.weight.copy_(weight)

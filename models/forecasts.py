@@ -18,7 +18,7 @@ HIDDEN = 16
 
 
 def softmax_statistics(logits: Tensor) -> Tensor:
-    """The input of a forecast [batch, 3]; logits [batch, classes].
+    """The three statistics of a softmax that a forecast reads [batch, 3]; logits [batch, classes].
 
     certainty: log of the top probability over the second. entropy: as a share of its maximum, log(classes).
     margin: top probability minus the second. The certainty is not -log(1 - top), as policies read it: near 1
@@ -30,13 +30,14 @@ def softmax_statistics(logits: Tensor) -> Tensor:
     return torch.cat([first - second, entropy, first.exp() - second.exp()], dim=-1)
 
 
-def path_columns(variants: Sequence[int], of: int, exits: Sequence[int], ahead: int) -> list[int]:
-    """Columns of a forecast for `of` variants and `ahead` exits that belong to a subset of both, in order.
+def path_columns(variants: Sequence[int], variant_count: int, exits: Sequence[int], ahead: int) -> list[int]:
+    """The columns of a forecast that belong to a subset of its variants and exits, in order.
 
-    variants, exits: the numbers in the subset (exit 0 is the next one). The order of columns: for each
-    variant in which the row may have run so far, exiting here and then, variant by variant, every exit ahead.
+    The forecast is for `variant_count` variants and `ahead` exits. variants, exits: the numbers in the subset
+    (exit 0 is the next one). The order of columns: for each variant in which the row may have run so far,
+    exiting here and then, variant by variant, every exit ahead.
     """
-    width = 1 + of * ahead
+    width = 1 + variant_count * ahead
     columns = []
     for current in variants:
         columns.append(current * width)
@@ -47,8 +48,9 @@ def path_columns(variants: Sequence[int], of: int, exits: Sequence[int], ahead: 
 
 
 class Forecast(nn.Module):
-    """Logits of P(wrong) [batch, variants * (1 + variants * ahead)] from an exit's logits [batch, classes].
+    """A small network that forecasts errors of paths from an exit's logits [batch, classes].
 
+    It gives logits of P(wrong) [batch, variants * (1 + variants * ahead)].
     The statistics are standardized by the mean and spread of the rows of the fit; one hidden layer follows.
     """
 
@@ -67,19 +69,20 @@ class Forecast(nn.Module):
         return self.from_statistics(softmax_statistics(logits))
 
     def from_statistics(self, statistics: Tensor) -> Tensor:
-        """The same from softmax_statistics [batch, 3]."""
+        """The logits of P(wrong), as of forward(), from softmax_statistics [batch, 3]."""
         hidden = self.first((statistics - self.mean) / self.spread).relu()
         return self.last(hidden)  # type: ignore[no-any-return]
 
     def folded(self, variants: Sequence[int], exits: Sequence[int]) -> nn.Module:
-        """The form for a graph: logits -> probabilities [batch, ...] of a subset of variants and exits ahead,
-        with the standardization in the first layer.
+        """This forecast for a subset of variants and exits ahead, as a module for an exported graph.
+
+        It gives probabilities [batch, columns] from logits; the standardization is in the first layer.
         """
         return FoldedForecast(self, path_columns(variants, self.variants, exits, self.ahead)).eval()
 
 
 class FoldedForecast(nn.Module):
-    """Forecast.folded(): probabilities of some columns."""
+    """A Forecast restricted to some columns, which gives probabilities; see Forecast.folded."""
 
     @torch.no_grad()
     def __init__(self, forecast: Forecast, columns: Sequence[int]) -> None:

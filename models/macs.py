@@ -12,7 +12,7 @@ from offramp.models.precision import PRECISIONS
 
 
 class MacTerms(Protocol):
-    """Multiply-accumulates of a row of n tokens as terms: token * n + pair * n * n + row."""
+    """The terms of a row's multiply-accumulates: token * n + pair * n * n + row for n tokens."""
 
     @property
     def token(self) -> int: ...
@@ -24,14 +24,14 @@ class MacTerms(Protocol):
 
 @dataclass(frozen=True)
 class RowMacs:
-    """Multiply-accumulates of one row of n tokens: token * n + pair * n * n + row."""
+    """The multiply-accumulates of one row as terms: token * n + pair * n * n + row for n tokens."""
 
     token: int = 0
     pair: int = 0
     row: int = 0
 
     def of(self, tokens: float) -> float:
-        """Multiply-accumulates of a row of `tokens` tokens."""
+        """The multiply-accumulates of a row of this number of tokens."""
         return self.token * tokens + self.pair * tokens * tokens + self.row
 
     def __add__(self, other: RowMacs) -> RowMacs:
@@ -39,30 +39,34 @@ class RowMacs:
 
 
 def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers: each costs one multiply-accumulate an application."""
+    """The number of weights in all linear layers; each weight costs one multiply-accumulate a use."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def stem_macs(network: EarlyExitNetwork) -> RowMacs:
-    """The stem: look-ups are free; a projection of the embedding (ELECTRA) or of patches is not."""
+    """The multiply-accumulates of the stem: look-ups cost none, projections of embeddings or patches do."""
     projection = getattr(network.backbone, "embeddings_project", None)
     vision = network.family.vision
     row = 0
-    if vision is not None:  # all rows have one length, and the first tokens are not made from patches
+    if vision is not None:  # all rows have one length, and the first tokens are no patches
         kernels = [m.weight.numel() for m in network.backbone.modules() if isinstance(m, nn.Conv2d)]
         row = (network.longest - vision.prefix) * sum(kernels)
     return RowMacs(token=linear_weights(projection) if projection is not None else 0, row=row)
 
 
 def block_macs(network: EarlyExitNetwork, block: int) -> RowMacs:
-    """One block (0-based): its linear layers once a token, and attention's two products, 2 * hidden for each
-    pair of tokens.
+    """The multiply-accumulates of one block (0-based).
+
+    Its linear layers count once a token, attention's two products 2 * hidden for each pair of tokens.
     """
     return RowMacs(token=linear_weights(network.blocks[block]), pair=2 * network.hidden_size)
 
 
 def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
-    """One exit (0-based) with its policy and forecast: pooling once a token, everything else once a row."""
+    """The multiply-accumulates of one exit (0-based) with its policy and forecast.
+
+    Pooling counts once a token, all other parts once a row.
+    """
     row = linear_weights(network.exits[exit_index])
     if network.pooler is not None:
         row += linear_weights(network.pooler)
@@ -74,7 +78,7 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
 
 
 def segment_macs(network: EarlyExitNetwork) -> list[RowMacs]:
-    """Each segment with its exit, in order; the stem is not included."""
+    """The multiply-accumulates of each segment with its exit, in order; the stem is not included."""
     costs, start = [], 0
     for index, end in enumerate(network.spec.exits):
         cost = exit_macs(network, index)
@@ -86,11 +90,11 @@ def segment_macs(network: EarlyExitNetwork) -> list[RowMacs]:
 
 
 def bit_operations(macs: MacTerms, precision: str, tokens: float) -> float:
-    """Bit operations (BOPs) of a segment for a row of `tokens` tokens: multiply-accumulates times the bits of
-    both factors. KeyError for a name that is not in PRECISIONS.
+    """The bit operations (BOPs) of a segment for a row of `tokens` tokens in a precision.
 
-    The term `token` (the linear layers of blocks) counts in the precision; attention's products, exits,
-    policies and forecasts count at 32 bits. (Mean pooling is part of `token`: 0.02 % of a block.)
+    They are multiply-accumulates times the bits of both factors. KeyError for a name that is not in
+    PRECISIONS. The term `token` (the linear layers of blocks) counts in the precision; attention's products,
+    exits, policies and forecasts count at 32 bits. (Mean pooling is part of `token`: 0.02 % of a block.)
     """
     bits = PRECISIONS[precision]
     in_blocks = macs.token * tokens * bits.weight_bits * bits.activation_bits

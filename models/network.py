@@ -23,11 +23,11 @@ if TYPE_CHECKING:  # a slow import, needed for annotations only
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The parts on top of a backbone; the backbone itself is described by its own configuration.
+    """The parts of a network on top of its backbone, which its transformers configuration describes.
 
     exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
     pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, followed by BERT's
-    shared dense-and-tanh pooler where the backbone reads text.
+    shared dense-and-tanh pooler if the backbone reads text.
     policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
     policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
@@ -57,7 +57,7 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class WalkOutputs:
-    """Outputs of every exit at full depth, exits in order.
+    """The outputs of every exit of a network that ran at full depth, exits in order.
 
     logits [batch, exits, classes]; pooled [batch, exits, hidden]; gate_logits [batch, exits - 1]: logits of
     P(exit), or None without policies.
@@ -72,7 +72,7 @@ class EarlyExitNetwork(nn.Module):
     """A transformers encoder of text or of images with exits and policies.
 
     backbone: the base model that AutoModel loads (its own pooler, if any, only initializes the shared one).
-    Raises UnsupportedFamily where no adapter knows the backbone, ValueError where the last exit does not
+    Raises UnsupportedFamily if there is no adapter for the backbone, ValueError if the last exit does not
     follow its last block.
     """
 
@@ -115,23 +115,23 @@ class EarlyExitNetwork(nn.Module):
 
     @property
     def norm(self) -> nn.Module | None:
-        """The norm applied to a block's output before an exit reads it, or None."""
+        """The norm that is applied to a block's output before an exit reads it, or None."""
         return self.family.exit_norm(self.backbone)
 
-    def blank(self, rows: int, length: int) -> dict[str, Tensor]:
-        """Stem inputs of zeros: texts of `length` tokens, or images, which have only one size."""
+    def zero_inputs(self, rows: int, length: int) -> dict[str, Tensor]:
+        """Stem inputs filled with zeros: texts of `length` tokens, or images, which have only one size."""
         if self.family.vision is not None:
             return {"pixel_values": torch.zeros(rows, *self.family.vision.shape(self.config))}
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return {"attention_mask": torch.ones_like(ids)} | {name: ids for name in self.family.inputs}
 
     def stem(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
-        """Embed input_ids (and token_type_ids) [batch, seq] with attention_mask [batch, seq], or pixel_values
-        [batch, channels, height, width].
+        """Embed a batch of texts or images; gives hidden [batch, seq, hidden] and the tensors of the context.
 
-        Gives hidden [batch, seq, hidden] and the tensors that every segment reads: for text the mask [batch,
-        1, 1, seq], additive; with mean pooling pool [batch, 1, seq], for images [1, 1, seq]; and those of the
-        family.
+        inputs: input_ids (and token_type_ids) with attention_mask, each [batch, seq], or pixel_values [batch,
+        channels, height, width]. The context has the tensors that every segment reads: for text the mask
+        [batch, 1, 1, seq], additive; with mean pooling pool [batch, 1, seq], for images [1, 1, seq]; and
+        those of the family.
         """
         hidden = self.family.embed(self.backbone, inputs)
         context: Context = {}
@@ -146,26 +146,26 @@ class EarlyExitNetwork(nn.Module):
         return hidden, context
 
     def run_block(self, block: int, hidden: Tensor, context: Context) -> Tensor:
-        """Run block number `block` (0-based): hidden [batch, seq, hidden] -> the same shape."""
+        """Run one block (0-based) on hidden [batch, seq, hidden]; gives hidden of the same shape."""
         return self.family.run_block(self.blocks[block], hidden, context)
 
     def pooled(self, hidden: Tensor, context: Context) -> Tensor:
-        """The vector [batch, hidden] that exits and policies read."""
+        """Pool a block's hidden state into the vector [batch, hidden] that exits and policies read."""
         vector = pool(hidden, context.get("pool"), self.norm)
         return vector if self.pooler is None else self.pooler(vector)
 
     def classify(self, exit_index: int, pooled: Tensor) -> Tensor:
-        """Logits [batch, classes] of exit number `exit_index` (0-based)."""
+        """The logits [batch, classes] of one exit (0-based); pooled [batch, hidden]."""
         return self.exits[exit_index](pooled)  # type: ignore[no-any-return]
 
     @property
     def evidence_size(self) -> int:
-        """Numbers a row that are passed from policy to policy; 0: none."""
+        """How many numbers a row are passed from each policy to the next as evidence; 0 for none."""
         kind = self.spec.policy
         return 0 if kind is None else KINDS[kind].evidence(len(self.spec.labels))
 
     def no_evidence(self, rows: Tensor) -> Tensor | None:
-        """Evidence for the first policy: zeros [batch, numbers], or None where the kind has none.
+        """The evidence for the first policy: zeros [batch, numbers], or None if this kind has none.
 
         rows: any tensor with the batch first.
         """
@@ -175,12 +175,13 @@ class EarlyExitNetwork(nn.Module):
     def gate_logit(
         self, exit_index: int, pooled: Tensor, logits: Tensor, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logit of P(exit) [batch] at an exit but the last (0-based), and the evidence for the next exit."""
+        """The logit of P(exit) [batch] at one exit (0-based, not the last), and the evidence for the next."""
         return self.policies[exit_index](pooled, logits, evidence)  # type: ignore[no-any-return]
 
     def gate_logits(self, pooled: Tensor, logits: Tensor) -> Tensor:
-        """Logits of P(exit) [batch, exits - 1]; pooled [batch, exits, hidden], logits [batch, exits,
-        classes].
+        """The logits of P(exit) at all exits but the last [batch, exits - 1].
+
+        pooled [batch, exits, hidden], logits [batch, exits, classes].
         """
         evidence, columns = self.no_evidence(logits), []
         for index in range(len(self.policies)):
@@ -189,8 +190,9 @@ class EarlyExitNetwork(nn.Module):
         return torch.stack(columns, dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor], *, detach_policies: bool = False) -> WalkOutputs:
-        """Every exit at full depth; detach_policies: no gradient flows from the gates into exits and
-        backbone.
+        """Run a batch at full depth and compute every exit.
+
+        detach_policies: no gradient flows from the gates into exits and backbone.
         """
         hidden, context = self.stem(inputs)
         pooled, logits = [], []
@@ -211,18 +213,18 @@ class EarlyExitNetwork(nn.Module):
 
 
 def default_exits(blocks: int) -> tuple[int, ...]:
-    """An exit after every block."""
+    """The exits of a network with one after every block: 1 to `blocks`."""
     return tuple(range(1, blocks + 1))
 
 
 def count_blocks(config: PreTrainedConfig) -> int:
-    """Blocks of a supported configuration (1 or more); raises UnsupportedFamily for others."""
+    """The number of blocks by a supported configuration; raises UnsupportedFamily for others."""
     family_of(config.model_type)
     return _config_size(config, "num_layers", "num_hidden_layers")
 
 
 def parse_exits(option: str | Sequence[int], blocks: int) -> tuple[int, ...]:
-    """Exits from "each", "every N" (or "N"), or a list "2,4,6"; the last block is always added.
+    """Parse exits from "each", "every N", or a list such as "2,4,6"; the last block is always added.
 
     Raises ValueError for other text and for blocks that do not exist.
     """
@@ -246,13 +248,13 @@ def parse_exits(option: str | Sequence[int], blocks: int) -> tuple[int, ...]:
 
 
 def _config_size(config: PreTrainedConfig, name: str, usual_name: str) -> int:
-    """A size by optimum's name for it or, where optimum's table of the type lacks it, by the usual one."""
+    """A size by optimum's name for it or, if optimum's table of the type lacks it, by the usual one."""
     sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
     return int(getattr(sizes, name, None) or getattr(config, usual_name))
 
 
 def _shared_pooler(backbone: PreTrainedModel, hidden_size: int) -> Pooler:
-    """The pooler of all exits, with the pretrained weights where the backbone has such a pooler."""
+    """The pooler of all exits, with the pretrained weights if the backbone has such a pooler."""
     pooler = Pooler(hidden_size)
     pretrained = getattr(getattr(backbone, "pooler", None), "dense", None)
     if isinstance(pretrained, nn.Linear):

@@ -1,4 +1,4 @@
-"""Precisions: the bits of each, and blocks computed as they would be in it, simulated in float32.
+"""Precisions: the bits of each, and a simulation in float32 of blocks that compute in it.
 
 int8 and int4 are what ONNX Runtime computes (dynamic quantization, MatMulNBits at accuracy level 4). int6 is
 int8's arithmetic with fewer levels; no engine here runs it, it is for experiments with a lossy precision.
@@ -19,7 +19,7 @@ BLOCK = 128  # numbers that share a scale in int4
 
 
 def quantize_channels(weight: Tensor, bits: int) -> Tensor:
-    """A weight [out, in] rounded to a symmetric grid of `bits` bits, one scale for each output."""
+    """Round a weight [out, in] to a symmetric grid of `bits` bits, with one scale for each output."""
     levels = 2 ** (bits - 1) - 1
     scale: Tensor = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
     rounded: Tensor = (weight / scale).round() * scale
@@ -27,8 +27,9 @@ def quantize_channels(weight: Tensor, bits: int) -> Tensor:
 
 
 def quantize_rows(values: Tensor, bits: int) -> Tensor:
-    """Activations [batch, ...] rounded to an asymmetric grid of `bits` bits that contains zero, one scale for
-    each row.
+    """Round activations [batch, ...] to an asymmetric grid of `bits` bits, with one scale for each row.
+
+    The grid contains zero.
     """
     levels = 2**bits - 1
     flat = values.flatten(1)
@@ -41,7 +42,7 @@ def quantize_rows(values: Tensor, bits: int) -> Tensor:
 
 
 def quantize_weight_blocks(weight: Tensor) -> Tensor:
-    """A weight [out, in] rounded to 4 bits: BLOCK neighbours share a scale that maps the largest to -8."""
+    """Round a weight [out, in] to 4 bits: BLOCK neighbours share a scale that maps the largest to -8."""
     blocks = _in_blocks(weight)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = torch.where(extreme == 0, torch.ones_like(extreme), extreme / -8)
@@ -49,7 +50,7 @@ def quantize_weight_blocks(weight: Tensor) -> Tensor:
 
 
 def quantize_activation_blocks(values: Tensor) -> Tensor:
-    """Activations [..., in] rounded to 8 bits, symmetric; BLOCK neighbours share a scale."""
+    """Round activations [..., in] to 8 bits on a symmetric grid; BLOCK neighbours share a scale."""
     blocks = _in_blocks(values)
     scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
     return _joined((blocks / scale).round() * scale, values)
@@ -57,7 +58,7 @@ def quantize_activation_blocks(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """Bits of weights and activations inside blocks, and the functions that round them (None: unchanged)."""
+    """The bits of weights and activations in blocks, and the functions that round them (None: unchanged)."""
 
     weight_bits: int = 32
     activation_bits: int = 32
@@ -89,9 +90,9 @@ class QuantizedLinear(nn.Module):
 
 
 def in_precision(blocks: nn.ModuleList, name: str) -> nn.ModuleList:
-    """The blocks as they compute in a precision: the same blocks in fp32, else copies with quantized linear
-    layers.
+    """The blocks as they compute in a precision, simulated: copies with quantized linear layers.
 
+    In fp32 they are the same blocks.
     Attention's own products, softmax and norms stay in float32, as in the exported variants. KeyError for a
     name that is not in PRECISIONS.
     """
@@ -107,12 +108,12 @@ def in_precision(blocks: nn.ModuleList, name: str) -> nn.ModuleList:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """[..., in] -> [..., blocks, BLOCK], zeros at the end."""
+    """The values [..., in] divided into blocks [..., blocks, BLOCK], with zeros at the end."""
     missing = -values.shape[-1] % BLOCK
     padded: Tensor = functional.pad(values, (0, missing))
     return padded.reshape(*values.shape[:-1], -1, BLOCK)
 
 
 def _joined(blocks: Tensor, like: Tensor) -> Tensor:
-    """[..., blocks, BLOCK] -> [..., in] as in `like`, without the padding."""
+    """The blocks [..., blocks, BLOCK] joined to the shape [..., in] of `like`, without the padding."""
     return blocks.flatten(-2)[..., : like.shape[-1]]

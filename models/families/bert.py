@@ -12,7 +12,7 @@ from offramp.models.families.family import Context, Family, positions_after_padd
 
 
 class PositionBias(Protocol):
-    """The encoder of MPNet."""
+    """The part of MPNet's encoder that computes the relative position bias."""
 
     def compute_position_bias(self, hidden: Tensor) -> Tensor: ...
 
@@ -46,7 +46,7 @@ def _embed_typed(backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _embed_electra(backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     hidden = _embed_typed(backbone, inputs)  # [batch, seq, embedding]
-    # transformers has the projection only where embedding and hidden size differ.
+    # transformers has the projection only if embedding and hidden size differ.
     projection = getattr(backbone, "embeddings_project", None)
     return hidden if projection is None else projection(hidden)
 

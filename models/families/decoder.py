@@ -22,7 +22,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    """An adapter of a family of decoders; `model` is what AutoModelForCausalLM loads.
+    """The adapter of one family of decoders; `model` is an object that AutoModelForCausalLM loads.
 
     embed: (model, ids [batch, seq], positions [batch, seq]) -> hidden [batch, seq, hidden].
     blocks: model -> its blocks in order.

@@ -18,40 +18,42 @@ Context = dict[str, Tensor]
 
 
 class UnsupportedFamily(ValueError):
-    """The configuration belongs to a family without an adapter."""
+    """Error for a configuration of a family that has no adapter."""
 
 
 def no_context(backbone: nn.Module, hidden: Tensor) -> Context:
-    """Empty: the blocks of most families read nothing but the additive mask."""
+    """An empty context, since the blocks of most families read only the additive mask."""
     return {}
 
 
 def run_masked_block(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
-    """Call block(hidden, additive mask), the signature that most text families share."""
+    """Run a block by calling block(hidden, additive mask), the signature that most text families share."""
     output = block(hidden, context["mask"])
     assert isinstance(output, Tensor)
     return output  # [batch, seq, hidden]
 
 
 def all_positions(config: PreTrainedConfig) -> int:
-    """Longest input in tokens where position ids count from zero."""
+    """The longest input in tokens of families whose position ids count from zero."""
     return int(config.max_position_embeddings)
 
 
 def positions_after_padding(config: PreTrainedConfig) -> int:
-    """Longest input in tokens where position ids count from pad_token_id + 1 (RoBERTa, MPNet)."""
+    """The longest input in tokens of families whose position ids count from pad_token_id + 1 (RoBERTa,
+    MPNet).
+    """
     assert config.pad_token_id is not None
     return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
 
 
 def no_exit_norm(backbone: nn.Module) -> nn.Module | None:
-    """None: a block of most text families ends with a LayerNorm of its own."""
+    """None, since a block of most text families already ends with a LayerNorm."""
     return None
 
 
 @dataclass(frozen=True)
 class Vision:
-    """The part of an adapter that only families of images have; all images have the same number of tokens.
+    """The part of a family's adapter for images; all images have the same number of tokens.
 
     prefix: tokens before the patches. shape: configuration -> (channels, height, width) of an image.
     patch: configuration -> (height, width) of a patch. resize: (backbone, size) changes the backbone in place
@@ -66,18 +68,15 @@ class Vision:
 
 @dataclass(frozen=True)
 class Family:
-    """An adapter of a family of encoders; `backbone` is what AutoModel loads.
+    """The adapter of one family of encoders; `backbone` is an object that AutoModel loads.
 
-    inputs: names of the stem's inputs besides the attention_mask of text: integers [batch, seq] or, where
-    `vision` is set, pixel_values [batch, channels, height, width].
-    embed: (backbone, inputs) -> hidden [batch, seq, hidden].
-    blocks: backbone -> its blocks in order.
-    context: (backbone, hidden) -> tensors that every block reads, computed once.
-    run_block: (block, hidden, context) -> hidden.
-    longest: configuration -> most tokens that the position embedding can number; for images the tokens of
-    each.
-    exit_norm: backbone -> the norm applied to each token before an exit pools a block's output, or None.
-    vision: the part for images; None for families that read text.
+    inputs: names of the stem's inputs besides the attention_mask of text: integers [batch, seq] or, if
+    `vision` is set, pixel_values [batch, channels, height, width]. embed: (backbone, inputs) -> hidden
+    [batch, seq, hidden]. blocks: backbone -> its blocks in order. context: (backbone, hidden) -> tensors that
+    every block reads, computed once. run_block: (block, hidden, context) -> hidden. longest: configuration ->
+    most tokens that the position embedding can number; for images the tokens of each. exit_norm: backbone ->
+    the norm applied to each token before an exit pools a block's output, or None. vision: the part for
+    images; None for families that read text.
     """
 
     inputs: tuple[str, ...]
@@ -91,11 +90,12 @@ class Family:
 
 
 def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive form of a 0/1 mask [batch, seq] -> [batch, 1, 1, seq]: 0 at tokens, half the lowest float16 at
+    """The additive form [batch, 1, 1, seq] of a 0/1 mask [batch, seq]: 0 at tokens, a large negative at
     padding.
 
-    The value is far below any score, so softmax gives exactly 0 there in float32 too. It and its sum with any
-    score are finite in float16: a row of only -inf would make softmax NaN.
+    That value is half the lowest float16. It is far below any score, so softmax gives exactly 0 there in
+    float32 too. It and its sum with any score are finite in float16: a row of only -inf would make softmax
+    NaN.
     """
     keep = attention_mask[:, None, None, :].to(dtype)  # [batch, 1, 1, seq]
     return (1.0 - keep) * (torch.finfo(torch.float16).min / 2)

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Conv1D(Protocol):
-    """The linear layer of GPT-2, weight [in, out]."""
+    """The members of GPT-2's linear layer that the adapter reads; weight [in, out]."""
 
     weight: Tensor
     bias: Tensor
 
 
 class Attention(Protocol):
-    """The attention of a block; split_size is heads * head_dim."""
+    """The members of a GPT-2 block's attention that the adapter reads; split_size is heads * head_dim."""
 
     head_dim: int
     split_size: int
@@ -30,7 +30,7 @@ class Attention(Protocol):
 
 
 class FeedForward(Protocol):
-    """The two linear layers of a block and what is between them."""
+    """The members of a GPT-2 block's feed-forward part: two linear layers and the activation between them."""
 
     act: nn.Module
     c_fc: Conv1D
@@ -38,7 +38,7 @@ class FeedForward(Protocol):
 
 
 class Block(Protocol):
-    """A block of GPT-2."""
+    """The members of a GPT-2 block that the adapter reads."""
 
     attn: Attention
     mlp: FeedForward
@@ -86,7 +86,7 @@ def _finish_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
 
 
 def _linear(layer: Conv1D, values: Tensor) -> Tensor:
-    """The layer as a plain matrix product.
+    """Apply a Conv1D layer as a plain matrix product.
 
     transformers' Conv1D flattens its input first, and no quantizer accepts the exported form.
     """

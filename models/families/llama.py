@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Attention(Protocol):
-    """The attention of a block; q_norm and k_norm exist in Qwen3 alone."""
+    """The members of a Llama block's attention that the adapter reads; q_norm and k_norm exist in Qwen3
+    alone.
+    """
 
     head_dim: int
     scaling: float
@@ -29,7 +31,7 @@ class Attention(Protocol):
 
 
 class FeedForward(Protocol):
-    """The gated linear layers of a block."""
+    """The members of a Llama block's feed-forward part: gated linear layers."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -38,7 +40,7 @@ class FeedForward(Protocol):
 
 
 class Block(Protocol):
-    """A block of Llama."""
+    """The members of a Llama block that the adapter reads."""
 
     self_attn: Attention
     mlp: FeedForward
@@ -58,10 +60,10 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _context(model: nn.Module, hidden: Tensor, positions: Tensor) -> Context:
-    """Rotations, with the work that every block would repeat already done.
+    """The rotations of queries and keys, prepared once for all blocks.
 
-    The scale of the scores is in them, its square root for queries and for keys. The sine carries the sign of
-    the half that changes places with the other.
+    They contain the scale of the scores, as its square root for queries and for keys. The sine contains the
+    sign of the half that is swapped with the other.
     """
     cos, sin = model.get_submodule("model.rotary_emb")(hidden, positions)
     first, second = sin.chunk(2, dim=-1)
@@ -89,7 +91,7 @@ def _cache_fill(block: nn.Module, hidden: Tensor, context: Context) -> tuple[Ten
 def _rotated(
     attention: Attention, projections: Sequence[nn.Module], normed: Tensor, context: Context
 ) -> tuple[Tensor, ...]:
-    """Heads [batch, heads, seq, size] of each projection, all but the last (the values) rotated.
+    """The heads [batch, heads, seq, size] of each projection; all but the last (the values) are rotated.
 
     They are computed side by side: that takes half as many operators, and an export can merge the projections
     into one product (export.rewrite).
@@ -122,7 +124,7 @@ def _norm(model: nn.Module) -> nn.Module:
 
 
 def _longest(config: PreTrainedConfig) -> int:
-    """All positions, or the sliding window, within which every block attends to everything."""
+    """The longest text in tokens: all positions, or the sliding window, in which attention is complete."""
     if config.rope_parameters.get("rope_type", "default") in ("dynamic", "longrope"):
         raise UnsupportedFamily("rotations that change with the length of the text cannot be cached")
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings

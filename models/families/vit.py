@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PatchEmbeddings(Protocol):
-    """The convolution that makes patches, and the sizes that transformers checks its input against."""
+    """The convolution that computes patches, and the sizes with which transformers compares its input."""
 
     image_size: tuple[int, int]
     num_patches: int
@@ -25,7 +25,10 @@ class PatchEmbeddings(Protocol):
 
 
 class Embeddings(Protocol):
-    """Patches, learned tokens and positions [1, seq, hidden]; image_size exists in some families alone."""
+    """The members of a vision backbone's embeddings: patches, learned tokens, positions [1, seq, hidden].
+
+    image_size exists in some families alone.
+    """
 
     patch_embeddings: PatchEmbeddings
     position_embeddings: nn.Parameter
@@ -45,7 +48,7 @@ def _embed(learned: tuple[str, ...], backbone: nn.Module, inputs: Mapping[str, T
     rows = patches.shape[0]  # not len(), which would fix the number when exported
     prefix = [getattr(embeddings, name).expand(rows, -1, -1) for name in learned]
     hidden = torch.cat([*prefix, patches], dim=1)  # [batch, seq, hidden]
-    # Positions as they are: resize() has interpolated them once, so that no graph does.
+    # Positions are not interpolated here: resize() did that once, so that no graph does.
     return embeddings.dropout(hidden + embeddings.position_embeddings)  # type: ignore[no-any-return]
 
 
@@ -62,7 +65,7 @@ def _run_block(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
 
 
 def _exit_norm(backbone: nn.Module) -> nn.Module:
-    """The last LayerNorm: the head was trained after it, so every exit reads through it too (JEI-DNN)."""
+    """The last LayerNorm: the head was trained after it, so every exit applies it too (JEI-DNN)."""
     return backbone.get_submodule("layernorm")
 
 
@@ -82,7 +85,7 @@ def _tokens(prefix: int, config: PreTrainedConfig) -> int:
 
 @torch.no_grad()
 def _resize(prefix: int, backbone: nn.Module, size: int) -> None:
-    """Position embeddings for square images of another size, bicubic, by transformers' own interpolation."""
+    """Interpolate position embeddings for square images of another size, bicubic, as transformers does."""
     embeddings, config = _embeddings(backbone), cast("PreTrainedModel", backbone).config
     if _pair(config.image_size) == (size, size):
         return
@@ -105,7 +108,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _family(*learned: str) -> Family:
-    """An adapter; learned: attributes of the embeddings that hold the tokens before the patches."""
+    """The adapter of one family; learned: attributes of the embeddings with tokens before the patches."""
     prefix = len(learned)
     return Family(
         inputs=("pixel_values",),

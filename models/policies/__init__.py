@@ -1,4 +1,4 @@
-"""Policies: the learned part of an exit that gives the probability of exiting there; one file a kind."""
+"""Policies: the learned part of an exit that gives P(exit); one file for each kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offramp.models.policies import consistentee, jei, lte
 
 
 class Policy(Protocol):
-    """What each module of a policy implements: the decision at one exit."""
+    """The protocol of a policy's modules, each of which makes the decision at one exit."""
 
     def __call__(
         self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
@@ -25,21 +25,24 @@ class Policy(Protocol):
         ...
 
     def folded(self, classes: int) -> nn.Module:
-        """A module of the same signature in evaluation mode, in as few operators as possible, for a graph."""
+        """This policy in evaluation mode as a module of few operators, for an exported graph.
+
+        It has the same signature. classes: number of labels.
+        """
         ...
 
 
 def without_evidence(classes: int) -> int:
-    """0: a policy that reads one exit alone passes nothing on."""
+    """The size of the evidence of a policy that reads one exit alone: 0."""
     return 0
 
 
 @dataclass(frozen=True)
 class PolicyKind:
-    """A kind of policy.
+    """A kind of policy: how its modules are created, and how much evidence they pass on.
 
     make: (hidden size, count) -> that many policies, one for each exit but the last; they may share parts.
-    evidence: classes -> numbers a row that are passed from exit to exit, zeros before the first; 0: none.
+    evidence: classes -> how many numbers a row are passed from exit to exit, zeros before the first; 0: none.
     """
 
     make: Callable[[int, int], nn.ModuleList]
@@ -48,11 +51,13 @@ class PolicyKind:
 
 # NetworkSpec.policy is one of these names.
 KINDS: Mapping[str, PolicyKind] = {
-    "statistics": PolicyKind(partial(consistentee.make, inputs="statistics"), consistentee.evidence_size),
-    "state": PolicyKind(partial(consistentee.make, inputs="state")),
-    "both": PolicyKind(partial(consistentee.make, inputs="both"), consistentee.evidence_size),
-    "jei": PolicyKind(jei.make, jei.evidence_size),
-    "lte": PolicyKind(lte.make),
+    "statistics": PolicyKind(
+        partial(consistentee.make_policies, inputs="statistics"), consistentee.evidence_size
+    ),
+    "state": PolicyKind(partial(consistentee.make_policies, inputs="state")),
+    "both": PolicyKind(partial(consistentee.make_policies, inputs="both"), consistentee.evidence_size),
+    "jei": PolicyKind(jei.make_policies, jei.evidence_size),
+    "lte": PolicyKind(lte.make_policies),
 }
 
 __all__ = ["KINDS", "Policy", "PolicyKind"]

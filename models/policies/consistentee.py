@@ -18,12 +18,12 @@ _ONE = 1.0 + 1e-5  # keeps log(1 - top probability) finite
 
 
 def evidence_size(classes: int) -> int:
-    """Numbers a row that are passed from exit to exit: the fading sum of the exits' probabilities."""
+    """The size of the evidence: the fading sum of the exits' probabilities has one number for each class."""
     return classes
 
 
 def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics [batch, 2] of this exit, and the evidence [batch, classes] for the next exit.
+    """Compute the statistics of this exit [batch, 2], and the evidence for the next exit [batch, classes].
 
     logits [batch, classes] of this exit, evidence [batch, classes] of the exits before it.
     certainty: -log(1 - top probability), which orders rows as the top probability does and has a useful
@@ -38,7 +38,7 @@ def weigh_evidence(logits: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ConsistentEEPolicy(nn.Module):
-    """The logit of P(exit) [batch] at one exit.
+    """ConsistentEE's policy at one exit, which gives the logit of P(exit) [batch].
 
     statistics: linear in the certainty, plus a perceptron over both statistics. The perceptron's output
     starts at zero, so training starts from the rule "exit where the top probability is high" and departs from
@@ -60,7 +60,7 @@ class ConsistentEEPolicy(nn.Module):
         if reads_statistics:
             self.statistics = nn.Sequential(nn.Linear(STATISTICS, HIDDEN), nn.ReLU(), _zero_linear(HIDDEN))
         self.slope = nn.Parameter(torch.tensor(1.0)) if reads_statistics else None
-        # Closed at first: where gates start half open, few rows reach the deep gates and train them.
+        # Closed at first: if gates start half open, few rows reach the deep gates and train them.
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
     def forward(
@@ -74,8 +74,9 @@ class ConsistentEEPolicy(nn.Module):
         return self.score(pooled, statistics), evidence
 
     def score(self, pooled: Tensor, statistics: Tensor | None) -> Tensor:
-        """The logit [batch] from pooled [batch, hidden] and, if this policy reads them, statistics [batch,
-        2].
+        """The logit of P(exit) [batch] from the inputs that this policy reads.
+
+        pooled [batch, hidden]; statistics [batch, 2] or None.
         """
         logit = self.bias
         if self.state is not None:
@@ -86,12 +87,12 @@ class ConsistentEEPolicy(nn.Module):
         return logit  # [batch]
 
     def folded(self, classes: int) -> FoldedConsistentEEPolicy:
-        """The same policy in evaluation mode, in as few operators as possible, for a graph."""
+        """This policy in evaluation mode as a module of few operators, for an exported graph."""
         return FoldedConsistentEEPolicy(self, classes).eval()
 
 
 class FoldedConsistentEEPolicy(nn.Module):
-    """ConsistentEEPolicy with the sums of policy and evidence moved into matrix products.
+    """A ConsistentEEPolicy whose sums of policy and evidence are moved into matrix products.
 
     Reads pooled [batch, hidden], logits [batch, classes] and evidence (None: the policy reads the state
     alone); gives the logit [batch] and the evidence for the next exit. The linear term and the bias are two
@@ -144,12 +145,12 @@ class FoldedConsistentEEPolicy(nn.Module):
         return logit, torch.addmm(probabilities, evidence, self.fade)
 
 
-def make(hidden_size: int, count: int, *, inputs: str) -> nn.ModuleList:
-    """One policy for each exit.
+def make_policies(hidden_size: int, count: int, *, inputs: str) -> nn.ModuleList:
+    """Create `count` policies of ConsistentEE, one for each exit but the last.
 
     The part that reads statistics is one perceptron for all exits (each exit has its own bias): statistics
-    mean the same everywhere, and one perceptron an exit overfits. The part that reads the state is each
-    exit's own, as published.
+    mean the same at every exit, and one perceptron for each exit overfits. The part that reads the state is
+    separate for each exit, as published.
     """
     policies = [ConsistentEEPolicy(hidden_size, inputs) for _ in range(count)]
     for policy in policies[1:]:
@@ -158,14 +159,14 @@ def make(hidden_size: int, count: int, *, inputs: str) -> nn.ModuleList:
 
 
 def _zero_evidence(logits: Tensor) -> Tensor:
-    """Evidence [batch, classes] for rows that have met no exit; logits [batch, classes]."""
+    """The evidence [batch, classes] of rows that have passed no exit; logits [batch, classes]."""
     return torch.zeros(
         logits.shape[0], evidence_size(logits.shape[-1]), dtype=torch.float32, device=logits.device
     )
 
 
 def _zero_linear(width: int) -> nn.Linear:
-    """Linear(width, 1) whose output is zero before training."""
+    """A Linear(width, 1) whose output is zero before training."""
     linear = nn.Linear(width, 1)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -5,9 +5,9 @@ before l)). A row exits at the first exit whose conditional c_l = P_l / prod ove
 to 0..1, is at least one half. The product equals the remainder 1 - sum of g before l, until that is 0. So one
 number is passed from exit to exit, the sum of g, and c_l = min(1, g_l / remainder).
 
-The output is the logit log(2 * g_l / remainder). It is above 0 where c_l is above one half, the published
-decision, and it grows further where c_l has reached 1. So thresholds other than one half, our extension,
-reach every depth, and no threshold lies where the gates of many rows are equal but for rounding.
+The output is the logit log(2 * g_l / remainder). It is above 0 if c_l is above one half, the published
+decision, and it grows further when c_l has reached 1. So thresholds other than one half, our extension, reach
+every depth, and no threshold lies at a value at which the gates of many rows differ by rounding only.
 
 Two deviations: the runtime's rule `gate` exits above its threshold, not at it (a tie at exactly 0.5 goes on);
 and a remainder below MIN_REMAINDER counts as MIN_REMAINDER, because with a quotient of two small differences
@@ -28,9 +28,10 @@ LOG_TWO = math.log(2.0)  # makes the logit zero where c_l is one half
 
 
 def uncertainties(logits: Tensor) -> Tensor:
-    """Top probability, entropy in nats, top minus second, and entropy of p^2 / sum of p^2.
+    """The four uncertainties of a softmax that a gate reads [..., 4]; logits [..., classes].
 
-    logits [..., classes] -> [..., 4]. The distribution of squares is the softmax of the doubled logits.
+    They are top probability, entropy in nats, top minus second, and entropy of p^2 / sum of p^2. The
+    distribution of squares is the softmax of the doubled logits.
     """
     log_p = logits.log_softmax(-1)
     log_squares = (2.0 * log_p).log_softmax(-1)
@@ -41,40 +42,43 @@ def uncertainties(logits: Tensor) -> Tensor:
 
 
 def exit_probabilities(gates: Tensor) -> Tensor:
-    """P_l [batch, exits - 1] of exiting at each exit but the last, from g [batch, exits - 1] in 0..1."""
+    """The probability P_l of exiting at each exit but the last [batch, exits - 1], from the gates g in 0..1.
+
+    gates [batch, exits - 1].
+    """
     before = gates.cumsum(-1) - gates
     return torch.minimum(gates, 1.0 - before).clamp(min=0.0)
 
 
-def remainder(gate_sum: Tensor) -> Tensor:
-    """1 - the sum of the gates so far, at least MIN_REMAINDER; any shape."""
+def remaining_probability(gate_sum: Tensor) -> Tensor:
+    """The remaining probability: 1 minus the sum of the gates so far, at least MIN_REMAINDER; any shape."""
     return (1.0 - gate_sum).clamp(min=MIN_REMAINDER)
 
 
 class JeiGate(nn.Module):
-    """The gate of one exit; called as a policy it gives the logit that stands for c_l."""
+    """The gate of one exit; called as a policy, it gives the logit of the conditional c_l [batch]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.line = nn.Linear(UNCERTAINTIES, 1)
 
     def gate_logit(self, logits: Tensor) -> Tensor:
-        """Logit of g [batch], the trained quantity; logits [batch, classes] are detached, as published."""
+        """The logit of g [batch], which is trained; logits [batch, classes] are detached, as published."""
         return self.line(uncertainties(logits.detach()))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
         gate_logit = self.gate_logit(logits)  # [batch]
         gate_sum = torch.zeros_like(gate_logit) if evidence is None else evidence[:, 0]
-        conditional = LOG_TWO + logsigmoid(gate_logit) - remainder(gate_sum).log()
+        conditional = LOG_TWO + logsigmoid(gate_logit) - remaining_probability(gate_sum).log()
         return conditional, (gate_sum + gate_logit.sigmoid())[:, None]
 
     def folded(self, classes: int) -> FoldedJeiGate:
-        """The form for a graph."""
+        """This gate in evaluation mode as a module of few operators, for an exported graph."""
         return FoldedJeiGate(self.line).eval()
 
 
 class FoldedJeiGate(nn.Module):
-    """JeiGate with the linear layer split into its terms, so that no vector of four is concatenated."""
+    """A JeiGate whose linear layer is split into its terms, so that no vector of four is concatenated."""
 
     pair: Tensor
     bias: Tensor
@@ -96,15 +100,15 @@ class FoldedJeiGate(nn.Module):
         top_two = torch.addmm(self.bias, p.topk(2, dim=-1).values, self.pair)
         gate_logit = top_two - entropies.sum(-1, keepdim=True)  # [batch, 1]
         gate_sum = torch.zeros_like(gate_logit) if evidence is None else evidence  # [batch, 1]
-        conditional = LOG_TWO + logsigmoid(gate_logit) - remainder(gate_sum).log()
+        conditional = LOG_TWO + logsigmoid(gate_logit) - remaining_probability(gate_sum).log()
         return conditional.squeeze(1), gate_sum + gate_logit.sigmoid()
 
 
-def make(hidden_size: int, count: int) -> nn.ModuleList:
-    """One gate for each exit; the pooled state is not read."""
+def make_policies(hidden_size: int, count: int) -> nn.ModuleList:
+    """Create `count` gates, one for each exit but the last; they do not read the pooled state."""
     return nn.ModuleList(JeiGate() for _ in range(count))
 
 
 def evidence_size(classes: int) -> int:
-    """1: the sum of the gates is passed from exit to exit."""
+    """The size of the evidence: 1, the sum of the gates."""
     return 1

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class LearningToExit(nn.Module):
-    """The logit of P(exit) [batch] at one exit: the probability that the exit is right, from the pooled
-    state.
+    """A learning-to-exit policy at one exit, which gives the logit of P(exit) [batch].
 
+    P(exit) is the probability that the exit is right, computed from the pooled state.
     wrong: Linear(hidden, 1), the same for every exit; its sigmoid is P(wrong), trained by squared error
     against 0/1 (recipe berxit). BERxiT exits where P(wrong) is below a threshold; the gate is 1 - P(wrong),
     so rule `gate` with 1 - threshold is the same rule.
@@ -25,12 +25,12 @@ class LearningToExit(nn.Module):
         return -self.wrong(pooled)[:, 0], None  # [batch]
 
     def folded(self, classes: int) -> FoldedLearningToExit:
-        """The form for a graph: the minus sign is part of the weights."""
+        """This policy as a module for an exported graph, with the minus sign in the weights."""
         return FoldedLearningToExit(self.wrong).eval()
 
 
 class FoldedLearningToExit(nn.Module):
-    """LearningToExit as one product that gives the logit of P(right)."""
+    """A LearningToExit policy as one product that gives the logit of P(right) [batch]."""
 
     @torch.no_grad()
     def __init__(self, wrong: nn.Linear) -> None:
@@ -43,7 +43,7 @@ class FoldedLearningToExit(nn.Module):
         return self.right(pooled).squeeze(1), None  # [batch]
 
 
-def make(hidden_size: int, count: int) -> nn.ModuleList:
-    """`count` policies around one shared linear layer."""
+def make_policies(hidden_size: int, count: int) -> nn.ModuleList:
+    """Create `count` policies that share one linear layer."""
     wrong = nn.Linear(hidden_size, 1)
     return nn.ModuleList(LearningToExit(wrong) for _ in range(count))
