@@ -22,6 +22,7 @@ from offramp.runtime.errors import (
     OfframpError,
     OutOfMemory,
     SessionClosed,
+    WrongTask,
 )
 from offramp.runtime.loading import load, load_classifier, load_generator
 from offramp.runtime.session import Session
@@ -47,6 +48,7 @@ __all__ = [
     "SessionClosed",
     "TextChunk",
     "TextGenerator",
+    "WrongTask",
     "load",
     "load_classifier",
     "load_generator",

@@ -51,6 +51,8 @@ class Classifier(Session[State]):
     batch_size: rows that map walks together at most.
     """
 
+    usage = "this bundle classifies: call the session, or map"
+
     def __init__(
         self,
         bundle: Bundle,

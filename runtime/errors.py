@@ -1,14 +1,16 @@
 """Errors of offramp.runtime; the tree below has every one that it raises on purpose.
 
-OfframpError                     base of all others ├── BundleNotFound               FileNotFoundError   no
-bundle at that path, or a file of it is missing ├── BadBundle                    ValueError          a bundle
-that contradicts itself: hash, size, link, graph │   └── BadManifest              ValueError          its
-manifest.json cannot be believed; names the field ├── BadInput                     ValueError          a text
-that cannot be answered ├── BadSetting                   ValueError          an option that is unknown,
-incomplete or contradicts another ├── EngineUnavailable            RuntimeError        the requested engine or
-device is not there ├── OutOfMemory                  MemoryError         the GPU has not enough memory; the
-session stays usable ├── DeviceFailed                 RuntimeError        the GPU failed in the middle of
-work: load() again └── SessionClosed                RuntimeError        the session was used after close()
+OfframpError                     base of all others
+├── BundleNotFound               FileNotFoundError   no bundle at that path, or a file of it is missing
+├── BadBundle                    ValueError          a bundle that contradicts itself: hash, size, link, graph
+│   └── BadManifest              ValueError          its manifest.json cannot be believed; names the field
+├── BadInput                     ValueError          an item that cannot be answered
+├── BadSetting                   ValueError          an option that is unknown, incomplete or contradictory
+│   └── WrongTask                AttributeError      a method that the session of this bundle does not have
+├── EngineUnavailable            RuntimeError        the requested engine or device is not there
+├── OutOfMemory                  MemoryError         the GPU has not enough memory; the session stays usable
+├── DeviceFailed                 RuntimeError        the GPU failed in the middle of work: load() again
+└── SessionClosed                RuntimeError        the session was used after close()
 
 Each also inherits the builtin that fits, so a caller may also write `except ValueError`.
 """
@@ -35,11 +37,15 @@ class BadManifest(BadBundle):
 
 
 class BadInput(OfframpError, ValueError):
-    """A text that cannot be answered; the message names the item or line."""
+    """An item that cannot be answered; the message names the item or line."""
 
 
 class BadSetting(OfframpError, ValueError):
     """An option that is unknown, incomplete or contradicts another; the message names it."""
+
+
+class WrongTask(BadSetting, AttributeError):
+    """A method that the session of this bundle does not have; the message names the one to call instead."""
 
 
 class EngineUnavailable(OfframpError, RuntimeError):

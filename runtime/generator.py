@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import TextInput
 from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.base import Engine
-from offramp.runtime.errors import BadSetting
+from offramp.runtime.errors import BadSetting, WrongTask
 from offramp.runtime.inputs.chat import Message, chat_of
 from offramp.runtime.inputs.text import open_tokenizer
 from offramp.runtime.rules.base import Rule
@@ -43,6 +43,8 @@ class TextChunk:
 
 class TextGenerator(Session[TokenSequence]):
     """Generates text; made by load() of a decoder's bundle. Texts of several threads take turns, by token."""
+
+    usage = "this bundle generates text: call generate(prompt), one prompt after another"
 
     def __init__(self, bundle: Bundle, engine: Engine[TokenSequence], rule: Rule, variant: str) -> None:
         super().__init__(bundle, engine, rule, variant)
@@ -85,6 +87,10 @@ class TextGenerator(Session[TokenSequence]):
         tokens = self.tokens(self.encode_prompt(prompt), max_new_tokens)
         words = [stop] if isinstance(stop, str) else stop
         return self._chunks(tokens, [word for word in words if word])
+
+    def __call__(self, *items: object) -> NoReturn:
+        """Raise WrongTask: a text generator is not called, see generate."""
+        raise WrongTask(f"call: {self.usage}")
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a prompt; raises what generate raises."""

@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, ClassVar, Generic
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Manifest, RuleSpec
 from offramp.runtime.engines.base import Engine, S
-from offramp.runtime.errors import SessionClosed
+from offramp.runtime.errors import SessionClosed, WrongTask
 from offramp.runtime.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class Session(ABC, Generic[S]):
     engine: what really runs (name, device, facts). rule: the spec of the rule that decides. variant: the
     precision in which rows start. folder: the bundle's.
     """
+
+    usage: ClassVar[str]  # which methods answer, for the errors of others
 
     def __init__(self, bundle: Bundle, engine: Engine[S], rule: Rule, variant: str) -> None:
         self.manifest: Manifest = bundle.manifest
@@ -57,6 +59,14 @@ class Session(ABC, Generic[S]):
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    if not TYPE_CHECKING:  # a type checker reports such a name itself
+
+        def __getattr__(self, name: str) -> None:
+            """Raise WrongTask for a public name that this kind of session does not have."""
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise WrongTask(f"{name}: {self.usage}")
 
     def _check_open(self) -> None:
         if self._closed:

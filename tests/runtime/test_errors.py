@@ -10,6 +10,7 @@ BUILTINS = {
     "BadManifest": errors.BadBundle,
     "BadInput": ValueError,
     "BadSetting": ValueError,
+    "WrongTask": AttributeError,
     "EngineUnavailable": RuntimeError,
     "OutOfMemory": MemoryError,
     "DeviceFailed": RuntimeError,

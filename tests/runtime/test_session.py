@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_bundles import CLASSIFIER, GENERATOR
 
-from offramp.runtime import Classifier, Session, SessionClosed, TextGenerator, load
+from offramp.runtime import BadSetting, Classifier, Session, SessionClosed, TextGenerator, WrongTask, load
 from offramp.runtime.bundle.files import open_bundle
 
 BUNDLES = pytest.mark.parametrize("path", [CLASSIFIER, GENERATOR], ids=["classifier", "generator"])
@@ -73,3 +73,14 @@ def test_close_waits_for_a_walk() -> None:
 def test_session_itself_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Session()  # type: ignore[abstract,call-arg]
+
+
+def test_a_method_of_the_other_kind_of_session_is_refused_by_name() -> None:
+    with load(CLASSIFIER) as classifier, load(GENERATOR) as generator:
+        with pytest.raises(WrongTask, match=r"generate: this bundle classifies: call the session"):
+            classifier.generate("a film")
+        with pytest.raises(BadSetting, match=r"map: this bundle generates text: call generate"):
+            generator.map(["a film"])
+        with pytest.raises(BadSetting, match=r"this bundle generates text: call generate"):
+            generator("a film")
+        assert not hasattr(classifier, "generate")
