@@ -36,7 +36,7 @@ figures: $(VENV)/.product
 
 # pytest and not python -m pytest: the latter puts the current folder on sys.path, and the rooms would be there twice.
 # Two processes; a file stays in one, since its tests share what is slow to make (tests/conftest.py).
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/pytest -n 2
 
 test: $(VENV)/.dev
 	$(PYTEST)

@@ -18,14 +18,18 @@ SHARING = "tests/export"
 EXPORTING_DECODERS = ("test_generation.py", "test_decoder_exits.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With pytest -n, run each file in one process, and files that share exported classifiers in one."""
-    root = Path(__file__).parent.parent
-    for item in items:
-        file = item.path.relative_to(root)
-        shares = file.parent.as_posix() == SHARING and file.name not in EXPORTING_DECODERS
-        item.add_marker(pytest.mark.xdist_group(SHARING if shares else file.as_posix()))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0])
+            shares = file.parent.as_posix() == SHARING and file.name not in EXPORTING_DECODERS
+            return SHARING if shares else file.as_posix()
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
