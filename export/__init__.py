@@ -1,1 +1,1 @@
-"""From weights to a bundle: split, export, quantize, verify, write; needs the extra export."""
+"""Turn a trained network into a bundle: split, export, quantize, verify, write; needs extra "export"."""

@@ -1,14 +1,16 @@
-"""--segments auto: where to cut, from what was measured on this machine.
+"""Option --segments auto: choose where to cut a network from times that are measured on this machine.
 
-A classifier is cut at exits. An exit costs every row that reaches it: its operators, its policy's and the
-seam between two graphs. It saves time for the rows that exit there, which otherwise go to the next exit.
+A classifier is cut at exits. An exit costs time for every row that reaches it: its operators, the operators
+of its policy and the seam between two graphs. It saves time for the rows that exit there, which otherwise go
+to the next exit.
 
 A decoder is cut as finely as a share of one graph's speed allows. A token costs the time of the blocks and,
 for every seam, a call, and the hidden state and a few masks once more through memory. Both are measured on
-one segment and on a few. Not on the finest cut, whose seams are cheap: they follow so closely that the code
-of one is still in the processor's caches at the next, where with a few segments the weights that stream by
-have displaced it (90 us and 32 us a seam, SmolLM2-135M in fp32, trial). One segment has two seams already, to
-the stem and to the head, which one graph of all does not have.
+one segment and on a few segments. The finest cut is not used, because its seams are too cheap: they follow so
+closely that the code of one seam is still in the processor's caches at the next. With a few segments, the
+weights that are read in between have displaced that code (90 us and 32 us a seam, SmolLM2-135M in fp32,
+trial). A split into one segment has two seams already, to the stem and to the head; a single graph of the
+whole network has none.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from offramp.export.bundle import finish, write_graphs
+from offramp.export.bundle import write_graphs, write_manifest
 from offramp.export.classifier import ExportableClassifier
 from offramp.export.decoder import ExportableDecoder
-from offramp.export.describe import describe
+from offramp.export.describe import build_manifest
 from offramp.export.options import ExportOptions
 from offramp.export.segments import Exportable, SplitNetwork, file_name, variants_of
 from offramp.export.table import aligned
@@ -49,13 +51,15 @@ ROWS = 100  # rows of a classifier that are timed
 WARM_UP = 3  # rows before them
 LOSS = 0.02  # share of one graph's speed that a decoder's seams may cost
 FEW = 5  # segments on which a seam is timed
-PAIRS = 3  # of openings in either order
+PAIRS = 3  # times that both bundles are opened in either order
 
 
 @dataclass(frozen=True)
 class ExitTimes:
-    """What was measured of a classifier's exits: leaves [exits] is the share of rows that exit there, times
-    are milliseconds at batch 1.
+    """Times of a classifier's stem, blocks and exits in milliseconds a row at batch 1, and where rows exit.
+
+    leaves [exits]: share of rows that exit there. block_ms [exits]: time of the blocks before each exit.
+    exit_ms: time of one exit. stem_ms: time of the stem.
     """
 
     leaves: NDArray[np.float64]
@@ -64,7 +68,7 @@ class ExitTimes:
     stem_ms: float
 
     def expected_ms(self, kept: Sequence[int]) -> float:
-        """Mean milliseconds a row where only these exits (0-based) are kept."""
+        """Expected mean time of a row in milliseconds if only these exits (0-based) are kept."""
         walking, total, begin = 1.0, self.stem_ms, 0
         for exit in kept:
             total += walking * (float(self.block_ms[begin : exit + 1].sum()) + self.exit_ms)
@@ -73,26 +77,26 @@ class ExitTimes:
 
 
 class SeamTimes(NamedTuple):
-    """Seconds of a token through one segment, and of a seam."""
+    """Measured times of a decoder: seconds a token in one segment, and further seconds a token for a seam."""
 
-    one: float
+    one_segment: float
     seam: float
 
-    def seconds(self, segments: int) -> float:
-        """Of a token through so many segments."""
-        return self.one + self.seam * (segments - 1)
+    def token_seconds(self, segments: int) -> float:
+        """Expected seconds a token if the network is cut into this many segments."""
+        return self.one_segment + self.seam * (segments - 1)
 
-    def speed(self, segments: int) -> float:
-        """The speed of so many segments divided by that of one graph, which has no seam."""
-        return self.seconds(-1) / self.seconds(segments)
+    def relative_speed(self, segments: int) -> float:
+        """Speed with this many segments, divided by the speed of a single graph, which has no seam."""
+        return self.token_seconds(-1) / self.token_seconds(segments)
 
 
 Times = TypeVar("Times")
 
 
 @dataclass(frozen=True)
-class Choice(Generic[Times]):
-    """Where segments end (1-based blocks), what it was chosen from, and the table for the user."""
+class CutChoice(Generic[Times]):
+    """The chosen ends of segments (1-based blocks), the times they were chosen from, and a table of both."""
 
     cuts: tuple[int, ...]
     times: Times
@@ -101,11 +105,12 @@ class Choice(Generic[Times]):
 
 def choose_exits(
     source: ExportableClassifier, dev: Path, engine: str = "ort", device: str | None = None
-) -> Choice[ExitTimes]:
-    """Split with every exit into a temporary folder, walk the dev set on an engine, time it, and choose.
+) -> CutChoice[ExitTimes]:
+    """Choose which exits of a classifier to keep: those that save more time than they cost on the dev set.
 
-    Rows exit as at the point "default" of that bundle, calibrated on the same rows. Raises BadInput for the
-    file, and what load() raises.
+    The network is split at every exit into a temporary folder; rows of the dev set are walked and timed on
+    the engine. Rows exit as at the point "default" of that bundle, calibrated on the same rows. Raises
+    BadInput for the file, and what load() raises.
     """
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         folders = [Path(scratch) / "every", Path(scratch) / "one"]
@@ -126,15 +131,15 @@ def choose_exits(
             inputs = [every.encode(*(item if isinstance(item, tuple) else (item,))) for item in items]
             times = _time_exits(every, one, inputs, leaves)
             blocks = [segment.blocks[-1] for segment in every.manifest.segments]
-    kept = keep_exits(times)
-    return Choice(tuple(blocks[exit] for exit in kept), times, exits_table(blocks, times, kept))
+    kept = fastest_exits(times)
+    return CutChoice(tuple(blocks[exit] for exit in kept), times, exits_table(blocks, times, kept))
 
 
-def keep_exits(times: ExitTimes) -> tuple[int, ...]:
-    """The exits (0-based) with the least expected time; of equals, the fewest.
+def fastest_exits(times: ExitTimes) -> tuple[int, ...]:
+    """Find the exits (0-based) with the least expected time; if several choices are equal, the fewest exits.
 
-    Exact, by dynamic programming over the kept exit before: time to exit j through exit i is the time to i
-    plus what the rows still walking after i pay for the blocks between and for exit j.
+    The search is exact, by dynamic programming over the kept exit before: time to exit j through exit i is
+    the time to i plus what the rows still walking after i pay for the blocks between and for exit j.
     """
     count = len(times.leaves)
     walking = np.concatenate([[1.0], 1.0 - np.cumsum(times.leaves)]).clip(0.0)  # after exit i - 1
@@ -155,7 +160,7 @@ def keep_exits(times: ExitTimes) -> tuple[int, ...]:
 
 
 def exits_table(blocks: Sequence[int], times: ExitTimes, kept: Sequence[int]) -> str:
-    """The figures behind a choice of exits, a line an exit."""
+    """Table of the times behind a choice of exits, one line for each exit."""
     every = range(len(blocks))
     rows = [["exit after", "rows leaving", "blocks ms", "exit ms", "ms a row without it", "kept"]]
     for exit, block in enumerate(blocks):
@@ -195,12 +200,14 @@ def _step_seconds(session: Classifier, inputs: Inputs) -> NDArray[np.float64]:
     return np.diff([started, begun, *(step.ended for step in steps)])
 
 
-def choose_seams(
+def choose_segment_count(
     source: ExportableDecoder, variants: Sequence[str] = ("fp32",)
-) -> Choice[Mapping[str, SeamTimes]]:
-    """Write one segment and FEW to a temporary folder, time tokens of both in turn, and choose the most
-    segments that keep one graph's speed but for LOSS in every variant, or one where none do: a bundle has one
-    cut, and where arithmetic takes less time seams are a larger share.
+) -> CutChoice[Mapping[str, SeamTimes]]:
+    """Choose into how many segments to cut a decoder: the most that cost at most LOSS of one graph's speed.
+
+    The network is written to a temporary folder as one segment and as FEW segments, and tokens of both are
+    timed in turn. The limit holds in every variant, because all variants of a bundle have the same cut and
+    seams are a larger share where arithmetic takes less time. If no cut keeps it, one segment is chosen.
     """
     blocks = source.network.block_count
     few, times = min(FEW, blocks), dict[str, SeamTimes]()
@@ -213,41 +220,42 @@ def choose_seams(
         openings = [(variant, order) for variant in variants for order in (1, -1) * PAIRS]
         seconds: dict[str, list[list[float]]] = {variant: [] for variant in variants}
         for variant, order in track(openings, "timing seams", console=Console(stderr=True)):
-            # The bundle that is opened first gets worse memory and is several percent slower: each one is it
-            # equally often.
+            # The bundle that is opened first gets worse memory and is several percent slower: each bundle is
+            # opened first equally often.
             seconds[variant].append(_token_seconds(folders[::order], variant)[::order])
     for variant, pairs in seconds.items():
         one, cut = (float(mean) for mean in np.exp(np.log(pairs).mean(axis=0)))
         times[variant] = SeamTimes(one, max(0.0, (cut - one) / max(1, few - 1)))
-    fine = [n for n in groupings(blocks) if all(t.speed(n) >= 1 - LOSS for t in times.values())]
+    fine = [n for n in segment_counts(blocks) if all(t.relative_speed(n) >= 1 - LOSS for t in times.values())]
     cuts = even_cuts(blocks, fine[0] if fine else 1)
-    return Choice(cuts, times, seams_table(blocks, times, cuts))
+    return CutChoice(cuts, times, segment_counts_table(blocks, times, cuts))
 
 
-def groupings(blocks: int) -> list[int]:
-    """Numbers of segments worth a look, the largest first: each makes the longest segment shorter."""
+def segment_counts(blocks: int) -> list[int]:
+    """Numbers of segments to compare, the largest first: each makes the longest segment shorter."""
     return sorted({-(-blocks // size) for size in range(1, blocks + 1)}, reverse=True)
 
 
 def even_cuts(blocks: int, segments: int) -> tuple[int, ...]:
-    """Ends of segments that are as even as possible."""
+    """Last blocks (1-based) of segments whose lengths are as even as possible."""
     return tuple(round((number + 1) * blocks / segments) for number in range(segments))
 
 
-def seams_table(blocks: int, times: Mapping[str, SeamTimes], cuts: Sequence[int]) -> str:
-    """The figures behind a choice of seams, a line a grouping: milliseconds a token, and the speed divided
-    by that of one graph.
+def segment_counts_table(blocks: int, times: Mapping[str, SeamTimes], cuts: Sequence[int]) -> str:
+    """Table of the times behind a choice of segments, one line for each number of segments.
+
+    Columns for each variant: milliseconds a token, and the speed divided by that of one graph.
     """
     rows = [
         ["segments", "blocks in one", *(cell for name in times for cell in (f"{name} ms", "speed")), "kept"]
     ]
-    for count in groupings(blocks):
+    for count in segment_counts(blocks):
         ends = even_cuts(blocks, count)
         sizes = sorted({end - begin for begin, end in zip((0, *ends), ends, strict=False)})
         cells = [
             cell
             for t in times.values()
-            for cell in (f"{1e3 * t.seconds(count):.3f}", f"{t.speed(count):.3f}")
+            for cell in (f"{1e3 * t.token_seconds(count):.3f}", f"{t.relative_speed(count):.3f}")
         ]
         kept = "yes" if ends == tuple(cuts) else "no"
         rows.append([str(count), "-".join(map(str, sizes)), *cells, kept])
@@ -258,8 +266,9 @@ def seams_table(blocks: int, times: Mapping[str, SeamTimes], cuts: Sequence[int]
 def _write_to_time(
     source: Exportable, split: SplitNetwork, folder: Path, variants: Sequence[str], other: Path | None
 ) -> None:
-    """A bundle of the segments that are timed; stem and heads are copied from another bundle of the network
-    where there is one.
+    """Write a bundle of the segments that are timed.
+
+    Stem and heads are copied from `other`, another bundle of the same network, if it is given.
     """
     options = ExportOptions(("fp32", *(name for name in variants if name != "fp32")))
     folder.mkdir()
@@ -272,15 +281,17 @@ def _write_to_time(
                 shutil.copyfile(other / file_name(segment.name, name), folder / file_name(segment.name, name))
     for name, path in source.files.items():
         shutil.copyfile(path, folder / name)
-    finish(folder, describe(source, split, options.variants))
+    write_manifest(folder, build_manifest(source, split, options.variants))
 
 
 def _token_seconds(bundles: Sequence[Path], variant: str) -> list[float]:
-    """Seconds of a token of each bundle, opened in this order in a fresh process: where others were open
-    before, memory is fragmented, and bundles of many small files suffer more. Raises ChildProcessError.
+    """Seconds a token of each bundle, opened in this order in a fresh process.
+
+    In a process that opened other bundles before, memory is fragmented, which slows bundles of many small
+    files more. Raises ChildProcessError.
     """
     command = [sys.executable, "-m", "offramp.export.time_tokens", variant, *map(str, bundles)]
-    # Safe: modules in the folder where the command was given are not ours (Python 3.11).
+    # Safe path: modules in the current folder do not belong to offramp (Python 3.11).
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:

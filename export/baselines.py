@@ -1,4 +1,4 @@
-"""A folder of single graphs that ee-bench compares a walk with: monolith, nested, truncated."""
+"""Write a folder of single graphs that ee-bench compares a walk with: monolith, nested, truncated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from offramp.export.bundle import file_fact, writing
+from offramp.export.bundle import file_fact, replace_folder
 from offramp.export.classifier import ExportableClassifier, truncate
-from offramp.export.monolith import join, monolith
-from offramp.export.nested import nest
+from offramp.export.monolith import join_segments, whole_network
+from offramp.export.nested import nest_segments
 from offramp.export.options import ExportOptions
 from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
@@ -33,27 +33,29 @@ def write_baselines(
     *,
     blocks: Sequence[int] | None = None,
 ) -> None:
-    """Write baselines.json and its graphs: the monolith in every variant of the bundle, its fp32 segments as
-    one nested graph, and the network truncated after `blocks` (None: around the mean exits of the bundle's
-    points).
+    """Write a folder of baselines: baselines.json and the graphs that it lists.
 
-    Whole or not at all: a folder that ee-bench would refuse gets no name. Raises BadTarget where the folder
-    cannot be used, ValueError for a block that ends no segment of the bundle.
+    The graphs are the monolith in every variant of the bundle, the fp32 segments as one nested graph, and the
+    network truncated after `blocks` (None: around the mean exits of the bundle's points). The folder is
+    written completely or not at all: it is checked as ee-bench checks it before it gets its name. Raises
+    BadTarget where the folder cannot be used, ValueError for a block that ends no segment of the bundle.
     """
     network, exits = source.network.float(), exit_blocks(manifest)
     chosen = blocks_around_mean_exits(manifest) if blocks is None else list(dict.fromkeys(blocks))
     unknown = [block for block in chosen if block not in exits]
     if unknown:
         raise ValueError(f"the bundle has no exit after block {unknown[0]}: its exits are after {exits}")
-    cut = [join(truncate(network, block), f"truncated_{block:02}") for block in chosen]
+    cut = [join_segments(truncate(network, block), f"truncated_{block:02}") for block in chosen]
     last = len(exits)
-    with writing(folder, overwrite=options.overwrite, listing=FILE_NAME) as beside:
+    with replace_folder(folder, overwrite=options.overwrite, listing=FILE_NAME) as beside:
         facts = []
 
         def add(name: str, kind: str, variant: str, file: str, exit: int) -> None:
             facts.append(GraphFact(name, kind, variant, file, exit, **asdict(file_fact(beside / file))))
 
-        for segment in track([monolith(source), *cut], "exporting baselines", console=Console(stderr=True)):
+        for segment in track(
+            [whole_network(source), *cut], "exporting baselines", console=Console(stderr=True)
+        ):
             to_onnx(segment, beside / f"{segment.name}.onnx")
         add("monolith", "monolith", "fp32", "monolith.onnx", last)
         for variant in manifest.variants[1:]:
@@ -63,7 +65,7 @@ def write_baselines(
         if last > 1:
             first = manifest.variants[0]
             stem, *files = [s.variants[first].file for s in (manifest.stem, *manifest.segments)]
-            model = nest(bundle / stem, [bundle / file for file in files])
+            model = nest_segments(bundle / stem, [bundle / file for file in files])
             (beside / "nested.onnx").write_bytes(model.SerializeToString())
             add("nested if", "nested", "fp32", "nested.onnx", last)
         for block, segment in zip(chosen, cut, strict=True):
@@ -76,13 +78,15 @@ def write_baselines(
 
 
 def exit_blocks(manifest: Manifest) -> list[int]:
-    """Blocks that end a segment: those with an exit in the bundle."""
+    """Blocks (1-based) after which the bundle has an exit: the last block of each segment."""
     return [segment.blocks[-1] for segment in manifest.segments]
 
 
 def blocks_around_mean_exits(manifest: Manifest) -> list[int]:
-    """Blocks with an exit on both sides of the mean exit of each point, the shallowest MAX_TRUNCATED; the
-    middle exit where there are no points. Never the last exit, which is the monolith's.
+    """Blocks (1-based) with an exit just below and just above the mean exit of each operating point.
+
+    At most MAX_TRUNCATED blocks, the shallowest; the middle exit if there are no points. The last exit is
+    left out, as the monolith has it.
     """
     exits = exit_blocks(manifest)
     around: set[int] = set()

@@ -1,4 +1,4 @@
-"""Write a folder, a bundle or baselines, whole or not at all: as a hidden folder beside it, then renamed."""
+"""Write a bundle or a folder of baselines completely or not at all: as a hidden folder, which is renamed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from offramp.export.describe import describe
+from offramp.export.describe import build_manifest
 from offramp.export.options import ExportOptions
 from offramp.export.precision import needs_reduced_range, write_variant
 from offramp.export.segments import Exportable, Segment, SplitNetwork, file_name, variants_of
 from offramp.export.to_onnx import to_onnx
-from offramp.export.verify import Report, verify
+from offramp.export.verify import VerificationReport, verify
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME, FileFact, Manifest
 
@@ -35,14 +35,15 @@ def write_bundle(
     *,
     texts: Sequence[str] | None = None,
     measure: Callable[[Path], Manifest] | None = None,
-) -> tuple[Manifest, Report]:
-    """Write and verify the bundle of a split network in the variants of the options.
+) -> tuple[Manifest, VerificationReport]:
+    """Write the bundle of a split network in the variants of the options, and verify it against the network.
 
-    texts: see verify. measure: called with the finished folder before it gets its name; returns the manifest
-    that it wrote there. Raises BadTarget, NotVerified, and the errors of measure; then no bundle is written.
+    texts: see verify. measure: a function that is called with the finished folder before it gets its name,
+    and that returns the manifest it wrote there. Raises BadTarget, NotVerified, and the errors of measure;
+    then no bundle is written.
     """
     variants = options.variants
-    with writing(folder, overwrite=options.overwrite) as beside:
+    with replace_folder(folder, overwrite=options.overwrite) as beside:
         for segment in track(list(split), "exporting", console=Console(stderr=True)):
             write_graphs(segment, beside, options, weights_only=source.weights_only)
         for name, path in source.files.items():
@@ -53,14 +54,14 @@ def write_bundle(
         if "int8" in variants and not source.weights_only:
             reduced = options.reduce_range
             facts["int8"] = {"reduce_range": needs_reduced_range() if reduced is None else reduced}
-        manifest = finish(beside, describe(source, split, variants, facts))
+        manifest = write_manifest(beside, build_manifest(source, split, variants, facts))
         if measure is not None:
             manifest = measure(beside)
     return manifest, report
 
 
 def write_graphs(segment: Segment, folder: Path, options: ExportOptions, *, weights_only: bool) -> None:
-    """Write a segment's graphs in all variants that it has."""
+    """Write a segment's graphs into a folder, one for each variant in which the segment exists."""
     first, *others = variants_of(segment, options.variants)
     source = folder / file_name(segment.name, first)
     to_onnx(segment, source)
@@ -94,11 +95,13 @@ def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> 
 
 
 @contextlib.contextmanager
-def writing(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) -> Iterator[Path]:
-    """Give an empty folder to fill and finish(); when the block ends it replaces `folder`.
+def replace_folder(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) -> Iterator[Path]:
+    """Context manager that yields a new empty folder and, at the end, puts it in place of `folder`.
 
-    If the block fails, the new folder is removed and `folder` is unchanged. If the process is killed, a
-    hidden folder remains, which the next run removes. Two runs must not write the same folder at once.
+
+    The block must fill the new folder and call write_manifest(), or write its listing. If the block fails,
+    the new folder is removed and `folder` is unchanged. If the process is killed, a hidden folder remains,
+    which the next run removes. Two runs must not write the same folder at once.
     """
     folder = Path(folder).absolute()
     new, old = (folder.with_name(f".{folder.name}.{word}-by-ee-split") for word in ("new", "old"))
@@ -121,10 +124,11 @@ def writing(folder: Path, *, overwrite: bool = False, listing: str = FILE_NAME) 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest of a filled folder, with sha256 and size of every file, and check all as a reader.
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest into a folder of graphs, with sha256 and size of every file, and verify the folder.
 
-    No fsync: a reader finds a file that a power cut emptied by its hash. Gives the written manifest.
+    There is no fsync: a file that a power cut emptied has another hash, which readers check. Returns the
+    written manifest.
     """
     files = {path.name: file_fact(path) for path in sorted(folder.iterdir()) if path.name != FILE_NAME}
     manifest = dataclasses.replace(manifest, files=files)
@@ -135,7 +139,7 @@ def finish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def file_fact(path: Path) -> FileFact:
-    """Hash and size of a file, for a manifest."""
+    """Sha256 and size in bytes of a file, as a manifest lists them."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(2**20):

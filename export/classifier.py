@@ -1,4 +1,4 @@
-"""What only a classifier has: exits and policies in its segments, and its part of the manifest."""
+"""The parts of an export that only classifiers have: segments with exits and policies, manifest facts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from offramp.export.samples import batches
+from offramp.export.samples import verification_batches
 from offramp.export.segments import (
     TOLERANCE,
     ManifestFacts,
@@ -17,8 +17,8 @@ from offramp.export.segments import (
     Segment,
     SplitNetwork,
     Values,
+    describe_tensors,
     require_float32,
-    symbolic,
     total_macs,
 )
 from offramp.models.exits import pool
@@ -52,7 +52,10 @@ TOKENS = 32  # the length for which step costs are stated where training names n
 
 
 class ClassifierStem(nn.Module):
-    """Ids and attention mask, or pixels -> hidden, mask and whatever else every segment reads."""
+    """The graph before the first segment: from token ids and attention mask, or pixels, to the hidden state.
+
+    Outputs: hidden [batch, seq, hidden size], the mask and all other tensors that every segment reads.
+    """
 
     def __init__(self, network: EarlyExitNetwork, *, evidence: bool) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class ClassifierStem(nn.Module):
         self.evidence = evidence
 
     def named(self, *tensors: torch.Tensor) -> Context:
-        """The outputs by name; tensors in the order of stem_inputs()."""
+        """Run the stem and return its outputs by name; tensors: its inputs, in the order of stem_inputs()."""
         hidden, context = self.network.stem(dict(zip(self.reads, tensors, strict=True)))
         outputs = {"hidden": hidden, **context}
         no_evidence = self.network.no_evidence(hidden) if self.evidence else None
@@ -70,14 +73,17 @@ class ClassifierStem(nn.Module):
         return outputs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the stem; tensors: its inputs, in the order of stem_inputs()."""
         return tuple(self.named(*tensors).values())
 
 
 class ClassifierSegment(nn.Module):
-    """Blocks, the exit after them and, at every exit but the last, its policy or its error forecast.
+    """Consecutive blocks of a classifier, the exit after them, and its policy or error forecast.
+
+    The last exit has no policy and no forecast.
 
     exits_ahead: later exits that are kept, counted from here (0: the next exit of the network). variants:
-    numbers of those between which the forecast chooses. last: give the logits alone.
+    numbers of the variants between which the forecast chooses. last: output the logits alone.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class ClassifierSegment(nn.Module):
             self.forecast = network.forecasts[exit_index].folded(variants, exits_ahead)  # type: ignore[operator]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the segment; tensors: its inputs, in the order of `reads`."""
         context = dict(zip(self.reads, tensors, strict=True))
         hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
         for block in self.blocks:
@@ -129,13 +136,14 @@ class ClassifierSegment(nn.Module):
 def split_classifier(
     network: EarlyExitNetwork, exits: Sequence[int] | None = None, variants: Sequence[str] | None = None
 ) -> SplitNetwork:
-    """Cut a network at its exits: a stem, then a segment for each kept exit.
+    """Cut a classifier at its exits into a stem and a segment for each kept exit.
 
     exits: 1-based blocks, exits of the network (None: all); the last block is always added. Where exits are
     dropped, evidence flows through the kept ones alone, though the policies were trained with all. variants:
-    those that will be written, which a network with error forecasts must know (None: all that it knows);
-    others and dropped exits vanish from the forecasts. The network is put into evaluation mode. Raises
-    ValueError for an exit or a forecast that the network lacks, and for weights that are not float32.
+    the variants that will be written, for which a network with error forecasts needs forecasts (None: all for
+    which it has them); columns of other variants and of dropped exits are removed from the forecasts. The
+    network is put into evaluation mode. Raises ValueError for an exit or a forecast that the network lacks,
+    and for weights that are not float32.
     """
     require_float32(network)
     network.eval()
@@ -166,7 +174,7 @@ def split_classifier(
 
 
 def truncate(network: EarlyExitNetwork, block: int) -> SplitNetwork:
-    """The network cut off after a block, with that block's exit as its last: no policy, no forecast.
+    """Split the network cut off after a block (1-based), whose exit becomes the last; no policy, no forecast.
 
     Raises ValueError where there is no exit after the block.
     """
@@ -177,15 +185,16 @@ def truncate(network: EarlyExitNetwork, block: int) -> SplitNetwork:
     return SplitNetwork(stem, (_segment(network, "segment_00", range(block), stem.outputs, (block,), ()),))
 
 
-def cuts_of(network: EarlyExitNetwork, text: str) -> tuple[int, ...]:
-    """Blocks after which segments end, from "each" (every exit of the network), "every N" or "2,4,6";
-    ValueError for anything else.
+def parse_cuts(network: EarlyExitNetwork, text: str) -> tuple[int, ...]:
+    """Parse option --segments of a classifier into the blocks (1-based) after which segments end.
+
+    text: "each" (every exit of the network), "every N" or "2,4,6". Raises ValueError for anything else.
     """
     return network.spec.exits if text.strip() == "each" else parse_exits(text, network.block_count)
 
 
 def stem_inputs(network: EarlyExitNetwork) -> tuple[str, ...]:
-    """Names of the tensors that the stem reads: integers [batch, seq], or pixel_values."""
+    """Names of the tensors that a classifier's stem reads: integers [batch, seq], or pixel_values."""
     first, *others = network.family.inputs
     return (first, "attention_mask", *others) if network.family.vision is None else (first,)
 
@@ -204,7 +213,10 @@ def _segment(
     kept: Sequence[int],
     variants: Sequence[str],
 ) -> Segment:
-    """kept: all blocks with an exit that is kept; the segment of the last one gives logits alone."""
+    """Build a segment from 0-based blocks.
+
+    kept: all blocks (1-based) whose exit is kept; the segment of the last one outputs logits alone.
+    """
     exit_index = network.spec.exits.index(blocks.stop)
     later = network.spec.exits[exit_index + 1 :]
     exits_ahead = [number for number, block in enumerate(later) if block in kept]
@@ -231,18 +243,18 @@ def _segment(
 
 @torch.no_grad()
 def _probe(stem: ClassifierStem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The stem's inputs and outputs, from runs at two sizes."""
+    """Find names, types and shapes of the stem's inputs and outputs by running it at two sizes."""
     small, large = ((2, 5), (3, 7)) if stem.network.longest >= 7 else ((2, 1), (3, 2))
     axes = {(small[0], large[0]): "batch", (small[1], large[1]): "seq"}
-    blanks = [stem.network.blank(*size) for size in (small, large)]
+    blanks = [stem.network.zero_inputs(*size) for size in (small, large)]
     inputs = [{name: blank[name] for name in stem.reads} for blank in blanks]
     outputs = [stem.named(*values.values()) for values in inputs]
-    return symbolic(inputs[0], inputs[1], axes), symbolic(outputs[0], outputs[1], axes)
+    return describe_tensors(inputs[0], inputs[1], axes), describe_tensors(outputs[0], outputs[1], axes)
 
 
 @dataclass(frozen=True)
 class ExportableClassifier:
-    """A checkpoint of a classifier; see segments.Exportable."""
+    """A classifier's checkpoint with everything that its bundle needs; see segments.Exportable."""
 
     checkpoint: Checkpoint
 
@@ -251,18 +263,22 @@ class ExportableClassifier:
 
     @property
     def network(self) -> EarlyExitNetwork:
+        """The network of the checkpoint."""
         return self.checkpoint.network
 
     @property
     def files(self) -> dict[str, Path]:
+        """The tokenizer file, by its name in the bundle; empty for images."""
         tokenizer = self.checkpoint.tokenizer
         return {} if tokenizer is None else {TOKENIZER: tokenizer}
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
-        exits = cuts_of(self.network, cuts) if isinstance(cuts, str) else cuts
+        """Cut the network at these exits; see split_classifier."""
+        exits = parse_cuts(self.network, cuts) if isinstance(cuts, str) else cuts
         return split_classifier(self.network, exits, variants)
 
     def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
+        """The facts that the manifest of the split holds in addition to its segments."""
         network, training = self.network, self.checkpoint.training
         points = operating_points(self.checkpoint, split, variants)
         return ManifestFacts(
@@ -283,8 +299,9 @@ class ExportableClassifier:
     def samples(
         self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
     ) -> Iterator[Sample]:
+        """Samples on which the split is verified, from texts or paths of images (None: built-in samples)."""
         names = [tensor.name for tensor in split.stem.inputs]
-        for batch, kept in batches(self.checkpoint, texts):
+        for batch, kept in verification_batches(self.checkpoint, texts):
             inputs = {name: batch[name] for name in names}
             yield Sample(inputs, kept, _expected(self.network, split, variants, inputs))
 
@@ -295,7 +312,7 @@ class ExportableClassifier:
         return TextInput(TOKENIZER, facts.prefix, facts.pad_id, facts.longest)
 
     def _costs(self, split: SplitNetwork, variants: Sequence[str]) -> dict[str, StepCosts]:
-        """Bit operations of every step, for a network that chooses between variants by their cost."""
+        """Bit operations of every step, for a network with error forecasts; empty for others."""
         if not self.network.spec.forecast:
             return {}
         tokens = int(self.checkpoint.training.get("dev", {}).get("tokens", TOKENS))
@@ -309,10 +326,10 @@ class ExportableClassifier:
 def operating_points(
     checkpoint: Checkpoint, split: SplitNetwork, variants: Sequence[str]
 ) -> tuple[OperatingPoint, ...]:
-    """The checkpoint's operating points in the written variants; none where exits were dropped.
+    """The checkpoint's operating points in the written variants; none if exits were dropped.
 
-    They were measured with every exit: an exit number or a threshold means something else when some are gone.
-    Points of a rule that chose between more variants than are written are left out, too.
+    They were measured with every exit: an exit number or a threshold has another meaning when exits are left
+    out. Points of a rule that chose between more variants than are written are left out, too.
     """
     spec = checkpoint.network.spec
     if len(split.segments) != len(spec.exits) or set(spec.forecast) - set(variants):
@@ -335,7 +352,7 @@ def operating_points(
 
 
 def _default_rule(split: SplitNetwork, points: Sequence[OperatingPoint]) -> RuleSpec:
-    """The rule where the caller names none: of point "default", the trained gate, or of the first point."""
+    """The default rule of a bundle: that of point "default", the trained gate, or that of the first point."""
     for point in points:
         if point.name == "default":
             return point.rule
@@ -349,7 +366,7 @@ def _default_rule(split: SplitNetwork, points: Sequence[OperatingPoint]) -> Rule
 def _expected(
     network: EarlyExitNetwork, split: SplitNetwork, variants: Sequence[str], inputs: Values
 ) -> Iterator[Values]:
-    """Outputs of stem and segments, computed by the network's own methods."""
+    """Expected outputs of the stem and of every segment, computed by the network's own methods."""
     hidden, context = network.stem(inputs)
     evidence = network.no_evidence(hidden)
     yield {"hidden": hidden, **context} | ({} if evidence is None else {"evidence": evidence})

@@ -1,4 +1,4 @@
-"""ee-split: from a checkpoint folder to a verified bundle."""
+"""Command ee-split: write a verified bundle from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import click
 from offramp.export.options import (
     SplitOptions,
     UserError,
+    describe_written,
     identity_of,
-    outcome,
     parse_blocks,
     read_texts,
 )
@@ -40,7 +40,7 @@ NEEDED = (
 
 
 class VerificationFailed(click.ClickException):
-    """One line on stderr, exit code 1 as click has it: a segment's outputs are not those of the network."""
+    """A segment's outputs differ from the network's: one line on stderr and exit code 1."""
 
 
 @click.command(context_settings=HELP)
@@ -139,19 +139,19 @@ def main(**values: Any) -> None:
         else:
             _split_classifier(options)
     except BadTarget as problem:
-        raise UserError(f"{problem}; {outcome(before)}") from None
+        raise UserError(f"{problem}; {describe_written(before)}") from None
     except KeyboardInterrupt:
-        click.echo(f"interrupted; {outcome(before)}", err=True)
+        click.echo(f"interrupted; {describe_written(before)}", err=True)
         sys.exit(130)
 
 
 def _is_language_model(folder: Path) -> bool:
-    """Whether a folder is one that transformers saved."""
+    """Whether a folder holds a model that transformers saved."""
     return (folder / "config.json").is_file() and not (folder / "network.json").exists()
 
 
 def _split_classifier(options: SplitOptions) -> None:
-    """A checkpoint that ee-train wrote."""
+    """Write the bundle, and baselines if asked for, of a classifier's checkpoint that ee-train wrote."""
     from offramp.export.baselines import write_baselines
     from offramp.export.bundle import check_target
     from offramp.export.classifier import ExportableClassifier
@@ -191,8 +191,8 @@ def _split_classifier(options: SplitOptions) -> None:
 
 
 def _split_decoder(options: SplitOptions) -> None:
-    """A folder with a causal language model, as transformers or ee-train saves it."""
-    from offramp.export.auto import choose_seams
+    """Write the bundle of a causal language model in a folder that transformers or ee-train saved."""
+    from offramp.export.auto import choose_segment_count
     from offramp.export.bundle import check_target
     from offramp.export.decoder import open_decoder
     from offramp.models.families import UnsupportedFamily
@@ -207,7 +207,7 @@ def _split_decoder(options: SplitOptions) -> None:
         source = open_decoder(folder)
         cuts = options.segments or source.training.get("exits") or "auto"
         if cuts == "auto":
-            choice = choose_seams(source, export.variants)
+            choice = choose_segment_count(source, export.variants)
             click.echo(choice.table + "\n")
             cuts = choice.cuts
         split = source.split(cuts)
@@ -219,7 +219,7 @@ def _split_decoder(options: SplitOptions) -> None:
 def _cut_classifier(
     source: ExportableClassifier, options: SplitOptions, variants: tuple[str, ...]
 ) -> SplitNetwork:
-    """The network, cut as --segments says; auto's table goes to stdout."""
+    """Cut the network as option --segments requires; the table of auto is printed on stdout."""
     from offramp.export.auto import choose_exits
     from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
 

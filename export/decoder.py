@@ -1,4 +1,4 @@
-"""What only a decoder has: segments that extend a cache, cache fills, heads, and its part of the manifest."""
+"""The parts of an export that only decoders have: segments with a cache, cache fills and heads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from offramp.export.segments import (
     Segment,
     SplitNetwork,
     Values,
+    describe_tensors,
     require_float32,
-    symbolic,
 )
 from offramp.models.decoder import DecoderNetwork, KeyValue, hidden_states, run_block
 from offramp.models.families import decoder_family_of
@@ -43,28 +43,33 @@ STEM_INPUTS = (
     Tensor("position_ids", "int64", ("batch", "seq")),
     Tensor("past_valid", "int64", ("batch", "past")),
 )
-# Ids of a byte-pair vocabulary are ordered by how early a pair was worth an id: the first are the frequent
+# Ids of a byte-pair vocabulary are ordered by how early a pair was given an id: the first are the frequent
 # ones. A third of SmolLM2's ids covers 92 % of the tokens of film reviews, in a third of the time.
 DRAFT_IDS = 16384
-# Of verification: tokens of a prompt and of two steps; places of the cache beyond these; what unused places
-# hold, which a mask that leaks would let in.
+# For verification: tokens of a prompt and of two steps; places of the cache beyond these; the value in unused
+# places, which changes the outputs if the mask is wrong.
 CHUNKS, SPARE, UNUSED = (8, 1, 1), 3, 9.0
 
 
 class DecoderStem(nn.Module):
-    """Ids, their positions and which places of the past count -> hidden and what every block reads."""
+    """The graph before the first segment: from token ids and positions to the hidden state.
+
+    Inputs: STEM_INPUTS; past_valid marks the places of the cache that hold a token. Outputs: hidden [batch,
+    seq, hidden size] and the tensors that every block reads.
+    """
 
     def __init__(self, network: DecoderNetwork) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the stem; tensors: in the order of STEM_INPUTS."""
         hidden, context = self.network.stem(*tensors)
         return hidden, *context.values()
 
 
 class CachedBlock(nn.Module):
-    """A block with its attention to the cache, as one module: an exporter names nodes by their modules."""
+    """A block with its attention to the cache, as one module, since the exporter names nodes by modules."""
 
     def __init__(self, network: DecoderNetwork, block: int) -> None:
         super().__init__()
@@ -73,12 +78,15 @@ class CachedBlock(nn.Module):
     def forward(
         self, hidden: torch.Tensor, context: Context, past: KeyValue
     ) -> tuple[torch.Tensor, KeyValue]:
+        """Run the block on new tokens; returns hidden, and the new keys and values."""
         return run_block(self.family, self.block, hidden, context, past)
 
 
 class DecoderSegment(nn.Module):
-    """Consecutive blocks: hidden, the stem's other outputs, and keys and values of each block's past ->
-    hidden, what each block adds to its past and, where the network has an exit, exit_hidden and gate.
+    """Consecutive blocks of a decoder, which read a cache of keys and values, and the exit after them.
+
+    Inputs: hidden, the stem's other outputs, and keys and values of each block's past. Outputs: hidden, the
+    new keys and values of each block and, where the network has an exit, exit_hidden and gate.
     """
 
     def __init__(self, network: DecoderNetwork, blocks: range, reads: Sequence[str]) -> None:
@@ -92,6 +100,7 @@ class DecoderSegment(nn.Module):
         self.policy = network.policies[name] if early and name in network.policies else None
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the segment; tensors: hidden, the stem's outputs named in `reads`, keys and values by block."""
         hidden, *others = tensors
         context = dict(zip(self.reads, others, strict=False))
         past, outputs = others[len(self.reads) :], list[torch.Tensor]()
@@ -106,34 +115,42 @@ class DecoderSegment(nn.Module):
         return hidden, *outputs
 
 
-class FilledBlock(nn.Module):
-    """Keys and values that a token leaves in the cache of a block that it skips."""
+class BlockCacheFill(nn.Module):
+    """Computes the keys and values that tokens leave in the cache of a block that they skip."""
 
     def __init__(self, network: DecoderNetwork, block: int) -> None:
         super().__init__()
         self.family, self.block = network.family, network.blocks[block]
 
     def forward(self, hidden: torch.Tensor, context: Context) -> KeyValue:
+        """Compute keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size]."""
         keys, values = self.family.cache_fill(self.block, hidden, context)
         return keys.transpose(2, 3), values
 
 
 class CacheFill(nn.Module):
-    """Hidden of tokens that skip consecutive blocks, and what rotates keys -> keys and values for each."""
+    """Computes keys and values for the caches of consecutive blocks that tokens skip.
+
+    Inputs: hidden of these tokens, and the tensors that rotate keys. Outputs: keys and values of each block.
+    """
 
     def __init__(self, network: DecoderNetwork, blocks: range, reads: Sequence[str]) -> None:
         super().__init__()
         self.reads = tuple(reads)
-        self.blocks = nn.ModuleList(FilledBlock(network, block) for block in blocks)
+        self.blocks = nn.ModuleList(BlockCacheFill(network, block) for block in blocks)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute keys and values by block; tensors: hidden, then those named in `reads`."""
         hidden, *others = tensors
         context = dict(zip(self.reads, others, strict=True))
         return tuple(new for block in self.blocks for new in block(hidden, context))
 
 
 class DecoderHead(nn.Module):
-    """Hidden after the last block, or exit_hidden -> logits of all ids, or of the first so many."""
+    """Final norm and vocabulary projection: from hidden after the last block, or exit_hidden, to logits.
+
+    ids: the logits cover this many first ids of the vocabulary (None: all).
+    """
 
     def __init__(self, network: DecoderNetwork, ids: int | None = None) -> None:
         super().__init__()
@@ -147,15 +164,17 @@ class DecoderHead(nn.Module):
                     first.copy_(all_ids[:ids])
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute logits [batch, seq, ids]; tensors: hidden [batch, seq, hidden size] alone."""
         return (self.words(self.norm(tensors[0])),)
 
 
 def split_decoder(
     network: DecoderNetwork, cuts: str | Sequence[int], draft_ids: int = DRAFT_IDS
 ) -> SplitNetwork:
-    """Cut a decoder into stem, segments that end after these blocks (see parse_exits), cache fills and heads.
+    """Cut a decoder into stem, segments, cache fills and heads.
 
-    draft_ids: ids of the head that drafts; a vocabulary that is not twice as large has none. Raises
+    cuts: blocks after which segments end, see parse_exits. draft_ids: number of ids of the head that drafts;
+    there is no such head if the vocabulary is not twice as large. Raises
     ValueError for a cut that is impossible, for cuts without an exit where the network has exits, and for
     weights that are not float32.
     """
@@ -208,7 +227,7 @@ def _head(name: str, network: DecoderNetwork, hidden: Tensor, ids: int | None) -
 def _cache_tensors(
     sizes: tuple[int, int], blocks: Sequence[int], prefix: str, axis: str
 ) -> tuple[Tensor, ...]:
-    """Keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size] of these blocks."""
+    """Describe keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size] of blocks."""
     heads, size = sizes
     shapes: dict[str, tuple[int | str, ...]] = {
         "k": ("batch", heads, size, axis),
@@ -223,7 +242,7 @@ def _cache_tensors(
 
 @torch.no_grad()
 def _probe(network: DecoderNetwork) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """The stem's outputs, from runs at two sizes; and the heads and the size of keys and values."""
+    """Find the stem's outputs by running it at two sizes, and the number of heads and size of keys."""
     small, large = (2, 5, 11), (3, 7, 13)
     outputs = list[Context]()
     for rows, tokens, places in (small, large):
@@ -233,14 +252,14 @@ def _probe(network: DecoderNetwork) -> tuple[tuple[Tensor, ...], tuple[int, int]
         outputs.append({"hidden": hidden, **context})
     _, keys, _ = network.family.project(network.blocks[0], hidden, context)
     axes = dict(zip(zip(small, large, strict=True), ("batch", "seq", "past"), strict=True))
-    return symbolic(outputs[0], outputs[1], axes), (keys.shape[1], keys.shape[3])
+    return describe_tensors(outputs[0], outputs[1], axes), (keys.shape[1], keys.shape[3])
 
 
 @dataclass(frozen=True)
 class ExportableDecoder:
-    """A causal language model and the folder that holds its tokenizer.json; see segments.Exportable.
+    """A causal language model with everything that its bundle needs; see segments.Exportable.
 
-    training: what training.json holds. draft_ids: see split_decoder.
+    folder: holds its tokenizer.json. training: the contents of training.json. draft_ids: see split_decoder.
     """
 
     network: DecoderNetwork
@@ -251,18 +270,22 @@ class ExportableDecoder:
     # int8 and int4: activations are quantized token by token, so that a token gets the same logits among
     # others as alone; one scale for all of them would not allow that.
     weights_only: ClassVar[bool] = True
-    # Of other variants than fp32 that of a wrong graph is larger. SmolLM2-135M: 0.08 in int8, 0.7 in int4.
+    # In variants other than fp32 a wrong graph differs by more than this. SmolLM2-135M, right graphs: 0.08 in
+    # int8, 0.7 in int4.
     tolerances: ClassVar[Mapping[str, float]] = {"fp32": TOLERANCE, "fp16": 0.1, "int8": 0.2, "int4": 1.5}
 
     @property
     def files(self) -> dict[str, Path]:
+        """The tokenizer file and, if there is one, the chat template, by their names in the bundle."""
         paths = {name: self.folder / name for name in (TOKENIZER, TEMPLATE)}
         return {name: path for name, path in paths.items() if name == TOKENIZER or path.is_file()}
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
+        """Cut the network after these blocks; see split_decoder."""
         return split_decoder(self.network, cuts, self.draft_ids)
 
     def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
+        """The facts that the manifest of the split holds in addition to its segments."""
         config = self.network.model.generation_config
         stop = config.eos_token_id if config.eos_token_id is not None else ()
         return ManifestFacts(
@@ -280,7 +303,10 @@ class ExportableDecoder:
     def samples(
         self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
     ) -> Iterator[Sample]:
-        """A prompt of random ids and two steps, each with the network's own keys and values as its past."""
+        """Samples to verify the split on: a prompt of random ids and two steps of one token.
+
+        The past of each is the network's own keys and values.
+        """
         network, total = self.network, sum(CHUNKS)
         ids = torch.randint(0, network.vocab_size, (1, total), generator=torch.Generator().manual_seed(0))
         positions = torch.arange(total)[None]
@@ -307,7 +333,7 @@ class ExportableDecoder:
 
 
 def open_decoder(folder: Path) -> ExportableDecoder:
-    """The network of a folder that transformers loads, with the exits and training.json that ee-train left.
+    """Load a causal language model from a folder of transformers, with the exits that ee-train added.
 
     Raises ValueError, or what transformers raises, for a folder without such a model or its tokenizer.json;
     UnsupportedFamily; BadCheckpoint.
@@ -324,7 +350,7 @@ def open_decoder(folder: Path) -> ExportableDecoder:
 
 
 def _default_rule(split: SplitNetwork, recipe: str) -> RuleSpec:
-    """The rule where the caller names none: the one for which the network was trained."""
+    """The default rule of a bundle: the one for which the network was trained."""
     if len(split.segments) > 1:
         if any(tensor.name == GATE for tensor in split.segments[0].outputs):
             return RuleSpec("gate", {"threshold": 0.5})

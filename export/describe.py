@@ -1,4 +1,4 @@
-"""The manifest of a split network: segments, rule, operating points, and where it comes from."""
+"""Build the manifest of a split network: segments, rule, operating points, and provenance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ FROM_TRAINING = ("recipe", "settings", "data", "seed", "dev")  # of training.jso
 PACKAGES = ("offramp", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
-def describe(
+def build_manifest(
     source: Exportable,
     split: SplitNetwork,
     variants: Sequence[str],
     export_facts: Mapping[str, object] | None = None,
 ) -> Manifest:
-    """The manifest without its files. export_facts: what else provenance records of this export, as JSON
-    values.
+    """Build the manifest of a split network, without its list of files.
+
+    export_facts: further JSON values that provenance records about this export.
     """
     network, facts = source.network, source.facts(split, variants)
     return Manifest(
@@ -62,7 +63,7 @@ def _decoder_facts(
 
 
 def _entry(segment: Segment, variants: Sequence[str]) -> manifest.Segment:
-    """A segment's place in a manifest, with a file for each variant in which it is written."""
+    """A segment's entry in a manifest, with a file for each variant in which it is written."""
     graphs = {
         name: Variant(file_name(segment.name, name), segment.inputs, segment.outputs)
         for name in variants_of(segment, variants)
@@ -71,7 +72,7 @@ def _entry(segment: Segment, variants: Sequence[str]) -> manifest.Segment:
 
 
 def exported_with() -> dict[str, str | None]:
-    """Versions of the packages that write graphs."""
+    """Versions of Python and of the packages that write graphs; None for a package that is not installed."""
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 

@@ -15,10 +15,12 @@ from onnxscript import ir
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
-def halve(model: onnx.ModelProto, inside: Callable[[str], bool]) -> onnx.ModelProto:
-    """The model with the nodes whose name is `inside` in float16; inputs and outputs keep their types.
+def convert_nodes_to_fp16(model: onnx.ModelProto, inside: Callable[[str], bool]) -> onnx.ModelProto:
+    """Convert the nodes for whose name `inside` is true to float16, with casts around them.
 
-    Tensors need the types that shape inference adds: one without a type is taken for no float.
+    The model's inputs and outputs keep their types.
+
+    Tensors need the types that shape inference adds: one without a type is not treated as a float.
     """
     converted = ir.from_proto(model)
     graph = converted.graph
@@ -88,6 +90,6 @@ def _halve_attributes(node: ir.Node) -> None:
 
 
 def _rounded(tensor: ir.TensorProtocol, name: str | None = None) -> ir.TensorProtocol:
-    """In float16 and finite: where float32's least number is a mask, -inf would make softmax NaN."""
+    """Round a tensor to float16 and keep it finite: if a mask is float32's least number, -inf makes NaN."""
     largest = np.float32(np.finfo(np.float16).max)
     return ir.tensor(tensor.numpy().clip(-largest, largest).astype(np.float16), name=name)

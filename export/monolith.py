@@ -1,4 +1,4 @@
-"""The same network as one graph: the baseline of every walk."""
+"""Export the same network as one graph, the baseline of every walk."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from offramp.runtime.bundle.manifest import NEW, NEXT, PAST, Tensor
 
 
 class Monolith(nn.Module):
-    """Stem, segments and the head of the last token, run one after another.
+    """A module that runs stem, segments and, for a decoder's last token, the head one after another.
 
-    outputs: names of what it gives; "gates" and, with it or where every exit is asked for, "logits" are those
-    of all exits, stacked in axis 1.
+    outputs: the tensors it returns. If there are several exits, "logits" and "gates" are those of all exits,
+    stacked in axis 1.
     """
 
     def __init__(self, split: SplitNetwork, reads: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -37,6 +37,7 @@ class Monolith(nn.Module):
         self._outputs = [tensor.name for tensor in outputs]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the whole network; tensors: in the order of the segment's inputs."""
         values = dict(zip(self._reads, tensors, strict=True))
         _store(values, self._split.stem, self.stem(*self._split.stem.reads(values)))
         exits: dict[str, list[torch.Tensor]] = {"logits": [], "gate": []}
@@ -59,11 +60,12 @@ def _store(values: dict[str, torch.Tensor], segment: Segment, outputs: tuple[tor
         values[tensor.name.removeprefix(NEXT)] = value
 
 
-def join(split: SplitNetwork, name: str = "monolith") -> Segment:
-    """A split network as one segment: the stem's inputs and all pasts -> logits and what caches take in.
+def join_segments(split: SplitNetwork, name: str = "monolith") -> Segment:
+    """Join all segments of a split network into one segment.
 
-    Of one segment logits are [batch, classes], of a decoder [batch, 1, vocabulary] of the last token. Of more
-    segments they are [batch, segments, classes], with gates [batch, segments - 1] where there are policies.
+    Inputs: those of the stem, and the past keys and values of all blocks. Outputs: logits, and new keys and
+    values. Logits are [batch, classes] with one exit; [batch, segments, classes] with several, and then gates
+    [batch, segments - 1] where there are policies; [batch, 1, vocabulary], of the last token, for a decoder.
     """
     last = split.segments[-1]
     past = [tensor for s in split.segments for tensor in s.inputs if tensor.name.startswith(PAST)]
@@ -89,21 +91,21 @@ def _logits(split: SplitNetwork) -> Tensor:
     return Tensor("logits", "float32", ("batch", len(split.segments), logits.shape[-1]))
 
 
-def monolith(source: Exportable, *, exits: bool = False) -> Segment:
-    """The network with its last exit alone, or with every exit and policy inside."""
+def whole_network(source: Exportable, *, exits: bool = False) -> Segment:
+    """Build the segment of the whole network, with its last exit alone or with every exit and policy."""
     source.network.float()
-    return join(source.split("each" if exits else (source.network.block_count,)))
+    return join_segments(source.split("each" if exits else (source.network.block_count,)))
 
 
 def write_monolith(
     source: Exportable, path: Path, options: ExportOptions | None = None, *, exits: bool = False
 ) -> Mapping[str, Path]:
-    """Write the graph at `path` in fp32, and every other variant of the options beside it as
-    <stem>_<variant><suffix>; gives the files by variant. Decoders have no fp16.
+    """Write the whole network as one graph for each variant, and return the files by variant.
 
-    Inputs and outputs: see join; exits: with every exit and policy inside. The same exporter and the same
-    code for variants as the segments'. The file at `path` is replaced last and at once: where a new one
-    stands, all is written. Raises BadTarget where something else than a file stands there.
+    fp32 is written at `path`, other variants beside it as <stem>_<variant><suffix>; decoders have no fp16.
+    Inputs and outputs: see join_segments. exits: with every exit and policy inside. Exporter and code for
+    variants are those of the segments. The file at `path` is replaced last and at once, so that a new file
+    there means that all are written. Raises BadTarget if something other than a file is there.
     """
     options = options or ExportOptions()
     names = [
@@ -116,7 +118,7 @@ def write_monolith(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         graph = Path(scratch) / "fp32.onnx"
-        to_onnx(monolith(source, exits=exits), graph)
+        to_onnx(whole_network(source, exits=exits), graph)
         for name in names:
             write_variant(
                 name,

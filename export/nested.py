@@ -1,7 +1,7 @@
-"""All segments in one graph with exits inside: an If after every exit, whose else branch is the rest.
+"""Join all segments into one graph with exits inside: an If after every exit, with the rest as else branch.
 
-The fair single-file baseline of a walk. It is joined from the segments' own graphs, so it computes what the
-walk computes. An If has one condition for all rows, so it takes one row at a time.
+This is the single-file baseline of a walk. It is joined from the segments' own graphs, so it computes what
+the walk computes. An If has one condition for all rows, so it takes one row at a time.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LOGITS, GATE, EXIT, THRESHOLD = "logits", "gate", "exit", "threshold"
 MAX_DEPTH = 30  # every If is three messages deeper (node, attribute, graph), and protobuf reads at most 100
 
 
-def nest(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
-    """Join graphs into one model: inputs are the stem's, [1, seq], and threshold []; outputs logits [1,
-    classes] and exit [1].
+def nest_segments(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
+    """Join the graphs of stem and segments into one model with exits inside.
 
-    stem, segments: fp32 graphs as to_onnx wrote them, in walking order. A row exits at the first exit whose
-    gate is above the threshold or, where segments have no policy, whose top probability reaches it; exit is
-    its 1-based number. Raises ValueError where nothing computes an input of a segment, and for more than
-    MAX_DEPTH segments.
+    Inputs: those of the stem, [1, seq], and threshold []. Outputs: logits [1, classes] and exit [1]. stem,
+    segments: fp32 graphs as to_onnx wrote them, in walking order. A row exits at the first exit whose gate is
+    above the threshold or, where segments have no policy, whose top probability reaches it; exit is its
+    1-based number. Raises ValueError if nothing computes an input of a segment, and for more than MAX_DEPTH
+    segments.
     """
     if len(segments) > MAX_DEPTH:
         raise ValueError(f"{len(segments)} segments cannot be nested, only {MAX_DEPTH}; keep fewer exits")
@@ -60,8 +60,9 @@ class _Result:
 def _insert(
     graph: onnx.GraphProto, source: onnx.GraphProto, prefix: str, inputs: Mapping[str, str]
 ) -> dict[str, str]:
-    """Move `source` into `graph`, with a prefix on all of its names but its inputs, which are read under the
-    names in `inputs`; gives the new names of its outputs. `source` cannot be used afterwards.
+    """Move `source` into `graph`, with a prefix on its names, and return the new names of its outputs.
+
+    Its inputs are read under the names in `inputs`. `source` cannot be used afterwards.
 
     Shapes are kept (with their free sizes): without them ONNX Runtime fuses less in a branch, and the
     baseline would be slower than necessary.
@@ -126,8 +127,9 @@ def _add_segments(
 
 
 def _exit_test(outputs: Mapping[str, str], prefix: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """Nodes that compute whether the row exits, as the runtime's rules gate and max_probability do, and their
-    constants.
+    """Nodes that compute whether the row exits, and their constants.
+
+    They compute what the runtime's rules gate and max_probability do.
     """
     leaves = f"{prefix}leaves"
     if GATE in outputs:

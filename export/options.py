@@ -1,4 +1,4 @@
-"""Options of an export, checked against each other before time is spent; a contradiction is a UserError."""
+"""Options of an export, checked against each other first; contradictions raise UserError."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import click
 
 
 class UserError(click.ClickException):
-    """One line on stderr, exit code 2: the user's input cannot be used."""
+    """The user's input cannot be used: one line on stderr and exit code 2."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How graphs are written.
+    """Options for writing graphs.
 
-    variants: precisions, fp32 first. reduce_range: 7 bits for int8 weights, None: as this machine needs.
+    variants: precisions, fp32 first. reduce_range: 7 bits for int8 weights (None: if this machine needs it).
     overwrite: replace folders that an earlier run wrote.
     """
 
@@ -32,7 +32,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """The options of ee-split, as given; see its help."""
+    """The options of command ee-split as the user gave them; see its help."""
 
     checkpoint: Path
     out: Path
@@ -63,17 +63,20 @@ class SplitOptions:
 
     @property
     def targets(self) -> tuple[Path, ...]:
-        """What will be written, in this order."""
+        """Paths that the command will write, in this order."""
         return tuple(path for path in (self.out, self.monolith, self.baselines) if path)
 
     def export(self) -> ExportOptions:
-        """How graphs are written; UserError for variants that do not exist."""
+        """The options for writing graphs; raises UserError for variants that do not exist."""
         reduced = {"auto": None, "full": False, "reduced": True}[self.int8_range]
         return ExportOptions(parse_variants(self.variants), reduced, self.overwrite)
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
-    """Variants from "fp32,int8"; UserError for unknown ones and where fp32 is not the first."""
+    """Parse option --variants, such as "fp32,int8".
+
+    Raises UserError for unknown variants, and if fp32 is not the first.
+    """
     from offramp.export.precision import VARIANTS
 
     names = tuple(word.strip() for word in text.split(","))
@@ -88,7 +91,10 @@ def parse_variants(text: str) -> tuple[str, ...]:
 
 
 def parse_blocks(text: str | None, exits: Sequence[int], owner: str) -> list[int] | None:
-    """Blocks to truncate after, from "3,4"; UserError for blocks that are no exits of the owner."""
+    """Parse option --truncate, such as "3,4", into blocks (1-based); None without the option.
+
+    Raises UserError for blocks after which the owner has no exit.
+    """
     if text is None:
         return None
     try:
@@ -102,7 +108,7 @@ def parse_blocks(text: str | None, exits: Sequence[int], owner: str) -> list[int
 
 
 def read_texts(file: Path) -> Sequence[str]:
-    """The lines of --texts that are not blank."""
+    """Read the lines of the file of --texts that are not blank; raises UserError if there are none."""
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as problem:
@@ -113,12 +119,15 @@ def read_texts(file: Path) -> Sequence[str]:
 
 
 def identity_of(path: Path) -> tuple[int, ...] | None:
-    """Inode and device of a path, which a rename into its place changes; None where nothing is."""
+    """Inode and device of a path, which change when another file replaces it; None if nothing is there."""
     return path.stat()[1:3] if os.path.exists(path) else None
 
 
-def outcome(before: Mapping[Path, tuple[int, ...] | None]) -> str:
-    """Which targets are written if the run ends now; before: the identity of each at the start."""
+def describe_written(before: Mapping[Path, tuple[int, ...] | None]) -> str:
+    """Describe for the user which targets have been written so far and which have not.
+
+    before: identity_of each target at the start of the run.
+    """
     new = [path for path, old in before.items() if identity_of(path) not in (None, old)]
     missing = [path for path in before if path not in new]
     written = f"written: {', '.join(map(str, new))}" if new else "no bundle was written"

@@ -14,17 +14,17 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from offramp.export.fp16 import halve
+from offramp.export.fp16 import convert_nodes_to_fp16
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")  # the others are written from fp32
 BLOCK = 128  # weights that share a scale in int4
-BITS = {"int8": 8, "int4": 4}  # of the weights that to_small_weights writes
-FINE = 32  # weights that share a scale there: a decoder's errors add up from token to token
+BITS = {"int8": 8, "int4": 4}  # bits of the weights that to_small_weights writes
+FINE = 32  # weights that share a scale in to_small_weights: a decoder's errors add up from token to token
 KEPT = ("exit/", "policy/")  # modules of a decoder's segment that stay float32
 
 
 def to_fp16(source: Path, target: Path) -> float:
-    """Write the fp16 form of a graph that to_onnx wrote; gives its size as a share of the original's.
+    """Write the fp16 form of a graph that to_onnx wrote, and return its size as a share of the original's.
 
     Weights and arithmetic inside blocks are float16; pooling, exit, policy and forecast stay float32, and so
     do inputs and outputs: variants mix in one walk and share the stem. It is for GPUs, which multiply float16
@@ -32,20 +32,20 @@ def to_fp16(source: Path, target: Path) -> float:
     """
     model = onnx.load(source)
     _products_of_blocks(source, model)
-    # Nodes that rewrites inserted have no types yet, and halve() needs to know every float.
-    halved = halve(onnx.shape_inference.infer_shapes(model, strict_mode=True), in_block)
+    # Nodes that rewrites inserted have no types yet, and the conversion needs to know every float.
+    halved = convert_nodes_to_fp16(onnx.shape_inference.infer_shapes(model, strict_mode=True), in_block)
     onnx.checker.check_model(halved, full_check=True)  # types too: a float16 beside a float32 is refused
     target.write_bytes(halved.SerializeToString())
     return target.stat().st_size / source.stat().st_size
 
 
 def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
-    """Write the int8 form of a graph that to_onnx wrote; gives its size as a share of the original's.
+    """Write the int8 form of a graph that to_onnx wrote, and return its size as a share of the original's.
 
     Only products with weights inside blocks become int8: exit and policy, whose few operators decide where a
-    row leaves, stay fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a
+    row exits, stay fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a
     scale a column; activations are quantized at run time with one scale a tensor. reduce_range: 7 bits for
-    weights; None: where needs_reduced_range() is true of this machine.
+    weights; None: if needs_reduced_range() is true of this machine.
     """
     inside = _products_of_blocks(source, onnx.load(source))
     reduced = needs_reduced_range() if reduce_range is None else reduce_range
@@ -64,23 +64,22 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
 
 
 def to_int4(source: Path, target: Path) -> float:
-    """Write the int4 form of a graph that to_onnx wrote; gives its size as a share of the original's.
+    """Write the int4 form of a graph that to_onnx wrote, and return its size as a share of the original's.
 
     Weights of products inside blocks have 4 bits, symmetric, one scale for BLOCK of them; activations are
-    quantized to 8 bits at run time. It pays where reading weights takes the time: short inputs, small caches.
-    Its operator (MatMulNBits) is ONNX Runtime's own.
+    quantized to 8 bits at run time. It saves time if reading weights takes most of the time: short inputs,
+    small caches. Its operator (MatMulNBits) is ONNX Runtime's own.
     """
     model = onnx.load(source)
     return _quantize_weights(model, set(_products_of_blocks(source, model)), 4, BLOCK, source, target)
 
 
 def to_small_weights(name: str, source: Path, target: Path) -> float:
-    """Write the int8 or int4 form of a decoder's segment, cache fill, head or monolith; gives its size as a
-    share of the original's.
+    """Write a decoder's graph with int8 or int4 weights, and return its size as a share of the original's.
 
-    Weights alone are stored in 8 or 4 bits; activations are quantized token by token, so that a token gets
-    the same logits among others as alone, which to_int8's one scale a tensor does not allow. Exits and
-    policies stay fp32.
+    source: a segment, cache fill, head or monolith. Weights alone are stored in 8 or 4 bits; activations are
+    quantized token by token, so that a token gets the same logits among others as alone, which to_int8's one
+    scale a tensor does not allow. Exits and policies stay fp32.
     """
     model = onnx.load(source)
     _store_transposed(model)
@@ -91,8 +90,9 @@ def to_small_weights(name: str, source: Path, target: Path) -> float:
 
 
 def _store_transposed(model: onnx.ModelProto) -> None:
-    """Store weights transposed instead of transposing them at run time: where stem and head are one graph
-    and share a table, the head's product has no weight of its own to quantize.
+    """Store weights transposed instead of transposing them at run time.
+
+    If stem and head are one graph and share a table, the head's product has no weight of its own to quantize.
     """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     transposes = [n for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in weights]
@@ -107,7 +107,7 @@ def _store_transposed(model: onnx.ModelProto) -> None:
 def _quantize_weights(
     model: onnx.ModelProto, products: set[str], bits: int, block: int, source: Path, target: Path
 ) -> float:
-    """Write a graph with the weights of these products in few bits; gives its size as a share."""
+    """Write a graph with the weights of these products in few bits, and return its size as a share."""
     others = [node.name for node in model.graph.node if node.name not in products]
     with _quiet():
         nbits = _nbits()
@@ -128,7 +128,7 @@ def write_variant(
     weights_only: bool = False,
     reduce_range: bool | None = None,
 ) -> float:
-    """Write a graph in another variant than fp32; gives its size as a share of the original's.
+    """Write a graph in a variant other than fp32, and return its size as a share of the original's.
 
     weights_only: int8 and int4 as to_small_weights writes them. reduce_range: see to_int8.
     """
@@ -146,7 +146,7 @@ def write_variant(
 def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) -> bool:
     """Whether int8 weights must keep to 7 bits on this machine.
 
-    machine, cpuinfo: of another machine, what platform.machine() and /proc/cpuinfo give there.
+    machine, cpuinfo: platform.machine() and /proc/cpuinfo of another machine.
 
     x86 without VNNI adds pairs of uint8 * int8 products in 16 bits, which overflow at full range and silently
     spoil the result; with VNNI (AVX512 or AVX) and on ARM sums have 32 bits. A bundle that is written on one
@@ -163,7 +163,7 @@ def needs_reduced_range(machine: str | None = None, cpuinfo: str | None = None) 
 
 
 def in_block(name: str) -> bool:
-    """Whether a node belongs to a block: to_onnx names nodes by their modules."""
+    """Whether a node of this name belongs to a block; to_onnx names nodes by their modules."""
     return "blocks." in name.rpartition("/")[0]
 
 
@@ -178,8 +178,9 @@ def _products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
 
 
 def _nbits() -> Any:
-    """ONNX Runtime's quantizer to few bits. Importing it sets the process's log level to INFO; the old level
-    is put back.
+    """Import ONNX Runtime's quantizer to few bits.
+
+    The import sets the process's log level to INFO; the old level is restored.
     """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

@@ -1,5 +1,7 @@
-"""Rewrites of an exported graph that save operators: a tiny one costs as much to start as to run, and every
-segment repeats some that one graph of all blocks runs once.
+"""Rewrite an exported graph so that it has fewer operators.
+
+A tiny operator takes as long to start as to run, and every segment repeats some that a single graph of all
+blocks runs once.
 
 All results are ONNX's own operators; the rewrites run on onnxscript's pattern rewriter.
 """
@@ -16,17 +18,21 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 
 
 class FixedReshape(RewriteRuleClassBase):
-    """Reshape by a constant where sizes are numbers or keep their axis (0: "as in the input"); one may move
-    to another axis (-1: the rest).
+    """Rewrite that gives Reshape a constant shape instead of one that the graph computes.
+
+    It applies where sizes are numbers or keep their axis (0: "as in the input"); one may move to another axis
+    (-1: the rest).
 
     The exporter computes the free sizes from some input of the graph, by Shape and Concat, again in every
     segment.
     """
 
     def pattern(self, op: Any, data: Any, shape: Any) -> Any:
+        """The operators that this rewrite replaces; called by onnxscript's rewriter."""
         return op.Reshape(data, shape, _outputs=["reshaped"])
 
     def check(self, context: Any, data: ir.Value, shape: ir.Value, reshaped: ir.Value) -> MatchResult:
+        """Whether the rewrite applies: the shape is no constant yet, and constant sizes exist."""
         result = MatchResult()
         if shape.const_value is not None:
             return result.fail("a constant already")
@@ -35,32 +41,37 @@ class FixedReshape(RewriteRuleClassBase):
         return result
 
     def rewrite(self, op: Any, data: ir.Value, shape: ir.Value, reshaped: ir.Value) -> Any:
+        """The Reshape with a constant shape that replaces the pattern."""
         sizes = _sizes(data, reshaped) or []  # check() excluded None
         return op.Reshape(data, op.Constant(value=ir.tensor(sizes, dtype=ir.DataType.INT64)))
 
 
-class Quotient(RewriteRuleClassBase):
-    """x / sqrt(v) in RMS norms, which ONNX Runtime fuses into one operator, for x * (1 / sqrt(v))."""
+class RootQuotient(RewriteRuleClassBase):
+    """Rewrite of x * (1 / sqrt(v)) to x / sqrt(v) in RMS norms, for which ONNX Runtime has one operator."""
 
     def pattern(self, op: Any, x: Any, v: Any) -> Any:
+        """The operators that this rewrite replaces; called by onnxscript's rewriter."""
         return op.Mul(x, op.Reciprocal(op.Sqrt(v)))
 
     def rewrite(self, op: Any, x: ir.Value, v: ir.Value) -> Any:
+        """The operators x / sqrt(v) that replace the pattern."""
         return op.Div(x, op.Sqrt(v))
 
 
-class HalfLast(RewriteRuleClassBase):
-    """GELU as (x * (1 + erf(x / sqrt 2))) * 0.5, the order that ONNX Runtime fuses into one operator.
+class GeluHalfLast(RewriteRuleClassBase):
+    """Rewrite of GELU to (x * (1 + erf(x / sqrt 2))) * 0.5, which ONNX Runtime fuses into one operator.
 
     PyTorch's decomposition halves the bracket first, x * (0.5 * (1 + erf)), which no ONNX Runtime up to 1.32
     fuses: five operators over the widest tensor of a block.
     """
 
     def pattern(self, op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
+        """The operators that this rewrite replaces; called by onnxscript's rewriter."""
         bracket = op.Add(op.Erf(op.Div(x, root)), one)
         return op.Mul(x, op.Mul(half, bracket))
 
     def check(self, context: Any, x: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value) -> MatchResult:
+        """Whether the rewrite applies: the constants are those of GELU."""
         result = MatchResult()
         constants = ((root, math.sqrt(2.0)), (one, 1.0), (half, 0.5))
         if not all(_is(value, number) for value, number in constants):
@@ -68,17 +79,20 @@ class HalfLast(RewriteRuleClassBase):
         return result
 
     def rewrite(self, op: Any, x: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value) -> Any:
+        """The operators of GELU, in the new order, that replace the pattern."""
         bracket = op.Add(op.Erf(op.Div(x, root)), one)
         return op.Mul(op.Mul(x, bracket), half)
 
 
 class JoinedProducts(RewriteRuleClassBase):
-    """One product for several products of the same input that are concatenated, biases too."""
+    """Rewrite of several products of the same input that are concatenated, with biases, to one product."""
 
     def pattern(self, op: Any, first: Any) -> Any:
+        """The operator that this rewrite replaces, a Concat; called by onnxscript's rewriter."""
         return op.Concat(first, _allow_other_inputs=True, axis=-1, _outputs=["joined"])
 
     def check(self, context: Any, first: ir.Value, joined: ir.Value) -> MatchResult:
+        """Whether the rewrite applies: all inputs of the Concat are products of one input with weights."""
         result, products = MatchResult(), _products(joined)
         if len(products) < 2:
             return result.fail("not all are products with weights, with or without a bias")
@@ -87,6 +101,7 @@ class JoinedProducts(RewriteRuleClassBase):
         return result
 
     def rewrite(self, op: Any, first: ir.Value, joined: ir.Value) -> Any:
+        """The product, and the sum with the biases if there are any, that replace the pattern."""
         products = _products(joined)
         weights = _concatenated(op, [product.weights for product in products], f"{joined.name}_weights")
         output = op.MatMul(products[0].data, weights)
@@ -95,19 +110,20 @@ class JoinedProducts(RewriteRuleClassBase):
 
 
 RULES = RewriteRuleSet(
-    [rule.rule() for rule in (FixedReshape, Quotient, HalfLast, JoinedProducts)],  # type: ignore[no-untyped-call]
+    [rule.rule() for rule in (FixedReshape, RootQuotient, GeluHalfLast, JoinedProducts)],  # type: ignore[no-untyped-call]
     commute=True,
 )
 
 
-def shorten(model: ir.Model) -> ir.Model:
-    """The model with all rewrites applied and all unused nodes removed."""
+def apply_rewrites(model: ir.Model) -> ir.Model:
+    """Apply all rewrites to a model and remove its unused nodes."""
     return rewrite(model, RULES)
 
 
 def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
-    """Constant sizes of a Reshape: numbers, 0 where a free size is the input's at the same axis, and -1 for
-    one that is not; None where two would be -1.
+    """Constant sizes of a Reshape; None if they do not exist.
+
+    A free size is 0 if it is the input's at the same axis, else -1; there can be only one -1.
     """
     if data.shape is None or reshaped.shape is None:
         return None
@@ -131,7 +147,7 @@ class _Product(NamedTuple):
 
 
 def _products(joined: ir.Value) -> list[_Product]:
-    """The inputs of a Concat, if all of them are products with weights; else none."""
+    """The products that a Concat joins; empty unless all of its inputs are products with weights."""
     node = joined.producer()
     values = () if node is None else tuple(node.inputs)
     products = [product for product in map(_product, values) if product is not None]

@@ -1,4 +1,4 @@
-"""Samples on which a classifier's bundle is verified: real text, or images, as inputs of the stem."""
+"""Samples on which a classifier's bundle is verified: texts or images, as inputs of the stem."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from offramp.runtime.inputs.images import ImageInput, normalized, pixels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
 MAX_SAMPLES, ROWS, ALONE = 256, 4, 8  # samples that are used, rows of a batch, samples also run alone
-RANDOM_IMAGES = 16  # where the caller gives none
+RANDOM_IMAGES = 16  # if the caller gives none
 Batches = Iterator[tuple[Values, torch.Tensor]]
 
 
-def batches(checkpoint: Checkpoint, samples: Sequence[str] | None = None) -> Batches:
-    """Inputs of the stem, and which tokens are real [batch, seq].
+def verification_batches(checkpoint: Checkpoint, samples: Sequence[str] | None = None) -> Batches:
+    """Batches of the stem's inputs, each with a mask of its real tokens [batch, seq].
 
     samples: texts or paths of images; None: SENTENCES, or random images with a fixed seed. Raises BadInput
     for an image that cannot be read.
@@ -29,7 +29,7 @@ def batches(checkpoint: Checkpoint, samples: Sequence[str] | None = None) -> Bat
 
 
 def _images(checkpoint: Checkpoint, facts: ImageInput, files: Sequence[str] | None) -> Batches:
-    """Batches of images, the last ones alone."""
+    """Batches of images, then the last two images alone."""
     images = _random_images(facts) if files is None else [pixels(file, facts) for file in files[:MAX_SAMPLES]]
     if not images:
         raise ValueError("no image to verify on; give a file with at least one path")
@@ -40,7 +40,7 @@ def _images(checkpoint: Checkpoint, facts: ImageInput, files: Sequence[str] | No
 
 
 def _random_images(facts: ImageInput) -> list[np.ndarray]:
-    """Coarse random squares with fine noise over them: neither flat nor noise alone, as photographs are."""
+    """Random images of coarse squares with fine noise: like photographs, neither flat nor noise alone."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (RANDOM_IMAGES, 4, 4, 3))
     high, wide = -(-facts.height // 4), -(-facts.width // 4)
@@ -50,7 +50,7 @@ def _random_images(facts: ImageInput) -> list[np.ndarray]:
 
 
 def _texts(checkpoint: Checkpoint, facts: TextFacts, texts: Sequence[str]) -> Batches:
-    """Padded batches, some texts alone, and a row of one token."""
+    """Padded batches of texts, some texts alone, and a row of one token."""
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
     tokenizer.no_padding()
     tokenizer.enable_truncation(facts.longest)

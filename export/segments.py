@@ -1,4 +1,4 @@
-"""What a network is cut into: segments, each of which becomes one graph. Nothing here uses a disk."""
+"""The segments that a network is cut into, each of which becomes one graph. Nothing here uses a disk."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Segment:
-    """A module that takes and returns plain tensors, in the order of `inputs` and `outputs`.
+    """A part of a network that becomes one graph: a module, and descriptions of its inputs and outputs.
 
-    blocks: 1-based, empty for stem and heads. macs: of one row, exit and policy included. longest: the most
-    tokens of a row. The module shares the network's parameters; only folded exits and policies are copies.
+    The module takes and returns plain tensors in the order of `inputs` and `outputs`. blocks: 1-based, empty
+    for stem and heads. macs: multiply-accumulates of one row, exit and policy included. longest: most tokens
+    of a row. The module shares the network's parameters; only folded exits and policies are copies.
     """
 
     name: str
@@ -45,16 +46,16 @@ class Segment:
     longest: int
 
     def reads(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The segment's inputs, taken from values by name."""
+        """Take the segment's inputs from `values` by name, in the order of `inputs`."""
         return [values[tensor.name] for tensor in self.inputs]
 
 
 @dataclass(frozen=True)
 class SplitNetwork:
-    """All segments of a network. Classifiers have stem and segments; decoders have the others, too.
+    """All segments that a network was cut into; decoders have cache fills and heads, too.
 
-    cache_fills: for every segment but the first, keys and values of tokens that skip it. draft: a head of
-    fewer ids, None where the vocabulary is small.
+    cache_fills: for every segment but the first, the graph that computes keys and values of tokens that skip
+    it. draft: a head of fewer ids, None if the vocabulary is small.
     """
 
     stem: Segment
@@ -68,11 +69,14 @@ class SplitNetwork:
 
     @property
     def heads(self) -> tuple[Segment, ...]:
-        """The heads that exist."""
+        """The head and the draft head, those that exist; empty for a classifier."""
         return tuple(head for head in (self.head, self.draft) if head is not None)
 
     def in_walking_order(self) -> Iterator[Segment]:
-        """Every segment after those whose outputs it reads; a cache fill before the segment it replaces."""
+        """Iterate over all segments in the order in which a walk can run them.
+
+        A segment comes after those whose outputs it reads, a cache fill before the segment that it replaces.
+        """
         cache_fills = {segment.blocks: segment for segment in self.cache_fills}
         yield self.stem
         for segment in self.segments:
@@ -83,9 +87,9 @@ class SplitNetwork:
 
 
 class Sample(NamedTuple):
-    """A batch on which a split is verified.
+    """A batch on which a split network is verified.
 
-    inputs: tensors of the stem, and caches. kept: tokens whose hidden states are compared [batch, seq].
+    inputs: the stem's inputs, and caches. kept: tokens whose hidden states are compared [batch, seq].
     expected: the network's own outputs, a dict for each segment in walking order.
     """
 
@@ -96,10 +100,10 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class ManifestFacts:
-    """What a manifest has from the checkpoint; see Manifest for the fields.
+    """The fields of a manifest that come from the checkpoint; see Manifest.
 
-    training: what training.json holds. provenance: what is known of this kind of network alone. stop_ids: of
-    decoders, the ids that end an answer.
+    training: the contents of training.json. provenance: entries that only this kind of network has. stop_ids:
+    ids that end a decoder's answer.
     """
 
     task: str
@@ -114,78 +118,82 @@ class ManifestFacts:
 
 
 class Exportable(Protocol):
-    """A trained network with everything that its bundle needs: ExportableClassifier or ExportableDecoder.
-
-    weights_only: int8 and int4 quantize weights and no activations. tolerances: by variant, the difference
-    from the network that verification allows; a variant without one is measured only.
-    """
+    """A trained network with everything that its bundle needs: ExportableClassifier or ExportableDecoder."""
 
     @property
-    def weights_only(self) -> bool: ...
+    def weights_only(self) -> bool:
+        """Whether int8 and int4 quantize weights and no activations."""
+        ...
+
     @property
-    def tolerances(self) -> Mapping[str, float]: ...
+    def tolerances(self) -> Mapping[str, float]:
+        """The difference from the network that verification allows, by variant.
+
+        A variant without an entry is measured only.
+        """
+        ...
 
     @property
     def network(self) -> EarlyExitNetwork | DecoderNetwork:
-        """In evaluation mode, float32."""
+        """The trained network, in evaluation mode, with float32 weights."""
         ...
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Files that a bundle holds beside its graphs, by their names there."""
+        """Files that a bundle holds in addition to its graphs, by their names in the bundle."""
         ...
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
-        """Cut the network after these blocks; ValueError for cuts that are impossible.
+        """Cut the network after these blocks; raises ValueError for cuts that are impossible.
 
-        variants: those that will be written; None: all that the network knows.
+        variants: the variants that will be written (None: all that the network can have).
         """
         ...
 
     def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
-        """What the manifest of the split says beside its segments."""
+        """The facts that the manifest of the split holds in addition to its segments."""
         ...
 
     def samples(
         self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
     ) -> Iterator[Sample]:
-        """What to verify the split on: texts, paths of images, or None for samples of our own."""
+        """Samples on which the split is verified, from texts or paths of images (None: built-in samples)."""
         ...
 
 
 def total_macs(costs: Iterable[MacTerms]) -> Macs:
-    """The sum, as a manifest states it."""
+    """Sum of multiply-accumulates, as a manifest states them."""
     listed = list(costs)
     return Macs(sum(c.token for c in listed), sum(c.pair for c in listed), sum(c.row for c in listed))
 
 
 def file_name(segment: str, variant: str) -> str:
-    """Name of a segment's graph in a bundle."""
+    """Name of the file of a segment's graph in a bundle."""
     return f"{segment}.onnx" if variant == "fp32" else f"{segment}_{variant}.onnx"
 
 
 def variants_of(segment: Segment, variants: Sequence[str]) -> list[str]:
-    """The variants in which a segment is written: a stem has the first one, a head has no fp16."""
+    """The variants in which a segment is written: a stem only in the first, a head not in fp16."""
     if segment.name == "stem":
         return list(variants[:1])
     return [name for name in variants if segment.blocks or name != "fp16"]
 
 
 def require_float32(network: nn.Module) -> None:
-    """Raise ValueError for a network with other weights."""
+    """Raise ValueError unless the network's weights are float32."""
     if (dtype := next(network.parameters()).dtype) != torch.float32:
         raise ValueError(
             f"the network's weights are {dtype}; segments are float32: call network.float() first"
         )
 
 
-def symbolic(
+def describe_tensors(
     small: Mapping[str, torch.Tensor], large: Mapping[str, torch.Tensor], axes: Mapping[tuple[int, int], str]
 ) -> tuple[Tensor, ...]:
-    """The tensors of a module that ran at two sizes; an axis that differs is symbolic.
+    """Describe the tensors of a module that ran at two sizes; an axis whose size differs is symbolic.
 
-    axes: name by (size in small, size in large). So a family can give its blocks any tensor to read, and no
-    family's tensors are named in this room.
+    axes: the axis's name by (size in small, size in large). A family can therefore give its blocks any tensor
+    to read, and no family's tensors are named in this package.
     """
     tensors = []
     for name, value in small.items():

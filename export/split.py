@@ -1,4 +1,4 @@
-"""Run as a script: ee-split from a checkout. Everything else is in cli.py."""
+"""Script that runs ee-split from a checkout. Everything else is in cli.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # A script's own folder comes first on the path, where verify.py, cli.py and the rest would pass for
-    # top-level modules.
+    # A script's own folder comes first on the path, so that verify.py, cli.py and the rest would be imported
+    # as top-level modules.
     sys.path[:] = [place for place in sys.path if place != os.path.dirname(os.path.abspath(__file__))]
     try:
         from offramp.export.cli import main

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offramp.export.verify import Report
+from offramp.export.verify import VerificationReport
 from offramp.runtime.bundle.manifest import Manifest
 
 TOKENS = 32  # the length of text at which the closing table counts a classifier's MACs
 
 
-def closing_table(manifest: Manifest, report: Report) -> str:
-    """One line a graph: blocks, MACs, bytes of each variant, distance from torch, and of classifiers the
+def closing_table(manifest: Manifest, report: VerificationReport) -> str:
+    """The table that ee-split prints last, one line for each graph.
+
+    Columns: blocks, MACs, bytes of each variant, largest difference from torch and, for classifiers, the
     share of labels that each variant keeps.
     """
     variants = manifest.variants
@@ -37,14 +39,14 @@ def closing_table(manifest: Manifest, report: Report) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, each column as wide as its widest cell."""
+    """Format rows of cells as lines of text, each column as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(line) for line in lines)
 
 
 def _tokens(manifest: Manifest) -> int:
-    """Tokens of a row: an image has a fixed number of them."""
+    """Number of tokens at which MACs are counted; an image has a fixed number."""
     outputs = manifest.stem.variants[manifest.variants[0]].outputs
     (length,) = (tensor.shape[1] for tensor in outputs if tensor.name == "hidden")
     return length if isinstance(length, int) else TOKENS

@@ -1,9 +1,9 @@
-"""Time tokens of decoder bundles, in a process of its own that auto.py starts.
+"""Measure seconds a token of decoder bundles, in a separate process that auto.py starts.
 
     python -m offramp.export.time_tokens VARIANT BUNDLE BUNDLE...
 
-It opens the bundles in this order; they take turns, token by token. It prints the median seconds of a token
-of each, as JSON.
+It opens the bundles in this order and generates one token with each in turn. It prints the median seconds a
+token of each bundle, as JSON.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 from offramp.runtime.loading import load_generator
 
 PROMPT, STEPS = 32, 60  # tokens of the prompt; tokens that are timed
-UNTIMED = 5  # of these, which bind memory
+UNTIMED = 5  # first steps that are not timed, because they bind memory
 
 
-def seconds_of(bundles: list[Path], variant: str) -> list[float]:
-    """Median seconds of a token at full depth, head included, of each bundle."""
+def median_token_seconds(bundles: list[Path], variant: str) -> list[float]:
+    """Median seconds a token of each bundle at full depth, head included."""
     with ExitStack() as sessions:
         opened = [
             sessions.enter_context(load_generator(bundle, variant=variant, rule="never", share=False))
@@ -45,4 +45,4 @@ def seconds_of(bundles: list[Path], variant: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(seconds_of([Path(word) for word in sys.argv[2:]], sys.argv[1])))
+    print(json.dumps(median_token_seconds([Path(word) for word in sys.argv[2:]], sys.argv[1])))

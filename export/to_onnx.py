@@ -14,19 +14,19 @@ import onnx
 import torch
 from torch import nn
 
-from offramp.export.rewrite import shorten
+from offramp.export.rewrite import apply_rewrites
 from offramp.export.segments import Segment
 from offramp.runtime.bundle.manifest import Tensor
 
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
-# They differ from each other, and from one, which an exporter may treat as a constant.
+# The sizes differ from each other, and from one, which an exporter may treat as a constant.
 TRACED = {"batch": 2, "seq": 11, "past": 7}
 
 
 def to_onnx(segment: Segment, path: Path) -> None:
-    """Write a segment's graph, with the segment's names, types and shapes of inputs and outputs.
+    """Export a segment to an ONNX file with the segment's names, types and shapes of inputs and outputs.
 
-    Nodes are named by their modules ("blocks.0.attention.self.query/MatMul_9"). Raises RuntimeError where the
+    Nodes are named by their modules ("blocks.0.attention.self.query/MatMul_9"). Raises RuntimeError if the
     exported graph has other inputs or outputs, or operators of a vendor.
     """
     axes = {name: torch.export.Dim(name, min=1, max=segment.longest) for name in ("seq", "past")}
@@ -47,7 +47,7 @@ def to_onnx(segment: Segment, path: Path) -> None:
             input_names=[tensor.name for tensor in segment.inputs],
             output_names=[tensor.name for tensor in segment.outputs],
         )
-        program.model = shorten(program.model)
+        program.model = apply_rewrites(program.model)
         model: onnx.ModelProto = program.model_proto
     _name_nodes(model)
     _strip(model)
@@ -57,7 +57,10 @@ def to_onnx(segment: Segment, path: Path) -> None:
 
 @contextlib.contextmanager
 def eager_attention(module: nn.Module) -> Iterator[None]:
-    """Export attention as plain products: fewer operators than scaled_dot_product_attention becomes."""
+    """Context manager in which a module computes attention by plain products.
+
+    They become fewer operators than scaled_dot_product_attention.
+    """
     configs: dict[int, Any] = {}
     for submodule in module.modules():
         config = getattr(submodule, "config", None)
@@ -77,7 +80,7 @@ def eager_attention(module: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Silence the exporter's output; its exceptions are raised as usual.
 
-    It prints, logs and warns on every export about things that nobody here can change (axes that share a
+    It prints, logs and warns on every export about things that cannot be changed here (axes that share a
     name, torchvision that is not installed).
     """
     logger = logging.getLogger("torch.onnx")
@@ -100,7 +103,7 @@ def _example(tensor: Tensor, longest: int) -> torch.Tensor:
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    """Name every node by its module, which the exporter stores in its metadata alone."""
+    """Name every node by its module, which the exporter stores only in the metadata."""
     for number, node in enumerate(model.graph.node):
         metadata = {entry.key: entry.value for entry in node.metadata_props}
         # "['', 'blocks.0', 'blocks.0.attention', 'linear']": modules from the outside in, the operator's own
@@ -116,7 +119,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove the exporter's metadata: half of a small graph, with paths of the exporting machine in it."""
+    """Remove the exporter's metadata, which is half of a small graph and holds paths of this machine."""
     graph = model.graph
     for entry in (
         model,
@@ -132,7 +135,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _check(model: onnx.ModelProto, segment: Segment) -> None:
-    """Compare the graph with the segment, and check it."""
+    """Check that the graph is valid ONNX and has the segment's inputs and outputs."""
     foreign = {node.domain or "ai.onnx" for node in model.graph.node} - {"ai.onnx"}
     if foreign or model.functions or [o.version for o in model.opset_import if o.domain == ""] != [OPSET]:
         raise RuntimeError(

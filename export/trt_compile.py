@@ -34,8 +34,11 @@ CURE = "pip install tensorrt-rtx-cu13 (dev machines only: 97 MB; it needs no GPU
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A compiled graph: bytes of the engine, or None and TensorRT-RTX's error messages."""
+class CompiledGraph:
+    """Result of compiling one graph: the engine's size in bytes, or None and TensorRT-RTX's error messages.
+
+    graph: its file. seconds: time of the compilation.
+    """
 
     graph: str
     size: int | None
@@ -43,8 +46,8 @@ class Compiled:
     problem: str = ""
 
 
-def compiler() -> Any:
-    """The module tensorrt_rtx; ModuleNotFoundError names the package to install."""
+def import_compiler() -> Any:
+    """Import the module tensorrt_rtx; raises ModuleNotFoundError that names the package to install."""
     try:
         return import_module("tensorrt_rtx")
     except ImportError as problem:
@@ -53,8 +56,11 @@ def compiler() -> Any:
 
 def compile_graph(
     trt: Any, data: bytes, graph: Variant, known: Sequence[Profile], targets: Sequence[str] = TARGETS
-) -> Compiled:
-    """Compile the bytes of one graph for every target, as engine trt does for the GPU of a device."""
+) -> CompiledGraph:
+    """Compile one graph for every target, with the settings of engine trt.
+
+    trt: module tensorrt_rtx. data: the graph's bytes. targets: compute capabilities such as "8.6".
+    """
     started = time.perf_counter()
 
     def adjust(config: Any) -> None:
@@ -67,17 +73,17 @@ def compile_graph(
     try:
         blob, _ = build(trt, Log(trt), data, graph, known, adjust=adjust)
     except BadBundle as problem:
-        # After any error it also reports that there is no GPU, which is no error of the graph.
+        # After any error the compiler also reports that there is no GPU, which is no error of the graph.
         messages = [message for message in str(problem).split("; ") if "cudaError" not in message]
-        return Compiled(graph.file, None, time.perf_counter() - started, "; ".join(messages))
-    return Compiled(graph.file, len(blob), time.perf_counter() - started)
+        return CompiledGraph(graph.file, None, time.perf_counter() - started, "; ".join(messages))
+    return CompiledGraph(graph.file, len(blob), time.perf_counter() - started)
 
 
-def check(
+def compile_bundle(
     bundle: Bundle, variants: Sequence[str] = VARIANTS, targets: Sequence[str] = TARGETS
-) -> Iterator[Compiled]:
-    """Compile every graph of the bundle in those of these variants that it has, the stem first."""
-    trt, manifest = compiler(), bundle.manifest
+) -> Iterator[CompiledGraph]:
+    """Compile the graphs of a bundle in these variants, the stem first; variants it lacks are left out."""
+    trt, manifest = import_compiler(), bundle.manifest
     if manifest.task == GENERATION:
         raise BadSetting(f"{bundle.folder} generates text, which engine trt does not walk yet")
     graphs = [manifest.stem.variants[manifest.variants[0]]]
@@ -88,7 +94,7 @@ def check(
 
 
 def _capability(trt: Any, target: str) -> Any:
-    """The compiler's constant for a target such as "8.6"; BadSetting lists the ones that exist."""
+    """The compiler's constant for a target such as "8.6"; raises BadSetting that lists those that exist."""
     known = [name for name in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
     if (name := f"SM{target.replace('.', '')}") not in known:
         offers = ", ".join(f"{constant[2:-1]}.{constant[-1]}" for constant in known)
@@ -102,6 +108,7 @@ def _capability(trt: Any, target: str) -> Any:
 @click.option("--variant", help="Variant to compile. [default: those of fp32 and fp16 that it has]")
 @click.option("--target", "targets", multiple=True, default=TARGETS, help="Compute capability, such as 8.6.")
 def main(bundle: Path, trt: bool, variant: str | None, targets: tuple[str, ...]) -> None:
+    """Command ee-verify: check the files of a bundle and, with --trt, compile its graphs."""
     refused = 0
     try:
         opened = open_bundle(bundle)
@@ -109,7 +116,9 @@ def main(bundle: Path, trt: bool, variant: str | None, targets: tuple[str, ...])
         click.echo(f"{bundle}: {len(opened.manifest.files)} files as the manifest says")
         if trt and variant not in (None, *opened.manifest.variants):
             raise click.UsageError(f"--variant {variant}: it offers {', '.join(opened.manifest.variants)}")
-        for result in check(opened, VARIANTS if variant is None else [variant], targets) if trt else ():
+        for result in (
+            compile_bundle(opened, VARIANTS if variant is None else [variant], targets) if trt else ()
+        ):
             is_refused = result.size is None
             outcome = "refused" if is_refused else f"{result.size:,} bytes, {result.seconds:.1f} s"
             click.echo(f"{result.graph}: {outcome}")

@@ -1,4 +1,4 @@
-"""Compare a split with its network, segment by segment: torch's segments and the graphs in ONNX Runtime."""
+"""Compare a split network with the original, segment by segment, in torch and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ TORCH, GRAPHS = "torch whole vs torch segments", "torch whole vs ORT segments"
 
 
 class NotVerified(ValueError):
-    """A segment's outputs are not those of the network."""
+    """A segment's outputs differ from those of the network by more than is allowed."""
 
 
 @dataclass(frozen=True)
-class Seam:
-    """The largest difference of one output of one segment; of hidden states, at real tokens alone."""
+class OutputDifference:
+    """The largest difference between one output of a segment and the network's value.
+
+    pair: what was compared. Hidden states are compared at real tokens alone. allowed: the largest difference
+    that verification accepts.
+    """
 
     segment: str
     tensor: str
@@ -41,8 +45,8 @@ class Seam:
     allowed: float
 
     @property
-    def bad(self) -> bool:
-        """Larger than allowed; a NaN is."""
+    def too_large(self) -> bool:
+        """Whether the difference is larger than allowed, or NaN."""
         return not self.difference <= self.allowed
 
     def __str__(self) -> str:
@@ -51,8 +55,9 @@ class Seam:
 
 @dataclass(frozen=True)
 class PrecisionLoss:
-    """What a variant other than fp32 does to one segment's logits: share of rows with the same label as in
-    fp32, and the largest change of a logit.
+    """Change of one segment's logits in a variant other than fp32.
+
+    agreement: share of rows with the same label as in fp32. difference: the largest change of a logit.
     """
 
     segment: str
@@ -62,26 +67,28 @@ class PrecisionLoss:
 
 
 @dataclass
-class Report:
-    """Every seam in walking order, and the losses of the other variants."""
+class VerificationReport:
+    """Results of a verification: differences of all outputs in walking order, losses of other variants."""
 
-    seams: list[Seam] = field(default_factory=list)
+    differences: list[OutputDifference] = field(default_factory=list)
     losses: list[PrecisionLoss] = field(default_factory=list)
 
     @property
-    def first_bad(self) -> Seam | None:
-        """The first seam whose difference is not allowed, or None."""
-        return next((seam for seam in self.seams if seam.bad), None)
+    def first_bad(self) -> OutputDifference | None:
+        """The first difference that is larger than allowed, or None."""
+        return next((entry for entry in self.differences if entry.too_large), None)
 
     def require_good(self) -> None:
-        """Raise NotVerified, naming the first bad seam, if there is one."""
+        """Raise NotVerified, which names the first difference that is not allowed, if there is one."""
         if (bad := self.first_bad) is not None:
             raise NotVerified(f"{bad}, allowed are {bad.allowed:.3g}")
 
     def worst(self, segment: str) -> float:
-        """The largest difference of a segment's outputs in fp32."""
+        """The largest difference of a segment's outputs from the network's in fp32."""
         pairs = (TORCH, GRAPHS)
-        return max(seam.difference for seam in self.seams if seam.segment == segment and seam.pair in pairs)
+        return max(
+            entry.difference for entry in self.differences if entry.segment == segment and entry.pair in pairs
+        )
 
 
 @torch.no_grad()
@@ -91,19 +98,20 @@ def verify(
     split: SplitNetwork,
     variants: Sequence[str],
     texts: Sequence[str] | None = None,
-) -> Report:
-    """Walk samples through the network and through the graphs in `folder`, and compare every output.
+) -> VerificationReport:
+    """Run samples through the network and through the graphs in `folder`, and compare every output.
 
     texts: texts or paths of images, None: built-in samples. Each walk continues with its own values, so
-    differences add up as they would in use. Differences up to the source's tolerance for the variant are
-    allowed; for hidden states, keys, values and a decoder's logits, times their largest magnitude where it is
-    above 1, as float32 has no more digits; for gates in variants that round, 0.5 or more.
+    differences add up as they do in use. Differences up to the source's tolerance for the variant are
+    allowed; for hidden states, keys, values and a decoder's logits the tolerance is multiplied by their
+    largest magnitude if it is above 1, as float32 has no more digits; for gates in variants that round, 0.5
+    or more is allowed.
     """
     source.network.float().eval()
     samples = list(source.samples(split, variants, texts))
     walks = {name: [dict(sample.inputs) for sample in samples] for name in ("torch", *variants)}
     pairs = {GRAPHS if name == "fp32" else f"{GRAPHS}, variant {name}": name for name in variants}
-    report = Report()
+    report = VerificationReport()
     for segment in split.in_walking_order():
         for values in walks["torch"]:
             _update(values, segment, segment.module(*segment.reads(values)))
@@ -118,7 +126,9 @@ def verify(
                 if tolerance is not None:
                     difference, scale = _difference(tensor.name, expected, walks[name], samples)
                     allowed = tolerance * max(1.0, scale) if scaled else _unscaled(tolerance)
-                    report.seams.append(Seam(segment.name, tensor.name, pair, difference, allowed))
+                    report.differences.append(
+                        OutputDifference(segment.name, tensor.name, pair, difference, allowed)
+                    )
         if any(tensor.name == "logits" for tensor in segment.outputs):
             losses = (_loss(segment.name, name, walks["fp32"], walks[name]) for name in variants[1:])
             report.losses.extend(losses)
@@ -126,7 +136,7 @@ def verify(
 
 
 def _unscaled(tolerance: float) -> float:
-    """The allowed difference of a gate: one near its threshold may change by a lot where a variant rounds."""
+    """The allowed difference of a gate; a gate near its threshold may change by a lot if a variant rounds."""
     return tolerance if tolerance <= TOLERANCE else max(tolerance, 0.5)
 
 
@@ -149,7 +159,7 @@ def _run_graph(segment: Segment, path: Path, walk: Sequence[Values]) -> None:
 
 
 def _update(values: Values, segment: Segment, outputs: Sequence[torch.Tensor]) -> None:
-    """Put outputs where the next segment reads them."""
+    """Store outputs under the names by which the next segment reads them."""
     for tensor, value in zip(segment.outputs, outputs, strict=True):
         values[tensor.name.removeprefix(NEXT)] = value
 
@@ -157,7 +167,7 @@ def _update(values: Values, segment: Segment, outputs: Sequence[torch.Tensor]) -
 def _difference(
     tensor: str, expected: Sequence[Values], walk: Sequence[Values], samples: Sequence[Sample]
 ) -> tuple[float, float]:
-    """The largest difference, NaN for other shapes and for NaN, and the largest expected magnitude."""
+    """The largest difference and the largest expected magnitude; NaN if shapes differ or a value is NaN."""
     largest, scale = 0.0, 0.0
     for whole, values, sample in zip(expected, walk, samples, strict=True):
         right, actual = whole[tensor], values[tensor.removeprefix(NEXT)]

@@ -14,12 +14,12 @@ from offramp.export.auto import (
     ExitTimes,
     SeamTimes,
     _token_seconds,
-    choose_seams,
+    choose_segment_count,
     even_cuts,
     exits_table,
-    groupings,
-    keep_exits,
-    seams_table,
+    fastest_exits,
+    segment_counts,
+    segment_counts_table,
 )
 from offramp.export.cli import main as split
 from offramp.export.decoder import ExportableDecoder
@@ -31,7 +31,7 @@ def test_no_subset_is_better(seed: int) -> None:
     rng = np.random.default_rng(seed)
     leaves = rng.dirichlet(np.full(6, 0.5))
     times = ExitTimes(leaves, rng.uniform(0.2, 2.0, 6), float(rng.uniform(0.0, 1.0)), 0.0)
-    kept = keep_exits(times)
+    kept = fastest_exits(times)
     assert kept[-1] == 5
     subsets = (subset for size in range(6) for subset in combinations(range(5), size))
     least = min(times.expected_ms((*subset, 5)) for subset in subsets)
@@ -39,13 +39,13 @@ def test_no_subset_is_better(seed: int) -> None:
 
 
 def test_unused_exits_go_and_free_exits_that_are_used_stay() -> None:
-    assert keep_exits(ExitTimes(np.array([0.0, 0.0, 0.0, 1.0]), np.ones(4), 0.1, 0.0)) == (3,)
-    assert keep_exits(ExitTimes(np.full(4, 0.25), np.ones(4), 0.0, 0.0)) == (0, 1, 2, 3)
+    assert fastest_exits(ExitTimes(np.array([0.0, 0.0, 0.0, 1.0]), np.ones(4), 0.1, 0.0)) == (3,)
+    assert fastest_exits(ExitTimes(np.full(4, 0.25), np.ones(4), 0.0, 0.0)) == (0, 1, 2, 3)
 
 
 def test_the_table_shows_the_worth_of_each_exit() -> None:
     times = ExitTimes(np.array([0.5, 0.0, 0.5]), np.array([1.0, 1.0, 1.0]), 0.2, 0.1)
-    kept = keep_exits(times)
+    kept = fastest_exits(times)
     assert kept == (0, 2)
     # Stem 0.1; all rows run block 1 and its exit; half of them the other two blocks and one exit.
     assert times.expected_ms(kept) == pytest.approx(0.1 + 1.2 + 0.5 * 2.2)
@@ -55,14 +55,16 @@ def test_the_table_shows_the_worth_of_each_exit() -> None:
 
 
 def test_groupings_are_even() -> None:
-    assert groupings(30) == [30, 15, 10, 8, 6, 5, 4, 3, 2, 1] and groupings(1) == [1]
+    assert segment_counts(30) == [30, 15, 10, 8, 6, 5, 4, 3, 2, 1] and segment_counts(1) == [1]
     assert even_cuts(30, 4) == (8, 15, 22, 30) and even_cuts(3, 3) == (1, 2, 3)
 
 
 def test_the_table_shows_the_speed_of_each_grouping() -> None:
     times = {"fp32": SeamTimes(20e-3, 100e-6), "int8": SeamTimes(10e-3, 90e-6)}
-    assert times["fp32"].seconds(1) == 20e-3 and times["fp32"].seconds(12) == pytest.approx(21.1e-3)
-    table = seams_table(12, times, even_cuts(12, 3)).splitlines()
+    assert times["fp32"].token_seconds(1) == 20e-3 and times["fp32"].token_seconds(12) == pytest.approx(
+        21.1e-3
+    )
+    table = segment_counts_table(12, times, even_cuts(12, 3)).splitlines()
     assert [line.endswith("yes") for line in table[1:-1]].count(True) == 1
     assert table[1].split() == ["12", "1", "21.100", "0.938", "10.990", "0.894", "no"]
     assert table[-1] == "a seam takes 100 us in fp32, 90 us in int8; speed: divided by that of one graph"
@@ -82,9 +84,9 @@ def test_a_decoder_is_cut_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("offramp.export.auto._write_to_time", lambda *arguments: None)
     monkeypatch.setattr("offramp.export.auto._token_seconds", token_seconds)
     for seconds["fp32"], cuts in ((1.001, (1, 2, 3)), (1.012, (2, 3)), (2.0, (3,))):
-        assert choose_seams(source).cuts == cuts
+        assert choose_segment_count(source).cuts == cuts
     seconds |= {"fp32": 1.001, "int4": 1.012}  # a bundle has one cut, for both
-    assert choose_seams(source, ("fp32", "int4")).cuts == (2, 3)
+    assert choose_segment_count(source, ("fp32", "int4")).cuts == (2, 3)
 
 
 def test_timing_that_fails_names_the_cure(tmp_path: Path) -> None:

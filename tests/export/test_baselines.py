@@ -12,7 +12,7 @@ import pytest
 
 from offramp.export import baselines
 from offramp.export.baselines import blocks_around_mean_exits, write_baselines
-from offramp.export.describe import describe
+from offramp.export.describe import build_manifest
 from offramp.export.options import ExportOptions
 from offramp.export.segments import Segment
 from offramp.runtime.bundle.files import open_bundle
@@ -64,7 +64,7 @@ def tiny_export(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_each_block_once(tiny_export: Any, tmp_path: Path) -> None:
-    manifest = describe(tiny_export.source, tiny_export.split, ("fp32",))
+    manifest = build_manifest(tiny_export.source, tiny_export.split, ("fp32",))
     write_baselines(
         tiny_export.source,
         tiny_export.folder,
@@ -78,7 +78,7 @@ def test_each_block_once(tiny_export: Any, tmp_path: Path) -> None:
 
 
 def test_a_block_that_ends_no_segment_is_refused(tiny_export: Any, tmp_path: Path) -> None:
-    manifest = describe(tiny_export.source, tiny_export.source.split((2,)), ("fp32",))
+    manifest = build_manifest(tiny_export.source, tiny_export.source.split((2,)), ("fp32",))
     with pytest.raises(ValueError, match=r"no exit after block 1: its exits are after \[2\]"):
         write_baselines(
             tiny_export.source,
@@ -95,7 +95,7 @@ def test_what_the_reader_refuses_gets_no_name(
     tiny_export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baselines, "file_fact", lambda path: FileFact("not a digest", 3))
-    manifest = describe(tiny_export.source, tiny_export.split, ("fp32",))
+    manifest = build_manifest(tiny_export.source, tiny_export.split, ("fp32",))
     with pytest.raises(BadBundle, match="sha256"):
         write_baselines(
             tiny_export.source,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp.export.bundle import BadTarget, finish, writing
+from offramp.export.bundle import BadTarget, replace_folder, write_manifest
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import Manifest
 
@@ -31,9 +31,9 @@ def fill(folder: Path) -> None:
 
 
 def write(folder: Path, first_label: str = "negative", *, overwrite: bool = False) -> None:
-    with writing(folder, overwrite=overwrite) as beside:
+    with replace_folder(folder, overwrite=overwrite) as beside:
         fill(beside)
-        finish(beside, manifest(first_label))
+        write_manifest(beside, manifest(first_label))
 
 
 def names(folder: Path) -> list[str]:
@@ -49,22 +49,22 @@ def test_what_is_written_is_what_the_reader_takes(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), writing(tmp_path / "bundle") as beside:
+    with pytest.raises(KeyError), replace_folder(tmp_path / "bundle") as beside:
         fill(beside)
         raise KeyError
     assert names(tmp_path) == []
 
 
 def test_an_unfinished_folder_gets_no_name(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="never finished"), writing(tmp_path / "bundle") as beside:
+    with pytest.raises(RuntimeError, match="never finished"), replace_folder(tmp_path / "bundle") as beside:
         fill(beside)
     assert names(tmp_path) == []
 
 
 def test_killed_it_leaves_no_bundle_and_the_next_run_is_not_in_its_way(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from offramp.export.bundle import writing\n"
-        "with writing(Path(sys.argv[1])) as beside:\n"
+        "import os, signal, sys; from pathlib import Path; from offramp.export.bundle import replace_folder\n"
+        "with replace_folder(Path(sys.argv[1])) as beside:\n"
         " (beside / 'stem.onnx').write_bytes(b'half')\n"
         " os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -78,7 +78,7 @@ def test_killed_it_leaves_no_bundle_and_the_next_run_is_not_in_its_way(tmp_path:
 
 def test_an_old_bundle_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     write(tmp_path / "bundle", "old")
-    with pytest.raises(KeyError), writing(tmp_path / "bundle", overwrite=True):
+    with pytest.raises(KeyError), replace_folder(tmp_path / "bundle", overwrite=True):
         raise KeyError
     assert open_bundle(tmp_path / "bundle").manifest.labels[0] == "old"
     write(tmp_path / "bundle", "new", overwrite=True)
@@ -89,7 +89,7 @@ def test_an_old_bundle_stays_until_the_new_one_is_complete(tmp_path: Path) -> No
 def test_killed_between_the_renames_the_old_bundle_comes_back(tmp_path: Path) -> None:
     write(tmp_path / "bundle", "old")
     (tmp_path / "bundle").rename(tmp_path / ".bundle.old-by-ee-split")
-    with pytest.raises(KeyError), writing(tmp_path / "bundle", overwrite=True):
+    with pytest.raises(KeyError), replace_folder(tmp_path / "bundle", overwrite=True):
         raise KeyError
     assert open_bundle(tmp_path / "bundle").manifest.labels[0] == "old"
 

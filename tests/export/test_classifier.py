@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from offramp.export.classifier import cuts_of, split_classifier
+from offramp.export.classifier import parse_cuts, split_classifier
 from offramp.export.segments import SplitNetwork
 from offramp.models.families import FAMILIES
 from offramp.models.macs import segment_macs, stem_macs
@@ -115,11 +115,11 @@ def test_nothing_is_copied() -> None:
 
 def test_cuts_are_read_from_text() -> None:
     network = tiny.network()
-    assert cuts_of(network, "each") == (1, 2, 3)
-    assert cuts_of(network, "every 2") == (2, 3)
-    assert cuts_of(network, "1") == (1, 3)
+    assert parse_cuts(network, "each") == (1, 2, 3)
+    assert parse_cuts(network, "every 2") == (2, 3)
+    assert parse_cuts(network, "1") == (1, 3)
     with pytest.raises(ValueError, match="block 4 does not exist"):
-        cuts_of(network, "4")
+        parse_cuts(network, "4")
 
 
 def test_an_exit_that_is_not_there_is_refused_with_those_that_are() -> None:

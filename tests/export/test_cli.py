@@ -127,7 +127,7 @@ def test_fp16_is_written_compiles_and_says_what_fp32_says(saved: Path, copied: P
             segments = (session.manifest.stem, *session.manifest.segments)
     assert [list(segment.variants) for segment in segments] == [["fp32"], ["fp32", "fp16"], ["fp32", "fp16"]]
     names = [f"segment_0{n}{end}.onnx" for end in ("", "_fp16") for n in range(2)]
-    compiled = list(trt_compile.check(open_bundle(tmp_path / "bundle"), targets=("8.6",)))
+    compiled = list(trt_compile.compile_bundle(open_bundle(tmp_path / "bundle"), targets=("8.6",)))
     assert [one.graph for one in compiled] == ["stem.onnx", *names] and all(one.size for one in compiled)
     pairs = list(zip(answers["fp32"], answers["fp16"], strict=True))
     assert all(full.label == half.label for full, half in pairs)

@@ -145,7 +145,7 @@ def test_graphs_of_another_network_are_named(exported: Any) -> None:
     variants = open_bundle(bundle).manifest.variants
     report = verify(source, bundle, source.split("each"), variants)
     report.require_good()
-    assert {seam.segment for seam in report.seams} >= {"stem", "segment_02", "fill_01", "head"}
+    assert {seam.segment for seam in report.differences} >= {"stem", "segment_02", "fill_01", "head"}
     with torch.no_grad():
         source.network.policies["2"].bias += 1.0  # type: ignore[operator]
     bad = verify(source, bundle, source.split("each"), variants).first_bad

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from offramp.export.classifier import ExportableClassifier, split_classifier
 from offramp.export.cli import main as split_command
-from offramp.export.describe import describe
+from offramp.export.describe import build_manifest
 from offramp.export.precision import to_int4, to_int8
 from offramp.export.segments import SplitNetwork
 from offramp.export.to_onnx import to_onnx
@@ -67,7 +67,7 @@ def test_graphs_say_what_torch_forecasts(
     source, split, folder = split_with_forecasts
     report = verify(source, folder, split, ("fp32", "int8"))
     assert report.first_bad is None
-    seams = [seam for seam in report.seams if seam.tensor == "forecast"]
+    seams = [seam for seam in report.differences if seam.tensor == "forecast"]
     assert len(seams) == 2 and max(seam.difference for seam in seams) < 1e-5
     shapes = [[t.shape for t in segment.outputs if t.name == "forecast"] for segment in split]
     assert shapes == [[], [("batch", 2 * (1 + 2 * 1))], []]
@@ -88,13 +88,13 @@ def test_the_manifest_says_what_steps_cost(
     split_with_forecasts: tuple[ExportableClassifier, SplitNetwork, Path],
 ) -> None:
     source, split, _ = split_with_forecasts
-    costs = describe(source, split, ("fp32", "int8")).costs["bops"]
+    costs = build_manifest(source, split, ("fp32", "int8")).costs["bops"]
     assert costs.tokens > 0 and list(costs.steps) == ["fp32", "int8"]
     for segment, full, small in zip(split.segments, costs.steps["fp32"], costs.steps["int8"], strict=True):
         assert full == segment.macs.of(costs.tokens) * 1024
         assert full / 16 < small < full / 2
     plain = ExportableClassifier(dataclasses.replace(source.checkpoint, network=tiny.network("bert")))
-    plain = describe(plain, plain.split("each"), ("fp32",))
+    plain = build_manifest(plain, plain.split("each"), ("fp32",))
     assert plain.costs == {} and '"costs"' not in plain.to_json()
 
 
@@ -102,7 +102,7 @@ def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(
     split_with_forecasts: tuple[Any, Any, Path],
 ) -> None:
     source, split, _ = split_with_forecasts
-    manifest = describe(source, split, ("fp32", "int8"))
+    manifest = build_manifest(source, split, ("fp32", "int8"))
     segments = (manifest.stem, *manifest.segments)
     graphs = (graph for segment in segments for graph in segment.variants.values())
     names = ["tokenizer.json", *(graph.file for graph in graphs)]

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from offramp.export import trt_compile
-from offramp.export.fp16 import halve
+from offramp.export.fp16 import convert_nodes_to_fp16
 from offramp.export.precision import in_block
 from offramp.models.families.family import additive_mask
 from offramp.runtime.bundle.manifest import Tensor, Variant
@@ -48,7 +48,7 @@ def evaluated(folder: Path, name: str, values: Values) -> Values:
     return {entry.name: value for entry, value in zip(model.graph.output, outputs, strict=True)}
 
 
-def compiled(file: Path) -> trt_compile.Compiled:
+def compiled(file: Path) -> trt_compile.CompiledGraph:
     """By TensorRT-RTX, for rows of 1 to 32 tokens."""
     inputs = tuple(
         Tensor(one.name, "", tuple(d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim))
@@ -56,7 +56,7 @@ def compiled(file: Path) -> trt_compile.Compiled:
     )
     graph = Variant(file.name, inputs, ())
     return trt_compile.compile_graph(
-        trt_compile.compiler(), file.read_bytes(), graph, [((1, 1), (1, 8), (4, 32))], ("8.6",)
+        trt_compile.import_compiler(), file.read_bytes(), graph, [((1, 1), (1, 8), (4, 32))], ("8.6",)
     )
 
 
@@ -153,7 +153,7 @@ def test_constants_casts_and_shared_weights_of_a_block() -> None:
     model = onnx.shape_inference.infer_shapes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     )
-    halved = halve(model, in_block)
+    halved = convert_nodes_to_fp16(model, in_block)
     onnx.checker.check_model(halved, full_check=True)
     assert {one.name: one.data_type for one in halved.graph.initializer} == {
         "shared": TensorProto.FLOAT,

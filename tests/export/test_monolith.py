@@ -17,7 +17,7 @@ from offramp.export import monolith
 from offramp.export.bundle import BadTarget
 from offramp.export.classifier import split_classifier, truncate
 from offramp.export.decoder import ExportableDecoder
-from offramp.export.monolith import join
+from offramp.export.monolith import join_segments
 from offramp.export.options import ExportOptions
 from offramp.export.segments import Segment
 from offramp.models.decoder import DecoderNetwork
@@ -27,7 +27,7 @@ from offramp.models.macs import segment_macs
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_the_module_says_what_the_last_exit_says(family: str) -> None:
     network, inputs = tiny.network(family), tiny.inputs(family)
-    whole = join(split_classifier(network, (3,)))
+    whole = join_segments(split_classifier(network, (3,)))
     with torch.no_grad():
         logits = whole.module(*(inputs[tensor.name] for tensor in whole.inputs))[0]
         torch.testing.assert_close(logits, network(inputs).logits[:, -1], atol=1e-5, rtol=0)
@@ -37,7 +37,7 @@ def test_the_module_says_what_the_last_exit_says(family: str) -> None:
 @pytest.mark.parametrize("policy", ["statistics", "state", None])
 def test_with_exits_it_says_what_every_exit_says(policy: str | None) -> None:
     network, inputs = tiny.network(policy=policy), tiny.inputs()
-    whole = join(split_classifier(network))
+    whole = join_segments(split_classifier(network))
     with torch.no_grad():
         outputs = whole.module(*(inputs[tensor.name] for tensor in whole.inputs))
         expected = network(inputs)
@@ -51,17 +51,17 @@ def test_its_macs_are_those_without_early_exits() -> None:
     network = tiny.network()
     spared = network.hidden_size  # pooling, once a token, at each exit that is not there
     every = sum(cost.token for cost in segment_macs(network))
-    assert join(split_classifier(network, (3,))).macs.token == every - 2 * spared
+    assert join_segments(split_classifier(network, (3,))).macs.token == every - 2 * spared
 
 
 @pytest.mark.parametrize("policy", ["statistics", "state", "both"])
 def test_no_policy_in_the_graph_none_in_its_macs(policy: str) -> None:
     network, bare = tiny.network(policy=policy), tiny.network(policy=None)
-    whole, bare_whole = (join(split_classifier(n, (3,))) for n in (network, bare))
+    whole, bare_whole = (join_segments(split_classifier(n, (3,))) for n in (network, bare))
     assert whole.macs == bare_whole.macs
     for block in network.spec.exits:
-        assert join(truncate(network, block)).macs == join(truncate(bare, block)).macs
-    assert join(truncate(network, 3)).macs == whole.macs
+        assert join_segments(truncate(network, block)).macs == join_segments(truncate(bare, block)).macs
+    assert join_segments(truncate(network, 3)).macs == whole.macs
 
 
 def test_int8_is_made_by_the_segments_quantizer(

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxscript import ir
 
 from offramp.export.decoder import split_decoder
-from offramp.export.rewrite import shorten
+from offramp.export.rewrite import apply_rewrites
 from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines import threads
@@ -57,7 +57,7 @@ def graph(
 
 
 def operators(model: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in ir.to_proto(shorten(ir.from_proto(model))).graph.node]
+    return [node.op_type for node in ir.to_proto(apply_rewrites(ir.from_proto(model))).graph.node]
 
 
 def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
@@ -126,7 +126,7 @@ def test_products_of_one_input_that_stand_side_by_side_become_one() -> None:
     numbers = {f"{n}_weight": rng.normal(size=(4, k)).astype(np.float32) for n, k in sizes.items()}
     numbers |= {f"{n}_bias": rng.normal(size=k).astype(np.float32) for n, k in sizes.items()}
     model = graph(nodes, ["n", 4], ["n", 6], **numbers)
-    after = ir.to_proto(shorten(ir.from_proto(model)))
+    after = ir.to_proto(apply_rewrites(ir.from_proto(model)))
     assert [node.op_type for node in after.graph.node] == ["MatMul", "Add"]
     x = rng.normal(size=(5, 4)).astype(np.float32)
     np.testing.assert_allclose(answer(model, x), answer(after, x), atol=1e-6)
@@ -161,7 +161,7 @@ def test_only_the_constants_of_gelu_make_a_gelu(one: float, changes: bool) -> No
     ]
     numbers = {"root": np.float32(2**0.5), "one": np.float32(one), "half": np.float32(0.5)}
     model = graph(nodes, ["n"], ["n"], **numbers)
-    after = ir.to_proto(shorten(ir.from_proto(model)))
+    after = ir.to_proto(apply_rewrites(ir.from_proto(model)))
     assert ("half" in after.graph.node[-1].input) == changes
     x = np.linspace(-3, 3, 7, dtype=np.float32)
     np.testing.assert_allclose(answer(model, x), answer(after, x), atol=1e-6)

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
 from offramp.export import trt_compile
-from offramp.export.describe import describe
+from offramp.export.describe import build_manifest
 from offramp.export.segments import file_name
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import Variant
@@ -38,11 +38,11 @@ def compiled(
     variant: Variant | None = None,
     known: Sequence[Profile] | None = None,
     targets: Sequence[str] = ("8.6",),
-) -> trt_compile.Compiled:
+) -> trt_compile.CompiledGraph:
     """The first segment of the tiny bundle, changed."""
     known = profiles(open_bundle(TINY).manifest) if known is None else known
     return trt_compile.compile_graph(
-        trt_compile.compiler(), changed(change), variant or first_graph(), known, targets
+        trt_compile.import_compiler(), changed(change), variant or first_graph(), known, targets
     )
 
 
@@ -73,7 +73,7 @@ def mixed_types(graph: onnx.GraphProto) -> None:
 
 
 def test_every_graph_of_a_bundle_compiles_for_every_target() -> None:
-    results = list(trt_compile.check(open_bundle(TINY)))
+    results = list(trt_compile.compile_bundle(open_bundle(TINY)))
     assert [result.graph for result in results] == ["stem.onnx", *(f"segment_0{n}.onnx" for n in range(3))]
     assert all(r.size is not None and r.size > 1000 and not r.problem for r in results)
 
@@ -140,12 +140,12 @@ def test_what_is_exported_compiles(
 ) -> None:
     """Every graph that is meant for TensorRT, under the profiles with which it is built on a device."""
     export = exported(family)
-    known = profiles(describe(export.source, export.split, ("fp32",)))
+    known = profiles(build_manifest(export.source, export.split, ("fp32",)))
     for segment in export.segments:
         for name in VARIANTS if segment.blocks else VARIANTS[:1]:
             graph = Variant(file_name(segment.name, name), segment.inputs, segment.outputs)
             data = (export.folder / graph.file).read_bytes()
-            result = trt_compile.compile_graph(trt_compile.compiler(), data, graph, known, targets)
+            result = trt_compile.compile_graph(trt_compile.import_compiler(), data, graph, known, targets)
             assert result.size is not None, result.problem
 
 

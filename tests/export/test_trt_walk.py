@@ -12,8 +12,8 @@ import pytest
 import tiny
 from doubles import gpu
 
-from offramp.export.bundle import finish
-from offramp.export.describe import describe
+from offramp.export.bundle import write_manifest
+from offramp.export.describe import build_manifest
 from offramp.export.samples import SENTENCES
 from offramp.runtime import load
 from offramp.runtime.bundle.manifest import ImageInput
@@ -32,7 +32,7 @@ def test_a_bundle_gives_the_same_answers_on_a_gpu_and_on_the_cpu(
 ) -> None:
     model = exported(family)
     bundle = Path(shutil.copytree(model.folder, tmp_path / "bundle"))
-    manifest = finish(bundle, describe(model.source, model.split, ("fp32", "fp16")))
+    manifest = write_manifest(bundle, build_manifest(model.source, model.split, ("fp32", "fp16")))
     if isinstance(manifest.input, ImageInput):
         random = np.random.default_rng(0)
         items: list[Any] = list(random.integers(0, 256, (9, 20, 24, 3), dtype=np.uint8))

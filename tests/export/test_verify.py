@@ -31,7 +31,7 @@ def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str],
     export = exported(family)
     report = verify(export.source, export.folder, export.split, BOTH)
     assert report.first_bad is None
-    named = {(seam.segment, seam.tensor) for seam in report.seams}
+    named = {(seam.segment, seam.tensor) for seam in report.differences}
     assert named == {(segment.name, tensor.name) for segment in export.segments for tensor in segment.outputs}
     assert [loss.segment for loss in report.losses] == ["segment_00", "segment_01"]
     assert all(loss.agreement > 0.8 and loss.difference < 0.5 for loss in report.losses)
