@@ -54,7 +54,7 @@ from offramp.export.options import ExportOptions
 from offramp.runtime import TextGenerator, load_generator
 from offramp.runtime.decoding import Token
 from offramp.runtime.rules import RuleSpec
-from offramp.runtime.tuning.report import machine
+from offramp.runtime.tuning.report import machine_facts
 from offramp.runtime.tuning.timing import time_answers
 from offramp.training.checkpoint import read_json, write_json
 
@@ -229,7 +229,7 @@ def full(
         figures[variant] = compare_rounds(measured, MONOLITH, expected)
         print_table(f"{model.name}, {variant}, auto cuts after {auto['cuts']}", figures[variant])
         if out is not None:
-            write_json(out, {**facts, "machine": machine(), "auto": auto, "candidates": figures})
+            write_json(out, {**facts, "machine": machine_facts(), "auto": auto, "candidates": figures})
 
 
 @main.command()
@@ -249,7 +249,7 @@ def baselines(
     prompts = read_short_prompts(scratch, texts, count)
     facts = {"command": "benchmarks/decoders.py baselines", "model": model.name, "prompts": count}
     facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
-    facts |= {"cuts": auto["cuts"], "machine": machine()}
+    facts |= {"cuts": auto["cuts"], "machine": machine_facts()}
     for variant in VARIANTS:
         request = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
         measured = run_rounds(request, list(WITH_BASELINES), prompts, rounds, versions[variant])
@@ -294,7 +294,7 @@ def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | No
             row["peak_ratio"] = round(row["peak_mb"] / monolith["peak_mb"], 4)
     if out is not None:
         facts = {"command": "benchmarks/decoders.py memory", "context": context, "rounds": rounds}
-        write_json(out, {**facts, "machine": machine(), "candidates": figures})
+        write_json(out, {**facts, "machine": machine_facts(), "candidates": figures})
     print_table(f"memory at {context} tokens", figures)
 
 
@@ -356,7 +356,7 @@ def lossless(
             "tokens": tokens,
             "threads": threads,
         }
-        write_json(out, {**facts, "machine": machine(), "bundles": figures})
+        write_json(out, {**facts, "machine": machine_facts(), "bundles": figures})
     for name, figure in figures.items():
         print_table(f"{name}, segments end after {figure['cuts']}", figure["rules"])
 

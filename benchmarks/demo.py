@@ -84,7 +84,7 @@ def print_comparison(folder: Path, data: Path) -> None:
     from offramp.export.monolith import write_monolith
     from offramp.runtime import load_classifier
     from offramp.runtime.engines import threads
-    from offramp.runtime.tuning.timing import interleaved, time_ratio
+    from offramp.runtime.tuning.timing import time_in_turns, time_ratio
     from offramp.training.checkpoint import load_checkpoint
 
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -114,7 +114,7 @@ def print_comparison(folder: Path, data: Path) -> None:
             for name, predicted in labels.items()
         }
         sample = texts[:100]
-        seconds = interleaved(
+        seconds = time_in_turns(
             {
                 "early exit": lambda: [early(text) for text in sample],
                 "full walk": lambda: [full(text) for text in sample],

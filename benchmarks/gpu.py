@@ -32,8 +32,8 @@ from offramp.runtime.engines.cuda import Cuda, cuda_python
 from offramp.runtime.engines.device import DeviceEngine
 from offramp.runtime.engines.graphs import CPU
 from offramp.runtime.rules import RuleSpec, bind
-from offramp.runtime.tuning.report import machine, write_whole
-from offramp.runtime.tuning.timing import interleaved, time_ratio
+from offramp.runtime.tuning.report import machine_facts, write_atomically
+from offramp.runtime.tuning.timing import time_in_turns, time_ratio
 from offramp.runtime.walker import walk
 
 CUTS = {"each": "each", "thirds": "every 3"}
@@ -100,11 +100,11 @@ def run(
                 row |= _measure(work, device, sessions, variant, size, rounds, seconds, left_out)
                 measured.append(row)
     result: dict[str, Any] = {"command": " ".join(["benchmarks/gpu.py", *sys.argv[1:]])}
-    result |= {"machine": {**machine(), **facts}, "left out": left_out, "measured": measured}
+    result |= {"machine": {**machine_facts(), **facts}, "left out": left_out, "measured": measured}
     result["targets"] = _targets(measured) if device == "cuda" else {}
     _show(result)
     if file is not None:
-        write_whole(file, json.dumps(result, indent=1) + "\n")
+        write_atomically(file, json.dumps(result, indent=1) + "\n")
 
 
 def _open_sessions(
@@ -162,7 +162,7 @@ def _measure(
     for call in calls.values():
         call()
     round_s = time.perf_counter() - started
-    timings = interleaved(calls, max(3, min(rounds, int(seconds / round_s))), warmup=WARMUP)
+    timings = time_in_turns(calls, max(3, min(rounds, int(seconds / round_s))), warmup=WARMUP)
     return _figures(timings, sessions, size) | {"gather half of the rows ms": _gather_ms(sessions, inputs)}
 
 
@@ -251,7 +251,9 @@ def _gather_ms(sessions: dict[str, Classifier], inputs: dict[str, Any]) -> dict[
         wait = engine._cuda.wait if isinstance(engine, DeviceEngine) else lambda: None
         if state.rows > 1:
             take = partial(_take_every_other, session, state, wait)
-            figures[name] = _rounded(1e3 * float(np.median(interleaved({name: take}, 20, before=wait)[name])))
+            figures[name] = _rounded(
+                1e3 * float(np.median(time_in_turns({name: take}, 20, before=wait)[name]))
+            )
         engine.drop(state)
     return figures
 

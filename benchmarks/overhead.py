@@ -51,12 +51,12 @@ from offramp.runtime.inputs.text import read_all, reader_of
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
 from offramp.runtime.tuning.labelled import read_rows
-from offramp.runtime.tuning.report import machine
+from offramp.runtime.tuning.report import machine_facts
 from offramp.runtime.tuning.timing import (
     Batches,
-    interleaved,
     take_turns,
     time_bulk,
+    time_in_turns,
     time_ratio,
     walk_candidate,
 )
@@ -194,11 +194,11 @@ def full_depth_figures(
     for name, graph in graphs.items():
         single = graph_run(graph, inputs)
         walks = [{"walk": walk_run(session, inputs, 1.0), name: single} for session in sessions]
-        pairs = [interleaved(calls, rounds // 2, warmup=WARMUP) for calls in walks]
+        pairs = [time_in_turns(calls, rounds // 2, warmup=WARMUP) for calls in walks]
         figures[f"walk / {name}"] = pooled_ratio(pairs, "walk", name)
         figures[f"{name} ms"], figures["walk ms"] = mean_ms(pairs, name), mean_ms(pairs, "walk")
         loops = [{LOOP: loop_run(session, inputs), name: single} for session in sessions]
-        pairs = [interleaved(calls, rounds // 4, warmup=WARMUP) for calls in loops]
+        pairs = [time_in_turns(calls, rounds // 4, warmup=WARMUP) for calls in loops]
         figures[f"{LOOP} / {name}"] = pooled_ratio(pairs, LOOP, name)
     return figures
 
@@ -220,7 +220,7 @@ def depth_figures(session: Classifier, graphs: Mapping[str, Any], length: int, r
             NESTED: graph_run(graphs[NESTED], with_threshold),
         }
         before = graph_run(graphs[ALONE], inputs)
-        seconds = interleaved(calls, rounds, warmup=WARMUP, before=before)
+        seconds = time_in_turns(calls, rounds, warmup=WARMUP, before=before)
         stem, full, exit = (float(np.median(seconds[name])) for name in ("stem", "full", "exit"))
         share.append(round(exit / (stem + (full - stem) * k / segments), 4))
         nested.append(round(time_ratio(seconds["exit"], seconds[NESTED])[0], 4))
@@ -344,7 +344,7 @@ def single(
             )
             rows += more
     Console(width=170).print(single_table(rows))
-    write_figures(json_file, {"machine": {**machine(), **facts}, "turns": rounds, "rows": rows})
+    write_figures(json_file, {"machine": {**machine_facts(), **facts}, "turns": rounds, "rows": rows})
 
 
 @main.command(context_settings={"show_default": True})
@@ -384,7 +384,7 @@ def bulk(
             row |= {"ratio": round(float(np.median(ratios)), 4), "each": [round(r, 3) for r in ratios]}
             figures.append(row)
             click.echo(f"{bundle.name} {variant}: {row}")
-    write_figures(json_file, {"machine": machine(), "bundle": bundle.name, "rows": figures})
+    write_figures(json_file, {"machine": machine_facts(), "bundle": bundle.name, "rows": figures})
 
 
 def run_process(command: Sequence[str]) -> int:
@@ -438,7 +438,9 @@ def cold(bundle: Path, baselines: Path, rounds: int, json_file: Path | None) -> 
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
-    write_figures(json_file, {"machine": machine(), "bundle": bundle.name, "turns": rounds, "rows": rows})
+    write_figures(
+        json_file, {"machine": machine_facts(), "bundle": bundle.name, "turns": rounds, "rows": rows}
+    )
 
 
 def resident_mib(process: int) -> float:

@@ -16,7 +16,7 @@ from offramp.export.cli import main as split
 from offramp.models import EarlyExitNetwork
 from offramp.runtime import load
 from offramp.runtime.cli import main as run
-from offramp.runtime.tuning.bench import measure
+from offramp.runtime.tuning.bench import measure_classifier
 from offramp.runtime.tuning.calibrate import main as calibrate
 from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import load_checkpoint
@@ -178,7 +178,7 @@ def test_ee_bench_measures_images(family_root: Path, root: Path, tmp_path: Path)
     file.write_text(
         '{"image": "test/red/000.png", "label": "red"}\n{"image": "test/blue/001.png", "label": 0}\n'
     )
-    figures = measure(family_root / "bundle", file, rounds=1, starts=1)
+    figures = measure_classifier(family_root / "bundle", file, rounds=1, starts=1)
     full = next(c for c in figures["candidates"] if c["kind"] == "full")
     assert full["accuracy"] == 100.0 and figures["about"]["rows"] == 2
     assert figures["about"]["mean_tokens"] == load_checkpoint(family_root / "ckpt").network.longest

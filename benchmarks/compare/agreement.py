@@ -38,7 +38,7 @@ from offramp.models.network import EarlyExitNetwork
 from offramp.models.precision import in_precision
 from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.rules import RowSignals, Rule, StepCosts, bind, softmax
-from offramp.runtime.tuning.report import write_whole
+from offramp.runtime.tuning.report import write_atomically
 from offramp.runtime.walker import Trace, walk
 from offramp.training.batches import Encoded, encode_rows
 from offramp.training.checkpoint import load_checkpoint
@@ -247,7 +247,7 @@ def main(runs: Path, data: str, seed: int, rows: int, json_file: Path | None) ->
     if json_file is not None:
         words = f"{runs.name} --data {Path(data).name} --seed {seed} --rows {rows}"
         command = f"benchmarks/compare/agreement.py {words}"
-        write_whole(json_file, json.dumps({"command": command, "lines": lines}, indent=1) + "\n")
+        write_atomically(json_file, json.dumps({"command": command, "lines": lines}, indent=1) + "\n")
     strict = [line for line in lines if line["variants"] == "fp32"]
     if any(line["other"] or line["ties"] > line["rows"] / 100 for line in strict):
         sys.exit(1)

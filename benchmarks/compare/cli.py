@@ -40,7 +40,7 @@ from offramp.benchmarks.compare.frontiers import (
     difference_interval,
 )
 from offramp.benchmarks.compare.pages import HEAD, REFERENCE, html_page, table_rows
-from offramp.runtime.tuning.report import write_whole
+from offramp.runtime.tuning.report import write_atomically
 from offramp.training.collect import oracle_point
 from offramp.training.recipes import RECIPES, load_recipe
 
@@ -209,8 +209,8 @@ def main(
     tail += ["--", *more] if more else []
     command = shlex.join(["ee-compare", "--model", *without_folders, *tail])
     result = {"command": command, "settings": list(settings)} | result
-    write_whole(out / "compare.json", json.dumps(result) + "\n")
-    write_whole(out / "compare.html", html_page(result))
+    write_atomically(out / "compare.json", json.dumps(result) + "\n")
+    write_atomically(out / "compare.html", html_page(result))
 
 
 if __name__ == "__main__":

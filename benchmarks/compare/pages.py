@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from offramp.benchmarks.compare.frontiers import Floats, difference_interval
-from offramp.runtime.tuning.report import write_whole
+from offramp.runtime.tuning.report import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -322,7 +322,7 @@ def main() -> None:
         raise click.ClickException(
             f"no compare_*.json in {RESULTS.name}/: run ee-compare and copy its file there"
         )
-    write_whole(DOCUMENT, comparison_document(results, read_results("agreement")))
+    write_atomically(DOCUMENT, comparison_document(results, read_results("agreement")))
     click.echo(DOCUMENT.name)
 
 

@@ -1,1 +1,1 @@
-"""Measuring a bundle: calibration, benchmarks, baselines, timing and reports; no walk needs it."""
+"""Measuring a bundle: calibration, benchmarks, baselines, timing and reports; walks do not need it."""

@@ -1,4 +1,4 @@
-"""Baselines of a walk: single graphs, exits drawn at random, and the start of a fresh process.
+"""Baselines of a walk: single graphs, exits drawn at random, and the start of a new process.
 
 A folder of single graphs is checked as strictly as a bundle: baselines.json field by field, every graph's
 size and sha256. The same bytes that were checked are opened, on the thread pool and arena of the walk.
@@ -28,7 +28,7 @@ from offramp.runtime.bundle.manifest import Manifest, RuleSpec
 from offramp.runtime.bundle.strict_json import build, parse
 from offramp.runtime.engines import threads as pools
 from offramp.runtime.errors import BadBundle, BundleNotFound, EngineUnavailable
-from offramp.runtime.tuning.figures import rounded
+from offramp.runtime.tuning.figures import round_figure
 from offramp.runtime.tuning.timing import Batches, Candidate, LabelsAndExits, take_turns
 
 FORMAT = 1
@@ -39,7 +39,7 @@ CURE = "write the folder again with ee-split --baselines DIR"
 
 @dataclass(frozen=True)
 class GraphFact:
-    """One graph of baselines.json. exit: 1-based number of the exit whose logits it puts out."""
+    """The entry of one graph in baselines.json; exit: number of the exit (1-based) whose logits it gives."""
 
     name: str
     kind: str
@@ -52,7 +52,10 @@ class GraphFact:
 
 @dataclass(frozen=True)
 class Baselines:
-    """baselines.json (format 1): labels in the order of the logits, graphs in the order of the table."""
+    """The content of baselines.json, format 1.
+
+    labels: in the order of the logits. graphs: in the order of the table.
+    """
 
     format: int
     labels: tuple[str, ...]
@@ -60,9 +63,9 @@ class Baselines:
 
 
 def read_baselines(folder: Path, manifest: Manifest) -> Baselines:
-    """Read baselines.json and check it against the bundle with which its graphs are to be compared.
+    """Read baselines.json and check that it fits the bundle with which its graphs are compared.
 
-    Raises BundleNotFound where the folder or the file is missing, BadBundle naming the field.
+    Raises BundleNotFound if the folder or the file is missing, BadBundle naming the field.
     """
     path = folder / FILE_NAME
     try:
@@ -76,7 +79,7 @@ def read_baselines(folder: Path, manifest: Manifest) -> Baselines:
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise ValueError(f"format: {value['format']!r} is not known; this version reads format {FORMAT}")
         baselines: Baselines = build(Baselines, value, "baselines")
-        _check(baselines, manifest)
+        _check_fields(baselines, manifest)
     except ValueError as problem:
         raise BadBundle(f"{path}: {problem}; {CURE}") from problem
     return baselines
@@ -85,10 +88,11 @@ def read_baselines(folder: Path, manifest: Manifest) -> Baselines:
 def open_baseline(
     folder: Path, fact: GraphFact, manifest: Manifest, *, threads: int | None, threshold: float | None
 ) -> Candidate:
-    """Open one graph on the pool and arena of the walks, which must be open with the same number of threads.
+    """Open one single graph as a candidate, on the thread pool and arena of the walks.
 
-    threshold: with which a nested graph compares its gates. Raises BadBundle where the file is not as
-    baselines.json describes it, BundleNotFound where it is missing.
+    The walks must be open with the same number of threads. threshold: the value with which a nested graph
+    compares its gates. Raises BadBundle if the file is not as baselines.json describes it, BundleNotFound if
+    it is missing.
     """
     path, ort = folder / fact.file, import_module("onnxruntime")
     options = ort.SessionOptions()
@@ -96,7 +100,7 @@ def open_baseline(
     if hasattr(ort, "create_and_register_allocator"):
         options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
-    data = _verified(path, fact)
+    data = _read_verified(path, fact)
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # ORT's error types have no common base of their own
@@ -140,16 +144,16 @@ def open_baseline(
 
 
 def nested_threshold(manifest: Manifest, rule: RuleSpec | None) -> float | None:
-    """The threshold with which a nested graph decides as the rule does; None where it cannot."""
+    """The threshold with which a nested graph makes the decisions of a rule, or None if there is none."""
     outputs = manifest.segments[0].first_graph.outputs
     signal = "gate" if any(tensor.name == "gate" for tensor in outputs) else "max_probability"
     return rule.parameters["threshold"] if rule is not None and rule.name == signal else None
 
 
 def random_exits(histogram: Sequence[float], seed: int = 0) -> rules.ExitRule:
-    """A rule that exits at random; histogram: expected number of rows at each exit.
+    """Create a rule that exits at random; histogram: expected number of rows at each exit.
 
-    At each exit the probability is the share of the rows that reach it which should leave there.
+    The probability at an exit is the share, among the rows that reach it, of those that leave there.
     """
     reached = np.cumsum(np.asarray(histogram, float)[::-1])[::-1]
     hazards = (np.asarray(histogram, float) / np.maximum(reached, 1e-12)).tolist()
@@ -165,7 +169,7 @@ def random_exits(histogram: Sequence[float], seed: int = 0) -> rules.ExitRule:
     return rules.ExitRule(RuleSpec("random", {}), exits, 0)
 
 
-# Linux carries the parent's resident memory over into a child's ru_maxrss; VmHWM is the child's own.
+# On Linux a child's ru_maxrss includes the parent's resident memory; VmHWM is that of the child alone.
 _PEAK = """
 try:
     peak = 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
@@ -206,14 +210,14 @@ print(ascii(labels[int(graph.run(["logits"], inputs)[0][0].argmax())]), flush=Tr
 """
 
 
-def cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:
-    """Answer one text in a fresh process: the answer, seconds until it was there, peak bytes resident.
+def time_cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:
+    """Run a script that answers one text in a new process; gives answer, seconds to it, peak resident bytes.
 
-    The peak is 0 where the system does not report it. Raises EngineUnavailable with the last line of the
-    process's standard error where it gives no answer.
+    The peak is 0 if the system does not report it. Raises EngineUnavailable with the last line of the
+    process's standard error if it gives no answer.
     """
     command = [sys.executable, "-c", script + _PEAK, json.dumps(arguments)]
-    with tempfile.TemporaryFile() as errors:  # a file and no pipe: nobody reads it while the process runs
+    with tempfile.TemporaryFile() as errors:  # a file and no pipe, which would fill up: it is read at the end
         started = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
             assert process.stdout is not None
@@ -227,31 +231,37 @@ def cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:
     return answer.decode("ascii").strip(), seconds, int(rest)
 
 
-def load_options(walk: Candidate, threads: int | None) -> dict[str, Any]:
-    """Keyword arguments with which load() opens the same walk, for one answer as soon as possible."""
+def cold_load_options(walk: Candidate, threads: int | None) -> dict[str, Any]:
+    """The keyword arguments with which load() opens the same walk lazily, for a first answer in the least
+    time.
+    """
     assert walk.rule is not None
     value = walk.rule.parameters.get(rules.main_parameter(walk.rule.name) or "")
     options = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads, "lazy": True}
     return options | ({} if value is None else {"threshold": value})
 
 
-def cold_starts(scripts: Mapping[str, tuple[str, list[Any]]], starts: int) -> list[dict[str, Any]]:
-    """Seconds to the answer and peak bytes of fresh processes that take turns: medians, and every start."""
+def time_cold_starts(scripts: Mapping[str, tuple[str, list[Any]]], starts: int) -> list[dict[str, Any]]:
+    """Time the starts of new processes that take turns; gives for each script medians, and every start's
+    time.
+
+    scripts: (script, arguments) by name. starts: processes of each.
+    """
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in scripts}
-    calls = {name: partial(cold_start, *script) for name, script in scripts.items()}
+    calls = {name: partial(time_cold_start, *script) for name, script in scripts.items()}
     with click.progressbar(length=starts * len(scripts), label="cold start", file=sys.stderr) as bar:
         for name, _, (_, seconds, peak) in take_turns(calls, starts):
             runs[name].append((seconds, peak))
             bar.update(1)
     figures = []
     for name, measured in runs.items():
-        each, peaks = [rounded(seconds) for seconds, _ in measured], [peak for _, peak in measured]
-        facts = {"name": name, "seconds": rounded(float(np.median(each))), "each_seconds": each}
+        each, peaks = [round_figure(seconds) for seconds, _ in measured], [peak for _, peak in measured]
+        facts = {"name": name, "seconds": round_figure(float(np.median(each))), "each_seconds": each}
         figures.append(facts | {"peak_bytes": int(np.median(peaks))})
     return figures
 
 
-def _check(baselines: Baselines, manifest: Manifest) -> None:
+def _check_fields(baselines: Baselines, manifest: Manifest) -> None:
     if baselines.labels != manifest.labels:
         raise ValueError(
             f"baselines.labels: {list(baselines.labels)}, the bundle has {list(manifest.labels)}"
@@ -276,8 +286,8 @@ def _check(baselines: Baselines, manifest: Manifest) -> None:
         names.add(graph.name)
 
 
-def _verified(path: Path, fact: GraphFact) -> bytes:
-    """The bytes of a graph, whose size and sha256 are those of baselines.json."""
+def _read_verified(path: Path, fact: GraphFact) -> bytes:
+    """Read the bytes of a graph and compare their size and sha256 with baselines.json."""
     if not os.path.lexists(path):
         raise BundleNotFound(f"{path}: missing; {CURE}")
     if path.is_symlink() or not path.is_file():  # a link could lead out of the folder, a pipe could block

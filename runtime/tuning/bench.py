@@ -1,4 +1,4 @@
-"""ee-bench: what early exit saves on this machine, against baselines that take turns in one process."""
+"""ee-bench: measures what early exit saves on this machine, against baselines, in turns in one process."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from offramp.runtime.tuning.baselines import (
     NESTED,
     WALK_SCRIPT,
     GraphFact,
-    cold_starts,
-    load_options,
+    cold_load_options,
     nested_threshold,
     open_baseline,
     random_exits,
     read_baselines,
+    time_cold_starts,
 )
 from offramp.runtime.tuning.figures import (
-    accuracy,
+    answer_accuracy,
     answer_figures,
     macs_share,
-    realised,
-    rounded,
+    realised_saving,
+    round_figure,
     row_figures,
 )
 from offramp.runtime.tuning.labelled import read_prompts, read_rows
@@ -53,15 +53,15 @@ from offramp.runtime.tuning.timing import (
     Candidate,
     time_answers,
     time_bulk,
+    time_one_answer,
     time_rows,
     time_segments,
-    timed_tokens,
     walk_candidate,
 )
 
 FULL, RANDOM = "walk full depth", "random exits"
 FULL_DEPTH = "full depth"  # of bundles that generate text
-BULK_WINDOWS = 2  # windows of rows that are measured in bulk: a rate needs no more
+BULK_WINDOWS = 2  # windows of rows that are measured in bulk, which suffice for a rate
 WARM_UP_TOKENS = 8
 ROWS, PROMPTS = 300, 20
 NOT_STARTED, INTERRUPTED = 2, 130
@@ -107,13 +107,13 @@ Exit codes: 0 measured; 2 a wrong option, file or bundle; 130 interrupted (Ctrl-
 def main(json_file: Path | None, report: Path | None, **options: Any) -> None:
     code = NOT_STARTED
     try:
-        pages.check(json_file, report)  # before minutes go into measuring
-        figures, table = _measured(report is not None, **options)
+        pages.check_output_files(json_file, report)  # before the measurement, which takes minutes
+        figures, table = _measure_bundle(report is not None, **options)
         if json_file is not None:
             text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
-            pages.write_whole(json_file, text + "\n")
+            pages.write_atomically(json_file, text + "\n")
         if report is not None:
-            pages.write_whole(report, pages.page(figures))
+            pages.write_atomically(report, pages.html_page(figures))
         click.echo(table)
         code = 0
     except (KeyboardInterrupt, click.Abort):
@@ -125,16 +125,16 @@ def main(json_file: Path | None, report: Path | None, **options: Any) -> None:
     sys.exit(code)
 
 
-def _measured(
+def _measure_bundle(
     page: bool, rules: str | None, max_new_tokens: int, rows: int | None, **options: Any
 ) -> tuple[dict[str, Any], str]:
-    """Figures and their table, by the task of the bundle; page: whether an HTML page is to be written."""
+    """Measure a bundle by its task; gives figures and their text. page: whether a page is to be written."""
     bundle = open_bundle(options["bundle"])
     if bundle.manifest.task != GENERATION:
         if rules is not None:
             raise BadSetting(f"--rules is for generated text; {bundle.folder} classifies: say --points")
-        figures = measure(**options, rows=rows or ROWS)
-        return figures, pages.table(figures)
+        figures = measure_classifier(**options, rows=rows or ROWS)
+        return figures, pages.classification_text(figures)
     for name in ("baselines", "points", "budget_ms"):
         if page or options[name] is not None:
             flag = "report" if page else name.replace("_", "-")
@@ -143,10 +143,10 @@ def _measured(
     figures = measure_generation(
         bundle, rules=rules, max_new_tokens=max_new_tokens, rows=rows or PROMPTS, **shared
     )
-    return figures, pages.generation_table(figures)
+    return figures, pages.generation_text(figures)
 
 
-def measure(
+def measure_classifier(
     bundle: Path,
     data: Path,
     *,
@@ -159,9 +159,9 @@ def measure(
     budget_ms: float | None = None,
     starts: int = 3,
 ) -> dict[str, Any]:
-    """Every figure of a bundle that classifies, as it is written to JSON; see figures.py for units.
+    """Measure every figure of a bundle that classifies, as written to JSON; see figures.py for units.
 
-    rounds: over the rows. starts: fresh processes of each kind. Raises BadInput naming the line, and
+    rounds: over the rows. starts: new processes of each kind. Raises BadInput naming the line, and
     what load() and read_baselines() raise.
     """
     if budget_ms is not None and not 0 < budget_ms < float("inf"):
@@ -184,21 +184,21 @@ def measure(
             window = in_bulk[start : start + batch_size * WINDOW]
             windows.append((list(full.batches(window, batch_size)), len(window)))
         rates = time_bulk([c for c in candidates if c.bulk], windows, batch_size, rounds)
-        segments = [{"name": name, "ms": rounded(ms)} for name, ms in time_segments(full, singles)]
+        segments = [{"name": name, "ms": round_figure(ms)} for name, ms in time_segments(full, singles)]
         environment = _environment(full)
     reference = monolith.name if monolith is not None else FULL
     reference_median = float(np.median(timings[reference].seconds))
     budget = reference_median if budget_ms is None else budget_ms / 1e3
     lengths = [row.length for row in encoded]
     graphs = (manifest.stem, *manifest.segments)
-    # Of a walk that leaves at each exit [rows, exits]; the stem is in the first.
+    # Multiply-accumulates of a walk to each exit [rows, exits], those of the stem included.
     macs = np.array([[graph.macs.of(n) for graph in graphs] for n in lengths], float).cumsum(axis=1)[:, 1:]
     results = []
     for c in candidates:
         answers = timings[c.name]
         rule = None if c.rule is None else _rule_json(c.rule)
         facts = {"name": c.name, "kind": c.kind, "variant": c.variant, "rule": rule, "bytes": c.bytes}
-        facts |= {"accuracy": accuracy(answers, truth)} | row_figures(
+        facts |= {"accuracy": answer_accuracy(answers, truth)} | row_figures(
             answers, timings[reference], macs, budget
         )
         bulk: dict[str, float | None] = {"rows_per_second": None, "realised_in_bulk": None}
@@ -206,8 +206,8 @@ def measure(
             share = macs_share(answers.exits[:, : len(in_bulk)], macs[: len(in_bulk)])
             time_share = rates[reference] / rates[c.name]
             bulk = {
-                "rows_per_second": rounded(rates[c.name]),
-                "realised_in_bulk": realised(time_share, share),
+                "rows_per_second": round_figure(rates[c.name]),
+                "realised_in_bulk": realised_saving(time_share, share),
             }
         results.append(facts | bulk)
     about: dict[str, Any] = {
@@ -218,30 +218,33 @@ def measure(
         "rows": len(items),
         "rows_in_bulk": len(in_bulk),
         "rows_there": rows_there,
-        "mean_tokens": rounded(float(np.mean(lengths))),
+        "mean_tokens": round_figure(float(np.mean(lengths))),
         "turns": rounds,
         "batch_size": batch_size,
-        "tokenizing_ms": rounded(1e3 * tokenizing),
+        "tokenizing_ms": round_figure(1e3 * tokenizing),
         "reference": reference,
-        "budget_ms": rounded(1e3 * budget),
+        "budget_ms": round_figure(1e3 * budget),
         "left_out": running.left_out,
     }
     scripts: dict[str, tuple[str, list[Any]]] = {}
     item = [items[0]] if isinstance(items[0], str) else list(items[0])
-    scripts[candidates[0].name] = (WALK_SCRIPT, [str(bundle), load_options(candidates[0], threads), item])
+    scripts[candidates[0].name] = (
+        WALK_SCRIPT,
+        [str(bundle), cold_load_options(candidates[0], threads), item],
+    )
     if monolith is not None and baselines is not None and text is not None:
         paths = [str(baselines / monolith.file), str(bundle / text.tokenizer), text.longest, text.prefix]
         scripts[reference] = (GRAPH_SCRIPT, [*paths, manifest.labels, threads or usable_cores(), item])
-    cold = cold_starts(scripts, starts)
+    cold = time_cold_starts(scripts, starts)
     return {"format": 1, "about": about, "candidates": results, "segments": segments, "cold_start": cold}
 
 
 @dataclass(frozen=True)
 class OpenCandidates:
-    """The opened candidates, walks first.
+    """The opened candidates of a benchmark, walks first.
 
-    full: the session at full depth. monolith: the first one, None without. left_out: name and reason of what
-    does not take part.
+    full: the session at full depth. monolith: the first monolith, or None. left_out: name and reason of each
+    candidate that is not measured.
     """
 
     full: Classifier
@@ -260,8 +263,8 @@ def open_candidates(
 ) -> OpenCandidates:
     """Open all candidates, and run each once on a row of every length, so that none is timed cold.
 
-    Each walk has its own weights: with shared ones it would find them in the cache after the walk before,
-    which no single graph does. Sessions that are opened later run 1 to 3 % faster, and graphs come last,
+    Walks do not share weights: shared ones would be in the cache after the previous walk, as those of a
+    single graph never are. Sessions that are opened later run 1 to 3 % faster, and graphs are opened last,
     which favours them over the walks.
     """
     manifest = bundle.manifest
@@ -313,9 +316,9 @@ def measure_generation(
     variant: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Every figure of a bundle that generates text, as it is written to JSON.
+    """Measure every figure of a bundle that generates text, as written to JSON.
 
-    rules: names, each with a threshold after a colon, as in "gate:0.7,fixed:2"; None: the bundle's own.
+    rules: names, each with a threshold after a colon, as in "gate:0.7,fixed:2"; None: the bundle's rule.
     rounds: over the prompts. Raises BadInput naming the line, BadSetting, and what load() raises.
     """
     with ExitStack() as stack:
@@ -332,7 +335,7 @@ def measure_generation(
         }
         for session in sessions.values():
             warm_up = partial(_tokens, session, max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
-            timed_tokens(warm_up, prompts[0])
+            time_one_answer(warm_up, prompts[0])
         timings = time_answers(generators, prompts, rounds)
         results = [
             {"name": name, "rule": _rule_json(session.rule)}
@@ -357,7 +360,10 @@ def measure_generation(
 
 
 def rule_options(rules: str | None, bundle: Bundle) -> dict[str, Mapping[str, Any]]:
-    """Keyword arguments of load() for each candidate that generates text; full depth is always the first."""
+    """The keyword arguments of load() for each candidate that generates text; full depth is always the first.
+
+    rules: as in measure_generation.
+    """
     names = [bundle.manifest.rule.name] if rules is None else [part.strip() for part in rules.split(",")]
     options: dict[str, Mapping[str, Any]] = {FULL_DEPTH: {"rule": "never"}}
     for name in filter(None, names):
@@ -376,7 +382,7 @@ def _tokens(session: TextGenerator, ids: Sequence[int], *, max_new_tokens: int) 
 
 
 def _drafts(session: TextGenerator) -> dict[str, Any]:
-    """Drafts by exit: how many were verified, the share that was accepted, and verifying runs."""
+    """The number of verified drafts and the accepted share by exit, and the number of verifying runs."""
     stats = session.draft_stats
     if stats is None:
         return {}
@@ -386,9 +392,9 @@ def _drafts(session: TextGenerator) -> dict[str, Any]:
 
 
 def _environment(session: Classifier | TextGenerator) -> dict[str, str]:
-    """The machine, and the engine that really runs."""
+    """The machine, and the engine that actually runs."""
     engine = session.engine
-    return {**pages.machine(), "engine": engine.name, "device": engine.device, **engine.facts}
+    return {**pages.machine_facts(), "engine": engine.name, "device": engine.device, **engine.facts}
 
 
 def _bundle_bytes(bundle: Bundle) -> int:

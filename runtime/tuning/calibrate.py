@@ -1,9 +1,9 @@
 """ee-calibrate: operating points of a bundle, measured on rows of data by the engine that will walk it.
 
-Thresholds that training chose belong to fp32 on torch with every exit. A bundle in int8, or one that keeps
-only some exits, gets its own points here, in one of three ways:
+Thresholds that training chose are for fp32 on torch with every exit. A bundle in int8, or one with only some
+of the exits, gets points of its own here, in one of three ways:
 
-    rules that exit          every row is walked to the end in every variant; rules are swept over the outputs
+    exit rules               every row is walked to the end in every variant; rules are swept over the outputs
     error forecasts (quee)   every price is walked (step_costs.py)
     generated text           every route is scored on completions; a router learns to choose by the prompt
 """
@@ -80,10 +80,10 @@ Exit codes: 0 written, 2 the bundle or the file cannot be used.
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, before it is written.
+    """The results of a calibration, before they are written into the bundle.
 
     points: all points of the new manifest. rule: its rule. facts: its provenance under provenance_key. costs,
-    files: added to the manifest's own. table: for the user.
+    files: added to those of the manifest. table: for the user.
     """
 
     points: tuple[OperatingPoint, ...]
@@ -95,7 +95,7 @@ class Calibration:
     table: str = ""
 
 
-def calibrated(
+def calibrate_classifier(
     folder: Path,
     file: Path,
     *,
@@ -104,18 +104,19 @@ def calibrated(
     device: str | None = None,
     threads: int | None = None,
 ) -> Manifest:
-    """Measure the classifier in `folder` on the rows of `file`; write and return its new manifest.
+    """Calibrate the classifier in `folder` on the rows of `file`; writes and returns its new manifest.
 
     rule: see exit_points. Raises BadInput for the file, and what load() raises.
     """
     calibration = measure_points(folder, file, rule=rule, engine=engine, device=device, threads=threads)
-    return rewrite(folder, open_bundle(folder).manifest, calibration)
+    return write_calibration(folder, open_bundle(folder).manifest, calibration)
 
 
-def rewrite(folder: Path, manifest: Manifest, calibration: Calibration) -> Manifest:
-    """Write the files and then the manifest of a calibrated bundle; each is whole or unchanged.
+def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration) -> Manifest:
+    """Write the files and then the manifest of a calibrated bundle; gives the new manifest.
 
-    The manifest is last, since its entries make the files count.
+    Each file is either completely written or unchanged. The manifest is last, since files are valid only by
+    its entries.
     """
     hashes = {
         name: FileFact(hashlib.sha256(data).hexdigest(), len(data))
@@ -147,7 +148,10 @@ def measure_points(
     device: str | None = None,
     threads: int | None = None,
 ) -> Calibration:
-    """Operating points of a bundle that classifies; rule None: quee with forecasts, else see exit_points."""
+    """Measure operating points of a bundle that classifies.
+
+    rule: that of the points; None for quee if the bundle has forecasts, else see exit_points.
+    """
     options = {"engine": engine, "device": device, "threads": threads, "share": False}
     with load_classifier(folder, rule="never", **options) as session:
         manifest = session.manifest
@@ -168,18 +172,18 @@ def measure_points(
 def exit_points(
     session: Classifier, rows: LabelledRows, rule: str | None = None
 ) -> tuple[OperatingPoint, ...]:
-    """Operating points of every variant of the session's bundle, by a sweep over the outputs of all exits.
+    """Choose operating points for every variant of a bundle by sweeping a rule over the outputs of all exits.
 
-    rule None: the bundle's own; where it has none, gate with policies and max_probability without. A variant
-    that the session's engine cannot walk (int8 on TensorRT) keeps the points that the bundle has.
+    rule: None for the bundle's rule or, if it has none, gate with policies and max_probability without. A
+    variant that the session's engine cannot walk (int8 on TensorRT) keeps the points that the bundle has.
     """
     manifest = session.manifest
-    rule = rule or _own_rule(manifest)
+    rule = rule or _sweepable_rule(manifest)
     points: list[OperatingPoint] = []
     reference = None
     for variant in manifest.variants:
         try:
-            table, lengths = exit_table(session, rows, variant)
+            table, lengths = measure_exit_table(session, rows, variant)
         except (BadSetting, EngineUnavailable) as problem:
             if reference is None:  # the default variant must be measured: the others are compared with it
                 raise
@@ -187,25 +191,27 @@ def exit_points(
             points += [point for point in manifest.points if point.variant == variant]
             continue
         swept = rule or ("max_probability" if table.gates is None else "gate")
-        chosen = choose_points(swept, table, exit_macs(manifest, lengths), reference=reference)
+        chosen = choose_points(swept, table, macs_to_exits(manifest, lengths), reference=reference)
         reference = chosen["full"].accuracy if reference is None else reference
         prefix = "" if variant == manifest.variants[0] else f"{variant}-"
-        points += [_named(prefix + name, point, variant, rows) for name, point in chosen.items()]
+        points += [_as_operating_point(prefix + name, point, variant, rows) for name, point in chosen.items()]
     return tuple(points)
 
 
-def exit_table(session: Classifier, rows: LabelledRows, variant: str) -> tuple[ExitTable, NDArray[np.int64]]:
-    """Outputs of every exit at full depth in one variant, and the rows' lengths [rows] in tokens."""
+def measure_exit_table(
+    session: Classifier, rows: LabelledRows, variant: str
+) -> tuple[ExitTable, NDArray[np.int64]]:
+    """Walk rows at full depth in one variant; gives outputs of every exit, and lengths [rows] in tokens."""
     trace, lengths = session.at_full_depth(rows.items, variant)
     gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
     gates = np.nan_to_num(trace.gates, nan=1.0) if gated else None
     return ExitTable(trace.logits, gates, rows.labels), lengths
 
 
-def exit_macs(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> ExitMacs:
-    """Multiply-accumulates to every exit, from the manifest, for rows of these lengths in tokens [rows].
+def macs_to_exits(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> ExitMacs:
+    """The multiply-accumulates up to every exit by the manifest, for rows of these lengths [rows] in tokens.
 
-    Exits and policies are included in the segments, so `full` is the full walk's.
+    Exits and policies are included in the segments, so `full` is that of the full walk.
     """
     tokens = [int(length) for length in lengths]
     macs = np.array([[segment.macs.of(n) for segment in manifest.segments] for n in tokens])
@@ -215,9 +221,9 @@ def exit_macs(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) ->
 
 
 def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Calibration:
-    """Route points and the router of a bundle that generates text.
+    """Fit the router of a bundle that generates text, and measure its route points.
 
-    Each completion is read by every route, after its prompt at full depth. The router learns from half of the
+    Each completion is run by every route, after its prompt at full depth. The router is fitted on half of the
     rows; on the other half prices are chosen and points are measured, both by log-likelihood.
     """
     with load_generator(folder, rule="never", threads=threads, share=False) as session:
@@ -243,7 +249,8 @@ def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Cali
 def route_scores(
     session: TextGenerator, routes: Sequence[Route], prompt: list[int], completion: list[int]
 ) -> tuple[Floats, list[float]]:
-    """The hidden state [hidden] that a router reads, and the score of the completion by each route.
+    """Score a completion by each route; gives the hidden state [hidden] that the router reads, and the
+    scores.
 
     A score is the mean log-likelihood in nats of the tokens after the first, which the prompt predicts.
     """
@@ -252,7 +259,7 @@ def route_scores(
     never = bind(RuleSpec("never", {}), segments)
     sequence = engine.begin({"input_ids": np.array([prompt], np.int64)})
     prompt_hidden = walk_one(engine, never, sequence, [variant] * segments)[0].signals.hidden
-    assert prompt_hidden is not None  # decoders put it out
+    assert prompt_hidden is not None  # decoders always give it
     hidden = prompt_hidden[-1].copy()
     sequence.rows = len(completion) - 1
     scores = []
@@ -285,13 +292,13 @@ def _route_points(
     return tuple(points)
 
 
-def _own_rule(manifest: Manifest) -> str | None:
-    """The rule for which the bundle was made, None where it names none that can be swept."""
+def _sweepable_rule(manifest: Manifest) -> str | None:
+    """The name of the rule that the bundle was exported for, or None if it has none that can be swept."""
     names = (manifest.rule.name, *(point.rule.name for point in manifest.points))
     return next((name for name in names if name in SWEPT), None)
 
 
-def _named(name: str, point: Point, variant: str, rows: LabelledRows) -> OperatingPoint:
+def _as_operating_point(name: str, point: Point, variant: str, rows: LabelledRows) -> OperatingPoint:
     return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
 
 
@@ -352,7 +359,7 @@ def main(
             calibration = measure_points(
                 folder, file, rule=rule, engine=engine, device=device, threads=threads
             )
-        rewrite(folder, manifest, calibration)
+        write_calibration(folder, manifest, calibration)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)
         sys.exit(2)

@@ -1,6 +1,6 @@
-"""Figures of ee-bench: what the timings of a candidate come to, beside those of the reference.
+"""Figures of ee-bench, computed from the timings of a candidate and those of the reference.
 
-Shares are 0..1, accuracy is in percent, units stand in the names.
+Shares are 0..1, accuracy is in percent, and other units are part of the names.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def row_figures(timings: RowTimings, reference: RowTimings, macs: Seconds, budget: float) -> dict[str, Any]:
-    """Times, exits and shares of a candidate that answers rows.
+    """Compute times, exits and shares of a candidate that answers rows, beside the reference.
 
     macs [rows, exits]: multiply-accumulates of each row up to each exit. budget: seconds that an answer may
-    take. The share of the time is of all rows and rounds together, as the share of the multiply-accumulates
-    is: a median over rows would hide either the rows that left early or those that went deep.
+    take. The shares of time and of multiply-accumulates are over all rows and rounds together: a median over
+    rows would hide either the rows that left early or those that went deep.
     """
     rounds = len(timings.seconds)
     ratio, ratio_p5, ratio_p95 = time_ratio(timings.seconds, reference.seconds)
@@ -31,47 +31,48 @@ def row_figures(timings: RowTimings, reference: RowTimings, macs: Seconds, budge
     share = macs_share(timings.exits, macs)
     time_share = float(timings.seconds.sum() / reference.seconds.sum())
     return {
-        "p50_ms": rounded(times[50]),
-        "p95_ms": rounded(times[95]),
-        "p99_ms": rounded(times[99]),
-        "mean_ms": rounded(1e3 * timings.seconds.mean()),
-        "percentiles_ms": [rounded(value) for value in times],
-        "ratio": rounded(ratio),
-        "ratio_p5": rounded(ratio_p5),
-        "ratio_p95": rounded(ratio_p95),
-        "mean_exit": rounded(timings.exits.mean()),
-        "exits": [rounded(value) for value in counts],
-        "goodput": rounded((timings.seconds <= budget).mean()),
-        "time_share": rounded(time_share),
-        "macs_share": rounded(share),
-        "realised": realised(time_share, share),
+        "p50_ms": round_figure(times[50]),
+        "p95_ms": round_figure(times[95]),
+        "p99_ms": round_figure(times[99]),
+        "mean_ms": round_figure(1e3 * timings.seconds.mean()),
+        "percentiles_ms": [round_figure(value) for value in times],
+        "ratio": round_figure(ratio),
+        "ratio_p5": round_figure(ratio_p5),
+        "ratio_p95": round_figure(ratio_p95),
+        "mean_exit": round_figure(timings.exits.mean()),
+        "exits": [round_figure(value) for value in counts],
+        "goodput": round_figure((timings.seconds <= budget).mean()),
+        "time_share": round_figure(time_share),
+        "macs_share": round_figure(share),
+        "realised": realised_saving(time_share, share),
     }
 
 
 def macs_share(exits: Ids, macs: Seconds) -> float:
-    """Multiply-accumulates of rows that left at exits [rounds, rows], 1-based, over those of full depth.
+    """The share of full depth's multiply-accumulates that rows with these exits need, in 0..1.
 
-    macs [rows, exits]: of each row up to each exit.
+    exits [rounds, rows], 1-based. macs [rows, exits]: multiply-accumulates of each row up to each exit.
     """
     full = float(len(exits) * macs[:, -1].sum()) or 1.0  # a manifest without MACs: no share is saved
     return 1 - float((macs[:, -1] - macs[np.arange(len(macs)), exits - 1]).sum()) / full
 
 
-def realised(time_share: float, share: float) -> float | None:
-    """Share of the time saved over share of the multiply-accumulates saved.
+def realised_saving(time_share: float, share: float) -> float | None:
+    """The share of the time saved, divided by the share of the multiply-accumulates saved.
 
-    None where under 1 % of the multiply-accumulates is saved: the quotient would be noise.
+    time_share, share: what is spent of each, 0..1. None if under 1 % of the multiply-accumulates is saved:
+    the quotient would be noise.
     """
-    return rounded((1 - time_share) / (1 - share)) if share < 0.99 else None
+    return round_figure((1 - time_share) / (1 - share)) if share < 0.99 else None
 
 
-def accuracy(timings: RowTimings, labels: Ids | None) -> float | None:
-    """Percent of rows and rounds whose answer is the label; None without labels."""
-    return None if labels is None else rounded(100 * (timings.labels == labels).mean())
+def answer_accuracy(timings: RowTimings, labels: Ids | None) -> float | None:
+    """The accuracy of a candidate in percent over rows and rounds; None without labels."""
+    return None if labels is None else round_figure(100 * (timings.labels == labels).mean())
 
 
 def answer_figures(timings: AnswerTimings, full: AnswerTimings) -> dict[str, Any]:
-    """Times and depths of a candidate that generates text, beside the answers of full depth."""
+    """Compute times and depths of a candidate that generates text, beside the answers of full depth."""
     steps = np.concatenate([np.diff(stamps) for stamps in timings.stamps]) * 1e3
     later = [token for tokens in timings.tokens for token in tokens[1:]]
     same = [
@@ -95,7 +96,10 @@ def answer_figures(timings: AnswerTimings, full: AnswerTimings) -> dict[str, Any
 
 
 def depths_by_position(answers: Sequence[Sequence[Token]]) -> list[dict[str, Any]]:
-    """Tokens by the number of blocks after which they were predicted, by their position in the answer."""
+    """Histograms of the depth in blocks at which tokens were predicted, by ranges of their position.
+
+    answers: the tokens of each answer. Ranges begin at POSITIONS.
+    """
     lines = []
     for first, end in zip(POSITIONS, (*POSITIONS[1:], 1 << 30), strict=True):
         depths = [token.depth for tokens in answers for token in tokens[first - 1 : end - 1]]
@@ -106,6 +110,6 @@ def depths_by_position(answers: Sequence[Sequence[Token]]) -> list[dict[str, Any
     return lines
 
 
-def rounded(value: float) -> float:
-    """A number with six significant digits: more would be noise."""
+def round_figure(value: float) -> float:
+    """Round a number to six significant digits, since more would be noise."""
     return float(f"{float(value):.6g}")

@@ -25,7 +25,7 @@ MIN_PAIRS = 8  # prompts with completions
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Texts (or pairs, or paths of images) and the numbers of their labels [rows].
+    """Rows with labels: texts, pairs of texts or paths of images, and the numbers of their labels [rows].
 
     name: of the file or folder, without its path.
     """
@@ -36,15 +36,16 @@ class LabelledRows:
 
 
 def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> LabelledRows:
-    """Read JSON lines with "text" (and "text_b") and "label", which is one of `names` or its number.
+    """Read labelled rows from JSON lines with "text" (and "text_b") and "label", a name of `names` or its
+    number.
 
-    images: "image", a path relative to the file's folder, instead of text; or `file` is a folder that holds
-    one folder of images for each label. Raises BadInput that names file, line and field.
+    images: rows have "image", a path relative to the file's folder, instead of text; or `file` is a folder
+    that holds one folder of images for each label. Raises BadInput that names file, line and field.
     """
     if file.is_dir():
         if not images:
             raise BadInput(f"{file}: a folder; give a file of JSON lines with text and label")
-        return _class_folders(file, names)
+        return _read_class_folders(file, names)
     items: list[Text] = []
     labels: list[int] = []
     try:
@@ -52,8 +53,8 @@ def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> 
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     place = f"{file}, line {number}"
-                    row = _row(line, place, ("image",) if images else ("text", "text_b"))
-                    items.append(_image(row["image"], file, place) if images else _text(row))
+                    row = _parse_row(line, place, ("image",) if images else ("text", "text_b"))
+                    items.append(_image_item(row["image"], file, place) if images else _text_item(row))
                     labels.append(label_number(row.get("label"), names, place))
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInput(f"{file}: cannot be read as UTF-8 text: {problem}") from problem
@@ -63,7 +64,7 @@ def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> 
 
 
 def label_number(value: object, names: Sequence[str], place: str) -> int:
-    """The number of a label that is given by name or number; BadInput naming the place for anything else."""
+    """The number of a label that is given by name or number; raises BadInput naming the place otherwise."""
     if isinstance(value, str) and value in names:
         return names.index(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
@@ -77,17 +78,18 @@ def label_number(value: object, names: Sequence[str], place: str) -> int:
 def read_rows(
     path: Path, names: Sequence[str], max_rows: int, *, images: bool = False
 ) -> tuple[list[Text], NDArray[np.int64] | None, int]:
-    """The first rows of a file: items, numbers of their labels (None without labels), rows in the file.
+    """Read the first rows of a file of plain or JSON lines, with or without labels.
 
-    images: lines are paths relative to the file's folder, or JSON with "image". Empty lines are passed over.
-    Raises BadInput naming the line.
+    Gives items, numbers of their labels (None without labels), and the number of rows in the file. images:
+    lines are paths relative to the file's folder, or JSON with "image". Empty lines are skipped. Raises
+    BadInput naming the line.
     """
-    data, lines = _lines(path, IMAGES if images else TEXTS, "lines", "text")
+    data, lines = _read_lines(path, IMAGES if images else TEXTS, "lines", "text")
     raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
     labels: list[int | None] = []
     for line in lines[:max_rows]:
         place = f"{path}:{line.number}"
-        _refuse(line, place)
+        _raise_problem(line, place)
         label = None if plain else json.loads(raw[line.number - 1].decode("utf-8-sig")).get("label")
         if label is not None:
             label = label_number(label, names, place)
@@ -101,12 +103,15 @@ def read_rows(
 def read_prompts(
     path: Path, max_rows: int, encode_prompt: Callable[[str | Sequence[Message]], list[int]]
 ) -> tuple[list[list[int]], int]:
-    """Token ids of the first prompts, and the number of prompts in the file; BadInput names the line."""
-    _, lines = _lines(path, PROMPTS, "prompts", "prompt")
+    """Read and encode the first prompts of a file; gives their token ids, and the number of prompts in it.
+
+    Raises BadInput naming the line.
+    """
+    _, lines = _read_lines(path, PROMPTS, "prompts", "prompt")
     prompts = []
     for line in lines[:max_rows]:
         place = f"{path}:{line.number}"
-        _refuse(line, place)
+        _raise_problem(line, place)
         try:
             prompts.append(encode_prompt(line.text or (line.others or {}).get("messages", "")))
         except BadInput as problem:
@@ -120,10 +125,10 @@ def read_pairs(
     encode_prompt: Callable[[str], list[int]],
     encode_completion: Callable[[str], list[int]],
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompts and completions of JSON lines; BadInput names the line.
+    """Read JSON lines of prompts and completions; gives the token ids of both for each line.
 
-    A completion is cut to MAX_COMPLETION tokens, a prompt to the last tokens that fit into max_tokens with
-    it.
+    A completion is cut to MAX_COMPLETION tokens, a prompt to its last tokens such that both fit into
+    max_tokens. Raises BadInput naming the line.
     """
     pairs = []
     try:
@@ -151,18 +156,18 @@ def read_pairs(
     return pairs
 
 
-def _text(row: dict[str, Any]) -> Text:
+def _text_item(row: dict[str, Any]) -> Text:
     return row["text"] if row.get("text_b") is None else (row["text"], row["text_b"])
 
 
-def _image(name: str, file: Path, place: str) -> str:
+def _image_item(name: str, file: Path, place: str) -> str:
     path = file.parent / name
     if not path.is_file():
         raise BadInput(f"{place}: no such image file: {path}")
     return str(path)
 
 
-def _class_folders(folder: Path, names: Sequence[str]) -> LabelledRows:
+def _read_class_folders(folder: Path, names: Sequence[str]) -> LabelledRows:
     items: list[Text] = []
     labels: list[int] = []
     for inside in sorted(folder.iterdir()):
@@ -176,7 +181,7 @@ def _class_folders(folder: Path, names: Sequence[str]) -> LabelledRows:
     return LabelledRows(folder.name, tuple(items), np.array(labels, np.int64))
 
 
-def _row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
+def _parse_row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as problem:
@@ -191,8 +196,8 @@ def _row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _lines(path: Path, names: Sequence[str], what: str, item: str) -> tuple[bytes, list[Line]]:
-    """The bytes of a file and its lines that are not empty; what: its lines are called so in errors."""
+def _read_lines(path: Path, names: Sequence[str], what: str, item: str) -> tuple[bytes, list[Line]]:
+    """The bytes of a file and its lines that are not empty; what: the word for its lines in errors."""
     try:
         data = path.read_bytes()
     except OSError as problem:
@@ -203,6 +208,6 @@ def _lines(path: Path, names: Sequence[str], what: str, item: str) -> tuple[byte
     return data, lines
 
 
-def _refuse(line: Line, place: str) -> None:
+def _raise_problem(line: Line, place: str) -> None:
     if line.problem is not None:
         raise BadInput(f"{place}: {line.problem}; repair the line or take it out")

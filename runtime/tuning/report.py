@@ -41,34 +41,37 @@ GENERATION_LEGEND = {
     "blocks run": "mean number of blocks run for a token, drafts and deferred tokens included",
     "same": "percent of the answers that equal those of full depth, token for token",
 }
-# Readable on white and on black alike.
+# Readable on white and on black.
 _FIRST = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
 COLOURS = (*_FIRST, "#a0522d", "#20c997", "#f783ac", "#5f6fb3")
 _INK = "#010203"  # placeholder for the page's colour of text
 
 
-def check(json_file: Path | None, page_file: Path | None) -> None:
-    """Raise BadSetting for files that cannot be written, EngineUnavailable for a page without matplotlib."""
+def check_output_files(json_file: Path | None, page_file: Path | None) -> None:
+    """Check that the output files can be written, before minutes of measuring.
+
+    Raises BadSetting if a folder is missing, EngineUnavailable for a page without matplotlib.
+    """
     for path in (json_file, page_file):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise BadSetting(f"{path}: {what}; name a file in a folder that is there")
     if page_file is not None:
-        _matplotlib("figure")
+        _import_matplotlib("figure")
 
 
-def machine() -> dict[str, str]:
-    """The machine and the time: the first entries of every page and file of figures."""
+def machine_facts() -> dict[str, str]:
+    """Facts of this machine and the time, which are the first entries of every page and file of figures."""
     return {
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": _cpu_name(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside the target, then rename it: the target is never half written."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its target, then rename it, so that the target is never half written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")
@@ -78,8 +81,10 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def cells(figures: Figures) -> list[list[str]]:
-    """One row of texts for each candidate, in the order of COLUMNS."""
+def candidate_rows(figures: Figures) -> list[list[str]]:
+    """The table rows of a bundle that classifies: one row of texts for each candidate, in the order of
+    COLUMNS.
+    """
     rows = []
     for candidate in figures["candidates"]:
         variant = "" if candidate["variant"] in candidate["name"] else f" ({candidate['variant']})"
@@ -89,37 +94,40 @@ def cells(figures: Figures) -> list[list[str]]:
                 *(f"{candidate[name]:.3f}" for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms")),
                 f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})",
                 f"{candidate['mean_exit']:.2f}",
-                _number(candidate["accuracy"], ".1f"),
+                _format_number(candidate["accuracy"], ".1f"),
                 f"{100 * candidate['goodput']:.1f}",
-                _number(candidate["realised"], ".2f"),
-                _number(candidate["rows_per_second"], ".0f"),
-                _number(candidate["realised_in_bulk"], ".2f"),
+                _format_number(candidate["realised"], ".2f"),
+                _format_number(candidate["rows_per_second"], ".0f"),
+                _format_number(candidate["realised_in_bulk"], ".2f"),
                 f"{candidate['bytes'] / 1e6:.1f}",
             ]
         )
     return rows
 
 
-def table(figures: Figures) -> str:
-    """All figures of a bundle that classifies: candidates, segments, cold start, facts."""
-    lines = aligned([list(COLUMNS), *cells(figures)])
+def classification_text(figures: Figures) -> str:
+    """The text with all figures of a bundle that classifies: candidates, segments, cold start, conditions."""
+    lines = align_columns([list(COLUMNS), *candidate_rows(figures)])
     lines += ["", *(f"{name:9} {text}" for name, text in LEGEND.items())]
     lines += [
         "",
-        *aligned([["segment", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])]),
+        *align_columns([["segment", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])]),
     ]
-    lines += ["", *aligned([["fresh process", "s to the first answer", "peak MB"], *_cold(figures)])]
-    lines += ["", *(f"{name:14} {text}" for name, text in facts(figures))]
+    lines += [
+        "",
+        *align_columns([["fresh process", "s to the first answer", "peak MB"], *_cold_start_rows(figures)]),
+    ]
+    lines += ["", *(f"{name:14} {text}" for name, text in conditions(figures))]
     return "\n".join(lines)
 
 
-def generation_table(figures: Figures) -> str:
-    """All figures of a bundle that generates text: candidates, drafts, depth by position, facts."""
+def generation_text(figures: Figures) -> str:
+    """The text with all figures of a bundle that generates text: candidates, drafts, depths, conditions."""
     candidates = figures["candidates"]
     rows = [list(GENERATION_COLUMNS)]
     for candidate in candidates:
         ratio = f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})"
-        numbers = [_number(candidate[name], ".2f") for name in _GENERATION_NUMBERS]
+        numbers = [_format_number(candidate[name], ".2f") for name in _GENERATION_NUMBERS]
         rows.append(
             [
                 candidate["name"],
@@ -129,7 +137,7 @@ def generation_table(figures: Figures) -> str:
                 f"{100 * candidate['same']:.1f}",
             ]
         )
-    lines = [*aligned(rows), "", *(f"{name:11} {text}" for name, text in GENERATION_LEGEND.items())]
+    lines = [*align_columns(rows), "", *(f"{name:11} {text}" for name, text in GENERATION_LEGEND.items())]
     for candidate in candidates:
         for exit, share in candidate.get("drafts", {}).get("accepted", {}).items():
             offered = candidate["drafts"]["offered"][exit]
@@ -139,13 +147,13 @@ def generation_table(figures: Figures) -> str:
         [candidate["name"], *(f"{line['mean']:.2f}" for line in candidate["by_position"])]
         for candidate in candidates
     ]
-    lines += ["", *aligned([["mean depth from token", *positions], *means]), ""]
+    lines += ["", *align_columns([["mean depth from token", *positions], *means]), ""]
     about = {name: value for name, value in figures["about"].items() if value != ""}
     return "\n".join([*lines, *(f"{name.replace('_', ' '):22} {value}" for name, value in about.items())])
 
 
-def facts(figures: Figures) -> list[tuple[str, str]]:
-    """Name and text of the conditions under which the figures were measured."""
+def conditions(figures: Figures) -> list[tuple[str, str]]:
+    """The conditions under which the figures were measured, as pairs of name and text."""
     about = dict(figures["about"])
     about["rows"] = f"{about['rows']} of {about.pop('rows_there')}"
     about["bundle"] = f"{about['bundle']} ({about.pop('bundle_bytes') / 1e6:.1f} MB)"
@@ -153,18 +161,20 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), str(value)) for name, value in about.items() if value != ""]
 
 
-def page(figures: Figures) -> str:
-    """One HTML page without scripts, which loads nothing."""
+def html_page(figures: Figures) -> str:
+    """The HTML page of all figures, without scripts or external resources."""
     parts = []
     for number, (title, caption, draw) in enumerate(_PICTURES):
-        svg = _svg(draw, figures, f"p{number}")
+        svg = _picture_svg(draw, figures, f"p{number}")
         body = svg or "<p>The rows have no labels, so there is no accuracy to show.</p>"
         parts.append(f"<figure><h2>{title}</h2>{body}<figcaption>{caption}</figcaption></figure>")
     about = figures["about"]
     intro = f"{about['cpu']}, {about['threads']} threads, {about['when']}. Reference: {about['reference']}."
     legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts(figures))
-    cold = _html([["fresh process", "seconds to the first answer", "peak MB"], *_cold(figures)])
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in conditions(figures))
+    cold = _html_table(
+        [["fresh process", "seconds to the first answer", "peak MB"], *_cold_start_rows(figures)]
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -176,7 +186,7 @@ def page(figures: Figures) -> str:
 <body>
 <h1>What early exit saves</h1>
 <p>{escape(intro)}</p>
-{_html([list(COLUMNS), *cells(figures)])}
+{_html_table([list(COLUMNS), *candidate_rows(figures)])}
 <details><summary>What the columns mean</summary><dl>{legend}</dl></details>
 <div class="pictures">{"".join(parts)}</div>
 <h2>Cold start</h2>
@@ -206,13 +216,13 @@ dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 """
 
 
-def _accuracy(axes: Any, figures: Figures) -> bool:
-    """Every candidate by mean time and accuracy; False without labels."""
+def _draw_accuracy(axes: Any, figures: Figures) -> bool:
+    """Draw every candidate by mean time and accuracy; False without labels."""
     known = [candidate for candidate in figures["candidates"] if candidate["accuracy"] is not None]
     for candidate in known:
         look = {
             "color": _colour(figures, candidate),
-            "label": _plain(candidate["name"]),
+            "label": _escape_name(candidate["name"]),
             "s": 45,
             "zorder": 3,
         }
@@ -224,8 +234,8 @@ def _accuracy(axes: Any, figures: Figures) -> bool:
     return bool(known)
 
 
-def _exits(axes: Any, figures: Figures) -> bool:
-    """Rows at each exit, of the candidates that exit early."""
+def _draw_exits(axes: Any, figures: Figures) -> bool:
+    """Draw the number of rows at each exit for the candidates that exit early."""
     exiting = [
         candidate for candidate in figures["candidates"] if candidate["kind"] in ("walk", "random", "nested")
     ]
@@ -238,24 +248,28 @@ def _exits(axes: Any, figures: Figures) -> bool:
             candidate["exits"],
             width,
             color=_colour(figures, candidate),
-            label=_plain(candidate["name"]),
+            label=_escape_name(candidate["name"]),
         )
     axes.set(xlabel="exit", ylabel="rows", xticks=range(1, len(exiting[0]["exits"]) + 1))
     return True
 
 
-def _segments(axes: Any, figures: Figures) -> bool:
-    """Milliseconds of the stem and each segment."""
+def _draw_segments(axes: Any, figures: Figures) -> bool:
+    """Draw the milliseconds of the stem and of each segment."""
     names = ["stem", *(str(number) for number in range(1, len(figures["segments"])))]
     axes.bar(names, [segment["ms"] for segment in figures["segments"]], color=COLOURS[0])
     axes.set(xlabel="segment", ylabel="milliseconds")
     return True
 
 
-def _latency(axes: Any, figures: Figures) -> bool:
-    """Share of the rows answered within a time, up to a little more than the slowest p95."""
+def _draw_latency(axes: Any, figures: Figures) -> bool:
+    """Draw the share of the rows answered within a time, up to 1.1 times the slowest p95."""
     for candidate in figures["candidates"]:
-        look = {"color": _colour(figures, candidate), "label": _plain(candidate["name"]), "linewidth": 1.5}
+        look = {
+            "color": _colour(figures, candidate),
+            "label": _escape_name(candidate["name"]),
+            "linewidth": 1.5,
+        }
         axes.plot(
             candidate["percentiles_ms"], range(101), "-" if candidate["kind"] in _WALKS else "--", **look
         )
@@ -268,25 +282,25 @@ def _latency(axes: Any, figures: Figures) -> bool:
 _WALKS = ("walk", "full", "random")
 _MARKERS = {"walk": "o", "full": "D", "random": "x", "monolith": "s", "nested": "^", "truncated": "v"}
 _PICTURES: Sequence[tuple[str, str, Callable[[Any, Figures], bool]]] = (
-    ("Accuracy against time", "Up and to the left is better.", _accuracy),
-    ("Where rows leave", "Rows at each exit, mean of the rounds.", _exits),
-    ("Time per segment", "Median of rows that go to the last exit.", _segments),
+    ("Accuracy against time", "Up and to the left is better.", _draw_accuracy),
+    ("Where rows leave", "Rows at each exit, mean of the rounds.", _draw_exits),
+    ("Time per segment", "Median of rows that go to the last exit.", _draw_segments),
     (
         "How long rows take",
         "All rows and rounds, up to the slowest p95; walks are solid lines, the dotted line is the budget.",
-        _latency,
+        _draw_latency,
     ),
 )
 
 
-def _svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix: str) -> str:
-    """One picture as an SVG element in the page's colour of text; "" where there is nothing to draw."""
-    matplotlib = _matplotlib("")
+def _picture_svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix: str) -> str:
+    """One picture as an SVG element in the page's colour of text; "" if there is nothing to draw."""
+    matplotlib = _import_matplotlib("")
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings = {"svg.fonttype": "none", "svg.hashsalt": prefix, **dict.fromkeys(ink, _INK)}
     target = io.StringIO()
     with matplotlib.rc_context(settings):
-        figure = _matplotlib("figure").Figure(figsize=(5.6, 3.6), layout="constrained")
+        figure = _import_matplotlib("figure").Figure(figsize=(5.6, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.patch.set_visible(False)
@@ -299,11 +313,11 @@ def _svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix: str) ->
         figure.savefig(target, format="svg", transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", target.getvalue(), flags=re.DOTALL)
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    # Several pictures share a page, and ids must not.
+    # Ids must be unique in a page, which has several pictures.
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
 
 
-def _matplotlib(part: str) -> Any:
+def _import_matplotlib(part: str) -> Any:
     try:
         return import_module(f"matplotlib.{part}".rstrip("."))
     except ImportError as problem:
@@ -313,8 +327,8 @@ def _matplotlib(part: str) -> Any:
         ) from problem
 
 
-def _cpu() -> str:
-    """The processor's name, where the system gives it."""
+def _cpu_name() -> str:
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -323,14 +337,14 @@ def _cpu() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _cold(figures: Figures) -> list[list[str]]:
+def _cold_start_rows(figures: Figures) -> list[list[str]]:
     return [
-        [start["name"], f"{start['seconds']:.2f}", _number(start["peak_bytes"] / 1e6 or None, ".0f")]
+        [start["name"], f"{start['seconds']:.2f}", _format_number(start["peak_bytes"] / 1e6 or None, ".0f")]
         for start in figures["cold_start"]
     ]
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
@@ -339,13 +353,13 @@ def _colour(figures: Figures, candidate: Figures) -> str:
     return COLOURS[[other["name"] for other in figures["candidates"]].index(candidate["name"]) % len(COLOURS)]
 
 
-def _plain(text: str) -> str:
+def _escape_name(text: str) -> str:
     """A name escaped for matplotlib, which reads $ as mathematics and hides names that begin with _."""
     return text.replace("$", r"\$").removeprefix("_")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, the first column to the left, the others to the right."""
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a plain-text table, its first column aligned to the left, the others to the right."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return [
         "  ".join(
@@ -356,7 +370,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _html(rows: Sequence[Sequence[str]]) -> str:
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows[1:])
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,7 +1,7 @@
-"""Calibration of bundles that choose between variants: the time of every step, and points in that unit.
+"""Calibration of bundles that choose between variants: the time of every step, and points in milliseconds.
 
-A table of exits at full depth cannot tell what a walk does that changes its variant on the way, so every
-price is walked, one row at a time, as it will be used.
+A table of exits at full depth does not contain walks that change their variant, so every price is walked, one
+row at a time, as in later use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def require_forecast(manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class _KeepPlan:
-    """Computes the decisions of a rule and ignores them, so that a timed walk runs every segment."""
+    """A rule that computes another rule's decisions and ignores them, so that a timed walk runs every
+    segment.
+    """
 
     rule: Rule
     exit_test = None
@@ -66,15 +68,15 @@ class _KeepPlan:
 
 
 def measure_step_costs(session: Classifier, items: Sequence[Text], tokens: Tokens) -> StepCosts:
-    """Milliseconds of every segment in every variant at batch 1, with the decision of rule quee before it.
+    """Measure milliseconds of every segment in every variant at batch 1, the decision of rule quee included.
 
-    Medians over rows of about median length. tokens: lengths of the items.
+    They are medians over rows of about median length. tokens: lengths of the items.
     """
     manifest, engine = session.manifest, session.engine
     count, variants = len(manifest.segments), manifest.variants
     middle = int(np.median(tokens))
     nearest = np.argsort(np.abs(tokens - middle), kind="stable")[:TIMED_ROWS]
-    inputs = {int(row): _inputs(session, items[row]) for row in nearest}
+    inputs = {int(row): _encode_item(session, items[row]) for row in nearest}
     even = StepCosts(middle, dict.fromkeys(variants, (1.0,) * count))
     rule = _KeepPlan(bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even}))
     for variant in range(len(variants)):
@@ -96,24 +98,24 @@ def measure_step_costs(session: Classifier, items: Sequence[Text], tokens: Token
 def measure_walk_points(
     session: Classifier, rows: LabelledRows, tokens: Tokens, costs: StepCosts
 ) -> tuple[OperatingPoint, ...]:
-    """Operating points of rule quee that charge these milliseconds, each measured by walking all rows at it.
+    """Measure operating points of rule quee with these step costs, each by walking all rows at it.
 
-    A point starts in the variant that it names. "within" and savings are against full depth in the default
-    variant. "ms" is the time of a row in this walk, whatever else the machine was doing meanwhile. tokens:
+    A point starts in the variant that it names. "within" and savings are relative to full depth in the
+    default variant. "ms" is the time of a row in this walk, other load of the machine included. tokens:
     lengths of the rows.
     """
-    inputs = [_inputs(session, item) for item in rows.items]
+    inputs = [_encode_item(session, item) for item in rows.items]
     starts = range(len(session.manifest.variants))
     never = RuleSpec("never", {})
-    _walk(session, inputs[:TIMED_ROWS], never, 0, costs)  # opens the segments before they are timed
+    _walk_rows(session, inputs[:TIMED_ROWS], never, 0, costs)  # opens the segments before they are timed
     specs = [never, *(RuleSpec("quee", {"price": float(price), "measured": 1.0}) for price in PRICES)]
     points, measured = list[WalkPoint](), list[dict[str, float]]()
     for spec in specs:
         for start in starts:
-            trace = _walk(session, inputs, spec, start, costs)
+            trace = _walk_rows(session, inputs, spec, start, costs)
             point = _walk_point(session, spec, start, trace, rows.labels, costs)
             points.append(point)
-            measured.append(_measured(session.manifest, point, trace, tokens))
+            measured.append(_point_figures(session.manifest, point, trace, tokens))
     chosen = choose_walk_points(points, points[0], "ms")
     numbers = {id(point): number for number, point in enumerate(points)}
     return tuple(
@@ -122,11 +124,11 @@ def measure_walk_points(
     )
 
 
-def _inputs(session: Classifier, item: Text) -> Inputs:
+def _encode_item(session: Classifier, item: Text) -> Inputs:
     return session.encode(item) if isinstance(item, str) else session.encode(*item)
 
 
-def _walk(
+def _walk_rows(
     session: Classifier, inputs: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts
 ) -> Trace:
     """Walk the rows one by one from a starting variant."""
@@ -154,10 +156,10 @@ def _exits(trace: Trace) -> NDArray[np.int64]:
 def _walk_point(
     session: Classifier, spec: RuleSpec, start: int, trace: Trace, labels: NDArray[np.int64], costs: StepCosts
 ) -> WalkPoint:
-    """The figures of a walk; its cost is the sum of the step costs and not its own time.
+    """The figures of a walk; its cost is the sum of the step costs and not the measured time.
 
-    Steps were timed in turns. Whole walks are minutes apart, so that their own times would compare points by
-    whatever else ran in between.
+    Steps were timed in turns. Whole walks are minutes apart, so that a comparison of their measured times
+    would include changes of the machine's load.
     """
     rows, exits = np.arange(len(labels)), _exits(trace)
     right = trace.logits[rows, exits].argmax(-1) == labels
@@ -174,7 +176,7 @@ def _walk_point(
     )
 
 
-def _measured(manifest: Manifest, point: WalkPoint, trace: Trace, tokens: Tokens) -> dict[str, float]:
+def _point_figures(manifest: Manifest, point: WalkPoint, trace: Trace, tokens: Tokens) -> dict[str, float]:
     """The figures of a point in the manifest: milliseconds a row, the others in percent or blocks."""
     exits, graphs = _exits(trace), (manifest.stem, *manifest.segments)
     macs = np.array([[graph.macs.of(int(n)) for graph in graphs] for n in tokens]).cumsum(axis=1)

@@ -1,9 +1,9 @@
-"""The timer: callables take turns, each once a round, in an order that is drawn anew for every round.
+"""Timing of callables in turns: each is called once a round, in an order that is drawn for every round.
 
-So slow moments of the machine hit all of them alike, and none always runs first or after the same other one.
-Rows take turns of a few and not of one: a process that serves finds its own code in the processor's cache,
-not that of another candidate. With one row each in a fixed order, a walk after a single graph took 7 % longer
-than the same walk after another walk.
+So slow moments of the machine affect all of them equally, and none always runs first or after the same other
+one. A turn has several rows and not one: in a process that serves, the processor's cache contains the code of
+the walk, not that of another candidate. With one row a turn in a fixed order, a walk after a single graph
+took 7 % longer than the same walk after another walk.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def take_turns(
     seed: int | np.random.Generator = 0,
     before: Callable[[], object] | None = None,
 ) -> Iterator[tuple[str, float, Result]]:
-    """Call every callable once a round; give its name, its seconds and what it returned.
+    """Call every callable once a round; yields its name, its seconds and its result.
 
-    seed: of the order; a generator goes on where it is. before: called before every callable and not timed,
-    for callables that would find each other's weights in the cache.
+    seed: of the order; a generator is used in its present state. before: called before every callable and not
+    timed, for callables whose weights would otherwise be in the cache after another's turn.
     """
     order, names = np.random.default_rng(seed), list(callables)
     for _ in range(rounds):
@@ -58,7 +58,7 @@ def take_turns(
             yield names[at], seconds, result
 
 
-def interleaved(
+def time_in_turns(
     callables: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
@@ -67,9 +67,9 @@ def interleaved(
     before: Callable[[], object] | None = None,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every callable, one number a round; see take_turns.
+    """Time callables in turns; gives by name the seconds of each round; see take_turns.
 
-    warmup: rounds before these, which are not counted. progress: label of a bar on standard error.
+    warmup: earlier rounds that are not counted. progress: label of a progress bar on standard error.
     """
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     steps = (warmup + rounds) * len(callables)
@@ -81,7 +81,7 @@ def interleaved(
 
 
 def time_ratio(seconds: Sequence[float] | Seconds, reference: Sequence[float] | Seconds) -> list[float]:
-    """Median, 5th and 95th percentile of seconds over the reference's of the same round and row.
+    """The ratio of seconds to the reference's of the same round and row: median, 5th and 95th percentile.
 
     Both arrays have one shape. Pairs are close in time, so that slow moments of the machine cancel.
     """
@@ -91,7 +91,7 @@ def time_ratio(seconds: Sequence[float] | Seconds, reference: Sequence[float] | 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that answers rows and is measured: a walk at an operating point, or a baseline.
+    """A network that answers rows in a benchmark: a walk at an operating point, or a baseline.
 
     run(batches, rows, limit) answers the rows and is timed; at most `limit` rows are joined for a step. It
     returns a function, called outside of the timed part, that reads labels and exits from the outputs.
@@ -108,7 +108,7 @@ class Candidate:
 
 
 def walk_candidate(session: Classifier, name: str, kind: str, rule: rules.Rule | None = None) -> Candidate:
-    """The walk of a session under its own rule, or under `rule`; texts are tokenized beforehand."""
+    """The walk of a session as a candidate, under the session's rule or under `rule`; without tokenizing."""
     manifest = session.manifest
     segments, classes = len(manifest.segments), len(manifest.labels)
     variant = manifest.variants.index(session.variant)
@@ -141,7 +141,7 @@ def walk_candidate(session: Classifier, name: str, kind: str, rule: rules.Rule |
 
 @dataclass(frozen=True)
 class RowTimings:
-    """Answers of one candidate, all [rounds, rows]: seconds, label numbers, 1-based exits."""
+    """The timed answers of one candidate: seconds, label numbers and exits (1-based), each [rounds, rows]."""
 
     seconds: Seconds
     labels: Ids
@@ -151,10 +151,10 @@ class RowTimings:
 def time_rows(
     candidates: Sequence[Candidate], singles: Sequence[Batches], rounds: int
 ) -> dict[str, RowTimings]:
-    """Every candidate answers every row alone, once a round; turns are of ROWS_PER_TURN rows.
+    """Time every candidate on every row at batch 1, once a round, in turns of ROWS_PER_TURN rows.
 
-    singles: for each row a batch of this row alone. Before its turn a candidate answers the first row of it
-    once without being timed, so that its code is in the cache.
+    singles: for each row a batch of this row alone. Before its turn a candidate answers the turn's first row
+    once untimed, so that its code is in the cache.
     """
     rows, order = len(singles), np.random.default_rng(0)
     shape = (rounds, rows)
@@ -187,9 +187,11 @@ def time_rows(
 def time_bulk(
     candidates: Sequence[Candidate], windows: Sequence[tuple[Batches, int]], limit: int, rounds: int
 ) -> dict[str, float]:
-    """Rows per second of every candidate: median of `rounds` rounds after one that is not counted.
+    """Measure rows per second of every candidate in bulk: median of `rounds` rounds after one uncounted
+    round.
 
-    windows: batches of rows of like length, and how many rows they hold. limit: rows joined for a step.
+    windows: batches of rows of similar length, and how many rows they hold. limit: most rows joined for a
+    step.
     """
 
     def answer(candidate: Candidate) -> None:
@@ -197,21 +199,21 @@ def time_bulk(
             candidate.run(batches, rows, limit)
 
     calls = {candidate.name: partial(answer, candidate) for candidate in candidates}
-    seconds = interleaved(calls, rounds, warmup=1, progress="in bulk   ")
+    seconds = time_in_turns(calls, rounds, warmup=1, progress="in bulk   ")
     total = sum(rows for _, rows in windows)
     return {name: total / float(np.median(values)) for name, values in seconds.items()}
 
 
 @dataclass
 class AnswerTimings:
-    """Generated answers of one candidate: tokens, and the seconds after which each of them was there."""
+    """The timed answers of a text generator: tokens, and seconds from the start of the answer to each."""
 
     tokens: list[list[Token]] = field(default_factory=list)
     stamps: list[list[float]] = field(default_factory=list)
 
     @property
     def after_first(self) -> Seconds:
-        """Seconds from the first token of each answer to its last [answers]."""
+        """The seconds from the first token of each answer to its last [answers]."""
         return np.array([stamps[-1] - stamps[0] for stamps in self.stamps])
 
 
@@ -220,26 +222,26 @@ def time_answers(
     prompts: Sequence[Sequence[int]],
     rounds: int,
 ) -> dict[str, AnswerTimings]:
-    """Every generator answers every prompt once a round; a turn is one answer.
+    """Time every generator on every prompt, once a round; a turn is one answer.
 
-    generators: from token ids of a prompt to the tokens of its answer. All should be asked for equally many
-    tokens.
+    generators: functions from token ids of a prompt to the tokens of its answer. All should generate the same
+    number of tokens.
     """
     timings = {name: AnswerTimings() for name in generators}
     order = np.random.default_rng(0)
     for _ in range(rounds):
         for ids in prompts:
-            calls = {name: partial(timed_tokens, answer, ids) for name, answer in generators.items()}
+            calls = {name: partial(time_one_answer, answer, ids) for name, answer in generators.items()}
             for name, _, (tokens, stamps) in take_turns(calls, 1, seed=order):
                 timings[name].tokens.append(tokens)
                 timings[name].stamps.append(stamps)
     return timings
 
 
-def timed_tokens(
+def time_one_answer(
     generator: Callable[[Sequence[int]], Iterator[Token]], ids: Sequence[int]
 ) -> tuple[list[Token], list[float]]:
-    """Tokens of one answer, and seconds from its start until each of them was there."""
+    """Generate one answer; gives its tokens, and the seconds from its start to each of them."""
     tokens: list[Token] = []
     stamps: list[float] = []
     started = time.perf_counter()
@@ -250,7 +252,7 @@ def timed_tokens(
 
 
 def time_segments(session: Classifier, singles: Sequence[Batches]) -> list[tuple[str, float]]:
-    """Name and median milliseconds of the stem and of every segment, over rows that go to the last exit."""
+    """Measure the stem and every segment at full depth; gives names and median milliseconds over rows."""
     manifest, engine = session.manifest, session.engine
     never = rules.bind(RuleSpec("never", {}), len(manifest.segments))
     plan = [manifest.variants.index(session.variant)] * len(manifest.segments)
@@ -268,7 +270,7 @@ def time_segments(session: Classifier, singles: Sequence[Batches]) -> list[tuple
 
 @contextmanager
 def _bar(label: str | None, steps: int) -> Iterator[Callable[[int], object]]:
-    """A function that advances a progress bar on standard error; no bar without a label."""
+    """A context with a function that advances a progress bar on standard error; no bar without a label."""
     if label is None:
         yield lambda steps: None
         return

@@ -17,13 +17,13 @@ from offramp.runtime.rules import RowSignals
 from offramp.runtime.tuning.baselines import (
     GRAPH_SCRIPT,
     WALK_SCRIPT,
-    cold_start,
-    cold_starts,
-    load_options,
+    cold_load_options,
     nested_threshold,
     open_baseline,
     random_exits,
     read_baselines,
+    time_cold_start,
+    time_cold_starts,
 )
 from offramp.runtime.tuning.timing import LabelsAndExits, walk_candidate
 
@@ -208,7 +208,7 @@ def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> Non
     facts = session.manifest.input
     paths = [str(BASELINES / "monolith.onnx"), str(TINY / facts.tokenizer), facts.longest, facts.prefix]
     scripts = (
-        (WALK_SCRIPT, [str(TINY), load_options(walk, 1), item]),
+        (WALK_SCRIPT, [str(TINY), cold_load_options(walk, 1), item]),
         (
             GRAPH_SCRIPT,
             [*paths, session.labels, 1, item],
@@ -216,32 +216,32 @@ def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> Non
     )
     expected = repr(session(*item).label)
     for script, arguments in scripts:
-        answer, seconds, peak = cold_start(script, arguments)
+        answer, seconds, peak = time_cold_start(script, arguments)
         assert answer == expected
         assert seconds > 0 and 2**20 < peak < 2**30
 
 
 def test_a_parents_memory_is_not_the_childs() -> None:
     ballast = np.ones(40_000_000)
-    peak = cold_start("import sys\nprint(1, flush=True)", [])[2]
+    peak = time_cold_start("import sys\nprint(1, flush=True)", [])[2]
     assert peak < ballast.nbytes / 4
 
 
 def test_starts_take_turns() -> None:
     script = "import sys\nprint(1, flush=True)"
-    figures = cold_starts({"a": (script, []), "b": (script, [])}, 2)
+    figures = time_cold_starts({"a": (script, []), "b": (script, [])}, 2)
     assert [candidate["name"] for candidate in figures] == ["a", "b"]
     assert all(len(candidate["each_seconds"]) == 2 and candidate["seconds"] > 0 for candidate in figures)
 
 
 def test_the_error_of_a_failed_process_is_reported() -> None:
     with pytest.raises(EngineUnavailable, match=r"exit 1.*ValueError: no luck"):
-        cold_start("raise ValueError('no luck')", [])
+        time_cold_start("raise ValueError('no luck')", [])
 
 
 def test_load_options_open_the_same_walk() -> None:
     for point in ("default", "fast"):
         with load_classifier(TINY, point=point) as first:
-            options = load_options(walk_candidate(first, "x", "walk"), None)
+            options = cold_load_options(walk_candidate(first, "x", "walk"), None)
             with load_classifier(TINY, **options) as second:
                 assert (first.rule, first.variant) == (second.rule, second.variant)

@@ -17,7 +17,7 @@ from offramp.runtime.rules.resolve import points_to_measure
 from offramp.runtime.tuning.bench import (
     FULL,
     RANDOM,
-    measure,
+    measure_classifier,
     measure_generation,
     open_candidates,
     rule_options,
@@ -152,7 +152,7 @@ def test_facts_segments_and_cold_starts(figures: dict[str, Any]) -> None:
 def test_without_labels_graphs_or_a_gate(tmp_path: Path) -> None:
     data = tmp_path / "plain.txt"
     data.write_text("good film\n\nbad plot\nwarm\n", encoding="utf-8")
-    alone = measure(TINY, data, points="fast", rows=2, rounds=1, starts=1, budget_ms=1e6)
+    alone = measure_classifier(TINY, data, points="fast", rows=2, rounds=1, starts=1, budget_ms=1e6)
     assert [candidate["name"] for candidate in alone["candidates"]] == ["walk fast", FULL, RANDOM]
     assert all(
         candidate["accuracy"] is None and candidate["goodput"] == 1 for candidate in alone["candidates"]
@@ -160,14 +160,14 @@ def test_without_labels_graphs_or_a_gate(tmp_path: Path) -> None:
     assert (alone["about"]["rows"], alone["about"]["rows_there"]) == (2, 3)
     assert alone["about"]["reference"] == FULL and named(alone, FULL)["ratio"] == 1
     assert [candidate["name"] for candidate in alone["cold_start"]] == ["walk fast"]
-    beside = measure(TINY, data, baselines=BASELINES, points="fast", rounds=1, starts=1)
+    beside = measure_classifier(TINY, data, baselines=BASELINES, points="fast", rounds=1, starts=1)
     assert "nested" not in [candidate["name"] for candidate in beside["candidates"]]
     assert beside["about"]["left_out"][0].startswith("nested: ")
 
 
 def test_full_depth_alone(tmp_path: Path) -> None:
     data = write(tmp_path / "data", {"text": "good", "text_b": "bad", "label": 1})
-    figures = measure(TINY, data, points="full", rounds=1, starts=1)
+    figures = measure_classifier(TINY, data, points="full", rounds=1, starts=1)
     assert [candidate["name"] for candidate in figures["candidates"]] == [FULL]
     assert figures["about"]["left_out"] == [f"{RANDOM}: no operating point to draw like"]
 

@@ -17,7 +17,7 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
 from offramp.runtime.rules import bind
 from offramp.runtime.rules.route import ROUTER_FILE, routes_of
-from offramp.runtime.tuning.calibrate import exit_macs, exit_points, main, route_scores
+from offramp.runtime.tuning.calibrate import exit_points, macs_to_exits, main, route_scores
 from offramp.runtime.tuning.labelled import read_labelled
 from offramp.runtime.walker import walk_one
 
@@ -108,7 +108,7 @@ def test_variants_that_tensorrt_does_not_walk_keep_their_points(
 
 def test_macs_are_the_manifests() -> None:
     manifest = open_bundle(TINY).manifest
-    macs = exit_macs(manifest, [4, 9])
+    macs = macs_to_exits(manifest, [4, 9])
     graphs = [manifest.stem, *manifest.segments]
     assert macs.full == pytest.approx([sum(s.macs.of(n) for s in graphs) for n in (4, 9)])
     assert macs.to_exit[1, 0] == pytest.approx(graphs[0].macs.of(9) + graphs[1].macs.of(9))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from offramp.runtime.decoding import Token
-from offramp.runtime.tuning.figures import accuracy, answer_figures, depths_by_position, row_figures
+from offramp.runtime.tuning.figures import answer_accuracy, answer_figures, depths_by_position, row_figures
 from offramp.runtime.tuning.timing import AnswerTimings, RowTimings
 
 
@@ -35,8 +35,8 @@ def test_nothing_saved_has_nothing_to_realise() -> None:
 
 def test_accuracy_needs_labels() -> None:
     own = RowTimings(np.ones((2, 2)), np.array([[0, 1], [1, 1]]), np.ones((2, 2), np.int64))
-    assert accuracy(own, None) is None
-    assert accuracy(own, np.array([0, 1])) == 75
+    assert answer_accuracy(own, None) is None
+    assert answer_accuracy(own, np.array([0, 1])) == 75
 
 
 def test_answer_figures_by_hand() -> None:

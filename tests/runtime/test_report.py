@@ -11,7 +11,7 @@ import pytest
 
 from offramp.runtime import BadSetting
 from offramp.runtime.tuning import report
-from offramp.runtime.tuning.bench import measure
+from offramp.runtime.tuning.bench import measure_classifier
 
 DATA = Path(__file__).parents[1] / "data"
 EVIL = "<script>alert(1)</script> & $x_1$"
@@ -38,11 +38,13 @@ class Page(HTMLParser):
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = tmp_path_factory.mktemp("report") / "data.jsonl"
     data.write_text('{"text": "good film", "label": 1}\n{"text": "bad plot", "label": 0}\n', encoding="utf-8")
-    return measure(DATA / "tiny_bundle", data, baselines=DATA / "tiny_baselines", rounds=1, starts=1)
+    return measure_classifier(
+        DATA / "tiny_bundle", data, baselines=DATA / "tiny_baselines", rounds=1, starts=1
+    )
 
 
 def test_the_table_has_every_candidate_segment_and_fact(figures: dict[str, Any]) -> None:
-    lines = report.table(figures).splitlines()
+    lines = report.classification_text(figures).splitlines()
     assert lines[0].split()[0] == "candidate"
     starts = [
         candidate["name"]
@@ -57,12 +59,12 @@ def test_a_missing_value_is_a_dash(figures: dict[str, Any]) -> None:
     changed = copy.deepcopy(figures)
     for candidate in changed["candidates"]:
         candidate["accuracy"] = None
-    assert all(row[report.COLUMNS.index("accuracy")] == "-" for row in report.cells(changed))
-    assert "no labels" in report.page(changed)
+    assert all(row[report.COLUMNS.index("accuracy")] == "-" for row in report.candidate_rows(changed))
+    assert "no labels" in report.html_page(changed)
 
 
 def test_the_page_is_complete_in_itself(figures: dict[str, Any]) -> None:
-    page = Page(report.page(figures))
+    page = Page(report.html_page(figures))
     names = [tag for tag, _ in page.tags]
     assert names.count("svg") == names.count("figure") == 4
     assert not {"script", "link", "img", "iframe", "image"} & set(names)
@@ -76,7 +78,7 @@ def test_the_page_is_complete_in_itself(figures: dict[str, Any]) -> None:
 
 
 def test_pictures_do_not_share_ids(figures: dict[str, Any]) -> None:
-    page = Page(report.page(figures))
+    page = Page(report.html_page(figures))
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids)) > 100
     links = [str(a["xlink:href"]) for _, a in page.tags if "xlink:href" in a]
@@ -84,7 +86,7 @@ def test_pictures_do_not_share_ids(figures: dict[str, Any]) -> None:
 
 
 def test_ink_follows_the_page(figures: dict[str, Any]) -> None:
-    text = report.page(figures)
+    text = report.html_page(figures)
     assert "currentColor" in text and report._INK not in text
     assert "prefers-color-scheme: dark" in text
 
@@ -94,7 +96,7 @@ def test_names_are_escaped_everywhere(figures: dict[str, Any]) -> None:
     changed["candidates"][0]["name"] = EVIL
     for name in ("data", "bundle", "reference", "cpu"):
         changed["about"][name] = EVIL
-    page = Page(report.page(changed))
+    page = Page(report.html_page(changed))
     assert "script" not in [tag for tag, _ in page.tags]
     assert "".join(page.words).count(EVIL) >= 6
 
@@ -106,25 +108,25 @@ def test_many_candidates(figures: dict[str, Any]) -> None:
         for k in range(3)
         for candidate in figures["candidates"]
     ]
-    assert report.page(changed).count("<svg") == 4
+    assert report.html_page(changed).count("<svg") == 4
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    report.write_whole(path, "é\n")
+    report.write_atomically(path, "é\n")
     assert path.read_bytes() == "é\n".encode()
     with pytest.raises(UnicodeEncodeError):
-        report.write_whole(path, "half \udcff")
+        report.write_atomically(path, "half \udcff")
     assert path.read_bytes() == "é\n".encode()
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_targets_are_checked_before(tmp_path: Path) -> None:
-    report.check(tmp_path / "out.json", tmp_path / "out.html")
+    report.check_output_files(tmp_path / "out.json", tmp_path / "out.html")
     with pytest.raises(BadSetting, match="is a folder"):
-        report.check(tmp_path, None)
+        report.check_output_files(tmp_path, None)
     with pytest.raises(BadSetting, match="there is no folder"):
-        report.check(None, tmp_path / "none" / "out.html")
+        report.check_output_files(None, tmp_path / "none" / "out.html")
 
 
 def test_without_matplotlib_the_error_names_the_package(tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ from pathlib import Path
 sys.modules["matplotlib"] = None
 from offramp.runtime.tuning import report
 from offramp.runtime import EngineUnavailable
-report.check(Path({str(tmp_path)!r}) / "out.json", None)
+report.check_output_files(Path({str(tmp_path)!r}) / "out.json", None)
 try:
-    report.check(None, Path({str(tmp_path)!r}) / "out.html")
+    report.check_output_files(None, Path({str(tmp_path)!r}) / "out.html")
 except EngineUnavailable as problem:
     print(problem)
 """

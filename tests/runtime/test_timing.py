@@ -17,10 +17,10 @@ from offramp.runtime.tuning.timing import (
     Batches,
     Candidate,
     LabelsAndExits,
-    interleaved,
     take_turns,
     time_answers,
     time_bulk,
+    time_in_turns,
     time_ratio,
     time_rows,
     time_segments,
@@ -114,7 +114,7 @@ def test_callables_run_once_a_round_and_give_their_results() -> None:
 def test_seconds_are_those_of_the_callable_alone(capsys: pytest.CaptureFixture[str]) -> None:
     log: list[str] = []
     calls = {"slow": lambda: time.sleep(0.02), "fast": lambda: log.append("fast")}
-    seconds = interleaved(calls, 3, warmup=2, before=lambda: time.sleep(0.03), progress="both")
+    seconds = time_in_turns(calls, 3, warmup=2, before=lambda: time.sleep(0.03), progress="both")
     assert {name: len(values) for name, values in seconds.items()} == {"slow": 3, "fast": 3}
     assert len(log) == 5  # warm-up rounds run and are not counted
     assert min(seconds["slow"]) >= 0.02 and max(seconds["fast"]) < 0.02
