@@ -61,6 +61,7 @@ def test_an_unfinished_folder_gets_no_name(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_bundle_and_the_next_run_is_not_in_its_way(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from offramp.export.bundle import replace_folder\n"

@@ -116,6 +116,7 @@ def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Pa
     assert "somebody" not in (tmp_path / "bundle" / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 def test_fp16_is_written_compiles_and_says_what_fp32_says(saved: Path, copied: Path, tmp_path: Path) -> None:
     result = run(saved, "--out", tmp_path / "bundle", "--variants", "fp32,fp16")
     assert result.exit_code == 0, result.output

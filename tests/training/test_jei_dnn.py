@@ -188,7 +188,13 @@ class InterruptedRun(Run[EarlyExitNetwork]):
             raise Interrupted
 
 
-@pytest.mark.parametrize("at", [("warm-up", 21), ("turns", 21), ("turns", 41)])
+@pytest.mark.parametrize(
+    "at",
+    [
+        *(pytest.param(at, marks=pytest.mark.slow) for at in [("warm-up", 21), ("turns", 21)]),
+        ("turns", 41),
+    ],
+)
 def test_an_interrupted_run_ends_with_the_weights_of_the_uninterrupted_one(
     folder: Path, tmp_path: Path, at: tuple[str, int]
 ) -> None:
