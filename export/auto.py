@@ -43,7 +43,7 @@ from offramp.runtime.classifier import Classifier
 from offramp.runtime.loading import load_classifier
 from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import choose_points
-from offramp.runtime.tuning.calibrate import exit_macs, exit_table
+from offramp.runtime.tuning.calibrate import macs_to_exits, measure_exit_table
 from offramp.runtime.tuning.labelled import read_labelled
 from offramp.runtime.walker import Inputs, walk_one
 
@@ -121,9 +121,9 @@ def choose_exits(
             load_classifier(folders[1], rule="never", engine=engine, device=device) as one,
         ):
             rows = read_labelled(dev, every.labels, images=source.network.family.vision is not None)
-            table, lengths = exit_table(every, rows, "fp32")
+            table, lengths = measure_exit_table(every, rows, "fp32")
             rule = "max_probability" if table.gates is None else "gate"
-            point = choose_points(rule, table, exit_macs(every.manifest, lengths))["default"]
+            point = choose_points(rule, table, macs_to_exits(every.manifest, lengths))["default"]
             count = table.logits.shape[1]
             exits = simulate(bind(point.rule, count), table.logits, table.gates)
             leaves = np.bincount(exits, minlength=count) / len(exits)

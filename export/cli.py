@@ -252,12 +252,12 @@ def _write(
     from offramp.export.table import closing_table
     from offramp.export.verify import NotVerified
     from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
-    from offramp.runtime.tuning.calibrate import calibrated
+    from offramp.runtime.tuning.calibrate import calibrate_classifier
 
     def measure(folder: Path) -> Manifest:
         click.echo("measuring operating points", err=True)
         assert options.dev is not None
-        return calibrated(folder, options.dev, engine=options.engine, device=options.device)
+        return calibrate_classifier(folder, options.dev, engine=options.engine, device=options.device)
 
     try:
         manifest, report = write_bundle(
