@@ -102,8 +102,8 @@ def open_with_baselines(
     with ExitStack() as stack:
         for name in names:
             if name in (OFFRAMP, MONOLITH):
-                own = "auto" if name == OFFRAMP else MONOLITH
-                generate = stack.enter_context(open_in_process(scratch, variant, [own]))[own]
+                candidate = "auto" if name == OFFRAMP else MONOLITH
+                generate = stack.enter_context(open_in_process(scratch, variant, [candidate]))[candidate]
                 candidates[name] = partial(_timed_answer, generate)
                 continue
             baseline: BaselineProcess

@@ -179,7 +179,7 @@ def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
 
 @click.group(help=__doc__)
 def main() -> None:
-    pass
+    """The command group of the decoder benchmarks."""
 
 
 MODEL = click.option("--model", required=True, type=click.Path(exists=True, path_type=Path))
@@ -253,8 +253,8 @@ def baselines(
     for variant in VARIANTS:
         request = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
         measured = run_rounds(request, list(WITH_BASELINES), prompts, rounds, versions[variant])
-        own = [answer.ids for answers in measured for answer in answers[OFFRAMP]]
-        figures[variant] = compare_rounds(measured, OFFRAMP, own)
+        offramp_ids = [answer.ids for answers in measured for answer in answers[OFFRAMP]]
+        figures[variant] = compare_rounds(measured, OFFRAMP, offramp_ids)
         print_table(f"{model.name}, {variant}", figures[variant])
         if out is not None:  # after each precision: a compiler may run before the next one
             write_json(out, {**facts, "baselines": versions, "candidates": figures})
@@ -376,7 +376,7 @@ def lossless_figures(
     for name, timing in timings.items():
         ratios = full_s / timing.after_first
         rows[name] = {
-            "same": sum(own == full for own, full in zip(ids[name], ids["full"], strict=True)),
+            "same": sum(answer == full for answer, full in zip(ids[name], ids["full"], strict=True)),
             "speed": round(float(full_s.sum() / timing.after_first.sum()), 4),
             "speed_median": round(float(np.median(ratios)), 4),
             "speed_5_95": [round(float(x), 3) for x in np.percentile(ratios, [5, 95])],

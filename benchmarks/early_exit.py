@@ -59,8 +59,8 @@ def static_ms(candidates: list[dict[str, Any]], accuracy: float) -> float | None
 def rows_with_ratios(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """One row of figures for each candidate, with its ratios to the baselines."""
     candidates = figures["candidates"]
-    named = {candidate["name"]: candidate for candidate in candidates}
-    full, monolith, int8 = named["walk full depth"], named["monolith"], named["monolith int8"]
+    by_name = {candidate["name"]: candidate for candidate in candidates}
+    full, monolith, int8 = by_name["walk full depth"], by_name["monolith"], by_name["monolith int8"]
     rows = []
     for candidate in candidates:
         static = static_ms(candidates, candidate["accuracy"])

@@ -212,7 +212,7 @@ def write_film_texts(folder: Path, train: int) -> Path:
 
 @click.group(help=__doc__)
 def main() -> None:
-    pass
+    """The command group that writes models and texts of the benchmarks."""
 
 
 OUT = click.argument("out", type=click.Path(path_type=Path))

@@ -60,8 +60,8 @@ def rows_to_show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     static = [row for row in rows if row["kind"] == "truncated"]
     fast = [row for row in static if row["mean_ms"] <= 1.05 * walks[0]["mean_ms"]]
     best = max(fast, key=lambda row: row["accuracy"], default=None)
-    named = {row["name"]: row for row in rows}
-    graphs = [named[name] for name in GRAPHS if name in named]
+    rows_by_name = {row["name"]: row for row in rows}
+    graphs = [rows_by_name[name] for name in GRAPHS if name in rows_by_name]
     return [*walks, *graphs, *([best] if best else [])]
 
 
@@ -91,12 +91,12 @@ def early_exit_summary_table() -> list[str]:
     about: dict[str, Any] = {}
     for result in read_results("early_exit"):
         about = result["about"]
-        named = {row["name"]: row for row in result["rows"]}
+        rows_by_name = {row["name"]: row for row in result["rows"]}
         for name in SUMMARY_POINTS:
-            row = named[name]
+            row = rows_by_name[name]
             realised = row["realised"] if row["variant"] == "fp32" else None
             cells = [f"{about['model']} on {about['data']}, {row['variant']}"]
-            cells += [two_decimals(named["walk full depth"]["accuracy"])]
+            cells += [two_decimals(rows_by_name["walk full depth"]["accuracy"])]
             rows.append([*cells, *(two_decimals(row[column]) for column in columns), two_decimals(realised)])
     if not rows:
         return []
@@ -249,13 +249,13 @@ def headline_table() -> list[str]:
 def _classifier_headline_rows() -> list[list[str]]:
     rows = []
     if (result := read_result("early_exit_e5_sst2")) is not None:
-        named = {row["name"]: row for row in result["rows"]}
-        fp32, int8 = (named[name] for name in SUMMARY_POINTS)
+        rows_by_name = {row["name"]: row for row in result["rows"]}
+        fp32, int8 = (rows_by_name[name] for name in SUMMARY_POINTS)
         speed = f"{two_decimals(fp32['times_fp32_monolith'])} x as fast in fp32, "
         speed += f"{two_decimals(int8['times_int8_monolith'])} x in int8"
         quality = ", ".join(
             f"{two_decimals(row['accuracy'])} % instead of "
-            f"{two_decimals(named[graph]['accuracy'])} %{precision}"
+            f"{two_decimals(rows_by_name[graph]['accuracy'])} %{precision}"
             for row, graph, precision in ((fp32, "monolith", " (fp32)"), (int8, "monolith int8", " (int8)"))
         )
         case = "early exit, e5-small on sst2, point within-1.0, batch 1"
@@ -332,6 +332,7 @@ DOCUMENTS = {ROOT / "README.md": headline_table, ROOT / "docs" / "measured.md": 
 
 @click.command(help=__doc__)
 def main() -> None:
+    """Write the tables into README.md and docs/measured.md."""
     for file, make_tables in DOCUMENTS.items():
         try:
             before, _, after = split_at_marks(file.read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ Seconds = Mapping[str, list[float]]
 
 @click.group(help=__doc__)
 def main() -> None:
-    pass
+    """The command group of the GPU benchmark: prepare and run."""
 
 
 @main.command()
@@ -171,21 +171,21 @@ def _figures(seconds: Seconds, sessions: dict[str, Classifier], size: tuple[int,
     if "torch" in seconds:
         figures["torch / one graph"] = _ratio(seconds, "torch", ONE_GRAPH)
     for name, session in sessions.items():
-        own: dict[str, Any] = {"full / one graph": _ratio(seconds, name, ONE_GRAPH)}
+        of_session: dict[str, Any] = {"full / one graph": _ratio(seconds, name, ONE_GRAPH)}
         if f"{name} graphs" in sessions:
-            own["plain / CUDA graphs"] = _ratio(seconds, name, f"{name} graphs")
+            of_session["plain / CUDA graphs"] = _ratio(seconds, name, f"{name} graphs")
         macs = np.array([segment.macs.of(size[1]) for segment in session.manifest.segments], float).cumsum()
         macs += session.manifest.stem.macs.of(size[1])
         for exit in range(1, len(macs)):
             if (key := f"{name} to exit {exit}") in seconds:
                 share, saved = _ratio(seconds, key, ONE_GRAPH), 1 - macs[exit - 1] / macs[-1]
-                own[f"exit {exit}"] = {"time / one graph": share, "MACs saved": _rounded(saved)}
-                own[f"exit {exit}"]["realised"] = _rounded((1 - share) / saved)
+                of_session[f"exit {exit}"] = {"time / one graph": share, "MACs saved": _rounded(saved)}
+                of_session[f"exit {exit}"]["realised"] = _rounded((1 - share) / saved)
         if (key := f"{name}, waiting once") in seconds:
             waits = len(macs) - 1
             more = (np.array(seconds[name]) - np.array(seconds[key])) / max(1, waits)
-            own["a wait costs us"] = _rounded(1e6 * float(np.median(more)))
-        figures[name] = own
+            of_session["a wait costs us"] = _rounded(1e6 * float(np.median(more)))
+        figures[name] = of_session
     return figures
 
 
@@ -195,7 +195,12 @@ def _targets(measured: list[dict[str, Any]]) -> dict[str, Any]:
     targets = {}
     for cut in CUTS:
         overhead = max((row[f"ort {cut}"]["full / one graph"] for row in rows), default=float("nan"))
-        exits = [own for row in rows for name, own in row[f"ort {cut}"].items() if name.startswith("exit ")]
+        exits = [
+            exit_figures
+            for row in rows
+            for name, exit_figures in row[f"ort {cut}"].items()
+            if name.startswith("exit ")
+        ]
         realised = min((exit["realised"] for exit in exits), default=float("nan"))
         holds = overhead <= OVERHEAD and realised >= REALISED
         targets[cut] = {"full / one graph": overhead, "realised": realised, "holds": holds}
@@ -352,9 +357,9 @@ def _sizes(facts: Any) -> dict[str, Any]:
 def _show(result: dict[str, Any]) -> None:
     for row in result["measured"]:
         click.echo(f"{row['variant']}, {row['rows']} x {row['tokens']}: one graph {row['one graph ms']} ms")
-        for name, own in row.items():
-            if isinstance(own, dict) and "full / one graph" in own:
-                click.echo(f"  {name:20} " + ", ".join(f"{key} {value}" for key, value in own.items()))
+        for name, values in row.items():
+            if isinstance(values, dict) and "full / one graph" in values:
+                click.echo(f"  {name:20} " + ", ".join(f"{key} {value}" for key, value in values.items()))
     for name, reason in result["left out"].items():
         click.echo(f"left out: {name}: {reason}")
     for name, target in result["targets"].items():

@@ -302,7 +302,7 @@ def single_table(rows: list[dict[str, Any]]) -> Table:
 
 @click.group(help=__doc__)
 def main() -> None:
-    pass
+    """The command group of the overhead benchmarks."""
 
 
 FOLDER = click.Path(path_type=Path)

@@ -235,6 +235,7 @@ def print_table(lines: Sequence[Mapping[str, Any]]) -> None:
 @click.option("--rows", default=2000, help="Number of rows: of test, then of dev, then of train.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for the figures.")
 def main(runs: Path, data: str, seed: int, rows: int, json_file: Path | None) -> None:
+    """Compare all checkpoints of a folder with their bundles; exit code 1 if fp32 decisions differ."""
     loaded = load_data(data, Columns())
     lines = []
     for folder in sorted(path for path in runs.glob(f"*_{seed}") if (path / "training.json").is_file()):

@@ -126,16 +126,16 @@ def evaluate_quee(outputs: CheckpointOutputs) -> Evaluation:
     fit = parse_settings(QueeSettings, words).fit(training["seed"])
     forecaster = fit_by_halves(dev.outcomes, fit, training["seed"])["mlp"]
     exit_outputs = outputs.exit_outputs("dev")
-    tried = []
+    evaluated = []
     for spec in [RuleSpec("never", {}), *(RuleSpec("quee", {"price": price}) for price in PRICES)]:
         rule = bind(spec, dev.outcomes.exits, {dev.costs.unit: dev.costs.stated})
         for start, variant in enumerate(dev.outcomes.variants):
             plans = replay_walks(rule, dev.outcomes, forecaster, start)
             point = walk_point(spec, start, plans, dev.outcomes, dev.costs)
             saved = 100 * float(1 - _macs_of(plans, exit_outputs).sum() / exit_outputs.full["macs"].sum())
-            tried.append((point.cost, point.accuracy, ChosenSetting(spec, variant, saved)))
+            evaluated.append((point.cost, point.accuracy, ChosenSetting(spec, variant, saved)))
     network = outputs.checkpoint.network
-    return _quee_on_test(outputs, test, _undominated(tried), network_forecaster(network.forecasts))
+    return _quee_on_test(outputs, test, _undominated(evaluated), network_forecaster(network.forecasts))
 
 
 def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: Path) -> Evaluation:
@@ -150,7 +150,7 @@ def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: P
         macs[split] = outputs.exit_outputs(split)
         statistics, errors = outputs.variant_paths(split).outcomes.without_change()
         top[split], wrong[split] = _top_probability(statistics[:, number]), errors[:, number]
-    tried = []
+    evaluated = []
     thresholds = np.unique(np.quantile(top["dev"], np.linspace(0, 1, STEPS)))
     rows = np.arange(len(top["dev"]))
     for threshold in [2.0, *thresholds.tolist()]:
@@ -158,8 +158,8 @@ def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: P
         accuracy = 100 * float(1 - wrong["dev"][rows, exits].mean())
         saved = 100 * float(1 - macs["dev"].spent["macs"][rows, exits].sum() / macs["dev"].full["macs"].sum())
         spec = RuleSpec("max_probability", {"threshold": threshold})
-        tried.append((float(exits.mean()), accuracy, ChosenSetting(spec, variant, saved)))
-    chosen = _undominated(tried)
+        evaluated.append((float(exits.mean()), accuracy, ChosenSetting(spec, variant, saved)))
+    chosen = _undominated(evaluated)
     exits = np.stack([_first_above(top["test"], c.rule.parameters["threshold"]) for _, c in chosen])
     rows = np.arange(exits.shape[1])
     costs = outputs.variant_paths("test").costs
@@ -170,8 +170,8 @@ def evaluate_one_variant(outputs: CheckpointOutputs, variant: str, checkpoint: P
     )
     best = _best_at_half([(c.macs_saved, accuracy) for accuracy, c in chosen])
     share = np.bincount(exits[best], minlength=top["test"].shape[1]) / exits.shape[1]
-    by_chance = 100 * float(share @ (1 - wrong["test"].mean(0)))
-    figures = _figures(settings, best, static_frontier(macs["test"]), by_chance)
+    random_accuracy = 100 * float(share @ (1 - wrong["test"].mean(0)))
+    figures = _figures(settings, best, static_frontier(macs["test"]), random_accuracy)
     figures["setting"] = dict(chosen[best][1].rule.parameters)
     return Evaluation(settings, [c for _, c in chosen], figures, checkpoint)
 
@@ -253,7 +253,7 @@ def _quee_on_test(
     forecaster: Forecaster,
 ) -> Evaluation:
     outcomes, costs, exit_outputs = test.outcomes, test.costs, outputs.exit_outputs("test")
-    rights, confidences, by_chance = [], [], []
+    rights, confidences, random_accuracy = [], [], []
     spent: dict[str, list[NDArray[np.float64]]] = {"layers": [], "macs": [], "bops": []}
     for _, setting in chosen:
         rule: Rule = bind(setting.rule, outcomes.exits, {costs.unit: costs.stated})
@@ -269,11 +269,11 @@ def _quee_on_test(
         # Expected accuracy of the same plans assigned to rows at random.
         kinds, counts = np.unique(np.stack([last_variant, change, exits], 1), axis=0, return_counts=True)
         mean = [1 - outcomes.wrong[:, start, e, c, x].mean() for e, c, x in kinds]
-        by_chance.append(100 * float(np.average(mean, weights=counts)))
+        random_accuracy.append(100 * float(np.average(mean, weights=counts)))
     stacked = {axis: np.stack(values) for axis, values in spent.items()}
     settings = SettingResults(np.stack(rights), stacked, exit_outputs.full)
     best = _best_at_half([(setting.macs_saved, accuracy) for accuracy, setting in chosen])
-    figures = _figures(settings, best, static_frontier(exit_outputs), by_chance[best])
+    figures = _figures(settings, best, static_frontier(exit_outputs), random_accuracy[best])
     figures |= {"setting": dict(chosen[best][1].rule.parameters)}
     # Without a temperature: only statistics of a path's outputs are stored, not the logits.
     figures["ece_raw"] = 100 * binned_error(confidences[best], rights[best])
@@ -286,7 +286,7 @@ def _settings_at(outputs: ExitOutputs, exits: NDArray[np.int64]) -> SettingResul
     return SettingResults(outputs.table.right[rows, exits], spent, outputs.full)
 
 
-def _figures(settings: SettingResults, best: int, static: Frontier, by_chance: float) -> dict[str, Any]:
+def _figures(settings: SettingResults, best: int, static: Frontier, random_accuracy: float) -> dict[str, Any]:
     """Figures of setting number `best`, and the ELUE score of the whole frontier."""
     saved = {
         axis: 100 * (1 - float(spent[best].sum() / settings.full[axis].sum()))
@@ -295,7 +295,7 @@ def _figures(settings: SettingResults, best: int, static: Frontier, by_chance: f
     return {
         "accuracy_at_half": 100 * float(settings.right[best].mean()),
         **{f"{axis}_saved": value for axis, value in saved.items()},
-        "random": by_chance,
+        "random": random_accuracy,
         "static": float(np.interp(saved["macs"], *static)),
         "elue": elue_score(settings.frontier(), static),
     }
@@ -307,17 +307,17 @@ def _best_at_half(points: list[tuple[float, float]]) -> int:
     return max(enough, key=lambda at: points[at][1], default=0)
 
 
-def _undominated(tried: list[tuple[float, float, ChosenSetting]]) -> list[tuple[float, ChosenSetting]]:
+def _undominated(evaluated: list[tuple[float, float, ChosenSetting]]) -> list[tuple[float, ChosenSetting]]:
     """The settings that are more accurate than all cheaper ones, and the most expensive one; cheapest first.
 
-    tried: (cost, accuracy, setting). Gives (accuracy, setting).
+    evaluated: (cost, accuracy, setting). Gives (accuracy, setting).
     """
     edge: list[tuple[float, ChosenSetting]] = []
-    for _, accuracy, setting in sorted(tried, key=lambda entry: (entry[0], -entry[1])):
+    for _, accuracy, setting in sorted(evaluated, key=lambda entry: (entry[0], -entry[1])):
         if not edge or accuracy > edge[-1][0]:
             edge.append((accuracy, setting))
-    dearest = max(tried, key=lambda entry: entry[0])
-    return edge if dearest[2] is edge[-1][1] else [*edge, (dearest[1], dearest[2])]
+    most_expensive = max(evaluated, key=lambda entry: entry[0])
+    return edge if most_expensive[2] is edge[-1][1] else [*edge, (most_expensive[1], most_expensive[2])]
 
 
 def _macs_of(plans: Plan, outputs: ExitOutputs) -> NDArray[np.float64]:

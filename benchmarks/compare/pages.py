@@ -317,6 +317,7 @@ def frontier_svg(result: dict[str, Any], axis: str) -> str:
 
 @click.command(help=__doc__)
 def main() -> None:
+    """Write docs/comparison.md from the result files."""
     results = read_results()
     if not results:
         raise click.ClickException(
