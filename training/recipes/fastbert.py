@@ -36,7 +36,7 @@ STARTS_FROM: str | None = "deebert"
 
 
 def policy_of(settings: DeeBertSettings) -> str | None:
-    """None, since the entropy decides and no policy is trained."""
+    """The kind of policies: None, since the entropy decides and no policy is trained."""
     return None
 
 

@@ -50,7 +50,7 @@ STARTS_FROM: str | None = None
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """None, since this recipe trains no policy."""
+    """The kind of policies: None, since this recipe trains no policy."""
     return None
 
 

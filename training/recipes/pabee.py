@@ -28,7 +28,7 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """None, since agreement of exits decides and no policy is trained."""
+    """The kind of policies: None, since agreement of exits decides and no policy is trained."""
     return None
 
 

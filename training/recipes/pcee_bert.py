@@ -30,7 +30,7 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: JointSettings) -> str | None:
-    """None, since consecutive low entropies decide and no policy is trained."""
+    """The kind of policies: None, since consecutive low entropies decide and no policy is trained."""
     return None
 
 

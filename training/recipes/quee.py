@@ -113,7 +113,7 @@ STARTS_FROM: str | None = "joint"
 
 
 def policy_of(settings: QueeSettings) -> str | None:
-    """None, since the forecast decides; policies of an earlier recipe are removed."""
+    """The kind of policies: None, since the forecast decides; policies of an earlier recipe are removed."""
     return None
 
 
