@@ -45,6 +45,7 @@ class Pooler(nn.Module):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, pooled: Tensor) -> Tensor:
+        """Apply the pooler to pooled [batch, hidden]; gives the same shape."""
         return self.dense(pooled).tanh()  # type: ignore[no-any-return]
 
 
@@ -74,6 +75,7 @@ class Standardize(nn.Module):
         return (self.variance + 1e-6).rsqrt()
 
     def forward(self, vector: Tensor) -> Tensor:
+        """Standardize vectors [batch, features]; in training mode the statistics are updated first."""
         if self.training:
             with torch.no_grad():
                 self._update(vector.float())
@@ -102,6 +104,7 @@ class Exit(nn.Module):
         self.classify = nn.Linear(hidden_size, classes)
 
     def forward(self, pooled: Tensor) -> Tensor:
+        """Compute logits [batch, classes] from pooled [batch, hidden]."""
         return self.classify(self.dropout(self.standardize(pooled)))  # type: ignore[no-any-return]
 
     @torch.no_grad()

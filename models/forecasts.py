@@ -66,6 +66,7 @@ class Forecast(nn.Module):
         self.last = nn.Linear(HIDDEN, variants * (1 + variants * ahead))
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Compute logits of P(wrong) from an exit's logits [batch, classes]."""
         return self.from_statistics(softmax_statistics(logits))
 
     def from_statistics(self, statistics: Tensor) -> Tensor:
@@ -96,5 +97,6 @@ class FoldedForecast(nn.Module):
         self.last.bias.copy_(forecast.last.bias[list(columns)])
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Compute P(wrong) [batch, columns] from an exit's logits [batch, classes]."""
         hidden = self.first(softmax_statistics(logits)).relu()
         return self.last(hidden).sigmoid()  # type: ignore[no-any-return]

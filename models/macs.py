@@ -15,11 +15,19 @@ class MacTerms(Protocol):
     """The terms of a row's multiply-accumulates: token * n + pair * n * n + row for n tokens."""
 
     @property
-    def token(self) -> int: ...
+    def token(self) -> int:
+        """Multiply-accumulates for each token."""
+        ...
+
     @property
-    def pair(self) -> int: ...
+    def pair(self) -> int:
+        """Multiply-accumulates for each pair of tokens."""
+        ...
+
     @property
-    def row(self) -> int: ...
+    def row(self) -> int:
+        """Multiply-accumulates for each row, whatever its length."""
+        ...
 
 
 @dataclass(frozen=True)

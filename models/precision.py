@@ -86,6 +86,7 @@ class QuantizedLinear(nn.Module):
         self.weight = nn.Parameter(number_format.weight(linear.weight), requires_grad=False)
 
     def forward(self, values: Tensor) -> Tensor:
+        """Round the input [..., in] and apply the layer; gives [..., out]."""
         return functional.linear(self.activation(values), self.weight, self.bias)
 
 

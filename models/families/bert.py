@@ -14,7 +14,9 @@ from offramp.models.families.family import Context, Family, positions_after_padd
 class PositionBias(Protocol):
     """The part of MPNet's encoder that computes the relative position bias."""
 
-    def compute_position_bias(self, hidden: Tensor) -> Tensor: ...
+    def compute_position_bias(self, hidden: Tensor) -> Tensor:
+        """The bias of every pair of positions; hidden [batch, seq, hidden] gives the sizes."""
+        ...
 
 
 def _embeddings(backbone: nn.Module) -> nn.Module:

@@ -35,7 +35,9 @@ class Embeddings(Protocol):
     dropout: nn.Module
     image_size: tuple[int, int]
 
-    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor: ...
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """The position embeddings for images of this size, interpolated [1, seq, hidden]."""
+        ...
 
 
 def _embeddings(backbone: nn.Module) -> Embeddings:

@@ -66,6 +66,7 @@ class ConsistentEEPolicy(nn.Module):
     def forward(
         self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logit of P(exit) [batch] and the evidence for the next exit; inputs as in Policy."""
         if self.statistics is None:
             return self.score(pooled, None), None
         if evidence is None:
@@ -130,6 +131,7 @@ class FoldedConsistentEEPolicy(nn.Module):
     def forward(
         self, pooled: Tensor, logits: Tensor, evidence: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logit of P(exit) [batch] and the evidence for the next exit; inputs as in Policy."""
         if not self.reads_statistics:
             assert self.state is not None
             return self.bias + self.state(pooled).squeeze(1), None  # [batch]

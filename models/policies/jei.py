@@ -67,6 +67,7 @@ class JeiGate(nn.Module):
         return self.line(uncertainties(logits.detach()))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the logit of P(exit) [batch] and the sum of the gates [batch, 1]; inputs as in Policy."""
         gate_logit = self.gate_logit(logits)  # [batch]
         gate_sum = torch.zeros_like(gate_logit) if evidence is None else evidence[:, 0]
         conditional = LOG_TWO + logsigmoid(gate_logit) - remaining_probability(gate_sum).log()
@@ -93,6 +94,7 @@ class FoldedJeiGate(nn.Module):
         self.entropy, self.squares = entropy, squares
 
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the logit of P(exit) [batch] and the sum of the gates [batch, 1]; inputs as in Policy."""
         log_p = logits.log_softmax(-1)
         log_squares = (2.0 * log_p).log_softmax(-1)
         p = log_p.exp()

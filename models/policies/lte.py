@@ -22,6 +22,7 @@ class LearningToExit(nn.Module):
         self.wrong = wrong
 
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, None]:
+        """Compute the logit of P(exit) [batch] from pooled [batch, hidden]; there is no evidence."""
         return -self.wrong(pooled)[:, 0], None  # [batch]
 
     def folded(self, classes: int) -> FoldedLearningToExit:
@@ -40,6 +41,7 @@ class FoldedLearningToExit(nn.Module):
         self.right.bias.copy_(-wrong.bias)
 
     def forward(self, pooled: Tensor, logits: Tensor, evidence: Tensor | None) -> tuple[Tensor, None]:
+        """Compute the logit of P(exit) [batch] from pooled [batch, hidden]; there is no evidence."""
         return self.right(pooled).squeeze(1), None  # [batch]
 
 
