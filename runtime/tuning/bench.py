@@ -105,6 +105,7 @@ Exit codes: 0 measured; 2 a wrong option, file or bundle; 130 interrupted (Ctrl-
 @click.option("--json", "json_file", metavar="OUT", type=PATH, help="Write every figure as JSON.")
 @click.option("--report", metavar="OUT", type=PATH, help="Write one HTML page with pictures.")
 def main(json_file: Path | None, report: Path | None, **options: Any) -> None:
+    """Run ee-bench: measure a bundle, print the table, and write the files that were asked for."""
     code = NOT_STARTED
     try:
         pages.check_output_files(json_file, report)  # before the measurement, which takes minutes

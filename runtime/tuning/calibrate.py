@@ -347,6 +347,7 @@ def _route_table(
 def main(
     file: Path, bundle: str, rule: str | None, engine: str, device: str | None, threads: int | None
 ) -> None:
+    """Run ee-calibrate: measure a bundle and write its new manifest."""
     folder = Path(bundle)
     try:
         manifest = open_bundle(folder).manifest
