@@ -96,6 +96,7 @@ def test_a_network_keeps_its_own_attention() -> None:
     assert network.config._attn_implementation == before != "eager"
 
 
+@pytest.mark.slow
 def test_exporting_is_quiet(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
