@@ -32,10 +32,10 @@ from offramp.benchmarks.decoder_baselines import (
     build_llama_model,
 )
 from offramp.runtime import load_generator
-from offramp.runtime.engines.buffers import Run, runner
+from offramp.runtime.engines.buffers import Run, make_run
 from offramp.runtime.engines.graphs import CPU, free_unused_memory
 from offramp.runtime.engines.ort_decoder import PLACES
-from offramp.runtime.engines.threads import apply, claim
+from offramp.runtime.engines.threads import apply_pool, claim_pool
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.sequence import KEPT_TOKENS
 from offramp.runtime.tuning.timing import take_turns
@@ -204,7 +204,7 @@ class DecoderMonolith:
 
     def __init__(self, file: Path) -> None:
         options = onnxruntime.SessionOptions()
-        apply(claim(onnxruntime, None, True), options)
+        apply_pool(claim_pool(onnxruntime, None, True), options)
         options.log_severity_level = 3
         options.enable_mem_pattern = False
         self.session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
@@ -300,7 +300,7 @@ class _Sequence:
             for node in nodes:
                 array = arrays[node.name]
                 bind(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return _Binding(runner(onnxruntime, monolith.session, binding), arrays, added)
+        return _Binding(make_run(onnxruntime, monolith.session, binding), arrays, added)
 
 
 def _tokens_first(names: Sequence[str], array: np.ndarray) -> np.ndarray:

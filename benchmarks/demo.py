@@ -97,7 +97,7 @@ def print_comparison(folder: Path, data: Path) -> None:
         graph = Path(scratch) / "monolith.onnx"
         write_monolith(ExportableClassifier(load_checkpoint(folder / "ckpt")), graph)
         options = onnxruntime.SessionOptions()
-        threads.fit(options)  # the pool that the walk uses: same threads for both
+        threads.share_global_pool(options)  # the pool that the walk uses: same threads for both
         monolith = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         names = [entry.name for entry in monolith.get_inputs()]
 

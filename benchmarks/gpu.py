@@ -28,7 +28,7 @@ import numpy as np
 
 from offramp.runtime import Classifier, OfframpError, load_classifier
 from offramp.runtime.engines import ort_cuda, threads
-from offramp.runtime.engines.cuda import Cuda, cuda_python
+from offramp.runtime.engines.cuda import Cuda, import_cuda_runtime
 from offramp.runtime.engines.device import DeviceEngine
 from offramp.runtime.engines.graphs import CPU
 from offramp.runtime.rules import RuleSpec, bind
@@ -279,12 +279,12 @@ def single_graph_run(work: Path, variant: str, device: str, inputs: dict[str, An
 
     file = work / ("one.onnx" if variant == "fp32" else f"one_{variant}.onnx")
     options = onnxruntime.SessionOptions()
-    threads.fit(options)
+    threads.share_global_pool(options)
     if device == "cpu":
         session = onnxruntime.InferenceSession(file, options, providers=[CPU])
         known = {node.name: inputs[node.name] for node in session.get_inputs()}
         return lambda: session.run(None, known)
-    cuda = Cuda(cuda_python())
+    cuda = Cuda(import_cuda_runtime())
     name = ort_cuda.NAMES["cuda"]
     session = onnxruntime.InferenceSession(
         file, options, providers=[(name, ort_cuda._cuda_options(cuda, False))], enable_fallback=0

@@ -47,7 +47,7 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import TextInput
 from offramp.runtime.classifier import WINDOW, Classifier
 from offramp.runtime.engines import threads
-from offramp.runtime.inputs.text import read_all, reader_of
+from offramp.runtime.inputs.text import items_to_rows, open_reader
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
 from offramp.runtime.tuning.labelled import read_rows
@@ -264,7 +264,7 @@ def measure_network(
                 (scratch / "nested.onnx").write_bytes(nest_segments(stem, rest).SerializeToString())
                 files[NESTED] = "nested.onnx"
         options = onnxruntime.SessionOptions()
-        threads.fit(options)  # the walk's pool: same threads, same optimisation level
+        threads.share_global_pool(options)  # the walk's pool: same threads, same optimisation level
         options.add_session_config_entry("session.use_env_allocators", "1")  # and the walk's arena
         graphs = {
             kind: onnxruntime.InferenceSession(scratch / file, options, providers=["CPUExecutionProvider"])
@@ -361,9 +361,9 @@ def bulk(
     """Measure rows per second of the full walk over those of the monolith, in every variant."""
     figures: list[dict[str, Any]] = []
     opened = open_bundle(bundle)
-    manifest, reader = opened.manifest, reader_of(opened)
+    manifest, reader = opened.manifest, open_reader(opened)
     items, _, _ = read_rows(data, manifest.labels, rows)
-    encoded = read_all(reader, items)
+    encoded = items_to_rows(reader, items)
     graphs = read_baselines(baselines, manifest).graphs
     with ExitStack() as stack:
         for variant in manifest.variants:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from offramp.export.segments import Values
-from offramp.runtime.inputs.images import ImageInput, normalized, pixels
+from offramp.runtime.inputs.images import ImageInput, normalize_pixels, picture_pixels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
 MAX_SAMPLES, ROWS, ALONE = 256, 4, 8  # samples that are used, rows of a batch, samples also run alone
@@ -30,12 +30,16 @@ def verification_batches(checkpoint: Checkpoint, samples: Sequence[str] | None =
 
 def _images(checkpoint: Checkpoint, facts: ImageInput, files: Sequence[str] | None) -> Batches:
     """Batches of images, then the last two images alone."""
-    images = _random_images(facts) if files is None else [pixels(file, facts) for file in files[:MAX_SAMPLES]]
+    images = (
+        _random_images(facts)
+        if files is None
+        else [picture_pixels(file, facts) for file in files[:MAX_SAMPLES]]
+    )
     if not images:
         raise ValueError("no image to verify on; give a file with at least one path")
     groups = [images[start : start + ROWS] for start in range(0, len(images), ROWS)]
     for group in [*groups, *([image] for image in images[-2:])]:
-        values = torch.from_numpy(normalized(np.stack(group), facts))
+        values = torch.from_numpy(normalize_pixels(np.stack(group), facts))
         yield {"pixel_values": values}, torch.ones(len(group), checkpoint.network.longest, dtype=torch.bool)
 
 

@@ -26,7 +26,7 @@ import click
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, Variant
 from offramp.runtime.engines.trt import VARIANTS
-from offramp.runtime.engines.trt_build import Log, Profile, build, profiles
+from offramp.runtime.engines.trt_build import ErrorLog, Profile, build_engine, build_profiles
 from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
 
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities: Ampere, Ada, Blackwell
@@ -71,7 +71,7 @@ def compile_graph(
                 raise BadBundle(f"{graph.file}: TensorRT-RTX declines to compile it for {target}")
 
     try:
-        blob, _ = build(trt, Log(trt), data, graph, known, adjust=adjust)
+        blob, _ = build_engine(trt, ErrorLog(trt), data, graph, known, adjust=adjust)
     except BadBundle as problem:
         # After any error the compiler also reports that there is no GPU, which is no error of the graph.
         messages = [message for message in str(problem).split("; ") if "cudaError" not in message]
@@ -90,7 +90,7 @@ def compile_bundle(
     for variant in (name for name in manifest.variants if name in variants):
         graphs += [segment.variants[variant] for segment in manifest.segments]
     for graph in graphs:
-        yield compile_graph(trt, bundle.read(graph.file), graph, profiles(manifest), targets)
+        yield compile_graph(trt, bundle.read(graph.file), graph, build_profiles(manifest), targets)
 
 
 def _capability(trt: Any, target: str) -> Any:

@@ -21,7 +21,7 @@ from offramp.export.segments import (
     variants_of,
 )
 from offramp.runtime.bundle.manifest import EXIT_HIDDEN, NEW, NEXT
-from offramp.runtime.engines.threads import fit
+from offramp.runtime.engines.threads import share_global_pool
 
 TORCH, GRAPHS = "torch whole vs torch segments", "torch whole vs ORT segments"
 
@@ -150,7 +150,7 @@ def _run_graph(segment: Segment, path: Path, walk: Sequence[Values]) -> None:
     options.log_severity_level = 3
     # torch's threads need the cores too
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    fit(options)  # a process that has walked has one pool for all sessions
+    share_global_pool(options)  # a process that has walked has one pool for all sessions
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in segment.outputs]
     for values in walk:

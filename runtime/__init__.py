@@ -1,6 +1,6 @@
 """Walk a bundle: `from offramp.runtime import load; load("bundle/")("a stirring, funny film")`.
 
-Importing this loads numpy and nothing heavy: onnxruntime and tokenizers are imported when a session is
+Importing this package loads numpy, but not onnxruntime and tokenizers, which are imported when a session is
 opened.
 """
 
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> type:
-    """Import the session of decoders when it is first named: a classifier starts sooner without it."""
+    """Import the session of decoders at its first use, so that classifiers start sooner."""
     if name in ("TextChunk", "TextGenerator"):
         from offramp.runtime import generator
 

@@ -1,4 +1,4 @@
-"""The session of a bundle that classifies texts or images."""
+"""Classifier, the session of a bundle that classifies texts or images."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.engines.base import Engine, State
 from offramp.runtime.errors import BadInput, BadSetting, ItemError
-from offramp.runtime.inputs.text import AnyRow, Item, Reader, read_all
+from offramp.runtime.inputs.text import AnyRow, Item, Reader, items_to_rows
 from offramp.runtime.pipeline import chunks, prefetch
 from offramp.runtime.rules.base import Rule, softmax
 from offramp.runtime.rules.registry import bind
 from offramp.runtime.session import Session
 from offramp.runtime.walker import Inputs, Trace, walk
 
-WINDOW = 8  # batches in a window: what map reads at once, to sort rows by length
+WINDOW = 8  # batches that map reads at once, to sort their rows by length
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The label of one item, and what was run for it.
+    """The predicted label of one item, and the steps that were run for it.
 
     score: probability (0..1) of the label at the exit where the walk ended. exit: that exit, 1-based. depth:
     blocks run. steps: (1-based segment, variant) of each step. signals: for each step, the probability of the
     final label at its exit, and P(exit) of its policy or None. seconds: wall time from the start of the row's
-    stem to its exit, with waiting for the rows beside it and without tokenizing. truncated: the text was
+    stem to its exit, including waiting for other rows and excluding tokenizing. truncated: the text was
     longer than the network can read.
     """
 
@@ -45,10 +45,10 @@ class Answer:
 
 
 class Classifier(Session[State]):
-    """Classifies texts, or images; made by load().
+    """A session that classifies texts or images; load() returns it.
 
     An image is a path, the bytes of a file, a PIL image, or an array uint8 [height, width, 3] in RGB.
-    batch_size: rows that map walks together at most.
+    batch_size: most rows that map walks together.
     """
 
     usage = "this bundle classifies: call the session, or map"
@@ -68,19 +68,23 @@ class Classifier(Session[State]):
         self._depths = np.array([len(segment.blocks) for segment in self.manifest.segments])
 
     def __call__(self, text: Item, text_b: str | None = None) -> Answer:
-        """Answer one text (or pair) or image; BadInput for anything else, SessionClosed after close()."""
-        rows = read_all(self._reader, [text if text_b is None else (text, text_b)])
+        """Classify one text (or pair) or image.
+
+        Raises BadInput for anything else, SessionClosed after close().
+        """
+        rows = items_to_rows(self._reader, [text if text_b is None else (text, text_b)])
         trace = self._trace(rows, 1, self._bound_rule, self._variant_number)
         return self._answer(trace, 0, rows[0].truncated)
 
     def map(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[Answer]:
-        """Answers in the order of `items` (texts, pairs, images), read and answered on demand.
+        """Classify many items (texts, pairs, images) and iterate over their answers, in the order of `items`.
 
-        Reads windows of 8 batches, two at most: while one is walked, a thread tokenizes the next. A million
-        items need the memory of a few hundred. `items` is read in the caller's thread; closing or dropping
-        the iterator leaves no thread behind. batch_size 1 reads one item, answers it, and only then reads the
-        next, without a thread. An item that cannot be answered raises BadInput after the answers before it,
-        and so does what `items` itself raises; see `answers` for a walk that goes on.
+        Items are read on demand, in windows of 8 batches, at most two: while one is walked, a thread
+        tokenizes the next. A million items need the memory of a few hundred. `items` is read in the caller's
+        thread; when the iterator is closed or dropped, no thread remains. batch_size 1 reads one item,
+        answers it, and only then reads the next, without a thread. An item that cannot be answered raises
+        BadInput after the answers before it; errors of `items` itself are also raised after them. See
+        `answers` for a walk that goes on after a bad item.
         """
         for answer in self.answers(items, batch_size):
             if isinstance(answer, ItemError):
@@ -88,30 +92,30 @@ class Classifier(Session[State]):
             yield answer
 
     def answers(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[Answer | ItemError]:
-        """Like map, with an ItemError in the place of each item that cannot be answered."""
-        size = self.batch_size if batch_size is None else checked_size(batch_size)
+        """Classify many items as map does, but give an ItemError for each item that cannot be answered."""
+        size = self.batch_size if batch_size is None else checked_batch_size(batch_size)
         return self._answers(iter(items), size)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels, in the order of the logits."""
+        """Names of the labels, in the order of the logits."""
         return self.manifest.labels
 
     def encode(self, text: Item, text_b: str | None = None) -> Inputs:
-        """The stem's inputs for one text (or pair), int64 [1, seq], or one image."""
+        """Convert one text (or pair) or image to the stem's inputs: int64 [1, seq], or float32 pixels."""
         item = text if text_b is None else (text, text_b)
-        return self._reader.arrays(read_all(self._reader, [item]))
+        return self._reader.arrays(items_to_rows(self._reader, [item]))
 
     def warm_up(self, lengths: Sequence[int] = (16, 32, 64, 128), batch: int = 1) -> None:
         """Open every segment and run it once at these lengths (tokens), so that no later call pays for it.
 
-        batch: rows of the runs. Lengths beyond what the network reads are cut to that. Needed after
-        load(lazy=True), and useful before times are measured. Raises BadSetting for sizes under 1, BadBundle
-        where a file is not what the manifest describes, SessionClosed.
+        batch: rows of the runs. Lengths beyond the longest input of the network are cut to it. Needed
+        after load(lazy=True), and useful before times are measured. Raises BadSetting for sizes under 1,
+        BadBundle if a file differs from the manifest, SessionClosed.
         """
         if bad := [length for length in lengths if length < 1]:
             raise BadSetting(f"length {bad[0]}: expected 1 or more")
-        ids = np.arange(checked_size(batch))
+        ids = np.arange(checked_batch_size(batch))
         with self._lock:
             self._check_open()
             self.engine.prepare(self._variant_number, range(len(self.manifest.segments)))
@@ -121,17 +125,17 @@ class Classifier(Session[State]):
     def at_full_depth(
         self, items: Sequence[Item], variant: str | None = None
     ) -> tuple[Trace, NDArray[np.int64]]:
-        """The outputs of every exit for every item, and the items' lengths in tokens [rows].
+        """Run every segment for all items; returns the outputs of every exit, and lengths in tokens [rows].
 
-        variant: the precision of the walk, None: the session's own. Raises what a call raises.
+        variant: the precision of the walk (None: the session's own). Raises the errors of a call.
         """
-        rows = read_all(self._reader, items)
+        rows = items_to_rows(self._reader, items)
         number = self._variant_number if variant is None else self.manifest.variants.index(variant)
         trace = self._trace(rows, self.batch_size, self._never(), number)
         return trace, np.array([row.length for row in rows], np.int64)
 
     def batches(self, rows: Sequence[AnyRow], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
-        """Row numbers and the stem's inputs of batches: rows of similar length together, shortest first."""
+        """Batches of rows of similar length, the shortest first: row numbers, and the stem's inputs."""
         order = np.argsort([row.length for row in rows], kind="stable")
         for start in range(0, len(rows), size):
             ids = order[start : start + size]
@@ -139,7 +143,7 @@ class Classifier(Session[State]):
 
     def _answers(self, source: Iterator[Item], size: int) -> Iterator[Answer | ItemError]:
         items = chunks(source, size * WINDOW if size > 1 else 1)
-        # The built-in map reads an item when it is asked for, not earlier, and works in this thread.
+        # The built-in map reads an item only when its result is needed, and works in this thread.
         windows = prefetch(items, self._read_window) if size > 1 else map(self._read_window, items)
         for window in windows:
             rows = [row for row in window if not isinstance(row, ItemError)]
@@ -153,7 +157,7 @@ class Classifier(Session[State]):
                 number += 1
 
     def _read_window(self, chunk: tuple[int, list[Item]]) -> list[AnyRow | ItemError]:
-        """A row or an error for each item of (number of items before these, items)."""
+        """A row or an error for each item; chunk: the number of items before these, and the items."""
         before, items = chunk
         rows = self._reader.read(items)
         return [replace(row, index=before + row.index) if isinstance(row, ItemError) else row for row in rows]
@@ -205,8 +209,8 @@ class Classifier(Session[State]):
         )
 
 
-def checked_size(size: int) -> int:
-    """The batch size, 1 or more."""
+def checked_batch_size(size: int) -> int:
+    """Return the batch size; raises BadSetting if it is under 1."""
     if size < 1:
         raise BadSetting(f"batch size {size}: expected 1 or more")
     return size

@@ -1,4 +1,4 @@
-"""ee-run: lines or images in, one JSON line out for each."""
+"""Command ee-run: read lines or images, and write one JSON line for each."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ Exit codes:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of the command that load() does not take."""
+    """Options of command ee-run that are not options of load()."""
 
     batch_size: int
     format: str
@@ -167,13 +167,14 @@ def main(
     stats: bool,
     **load_options: Any,
 ) -> None:
+    """Command ee-run; its help is HELP."""
     options = RunOptions(batch_size, format, warm_up, max_new_tokens, stats)
     try:
         code = _run(sources or ("-",), bundle, options, load_options)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered can never be written; without this the interpreter reports it when it ends.
+        # Buffered output cannot be written any more; without this the interpreter reports that when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = PIPE_CLOSED
     sys.exit(code)
@@ -241,7 +242,7 @@ def _classify(session: Classifier, lines: Iterator[Line], options: RunOptions) -
 
 
 def _facts(session: Session[Any]) -> dict[str, str]:
-    """What really ran."""
+    """Rule, variant, engine and device that were really used, as text by name."""
     rule, engine = session.rule, session.engine
     rule_text = " ".join([rule.name, *(f"{name}={value:g}" for name, value in rule.parameters.items())])
     facts = {"rule": rule_text, "variant": session.variant, "engine": engine.name, "device": engine.device}
@@ -253,7 +254,7 @@ def _open(source: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def _write_answers(session: Classifier, lines: Iterator[Line], stats: RunStats, *, each: bool) -> None:
-    """Write one object for every line, in order; each: flush after every one."""
+    """Write one JSON object for every line, in order; each: flush after every object."""
     from offramp.runtime.bundle.manifest import ImageInput
 
     images = isinstance(session.manifest.input, ImageInput)
@@ -298,7 +299,7 @@ def _error_object(line: Line, problem: str, stats: RunStats, images: bool) -> di
 
 
 def _write(value: dict[str, Any], *, flush: bool = False) -> None:
-    """Write bytes, so that the output is UTF-8 whatever the terminal's encoding is."""
+    """Write a JSON line as bytes, so that the output is UTF-8 in every encoding of the terminal."""
     out: IO[bytes] = sys.stdout.buffer
     out.write(json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n")
     if flush:

@@ -1,6 +1,6 @@
-"""The next tokens of a sequence: one walk for each, or a round of drafts and one walk that verifies them.
+"""Generate tokens of a sequence: one walk for each, or drafts and one walk that verifies them.
 
-The prompt and the first token of an answer run every segment, whatever the rule.
+The prompt and the first token of an answer run every segment with every rule.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from offramp.runtime.engines.base import Engine
 from offramp.runtime.errors import BadInput
 from offramp.runtime.rules.base import Floats, Rule
 from offramp.runtime.rules.exits import ExitRule, never
-from offramp.runtime.rules.speculative import MAX_DRAFTS, Speculative
+from offramp.runtime.rules.speculative import MAX_DRAFTS, SpeculativeRule
 from offramp.runtime.sequence import TokenSequence, TokenSignals
 from offramp.runtime.walker import Step, walk_one
 
-# A step on several tokens rounds differently from steps on one. Where the two largest logits are this close,
-# the token is run alone again, as at full depth: for float variants, and for variants that round activations
-# to 8 bits, where one last bit may become a whole step of the rounding.
+# A step on several tokens rounds differently from steps on one. If the two largest logits are this close, the
+# token is run again alone, as at full depth. The first limit is for float variants, the second for variants
+# that round activations to 8 bits, in which a difference in the last bit may become a whole rounding step.
 CLOSE_LOGITS, CLOSE_LOGITS_ROUNDED = 1e-3, 0.1
 FULL_DEPTH = ExitRule(RuleSpec("never", {}), never, 0)
 
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token.
+    """A generated token: its id, and the blocks that were run for it.
 
-    depth: number of blocks behind which it was predicted. blocks_run: blocks that were run since the token
-    before, for any token: drafts and tokens that had waited count too. drafted: it was a draft that the full
-    depth confirmed.
+    depth: number of blocks after which it was predicted. blocks_run: blocks that were run since the previous
+    token, including those for drafts and for tokens that had waited. drafted: whether it was a draft that the
+    full depth confirmed.
     """
 
     id: int
@@ -53,8 +53,8 @@ def decode(
 ) -> Iterator[Token]:
     """Generate the most probable token at each position after a prompt.
 
-    Ends after one of stop_ids (which is returned too), after max_new_tokens, or where the network reads no
-    further. Raises BadInput for a prompt without tokens or one that is too long.
+    Ends after one of stop_ids (which is returned too), after max_new_tokens, or at the longest sequence of
+    the network. Raises BadInput for a prompt without tokens or one that is too long.
     """
     if not len(ids):
         raise BadInput("the prompt has no token")
@@ -91,7 +91,7 @@ def _decode(
         room = min(max_new_tokens - count, longest - sequence.length)
         if room < 1:
             return
-        if isinstance(rule, Speculative):
+        if isinstance(rule, SpeculativeRule):
             tokens = _Round(engine, rule, sequence, variant, manifest).run(tokens[-1].id, room)
         else:
             tokens = [_next_token(engine, rule, sequence, plan, tokens[-1].id)]
@@ -100,7 +100,7 @@ def _decode(
 def _next_token(
     engine: Engine[TokenSequence], rule: Rule, sequence: TokenSequence, plan: Sequence[int], token: int
 ) -> Token:
-    """The token after `token`, which the sequence has not been fed yet."""
+    """Generate the token after `token`, which has not been fed to the sequence yet."""
     blocks_before, blocks = sequence.blocks_run, sequence.runner.blocks
     sequence.feed([token])
     steps = walk_one(engine, rule, sequence, plan)
@@ -115,7 +115,7 @@ class _Round:
     def __init__(
         self,
         engine: Engine[TokenSequence],
-        rule: Speculative,
+        rule: SpeculativeRule,
         sequence: TokenSequence,
         variant: int,
         manifest: Manifest,
@@ -127,10 +127,10 @@ class _Round:
         self._close = CLOSE_LOGITS if exact else CLOSE_LOGITS_ROUNDED
 
     def run(self, token: int, room: int) -> list[Token]:
-        """The tokens after `token`: as many as were drafted right, and one more; at most `room`."""
+        """Generate the tokens after `token`: the accepted drafts and one more; at most `room` tokens."""
         sequence, rule = self._sequence, self._rule
         blocks_before, start = sequence.blocks_run, sequence.length
-        exit, max_drafts = rule.choose(min(room - 1, MAX_DRAFTS))
+        exit, max_drafts = rule.choose_drafts(min(room - 1, MAX_DRAFTS))
         exit = exit if max_drafts else 0
         sequence.feed([token])
         drafts = self._draft(exit, max_drafts) if exit else []
@@ -145,7 +145,7 @@ class _Round:
         ]
 
     def _draft(self, exit: int, max_drafts: int) -> list[tuple[int, float]]:
-        """Drafts with their probabilities; the sequence is fed those that are worth verifying."""
+        """Draft ids with their probabilities; those that are worth verifying are fed to the sequence."""
         drafts: list[tuple[int, float]] = []
         plan = (self._variant,) * exit + (-1,) * (self._segments - exit)
         while True:
@@ -161,7 +161,7 @@ class _Round:
             self._sequence.feed([drafts[-1][0]])
 
     def _verify(self, exit: int, tokens: int) -> Floats:
-        """Full-depth logits [tokens, vocabulary] of the newest tokens, which have run as far as an exit."""
+        """Run the newest tokens from an exit to full depth; returns their logits [tokens, vocabulary]."""
         self._sequence.rows = tokens
         signals = self._walk((-1,) * exit + (self._variant,) * (self._segments - exit), tokens)
         started = time.perf_counter()
@@ -171,7 +171,7 @@ class _Round:
         return logits
 
     def _accept(self, start: int, drafts: list[tuple[int, float]], logits: Floats) -> list[int]:
-        """What the full depth predicts after each token from position `start` on, as far as drafts agree."""
+        """Ids that the full depth predicts after each token from position `start` on, while drafts agree."""
         ids: list[int] = []
         for number, row in enumerate(logits):
             id = int(row.argmax())
@@ -186,7 +186,7 @@ class _Round:
         return ids
 
     def _walk(self, plan: Sequence[int], tokens: int) -> TokenSignals:
-        """Walk the waiting tokens along a plan, record step times; returns the signals of the last step."""
+        """Walk the waiting tokens along a plan, record step times, and return the last step's signals."""
         started = time.perf_counter()
         steps: list[Step] = walk_one(self._engine, FULL_DEPTH, self._sequence, plan)
         for segment, _, _, ended in steps:

@@ -1,9 +1,9 @@
-"""Errors of offramp.runtime; the tree below has every one that it raises on purpose.
+"""Errors of offramp.runtime; the tree below lists all that it raises on purpose.
 
 OfframpError                     base of all others
 ├── BundleNotFound               FileNotFoundError   no bundle at that path, or a file of it is missing
 ├── BadBundle                    ValueError          a bundle that contradicts itself: hash, size, link, graph
-│   └── BadManifest              ValueError          its manifest.json cannot be believed; names the field
+│   └── BadManifest              ValueError          its manifest.json is invalid; names the field
 ├── BadInput                     ValueError          an item that cannot be answered
 ├── BadSetting                   ValueError          an option that is unknown, incomplete or contradictory
 │   └── WrongTask                AttributeError      a method that the session of this bundle does not have
@@ -12,7 +12,7 @@ OfframpError                     base of all others
 ├── DeviceFailed                 RuntimeError        the GPU failed in the middle of work: load() again
 └── SessionClosed                RuntimeError        the session was used after close()
 
-Each also inherits the builtin that fits, so a caller may also write `except ValueError`.
+Each also inherits the builtin error that fits, so that `except ValueError` works, too.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class BadBundle(OfframpError, ValueError):
 
 
 class BadManifest(BadBundle):
-    """A manifest that cannot be believed; the message names the field."""
+    """A manifest is invalid; the message names the field."""
 
 
 class BadInput(OfframpError, ValueError):
-    """An item that cannot be answered; the message names the item or line."""
+    """An item cannot be answered; the message names the item or line."""
 
 
 class BadSetting(OfframpError, ValueError):
-    """An option that is unknown, incomplete or contradicts another; the message names it."""
+    """An option is unknown, incomplete or contradicts another; the message names it."""
 
 
 class WrongTask(BadSetting, AttributeError):
-    """A method that the session of this bundle does not have; the message names the one to call instead."""
+    """The session of this bundle lacks a method; the message names the one to call instead."""
 
 
 class EngineUnavailable(OfframpError, RuntimeError):
@@ -53,7 +53,7 @@ class EngineUnavailable(OfframpError, RuntimeError):
 
 
 class OutOfMemory(OfframpError, MemoryError):
-    """The GPU has not enough memory for this; the session stays usable."""
+    """The GPU has not enough memory; the session stays usable."""
 
 
 class DeviceFailed(OfframpError, RuntimeError):
@@ -66,7 +66,10 @@ class SessionClosed(OfframpError, RuntimeError):
 
 @dataclass(frozen=True)
 class ItemError:
-    """An item that cannot be answered: its index (0-based) among the items, and why; a value, not raised."""
+    """The result for an item that cannot be answered: its index (0-based) among the items, and the reason.
+
+    It is a value that takes the place of an answer, not an exception.
+    """
 
     index: int
     message: str

@@ -1,4 +1,4 @@
-"""ee-run on a bundle that generates text: prompts in, JSON lines out, or on a terminal the text itself."""
+"""ee-run with a bundle that generates text: read prompts, write JSON lines or, on a terminal, plain text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from offramp.runtime.errors import BadInput
 from offramp.runtime.generator import TextChunk, TextGenerator
 from offramp.runtime.inputs.lines import Line
 
-OPTIONS = ("max_new_tokens", "stop")  # that a JSON line may have beside its prompt
+OPTIONS = ("max_new_tokens", "stop")  # keys that a JSON line may have in addition to its prompt
 
 
 def write_answers(
     session: TextGenerator, lines: Iterator[Line], out: IO[bytes], *, max_new_tokens: int, as_it_comes: bool
 ) -> tuple[int, str]:
-    """Answer every prompt before the next is read; returns the number of lines with errors, and a report.
+    """Answer prompts one after another; returns the number of lines with errors, and a report.
 
-    max_new_tokens: of an answer whose line does not set it. as_it_comes: plain text, chunk by chunk.
+    max_new_tokens: limit for lines that do not set it. as_it_comes: write plain text, chunk by chunk.
     """
     failed = answers = tokens = depth = blocks_run = 0
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def write_answers(
 
 
 def _draft_lines(session: TextGenerator) -> list[str]:
-    """What became of drafts, one line for each exit that made some."""
+    """Lines of the report about drafts, one for each exit that made drafts."""
     stats = session.draft_stats
     if stats is None:
         return []
@@ -63,7 +63,7 @@ def _draft_lines(session: TextGenerator) -> list[str]:
 
 
 def _options(line: Line, max_new_tokens: int) -> tuple[Any, dict[str, Any]]:
-    """The prompt of a line and its options, as TextGenerator.generate takes them; BadInput for others."""
+    """The prompt and options of a line for TextGenerator.generate; raises BadInput for unknown options."""
     keys = dict(line.others or {})
     prompt: Any = line.text
     if not line.text and not isinstance(prompt := keys.pop("messages", None), list):
@@ -80,7 +80,7 @@ def _options(line: Line, max_new_tokens: int) -> tuple[Any, dict[str, Any]]:
 
 
 def _collect(chunks: Iterator[TextChunk], out: IO[bytes] | None) -> list[TextChunk]:
-    """All chunks; each is written to `out` as it comes, where there is one."""
+    """Collect all chunks, and write each to `out`, if given, as soon as it exists."""
     collected = []
     for chunk in chunks:
         collected.append(chunk)

@@ -1,4 +1,4 @@
-"""The session of a bundle that generates text: prompts in, text out, token by token."""
+"""TextGenerator, the session of a bundle that generates text from prompts, token by token."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from offramp.runtime.bundle.manifest import TextInput
 from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.base import Engine
 from offramp.runtime.errors import BadSetting, WrongTask
-from offramp.runtime.inputs.chat import Message, chat_of
+from offramp.runtime.inputs.chat import Message, chat_prompt_function
 from offramp.runtime.inputs.text import open_tokenizer
 from offramp.runtime.rules.base import Rule
-from offramp.runtime.rules.speculative import Speculative
+from offramp.runtime.rules.speculative import SpeculativeRule
 from offramp.runtime.sequence import TokenSequence
 from offramp.runtime.session import Session
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MAX_NEW_TOKENS = 64  # of an answer, by default
+MAX_NEW_TOKENS = 64  # tokens of an answer at most, by default
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """What one more token adds to the text, which may be nothing yet.
+    """The text that one token adds to an answer, which may be empty.
 
-    token: its id, -1 for text that was held back and has no token of its own. depth, blocks_run, drafted: see
-    decoding.Token. seconds: from the start of the prompt until it was there.
+    token: its id, -1 for text that was held back and belongs to no new token. depth, blocks_run, drafted: see
+    decoding.Token. seconds: from the start of the prompt until the chunk existed.
     """
 
     text: str
@@ -42,7 +42,10 @@ class TextChunk:
 
 
 class TextGenerator(Session[TokenSequence]):
-    """Generates text; made by load() of a decoder's bundle. Texts of several threads take turns, by token."""
+    """A session that generates text; load() returns it for a decoder's bundle.
+
+    Texts of several threads are generated in turn, token by token.
+    """
 
     usage = "this bundle generates text: call generate(prompt), one prompt after another"
 
@@ -50,24 +53,24 @@ class TextGenerator(Session[TokenSequence]):
         super().__init__(bundle, engine, rule, variant)
         assert isinstance(self.manifest.input, TextInput) and self.manifest.decoder is not None
         self._tokenizer = open_tokenizer(bundle, self.manifest.input)
-        self._chat_prompt = chat_of(bundle)
+        self._chat_prompt = chat_prompt_function(bundle)
         self._stop_ids = frozenset(self.manifest.decoder.stop)
         self._longest = self.manifest.input.longest
 
     @property
     def longest(self) -> int:
-        """Tokens that the network reads, prompt and answer together."""
+        """Most tokens that the network can read, prompt and answer together."""
         return self._longest
 
     @property
     def bound_rule(self) -> Rule:
-        """The rule that decides; rule speculative keeps its statistics here."""
+        """The rule of the session; rule speculative keeps its statistics in it."""
         return self._bound_rule
 
     @property
-    def draft_stats(self) -> Speculative | None:
-        """What became of drafts so far: offered, accepted and rounds by exit; None for other rules."""
-        return self._bound_rule if isinstance(self._bound_rule, Speculative) else None
+    def draft_stats(self) -> SpeculativeRule | None:
+        """Statistics of drafts so far: offered, accepted and rounds by exit; None for other rules."""
+        return self._bound_rule if isinstance(self._bound_rule, SpeculativeRule) else None
 
     def generate(
         self,
@@ -77,10 +80,11 @@ class TextGenerator(Session[TokenSequence]):
     ) -> Iterator[TextChunk]:
         """Generate the most probable continuation of a prompt, one chunk for each token.
 
-        prompt: a text, or messages {role, content}, from which the bundle's chat template makes one. It ends
-        at a stop token of the bundle (with an empty chunk), before the first of `stop` (a string or several)
-        in the text, after max_new_tokens, or where the network reads no further. Raises BadInput for anything
-        else or for a prompt that is too long, BadSetting where there is no template, SessionClosed.
+        prompt: a text, or messages {role, content}, from which the bundle's chat template makes a text. The
+        answer ends at a stop token of the bundle (with an empty chunk), before the first of `stop` (a string
+        or several) in the text, after max_new_tokens, or at the longest sequence of the network. Raises
+        BadInput for other prompts and for prompts that are too long, BadSetting if there is no template,
+        SessionClosed.
         """
         if max_new_tokens < 1:
             raise BadSetting(f"max_new_tokens {max_new_tokens}: expected 1 or more")
@@ -93,20 +97,20 @@ class TextGenerator(Session[TokenSequence]):
         raise WrongTask(f"call: {self.usage}")
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids of a prompt; raises what generate raises."""
+        """Convert a prompt to token ids; raises the errors of generate."""
         if isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt).ids)
-        # A template writes the special tokens of beginnings and ends itself.
+        # A chat template writes special tokens at beginnings and ends itself.
         return list(self._tokenizer.encode(self._chat_prompt(prompt), add_special_tokens=False).ids)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that continues another one."""
+        """Convert a text that continues another text to token ids, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def tokens(
         self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] | None = None
     ) -> Iterator[Token]:
-        """Generate tokens after a prompt given as ids; stop_ids None: the bundle's. See decoding.decode."""
+        """Generate tokens after a prompt given as ids; see decode(). stop_ids None: the bundle's."""
         stops = self._stop_ids if stop_ids is None else frozenset(stop_ids)
         tokens = decode(
             self.engine,
@@ -126,7 +130,7 @@ class TextGenerator(Session[TokenSequence]):
             yield token
 
     def warm_up(self, lengths: Sequence[int] = (16,), batch: int = 1) -> None:
-        """Run a prompt of each of these lengths (tokens), and one token more."""
+        """Run a prompt of each of these lengths (tokens) and a further token, so that later calls are fast."""
         if bad := [length for length in lengths if length < 1]:
             raise BadSetting(f"length {bad[0]}: expected 1 or more")
         for length in lengths:
@@ -135,7 +139,9 @@ class TextGenerator(Session[TokenSequence]):
 
     def _chunks(self, tokens: Iterator[Token], stop: Sequence[str]) -> Iterator[TextChunk]:
         text, emitted, started = _DecodedText(self._tokenizer), 0, time.perf_counter()
-        held_back = max((len(word) for word in stop), default=1) - 1  # characters that may begin a stop word
+        held_back = (
+            max((len(word) for word in stop), default=1) - 1
+        )  # characters that may be the start of a stop string
         while True:
             token = next(tokens, None)
             is_over = token is None or token.id in self._stop_ids
@@ -156,23 +162,23 @@ class TextGenerator(Session[TokenSequence]):
 
 
 class _DecodedText:
-    """Decodes tokens as they come, each with the few before it on which its text may depend.
+    """Decodes tokens one by one, each with the few tokens before it on which its text may depend.
 
-    Decoding all tokens again for each new one would take time that grows with the square of the length.
+    Decoding all tokens again for each new token takes time that grows with the square of the length.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._text = ""  # of all tokens before self._end
+        self._text = ""  # text of all tokens before self._end
         self._ids: list[int] = []
-        self._begin = self._end = 0  # the last tokens that ended with a whole character
+        self._begin = self._end = 0  # the last tokens that ended with a complete character
 
     def add(self, id: int) -> None:
-        """One more token."""
+        """Add a token."""
         self._ids.append(id)
 
     def complete(self) -> str:
-        """The text without the first bytes of a character whose other bytes are still to come."""
+        """The text so far, without the bytes of an incomplete last character."""
         new_text = self._new_text()
         if not new_text:
             return self._text  # the last token with text stays in the window: a space may depend on it
@@ -183,7 +189,7 @@ class _DecodedText:
         return self._text
 
     def all(self) -> str:
-        """The text of all tokens."""
+        """The text of all tokens so far."""
         return self._text + self._new_text()
 
     def _new_text(self) -> str:

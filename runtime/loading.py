@@ -1,4 +1,4 @@
-"""load(): from a bundle's folder to a session."""
+"""load(), which opens a bundle's folder as a session."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, RuleSpec
-from offramp.runtime.classifier import Classifier, checked_size
+from offramp.runtime.classifier import Classifier, checked_batch_size
 from offramp.runtime.engines.base import Engine, EngineOptions, S, open_engine
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.inputs.text import reader_of
+from offramp.runtime.inputs.text import open_reader
 from offramp.runtime.pipeline import BackgroundTask
 from offramp.runtime.rules.base import Rule
-from offramp.runtime.rules.resolve import bind_to, resolve
+from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 
 if TYPE_CHECKING:
     from offramp.runtime.generator import TextGenerator
@@ -44,26 +44,23 @@ def load(
 ) -> Classifier | TextGenerator:
     """Open a bundle folder as a session: a Classifier, or a TextGenerator for a decoder's bundle.
 
-    What is not given is as the bundle's manifest has it. rule: a rule's name or a RuleSpec. threshold: the
-    rule's one number (rule fixed: the exit; patience: the number of agreements). point: an operating point of
-    the manifest, which sets rule and variant. threads: None is one for each core.
-    global_pool: run all segments on one thread pool of the whole process, which is the fastest; from then on
-    ONNX Runtime refuses sessions of the application that do not set use_per_session_threads = False. With
-    False (or threads=1) the process is left alone, at a cost of a few per cent.
-    batch_size: rows walked together at most. lazy: open a segment when a row first reaches it; the first
-    answers are slower, and a segment that no row reaches costs neither time nor memory (see
-    Classifier.warm_up). share: share weights with sessions of this process on the same bundle, device and
-    threads.
-    device: None is cpu for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or
-    "tensorrt" (then the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph once its
-    shape was seen.
-    exit_kv: for generated text, what the cache gets of a token behind its exit. "deferred": the token waits,
+    Options that are not given come from the bundle's manifest. rule: a rule's name or a RuleSpec. threshold:
+    the rule's main parameter (rule fixed: the exit; patience: the number of agreements). point: an operating
+    point of the manifest, which sets rule and variant. threads: None is one for each core. global_pool: run
+    all segments on one thread pool of the whole process, which is the fastest; from then on ONNX Runtime
+    refuses sessions of the application that do not set use_per_session_threads = False. With False (or
+    threads=1) other sessions of the process are not affected, at a cost of a few per cent. batch_size: most
+    rows that are walked together. lazy: open a segment when a row first reaches it; the first answers are
+    slower, and a segment that no row reaches costs neither time nor memory (see Classifier.warm_up). share:
+    share weights with sessions of this process on the same bundle, device and threads. device: None is cpu
+    for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or "tensorrt" (then the
+    device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph from the second run of a shape on.
+    exit_kv: for generated text, what the cache holds of a token after its exit. "deferred": the token waits
     and runs the segments when a later token goes deeper, so that the cache is that of full depth;
-    "propagate": keys and values made from the hidden state of its exit.
-    Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for options that are unknown or
-    contradict each other.
+    "propagate": keys and values are computed from the hidden state of its exit. Raises BundleNotFound,
+    BadBundle, EngineUnavailable, and BadSetting for options that are unknown or contradict each other.
     """
-    size = checked_size(batch_size)
+    size = checked_batch_size(batch_size)
     options = EngineOptions(
         engine=engine,
         device=device,
@@ -76,21 +73,23 @@ def load(
         exit_kv=exit_kv,
     )
     bundle = open_bundle(path)
-    spec, variant = resolve(bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant)
-    bound_rule = bind_to(bundle, spec, exit_kv)  # errors are raised before seconds go into opening graphs
+    spec, variant = resolve_rule(
+        bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant
+    )
+    bound_rule = bind_for_bundle(bundle, spec, exit_kv)  # before graphs are opened, which takes seconds
     if bundle.manifest.task == GENERATION:
         return _open_generator(bundle, options, bound_rule, variant)
     return _open_classifier(bundle, options, bound_rule, variant, size)
 
 
 def load_classifier(path: str | PathLike[str] = "bundle/", **options: object) -> Classifier:
-    """load() for a bundle that classifies, with the same options; BadSetting for a decoder's bundle."""
+    """Open a bundle that classifies, with the options of load(); raises BadSetting for a decoder's bundle."""
     _check_task(path, generates=False)
     return cast(Classifier, cast(Callable[..., object], load)(path, **options))
 
 
 def load_generator(path: str | PathLike[str] = "bundle/", **options: object) -> TextGenerator:
-    """load() for a decoder's bundle, with the same options; BadSetting for a bundle that classifies."""
+    """Open a decoder's bundle, with the options of load(); raises BadSetting for a bundle that classifies."""
     _check_task(path, generates=True)
     return cast("TextGenerator", cast(Callable[..., object], load)(path, **options))
 
@@ -117,8 +116,8 @@ def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant:
 def _open_classifier(
     bundle: Bundle, options: EngineOptions, rule: Rule, variant: str, batch_size: int
 ) -> Classifier:
-    # Reading a vocabulary takes time in which the engine mostly reads files and waits.
-    reader = BackgroundTask(reader_of, bundle)
+    # Reading a vocabulary takes time, during which the engine mostly reads files.
+    reader = BackgroundTask(open_reader, bundle)
     try:
         engine = open_engine(bundle, variant, options)
     finally:
@@ -136,7 +135,7 @@ def _open_classifier(
 
 
 def _or_close(engine: Engine[S], make_session: Callable[[], T]) -> T:
-    """The session, or the engine closed and the error."""
+    """Make the session; on an error, close the engine and raise the error."""
     try:
         return make_session()
     except BaseException:

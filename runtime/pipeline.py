@@ -1,4 +1,4 @@
-"""A stream in chunks, and work on the next chunk in a thread while the caller uses this one."""
+"""Divide a stream into chunks, and work on the next chunk in a thread while the caller uses one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ B = TypeVar("B")
 
 
 def prefetch(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
-    """work(item) of each item, in order; while the caller uses one result, a thread works on the next.
+    """Iterate over work(item) for all items; a thread works on the next while the caller uses a result.
 
-    Items are read in the caller's thread, one item ahead of the result that is returned: a source needs no
-    thread safety, and no thread is left reading it. An error, of the items or of the work, is raised in its
-    turn, after the results before it. The first result is computed without a thread, as the caller has to
-    wait for it anyway, so a single item starts none. A thread works on one item: between two results there is
-    at most one, and closing or dropping the iterator waits for it.
+    Items are read in the caller's thread, one item ahead of the result that is returned, so that a source
+    needs no thread safety. Errors of the items or of the work are raised in order, after the results before
+    them. The first result is computed without a thread, as the caller has to wait for it anyway, so a single
+    item starts none. A thread works on one item: between two results there is at most one, and closing or
+    dropping the iterator waits for it.
     """
     source = iter(items)
     try:
@@ -49,9 +49,9 @@ def prefetch(items: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
 
 
 def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
-    """(number of the items before it, the next `size` items; fewer in the last).
+    """Divide items into chunks of `size`: (number of items before the chunk, items); the last may be shorter.
 
-    Where the source raises, the items before the error come first.
+    If the source raises an error, the items before it come first.
     """
     done = 0
     while True:
@@ -59,7 +59,7 @@ def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
         problem: Exception | None = None
         try:
             for item in islice(source, size):
-                items.append(item)  # one by one: list() would lose what came before an error
+                items.append(item)  # one by one: list() would lose the items before an error
         except Exception as raised:
             problem = raised
         if items:
@@ -72,7 +72,7 @@ def chunks(source: Iterator[A], size: int) -> Iterator[tuple[int, list[A]]]:
 
 
 class BackgroundTask(Generic[A, B]):
-    """work(item) in a thread of its own, which starts at once."""
+    """Runs work(item) in its own thread, which starts at once."""
 
     def __init__(self, work: Callable[[A], B], item: A) -> None:
         self._result: list[B] = []
@@ -85,7 +85,7 @@ class BackgroundTask(Generic[A, B]):
         self._thread.join()
 
     def result(self) -> B:
-        """Wait for the work and return its result, once; an error of the work is raised here."""
+        """Wait for the work and return its result (once), or raise the error of the work."""
         self._thread.join()
         if self._problem is not None:
             raise self._problem
@@ -94,5 +94,5 @@ class BackgroundTask(Generic[A, B]):
     def _run(self, work: Callable[[A], B], item: A) -> None:
         try:
             self._result.append(work(item))
-        except BaseException as problem:  # raised where the result is asked for
+        except BaseException as problem:  # raised by result()
             self._problem = problem

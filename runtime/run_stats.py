@@ -13,7 +13,7 @@ _STEP = math.log(1.02)  # times are counted in bins 2 % wide, so percentiles are
 
 @dataclass
 class RunStats:
-    """Counts of answers.
+    """Statistics of the answers of one run: exits, depth and times, in bounded memory.
 
     exits: answers by exit (1-based). time_bins: answers by bin of the logarithm of their seconds. depth:
     blocks run for all answers. failed: lines that had an error. started: perf_counter at the start of the
@@ -27,13 +27,13 @@ class RunStats:
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, exit: int, depth: int, seconds: float) -> None:
-        """Count one answer."""
+        """Count one answer: its exit (1-based), blocks run, and seconds."""
         self.exits[exit] += 1
         self.depth += depth
         self.time_bins[math.floor(math.log(max(seconds, 1e-9)) / _STEP)] += 1
 
     def percentile(self, share: float) -> float:
-        """Seconds within which that share (0..1) of the answers came, right to 1 %; NaN without answers."""
+        """Percentile of the answers' seconds, accurate to 1 %; share: 0..1. NaN without answers."""
         rank, counted = share * self.answers, 0
         for number in sorted(self.time_bins):
             counted += self.time_bins[number]
@@ -43,11 +43,14 @@ class RunStats:
 
     @property
     def answers(self) -> int:
-        """Answers counted."""
+        """Number of answers counted so far."""
         return sum(self.exits.values())
 
     def report(self, exits: int, blocks: int, facts: Mapping[str, str]) -> str:
-        """Lines of text; exits and blocks: numbers of the network; facts: further lines by name."""
+        """Format the statistics as lines of text.
+
+        exits, blocks: their numbers in the network. facts: further lines by name.
+        """
         answers, lines = self.answers, []
         for number in range(1, exits + 1):
             share = self.exits[number] / max(answers, 1)

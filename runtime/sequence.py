@@ -1,8 +1,8 @@
 """A decoder's sequence: its tokens, its cache of keys and values, and the tokens that wait before a segment.
 
-A segment holds keys and values of the first tokens of the sequence, without a gap. The tokens after these
-wait in front of it, with the hidden state in which they came. None is lost: they can run that segment at any
-later time, many in one step, and the cache is then what it would be had they run it at once.
+The cache of a segment holds keys and values of the first tokens of the sequence, without a gap. The tokens
+after these wait before the segment, with the hidden state of the segment before it. They can run the segment
+at any later time, many in one step, and the cache is then the same as if they had run it at once.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 from offramp.runtime.rules.base import Floats
 
-KEPT_TOKENS = 16  # an engine keeps the bindings of steps on up to so many tokens; a prompt comes once
+KEPT_TOKENS = 16  # an engine keeps the bindings of steps on at most this many tokens; a prompt is run once
 
 
 class SegmentOutput(NamedTuple):
-    """What a segment computed for n tokens; the arrays are used again by the next step on as many tokens.
+    """The outputs of a segment for n tokens; the next step on n tokens overwrites the arrays.
 
-    hidden [n, hidden size]. exit_hidden [n, hidden size]: what the head reads of tokens that exit here;
-    hidden itself without a translator. gate [n]: P(exit), or None.
+    hidden [n, hidden size]. exit_hidden [n, hidden size]: the head's input for tokens that exit here; hidden
+    itself without a translator. gate [n]: P(exit), or None.
     """
 
     hidden: Floats
@@ -30,51 +30,53 @@ class SegmentOutput(NamedTuple):
 
 
 class CacheRunner(Protocol):
-    """What an engine offers a sequence: a cache that it owns, and steps that read and extend it."""
+    """The part of an engine that a sequence uses: its cache, and steps that read and extend the cache."""
 
     @property
     def longest(self) -> int:
-        """Tokens that the network reads, prompt and answer together."""
+        """Most tokens that the network can read, prompt and answer together."""
         ...
 
     @property
     def blocks(self) -> Sequence[int]:
-        """Blocks of each segment."""
+        """Number of blocks of each segment."""
         ...
 
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Size of a token's hidden state."""
+        ...
 
     def make_room(self, tokens: int) -> None:
-        """Room for so many tokens; BadInput where the network does not read so many."""
+        """Enlarge the cache to hold this many tokens; raises BadInput for more than `longest`."""
         ...
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
-        """Hidden state [n, hidden size] of these tokens from the stem, at positions from `start` on."""
+        """Run the stem on tokens at positions from `start` on; returns hidden [n, hidden size]."""
         ...
 
     def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
         """Run a segment on tokens at positions from `start` on, and add them to the cache of its blocks.
 
-        hidden [n, hidden size], or None: that of the step before, which was on the same tokens (of the stem,
-        before the first segment).
+        hidden [n, hidden size]; None: the output of the previous step, which was on the same tokens (of the
+        stem, before the first segment).
         """
         ...
 
     def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:
-        """Add keys and values made from this hidden state to the cache of a segment that is not run."""
+        """Compute keys and values from hidden states for the cache of a segment that is not run."""
         ...
 
     def logits(self, hidden: Floats, draft: bool = False) -> Floats:
-        """Logits [n, ids] of hidden [n, hidden size], of the first ids of the vocabulary alone for a draft.
+        """Compute logits [n, ids] from hidden [n, hidden size]; for a draft, only those of the first ids.
 
-        The memory is used again by the next call.
+        The next call overwrites the array.
         """
         ...
 
 
 class TokenSignals:
-    """Signals of the newest tokens of a sequence after a segment; see rules.base.Signals.
+    """Signals of the newest tokens of a sequence after a segment; implements rules.base.Signals.
 
     The head costs as much as several blocks, so logits are computed when they are first read: before the next
     step of the sequence.
@@ -94,29 +96,30 @@ class TokenSignals:
 
     @property
     def gate(self) -> Floats | None:
-        """P(exit) [rows], None without a policy."""
+        """P(exit) of the policy [rows]; None without a policy."""
         return None if self._output.gate is None else self._output.gate[-self._rows :]
 
     @property
     def logits(self) -> Floats:
-        """Logits of an exit after this segment [rows, vocabulary]."""
+        """Logits of the exit after this segment [rows, vocabulary]."""
         if self._logits is None:
             self._logits = self._runner.logits(self._output.exit_hidden[-self._rows :])
         return self._logits
 
     def draft_logits(self) -> Floats:
-        """Logits of the draft head [rows, ids], of all ids where the bundle has no draft head."""
+        """Compute logits of the draft head [rows, ids]; of all ids if the bundle has no draft head."""
         return self._runner.logits(self._output.exit_hidden[-self._rows :], draft=True)
 
 
 class TokenSequence:
-    """One sequence; see State.
+    """The tokens of a prompt and its answer, with their cache and the tokens that wait.
 
-    ids: its tokens. filled: by segment, how many of them, the first ones, have run or passed it. rows: newest
-    tokens whose signals are needed. blocks_run: blocks that were run for tokens, in all.
+    It implements engines.base.State. ids: its tokens. filled: for each segment, how many of the first tokens
+    have run or passed it. rows: number of newest tokens whose signals are needed. blocks_run: total number of
+    blocks that were run for tokens.
 
-    propagate: a token that exited early gets keys and values made from the hidden state of its exit, once a
-    later token runs that segment. Otherwise it waits and runs the segment then ("deferred"): the cache is
+    propagate: when a later token runs a segment, a token that exited before gets keys and values computed
+    from the hidden state of its exit. Otherwise it runs the segment then ("deferred"), so that the cache is
     that of full depth.
     """
 
@@ -125,35 +128,35 @@ class TokenSequence:
         self.ids: list[int] = []
         self.filled = [0] * len(runner.blocks)
         self.rows, self.blocks_run = 1, 0
-        self._propagate, self._newest = propagate, 0  # tokens that were fed last
+        self._propagate, self._newest = propagate, 0  # number of tokens that were fed last
         self._waiting_hidden = [_HiddenQueue(runner.hidden_size) for _ in runner.blocks]
-        # The newest tokens in front of a segment, (segment, start, count), whose hidden state still is where
-        # the step before wrote it: most tokens run straight through, and nothing is copied for them.
+        # The newest tokens before a segment, (segment, start, count), whose hidden state still is in the
+        # output of the previous step: most tokens run all segments in turn, and nothing is copied for them.
         self._in_place: tuple[int, int, int] | None = None
         self._in_place_hidden: Floats | None = None
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return len(self.ids)
 
     def feed(self, ids: Sequence[int]) -> None:
-        """Add tokens, in front of the first segment; BadInput where the network does not read so many."""
+        """Add tokens, which wait before the first segment; raises BadInput if the sequence gets too long."""
         self._put_aside()
         self.runner.make_room(len(self.ids) + len(ids))
         self.ids += ids
         self._newest = len(ids)
 
     def waiting(self, segment: int) -> int:
-        """Number of tokens in front of a segment."""
+        """Number of tokens that wait before a segment."""
         arrived = self.filled[segment - 1] if segment else len(self.ids)
         return arrived - self.filled[segment]
 
     def advance(self, segment: int) -> SegmentOutput:
-        """Run a segment on all tokens that wait in front of it; returns the output of the last run.
+        """Run a segment on all tokens that wait before it; returns the output of the last run.
 
-        Runs are on a few tokens, whose memory is bound already; tokens that were fed together, such as a
-        prompt, run together.
+        Each run is on a few tokens, for which memory is bound already; tokens that were fed together, such as
+        a prompt, run together.
         """
         if self._propagate and self.waiting(segment) > self._newest:
             self.fill(segment, keep=self._newest)
@@ -163,8 +166,9 @@ class TokenSequence:
         return output
 
     def fill(self, segment: int, keep: int = 0) -> None:
-        """Pass all waiting tokens but the newest `keep` by a segment, whose cache gets keys and values made
-        from their hidden state.
+        """Move waiting tokens, all but the newest `keep`, past a segment without running it.
+
+        Its cache gets keys and values that are computed from their hidden state.
         """
         self._put_aside()
         while (count := min(KEPT_TOKENS, self.waiting(segment) - keep)) > 0:
@@ -174,13 +178,13 @@ class TokenSequence:
             self._pass_on(segment, count, hidden)
 
     def skip(self, segment: int) -> None:
-        """Pass all waiting tokens by a segment, whose cache gets nothing: no later token may run it."""
+        """Move all waiting tokens past a segment, whose cache gets nothing: no later token may run it."""
         if count := self.waiting(segment):
             self._put_aside()
             self._pass_on(segment, count, self._take(segment, count))
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens after the first `length`."""
+        """Remove all tokens after the first `length` from the sequence."""
         self._put_aside()
         del self.ids[length:]
         for segment, filled in enumerate(self.filled):
@@ -213,7 +217,7 @@ class TokenSequence:
             self._in_place = None
 
     def _take(self, segment: int, count: int) -> Floats:
-        """Hidden state of the first tokens that wait in front of a segment [count, hidden size]."""
+        """Hidden state of the first tokens that wait before a segment [count, hidden size]."""
         if segment:
             return self._waiting_hidden[segment].take(count)
         start = self.filled[0]
@@ -226,14 +230,14 @@ class TokenSequence:
 
 
 class _HiddenQueue:
-    """A queue of hidden states [tokens, hidden size]."""
+    """A queue of hidden states of waiting tokens [tokens, hidden size]."""
 
     def __init__(self, hidden_size: int) -> None:
         self._array = np.empty((KEPT_TOKENS, hidden_size), np.float32)
         self._begin = self._end = 0
 
     def put(self, rows: Floats) -> None:
-        """Copy rows to the end."""
+        """Copy rows to the end of the queue."""
         end = self._end + len(rows)
         if end > len(self._array):
             held = self._end - self._begin
@@ -245,7 +249,7 @@ class _HiddenQueue:
         self._end = end
 
     def take(self, count: int) -> Floats:
-        """A view of the first rows, which leave the queue; valid until the next put."""
+        """Take the first rows out of the queue, as a view that is valid until the next put."""
         rows: Floats = self._array[self._begin : self._begin + count]
         self._begin += count
         if self._begin == self._end:

@@ -1,4 +1,4 @@
-"""What both kinds of session share: a bundle opened on an engine, a lock, and its end."""
+"""Session, the base of Classifier and TextGenerator: an open bundle on an engine, with a lock."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Session(ABC, Generic[S]):
-    """A bundle that is ready to answer: a Classifier or a TextGenerator, made by load().
+    """An open bundle that answers requests: a Classifier or a TextGenerator; load() returns it.
 
-    Any thread may call it: walks run one at a time behind one lock.
+    Any thread may call it: a lock lets walks run one at a time.
 
-    engine: what really runs (name, device, facts). rule: the spec of the rule that decides. variant: the
-    precision in which rows start. folder: the bundle's.
+    engine: the engine that really runs (name, device, facts). rule: the spec of its rule. variant: the
+    precision in which rows start. folder: the bundle's folder.
     """
 
-    usage: ClassVar[str]  # which methods answer, for the errors of others
+    usage: ClassVar[str]  # names the methods that answer, for error messages
 
     def __init__(self, bundle: Bundle, engine: Engine[S], rule: Rule, variant: str) -> None:
         self.manifest: Manifest = bundle.manifest
@@ -46,7 +46,7 @@ class Session(ABC, Generic[S]):
         """Run every segment once at these lengths (tokens), so that no later call pays for the first run."""
 
     def close(self) -> None:
-        """Free the engine; a second call does nothing."""
+        """Close the session and free its engine; a second call does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -60,7 +60,7 @@ class Session(ABC, Generic[S]):
     ) -> None:
         self.close()
 
-    if not TYPE_CHECKING:  # a type checker reports such a name itself
+    if not TYPE_CHECKING:  # type checkers report such names themselves
 
         def __getattr__(self, name: str) -> None:
             """Raise WrongTask for a public name that this kind of session does not have."""

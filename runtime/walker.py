@@ -1,10 +1,10 @@
-"""The walker: the one loop that takes rows, and the tokens of a decoder, through the segments of their plans.
+"""The walker: the only loop that runs rows, and tokens of a decoder, through the segments of their plans.
 
 Rows that wait for the same (segment, variant, length) form one queue and are run together. After each step
-the rule rewrites their plans: rows without a segment left are done, the others join their next queue.
-Batching, compaction after exits and regrouping are this one mechanism. A single row, or the tokens of one
-sequence, walk alone, without queues. The walker knows no ONNX, no text and no task: it gives an engine's
-states back unread.
+the rule rewrites their plans: rows without remaining segments are done, the others join their next queue.
+This mechanism does batching, compaction after exits and regrouping. A single row, or the tokens of one
+sequence, is walked alone, without queues. The walker does not depend on ONNX, text or tasks: it only passes
+states to the engine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from offramp.runtime.engines.base import Array, Engine, S
 from offramp.runtime.rules.base import Floats, Plan, Rule, Signals
 
-QueueKey = tuple[int, int, int]  # segment, variant, length: what rows must share to be run together
+QueueKey = tuple[int, int, int]  # segment, variant, length: equal for rows that are run together
 Inputs = Mapping[str, Array]
 
 
 class Step(NamedTuple):
-    """One segment that was run: its number (0-based), variant, signals, and when it ended (perf_counter)."""
+    """One segment that was run: its number (0-based), variant, signals, end time (perf_counter seconds)."""
 
     segment: int
     variant: int
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Trace:
-    """What was run for each row.
+    """The record of a walk: for each row the segments that were run, their outputs, and the time.
 
     variants int8 [rows, segments] (-1: not run); logits [rows, segments, classes] and gates [rows, segments]
     (NaN: none) where a segment was run; seconds [rows] from the start of the stem to the last segment.
@@ -60,13 +60,13 @@ class _Group(Generic[S]):
 
 
 def walk_one(engine: Engine[S], rule: Rule, state: S, plan: Sequence[int]) -> list[Step]:
-    """Take one row, or the tokens of a sequence that wait in front of a segment, along a plan.
+    """Walk one row, or the waiting tokens of one sequence, along a plan, and return the steps in order.
 
-    plan: a variant number for each segment, -1 for segments that are skipped; the rule rewrites what is left
-    of it after each segment. Returns the steps in order; the caller drops the state.
+    plan: a variant number for each segment, -1 for segments that are skipped; the rule rewrites the rest of
+    it after each segment. The caller drops the state.
 
-    At batch 1 each microsecond between two segments counts: there the interpreter's own code is not in the
-    cache, so one line costs several times what it costs in a tight loop.
+    At batch 1 each microsecond between two segments matters: the interpreter's code is not in the cache then,
+    so that one line takes several times as long as in a tight loop.
     """
     step, now, exit_test = engine.step, time.perf_counter, rule.exit_test
     ahead, steps = list(plan), list[Step]()
@@ -115,12 +115,13 @@ def walk(
     variant: int = 0,
     limit: int = 32,
 ) -> Trace:
-    """Walk all batches (row numbers, stem inputs), begun in the given order, each row starting in `variant`.
+    """Walk all rows of some batches along their plans, and return the record of the walk.
 
-    At most `limit` rows are joined for a step (a larger batch stays as it is). A full queue is run at once,
-    the deepest first, as its rows are nearest to the end. Otherwise the next batch is begun; when there is
-    none, queues are run from the first segment on, so that all rows that can still join a queue have joined
-    it. No row waits for ever.
+    batches: (row numbers, stem inputs), begun in this order. variant: the number in which rows start. At most
+    `limit` rows are joined for a step (a larger batch stays as it is). A full queue is run at once, the
+    deepest first, as its rows are nearest to the end. Otherwise the next batch is begun; if there is none,
+    queues are run from the first segment on, so that all rows that can join a queue have joined it. Every row
+    is run in the end.
     """
     trace = _empty_trace(rows, segments, classes)
     pending = iter(batches)
@@ -186,7 +187,7 @@ def _length(queue: list[_Group[S]]) -> int:
 def _pop_group(
     engine: Engine[S], queues: dict[QueueKey, list[_Group[S]]], key: QueueKey, limit: int
 ) -> _Group[S]:
-    """Take groups out of a queue, the largest first, up to `limit` rows, and join them to one group."""
+    """Remove groups from a queue, the largest first, up to `limit` rows, and join them to one group."""
     queue = queues[key]
     if len(queue) == 1:
         del queues[key]
@@ -220,7 +221,7 @@ def _pop_group(
 def _run_group(
     engine: Engine[S], rule: Rule, group: _Group[S], key: QueueKey, trace: Trace
 ) -> list[tuple[QueueKey, _Group[S]]]:
-    """Run one segment for a group; returns the rows that go on, by their next queue."""
+    """Run one segment for a group; returns groups of the rows that go on, with the keys of their queues."""
     segment, variant, length = key
     signals = engine.step(segment, variant, group.state)
     ids = group.ids

@@ -32,7 +32,7 @@ def outputs(feeds: Mapping[str, Any], variants: Sequence[str] = ("fp32",) * 3) -
         values: Arrays = {}
         if variant:
             options = onnxruntime.SessionOptions()
-            threads.fit(options)
+            threads.share_global_pool(options)
             file = str(CLASSIFIER / segment.variants[variant].file)
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             names = [node.name for node in session.get_outputs()]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from offramp.runtime.inputs.images import BadInput, ImageInput, normalized, pixels
+from offramp.runtime.inputs.images import BadInput, ImageInput, normalize_pixels, picture_pixels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.data import BadData, Rows
 
@@ -144,7 +144,7 @@ class EncodedImages:
         if "flip" in self.augment:
             flip = torch.rand(len(images)).numpy() < 0.5
             images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
-        values = torch.from_numpy(normalized(images, self.image)).to(device)
+        values = torch.from_numpy(normalize_pixels(images, self.image)).to(device)
         return {"pixel_values": values}, torch.from_numpy(self.label[rows]).to(device)
 
 
@@ -193,7 +193,7 @@ def encode_images(
     files = tqdm(rows.images.files, desc=description, unit="image", file=sys.stderr, mininterval=1.0)
     for row, image_file in enumerate(files):
         try:
-            decoded[row] = pixels(image_file, image)
+            decoded[row] = picture_pixels(image_file, image)
         except BadInput as problem:
             raise BadData(f"{rows.images.places[row]}: {problem}; repair it or take it out") from problem
     return EncodedImages(decoded, rows.label, image, tokens, augment)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from offramp.models.macs import exit_macs, segment_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules import RuleSpec
-from offramp.runtime.rules.sweep import ExitMacs, ExitTable, Point, choose_points, full_depth
+from offramp.runtime.rules.sweep import ExitMacs, ExitTable, MeasuredPoint, choose_points, full_depth_point
 from offramp.training.batches import Encoded, sorted_batches
 from offramp.training.loop import Run
 
@@ -99,7 +99,7 @@ def random_exit_accuracy(exits: np.ndarray, table: ExitTable) -> float:
     return 100 * float(shares @ table.right.mean(0))
 
 
-def oracle_point(table: ExitTable, costs: ExitMacs) -> Point:
+def oracle_point(table: ExitTable, costs: ExitMacs) -> MeasuredPoint:
     """The figures of exiting at the first right exit, or at the last if none is right: the bound for any
     rule.
     """
@@ -120,14 +120,14 @@ def operating_points(run: Run[EarlyExitNetwork], dev: Encoded, rule: str) -> dic
         "rule": rule,
         "dev": {
             "exit_accuracy": [round(100 * float(accuracy), 2) for accuracy in table.right.mean(0)],
-            "full_depth": full_depth(table, costs).accuracy,
+            "full_depth": full_depth_point(table, costs).accuracy,
             "rows": len(collected.labels),
         },
         "operating_points": [_point_as_json(name, point) for name, point in points.items()],
     }
 
 
-def _point_as_json(name: str, point: Point) -> dict[str, Any]:
+def _point_as_json(name: str, point: MeasuredPoint) -> dict[str, Any]:
     parameters = {key: float(value) for key, value in point.rule.parameters.items()}
     return {
         "name": name,

@@ -16,13 +16,13 @@ from offramp.runtime.rules.sweep import (
     SWEPT,
     ExitMacs,
     ExitTable,
-    Point,
+    MeasuredPoint,
     accuracy_at,
-    full_depth,
+    full_depth_point,
     settings_to_try,
-    shallowest,
+    shallowest_point,
     sweep,
-    undominated,
+    undominated_points,
 )
 from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import load_checkpoint, write_json
@@ -97,18 +97,18 @@ def evaluation_figures(
 
     max_accuracy_drop: accuracy points. training: the checkpoint's training.json.
     """
-    full = full_depth(test, test_costs)
-    min_accuracy = full_depth(dev, dev_costs).accuracy - max_accuracy_drop
+    full = full_depth_point(test, test_costs)
+    min_accuracy = full_depth_point(dev, dev_costs).accuracy - max_accuracy_drop
     rules = [rule for rule in SWEPT if rule != "gate" or test.gates is not None]
-    curves: dict[str, list[Point]] = {}
+    curves: dict[str, list[MeasuredPoint]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for rule in rules:
         values = settings_to_try(rule, dev)
         dev_points = sweep(rule, values, dev, dev_costs)
         if rule in COUNTED:
-            values = [point.rule.parameters for point in undominated(dev_points)]
+            values = [point.rule.parameters for point in undominated_points(dev_points)]
         curves[rule] = sweep(rule, values, test, test_costs)
-        best = shallowest(dev_points, min_accuracy)
+        best = shallowest_point(dev_points, min_accuracy)
         if best is not None:
             chosen[rule] = {
                 "setting": best.rule.parameters,

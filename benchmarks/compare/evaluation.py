@@ -25,7 +25,14 @@ from offramp.benchmarks.compare.frontiers import Frontier, SettingResults, elue_
 from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.rules import Plan, Rule, RuleSpec, bind, simulate
-from offramp.runtime.rules.sweep import STEPS, Point, full_depth, settings_to_try, sweep, undominated
+from offramp.runtime.rules.sweep import (
+    STEPS,
+    MeasuredPoint,
+    full_depth_point,
+    settings_to_try,
+    sweep,
+    undominated_points,
+)
 from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
 from offramp.runtime.tuning.timing import Batches, Candidate, time_rows, walk_candidate
 from offramp.training.batches import Encoded
@@ -93,8 +100,8 @@ def evaluate_methods(outputs: Mapping[str, CheckpointOutputs], rules: Sequence[s
 def evaluate_exits(outputs: CheckpointOutputs, rule: str) -> Evaluation:
     """Evaluate an exit rule on the fp32 outputs of every exit, with settings swept on dev."""
     dev, test = outputs.exit_outputs("dev"), outputs.exit_outputs("test")
-    full = full_depth(dev.table, dev.costs)
-    points = undominated([*sweep(rule, settings_to_try(rule, dev.table), dev.table, dev.costs), full])
+    full = full_depth_point(dev.table, dev.costs)
+    points = undominated_points([*sweep(rule, settings_to_try(rule, dev.table), dev.table, dev.costs), full])
     points += [] if full in points else [full]
     exits = np.stack([_exits_at(point, test) for point in points])  # [settings, rows]
     settings = _settings_at(test, exits)
@@ -353,7 +360,7 @@ def _top_probability(statistics: NDArray[np.float32]) -> NDArray[np.float64]:
     return top
 
 
-def _exits_at(point: Point, outputs: ExitOutputs) -> NDArray[np.int64]:
+def _exits_at(point: MeasuredPoint, outputs: ExitOutputs) -> NDArray[np.int64]:
     table = outputs.table
     return simulate(bind(point.rule, table.logits.shape[1]), table.logits, table.gates)
 

@@ -1,1 +1,1 @@
-"""A bundle on disk: its manifest, what is checked of it, and its files."""
+"""A bundle on disk: its manifest, the checks of the manifest, and its files."""

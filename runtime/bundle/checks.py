@@ -27,14 +27,14 @@ from offramp.runtime.bundle.manifest import (
     TextInput,
     Variant,
 )
-from offramp.runtime.bundle.strict_json import build, parse
+from offramp.runtime.bundle.strict_json import build_value, parse_json
 from offramp.runtime.errors import BadManifest
 
 _DECODER_STEM_INPUTS = {"input_ids", "position_ids", "past_valid"}
 
 
-def check(manifest: Manifest) -> None:
-    """Raise ValueError naming the first field that contradicts another."""
+def check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError if two fields of a manifest contradict each other; the message names the field."""
     _one_of("format", manifest.format, (FORMAT,))
     _one_of("task", manifest.task, TASKS)
     _unique("labels", manifest.labels)
@@ -124,7 +124,7 @@ def _check_classifier(manifest: Manifest) -> None:
     named_segments = [("stem", manifest.stem)] + [
         (f"segments[{i}]", segment) for i, segment in enumerate(manifest.segments)
     ]
-    stem_outputs: dict[str, Tensor] = {}  # what the stem puts out
+    stem_outputs: dict[str, Tensor] = {}  # by name
     for where, segment in named_segments:
         if segment is not manifest.stem and tuple(segment.variants) != manifest.variants:
             raise ValueError(f"{where}.variants: all segments offer {list(manifest.variants)}, in that order")
@@ -151,7 +151,7 @@ def _check_classifier(manifest: Manifest) -> None:
 
 
 def _check_segment(where: str, facts: Variant, stem_outputs: dict[str, Tensor], *, last: bool) -> None:
-    """A segment reads what the stem put out and puts out signals and new values of what it read."""
+    """Check that a segment reads outputs of the stem, and outputs signals and new values of its inputs."""
     for tensor in facts.inputs:
         if stem_outputs.get(tensor.name) != tensor:
             raise ValueError(
@@ -176,7 +176,10 @@ def _check_segment(where: str, facts: Variant, stem_outputs: dict[str, Tensor], 
 
 
 def _check_forecast(where: str, facts: Variant, manifest: Manifest, *, ahead: int) -> None:
-    """One number for leaving and one for every (variant, exit ahead), for each variant of the row so far."""
+    """Check the size of forecasts: one number for an exit here and one for every (variant, exit ahead).
+
+    These numbers exist for each variant in which a row may have come to the segment.
+    """
     variants = len(manifest.variants)
     right = ("batch", variants * (1 + variants * ahead))
     for tensor in facts.outputs:
@@ -208,7 +211,7 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
                 else:
                     _at_least(f"{where}.{side}[{index}].shape", size, 1)
     if manifest.task == GENERATION:
-        return  # _check_decoder looks at its outputs
+        return  # _check_decoder checks its outputs
     for tensor in variant.outputs:
         classes = len(manifest.labels)
         if tensor.name == "logits" and tensor.shape != ("batch", classes):
@@ -220,9 +223,9 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
 
 
 def _check_decoder(manifest: Manifest) -> None:
-    """The stem, segments with a cache, cache fills and heads of a decoder fit together."""
+    """Check that stem, segments with a cache, cache fills and heads of a decoder fit together."""
     decoder = manifest.decoder
-    assert decoder is not None  # check() has looked
+    assert decoder is not None  # checked before this call
     segments = [(f"segments[{n}]", segment) for n, segment in enumerate(manifest.segments)]
     cache_fills = [(f"decoder.cache_fills[{n}]", fill) for n, fill in enumerate(decoder.cache_fills)]
     heads = [("decoder.head", decoder.head)]
@@ -253,7 +256,7 @@ def _check_decoder(manifest: Manifest) -> None:
 
 
 def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> None:
-    """MACs, variants and tensors of one segment, stem, fill or head."""
+    """Check MACs, variants and tensors of one segment, stem, cache fill or head."""
     for field in ("token", "pair", "row"):
         _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
     if segment.blocks and tuple(segment.variants) != manifest.variants:
@@ -268,7 +271,10 @@ def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> N
 
 
 def _check_decoder_segment(where: str, segment: Segment, stem_outputs: dict[str, Tensor]) -> None:
-    """It reads the stem's outputs and the past of its blocks, and puts out new hidden and what they add."""
+    """Check a decoder's segment: inputs are the stem's outputs and the past of its blocks.
+
+    Outputs are the new hidden state, and the new keys and values of its blocks.
+    """
     graph = segment.first_graph
     past = {f"{name}{block}" for block in segment.blocks for name in PAST}
     for tensor in graph.inputs:
@@ -291,7 +297,7 @@ def _check_decoder_segment(where: str, segment: Segment, stem_outputs: dict[str,
 
 
 def _check_exits(manifest: Manifest) -> None:
-    """All segments but the last put out what an exit needs, or none does."""
+    """Check that all segments but the last have the outputs that an exit needs, or that none has."""
     for name, shape in ((EXIT_HIDDEN, ("batch", "seq", manifest.hidden_size)), (GATE, ("batch", "seq"))):
         expected = Tensor(name, "float32", shape)
         present = [expected in segment.first_graph.outputs for segment in manifest.segments]
@@ -301,7 +307,7 @@ def _check_exits(manifest: Manifest) -> None:
 
 
 def _check_fill(where: str, fill: Segment, segment: Segment, stem_outputs: dict[str, Tensor]) -> None:
-    """A cache fill makes from hidden what the segment adds to the caches of its blocks."""
+    """Check that a cache fill computes from hidden the same keys and values as its segment."""
     for tensor in fill.first_graph.inputs:
         if stem_outputs.get(tensor.name) != tensor:
             raise ValueError(
@@ -313,7 +319,7 @@ def _check_fill(where: str, fill: Segment, segment: Segment, stem_outputs: dict[
 
 
 def _check_head(where: str, head: Segment, hidden: Tensor, ids: int, *, all_ids: bool) -> None:
-    """A head makes logits from hidden, of all ids or of the first so many."""
+    """Check that a head computes logits from hidden: of all ids, or of fewer ids for a draft head."""
     graph = head.first_graph
     size = graph.outputs[0].shape[-1] if graph.outputs and graph.outputs[0].shape else 0
     fits = size == ids if all_ids else isinstance(size, int) and 0 < size < ids
@@ -328,7 +334,7 @@ def _output_names(segment: Segment) -> set[str]:
 
 
 def _plain(where: str, name: str) -> None:
-    """A plain file name: the bundle is one flat folder, so nothing in a manifest can point out of it."""
+    """Check that a name is a plain file name, so that nothing in a manifest can point out of the folder."""
     if not name or name in (".", "..") or any(c in name for c in "/\\:\0") or not name.isprintable():
         raise ValueError(f"{where}: {name!r} is not a plain file name")
 
@@ -358,14 +364,17 @@ def _unique(where: str, names: Iterable[str]) -> None:
 
 
 def read_manifest(text: str, *, source: str) -> Manifest:
-    """Read and check a manifest; BadManifest names the field. source: the file that errors name."""
+    """Read a manifest from JSON text and check it; raises BadManifest, which names the field.
+
+    source: the file that errors name.
+    """
     try:
-        value = parse(text)
+        value = parse_json(text)
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
-            # First of all: every other complaint about an unknown format would only confuse.
+            # Checked first: other errors about an unknown format would be misleading.
             raise ValueError(f"format: {value['format']!r} is not known; this version reads format {FORMAT}")
-        manifest: Manifest = build(Manifest, value, "manifest")
-        check(manifest)
+        manifest: Manifest = build_value(Manifest, value, "manifest")
+        check_manifest(manifest)
     except ValueError as problem:
         cure = "write the bundle again with ee-split, or use the offramp version that wrote it"
         raise BadManifest(f"{source}: {problem}; {cure}") from problem

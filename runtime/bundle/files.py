@@ -1,7 +1,7 @@
 """The bundle on disk: a flat folder, each file of which is checked against the manifest when it is read.
 
-Each file is read once and hashed, and the same bytes go to the engine: what was checked is what runs. Files
-are read when an engine needs them, so a variant that is not used costs nothing.
+Each file is read once and hashed, and the same bytes go to the engine, so that the engine runs the bytes that
+were checked. Files are read when an engine needs them, so a variant that is not used costs nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ _LONGEST_MANIFEST = 16 * 2**20  # bytes; a manifest of 100 segments has some 300
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder and its checked manifest."""
+    """A bundle on disk: its folder and its checked manifest."""
 
     folder: Path
     manifest: Manifest
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of one file; BundleNotFound where it is missing, BadBundle where it differs."""
+        """Read one file of the bundle and verify its size and sha256.
+
+        Raises BundleNotFound if it is missing, BadBundle if it differs from the manifest.
+        """
         fact = self.manifest.files.get(name)
         if fact is None:
             raise BadBundle(f"{self.folder / name}: the manifest does not list this file")
@@ -36,16 +39,16 @@ class Bundle:
         return data
 
     def verify(self) -> None:
-        """Read and check every file that the manifest lists, one after another."""
+        """Read and verify every file that the manifest lists, one after another."""
         for name in self.manifest.files:
             self.read(name)
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Open a bundle folder: reads and checks its manifest alone.
+    """Open a bundle folder: read and check its manifest, and no other file.
 
-    Raises BundleNotFound where there is no bundle, BadManifest naming the field, BadBundle for links and odd
-    files.
+    Raises BundleNotFound if there is no bundle, BadManifest, which names the field, and BadBundle for links
+    and for files that are not regular.
     """
     folder = Path(path)
     cure = "write one with: python export/split.py ckpt/ (or name it with --bundle DIR)"
@@ -66,7 +69,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _read(folder: Path, name: str, size: int) -> bytes:
-    """At most size + 1 bytes of a regular file that lies in the folder itself."""
+    """Read at most size + 1 bytes of a regular file that is in the folder itself."""
     path = folder / name
     try:
         if path.resolve(strict=True).parent != folder.resolve(strict=True):
@@ -81,7 +84,7 @@ def _read(folder: Path, name: str, size: int) -> bytes:
         raise BundleNotFound(f"{path}: missing; copy the bundle again, all of it") from None
     except IsADirectoryError:
         raise BadBundle(f"{path}: a folder where a file should be; write the bundle again") from None
-    except (OSError, RuntimeError) as problem:  # RuntimeError: Python < 3.13 says so of a loop of links
+    except (OSError, RuntimeError) as problem:  # RuntimeError: Python < 3.13 raises it for a loop of links
         if isinstance(problem, BadBundle):
             raise
         raise BadBundle(f"{path}: cannot be read: {problem}") from problem

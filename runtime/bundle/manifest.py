@@ -1,6 +1,6 @@
-"""The manifest: the one typed description of a bundle (format 1).
+"""The manifest: the typed description of a bundle (format 1).
 
-The reader owns it and the writer (export) imports it. Everything in it is a fact about the artefact; options
+The package that writes bundles (export) imports it. Everything in it is a fact about the bundle; options
 of the caller (engine, threads, thresholds) are keyword arguments elsewhere and are never stored here.
 """
 
@@ -18,22 +18,25 @@ TASKS = ("text-classification", "image-classification", GENERATION)
 CHANNELS = ("RGB", "BGR")
 RESAMPLING = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's names
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")  # numpy's names
-# A graph cannot give a new value under the name of its own input: what a segment makes anew of its input
-# "hidden" comes out as "next_hidden", and is what the segment after it reads as "hidden".
+# A graph cannot have an output with the name of its own input: the new value of a segment's input "hidden" is
+# its output "next_hidden", which the segment after it reads as "hidden".
 NEXT = "next_"
 SIGNALS = ("logits", "gate", "forecast")
-# A decoder's segment reads what its block 3 attended to before as "past_k_3" and "past_v_3", and puts out
-# what it adds to them as "new_k_3" and "new_v_3".
+# A decoder's segment reads the cached keys and values of its block 3 as "past_k_3" and "past_v_3", and
+# outputs those of the new tokens as "new_k_3" and "new_v_3".
 PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
-# Where a token may exit: P(exit) of its policy, and what the head reads there where that is not hidden
-# itself.
+# Outputs of a segment after which a token may exit: P(exit) of its policy, and the head's input if that is
+# not hidden itself.
 GATE, EXIT_HIDDEN = "gate", "exit_hidden"
 AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One named input or output of a graph: dtype by numpy's name, shape of numbers and "batch" / "seq"."""
+    """One named input or output of a graph.
+
+    dtype: numpy's name. shape: numbers, and names of AXES for sizes that vary.
+    """
 
     name: str
     dtype: str
@@ -41,17 +44,18 @@ class Tensor:
 
     @property
     def per_row(self) -> bool:
-        """True when the first axis is the batch: gathered when rows leave; others all rows share."""
+        """Whether the first axis is the batch; all rows share the tensors for which it is not."""
         return bool(self.shape) and self.shape[0] == "batch"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One precision of a stage: its graph file and what goes in and comes out.
+    """One precision of a segment: the file of its graph, and the graph's inputs and outputs.
 
-    The stem puts out tensors under the names that segments read (hidden, mask, pool, evidence ...). A segment
-    puts out logits, gate where it has a policy, forecast where it has one (see rules.Signals), and for those
-    of its inputs that it makes anew (hidden, evidence) `next_<name>`; the last one only logits.
+    The stem's outputs have the names that segments read (hidden, mask, pool, evidence ...). A segment outputs
+    logits, gate if it has a policy, forecast if it has an error forecast (see rules.Signals), and
+    `next_<name>` for those of its inputs that it updates (hidden, evidence); the last segment outputs only
+    logits.
     """
 
     file: str
@@ -61,22 +65,22 @@ class Variant:
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates for one row of n tokens: token * n + pair * n * n + row."""
+    """Multiply-accumulates of a graph for one row of n tokens: token * n + pair * n * n + row."""
 
     token: int = 0
     pair: int = 0
     row: int = 0
 
     def of(self, tokens: float) -> float:
-        """Multiply-accumulates for one row of `tokens` tokens."""
+        """Number of multiply-accumulates for one row of this many tokens."""
         return self.token * tokens + self.pair * tokens * tokens + self.row
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive blocks (1-based) exported as one graph a variant, with the exit that follows them.
+    """Consecutive blocks (1-based) exported as one graph for each variant, with the exit that follows them.
 
-    The stem, a head and a draft head have the same form, without blocks.
+    The stem, a head and a draft head are segments without blocks.
     """
 
     name: str
@@ -92,7 +96,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class TextInput:
-    """How text becomes ids: tokenizer file, what goes before the (first) text, padding id, most tokens."""
+    """How a bundle turns text into token ids.
+
+    tokenizer: its file. prefix: text before the (first) text. pad_id: the padding id. longest: most tokens of
+    a row.
+    """
 
     tokenizer: str
     prefix: str
@@ -102,12 +110,12 @@ class TextInput:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How an image becomes pixel_values [batch, 3, height, width], in this order.
+    """How a bundle turns an image into pixel_values [batch, 3, height, width]; steps in this order.
 
     resize: (n,) the shorter side to n pixels, keeping the shape; (height, width) exactly; () not at all.
-    resample: Pillow's name of the filter. Then the centre of height, width is cut out. scale: what the values
-    0..255 are multiplied by; then minus mean and divided by std, one each for the channels in the order of
-    `channels`.
+    resample: Pillow's name of the filter. Then the centre of height, width is cut out. scale: factor of the
+    values 0..255; then mean is subtracted and the result divided by std, one number each for the channels in
+    the order of `channels`.
     """
 
     height: int
@@ -122,7 +130,7 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class RuleSpec:
-    """A rule by name with its parameters; offramp.runtime.rules.bind turns it into a function."""
+    """A rule's name and its parameters; offramp.runtime.rules.bind makes the rule from it."""
 
     name: str
     parameters: dict[str, float]
@@ -130,9 +138,9 @@ class RuleSpec:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What running each segment costs in one unit, for a row of `tokens` tokens.
+    """Cost of running each segment in one unit, for a row of `tokens` tokens.
 
-    steps: variant -> one number a segment, exit, policy and forecast included; the stem is not.
+    steps: variant -> one number for each segment, with its exit, policy and forecast; without the stem.
     """
 
     tokens: int
@@ -153,7 +161,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class FileFact:
-    """What a file of the bundle must be: sha256 in lower-case hex, size in bytes."""
+    """Expected sha256 (lower-case hex) and size in bytes of a file of the bundle."""
 
     sha256: str
     bytes: int
@@ -161,12 +169,13 @@ class FileFact:
 
 @dataclass(frozen=True)
 class DecoderFacts:
-    """What only a decoder has.
+    """The part of a manifest that only decoders have.
 
-    head: the graph that makes logits from the hidden state after any segment. stop: ids that end an answer.
-    cache_fills: one graph a segment, in the order of their blocks, that makes the keys and values of tokens
-    which exited before it from their hidden state; every segment but the first has one, or none has. draft: a
-    head with fewer ids, the first of the vocabulary, for draft tokens that are verified later.
+    head: the graph that computes logits from the hidden state after any segment. stop: ids that end an
+    answer. cache_fills: one graph for each segment, in the order of their blocks, that computes keys and
+    values of tokens which exited before the segment, from their hidden state; every segment but the first has
+    one, or none has. draft: a head with fewer ids, the first of the vocabulary, for draft tokens that are
+    verified later.
     """
 
     head: Segment
@@ -177,14 +186,14 @@ class DecoderFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that the runtime knows about a bundle.
+    """The complete description of a bundle for the runtime.
 
     segments: in walking order; all offer the same variants, the first of which is the default ("fp32").
-    input: told apart by their fields. vocab_size: 0 where there is no text.
-    labels: none of decoders. decoder: what decoders alone have; left out of the file elsewhere.
-    rule: what decides when the caller wishes nothing. files: every file of the bundle but the manifest
+    input: a TextInput or an ImageInput, which differ in their fields. vocab_size: 0 for images.
+    labels: empty for decoders. decoder: facts of decoders; left out of the file for classifiers.
+    rule: the rule if the caller names none. files: every file of the bundle but the manifest
     itself. costs: by unit ("bops": bit operations, "ms": milliseconds of one row, measured on an engine), for
-    rules that choose between variants; left out of the file where there are none.
+    rules that choose between variants; left out of the file if there are none.
     """
 
     format: int
@@ -205,13 +214,16 @@ class Manifest:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of the variants that every segment offers, the default first; a plan's numbers index this."""
+        """Names of the variants that every segment has, the default first; plans hold indices of this."""
         return tuple(self.segments[0].variants)
 
     def to_json(self) -> str:
-        """Write it: in the order of this class, indented by one, a newline at the end. ValueError on NaN."""
+        """The manifest as JSON text: in the order of this class, indented by one, a newline at the end.
+
+        Raises ValueError for NaN.
+        """
         facts = dataclasses.asdict(self)
         for name in ("costs", "decoder"):
-            if not facts[name]:  # so that files without them read as they always did
+            if not facts[name]:  # files without them stay as in earlier versions
                 del facts[name]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,5 +1,4 @@
-"""Read JSON into frozen dataclasses, strictly: unknown, missing and duplicate keys, wrong types and NaN are
-refused.
+"""Read JSON into frozen dataclasses and refuse unknown, missing and duplicate keys, wrong types and NaN.
 
 Every ValueError names the field by its path, e.g. `manifest.segments[2].macs.token: expected a whole number,
 found '7'`.
@@ -16,8 +15,8 @@ import typing
 from typing import Any
 
 
-def parse(text: str) -> Any:
-    """Parse JSON; ValueError on duplicate keys, NaN, infinities, and nesting too deep to be meant."""
+def parse_json(text: str) -> Any:
+    """Parse JSON text; raises ValueError for duplicate keys, NaN, infinities and very deep nesting."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
     except RecursionError:
@@ -26,8 +25,11 @@ def parse(text: str) -> Any:
         raise ValueError(f"not valid JSON: {problem}") from problem
 
 
-def build(kind: Any, value: Any, where: str) -> Any:
-    """Make a value of type `kind` (dataclass, str, int, float, tuple, dict, union, Any) from parsed JSON."""
+def build_value(kind: Any, value: Any, where: str) -> Any:
+    """Convert parsed JSON to a value of type `kind`: dataclass, str, int, float, tuple, dict, union or Any.
+
+    where: path of the field for messages. Raises ValueError for a value of another type.
+    """
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
@@ -35,14 +37,14 @@ def build(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:  # only tuple[X, ...]
         _is(isinstance(value, (list, tuple)), where, "a list", value)
-        return tuple(build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(build_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:  # only dict[str, X]
         _is(isinstance(value, dict), where, "an object", value)
-        return {name: build(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
+        return {name: build_value(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
     if origin in (types.UnionType, typing.Union) and type(None) in arguments:  # only X | None
-        return None if value is None else build(arguments[0], value, where)
+        return None if value is None else build_value(arguments[0], value, where)
     if origin in (types.UnionType, typing.Union) and all(map(dataclasses.is_dataclass, arguments)):
-        # The type that shares most keys with the value is required in full.
+        # The type that shares most keys with the value is used, and all of its keys are required.
         keys = set(value) if isinstance(value, dict) else set()
         shared = [len(keys & {field.name for field in dataclasses.fields(member)}) for member in arguments]
         return _record(arguments[shared.index(max(shared))], value, where)
@@ -75,7 +77,7 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     if missing:
         raise ValueError(f"{where}.{missing[0]}: missing")
     present = {name: hint for name, hint in fields.items() if name in value}
-    return kind(**{name: build(hint, value[name], f"{where}.{name}") for name, hint in present.items()})
+    return kind(**{name: build_value(hint, value[name], f"{where}.{name}") for name, hint in present.items()})
 
 
 @functools.cache  # a manifest has hundreds of objects of nine classes, and type hints are slow to get

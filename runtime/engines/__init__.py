@@ -1,1 +1,1 @@
-"""Engines: what opens the graphs of a bundle and runs them. One file each."""
+"""Engines, which open the graphs of a bundle and run them; one file each."""

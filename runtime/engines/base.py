@@ -1,4 +1,4 @@
-"""The protocol of an engine: what opens a segment's graph, runs it, and reports where it really runs."""
+"""The protocol of an engine, which opens a segment's graph, runs it, and reports where it really runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from offramp.runtime.rules.base import Signals
 Array = NDArray[np.generic]  # of any dtype; the manifest names it
 Rows = NDArray[np.int64]
 
-# name: module with open_engine(bundle, variant, options) -> Engine, imported when the engine is asked for
+# name: module with open_engine(bundle, variant, options) -> Engine, imported when the engine is opened
 ENGINES = {"ort": "offramp.runtime.engines.ort", "trt": "offramp.runtime.engines.trt"}
 DEVICES = ("cpu", "cuda")
 DEFAULT_DEVICE = {"ort": "cpu", "trt": "cuda"}
@@ -26,13 +26,13 @@ PROVIDERS = ("cuda", "tensorrt")  # of ONNX Runtime on a GPU
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What a caller may choose about the engine; see offramp.runtime.load.
+    """Options of the engine that a caller can choose; see offramp.runtime.load.
 
     device: None is cpu for ort, cuda for trt. lazy: open a segment when a row first reaches it. share: share
     weights with engines of this process on the same bundle. global_pool: see engines.threads. provider: what
-    ONNX Runtime uses on a GPU. cuda_graphs: launch a step as one CUDA graph once its shape was seen. exit_kv:
-    of decoders, what the cache gets of a token behind its exit (rules.resolve.EXIT_KV). Raises BadSetting for
-    unknown names, for numbers out of range and for options that contradict.
+    ONNX Runtime uses on a GPU. cuda_graphs: launch a step as one CUDA graph from the second run of a shape
+    on. exit_kv: for decoders, what the cache holds of a token after its exit (rules.resolve.EXIT_KV). Raises
+    BadSetting for unknown names, for numbers out of range and for options that contradict each other.
     """
 
     engine: str = "ort"
@@ -62,26 +62,26 @@ class EngineOptions:
 
     @property
     def real_device(self) -> str:
-        """The device that these options come to."""
+        """The device that these options select: "cpu" or "cuda"."""
         if self.device is not None:
             return self.device
         return "cuda" if self.provider is not None or self.cuda_graphs else DEFAULT_DEVICE[self.engine]
 
 
 class State(Protocol):
-    """Rows, or the tokens of one sequence, between two segments.
+    """The state of rows, or of the tokens of one sequence, between two segments of a walk.
 
-    The walker reads these two and gives the rest back to the engine unread.
+    The walker reads the two properties and passes the state back to the engine.
     """
 
     @property
     def rows(self) -> int:
-        """Rows in it; of a sequence, the newest tokens, whose signals are needed."""
+        """Number of rows; for a sequence, number of newest tokens whose signals are needed."""
         ...
 
     @property
     def length(self) -> int:
-        """Tokens of each row, padding included."""
+        """Number of tokens of each row, padding included."""
         ...
 
 
@@ -89,82 +89,86 @@ S = TypeVar("S", bound=State)
 
 
 class Engine(Protocol[S]):
-    """Runs stem and segments; name, device and facts describe what really runs, such as "ort", "cpu"."""
+    """Opens and runs the stem and the segments of a bundle on one device."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the engine that really runs, such as "ort"."""
+        ...
 
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """Device on which it really runs: "cpu" or "cuda"."""
+        ...
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """For people: version, threads, which thread pool is used."""
+        """Further facts as text by name, for users: version, number of threads, thread pool."""
         ...
 
     @property
     def max_rows(self) -> int:
-        """Rows of one state at most."""
+        """Most rows that one state can have."""
         ...
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
-        """Open the stem and these segments (0-based) in one variant, those that are not open yet.
+        """Open the stem and these segments (0-based) in one variant, if they are not open yet.
 
-        What is not prepared is opened when a row first reaches it.
+        Other segments are opened when a row first reaches them.
         """
         ...
 
     def begin(self, inputs: Mapping[str, Array]) -> S:
-        """Run the stem, and return the state of new rows.
+        """Run the stem on inputs, and return the state of the new rows.
 
         inputs: input_ids, attention_mask (and token_type_ids), int64 [batch, seq], or pixel_values float32
-        [batch, 3, height, width]; of a decoder, input_ids [1, seq]: a prompt, whose sequence is the state.
+        [batch, 3, height, width]; for a decoder, input_ids [1, seq] of a prompt, whose sequence is the state.
         """
         ...
 
     def step(self, segment: int, variant: int, state: S) -> Signals:
-        """Run one segment (0-based) in the manifest's variant of that number; the state advances in place.
+        """Run one segment (0-based) in a variant (number in Manifest.variants) and return its signals.
 
-        Only the walker calls this. The signals are the state's own memory: they are valid until the state is
-        dropped or runs that segment again. After the last segment a state of rows can only be dropped; a
-        sequence takes more tokens.
+        The state advances in place. Only the walker calls this. The signals are memory of the state: they are
+        valid until the state is dropped or runs that segment again. After the last segment a state of rows
+        can only be dropped; a sequence accepts more tokens.
         """
         ...
 
     def skip(self, segment: int, state: S) -> None:
-        """Move the state to the next segment without running this one: hidden states stay as they are."""
+        """Move the state past a segment without running it: hidden states stay as they are."""
         ...
 
     def take(self, state: S, rows: Rows) -> S:
-        """A new state of those rows alone (compaction); the old one stays as it is."""
+        """Copy some rows of a state into a new state (compaction); the old state stays as it is."""
         ...
 
     def join(self, states: Sequence[S]) -> S:
-        """One new state of all rows in order, lengths equal; the old ones stay as they are."""
+        """Copy all rows of several states of equal length, in order, into a new state; the old ones stay."""
         ...
 
     def drop(self, state: S) -> None:
-        """Free a state; its buffers may be used again."""
+        """Free a state, whose buffers may be used again."""
         ...
 
     def close(self) -> None:
-        """Free everything; the engine cannot be used after it."""
+        """Free everything; the engine cannot be used afterwards."""
         ...
 
 
 class EngineModule(Protocol):
-    """A module of ENGINES."""
+    """The protocol of a module that implements an engine; see ENGINES."""
 
     def open_engine(self, bundle: Bundle, variant: str, options: EngineOptions) -> Engine[State]:
-        """The engine, with no segment opened yet."""
+        """Create the engine; no segment is opened yet."""
         ...
 
 
 def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> Engine[State]:
     """Open the engine that the options name, with the stem and, unless lazy, every segment in one variant.
 
-    Raises EngineUnavailable where engine or device is not there (another is never taken instead), BadSetting
-    for a variant that the bundle lacks, BadBundle where a file is not what the manifest describes.
+    Raises EngineUnavailable if engine or device is missing (another is never used instead), BadSetting for a
+    variant that the bundle lacks, BadBundle if a file differs from the manifest.
     """
     variants = bundle.manifest.variants
     if variant not in variants:

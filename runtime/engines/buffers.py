@@ -1,4 +1,4 @@
-"""Buffers for one (rows, length), bound once to every segment that uses them, and a pool of idle ones."""
+"""Buffers for one (rows, length), bound once to every segment that uses them, and a pool of idle buffers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Run = Callable[[], None]
 Bound = tuple[Run, RowSignals]  # one run of a bound session, and where its signals are written
 
 
-def runner(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, str] | None = None) -> Run:
-    """One run of a session on bound arrays, as a call without arguments; entries: of its run options.
+def make_run(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, str] | None = None) -> Run:
+    """Make a function without arguments that runs an ONNX Runtime session on bound arrays.
 
-    The Python layer of ONNX Runtime makes new options and checks for other devices in every run, which takes
-    20 us a segment when the cache is cold. So the object below that layer is called, or the public call in a
-    version without such an object.
+    entries: of the run options. The Python layer of ONNX Runtime makes new options and checks for other
+    devices in every run, which takes 20 us a segment when the cache is cold. Therefore the function calls the
+    object below that layer, or the public method in a version without such an object.
     """
     options = ort.RunOptions()
     for key, value in (entries or {}).items():
@@ -39,11 +39,11 @@ def runner(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, st
 
 
 class Buffers:
-    """Everything a walk of `rows` rows of `length` tokens needs.
+    """The arrays of a walk of `rows` rows of `length` tokens, bound to the segments that use them.
 
     pairs: tensors that every segment reads and replaces (hidden, evidence): two arrays, one for each side of
-    a step. shared: the stem's other outputs (mask, pool, position_bias). inputs: the stem's inputs. bound: by
-    (segment, variant, side); each has memory of its own for its signals, so that a step copies nothing.
+    a step. shared: the stem's other outputs (mask, pool, position_bias). inputs: the stem's inputs. bound:
+    runs by (segment, variant, side), each with its own memory for signals, so that a step copies nothing.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Buffers:
         self.bytes = sum(array.nbytes for array in arrays)
 
     def bind_stem(self, session: Any, facts: Variant) -> Run:
-        """Bind the stem: inputs in, side 0 and the shared tensors out."""
+        """Bind the stem, which reads `inputs` and writes side 0 and the shared tensors; returns its run."""
         binding = self._ort.IOBinding(session)
         for tensor in facts.inputs:
             _bind(binding.bind_input, tensor.name, self.inputs[tensor.name])
         for tensor in facts.outputs:
             _bind(binding.bind_output, tensor.name, self._array(tensor.name, 0))
-        return runner(self._ort, session, binding)
+        return make_run(self._ort, session, binding)
 
     def bind(self, session: Any, facts: Variant, side: int) -> Bound:
-        """Bind a segment that reads `side` and writes the other."""
+        """Bind a segment that reads `side` (0 or 1) and writes the other; returns its run and its signals."""
         binding = self._ort.IOBinding(session)
         for tensor in facts.inputs:
             _bind(binding.bind_input, tensor.name, self._array(tensor.name, side))
@@ -100,10 +100,13 @@ class Buffers:
         signals = RowSignals(
             signal_arrays["logits"], signal_arrays.get("gate"), signal_arrays.get("forecast")
         )
-        return runner(self._ort, session, binding), signals
+        return make_run(self._ort, session, binding), signals
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:
-        """Fill side 0 and the shared tensors with rows (None: all) of (buffers, side), one after another."""
+        """Copy rows of other buffers, one after another, to side 0 and the shared tensors.
+
+        sources: (buffers, side, numbers of rows or None for all).
+        """
         at = 0
         for buffers, side, rows in sources:
             until = at + (buffers.rows if rows is None else len(rows))
@@ -131,20 +134,21 @@ def _bind(bind: Any, name: str, array: Array) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-class Sized(Protocol):
-    """What a BufferPool keeps."""
+class PooledBuffers(Protocol):
+    """Buffers that a BufferPool can keep: their rows, length in tokens, and size in bytes."""
 
     rows: int
     length: int
     bytes: int
 
 
-B = TypeVar("B", bound=Sized)
+B = TypeVar("B", bound=PooledBuffers)
 
 
 class BufferPool(Generic[B]):
-    """Idle buffers by (rows, length), made when there are none; the least recently used are dropped first
-    when there are too many.
+    """A pool of idle buffers by (rows, length), which makes new buffers if it has none of a shape.
+
+    If there are too many idle buffers, the least recently used are dropped first.
     """
 
     def __init__(self, make: Callable[[int, int], B]) -> None:
@@ -154,7 +158,7 @@ class BufferPool(Generic[B]):
         self._bytes = 0
 
     def get(self, rows: int, length: int) -> B:
-        """Buffers of that shape, which belong to the caller until they are put back."""
+        """Get buffers of a shape, which belong to the caller until they are put back."""
         waiting = self._by_shape.get((rows, length))
         if not waiting:
             return self._make(rows, length)
@@ -164,7 +168,7 @@ class BufferPool(Generic[B]):
         return buffers
 
     def put(self, buffers: B) -> None:
-        """Take buffers back."""
+        """Return buffers to the pool, which keeps or drops them."""
         self._idle[id(buffers)] = buffers
         self._by_shape.setdefault((buffers.rows, buffers.length), []).append(buffers)
         self._bytes += buffers.bytes
@@ -177,7 +181,7 @@ class BufferPool(Generic[B]):
             self._bytes -= oldest.bytes
 
     def clear(self) -> None:
-        """Free all that is idle."""
+        """Free all idle buffers."""
         self._idle.clear()
         self._by_shape.clear()
         self._bytes = 0

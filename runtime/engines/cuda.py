@@ -1,7 +1,7 @@
-"""What a walk needs of CUDA: memory, one stream, one event, graphs. A thin layer over cuda-python.
+"""A thin layer over cuda-python: device memory, one stream, one event, and graphs.
 
-cuda-python gives every result as a tuple whose first item is an error code; here a bad code is raised as an
-error that names a cure. Nothing of CUDA is imported before the driver was looked for: see missing_driver.
+cuda-python returns every result as a tuple whose first item is an error code; here an error code is raised as
+an error that names a cure. Nothing of CUDA is imported before the driver was checked: see driver_problem.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.errors import DeviceFailed, EngineUnavailable, OutOfMemory
 
-ALIGNMENT = 256  # bytes; what cudaMalloc gives and what TensorRT asks of its scratch memory
+ALIGNMENT = 256  # bytes; alignment of cudaMalloc, which TensorRT requires of its scratch memory
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _MODULES = (
     "cuda.bindings.runtime",
@@ -26,10 +26,10 @@ _MODULES = (
 )  # newer first; the older name is that of cuda-python < 12.8
 
 
-def missing_driver() -> str | None:
-    """What is wrong with the CUDA driver of this machine; None where it starts and sees a GPU.
+def driver_problem() -> str | None:
+    """Describe what is wrong with the CUDA driver of this machine; None if it starts and finds a GPU.
 
-    It needs no package of CUDA's or TensorRT's, whose own objects crash the process without a driver.
+    This needs no package of CUDA or TensorRT, whose objects crash the process without a driver.
     """
     for name in _DRIVERS:
         try:
@@ -43,8 +43,8 @@ def missing_driver() -> str | None:
     return f"no CUDA driver on this machine ({_DRIVERS[0]} is not found)"
 
 
-def cuda_python() -> Any:
-    """The module of CUDA's runtime. Raises EngineUnavailable, which names what to install."""
+def import_cuda_runtime() -> Any:
+    """Import the module of CUDA's runtime; raises EngineUnavailable, which names what to install."""
     problem = ""
     for name in _MODULES:
         try:
@@ -57,8 +57,8 @@ def cuda_python() -> Any:
     )
 
 
-class Memory:
-    """Device memory (pointer, bytes); freed when it is no longer referenced."""
+class DeviceMemory:
+    """A piece of device memory (pointer, bytes), freed when it is no longer referenced."""
 
     __slots__ = ("__weakref__", "bytes", "pointer")
 
@@ -66,8 +66,8 @@ class Memory:
         self.pointer, self.bytes = pointer, size
 
 
-class Pinned:
-    """Page-locked host memory, which the device reads and writes by itself; array: its bytes, uint8."""
+class PinnedMemory:
+    """A piece of page-locked host memory, which the device can read and write; array: its bytes, uint8."""
 
     __slots__ = ("__weakref__", "array", "pointer")
 
@@ -77,10 +77,10 @@ class Pinned:
 
 
 class Cuda:
-    """The first GPU that the process may use (CUDA_VISIBLE_DEVICES picks another), and one stream on it.
+    """The first GPU that the process may use (CUDA_VISIBLE_DEVICES selects another), and one stream on it.
 
-    The stream runs what is enqueued in order; the host waits in wait() alone. Raises EngineUnavailable where
-    the GPU cannot be used, OutOfMemory, and DeviceFailed for what goes wrong later.
+    The stream runs enqueued work in order; the host waits only in wait(). Raises EngineUnavailable if the GPU
+    cannot be used, OutOfMemory, and DeviceFailed for later failures.
     """
 
     def __init__(self, cudart: Any) -> None:
@@ -110,39 +110,42 @@ class Cuda:
                 False  # the end of the process frees it, and CUDA may be unloaded before Python ends
             )
 
-    def memory(self, size: int) -> Memory:
-        """Device memory, aligned to ALIGNMENT. Raises OutOfMemory, which says how much is free."""
-        memory = Memory(int(self._checked("cudaMalloc", max(size, 1))), size)
+    def memory(self, size: int) -> DeviceMemory:
+        """Allocate device memory, aligned to ALIGNMENT; raises OutOfMemory, which states how much is free."""
+        memory = DeviceMemory(int(self._checked("cudaMalloc", max(size, 1))), size)
         finalize(memory, self._api.cudaFree, memory.pointer).atexit = False
         return memory
 
-    def pinned(self, size: int) -> Pinned:
-        """Host memory for copies that do not wait."""
+    def pinned(self, size: int) -> PinnedMemory:
+        """Allocate page-locked host memory, which copies need to run without a wait."""
         pointer = int(self._checked("cudaHostAlloc", max(size, 1), self._api.cudaHostAllocDefault))
-        memory = Pinned(pointer, size)
+        memory = PinnedMemory(pointer, size)
         finalize(memory, self._api.cudaFreeHost, pointer).atexit = False
         return memory
 
     def upload(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy of pinned memory to the device."""
+        """Enqueue a copy of pinned host memory to the device; addresses, and size in bytes."""
         self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy within the device."""
+        """Enqueue a copy within the device; addresses, and size in bytes."""
         self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def download(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy to pinned memory, which is complete once wait() returns."""
+        """Enqueue a copy from the device to pinned host memory, which is complete once wait() returns."""
         self._copy(target, source, size, self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def wait(self) -> None:
-        """Wait until all that was enqueued so far is done; by an event, which costs least."""
+        """Wait until all work enqueued so far is done; uses an event, which costs least."""
         self._checked("cudaEventRecord", self._event, self._stream)
         self._checked("cudaEventSynchronize", self._event)
 
     @contextmanager
     def capture(self) -> Iterator[list[Any]]:
-        """Record what is enqueued inside, without running it; the list then holds one graph for launch()."""
+        """Context manager that records enqueued work without running it.
+
+        Afterwards the list that it yields holds one graph for launch().
+        """
         graphs: list[Any] = []
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._checked("cudaStreamBeginCapture", self._stream, mode)
@@ -166,7 +169,7 @@ class Cuda:
         self._api.cudaGraphExecDestroy(graph)
 
     def close(self) -> None:
-        """Free stream and event; nothing can be enqueued after it."""
+        """Free stream and event; nothing can be enqueued afterwards."""
         for closer in self._closers:
             closer()
 
@@ -200,5 +203,5 @@ def _load(name: str) -> Any:
 
 
 def _version(number: int) -> str:
-    """A version as CUDA numbers it: 13020 is 13.2."""
+    """The text of a CUDA version number: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,9 +1,9 @@
-"""A walk on a GPU: states stay in its memory, and after a step the host reads a few bytes a row.
+"""Walks on a GPU: states stay in its memory, and after a step the host reads a few bytes for each row.
 
-What TensorRT and ONNX Runtime on CUDA have in common. Each (rows, length) has one piece of device memory: two
-places for every tensor that segments make anew, which they read and write in turn; one for what the stem made
-once; and one for signals. A step enqueues its segment and a copy of the signals to pinned host memory, and
-waits once. Rows that stay after others have exited are gathered within the device.
+This is the common part of TensorRT and ONNX Runtime on CUDA. Each (rows, length) has one piece of device
+memory: two places for every tensor that segments update, which they read and write in turn; one place for the
+other outputs of the stem; and one for signals. A step enqueues its segment and a copy of the signals to
+pinned host memory, and waits once. Rows that stay after others have exited are gathered within the device.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ Step = tuple[int, int]  # segment, variant
 STEM: Step = (-1, 0)
 Shape = tuple[int, ...]
 LENGTH_STEP = (
-    16  # tokens; lengths are rounded up to multiples, so that rows meet and few shapes are ever seen
+    16  # tokens; lengths are rounded up to multiples, so that rows can be joined and there are few shapes
 )
 
 
-class Place(NamedTuple):
-    """Where a tensor lies on the device."""
+class TensorPlace(NamedTuple):
+    """Address and shape of a tensor on the device."""
 
     address: int
     shape: Shape
 
 
-Places = Mapping[str, Place]  # of each input and output of a graph
+Places = Mapping[str, TensorPlace]  # by name, for each input and output of a graph
 
 
-def shape_of(tensor: Tensor, rows: int, tokens: int) -> Shape:
-    """The shape of a tensor at that many rows and tokens."""
+def numeric_shape(tensor: Tensor, rows: int, tokens: int) -> Shape:
+    """The shape of a tensor in numbers, for this many rows and tokens."""
     sizes = {"batch": rows, "seq": tokens}
     return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
 
 
 def padded_length(tokens: int, longest: int) -> int:
-    """The length to which a text of so many tokens is padded; longest: of the bundle's texts."""
+    """Length in tokens to which a text is padded: a multiple of LENGTH_STEP, at most `longest`."""
     return min(-(-tokens // LENGTH_STEP) * LENGTH_STEP, longest)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a bundle by their use.
+    """The tensors of a bundle, grouped by their use in a walk.
 
-    inputs: of the stem. pairs: what segments read and make anew. shared: what the stem makes once. signals:
-    of each segment.
+    inputs: the stem's inputs. pairs: tensors that segments read and update. shared: other outputs of the
+    stem. signals: those of each segment.
     """
 
     inputs: tuple[Tensor, ...]
@@ -66,8 +66,11 @@ class Layout:
     signals: tuple[tuple[Tensor, ...], ...]
 
     @classmethod
-    def of(cls, manifest: Manifest, updated: frozenset[str], inputs: Sequence[Tensor]) -> Layout:
-        """updated: names of the pairs. inputs: the stem's, with the dtypes in which the engine reads them."""
+    def from_manifest(cls, manifest: Manifest, updated: frozenset[str], inputs: Sequence[Tensor]) -> Layout:
+        """Group the tensors of a manifest.
+
+        updated: names of the pairs. inputs: the stem's, with the dtypes in which the engine reads them.
+        """
         outputs = manifest.stem.variants[manifest.variants[0]].outputs
         segments = [next(iter(segment.variants.values())) for segment in manifest.segments]
         return cls(
@@ -80,7 +83,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Region:
-    """A tensor's part of a piece of memory; start, end: bytes from its beginning."""
+    """The part of a piece of memory that holds one tensor; start, end: bytes from the piece's beginning."""
 
     start: int
     shape: Shape
@@ -92,23 +95,23 @@ class _Region:
 
 
 class _Packer:
-    """Lays tensors out one after another, aligned; end: bytes so far."""
+    """Assigns aligned regions to tensors one after another; end: bytes so far."""
 
     def __init__(self, rows: int, length: int, end: int = 0) -> None:
         self.rows, self.length, self.end = rows, length, end
 
     def add(self, tensor: Tensor) -> _Region:
         start = _aligned(self.end)
-        region = _Region(start, shape_of(tensor, self.rows, self.length), np.dtype(tensor.dtype))
+        region = _Region(start, numeric_shape(tensor, self.rows, self.length), np.dtype(tensor.dtype))
         self.end = _aligned(region.end)
         return region
 
 
 class DeviceBuffers:
-    """Everything that a walk of `rows` rows of `length` tokens needs; one state's until it is dropped.
+    """The device and host memory of a walk of `rows` rows of `length` tokens.
 
-    pending: whether the device may still read the pinned inputs. bound: by (step, side), a run and its
-    signals, which are valid once the host has waited.
+    It belongs to one state until that is dropped. pending: whether the device may still read the pinned
+    inputs. bound: by (step, side), a run and its signals, which are valid once the host has waited.
     """
 
     def __init__(self, cuda: Cuda, layout: Layout, rows: int, length: int) -> None:
@@ -116,12 +119,12 @@ class DeviceBuffers:
         self.bound: dict[tuple[Step, int], tuple[Run, RowSignals | None]] = {}
         self._cuda, self._layout = cuda, layout
         device = _Packer(rows, length)
-        # The inputs lie alike on the device and on the host, so that one copy uploads all of them.
+        # The inputs have the same layout on the device and on the host, so that one copy uploads all of them.
         inputs = [device.add(tensor) for tensor in layout.inputs]
         self._input_bytes = device.end
         pairs = [(device.add(tensor), device.add(tensor)) for tensor in layout.pairs]
         shared = [device.add(tensor) for tensor in layout.shared]
-        # On the host every segment has memory of its own for its signals; on the device they share one.
+        # On the host every segment has its own memory for signals; on the device all share one.
         host = _Packer(rows, length, self._input_bytes)
         self._host_signals = [[host.add(tensor) for tensor in tensors] for tensors in layout.signals]
         signals_start = device.end
@@ -132,7 +135,7 @@ class DeviceBuffers:
         self.inputs: dict[str, Array] = {
             tensor.name: self._host_view(region) for tensor, region in zip(layout.inputs, inputs, strict=True)
         }
-        # Addresses on side 0 and 1; those of inputs and of what is shared are the same.
+        # Addresses on side 0 and 1, which are equal for inputs and shared tensors.
         self._addresses = {
             tensor.name: (base + region.start, base + region.start)
             for tensor, region in zip((*layout.inputs, *layout.shared), (*inputs, *shared), strict=True)
@@ -143,7 +146,7 @@ class DeviceBuffers:
         self._signals_address = base + signals_start
 
     def places(self, graph: Variant, segment: int, side: int) -> Places:
-        """Where a graph that reads `side` finds its inputs and writes its outputs; segment -1: the stem."""
+        """Places of the inputs and outputs of a graph that reads `side`; segment -1 is the stem."""
         signals = self._signal_addresses(segment) if segment >= 0 else {}
         places = {}
         for tensor in (*graph.inputs, *graph.outputs):
@@ -153,11 +156,14 @@ class DeviceBuffers:
                 address = self._addresses[tensor.name.removeprefix(NEXT)][1 - side]
             else:
                 address = self._addresses[tensor.name][side]
-            places[tensor.name] = Place(address, shape_of(tensor, self.rows, self.length))
+            places[tensor.name] = TensorPlace(address, numeric_shape(tensor, self.rows, self.length))
         return places
 
     def signals(self, segment: int) -> tuple[Run, RowSignals]:
-        """What enqueues the copy of a segment's signals to the host, and where they are after a wait."""
+        """A function that enqueues the copy of a segment's signals to the host, and arrays that hold them.
+
+        The arrays are valid once the host has waited.
+        """
         regions = self._host_signals[segment]
         start, size = regions[0].start, _span(regions)
         target, source, download = self._pinned.pointer + start, self._signals_address, self._cuda.download
@@ -169,12 +175,15 @@ class DeviceBuffers:
         return lambda: download(target, source, size), signals
 
     def upload(self) -> None:
-        """Enqueue the copy of the inputs to the device."""
+        """Enqueue the copy of the stem's inputs from the host to the device."""
         self.pending = True
         self._cuda.upload(self._memory.pointer, self._pinned.pointer, self._input_bytes)
 
     def gather(self, sources: Sequence[tuple[DeviceBuffers, int, Rows | None]]) -> None:
-        """Fill side 0 and the shared tensors with rows (None: all) of (buffers, side), one after another."""
+        """Copy rows of other buffers, one after another, to side 0 and the shared tensors.
+
+        sources: (buffers, side, numbers of rows or None for all).
+        """
         filled = 0
         for buffers, side, rows in sources:
             blocks = [(0, buffers.rows)] if rows is None else list(_neighbours(rows))
@@ -204,7 +213,7 @@ class DeviceBuffers:
 
 
 class DeviceState:
-    """Rows between two segments; side: which of each pair of places holds the newest values."""
+    """The state of rows between two segments; side: which of each pair of places has the current values."""
 
     __slots__ = ("buffers", "length", "rows", "side")
 
@@ -213,31 +222,31 @@ class DeviceState:
         self.rows, self.length = buffers.rows, buffers.length
 
 
-class Opener(Protocol):
-    """Opens graphs and binds them to addresses: the one thing in which engines on a GPU differ."""
+class GraphOpener(Protocol):
+    """Opens graphs and binds them to device addresses; the only part in which engines on a GPU differ."""
 
     def open(self, steps: Sequence[Step]) -> None:
-        """Open the graphs of these steps, those that are not open yet."""
+        """Open the graphs of these (segment, variant) steps that are not open yet."""
         ...
 
     def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
-        """A call that enqueues one run of an open graph on the stream."""
+        """Make a function that enqueues one run of an open graph, at these places, on the stream."""
         ...
 
     @property
     def captures(self) -> bool:
-        """Whether each run is to be captured as a CUDA graph."""
+        """Whether DeviceEngine has to capture each run as a CUDA graph."""
         ...
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all graphs and their memory."""
         ...
 
 
 class DeviceEngine:
-    """What engines on a GPU share; see offramp.runtime.engines.base.Engine. Not thread-safe.
+    """Base of the engines on a GPU; implements the protocol engines.base.Engine. Not thread-safe.
 
-    graph: gives the graph of a step.
+    graph: a function from a step to its graph.
     """
 
     device = "cuda"
@@ -245,7 +254,7 @@ class DeviceEngine:
     def __init__(
         self,
         cuda: Cuda,
-        opener: Opener,
+        opener: GraphOpener,
         layout: Layout,
         graph: Callable[[Step], Variant],
         manifest: Manifest,
@@ -259,11 +268,11 @@ class DeviceEngine:
         self._buffer_pool = BufferPool(lambda rows, length: DeviceBuffers(cuda, layout, rows, length))
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
-        """Open the stem and these segments; see Engine.prepare."""
+        """Open the stem and these segments (0-based) in one variant; see Engine.prepare."""
         self._opener.open([STEM, *((segment, variant) for segment in segments)])
 
     def begin(self, inputs: Mapping[str, Array]) -> DeviceState:
-        """Run the stem; texts are padded to a length that others have too; see Engine.begin."""
+        """Run the stem on new rows, padded to a multiple of LENGTH_STEP; see Engine.begin."""
         rows, width = inputs[self._layout.inputs[0].name].shape[:2]
         buffers = self._buffers(rows, self._image_tokens or padded_length(width, self._longest))
         if buffers.pending:
@@ -280,36 +289,36 @@ class DeviceEngine:
         return DeviceState(buffers, 0)
 
     def step(self, segment: int, variant: int, state: DeviceState) -> RowSignals:
-        """Run one segment; see Engine.step."""
+        """Run one segment on a state and wait for its signals; see Engine.step."""
         run, signals = self._bound((segment, variant), state.buffers, state.side)
         run()
         self._cuda.wait()
         state.buffers.pending = False
         state.side = 1 - state.side
-        assert signals is not None  # of the stem alone
+        assert signals is not None  # None only for the stem
         return signals
 
     def skip(self, segment: int, state: DeviceState) -> None:
-        """Nothing has to be done: hidden states stay where they are; see Engine.skip."""
+        """Move past a segment, for which nothing has to be done on the device; see Engine.skip."""
 
     def take(self, state: DeviceState, rows: Rows) -> DeviceState:
-        """A new state of those rows alone; see Engine.take."""
+        """Copy some rows of a state into a new state; see Engine.take."""
         buffers = self._buffers(len(rows), state.length)
         buffers.gather([(state.buffers, state.side, rows)])
         return DeviceState(buffers, 0)
 
     def join(self, states: Sequence[DeviceState]) -> DeviceState:
-        """One new state of all rows; see Engine.join."""
+        """Copy the rows of several states into one new state; see Engine.join."""
         buffers = self._buffers(sum(state.rows for state in states), states[0].length)
         buffers.gather([(state.buffers, state.side, None) for state in states])
         return DeviceState(buffers, 0)
 
     def drop(self, state: DeviceState) -> None:
-        """The state's buffers may be used again; see Engine.drop."""
+        """Return a state's buffers to the pool of idle buffers; see Engine.drop."""
         self._buffer_pool.put(state.buffers)
 
     def close(self) -> None:
-        """Free everything, once the device is done with it."""
+        """Wait for the device, then free buffers, graphs and stream."""
         with suppress(DeviceFailed):  # the walk that failed has raised it already
             self._cuda.wait()
         self._buffer_pool.clear()
@@ -324,7 +333,7 @@ class DeviceEngine:
             return self._buffer_pool.get(rows, length)
 
     def _bound(self, step: Step, buffers: DeviceBuffers, side: int) -> tuple[Run, RowSignals | None]:
-        """A call that enqueues the step on these buffers, and where its signals are after a wait."""
+        """A function that enqueues the step on these buffers, and its signals, valid after a wait."""
         bound = buffers.bound.get((step, side))
         if bound is None:
             self._opener.open([step])
@@ -336,16 +345,16 @@ class DeviceEngine:
                 copy, signals = buffers.signals(segment)
                 run = _both(run, copy)
             if self._opener.captures:
-                run = Captured(self._cuda, run)
+                run = CapturedRun(self._cuda, run)
             bound = buffers.bound[step, side] = run, signals
         return bound
 
 
-class Captured:
-    """A run as one CUDA graph, launched as a whole and not as dozens of kernels.
+class CapturedRun:
+    """A run that is captured as one CUDA graph and then launched as a whole instead of as dozens of kernels.
 
-    The first call runs it without a graph, since TensorRT defers work to the first run at a shape; the second
-    captures it.
+    The first call runs without a graph, since TensorRT defers work to the first run at a shape; the second
+    call captures the graph.
     """
 
     __slots__ = ("__weakref__", "_cuda", "_graph", "_run", "_was_run")
@@ -380,16 +389,16 @@ def _aligned(size: int) -> int:
 
 
 def _span(regions: Sequence[_Region]) -> int:
-    """Bytes from the start of the first to the end of the last."""
+    """Bytes from the start of the first region to the end of the last."""
     return regions[-1].end - regions[0].start if regions else 0
 
 
 def _bytes(tensor: Tensor, rows: int, length: int) -> int:
-    return int(np.prod(shape_of(tensor, rows, length))) * np.dtype(tensor.dtype).itemsize
+    return int(np.prod(numeric_shape(tensor, rows, length))) * np.dtype(tensor.dtype).itemsize
 
 
 def _neighbours(rows: Rows) -> Iterator[tuple[int, int]]:
-    """Blocks of consecutive rows, (first, count): each is one copy."""
+    """Blocks of consecutive rows as (first, count), each of which needs one copy."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     for block in np.split(rows, breaks):
         yield int(block[0]), len(block)

@@ -1,7 +1,7 @@
-"""Opened graphs, one for each file and process: engines that run the same file alike share its weights.
+"""Open graphs with ONNX Runtime; engines that run the same file with the same settings share its weights.
 
-ONNX Runtime's sessions may run in several threads at once and keep nothing between two runs. Engines must not
-share what they bind, which each of them keeps.
+ONNX Runtime's sessions may run in several threads at once and keep nothing between two runs. Bound arrays are
+not shared: each engine keeps its own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import numpy as np
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Variant
-from offramp.runtime.engines.threads import Pool, apply
+from offramp.runtime.engines.threads import Pool, apply_pool
 from offramp.runtime.errors import BadBundle, EngineUnavailable
 from offramp.runtime.pipeline import BackgroundTask
 
 CPU = "CPUExecutionProvider"
 Providers = Sequence[
     tuple[str, Mapping[str, str]]
-]  # of ONNX Runtime with their options, the required one first
-# What may stay on the CPU when a graph runs on a GPU: arithmetic on sizes, which ONNX Runtime puts there.
+]  # ONNX Runtime's providers with their options, the required one first
+# Operators that may stay on the CPU when a graph runs on a GPU: arithmetic on sizes, which ONNX Runtime
+# assigns to it.
 _ON_SIZES = {
     *("Shape", "Size", "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Cast", "Range", "Constant"),
     *("Add", "Sub", "Mul", "Div", "Equal", "Where", "ConstantOfShape", "Reshape"),
@@ -38,14 +39,14 @@ _ON_SIZES = {
 _DTYPES = {"float": "float32", "double": "float64"}  # ORT's names where they differ from numpy's
 
 _arena = False  # whether this process has an arena that its sessions share
-_known: WeakValueDictionary[Hashable, Graph] = WeakValueDictionary()
-_guard = threading.Lock()  # of both
+_known: WeakValueDictionary[Hashable, OpenGraph] = WeakValueDictionary()
+_guard = threading.Lock()  # for both
 
 
-class Graph:
-    """One opened file, or the place for it; it lives as long as an engine holds it.
+class OpenGraph:
+    """A graph's file and its ONNX Runtime session; freed when no engine refers to it.
 
-    session: None until it is opened. lock: held while it is opened, so that this happens once.
+    session: None until it is opened. lock: held while it is opened, so that it is opened once.
     """
 
     __slots__ = ("__weakref__", "lock", "session")
@@ -55,11 +56,11 @@ class Graph:
         self.session: Any = None
 
 
-class Graphs:
-    """Opens the files of one bundle on one provider and pool; thread-safe.
+class BundleGraphs:
+    """Opens the graphs of one bundle on one provider and thread pool; thread-safe.
 
-    early: files that are being read already, by name; each is used once. share: share graphs with the other
-    Graphs of the process that share. providers: the first is required, the others take what it cannot run.
+    early: files that are being read already, by name; each is used once. share: share graphs with other
+    objects of this class in the process. providers: the first is required, the others run what it cannot run.
     """
 
     def __init__(
@@ -75,23 +76,26 @@ class Graphs:
         self._ort, self._bundle, self._device, self._pool = ort, bundle, device, pool
         self._providers = providers
         self._early = dict(early)
-        # The whole manifest with the hashes of its files: a bundle that was written again in the same place
-        # is another bundle.
+        # The whole manifest, with the hashes of its files: a bundle that was written again in the same place
+        # must not share graphs with the old one.
         facts = hashlib.sha256(repr(bundle.manifest).encode("utf-8", "surrogatepass")).digest()
         # A new object equals no other.
         self._sharing_key = (str(bundle.folder.resolve()), facts, device, pool, None if share else object())
 
-    def read(self, facts: Variant) -> tuple[Variant, Graph, bytes | None]:
-        """The arguments of open(): the verified bytes of the file, None where its graph is already open."""
+    def read(self, facts: Variant) -> tuple[Variant, OpenGraph, bytes | None]:
+        """Read a graph's file; returns the arguments of open(), with None for bytes if it is open already."""
         with _guard:
-            graph = _known.setdefault((*self._sharing_key, facts), Graph())
+            graph = _known.setdefault((*self._sharing_key, facts), OpenGraph())
         early = self._early.pop(facts.file, None)
         if graph.session is not None:
             return facts, graph, None
         return facts, graph, self._bundle.read(facts.file) if early is None else early.result()
 
-    def open(self, facts: Variant, graph: Graph, data: bytes | None) -> Graph:
-        """The graph with its session. Raises BadBundle naming the file, EngineUnavailable for the device."""
+    def open(self, facts: Variant, graph: OpenGraph, data: bytes | None) -> OpenGraph:
+        """Open the session of a graph from the bytes of its file.
+
+        Raises BadBundle, which names the file, and EngineUnavailable if the device cannot be used.
+        """
         with graph.lock:
             if graph.session is None:
                 graph.session = self._session(facts, self._bundle.read(facts.file) if data is None else data)
@@ -100,7 +104,7 @@ class Graphs:
     def _session(self, facts: Variant, data: bytes) -> Any:
         path = self._bundle.folder / facts.file
         options = self._ort.SessionOptions()
-        apply(self._pool, options)
+        apply_pool(self._pool, options)
         if self._device == "cpu":
             _share_arena(self._ort, options)
         options.log_severity_level = 3
@@ -120,7 +124,7 @@ class Graphs:
         except Exception as problem:  # ORT's error types share no base of their own
             raise self._refused(path, problem) from problem
         # The Python layer keeps the file's bytes to open them again on other providers, which never happens
-        # here: they would double the memory of the weights.
+        # here; they double the memory of the weights.
         if hasattr(session, "_model_bytes"):
             session._model_bytes = None
         real = session.get_providers()[0]
@@ -147,7 +151,7 @@ class Graphs:
 
 
 def import_onnxruntime(extra: str) -> ModuleType:
-    """The module onnxruntime; EngineUnavailable names the extra of offramp that installs it."""
+    """Import the module onnxruntime; raises EngineUnavailable, which names the extra that installs it."""
     try:
         ort = import_module("onnxruntime")
     except ImportError as problem:
@@ -155,7 +159,7 @@ def import_onnxruntime(extra: str) -> ModuleType:
             f"engine ort: onnxruntime cannot be imported ({problem}); pip install 'offramp[{extra}]'"
         ) from problem
     if not hasattr(ort, "InferenceSession"):
-        # What is left after onnxruntime or onnxruntime-gpu was removed while both were installed.
+        # This remains if onnxruntime or onnxruntime-gpu was removed while both were installed.
         raise EngineUnavailable(
             "engine ort: the installation of onnxruntime is broken; pip uninstall onnxruntime "
             f"onnxruntime-gpu, then pip install 'offramp[{extra}]'"
@@ -164,10 +168,10 @@ def import_onnxruntime(extra: str) -> ModuleType:
 
 
 def free_unused_memory() -> None:
-    """Return freed memory to the system: glibc keeps up to half of what opening a graph has freed.
+    """Return freed memory to the system: glibc keeps up to half of the memory freed after opening a graph.
 
-    A file's bytes are freed once its graph is open. Of a decoder of 650 MB, between 30 and 410 MB stayed with
-    the process, a different amount in each run (trial).
+    A file's bytes are freed once its graph is open. For a decoder of 650 MB, between 30 and 410 MB stayed
+    with the process, a different amount in each run (trial).
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -176,10 +180,10 @@ def free_unused_memory() -> None:
 def _share_arena(ort: ModuleType, options: Any) -> None:
     """Let all sessions of the process allocate from one arena.
 
-    With one arena each, every segment writes its intermediate values to memory of its own, which is not in
-    the processor's cache: 6 % of the time of a full walk at 128 tokens, 12 x 384. With one for all, a segment
-    uses what the segment before it has just freed, and works in the same few hundred kilobytes, as a single
-    graph does.
+    If each session has its own arena, every segment writes its intermediate values to other memory, which is
+    not in the processor's cache: 6 % of the time of a full walk at 128 tokens, 12 x 384. With one arena for
+    all, a segment uses the memory that the segment before it has just freed, and works in the same few
+    hundred kilobytes, as a single graph does.
     """
     global _arena
     if not hasattr(ort, "create_and_register_allocator"):
@@ -189,8 +193,8 @@ def _share_arena(ort: ModuleType, options: Any) -> None:
             place = ort.OrtMemoryInfo(
                 "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
             )
-            # ORT's own error types share no base; it refuses where the application has registered an arena,
-            # and then that arena is used.
+            # ORT's own error types share no base; it refuses if the application has registered an arena, and
+            # then that arena is used.
             with suppress(Exception):
                 ort.create_and_register_allocator(place, None)
             _arena = True
@@ -198,7 +202,7 @@ def _share_arena(ort: ModuleType, options: Any) -> None:
 
 
 def _check_assignment(path: str, session: Any, required: str) -> None:
-    """Raise EngineUnavailable where ONNX Runtime leaves an operator of weight to the CPU."""
+    """Raise EngineUnavailable if ONNX Runtime assigns an operator that computes on tensors to the CPU."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return
     on_cpu = {
@@ -215,7 +219,7 @@ def _check_assignment(path: str, session: Any, required: str) -> None:
 
 
 def _check_interface(path: str, facts: Variant, session: Any) -> None:
-    """Raise BadBundle unless inputs and outputs are the manifest's: names, dtypes, sizes that are numbers."""
+    """Raise BadBundle unless inputs and outputs have the manifest's names, dtypes and fixed sizes."""
     for side, tensors, nodes in (
         ("input", facts.inputs, session.get_inputs()),
         ("output", facts.outputs, session.get_outputs()),

@@ -1,7 +1,7 @@
-"""Classifiers on ONNX Runtime's CPU: sessions on one thread pool, states in two pre-bound sets of buffers.
+"""Engine ort for classifiers on a CPU: sessions on one thread pool, states in two pre-bound sets of buffers.
 
 Names, dtypes and shapes come from the manifest, and graphs are compared with them when they are opened. The
-tensors of a row are in buffers of its (rows, length) that are bound once and used again: a step neither
+tensors of rows are in buffers for their (rows, length) that are bound once and used again: a step neither
 copies nor allocates.
 """
 
@@ -16,9 +16,9 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Tensor, Variant
 from offramp.runtime.engines.base import Array, Engine, EngineOptions, Rows
 from offramp.runtime.engines.buffers import Bound, BufferPool, Buffers
-from offramp.runtime.engines.graphs import Graph, Graphs, import_onnxruntime
-from offramp.runtime.engines.tensors import stem_of, tensors_of, updated_tensors
-from offramp.runtime.engines.threads import Pool, claim
+from offramp.runtime.engines.graphs import BundleGraphs, OpenGraph, import_onnxruntime
+from offramp.runtime.engines.tensors import stem_graph, updated_tensors, walk_tensors
+from offramp.runtime.engines.threads import Pool, claim_pool
 from offramp.runtime.errors import BadBundle
 from offramp.runtime.pipeline import BackgroundTask, prefetch
 from offramp.runtime.rules.base import RowSignals
@@ -28,7 +28,7 @@ _STEM: Step = (-1, 0)
 
 
 class OrtState:
-    """Rows between two segments: their buffers, and which side of each pair has the current values."""
+    """The state of rows between two segments; side: which of each pair of buffers has the current values."""
 
     __slots__ = ("buffers", "length", "rows", "side")
 
@@ -39,10 +39,13 @@ class OrtState:
 
 
 class OrtEngine:
-    """See offramp.runtime.engines.Engine. Not thread-safe: the session in front of it holds a lock."""
+    """Runs a classifier's segments with ONNX Runtime on a CPU; see engines.base.Engine.
+
+    Not thread-safe: the session that uses it holds a lock.
+    """
 
     name, device = "ort", "cpu"
-    max_rows = 1 << 20  # any number that memory has room for
+    max_rows = 1 << 20  # no limit but memory
 
     def __init__(
         self,
@@ -56,24 +59,24 @@ class OrtEngine:
         self._ort, self._bundle, self._pool = ort, bundle, pool
         manifest = bundle.manifest
         self._variants = manifest.variants
-        self._stem_facts = stem_of(manifest, variant)
-        # Rows of images have as many tokens as the stem puts out, rows of text as many as the input.
+        self._stem_facts = stem_graph(manifest, variant)
+        # Rows of images have as many tokens as the stem's output, rows of text as many as its input.
         (hidden,) = (tensor for tensor in self._stem_facts.outputs if tensor.name == "hidden")
         self._length = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
         self._stem: Any = None
-        self._graphs = Graphs(ort, bundle, "cpu", pool, early, share)
-        self._open: dict[Step, Graph] = {}
-        forms = tensors_of(manifest), updated_tensors(manifest), _names(self._stem_facts.inputs)
+        self._graphs = BundleGraphs(ort, bundle, "cpu", pool, early, share)
+        self._open: dict[Step, OpenGraph] = {}
+        forms = walk_tensors(manifest), updated_tensors(manifest), _names(self._stem_facts.inputs)
         self._buffer_pool = BufferPool(lambda rows, length: Buffers(ort, *forms, rows, length))
 
     @property
     def facts(self) -> dict[str, str]:
-        """Version of onnxruntime, threads and the pool that really runs."""
+        """Version of onnxruntime, number of threads, and the thread pool that is really used."""
         threads = str(self._pool.threads) if self._pool.threads else "the application's"
         return {"onnxruntime": self._ort.__version__, "threads": threads, "pool": self._pool.kind}
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
-        """Open the stem and these segments; see Engine.prepare."""
+        """Open the stem and these segments (0-based) in one variant; see Engine.prepare."""
         steps = [step for step in (_STEM, *((s, variant) for s in segments)) if step not in self._open]
         # While ONNX Runtime opens one file, a thread reads and hashes the next; bytes are freed as soon as
         # the graph is open, so that at most two files are in memory.
@@ -83,7 +86,7 @@ class OrtEngine:
         self._stem = self._open[_STEM].session
 
     def begin(self, inputs: Mapping[str, Array]) -> OrtState:
-        """Run the stem; see Engine.begin."""
+        """Run the stem on new rows and return their state; see Engine.begin."""
         rows = len(inputs[self._stem_facts.inputs[0].name])
         length = self._length or inputs[self._stem_facts.inputs[0].name].shape[1]
         buffers = self._buffer_pool.get(rows, length)
@@ -99,7 +102,7 @@ class OrtEngine:
         return OrtState(buffers, 0)
 
     def step(self, segment: int, variant: int, state: OrtState) -> RowSignals:
-        """Run one segment; see Engine.step."""
+        """Run one segment on a state and return its signals; see Engine.step."""
         key = (segment, variant, state.side)
         bound = state.buffers.bound.get(key)
         if bound is None:
@@ -107,32 +110,32 @@ class OrtEngine:
         run, signals = bound
         try:
             run()
-        except Exception as problem:  # as above
+        except Exception as problem:  # see begin()
             raise self._broken(self._facts((segment, variant)), problem) from problem
         state.side = 1 - state.side
         return signals
 
     def skip(self, segment: int, state: OrtState) -> None:
-        """Nothing to do: the next step reads the same hidden state; see Engine.skip."""
+        """Move past a segment: the next step reads the same hidden state; see Engine.skip."""
 
     def take(self, state: OrtState, rows: Rows) -> OrtState:
-        """A new state of those rows alone; see Engine.take."""
+        """Copy some rows of a state into a new state; see Engine.take."""
         buffers = self._buffer_pool.get(len(rows), state.length)
         buffers.gather([(state.buffers, state.side, rows)])
         return OrtState(buffers, 0)
 
     def join(self, states: Sequence[OrtState]) -> OrtState:
-        """One new state of all rows; see Engine.join."""
+        """Copy the rows of several states into one new state; see Engine.join."""
         buffers = self._buffer_pool.get(sum(state.rows for state in states), states[0].length)
         buffers.gather([(state.buffers, state.side, None) for state in states])
         return OrtState(buffers, 0)
 
     def drop(self, state: OrtState) -> None:
-        """The state's buffers may be used again; see Engine.drop."""
+        """Return a state's buffers to the pool of idle buffers; see Engine.drop."""
         self._buffer_pool.put(state.buffers)
 
     def close(self) -> None:
-        """Free buffers, and graphs that no other engine runs (the process's thread pool stays)."""
+        """Free buffers, and graphs that no other engine uses; the process's thread pool stays."""
         self._buffer_pool.clear()
         self._open.clear()
         self._stem = None
@@ -156,14 +159,17 @@ class OrtEngine:
 
 
 def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> Engine[Any]:
-    """The engine, no file opened yet; EngineUnavailable where onnxruntime or the device is missing."""
+    """Create engine ort for a bundle and a device; no file is opened yet.
+
+    Raises EngineUnavailable if onnxruntime or the device is missing.
+    """
     if bundle.manifest.decoder is not None:
         from offramp.runtime.engines.ort_decoder import (
             OrtDecoderEngine,  # here: a classifier does not need it
         )
 
         ort = import_onnxruntime("cpu")
-        pool = claim(ort, options.threads, options.global_pool)
+        pool = claim_pool(ort, options.threads, options.global_pool)
         return OrtDecoderEngine(ort, bundle, variant, pool, options)
     if options.real_device == "cuda":
         from offramp.runtime.engines.ort_cuda import open_cuda  # here: the CPU does not need it
@@ -172,11 +178,11 @@ def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> Engine[
     early: dict[str, BackgroundTask[str, bytes]] = {}
     if "onnxruntime" not in sys.modules:
         # Its import takes about as long as reading the stem, whose embeddings make it the largest file.
-        file = stem_of(bundle.manifest, variant).file
+        file = stem_graph(bundle.manifest, variant).file
         early[file] = BackgroundTask(bundle.read, file)
     ort = import_onnxruntime("cpu")
     return OrtEngine(
-        ort, bundle, variant, claim(ort, options.threads, options.global_pool), early, options.share
+        ort, bundle, variant, claim_pool(ort, options.threads, options.global_pool), early, options.share
     )
 
 

@@ -1,7 +1,7 @@
-"""Decoders on ONNX Runtime's CPU: segments that extend a cache, and a head that runs only where it is read.
+"""Engine ort for decoders on a CPU: segments that extend a cache, and a head that runs when logits are read.
 
-A cache has more places than it holds tokens, so that one more token changes no shape: segments read the cache
-where it is, and what they add, a few hundred numbers a block, is written behind what is there.
+A cache has more places than tokens, so that a further token changes no shape: segments read the cache in
+place, and their new keys and values, a few hundred numbers a block, are written after the existing ones.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ import numpy as np
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import EXIT_HIDDEN, GATE, NEXT, PAST, Segment, Tensor, TextInput, Variant
 from offramp.runtime.engines.base import Array, EngineOptions, Rows
-from offramp.runtime.engines.buffers import Run, runner
-from offramp.runtime.engines.graphs import Graph, Graphs, free_unused_memory
-from offramp.runtime.engines.kv_cache import kv_arrays, shape_of
+from offramp.runtime.engines.buffers import Run, make_run
+from offramp.runtime.engines.graphs import BundleGraphs, OpenGraph, free_unused_memory
+from offramp.runtime.engines.kv_cache import past_arrays, sequence_shape
 from offramp.runtime.engines.threads import Pool
 from offramp.runtime.errors import BadInput, BadSetting
 from offramp.runtime.rules.base import Floats
 from offramp.runtime.sequence import KEPT_TOKENS, SegmentOutput, TokenSequence, TokenSignals
 
-PLACES = 64  # of a fresh cache, and the least that it grows by
+PLACES = 64  # places of a new cache, and the least number by which it grows
 
 
 class OrtDecoderEngine:
-    """An Engine whose states are sequences; not thread-safe: the session in front of it holds a lock."""
+    """Runs a decoder's segments with ONNX Runtime on a CPU; its states are sequences.
+
+    It implements engines.base.Engine. Not thread-safe: the session that uses it holds a lock.
+    """
 
     name, device = "ort", "cpu"
     max_rows = 1  # sequences are not joined
@@ -43,62 +46,62 @@ class OrtDecoderEngine:
         self.fill_graphs = {fill.blocks: fill for fill in manifest.decoder.cache_fills}
         self._pool, self._variant = pool, variant
         self._number, self._propagate = manifest.variants.index(variant), options.exit_kv == "propagate"
-        self._graphs = Graphs(ort, bundle, "cpu", pool, {}, options.share)
-        self._open: dict[str, Graph] = {}
+        self._graphs = BundleGraphs(ort, bundle, "cpu", pool, {}, options.share)
+        self._open: dict[str, OpenGraph] = {}
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """Version of onnxruntime, threads and the thread pool that is used."""
+        """Version of onnxruntime, number of threads, and the thread pool that is really used."""
         threads = str(self._pool.threads or "the application's")
         return {"onnxruntime": self.ort.__version__, "threads": threads, "pool": self._pool.kind}
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
-        """Open the stem, these segments and the head; see Engine.prepare."""
+        """Open the stem, these segments (0-based) and the head; see Engine.prepare."""
         self._check_variant(variant)
         for segment in (self.manifest.stem, *(self.manifest.segments[n] for n in segments)):
             self.session(segment)
         self.session(self.decoder.head)
 
     def begin(self, inputs: Mapping[str, Array]) -> TokenSequence:
-        """A sequence that has been fed a prompt, input_ids int64 [1, seq]; see Engine.begin."""
+        """Create a sequence from a prompt, input_ids int64 [1, seq]; see Engine.begin."""
         sequence = TokenSequence(KVCache(self), propagate=self._propagate)
         sequence.feed(inputs["input_ids"][0].tolist())
         return sequence
 
     def step(self, segment: int, variant: int, state: TokenSequence) -> TokenSignals:
-        """Run one segment on all tokens that wait in front of it; see Engine.step."""
+        """Run one segment on all tokens that wait for it and return the signals; see Engine.step."""
         if variant != self._number:
             self._check_variant(variant)
         return TokenSignals(state.runner, state.advance(segment), state.rows)
 
     def skip(self, segment: int, state: TokenSequence) -> None:
-        """Pass all waiting tokens by a segment; see Engine.skip."""
+        """Move all tokens that wait for a segment past it, without running it; see Engine.skip."""
         state.skip(segment)
 
     def take(self, state: TokenSequence, rows: Rows) -> TokenSequence:
-        """Not for sequences: they walk one by one."""
+        """Raise BadSetting: rows cannot be taken out of a sequence; see Engine.take."""
         raise BadSetting("sequences walk one by one: give the walker one at a time")
 
     def join(self, states: Sequence[TokenSequence]) -> TokenSequence:
-        """Not for sequences: they walk one by one."""
+        """Raise BadSetting: sequences cannot be joined; see Engine.join."""
         raise BadSetting("sequences walk one by one: give the walker one at a time")
 
     def drop(self, state: TokenSequence) -> None:
-        """A sequence frees its cache with its last reference."""
+        """Do nothing: a sequence's cache is freed with the last reference to the sequence."""
 
     def close(self) -> None:
-        """Free graphs that no other engine runs."""
+        """Free graphs that no other engine uses."""
         self._open.clear()
 
     def graph_of(self, segment: Segment) -> Variant:
-        """The graph in the engine's variant, or in the only one that it has."""
+        """A segment's graph in the engine's variant, or in its only variant."""
         return segment.variants.get(self._variant) or segment.first_graph
 
     def session(self, segment: Segment) -> Any:
-        """ONNX Runtime's session of a graph; cache fills and the draft head are opened when first used."""
+        """ONNX Runtime's session of a segment's graph, which is opened at the first use."""
         if segment.name not in self._open:
             self._open[segment.name] = self._graphs.open(*self._graphs.read(self.graph_of(segment)))
-            free_unused_memory()  # after every file, so that the next file's bytes take the freed place
+            free_unused_memory()  # after every file, so that the next file's bytes use the freed memory
         return self._open[segment.name].session
 
     def _check_variant(self, variant: int) -> None:
@@ -108,9 +111,9 @@ class OrtDecoderEngine:
 
 
 class KVCache:
-    """Keys and values of one sequence, and the steps that read and extend them; see CacheRunner.
+    """The cache of keys and values of one sequence, and the steps that read and extend it; see CacheRunner.
 
-    places: tokens for which there is room. It doubles up to 4 * PLACES and grows by that much from there on.
+    places: tokens for which there is room; doubled up to 4 * PLACES, then increased by that number.
     A step on tokens from `start` on reads the places before `start`.
     """
 
@@ -120,12 +123,12 @@ class KVCache:
         self.blocks = [len(segment.blocks) for segment in manifest.segments]
         self.places = min(PLACES, self.longest)
         inputs = [tensor for segment in manifest.segments for tensor in engine.graph_of(segment).inputs]
-        self.past = kv_arrays([tensor for tensor in inputs if tensor.name.startswith(PAST)], self.places)
-        # By number of tokens and of places that they read; bound to the arrays of self.past.
+        self.past = past_arrays([tensor for tensor in inputs if tensor.name.startswith(PAST)], self.places)
+        # By number of tokens, and of places that they read; bound to the arrays of self.past.
         self._steps: dict[tuple[int, int], _BoundSteps] = {}
 
     def make_room(self, tokens: int) -> None:
-        """Room for so many tokens in all; BadInput where the network does not read so many."""
+        """Enlarge the cache to hold this many tokens; raises BadInput for more than `longest`."""
         if tokens > self.longest:
             raise BadInput(f"{tokens} tokens: this network reads {self.longest}, prompt and answer together")
         if tokens <= self.places:
@@ -139,38 +142,38 @@ class KVCache:
             larger = old.empty_past(self.places)
             larger.by_token[:held] = old.by_token
             self.past[number] = larger
-        free_unused_memory()  # the smaller arrays lie between others, where the C library would keep them
+        free_unused_memory()  # otherwise the C library keeps the memory of the smaller arrays
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
-        """Hidden state of tokens from the stem; see CacheRunner.embed."""
+        """Run the stem on tokens and return their hidden states; see CacheRunner.embed."""
         return self._bound(len(ids), start).embed(ids, start)
 
     def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
-        """Run a segment on tokens; see CacheRunner.run."""
+        """Run a segment on tokens and add their keys and values to the cache; see CacheRunner.run."""
         return self._bound(len(ids), start).run(segment, ids, start, hidden)
 
     def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:
-        """Fill the cache of a segment that is not run; see CacheRunner.fill."""
+        """Fill the cache of a segment that is not run from hidden states; see CacheRunner.fill."""
         self._bound(len(ids), start).run(segment, ids, start, hidden, fill=True)
 
     def logits(self, hidden: Floats, draft: bool = False) -> Floats:
-        """Logits of hidden states; see CacheRunner.logits."""
+        """Run the head, or the draft head, on hidden states; see CacheRunner.logits."""
         return self._bound(len(hidden)).logits(hidden, draft)
 
     def _bound(self, tokens: int, start: int = -1) -> _BoundSteps:
-        # Nothing is before a prompt: one place, which does not count, stands for the past that a graph has to
-        # read, instead of as many as the prompt is about to fill.
+        # A prompt has no past: its graphs read one masked place instead of all places that the prompt will
+        # fill.
         places = 1 if start == 0 and tokens > KEPT_TOKENS else self.places
         steps = self._steps.get((tokens, places))
         if steps is None:
             for long_key in [key for key in self._steps if key[0] > KEPT_TOKENS]:
-                del self._steps[long_key]  # a prompt comes once
+                del self._steps[long_key]  # a prompt is run once
             steps = self._steps[tokens, places] = _BoundSteps(self.engine, self, tokens, places)
         return steps
 
 
 class _BoundStep(NamedTuple):
-    """One run of a bound graph, its output, and pairs (cache with tokens first, what the step adds to it)."""
+    """A bound graph: its run, its output, and pairs (cache, new keys or values), with tokens first."""
 
     run: Run
     output: SegmentOutput
@@ -178,9 +181,9 @@ class _BoundStep(NamedTuple):
 
 
 class _BoundSteps:
-    """Memory for so many tokens, bound to the graphs and to the arrays of one cache when first needed.
+    """Memory for steps on a number of tokens, bound to the graphs and to one cache at the first use.
 
-    The hidden state between two segments has one array, which one step writes and the next one reads.
+    The hidden state between two segments has one array, which one step writes and the next step reads.
     """
 
     def __init__(self, engine: OrtDecoderEngine, cache: KVCache, tokens: int, places: int) -> None:
@@ -191,7 +194,7 @@ class _BoundSteps:
         self._valid, embedded = arrays["past_valid"], arrays.pop("hidden")
         self._between = [embedded, *(np.zeros_like(embedded) for _ in segments)]  # each [1, tokens, hidden]
         self._head_input = np.zeros_like(embedded)
-        self._new = [past.added_by(tokens) for past in cache.past]
+        self._new = [past.for_new_tokens(tokens) for past in cache.past]
         read = [past if places == cache.places else past.empty_past(places) for past in cache.past]
         for kv_array in (*read, *self._new):
             arrays |= kv_array.by_name
@@ -203,7 +206,7 @@ class _BoundSteps:
         self._valid_places = 0  # places that past_valid marks as filled
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
-        """Run the stem, unless its last run was on the same tokens; hidden [tokens, hidden size]."""
+        """Run the stem unless its last run was on the same tokens; returns hidden [tokens, hidden size]."""
         if self._embedded != (start, ids):
             self._ids[0], self._positions[0] = ids, self._engine.positions[start : start + self._tokens]
             if start < self._valid_places:
@@ -219,7 +222,7 @@ class _BoundSteps:
     def run(
         self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None, fill: bool = False
     ) -> SegmentOutput:
-        """Run a segment, or its cache fill, and write what it adds into the cache."""
+        """Run a segment, or its cache fill, and write the new keys and values into the cache."""
         self.embed(ids, start)  # the stem's masks and rotations are read by every segment
         if hidden is not None and segment:
             self._between[segment][0] = hidden
@@ -232,7 +235,7 @@ class _BoundSteps:
         return step.output
 
     def logits(self, hidden: Floats, draft: bool) -> Floats:
-        """Run the head, or the draft head."""
+        """Run the head, or the draft head, on hidden states; returns logits [tokens, ids]."""
         bound = self._heads.get(draft)
         if bound is None:
             bound = self._heads[draft] = self._bind_head(draft)
@@ -268,7 +271,7 @@ class _BoundSteps:
         )
 
     def _bind(self, segment: Segment, own_arrays: Mapping[str, Array]) -> Run:
-        """One run of a graph on these arrays and the shared ones, which this object has to keep alive."""
+        """Bind a graph to these arrays and the shared ones, all of which this object has to keep alive."""
         session, graph = self._engine.session(segment), self._engine.graph_of(segment)
         binding = self._engine.ort.IOBinding(session)
         arrays = {**self._shared, **own_arrays}
@@ -276,7 +279,7 @@ class _BoundSteps:
             for tensor in tensors:
                 array = arrays[tensor.name]
                 bind(tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return runner(self._engine.ort, session, binding)
+        return make_run(self._engine.ort, session, binding)
 
     def _array(self, tensor: Tensor) -> Any:
-        return np.zeros(shape_of(tensor, self._tokens, self._places), tensor.dtype)
+        return np.zeros(sequence_shape(tensor, self._tokens, self._places), tensor.dtype)

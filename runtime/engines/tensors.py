@@ -1,4 +1,4 @@
-"""What engines read from a manifest: its tensors, and which stem belongs to a variant."""
+"""Facts that engines take from a manifest: its tensors, and the stem that belongs to a variant."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from offramp.runtime.bundle.manifest import NEXT, Manifest, Tensor, Variant
 from offramp.runtime.errors import BadBundle
 
 
-def stem_of(manifest: Manifest, variant: str) -> Variant:
-    """The stem's graph in a variant, or in the default variant where it has no other."""
+def stem_graph(manifest: Manifest, variant: str) -> Variant:
+    """The stem's graph in a variant, or in the default variant if it has no other."""
     return manifest.stem.variants.get(variant) or manifest.stem.variants[manifest.variants[0]]
 
 
-def tensors_of(manifest: Manifest) -> dict[str, Tensor]:
-    """The stem's inputs and outputs and every segment's signals, by name."""
+def walk_tensors(manifest: Manifest) -> dict[str, Tensor]:
+    """All tensors of a walk by name: the stem's inputs and outputs, and the segments' signals."""
     graphs = [segment.first_graph for segment in (manifest.stem, *manifest.segments)]
     tensors = [*graphs[0].inputs, *(tensor for graph in graphs for tensor in graph.outputs)]
     return {tensor.name: tensor for tensor in tensors if not tensor.name.startswith(NEXT)}
 
 
 def updated_tensors(manifest: Manifest) -> frozenset[str]:
-    """Tensors that every segment reads and replaces (hidden, evidence); BadBundle where segments differ."""
+    """Names of the tensors that every segment reads and replaces, such as hidden and evidence.
+
+    Raises BadBundle if segments differ in them.
+    """
     updated: frozenset[str] | None = None
     for segment in manifest.segments[:-1]:
         outputs = segment.first_graph.outputs

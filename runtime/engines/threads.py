@@ -1,13 +1,13 @@
-"""One thread pool for all segments: ONNX Runtime's default, a spinning pool a session, doubles the time.
+"""One thread pool for all segments; ONNX Runtime's default, a spinning pool a session, doubles the time.
 
 ONNX Runtime's idle workers spin for a while after each run. With one pool a session, the workers of the last
 segment still use the cores while the next segment runs. One pool for the whole process
 (`set_global_thread_pool_sizes`) removes that; where it is not available, pools that do not spin are within a
 few per cent of it.
 
-In return, once a process has a global pool, ONNX Runtime refuses every session with a pool of its own, which
-is the default. An application that opens other sessions sets use_per_session_threads = False in them, or
-passes global_pool=False here.
+Once a process has a global pool, ONNX Runtime refuses every session with its own pool, which is the default.
+An application that opens other sessions sets use_per_session_threads = False in them, or passes
+global_pool=False here.
 """
 
 from __future__ import annotations
@@ -27,17 +27,22 @@ _global_pool: Pool | None = None  # a process can make its global pool only once
 
 @dataclass(frozen=True)
 class Pool:
-    """The pool that sessions run on; threads 0: an application made the pool, and its size is not known."""
+    """The thread pool on which sessions run.
+
+    kind: a description for users. threads: 0 if an application made the pool and its size is not known.
+    shared: whether it is ONNX Runtime's global pool.
+    """
 
     kind: str
     threads: int
     shared: bool
 
 
-def claim(ort: ModuleType, threads: int | None, global_pool: bool) -> Pool:
-    """The pool to run on with `threads` (None: one for each usable core), made on the first call.
+def claim_pool(ort: ModuleType, threads: int | None, global_pool: bool) -> Pool:
+    """Return the thread pool on which to run; the first call makes it.
 
-    Raises EngineUnavailable where the process already has another pool: ONNX Runtime can neither change it
+    threads: None is one for each usable core. global_pool: use one pool for the whole process. Raises
+    EngineUnavailable if the process already has another pool: ONNX Runtime can neither change it
     nor open sessions beside it.
     """
     global _global_pool
@@ -78,8 +83,8 @@ def claim(ort: ModuleType, threads: int | None, global_pool: bool) -> Pool:
         return _global_pool
 
 
-def apply(pool: Pool, options: Any) -> None:
-    """Set session options so that the session runs on the pool."""
+def apply_pool(pool: Pool, options: Any) -> None:
+    """Set ONNX Runtime's session options so that the session runs on a pool."""
     if pool.shared:
         options.use_per_session_threads = False  # setting numbers of threads too would print warnings
     else:
@@ -88,17 +93,22 @@ def apply(pool: Pool, options: Any) -> None:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
 
-def fit(options: Any) -> None:
-    """Let a session of the caller open beside a walk: on the process's global pool, if this module made one.
+def share_global_pool(options: Any) -> None:
+    """Set session options so that another session can open in a process that has walked.
 
-    options: onnxruntime.SessionOptions whose numbers of threads are not set. For benchmarks and checks.
+    The session runs on the process's global pool, if this module made one.
+     options:
+    onnxruntime.SessionOptions whose numbers of threads are not set. For benchmarks and checks.
     """
     if _global_pool is not None:
-        apply(_global_pool, options)
+        apply_pool(_global_pool, options)
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use: affinity, hyper-threads counted once, container quota."""
+    """Number of physical cores that this process may use.
+
+    It respects affinity and container quota, and counts hyper-threads of one core once.
+    """
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
@@ -113,7 +123,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> int:
-    """Whole cores that the control group grants (cgroup 2); a large number without a limit."""
+    """Whole cores that the control group allows (cgroup 2); a large number without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return -(-int(quota) // int(period))

@@ -1,8 +1,8 @@
-"""The TensorRT engine: every segment compiled on this GPU, and its state never leaves it.
+"""Engine trt: every segment is compiled for this GPU with TensorRT, and states stay in its memory.
 
-TensorRT or TensorRT-RTX, whichever is installed; versions 8.6 to 11. Names, dtypes and shapes come from the
-manifest, and each engine is checked against them. Engines are kept on disk (trt_cache); a session that finds
-none builds them.
+It uses TensorRT or TensorRT-RTX, whichever is installed; versions 8.6 to 11. Names, dtypes and shapes come
+from the manifest, and each compiled engine is checked against them. Compiled engines are kept on disk
+(trt_cache); a session builds those that are missing.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from offramp.runtime.bundle.manifest import Manifest, Variant
 from offramp.runtime.engines import trt_versions
 from offramp.runtime.engines.base import EngineOptions
 from offramp.runtime.engines.buffers import Run
-from offramp.runtime.engines.cuda import Cuda, Memory, cuda_python, missing_driver
+from offramp.runtime.engines.cuda import Cuda, DeviceMemory, driver_problem, import_cuda_runtime
 from offramp.runtime.engines.device import STEM, DeviceEngine, Layout, Places, Step
 from offramp.runtime.engines.tensors import updated_tensors
 from offramp.runtime.engines.trt_build import (
     MAX_ROWS,
-    Log,
-    build,
+    ErrorLog,
+    build_engine,
+    build_profiles,
     check_tensors,
-    profile_of,
-    profiles,
+    find_profile,
 )
-from offramp.runtime.engines.trt_cache import EngineCache, default_folder
+from offramp.runtime.engines.trt_cache import EngineCache, default_cache_folder
 from offramp.runtime.errors import BadBundle, BadSetting, DeviceFailed, EngineUnavailable, OutOfMemory
 
-VARIANTS = ("fp32", "fp16")  # int8 and int4 graphs hold operators of ONNX Runtime's own
+VARIANTS = ("fp32", "fp16")  # int8 and int4 graphs hold operators that only ONNX Runtime has
 _MODULES = ("tensorrt", "tensorrt_rtx")
 _RUNTIMES = ("tensorrt_lean", "tensorrt_dispatch")  # they run engines and cannot build them
 
@@ -47,7 +47,7 @@ _opened_lock = threading.Lock()
 
 
 class TrtEngine(DeviceEngine):
-    """See offramp.runtime.engines.base.Engine."""
+    """Runs segments with TensorRT on a GPU; see engines.base.Engine."""
 
     name, max_rows = "trt", MAX_ROWS
 
@@ -56,8 +56,8 @@ class TrtEngine(DeviceEngine):
     ) -> None:
         manifest = bundle.manifest
         stem = manifest.stem.variants[manifest.variants[0]]
-        inputs = [trt_versions.as_read(trt, tensor) for tensor in stem.inputs]
-        layout, graph = Layout.of(manifest, updated_tensors(manifest), inputs), _graph_of(manifest)
+        inputs = [trt_versions.as_tensorrt_reads(trt, tensor) for tensor in stem.inputs]
+        layout, graph = Layout.from_manifest(manifest, updated_tensors(manifest), inputs), _graph_of(manifest)
         opener = TrtOpener(trt, cuda, bundle, cache, graph, options)
         super().__init__(cuda, opener, layout, graph, manifest)
         self._trt_opener = opener
@@ -70,12 +70,15 @@ class TrtEngine(DeviceEngine):
 
     @property
     def facts(self) -> dict[str, str]:
-        """Version, GPU, driver, and how many engines were built or found on disk."""
+        """Version of TensorRT, GPU, driver, use of CUDA graphs, and numbers of engines built or found."""
         return self._facts | {"engines": self._trt_opener.origin}
 
 
 def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> TrtEngine:
-    """The engine, no graph opened yet. EngineUnavailable names the first missing piece; never takes ORT."""
+    """Create engine trt; no graph is opened yet.
+
+    Raises EngineUnavailable, which names the first missing piece; engine ort is never used instead.
+    """
     if options.real_device != "cuda":
         raise BadSetting(f"engine trt runs on device cuda alone, not {options.device}: leave the device out")
     for name, value in (("provider", options.provider), ("threads", options.threads)):
@@ -86,23 +89,23 @@ def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> TrtEngi
             f"variant {variant} is ONNX Runtime's own; engine trt walks {' or '.join(VARIANTS)}: write a "
             "bundle with ee-split --variants fp32,fp16"
         )
-    trt = find_tensorrt()
+    trt = import_tensorrt()
     try:
-        cuda = Cuda(cuda_python())
+        cuda = Cuda(import_cuda_runtime())
     except EngineUnavailable as problem:
         raise EngineUnavailable(f"engine trt: {problem}, or use --engine ort") from problem
-    return TrtEngine(trt, cuda, bundle, EngineCache(default_folder() / "trt"), options)
+    return TrtEngine(trt, cuda, bundle, EngineCache(default_cache_folder() / "trt"), options)
 
 
-def find_tensorrt() -> ModuleType:
-    """The TensorRT module of this machine. EngineUnavailable names the first missing piece and its cure.
+def import_tensorrt() -> ModuleType:
+    """Import the TensorRT module of this machine.
 
-    The driver is looked for before any tensorrt module is imported: without one, TensorRT's own objects crash
-    the process.
+    Raises EngineUnavailable, which names the first missing piece and its cure. The driver is checked before
+    any tensorrt module is imported: without a driver, TensorRT's objects crash the process.
     """
     installed = [name for name in _MODULES if find_spec(name) is not None]
     module = "" if installed else " (the Python module tensorrt is not installed either)"
-    driver = missing_driver()
+    driver = driver_problem()
     if driver is not None:
         raise EngineUnavailable(
             f"engine trt: {driver}{module}; TensorRT needs an NVIDIA GPU: install its driver, or use "
@@ -127,16 +130,16 @@ def find_tensorrt() -> ModuleType:
 
 
 class OpenEngine:
-    """One deserialized engine with what must outlive it; shared by the sessions that walk on it."""
+    """A deserialized TensorRT engine with its logger and runtime, shared by the sessions that use it."""
 
     __slots__ = ("__weakref__", "engine", "log", "runtime")
 
-    def __init__(self, log: Log, runtime: Any, engine: Any) -> None:
+    def __init__(self, log: ErrorLog, runtime: Any, engine: Any) -> None:
         self.log, self.runtime, self.engine = log, runtime, engine
 
 
 class _Context:
-    """An execution context; owner: the run whose shapes and addresses are set in it."""
+    """An execution context of TensorRT; owner: the run whose shapes and addresses are set in it."""
 
     __slots__ = ("context", "owner")
 
@@ -145,9 +148,9 @@ class _Context:
 
 
 class TrtOpener:
-    """Opens graphs on TensorRT, from the cache or by building; see offramp.runtime.engines.device.Opener.
+    """Opens graphs with TensorRT, from the cache or by building them; see device.GraphOpener.
 
-    captures: every run has a context of its own, which a captured graph needs.
+    captures: every run has its own context, which a captured graph needs.
     """
 
     def __init__(
@@ -160,30 +163,30 @@ class TrtOpener:
         options: EngineOptions,
     ) -> None:
         self._trt, self._cuda, self._bundle, self._cache, self._graph = trt, cuda, bundle, cache, graph
-        self._profiles, self.captures = profiles(bundle.manifest), options.cuda_graphs
-        self._private = None if options.share else object()  # equal to no other opener's
-        self._log = Log(trt)
+        self._profiles, self.captures = build_profiles(bundle.manifest), options.cuda_graphs
+        self._private = None if options.share else object()  # differs from every other opener's
+        self._log = ErrorLog(trt)
         self._engines: dict[Step, OpenEngine] = {}
         self._contexts: dict[tuple[Step, int], _Context] = {}  # by step and profile
         self._captured_contexts: list[_Context] = []
-        self._scratch: list[Memory] = []  # the last is lent out; captured runs still use those before it
+        self._scratch: list[DeviceMemory] = []  # the last is in use; captured runs still use earlier ones
         self._built, self._seconds = 0, 0.0
 
     @property
     def origin(self) -> str:
-        """How many engines this process built, how long that took, and how many were on disk or open."""
+        """Text for users: how many engines were built, in how many seconds, and how many were found built."""
         others = len(self._engines) - self._built
         return f"{self._built} built in {self._seconds:.1f} s, {others} found built"
 
     def open(self, steps: Sequence[Step]) -> None:
-        """Open the graphs of these steps, those that are not open yet."""
+        """Open the graphs of these (segment, variant) steps that are not open yet."""
         missing = [step for step in steps if step not in self._engines]
         for number, step in enumerate(missing, 1):
             self._engines[step] = self._open(self._graph(step), f"{number} of {len(missing)}")
 
     def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
-        """One run on these addresses; see Opener.bind."""
-        entry = self._context(step, profile_of(self._profiles, rows, length))
+        """Make a function that enqueues one run of an open graph at these places; see GraphOpener.bind."""
+        entry = self._context(step, find_profile(self._profiles, rows, length))
         context, stream, graph = entry.context, self._cuda.stream, self._graph(step)
         this_run, log = object(), self._engines[step].log
 
@@ -197,7 +200,7 @@ class TrtOpener:
         return run
 
     def close(self) -> None:
-        """Free everything: contexts before the engines that they came from."""
+        """Free everything: contexts first, then the engines to which they belong."""
         self._contexts.clear()
         self._captured_contexts.clear()
         self._engines.clear()
@@ -218,7 +221,7 @@ class TrtOpener:
         runtime = self._trt.Runtime(self._log.logger)
         kept = self._cache.get(facts)
         engine = None if kept is None else runtime.deserialize_cuda_engine(kept)
-        if engine is None:  # none is kept, or TensorRT does not take it any more
+        if engine is None:  # none is kept, or TensorRT does not accept it any more
             engine = runtime.deserialize_cuda_engine(self._build(graph, facts, progress, refused=kept))
         if engine is None:
             reason = self._log.take()
@@ -229,7 +232,7 @@ class TrtOpener:
         return OpenEngine(self._log, runtime, engine)
 
     def _build(self, graph: Variant, facts: dict[str, str], progress: str, refused: bytes | None) -> bytes:
-        """The bytes of an engine, kept for next time; refused: kept bytes that cannot be used."""
+        """Build an engine and keep its bytes in the cache; refused: kept bytes that cannot be used."""
         data = self._bundle.read(graph.file)
         with self._cache.lock(facts):
             kept = self._cache.get(facts)
@@ -244,7 +247,7 @@ class TrtOpener:
             timing_facts["kind"] = "timings"
             timings = self._cache.get(timing_facts) or b""
             try:
-                blob, timings = build(self._trt, self._log, data, graph, self._profiles, timings)
+                blob, timings = build_engine(self._trt, self._log, data, graph, self._profiles, timings)
             except BadBundle as problem:
                 if "memory" in str(problem).lower():
                     raise OutOfMemory(
@@ -258,7 +261,7 @@ class TrtOpener:
         return blob
 
     def _facts(self, graph: Variant) -> dict[str, str]:
-        """All that an engine depends on: when one of them changes, another engine is built."""
+        """All facts on which an engine depends: if one of them changes, another engine is built."""
         return {
             "kind": "engine",
             "graph": self._bundle.manifest.files[graph.file].sha256,
@@ -269,17 +272,17 @@ class TrtOpener:
         }
 
     def _context(self, step: Step, profile: int) -> _Context:
-        """The context of a step and profile; a new one each time where runs are captured."""
+        """The context of a step and profile; a new one for each run if runs are captured."""
         entry = None if self.captures else self._contexts.get((step, profile))
         if entry is not None:
             return entry
         file, opened = self._graph(step).file, self._engines[step]
-        context = trt_versions.context(self._trt, opened.engine)
+        context = trt_versions.create_context(self._trt, opened.engine)
         if context is None:
             raise OutOfMemory(f"{file}: TensorRT makes no context: {opened.log.take()}")
         if len(self._profiles) > 1 and not context.set_optimization_profile_async(profile, self._cuda.stream):
             raise DeviceFailed(f"{file}: profile {profile} is refused: {opened.log.take()}")
-        self._lend(context)  # before it is kept for others: there may be no memory to lend
+        self._lend(context)  # before it is kept for other runs, as there may be no memory for it
         entry = _Context(context)
         if self.captures:
             self._captured_contexts.append(entry)
@@ -288,9 +291,9 @@ class TrtOpener:
         return entry
 
     def _lend(self, context: Any) -> None:
-        """Give a context scratch memory: one piece serves all, as they run one after another.
+        """Set the scratch memory of a context; all contexts use one piece, as they run one after another.
 
-        It grows with the largest engine that is open.
+        Its size is that of the largest need among open engines.
         """
         size = max(trt_versions.scratch_bytes(opened.engine) for opened in self._engines.values())
         if not self._scratch or self._scratch[-1].bytes < size:
@@ -299,12 +302,12 @@ class TrtOpener:
                 self._scratch.clear()
             self._scratch.append(memory)
             for other in (*self._contexts.values(), *self._captured_contexts):
-                trt_versions.lend(other.context, memory.pointer, memory.bytes)
-        trt_versions.lend(context, self._scratch[-1].pointer, self._scratch[-1].bytes)
+                trt_versions.set_scratch_memory(other.context, memory.pointer, memory.bytes)
+        trt_versions.set_scratch_memory(context, self._scratch[-1].pointer, self._scratch[-1].bytes)
 
 
-def _set_tensors(context: Any, graph: Variant, places: Places, log: Log) -> None:
-    """Set shapes and addresses; the outputs that TensorRT announces must have the shapes of their places."""
+def _set_tensors(context: Any, graph: Variant, places: Places, log: ErrorLog) -> None:
+    """Set shapes and addresses in a context, and check TensorRT's shapes of the outputs."""
     refused = [
         tensor.name
         for tensor in graph.inputs
@@ -324,7 +327,7 @@ def _set_tensors(context: Any, graph: Variant, places: Places, log: Log) -> None
 
 
 def _graph_of(manifest: Manifest) -> Callable[[Step], Variant]:
-    """Gives the graph of a step; BadSetting for a variant that TensorRT does not walk."""
+    """Make a function from a step to its graph, which raises BadSetting for variants TensorRT cannot run."""
 
     def graph(step: Step) -> Variant:
         if step == STEM:

@@ -1,7 +1,8 @@
-"""From the bytes of one ONNX graph to a TensorRT engine for this GPU: profiles, compiling, checking.
+"""Build a TensorRT engine for this GPU from the bytes of one ONNX graph: profiles, compiling, checking.
 
-A profile is a range of rows and tokens for which an engine is tuned. Latency is about a row that walks alone,
-and most texts are short, so both have profiles of their own: one that spans everything is tuned for none.
+A profile is a range of rows and tokens for which an engine is tuned. Single rows, which matter for latency,
+and short texts, which are the most frequent, have their own profiles: a single profile for all sizes is tuned
+for none of them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from typing import Any
 
 from offramp.runtime.bundle.manifest import Manifest, Tensor, TextInput, Variant
 from offramp.runtime.engines import trt_versions
-from offramp.runtime.engines.device import Shape, shape_of
+from offramp.runtime.engines.device import Shape, numeric_shape
 from offramp.runtime.errors import BadBundle, BadSetting
 
 Size = tuple[int, int]  # rows, tokens
-Profile = tuple[Size, Size, Size]  # the smallest, what is tuned for, the largest
+Profile = tuple[Size, Size, Size]  # the smallest size, the size it is tuned for, the largest
 
-MAX_ROWS = 32  # of one step: the largest batch size
+MAX_ROWS = 32  # rows of one step at most: the largest batch size
 SHORT_TEXT = 64  # tokens at most
-# The manifest's names and TensorRT's; 8.6 has no INT64, see trt_versions.as_read.
+# The manifest's names and TensorRT's; 8.6 has no INT64, see trt_versions.as_tensorrt_reads.
 DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -31,8 +32,11 @@ DTYPES = {
 }
 
 
-def profiles(manifest: Manifest) -> tuple[Profile, ...]:
-    """One row and several, short texts and long ones; images have one length, which is in their graphs."""
+def build_profiles(manifest: Manifest) -> tuple[Profile, ...]:
+    """The profiles of a bundle: for one row and for several, for short texts and for long texts.
+
+    Images have one length, which is fixed in their graphs.
+    """
     reads = manifest.input
     lengths = [(1, 1, 1)]
     if isinstance(reads, TextInput):
@@ -48,8 +52,8 @@ def profiles(manifest: Manifest) -> tuple[Profile, ...]:
     )
 
 
-def profile_of(known: Sequence[Profile], rows: int, tokens: int) -> int:
-    """Number of the profile for that many rows of that many tokens; BadSetting where there is none."""
+def find_profile(known: Sequence[Profile], rows: int, tokens: int) -> int:
+    """Index of the profile for this many rows and tokens; raises BadSetting if no profile fits."""
     for number, (low, _, high) in enumerate(known):
         if low[0] <= rows <= high[0] and (high[1] == 1 or low[1] <= tokens <= high[1]):
             return number
@@ -60,14 +64,14 @@ def profile_of(known: Sequence[Profile], rows: int, tokens: int) -> int:
     )
 
 
-def shapes_of(tensor: Tensor, profile: Profile) -> tuple[Shape, Shape, Shape]:
-    """The smallest, usual and largest shape of an input under a profile."""
-    low, usual, high = (shape_of(tensor, rows, tokens) for rows, tokens in profile)
+def profile_shapes(tensor: Tensor, profile: Profile) -> tuple[Shape, Shape, Shape]:
+    """The smallest, usual and largest shape of an input in a profile."""
+    low, usual, high = (numeric_shape(tensor, rows, tokens) for rows, tokens in profile)
     return low, usual, high
 
 
-class Log:
-    """TensorRT's logger: it keeps the last error messages for the error that follows, and prints nothing."""
+class ErrorLog:
+    """A logger for TensorRT that keeps the last error messages and prints nothing."""
 
     def __init__(self, trt: Any) -> None:
         self.messages: list[str] = []
@@ -85,42 +89,43 @@ class Log:
         self.logger = Logger()
 
     def take(self) -> str:
-        """The messages since the last call, as one line."""
+        """Return the messages since the last call as one line, and forget them."""
         unique = dict.fromkeys(" ".join(text.split()) for text in self.messages)
         self.messages.clear()
         return "; ".join(unique) or "no reason was given"
 
 
-def build(
+def build_engine(
     trt: Any,
-    log: Log,
+    log: ErrorLog,
     data: bytes,
     graph: Variant,
     known: Sequence[Profile],
     timings: bytes = b"",
     adjust: Callable[[Any], None] | None = None,
 ) -> tuple[bytes, bytes]:
-    """Compile a graph for this GPU under these profiles: its engine, and the timings including its own.
+    """Compile a graph for this GPU with these profiles; returns the engine's bytes, and updated timings.
 
-    trt: the module. data: the verified bytes of graph.file. timings: of earlier builds on the same GPU and
-    version. adjust: changes the builder's configuration further. Raises BadBundle with TensorRT's reason.
+    trt: the module tensorrt. data: the verified bytes of graph.file. timings: TensorRT's timing cache from
+    earlier builds on the same GPU and version. adjust: a function that changes the builder's configuration
+    further. Raises BadBundle with TensorRT's reason.
     """
     builder = trt.Builder(log.logger)
     network = builder.create_network(trt_versions.network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(data):
-        # The parser says what is wrong, the log in which node.
+        # The parser reports the problem, the log reports the node.
         log.messages += [parser.get_error(at).desc() for at in range(parser.num_errors)]
         raise BadBundle(f"{graph.file}: TensorRT cannot read it: {log.take()}")
     config = builder.create_builder_config()
-    # float32 is float32: a bundle's points were measured so. For speed there is the variant fp16.
+    # Full float32, with which a bundle's points were measured. For speed there is the variant fp16.
     config.clear_flag(trt.BuilderFlag.TF32)
     trt_versions.keep_types(trt, network, config)
     trt_versions.share_profiles(trt, config)
     for profile in known:
         ranges = builder.create_optimization_profile()
         for tensor in graph.inputs:
-            ranges.set_shape(tensor.name, *shapes_of(tensor, profile))
+            ranges.set_shape(tensor.name, *profile_shapes(tensor, profile))
         config.add_optimization_profile(ranges)
     if trt_versions.keeps_timings(trt):
         cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
@@ -136,7 +141,7 @@ def build(
 
 
 def check_tensors(trt: Any, engine: Any, graph: Variant) -> None:
-    """Raise BadBundle unless the engine has the manifest's inputs and outputs: names, dtypes, sizes."""
+    """Raise BadBundle unless the engine's inputs and outputs have the manifest's names, dtypes and sizes."""
     names = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
     inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
     for side, tensors, real_names in (
@@ -147,7 +152,7 @@ def check_tensors(trt: Any, engine: Any, graph: Variant) -> None:
         if real_names != expected:
             raise BadBundle(f"{graph.file}: {side} {sorted(real_names)}, the manifest has {sorted(expected)}")
         for tensor in tensors:
-            _check_tensor(trt, engine, graph, trt_versions.as_read(trt, tensor))
+            _check_tensor(trt, engine, graph, trt_versions.as_tensorrt_reads(trt, tensor))
 
 
 def _check_tensor(trt: Any, engine: Any, graph: Variant, tensor: Tensor) -> None:

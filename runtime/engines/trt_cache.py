@@ -1,7 +1,7 @@
-"""Built engines and timings on disk, outside the bundle: building takes minutes, reading does not.
+"""A cache of built engines and timings on disk, outside the bundle, since building takes minutes.
 
-An engine holds machine code for one GPU and one TensorRT, and deserializing it runs what is in it. So a file
-is only used if this cache signed it: a key of random bytes lies beside the files, and each file ends with its
+An engine holds machine code for one GPU and one TensorRT, and deserializing it runs that code. Therefore a
+file is only used if this cache signed it: the folder holds a key of random bytes, and each file ends with its
 HMAC-SHA256 under that key. A file that was copied in from elsewhere, changed or shortened counts as missing,
 and so does one for other facts (graph, TensorRT, GPU, driver, profiles).
 """
@@ -30,17 +30,18 @@ _MAGIC = b"offramp engine 1\n"
 _DIGEST = hashlib.sha256().digest_size
 
 
-def default_folder() -> Path:
-    """OFFRAMP_CACHE, or offramp/ in the user's cache folder."""
+def default_cache_folder() -> Path:
+    """The folder of the cache: OFFRAMP_CACHE, or offramp/ in the user's cache folder."""
     if folder := os.environ.get("OFFRAMP_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
 
 
 class EngineCache:
-    """Bytes by facts, in a folder of mode 0700 that belongs to the user; safe with several processes.
+    """A cache on disk that keeps bytes under facts (text by name), safe with several processes.
 
-    Raises BadSetting where the folder belongs to another user or others can write it.
+    The folder has mode 0700 and belongs to the user. Raises BadSetting if it belongs to another user or
+    others can write it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +59,7 @@ class EngineCache:
         self._key = self._secret()
 
     def get(self, facts: Mapping[str, str]) -> bytes | None:
-        """The bytes that this cache kept under these facts; None where there are none that it signed."""
+        """Return the bytes that were kept under these facts; None without bytes with a valid signature."""
         try:
             handle = os.open(self._path(facts), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         except OSError:
@@ -74,13 +75,16 @@ class EngineCache:
         return signed[len(head) :]
 
     def put(self, facts: Mapping[str, str], data: bytes) -> None:
-        """Keep bytes under facts; a temporary file is renamed, so that a reader sees all or nothing."""
+        """Keep bytes under these facts; a temporary file is renamed, so that readers see all or nothing."""
         signed = _MAGIC + _line(facts) + data
         self._write(self._path(facts), signed + self._sign(signed))
 
     @contextmanager
     def lock(self, facts: Mapping[str, str]) -> Iterator[None]:
-        """Held by one process at a time, and released when that process ends, however it ends."""
+        """Context manager that holds the lock of these facts; one process at a time holds it.
+
+        The lock is also released when the process is killed.
+        """
         if fcntl is None:
             yield
             return
@@ -98,7 +102,7 @@ class EngineCache:
         return hmac.new(self._key, data, "sha256").digest()
 
     def _secret(self) -> bytes:
-        """The cache's key, made by the first process; a hard link makes it appear whole or not at all."""
+        """Read the cache's key; the first process makes it, and a hard link makes it appear at once."""
         path = self.folder / "key"
         if not path.exists():
             self._write(path, secrets.token_bytes(_DIGEST), replace=False)
@@ -127,7 +131,7 @@ def _line(facts: Mapping[str, str]) -> bytes:
 
 
 def _private(status: os.stat_result) -> bool:
-    """Whether the user owns it and nobody else can write it; on Windows, where files have no mode, always."""
+    """Whether the user owns a file and nobody else can write it; always true on Windows."""
     if not hasattr(os, "getuid"):
         return True
     return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,1 +1,1 @@
-"""What becomes of text, images, chat messages and input lines before the stem reads them."""
+"""Preparation of text, images, chat messages and input lines for the stem."""

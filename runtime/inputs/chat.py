@@ -1,4 +1,4 @@
-"""From messages to a prompt, by the chat template of the tokenizer (needs jinja2: extra `chat`)."""
+"""Make a prompt from chat messages with the tokenizer's chat template (needs jinja2: extra `chat`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ TEMPLATE = "chat_template.jinja"  # in a bundle
 Message = Mapping[str, str]  # role, content
 
 
-def chat_of(bundle: Bundle) -> Callable[[Sequence[Message]], str]:
-    """A function that makes a prompt from messages; it reads and compiles the template at its first call.
+def chat_prompt_function(bundle: Bundle) -> Callable[[Sequence[Message]], str]:
+    """Return a function that makes a prompt from messages; its first call reads and compiles the template.
 
-    The prompt ends where the answer begins. The function raises BadSetting where the bundle has no template,
-    EngineUnavailable without jinja2, BadInput for anything but messages, and for messages that the template
-    refuses.
+    The prompt ends at the beginning of the answer. The function raises BadSetting if the bundle has no
+    template, EngineUnavailable without jinja2, BadInput for values that are not messages, and for messages
+    that the template refuses.
     """
     compiled: list[Any] = []
 
@@ -30,7 +30,7 @@ def chat_of(bundle: Bundle) -> Callable[[Sequence[Message]], str]:
             compiled.append(_compiled(bundle))
         try:
             prompt: str = compiled[0].render(messages=list(messages), add_generation_prompt=True)
-        except Exception as problem:  # whatever a template raises
+        except Exception as problem:  # a template can raise any error
             raise BadInput(f"the chat template refuses these messages: {problem}") from problem
         return prompt
 
@@ -62,7 +62,7 @@ def _compiled(bundle: Bundle) -> Any:
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    # The same settings as in transformers; a bundle may come from anywhere, hence the sandbox.
+    # The same settings as in transformers; in a sandbox, as bundles can come from untrusted sources.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
         "raise_exception": refuse,

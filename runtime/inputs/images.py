@@ -1,8 +1,7 @@
-"""Images into pixels: decoded and resized by Pillow, normalized by numpy, by the manifest.
+"""Convert images to pixels as the manifest describes: Pillow decodes and resizes, numpy normalizes.
 
-Training makes its pixels with this file too, so that a bundle sees what its network has learned from. The
-steps are those of transformers' image processors on Pillow: RGB, resize, cut the centre out, rescale,
-normalize.
+Training also uses this file, so that a bundle gets the same pixels as its network in training. The steps are
+those of transformers' image processors on Pillow: RGB, resize, cut the centre out, rescale, normalize.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ Pixels = NDArray[np.uint8]
 PIXELS = "pixel_values"
 
 
-def decode(picture: Any) -> Image:
-    """A picture in RGB: a path, the bytes of a file, a PIL image, or uint8 [height, width] (grey) or [height,
-    width, 3] (RGB).
+def open_picture(picture: Any) -> Image:
+    """Open a picture as a PIL image in RGB.
 
-    The rotation that a camera wrote into a file is applied; an image that is already open stays as it is.
-    Raises BadInput for what is no picture, EngineUnavailable where Pillow is not installed.
+    picture: a path, the bytes of a file, a PIL image, or an array uint8 [height, width] (grey) or [height,
+    width, 3] (RGB). The rotation that a camera wrote into a file is applied; an image that is already open
+    stays as it is. Raises BadInput for other values, EngineUnavailable if Pillow is not installed.
     """
     images = _pillow("PIL.Image")
     try:
@@ -59,9 +58,9 @@ def decode(picture: Any) -> Image:
         raise BadInput(f"{name} cannot be read as an image: {' '.join(what.split())}") from problem
 
 
-def pixels(picture: Any, facts: ImageInput) -> Pixels:
-    """A picture resized and cut to uint8 [height, width, 3], channels still in the order RGB."""
-    image = decode(picture)
+def picture_pixels(picture: Any, facts: ImageInput) -> Pixels:
+    """Open, resize and cut a picture to an array uint8 [height, width, 3], with channels in RGB order."""
+    image = open_picture(picture)
     if facts.resize:
         wide, high = _target(image.size, facts.resize)
         filters = _pillow("PIL.Image").Resampling
@@ -69,8 +68,11 @@ def pixels(picture: Any, facts: ImageInput) -> Pixels:
     return _centre(np.asarray(image), facts.height, facts.width)
 
 
-def normalized(images: Pixels, facts: ImageInput) -> NDArray[np.float32]:
-    """The stem's input, float32 [batch, 3, height, width]; images uint8 [batch, height, width, 3]."""
+def normalize_pixels(images: Pixels, facts: ImageInput) -> NDArray[np.float32]:
+    """Normalize pixels uint8 [batch, height, width, 3] to the stem's input, as the manifest describes.
+
+    Returns float32 [batch, 3, height, width].
+    """
     scale, mean, std = facts.scale, np.array(facts.mean), np.array(facts.std)
     if facts.channels == "BGR":
         images = images[..., ::-1]
@@ -81,7 +83,7 @@ def normalized(images: Pixels, facts: ImageInput) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image as pixels uint8 [height, width, 3]; length: tokens that the network makes of it."""
+    """One image as pixels uint8 [height, width, 3]; length: its number of tokens in the network."""
 
     pixels: Pixels
     length: int
@@ -89,7 +91,7 @@ class ImageRow:
 
 
 class ImageReader:
-    """The manifest's image preprocessing; safe to call from several threads."""
+    """Converts images to the stem's inputs as the manifest describes; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         stem = bundle.manifest.stem.first_graph
@@ -101,29 +103,31 @@ class ImageReader:
             raise BadBundle(f"{bundle.folder}: stem input {unknown[0]!r} cannot be made from an image")
         (hidden,) = (tensor for tensor in stem.outputs if tensor.name == "hidden")
         self._length = int(hidden.shape[1])
-        _pillow("PIL.Image")  # a missing Pillow is an error when a bundle is opened, not at the first image
+        _pillow(
+            "PIL.Image"
+        )  # raises an error for a missing Pillow when a bundle is opened, not at the first image
 
     def read(self, items: Sequence[object]) -> list[ImageRow | ItemError]:
-        """Rows of pixels, or an ItemError in the place of what is no image."""
+        """Convert each item to a row of pixels, or to an ItemError if it is no image."""
         rows: list[ImageRow | ItemError] = []
         for number, item in enumerate(items):
             try:
-                rows.append(ImageRow(pixels(item, self._facts), self._length))
+                rows.append(ImageRow(picture_pixels(item, self._facts), self._length))
             except BadInput as problem:
                 rows.append(ItemError(number, str(problem)))
         return rows
 
     def arrays(self, rows: Sequence[ImageRow]) -> dict[str, NDArray[Any]]:
-        """The stem's input, float32 [batch, 3, height, width]."""
-        return {PIXELS: normalized(np.stack([row.pixels for row in rows]), self._facts)}
+        """Stack rows to the stem's input, float32 [batch, 3, height, width]."""
+        return {PIXELS: normalize_pixels(np.stack([row.pixels for row in rows]), self._facts)}
 
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
-        """The stem's input for black images; every image has the same length."""
+        """The stem's input for black images; `length` is ignored, as every image has the same length."""
         return {PIXELS: np.zeros((rows, 3, self._facts.height, self._facts.width), np.float32)}
 
 
 def _target(size: tuple[int, int], resize: Sequence[int]) -> tuple[int, int]:
-    """Width and height to resize to; size is width, height, as Pillow has it."""
+    """Width and height to resize to; size: width and height, in Pillow's order."""
     if len(resize) == 2:
         return resize[1], resize[0]
     short, long = sorted(size)
@@ -132,7 +136,7 @@ def _target(size: tuple[int, int], resize: Sequence[int]) -> tuple[int, int]:
 
 
 def _centre(image: Pixels, height: int, width: int) -> Pixels:
-    """The middle of an image [any, any, 3]; where it is smaller, black around it."""
+    """Cut out the middle of an image [any, any, 3]; a smaller image gets a black border."""
     high, wide = image.shape[:2]
     if high < height or wide < width:
         canvas = np.zeros((max(high, height), max(wide, width), 3), np.uint8)
@@ -163,4 +167,12 @@ def _pillow(module: str) -> Any:
         ) from problem
 
 
-__all__ = ["BadInput", "ImageInput", "ImageReader", "ImageRow", "decode", "normalized", "pixels"]
+__all__ = [
+    "BadInput",
+    "ImageInput",
+    "ImageReader",
+    "ImageRow",
+    "normalize_pixels",
+    "open_picture",
+    "picture_pixels",
+]

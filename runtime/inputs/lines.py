@@ -1,4 +1,4 @@
-"""Lines of a file or pipe: plain text, or JSON objects; each becomes one Line, and so does an image file."""
+"""Read lines of a file or pipe, plain text or JSON objects, and lists of image files, as Line objects."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import IO, Any
 FORMATS = ("auto", "text", "json")
 # Keys of a JSON line; the first is required.
 TEXTS, IMAGES, PROMPTS = ("text", "text_b"), ("image",), ("prompt",)
-LISTS = (".txt", ".lst", ".jsonl")  # a file that names images, one a line; all others are images
+LISTS = (".txt", ".lst", ".jsonl")  # endings of files that name images, one a line; others are images
 LONGEST_LINE = (
     256 * 1024
-)  # bytes; far beyond what any encoder reads, and a bound on memory for a file without line ends
+)  # bytes; far more than any encoder reads, and a limit on memory for a file without line ends
 
 
 @dataclass(frozen=True)
 class Line:
-    """One input line: its 1-based number, and what to answer or the problem.
+    """One input line: its 1-based number, and its text, or the problem if it cannot be read.
 
-    cut: it was longer than LONGEST_LINE. folder: of the list that names an image. others: the other keys of a
-    JSON line with a prompt; "messages" may take the place of the prompt.
+    cut: whether it was longer than LONGEST_LINE. folder: the folder of the list that names an image. others:
+    the other keys of a JSON line with a prompt; "messages" may take the place of the prompt.
     """
 
     number: int
@@ -37,21 +37,22 @@ class Line:
 
     @property
     def name(self) -> str:
-        """The path of an image; a relative path starts at the folder of the list."""
+        """The path of an image; a relative path starts at the folder of its list."""
         return os.path.join(self.folder, self.text) if self.folder and self.text else self.text
 
     @property
     def item(self) -> str | tuple[str, str]:
-        """The item for Classifier.answers."""
+        """The line as an item for Classifier.answers: a text, a pair of texts, or the path of an image."""
         return self.name if self.text_b is None else (self.text, self.text_b)
 
 
 def read_images(sources: Sequence[str], form: str = "auto") -> Iterator[Line]:
-    """A Line for every image; a source is an image file, or a list: "-" or a file name that ends as in LISTS.
+    """Iterate over the images of all sources, one Line for each.
 
-    A list has plain paths or JSON lines with "image"; form: see read_lines. Relative paths start at the
-    folder of the list, or at the current folder for standard input. Raises OSError where a list cannot be
-    opened; images are not opened here.
+    A source is an image file, or a list: "-" or a file name with an ending of LISTS. A list has plain paths
+    or JSON lines with "image"; form: see read_lines. Relative paths start at the folder of the list, or at
+    the current folder for standard input. Raises OSError if a list cannot be opened; images are not opened
+    here.
     """
     for source in sources:
         if source.lower().endswith(LISTS):
@@ -72,11 +73,11 @@ def _images(sources: Sequence[str], form: str) -> Iterator[Line]:
 
 
 def read_lines(stream: IO[bytes], form: str = "auto", names: Sequence[str] = TEXTS) -> Iterator[Line]:
-    """Read lines as they come, one at a time; names: the keys of a JSON line: TEXTS, IMAGES or PROMPTS.
+    """Read lines of a stream one at a time, as soon as they arrive.
 
-    form "auto": JSON lines if the first line that is not empty begins with "{", else plain text. A line that
-    is empty, not UTF-8, or (in JSON lines) not an object with a string `text` comes out with its problem;
-    nothing is raised and no line is lost.
+    names: the keys of a JSON line: TEXTS, IMAGES or PROMPTS. form "auto": JSON lines if the first line that
+    is not empty begins with "{", else plain text. A line that is empty, not UTF-8, or (in JSON lines) not an
+    object with a string `text` gets its problem as a field; nothing is raised and no line is lost.
     """
     number = 0
     while raw := stream.readline(LONGEST_LINE):
@@ -96,7 +97,7 @@ def _line(number: int, raw: bytes, form: str, cut: bool, names: Sequence[str]) -
     if cut and form == "json":
         return Line(number, problem=f"a JSON line of more than {LONGEST_LINE} bytes", cut=True)
     try:
-        # The cut may have gone through the middle of a character: only what is before it has to be UTF-8.
+        # The cut may have split a character: only the bytes before that character have to be UTF-8.
         text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=not cut)
     except UnicodeDecodeError as problem:
         return Line(number, problem=f"not UTF-8 at byte {problem.start + 1}: {problem.reason}", cut=cut)
@@ -116,7 +117,7 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
             number, problem=f'expected a JSON object with "{names[0]}", found {type(value).__name__}; {hint}'
         )
     if names == PROMPTS and "messages" in value and "prompt" not in value:
-        return Line(number, others=value)  # the session checks them
+        return Line(number, others=value)  # the session checks the messages
     strings: list[Any] = [value.get(name) for name in names]
     for name, string in zip(names, strings, strict=True):
         if not isinstance(string, str) and not (name == "text_b" and string is None):
@@ -132,7 +133,7 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
 
 
 def _skip_rest(stream: IO[bytes]) -> bool:
-    """Read to the end of a line that was cut; True if there was any more of it."""
+    """Read to the end of a line that was cut; returns whether the line had more characters."""
     more = False
     while rest := stream.readline(LONGEST_LINE):
         more = more or bool(rest.rstrip(b"\r\n"))

@@ -1,4 +1,4 @@
-"""Text into token ids: the bundle's own tokenizer, then rows padded to arrays."""
+"""Convert text to token ids with the bundle's tokenizer, and rows of ids to padded arrays."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Text = str | tuple[str, str]
 Ids = NDArray[np.int64]
 # Batches are padded to multiples of this, so that rows of several batches are joined and buffers are reused.
 LENGTH_STEP = 8
-# Characters a token that are kept before tokenizing: a bound on memory for very long lines. Text that is cut
-# so is marked as truncated.
+# Characters for each token of the longest input that are kept before tokenizing: a limit on memory for very
+# long lines. Text that is cut here is marked as truncated.
 _CHARACTERS_PER_TOKEN = 64
 
 
 class AnyRow(Protocol):
-    """One item as the stem reads it, text or image."""
+    """One item in the form in which the stem can read it, text or image."""
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens of the item."""
         ...
 
     @property
     def truncated(self) -> bool:
-        """Whether not all of it fitted into the longest input."""
+        """Whether the item was cut to the longest input of the network."""
         ...
 
 
@@ -44,23 +44,23 @@ R = TypeVar("R", bound=AnyRow)
 
 
 class Reader(Protocol[R]):
-    """Makes rows of items, and the stem's inputs of rows."""
+    """Converts items to rows, and rows to the stem's inputs."""
 
     def read(self, items: Sequence[Item]) -> list[R | ItemError]:
-        """One row for each item, or an ItemError in the place of an item that cannot be read."""
+        """Convert each item to a row, or to an ItemError if it cannot be read."""
         ...
 
     def arrays(self, rows: Sequence[R]) -> dict[str, NDArray[Any]]:
-        """The stem's inputs for rows of this reader."""
+        """Convert rows of this reader to the stem's inputs by name."""
         ...
 
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
-        """The stem's inputs for rows without content, of `length` tokens where the length is free."""
+        """The stem's inputs for rows without content, of `length` tokens if the length is free."""
         ...
 
 
-def reader_of(bundle: Bundle) -> Reader[Any]:
-    """The reader for the items of a bundle."""
+def open_reader(bundle: Bundle) -> Reader[Any]:
+    """Create the reader for the items of a bundle: texts or images."""
     if isinstance(bundle.manifest.input, ImageInput):
         from offramp.runtime.inputs.images import ImageReader  # here: text does not need it
 
@@ -68,8 +68,8 @@ def reader_of(bundle: Bundle) -> Reader[Any]:
     return TextReader(bundle)
 
 
-def read_all(reader: Reader[R], items: Sequence[Item]) -> list[R]:
-    """One row for each item; BadInput that names "item N" for the first that cannot be read."""
+def items_to_rows(reader: Reader[R], items: Sequence[Item]) -> list[R]:
+    """Convert all items to rows; raises BadInput, which names the first item that cannot be read."""
     rows: list[R] = []
     for row in reader.read(items):
         if isinstance(row, ItemError):
@@ -79,7 +79,7 @@ def read_all(reader: Reader[R], items: Sequence[Item]) -> list[R]:
 
 
 def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
-    """The bundle's tokenizer, without padding and truncation; BadBundle where it cannot be read."""
+    """Open the bundle's tokenizer, without padding and truncation; raises BadBundle if it cannot be read."""
     from tokenizers import Tokenizer  # here: `import offramp.runtime` stays light
 
     data = bundle.read(facts.tokenizer)
@@ -95,7 +95,7 @@ def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One text as ids and token types; truncated: not all of it fitted into the longest input."""
+    """One text as token ids and token types; truncated: whether it was cut to the longest input."""
 
     ids: Sequence[int]
     types: Sequence[int]
@@ -103,12 +103,12 @@ class TextRow:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.ids)
 
 
 class TextReader:
-    """The tokenizer with the manifest's prefix and longest input; safe to call from several threads."""
+    """Converts texts to the stem's inputs with the bundle's tokenizer; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -127,9 +127,9 @@ class TextReader:
         self._tokenizer.enable_truncation(self._facts.longest)
 
     def read(self, items: Sequence[Item]) -> list[TextRow | ItemError]:
-        """Rows of ids, at most the manifest's longest each; see Reader.read.
+        """Convert texts and pairs to rows of ids, each at most the manifest's longest input; see Reader.read.
 
-        The prefix goes before the first text of a pair, as in training.
+        The prefix is put before the first text of a pair, as in training.
         """
         longest = _CHARACTERS_PER_TOKEN * self._facts.longest
         rows: list[TextRow | ItemError | None] = [
@@ -138,7 +138,7 @@ class TextReader:
         numbers = [number for number, row in enumerate(rows) if row is None]
         prefix, cuts = self._facts.prefix, [_cut(cast(Text, items[number]), longest) for number in numbers]
         texts = [prefix + cut if isinstance(cut, str) else (prefix + cut[0], cut[1]) for cut in cuts]
-        if len(texts) == 1:  # encode_batch wakes a thread pool of its own
+        if len(texts) == 1:  # encode_batch would use another thread pool
             text = texts[0]
             encodings = [
                 self._tokenizer.encode(text) if isinstance(text, str) else self._tokenizer.encode(*text)
@@ -155,7 +155,10 @@ class TextReader:
         return [row for row in rows if row is not None]
 
     def arrays(self, rows: Sequence[TextRow]) -> dict[str, Ids]:
-        """The stem's inputs, int64 [batch, seq]: padded to multiples of LENGTH_STEP; a single row is not."""
+        """Convert rows to the stem's inputs, int64 [batch, seq].
+
+        Several rows are padded to a multiple of LENGTH_STEP, a single row is not padded.
+        """
         if len(rows) == 1:
             ids = np.array([rows[0].ids], dtype=np.int64)  # [1, seq]
             types, mask = np.array([rows[0].types], dtype=np.int64), np.ones_like(ids)
@@ -173,7 +176,7 @@ class TextReader:
     def blank(self, rows: int, length: int) -> dict[str, Ids]:
         """The stem's inputs for rows of `length` padding tokens, int64 [rows, length].
 
-        length: cut to the longest that the network reads.
+        length: at most the longest input of the network is used.
         """
         shape = (rows, min(length, self._facts.longest))
         ids = np.full(shape, self._facts.pad_id, dtype=np.int64)
@@ -185,12 +188,12 @@ class TextReader:
 
 
 def _cut(item: Text, longest: int) -> Text:
-    """The item without characters beyond what the network can read."""
+    """Cut each text of an item to `longest` characters."""
     return item[:longest] if isinstance(item, str) else (item[0][:longest], item[1][:longest])
 
 
 def _problem_of(number: int, item: Item, longest: int) -> ItemError | None:
-    """What is wrong with an item that is no text, None where nothing is."""
+    """The error for an item that is no text; None for an item that is."""
     parts = item if isinstance(item, tuple) else (item,)
     if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
         return ItemError(number, f"expected a string or a pair of strings, found {item!r:.60}")

@@ -1,4 +1,4 @@
-"""Rules: pure functions that read the signals of a segment and rewrite the rest of the plan, row by row."""
+"""Rules: pure functions that read the signals of a segment and rewrite the rest of each row's plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all rules share: the signals of a segment, plans, and the protocol of a rule.
+"""The common parts of all rules: the signals of a segment, plans, and the protocol of a rule.
 
 A plan is an int8 array [rows, segments] of variant numbers, -1 where a segment is not run. Exit after segment
 k is plan[row, k + 1:] = -1; a skipped segment is a -1 in the middle; another precision is another number.
@@ -22,29 +22,36 @@ Plan = NDArray[np.int8]  # [rows, segments]: variant number, -1 = not run
 
 
 class Signals(Protocol):
-    """What a segment put out for the rows of one step.
-
-    logits [rows, classes]. gate [rows]: P(exit) 0..1, None without a policy. forecast [rows, variants * (1 +
-    variants * exits ahead)]: P(wrong) of an exit here and of every path ahead, for each variant in which the
-    row may have come here, None without error forecasts. hidden [rows, hidden size]: of decoders alone.
-    """
+    """The outputs of a segment for the rows of one step, which rules read."""
 
     @property
-    def logits(self) -> Floats: ...
+    def logits(self) -> Floats:
+        """Logits of the exit [rows, classes]."""
+        ...
 
     @property
-    def gate(self) -> Floats | None: ...
+    def gate(self) -> Floats | None:
+        """P(exit) of the policy [rows], 0..1; None without a policy."""
+        ...
 
     @property
-    def forecast(self) -> Floats | None: ...
+    def forecast(self) -> Floats | None:
+        """P(wrong) of an exit here and of every path ahead; None without error forecasts.
+
+        [rows, variants * (1 + variants * exits ahead)]: the first axis of the product is the variant in which
+        the row ran this segment.
+        """
+        ...
 
     @property
-    def hidden(self) -> Floats | None: ...
+    def hidden(self) -> Floats | None:
+        """Hidden state after the segment [rows, hidden size]; None for classifiers."""
+        ...
 
 
 @dataclass(frozen=True)
 class RowSignals:
-    """Signals held in arrays; see Signals."""
+    """Signals that are stored in arrays; see Signals for their shapes."""
 
     logits: Floats
     gate: Floats | None = None
@@ -56,49 +63,49 @@ ExitTest = Callable[[Signals, int], bool]
 
 
 class Rule(Protocol):
-    """Decides what is left of the plan of a row after each segment; a pure function of its arguments."""
+    """A function that rewrites the rest of each row's plan after a segment, without side effects."""
 
     @property
     def spec(self) -> RuleSpec:
-        """Name and parameters."""
+        """Name and parameters of the rule."""
         ...
 
     @property
     def width(self) -> int:
-        """Numbers of memory that follow each row; zeros at the start."""
+        """How many numbers the rule remembers for each row; they are zero at the start."""
         ...
 
     @property
     def exit_test(self) -> ExitTest | None:
-        """For rules that only exit and need no memory: whether a single row exits after a segment (0-based).
+        """A function that tells whether a single row exits after a segment (0-based); None: call the rule.
 
-        A walk of one row then needs neither plan nor memory, which saves several microseconds a segment.
-        None: the rule has to be called.
+        Rules have it that only exit and need no memory. A walk of one row then needs neither plan nor memory,
+        which saves several microseconds a segment.
         """
         ...
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
         """The plan [1, segments] with which a row, or each token of an answer, starts in `variant`.
 
-        hidden [hidden size]: of a decoder, the prompt's last token after the first segment.
+        hidden [hidden size]: for a decoder, the state of the prompt's last token after the first segment.
         """
         ...
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
-        """New plan [rows, segments] and memory [rows, width] after `segment` (0-based).
+        """Return the new plan [rows, segments] and memory [rows, width] after `segment` (0-based).
 
-        The arguments are not changed; a plan that stays as it is may be returned itself.
+        The arguments are not changed; an unchanged plan may be returned itself.
         """
         ...
 
 
 def full_plan(segments: int, variant: int) -> Plan:
-    """Every segment in one variant [1, segments]."""
+    """The plan that runs every segment in one variant [1, segments]."""
     return np.full((1, segments), variant, np.int8)
 
 
 def never_exits(signals: Signals, segment: int) -> bool:
-    """The exit test of rules whose plan is fixed before the walk."""
+    """The exit test of rules whose plan is fixed before the walk: always False."""
     return False
 
 

@@ -1,8 +1,8 @@
-"""Rules that only exit: predicates over the signals of one segment, and the rule made from one.
+"""Rules that only exit: predicates over the signals of one segment, and the rule that is made from one.
 
 A predicate `exits(signals, memory, segment, **parameters)` returns which rows exit (bool [rows]) and the new
-memory. A plain bool stands for all rows: in a walk of one row, numpy would take a third of the time between
-two segments.
+memory. It may return a plain bool for all rows: in a walk of one row, numpy would take a third of the time
+between two segments.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from offramp.runtime.rules.base import (
     softmax,
 )
 
-_NO_MEMORY = np.zeros((1, 0), np.float32)  # of one row under a rule without memory
+_NO_MEMORY = np.zeros((1, 0), np.float32)  # memory of one row for a rule without memory
 
 
 def gate(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
-    """Exit where the policy's P(exit) is above the threshold."""
+    """Predicate of rule gate: rows exit whose P(exit), computed by the policy, is above the threshold."""
     if signals.gate is None:
         raise _no_policy(segment)
     return signals.gate > threshold, memory
@@ -46,26 +46,26 @@ def _no_policy(segment: int) -> BadSetting:
 def max_probability(
     signals: Signals, memory: Floats, segment: int, *, threshold: float
 ) -> tuple[Bools, Floats]:
-    """Exit where the top probability reaches the threshold (0..1)."""
+    """Predicate of rule max_probability: rows exit whose top probability reaches the threshold (0..1)."""
     return softmax(signals.logits).max(axis=-1) >= threshold, memory
 
 
 def entropy(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
-    """Exit where the entropy, as a share of its maximum log(classes), is at most the threshold (0..1)."""
+    """Predicate of rule entropy: rows exit whose entropy / log(classes) is at most the threshold (0..1)."""
     return normalised_entropy(signals.logits) <= threshold, memory
 
 
 def margin(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
-    """Exit where the top probability exceeds the second by at least the threshold (0..1)."""
+    """Predicate of rule margin: rows exit whose top probability minus the second reaches the threshold."""
     top_two = np.partition(softmax(signals.logits), -2, axis=-1)[..., -2:]
     return top_two[..., 1] - top_two[..., 0] >= threshold, memory
 
 
 def patience(signals: Signals, memory: Floats, segment: int, *, patience: float) -> tuple[Bools, Floats]:
-    """Exit where this many exits in a row agree with the exit before them (PABEE); the first exit agrees
-    with none.
+    """Predicate of rule patience: rows exit once this many exits in a row gave the label of the exit before.
 
-    memory: label of the last exit + 1 (0 before any), number of agreements in a row.
+    The first exit counts as no agreement. Source: PABEE. memory: label of the last exit + 1 (0 before any),
+    number of agreements in a row.
     """
     label = signals.logits.argmax(axis=-1) + 1
     streak = np.where(label == memory[:, 0], memory[:, 1] + 1, 0)
@@ -75,9 +75,9 @@ def patience(signals: Signals, memory: Floats, segment: int, *, patience: float)
 def patience_confident(
     signals: Signals, memory: Floats, segment: int, *, threshold: float, patience: float
 ) -> tuple[Bools, Floats]:
-    """Exit where this many exits in a row have an entropy, as a share of its maximum, below the threshold
-    (PCEE-BERT).
+    """Predicate of rule patience_confident: rows exit once this many exits in a row are confident.
 
+    An exit is confident if its entropy, as a share of its maximum, is below the threshold. Source: PCEE-BERT.
     memory: number of confident exits in a row.
     """
     streak = np.where(normalised_entropy(signals.logits) < threshold, memory[:, 0] + 1, 0)
@@ -85,12 +85,12 @@ def patience_confident(
 
 
 def fixed(signals: Signals, memory: Floats, segment: int, *, exit: float) -> tuple[bool, Floats]:
-    """Exit at exit number `exit` (1-based), whatever the signals are."""
+    """Predicate of rule fixed: all rows exit at exit number `exit` (1-based)."""
     return segment + 1 >= exit, memory
 
 
 def never(signals: Signals, memory: Floats, segment: int) -> tuple[bool, Floats]:
-    """Run every segment."""
+    """Predicate of rule never: no row exits before the last segment."""
     return False, memory
 
 
@@ -105,7 +105,7 @@ class ExitRule:
 
     @cached_property
     def exit_test(self) -> ExitTest | None:
-        """See Rule.exit_test; None where the predicate needs memory."""
+        """The predicate for a single row; None if the predicate needs memory. See Rule.exit_test."""
         if self.width:
             return None
         if self.exits is gate:
@@ -120,7 +120,7 @@ class ExitRule:
         return lambda signals, segment: bool(self.exits(signals, _NO_MEMORY, segment, **self.parameters)[0])
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
-        """Every segment; see Rule.first_plan."""
+        """The plan that runs every segment in `variant`; see Rule.first_plan."""
         return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
@@ -134,11 +134,11 @@ class ExitRule:
 
 
 def simulate(rule: Rule, logits: Floats, gates: Floats | None) -> NDArray[np.int64]:
-    """The exit [rows] (0-based segment) at which each row's walk ends, from the outputs of every exit.
+    """Compute the exit (0-based segment) [rows] at which each row's walk ends, from the outputs of all exits.
 
     logits [rows, segments, classes]; gates [rows, segments] or [rows, segments - 1], P(exit) in 0..1, or
-    None. For rules that only exit: a rule that skips or changes precision would change later signals, which
-    no table of outputs can hold.
+    None. This is for rules that only exit: a rule that skips segments or changes precision changes later
+    signals.
     """
     rows, segments = logits.shape[:2]
     plan: Plan = np.zeros((rows, segments), dtype=np.int8)

@@ -1,4 +1,4 @@
-"""Rule quee: exit, or go on in one variant to one exit, by forecast errors and the price of the rest.
+"""Rule quee: exit, or go on to one exit in one variant, by forecast errors and the price of the rest.
 
 Source: QuEE (arXiv 2406.14404), of which no code and no formulas were available. The decision is a
 reconstruction: after every segment, exit iff P(wrong | exit) is at most the minimum of P(wrong | path) +
@@ -21,7 +21,7 @@ from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan
 
-UNITS = ("bops", "ms")  # what the parameter "measured" chooses between, 0 and 1
+UNITS = ("bops", "ms")  # units of costs for values 0 and 1 of the parameter "measured"
 CURES = {
     "bops": "split it again from a checkpoint of recipe quee",
     "ms": "measure them here with ee-calibrate, or leave measured at 0",
@@ -30,10 +30,11 @@ CURES = {
 
 @dataclass(frozen=True)
 class QueeRule:
-    """The rule at one price; see make_quee().
+    """Rule quee at one price: rows exit or change their variant; make_quee() creates it.
 
     charges: by segment, [changed, current variant, 1 + variants * exits ahead]: price times the cost of an
-    exit here (0) and of every path; infinite for paths that a row which has changed its variant may not take.
+    exit here (0) and of every path; infinite for paths that a row may not take after it has changed its
+    variant.
     """
 
     spec: RuleSpec
@@ -42,11 +43,11 @@ class QueeRule:
 
     @property
     def exit_test(self) -> ExitTest | None:
-        """None: this rule may change the variant; see Rule.exit_test."""
+        """Always None, as this rule may change the variant; see Rule.exit_test."""
         return None
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
-        """Every segment in one variant; see Rule.first_plan."""
+        """The plan that runs every segment in `variant`; see Rule.first_plan."""
         return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
@@ -61,7 +62,7 @@ class QueeRule:
         changed = (current != plan[:, 0]).astype(np.intp)
         forecast = signals.forecast.reshape(len(current), variants, paths)
         total = forecast[np.arange(len(current)), current] + charges[changed, current]  # [rows, 1 + paths]
-        best = total.argmin(axis=1)  # the first of equals, so that a tie exits
+        best = total.argmin(axis=1)  # the first of equal values, so that a row exits at a tie
         variant, last_exit = np.divmod(best - 1, ahead)
         exits_ahead = np.arange(ahead)
         rest = np.where(exits_ahead <= last_exit[:, None], variant[:, None], -1)  # [rows, exits ahead]
@@ -71,7 +72,7 @@ class QueeRule:
         return plan, memory
 
     def _plan_one(self, forecast: Floats, charges: Floats, plan: Plan, segment: int) -> Plan:
-        """The same for one row with a third of numpy's calls, each of which counts between two segments."""
+        """Rewrite the plan of one row, with a third of the numpy calls that several rows need."""
         _, variants, paths = charges.shape
         current = plan.item(0, segment)
         path_forecast = forecast[current * paths : (current + 1) * paths]
@@ -85,11 +86,11 @@ class QueeRule:
 
 
 def make_quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> QueeRule:
-    """The rule that a spec describes.
+    """Make rule quee from its spec and a bundle's costs.
 
     Parameters: price, in errors for a full walk in the default variant; measured: 0 charges bit operations, 1
     the milliseconds of the bundle's calibration (default 0). Costs are shares of that full walk, so that a
-    price means the same in both. Raises BadSetting for parameters that are unknown or out of range, and where
+    price means the same in both. Raises BadSetting for parameters that are unknown or out of range, and if
     the bundle lacks the costs.
     """
     unknown = sorted(set(spec.parameters) - {"price", "measured"})
@@ -117,8 +118,10 @@ def make_quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> 
 
 
 def path_charges(steps: NDArray[np.float64], price: float, segment: int) -> Floats:
-    """The charge of an exit and of every path after a segment, [changed, current variant, 1 + variants *
-    exits ahead]; steps [variants, segments]: cost of each step.
+    """Charges (price times cost) of an exit after a segment and of every path from there.
+
+    steps [variants, segments]: cost of each step. Returns [changed, current variant, 1 + variants * exits
+    ahead].
     """
     variants = len(steps)
     ahead = price * steps[:, segment + 1 :].cumsum(axis=1)  # [variants, exits ahead]

@@ -1,6 +1,7 @@
-"""The register of rules, and bind(): from a rule's name and parameters to the rule.
+"""The register of rules, and bind(), which makes a rule from its name and parameters.
 
-Modules of rules that most walks do not use are imported when such a rule is made: `ee-run` starts sooner.
+Modules of rules that most walks do not use are imported when such a rule is made, so that `ee-run` starts
+sooner.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What a bundle says that rules need: number of segments, costs of steps by unit, routing if any."""
+    """Facts of a bundle that rules need: number of segments, costs of steps by unit, routing or None."""
 
     segments: int
     costs: Mapping[str, StepCosts]
@@ -33,12 +34,12 @@ class BundleFacts:
 
 @dataclass(frozen=True)
 class RuleKind:
-    """One entry of the register.
+    """The description of one rule in the register: its parameters, how it is made, and for which bundles.
 
-    parameter: the one that --threshold sets, None where there is none. exits: the predicate of a rule that
-    only exits, else None and `make` makes the rule. whole: the parameter is a whole number from 1. width:
-    numbers of memory. count: a second parameter, a whole number from 1. classifies, generates: the kinds of
-    bundle that the rule is for.
+    parameter: the parameter that --threshold sets, None if there is none. exits: the predicate of a rule that
+    only exits; for other rules None, and `make` makes the rule. whole: the parameter is a whole number from
+    1. width: how many numbers the rule remembers for each row. count: a second parameter, a whole number from
+    1. classifies, generates: the kinds of bundle that the rule is for.
     """
 
     parameter: str | None
@@ -58,10 +59,10 @@ def _quee(spec: RuleSpec, bundle: BundleFacts) -> Rule:
 
 
 def _skip(spec: RuleSpec, bundle: BundleFacts) -> Rule:
-    from offramp.runtime.rules.skip import Skip, skipped_segments
+    from offramp.runtime.rules.skip import SkipRule, skipped_segments
 
     run = _whole_number(spec, "segments", 2, bundle.segments)
-    return Skip(spec, skipped_segments(bundle.segments, run))
+    return SkipRule(spec, skipped_segments(bundle.segments, run))
 
 
 def _route(spec: RuleSpec, bundle: BundleFacts) -> Rule:
@@ -76,14 +77,14 @@ def _route(spec: RuleSpec, bundle: BundleFacts) -> Rule:
 
 
 def _speculative(spec: RuleSpec, bundle: BundleFacts) -> Rule:
-    from offramp.runtime.rules.speculative import Speculative
+    from offramp.runtime.rules.speculative import SpeculativeRule
 
     if not spec.parameters:
-        return Speculative(spec, bundle.segments)
+        return SpeculativeRule(spec, bundle.segments)
     if set(spec.parameters) != {"exit", "drafts"}:
         raise BadSetting("rule speculative: give no parameters, or both exit and drafts")
     exit, drafts = _whole_number(spec, "exit", 1, bundle.segments - 1), _whole_number(spec, "drafts", 1, 15)
-    return Speculative(spec, bundle.segments, (exit, drafts))
+    return SpeculativeRule(spec, bundle.segments, (exit, drafts))
 
 
 RULES: Mapping[str, RuleKind] = {
@@ -108,7 +109,7 @@ def rules_for(*, generates: bool) -> tuple[str, ...]:
 
 
 def main_parameter(name: str) -> str | None:
-    """The parameter that --threshold sets for the rule of that name; BadSetting for an unknown name."""
+    """Name of the parameter that --threshold sets for a rule; raises BadSetting for an unknown rule."""
     if name not in RULES:
         raise BadSetting(f"rule {name!r} is not known; choose one of: {', '.join(RULES)}")
     return RULES[name].parameter
@@ -120,9 +121,11 @@ def bind(
     costs: Mapping[str, StepCosts] | None = None,
     routing: Routing | None = None,
 ) -> Rule:
-    """Make the rule that a spec describes for a walk of that many segments; BadSetting for a bad spec.
+    """Make the rule that a spec describes, for a walk of this many segments.
 
-    costs: the manifest's, for rules that choose between variants. routing: the bundle's, for rule route.
+    Raises BadSetting for a spec with unknown, missing or invalid parameters.
+     costs: those of the manifest, for
+    rules that choose between variants. routing: that of the bundle, for rule route.
     """
     parameter, kind = main_parameter(spec.name), RULES[spec.name]
     if kind.exits is None:
@@ -142,7 +145,7 @@ def bind(
 
 
 def _value(spec: RuleSpec, name: str, *, whole: bool) -> float:
-    """A checked parameter of the spec."""
+    """Check a parameter of the spec and return it."""
     if name not in spec.parameters:
         cure = "give a threshold (--threshold NUMBER)"
         if name != main_parameter(spec.name):
@@ -153,12 +156,12 @@ def _value(spec: RuleSpec, name: str, *, whole: bool) -> float:
         raise BadSetting(f"rule {spec.name}: {name} {value} is not a finite number")
     if whole and (value != int(value) or value < 1):
         raise BadSetting(f"rule {spec.name}: {name} {value:g} must be a whole number from 1")
-    # In float32 like the signals, so that one row and many are compared alike in every version of numpy.
+    # In float32 like the signals, so that comparisons are the same for one row and for many in every numpy.
     return float(np.float32(value))
 
 
 def _whole_number(spec: RuleSpec, name: str, least: int, largest: int) -> int:
-    """A parameter that counts segments, exits or drafts."""
+    """Check a parameter that counts segments, exits or drafts, and return it."""
     value = spec.parameters.get(name)
     if value is None:
         raise BadSetting(f"rule {spec.name} needs {name}: give a threshold (--threshold NUMBER)")

@@ -1,4 +1,4 @@
-"""One resolver: the caller's options and the bundle's manifest to a rule and a variant, for every bundle."""
+"""Resolve the caller's options and the bundle's manifest to a rule and a variant, for every bundle."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from offramp.runtime.rules.registry import RULES, bind, main_parameter, rules_fo
 
 # The signal that a rule reads instead of logits, and the part of the network that computes it.
 SIGNAL_OF = {"gate": ("gate", "policy"), "quee": ("forecast", "error forecast")}
-EXIT_KV = ("deferred", "propagate")  # what the cache gets of a token behind the exit where it stopped
+EXIT_KV = ("deferred", "propagate")  # what the cache holds of a token after its exit
 
 
-def resolve(
+def resolve_rule(
     manifest: Manifest,
     *,
     rule: str | RuleSpec | None = None,
@@ -21,9 +21,10 @@ def resolve(
     point: str | None = None,
     variant: str | None = None,
 ) -> tuple[RuleSpec, str]:
-    """The rule and the variant to start in; BadSetting for options that are unknown or contradict.
+    """Find the rule and the starting variant that the options select.
 
-    Without rule, threshold and point, the bundle's own rule is used.
+    Raises BadSetting for options that are unknown or contradict each other. Without rule, threshold and
+    point, the bundle's own rule is used.
     """
     if variant is not None and variant not in manifest.variants:
         raise BadSetting(
@@ -58,10 +59,10 @@ def resolve(
     return spec, variant or _usual_variant(manifest, spec)
 
 
-def bind_to(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -> Rule:
-    """The rule of a spec for a bundle; BadSetting where the bundle lacks what the rule needs.
+def bind_for_bundle(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -> Rule:
+    """Make the rule of a spec for a bundle; raises BadSetting if the bundle lacks data that the rule needs.
 
-    exit_kv: one of EXIT_KV; other than the default only for rules with which a token can exit early.
+    exit_kv: one of EXIT_KV; a value other than the default is allowed only for rules with early exits.
     """
     manifest = bundle.manifest
     _check_exit_kv(manifest, spec, exit_kv)
@@ -74,9 +75,9 @@ def bind_to(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -> Rule:
 
 
 def points_to_measure(manifest: Manifest, names: str | None) -> list[str | None]:
-    """Names of operating points (None: the bundle's own rule) without those that only name the full walk.
+    """Parse names of operating points to measure, and leave out those of the full walk.
 
-    names: comma-separated, None for "default" or else the first.
+    names: comma-separated; None: "default" or else the first. A None in the result is the bundle's own rule.
     """
     known = {point.name: point for point in manifest.points}
     if names is None:
@@ -90,7 +91,7 @@ def points_to_measure(manifest: Manifest, names: str | None) -> list[str | None]
 
 
 def _check_task(manifest: Manifest, spec: RuleSpec) -> None:
-    """The rule exists and is for bundles of this task."""
+    """Check that the rule exists and is for bundles of this task."""
     generates = manifest.task == GENERATION
     known = rules_for(generates=generates)
     if spec.name not in RULES:
@@ -105,7 +106,7 @@ def _check_task(manifest: Manifest, spec: RuleSpec) -> None:
 
 
 def _check_signals(manifest: Manifest, spec: RuleSpec) -> None:
-    """The rule reads no signal that the bundle does not compute."""
+    """Check that the bundle computes the signal that the rule reads."""
     generates = manifest.task == GENERATION
     if generates and spec.name not in SIGNAL_OF:
         return  # a decoder's head computes logits after any segment
@@ -132,6 +133,6 @@ def _check_exit_kv(manifest: Manifest, spec: RuleSpec, exit_kv: str) -> None:
 
 
 def _usual_variant(manifest: Manifest, spec: RuleSpec) -> str:
-    """The variant in which rows start: that of the point "default" where it has the same rule."""
+    """The variant in which rows start: that of the point "default" if it has the same rule."""
     variants = (p.variant for p in manifest.points if p.name == "default" and p.rule.name == spec.name)
     return next(variants, manifest.variants[0])

@@ -1,10 +1,10 @@
-"""Rule route: which segments an answer skips is chosen for each text by its prompt (after arXiv 2410.20022).
+"""Rule route: the segments that an answer skips are chosen by its prompt (after arXiv 2410.20022).
 
 The routes are the same for every bundle with so many segments: all of them, some skipped evenly, and an exit
 after the first few. A router chooses among them: one linear layer that forecasts how well each route will do
 from the hidden state of the prompt's last token after the first segment. ee-calibrate fits it and writes it
 into the bundle. The paper has an oracle allocation and publishes no such router. It is a ridge regression, so
-there is no training loop: its strength is the one with the smallest leave-one-out error, which has a closed
+there is no training loop: its strength is chosen by the smallest leave-one-out error, which has a closed
 form.
 """
 
@@ -21,7 +21,7 @@ from offramp.runtime.errors import BadBundle, BadSetting
 from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan, never_exits
 from offramp.runtime.rules.skip import skipped_segments, thinned_plan
 
-ROUTER_FILE = "router.npz"  # in a bundle
+ROUTER_FILE = "router.npz"  # file name in a bundle
 ROUTES_OF_A_KIND = 4  # at most
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-4, 13))
 PRICES: tuple[float, ...] = (0.0, *np.geomspace(1e-6, 1e3, 500).tolist())  # score for one unit of cost
@@ -29,15 +29,15 @@ PRICES: tuple[float, ...] = (0.0, *np.geomspace(1e-6, 1e3, 500).tolist())  # sco
 
 @dataclass(frozen=True)
 class Route:
-    """Which segments (0-based) an answer skips, and how many blocks are left to run."""
+    """A choice of segments (0-based) that an answer skips; blocks: number of blocks that are run."""
 
     name: str
     skipped: frozenset[int]
     blocks: int
 
 
-def routes_of(manifest: Manifest) -> tuple[Route, ...]:
-    """All routes of a bundle, the full one first; each runs at least half of the segments."""
+def list_routes(manifest: Manifest) -> tuple[Route, ...]:
+    """List the routes of a bundle, the full one first; each runs at least half of the segments."""
     sizes = [len(segment.blocks) for segment in manifest.segments]
     count, names = len(sizes), {frozenset[int](): "full"}
     shares = np.linspace(0.5, 1, ROUTES_OF_A_KIND + 1)[:-1]
@@ -52,9 +52,10 @@ def routes_of(manifest: Manifest) -> tuple[Route, ...]:
 
 @dataclass(frozen=True)
 class Router:
-    """Forecasts the score of each route, relative to their mean: (features - shift) / scale @ weights + bias.
+    """A linear model that forecasts the score of each route relative to the mean of all routes.
 
-    weights [features, routes]. costs [routes]: what each route costs. strength: of the ridge. error: mean
+    Forecast: (features - shift) / scale @ weights + bias. weights [features, routes]. costs [routes]: cost of
+    each route. strength: of the ridge regression. error: mean
     squared leave-one-out error of the forecasts, divided by that of the mean scores (1: no information).
     """
 
@@ -67,33 +68,42 @@ class Router:
     error: float
 
     def forecast(self, features: np.ndarray) -> np.ndarray:
-        """Relative score of each route [texts, routes]; features [texts, features]."""
+        """Forecast the relative score of each route [texts, routes]; features [texts, features]."""
         scores: np.ndarray = (features - self.shift) / self.scale @ self.weights + self.bias
         return scores
 
-    def choose(self, features: np.ndarray, price: float) -> np.ndarray:
-        """Route of each text [texts]: largest forecast minus price times cost, the cheaper of equals."""
+    def choose_routes(self, features: np.ndarray, price: float) -> np.ndarray:
+        """Choose the route of each text [texts]: the largest forecast minus price times cost.
+
+        Of equal routes the cheapest is chosen.
+        """
         order = np.argsort(self.costs, kind="stable")
         worth = self.forecast(features) - price * self.costs
         routes: np.ndarray = order[np.argmax(worth[:, order], axis=1)]
         return routes
 
-    def price_for(self, features: np.ndarray, cost: float) -> float:
-        """The lowest of PRICES at which the mean cost of these texts is at most `cost`, or the highest."""
+    def price_for_cost(self, features: np.ndarray, cost: float) -> float:
+        """Find the lowest of PRICES at which the mean cost of these texts is at most `cost`.
+
+        If there is none, the highest price is returned.
+        """
         for price in PRICES:
-            if self.costs[self.choose(features, price)].mean() <= cost:
+            if self.costs[self.choose_routes(features, price)].mean() <= cost:
                 return price
         return PRICES[-1]
 
     def to_bytes(self) -> bytes:
-        """The router as a .npz file."""
+        """The router as the bytes of a .npz file."""
         target = io.BytesIO()
         np.savez(target, **{item.name: getattr(self, item.name) for item in fields(self)})
         return target.getvalue()
 
 
 def read_router(data: bytes, features: int, routes: int) -> Router:
-    """Read what Router.to_bytes wrote; ValueError where it is no router for so many features and routes."""
+    """Read a router from the bytes of Router.to_bytes.
+
+    Raises ValueError if they are not a router for this number of features and routes.
+    """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             values = {item.name: arrays[item.name] for item in fields(Router)}
@@ -113,7 +123,7 @@ def fit_router(features: np.ndarray, scores: np.ndarray, costs: np.ndarray) -> R
     features, scores = np.asarray(features, np.float64), np.asarray(scores, np.float64)
     shift, scale = features.mean(0), features.std(0) + 1e-6
     inputs = (features - shift) / scale
-    # How hard a text is on every route does not matter for the choice among them.
+    # The mean score of a text does not matter for the choice among routes.
     relative = scores - scores.mean(1, keepdims=True)
     bias = relative.mean(0)
     relative = relative - bias
@@ -140,10 +150,13 @@ class Routing:
 
 
 def read_routing(bundle: Bundle) -> Routing:
-    """The routing that ee-calibrate wrote; BadSetting where there is none, BadBundle where it is damaged."""
+    """Read the router that ee-calibrate wrote into a bundle.
+
+    Raises BadSetting if there is none, BadBundle if it is damaged.
+    """
     if ROUTER_FILE not in bundle.manifest.files:
         raise BadSetting(f"rule route: {bundle.folder} has no router; fit one with: ee-calibrate pairs.jsonl")
-    routes = routes_of(bundle.manifest)
+    routes = list_routes(bundle.manifest)
     try:
         router = read_router(bundle.read(ROUTER_FILE), bundle.manifest.hidden_size, len(routes))
     except ValueError as problem:
@@ -154,7 +167,7 @@ def read_routing(bundle: Bundle) -> Routing:
 
 @dataclass(frozen=True)
 class RouteRule:
-    """Chooses a route for each text; price: the score, in nats a token, that one block has to bring."""
+    """Rule route: chooses a route for each text; price: score (nats a token) that one block must gain."""
 
     spec: RuleSpec
     routing: Routing
@@ -162,16 +175,16 @@ class RouteRule:
     width: int = field(default=0, init=False)
 
     def route(self, hidden: Floats) -> int:
-        """Number of the route for a prompt; hidden [hidden size]: see Rule.first_plan."""
-        return int(self.routing.router.choose(hidden[None].astype(np.float64), self.price)[0])
+        """Index of the route for a prompt; hidden [hidden size]: see Rule.first_plan."""
+        return int(self.routing.router.choose_routes(hidden[None].astype(np.float64), self.price)[0])
 
     @property
     def exit_test(self) -> ExitTest:
-        """The plan is fixed before the walk; see Rule.exit_test."""
+        """A test that is always False, as the plan is fixed before the walk; see Rule.exit_test."""
         return never_exits
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
-        """The plan of the chosen route, every segment without a prompt; see Rule.first_plan."""
+        """The plan of the chosen route; every segment if there is no prompt. See Rule.first_plan."""
         if hidden is None:
             return full_plan(segments, variant)
         return thinned_plan(segments, variant, self.routing.routes[self.route(hidden)].skipped)

@@ -20,60 +20,66 @@ from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan, never_exits
 
 MAX_DRAFTS = 8  # in a row
-# Weights of earlier rounds, a round: 0.998 keeps about the last five hundred of the same exit. An exit that
-# is not used is forgotten more slowly, so that it is tried again about once in a hundred rounds.
+# Factors of the weights of earlier rounds in each round: 0.998 keeps about the last five hundred of the same
+# exit. The weights of an exit that is not used decay more slowly, so that it is tried again about once in a
+# hundred rounds.
 KEPT_OF_USED, KEPT_OF_UNUSED = 0.998, 0.9995
-# Limits between classes of a draft's own probability. Its order is informative, its value less so: early
-# exits of layerskip are right twice as often as their probability says.
+# Limits between classes of a draft's probability. Its order is informative, its value less so: early exits of
+# layerskip are right twice as often as their probability predicts.
 CLASSES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7)
 PRIOR_RATE, PRIOR_DRAFTS = 0.8, 4.0  # acceptance rate before any draft was verified, and its weight in drafts
-OPTIMISM = (
-    0.2  # added to the rate, divided by the root of the number of drafts: what is little known is tried
-)
-TIME_SLOPE = 0.1  # of one more token in a step, as a share of the time of one, until it was measured
+# Added to the rate, divided by the root of the number of drafts, so that exits with few drafts are tried.
+OPTIMISM = 0.2
+TIME_SLOPE = 0.1  # time of a further token in a step, as a share of one token's, until it was measured
 
 
 class AcceptanceRate:
-    """How often drafts of one exit were right, in all and by their own probability."""
+    """The acceptance rate of drafts of one exit, in total and by the probability of the drafts."""
 
     def __init__(self) -> None:
         self._right, self._drafts = np.zeros(len(CLASSES) + 1), np.zeros(len(CLASSES) + 1)
 
     def record(self, probability: float, right: bool) -> None:
-        """Count a draft; every draft before it in its round was right."""
+        """Count a draft, before which every draft of its round was right."""
         number = int(np.searchsorted(CLASSES, probability))
         self._right[number] += right
         self._drafts[number] += 1
 
     def decay(self, kept: float) -> None:
-        """Give all earlier rounds this share of their weight."""
+        """Multiply the weights of all earlier rounds by this share."""
         self._right *= kept
         self._drafts *= kept
 
     def overall(self) -> float:
-        """Rate of all drafts, shrunk towards the prior while few were verified."""
+        """Acceptance rate of all drafts; shrunk towards the prior while few were verified."""
         drafts = float(self._drafts.sum())
         return (float(self._right.sum()) + PRIOR_RATE * PRIOR_DRAFTS) / (drafts + PRIOR_DRAFTS)
 
     def optimistic(self) -> float:
-        """An upper estimate of the overall rate."""
+        """An upper estimate of the overall acceptance rate, larger while few drafts were verified."""
         return min(0.99, self.overall() + OPTIMISM / math.sqrt(self._drafts.sum() + 1))
 
-    def at(self, probability: float) -> float:
-        """Rate of drafts with this probability, shrunk towards the overall rate while few were seen."""
+    def at_probability(self, probability: float) -> float:
+        """Acceptance rate of drafts with this probability.
+
+        It is shrunk towards the overall rate while few were seen.
+        """
         number = int(np.searchsorted(CLASSES, probability))
         right, drafts = float(self._right[number]), float(self._drafts[number])
         return (right + self.overall() * PRIOR_DRAFTS) / (drafts + PRIOR_DRAFTS)
 
 
 class StepTimes:
-    """Seconds of a decoder's steps by kind ("segment", "head", "draft"), segment and number of tokens."""
+    """Measured seconds of a decoder's steps by kind ("segment", "head", "draft"), segment and tokens."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int, int], float] = {}
 
     def record(self, kind: str, segment: int, tokens: int, seconds: float) -> None:
-        """Average a measured time in; the first step on so many tokens binds memory and does not count."""
+        """Add a measured time to the running mean.
+
+        The first step on a number of tokens is not counted, as it binds memory.
+        """
         key = kind, segment, tokens
         known = self._seconds.get(key)
         if known is None:
@@ -83,27 +89,29 @@ class StepTimes:
         else:  # a step that was interrupted by other work counts three times its usual time at most
             self._seconds[key] += 0.1 * (min(seconds, 3 * known) - known)
 
-    def of(self, kind: str, segment: int, tokens: int) -> float:
-        """Seconds of such a step, estimated from that of one token until it was measured."""
+    def expected(self, kind: str, segment: int, tokens: int) -> float:
+        """Expected seconds of a step; estimated from the time of one token until it was measured."""
         if known := self._seconds.get((kind, segment, tokens)):
             return known
         return self._seconds.get((kind, segment, 1), 0.0) * (1 + TIME_SLOPE * (tokens - 1))
 
-    def to_exit(self, exit: int) -> float:
-        """Seconds of one token from the first segment to an exit (1-based)."""
-        return sum(self.of("segment", segment, 1) for segment in range(exit))
+    def expected_to_exit(self, exit: int) -> float:
+        """Expected seconds of one token from the first segment to an exit (1-based)."""
+        return sum(self.expected("segment", segment, 1) for segment in range(exit))
 
-    def from_exit(self, exit: int, segments: int, tokens: int) -> float:
-        """Seconds of so many tokens from an exit (0: the first segment) to the end, and of the head."""
-        steps = sum(self.of("segment", segment, tokens) for segment in range(exit, segments))
-        return max(1e-9, steps + self.of("head", 0, tokens))
+    def expected_from_exit(self, exit: int, segments: int, tokens: int) -> float:
+        """Expected seconds of a step on tokens from an exit (0: from the start) through the head."""
+        steps = sum(self.expected("segment", segment, tokens) for segment in range(exit, segments))
+        return max(1e-9, steps + self.expected("head", 0, tokens))
 
 
-class Speculative:
-    """Drafts and verifies; made once a session, since it learns from all of its sequences.
+class SpeculativeRule:
+    """Rule speculative: chooses when to draft tokens and how many; each session has one object.
 
-    fixed: (exit, drafts) to use in every round instead of choosing, for measurements. By exit (1-based; 0:
-    rounds without a draft): offered, the drafts that were verified; accepted, those that were right; rounds.
+    It keeps statistics of all sequences of the session.
+     fixed: (exit, drafts) to use in every round instead of
+    choosing, for measurements. By exit (1-based; 0: rounds without a draft): offered, the drafts that were
+    verified; accepted, those that were right; rounds.
     """
 
     width: int = 0
@@ -119,29 +127,32 @@ class Speculative:
 
     @property
     def exit_test(self) -> ExitTest:
-        """Plans are fixed before each walk; see Rule.exit_test."""
+        """A test that is always False, as plans are fixed before each walk; see Rule.exit_test."""
         return never_exits
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
-        """Every segment; drafts run a part of it, and verifying runs the rest."""
+        """The plan that runs every segment; drafting runs the first part of it, verifying the rest."""
         return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
         return plan, memory
 
-    def choose(self, max_drafts: int) -> tuple[int, int]:
-        """(exit, drafts) with the most expected tokens a second; drafts 0 where drafting does not pay."""
+    def choose_drafts(self, max_drafts: int) -> tuple[int, int]:
+        """Choose the exit and the number of drafts with the most expected tokens a second.
+
+        (0, 0) means that drafting is not faster.
+        """
         if self.fixed is not None:
             return self.fixed[0], min(self.fixed[1], max_drafts)
         times, best_pair = self.times, (0, 0)
-        best_rate = 1 / times.from_exit(0, self._segments, 1)
+        best_rate = 1 / times.expected_from_exit(0, self._segments, 1)
         for exit in self.exits:
             rate, expected_tokens, all_right = self._rates[exit].optimistic(), 1.0, 1.0
             for drafts in range(1, max_drafts + 1):
                 all_right *= rate
                 expected_tokens += all_right
-                seconds = (drafts + 1) * times.to_exit(exit) + drafts * times.of("draft", 0, 1)
-                seconds += times.from_exit(exit, self._segments, drafts + 1)
+                seconds = (drafts + 1) * times.expected_to_exit(exit) + drafts * times.expected("draft", 0, 1)
+                seconds += times.expected_from_exit(exit, self._segments, drafts + 1)
                 if expected_tokens / seconds > best_rate:
                     best_rate, best_pair = expected_tokens / seconds, (exit, drafts)
         return best_pair
@@ -149,19 +160,23 @@ class Speculative:
     def worth_verifying(self, exit: int, probabilities: Sequence[float]) -> bool:
         """Whether the last of these drafts is worth one more token in the verifying step.
 
-        probabilities: of the drafts of this round so far, by the exit's own softmax.
+        probabilities: those of the drafts of this round so far, from the exit's softmax.
         """
         if self.fixed is not None:
             return True
-        all_right = math.prod(self._rates[exit].at(probability) for probability in probabilities)
+        all_right = math.prod(self._rates[exit].at_probability(probability) for probability in probabilities)
         count, times = len(probabilities), self.times
-        more = times.from_exit(exit, self._segments, count + 1) - times.from_exit(exit, self._segments, count)
-        return all_right * times.from_exit(0, self._segments, 1) >= times.to_exit(exit) + more
+        more = times.expected_from_exit(exit, self._segments, count + 1) - times.expected_from_exit(
+            exit, self._segments, count
+        )
+        return (
+            all_right * times.expected_from_exit(0, self._segments, 1) >= times.expected_to_exit(exit) + more
+        )
 
     def record_round(
         self, exit: int, drafts: Sequence[tuple[int, float]], tokens: Sequence[int], verified: int
     ) -> None:
-        """Count a round.
+        """Update acceptance rates and counts after a round.
 
         exit: 0 for a round without drafts. drafts: (id, probability). tokens: ids that the full depth
         predicted, as far as drafts agreed, and one more. verified: how many of the drafts were verified.
@@ -173,6 +188,7 @@ class Speculative:
             return
         self.offered[exit] += verified
         self.accepted[exit] += len(tokens) - 1
-        # A draft that was not verified is known all the same where all drafts before it were right.
+        # A draft that was not verified is still known to be right or wrong if all drafts before it were
+        # right.
         for (draft, probability), token in zip(drafts, tokens, strict=False):
             self._rates[exit].record(probability, draft == token)

@@ -1,6 +1,6 @@
 """Operating points of rules that only exit, simulated at many thresholds on the outputs of all exits.
 
-Training passes the outputs of its network, calibration those of the engine that will walk the bundle.
+Training uses the outputs of its network, calibration those of the engine that will walk the bundle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.rules import RuleSpec, bind, normalised_entropy, simulate, softmax
 
-# The parameter that is swept for each rule; patience counts exits, the others compare a signal.
+# The parameter that is swept for each rule: a number of exits for patience, else a limit of a signal.
 SWEPT = {
     "gate": "threshold",
     "max_probability": "threshold",
@@ -22,20 +22,20 @@ SWEPT = {
     "patience": "patience",
     "patience_confident": "threshold",
 }
-# Rules with a count as second parameter: both are swept, and the points are a cloud instead of a curve.
+# Rules with a count as second parameter: both are swept, so that the points do not form a curve.
 COUNTED = {"patience_confident": "patience"}
 Setting = float | Mapping[str, float]  # the swept parameter, or both parameters by name
-STEPS = 200  # thresholds that are tried for a rule
-LAYER_SAVINGS = (50.0, 57.0, 65.0)  # percent of the layers that a point saves at least
-LOSSES = (0.5, 1.0, 2.0)  # accuracy points that a point may lose against full depth
+STEPS = 200  # number of thresholds that are tried for a rule
+LAYER_SAVINGS = (50.0, 57.0, 65.0)  # least percent of the layers that points save
+LOSSES = (0.5, 1.0, 2.0)  # most accuracy points that points lose against full depth
 
 
 @dataclass(frozen=True)
 class ExitTable:
-    """The outputs of every exit for labelled rows at full depth.
+    """The outputs of every exit, and the labels, for rows that ran at full depth.
 
-    logits [rows, exits, classes]; gates [rows, exits], P(exit) in 0..1 (the last exit's is not read), or None
-    without policies; labels [rows].
+    logits [rows, exits, classes]; gates [rows, exits], P(exit) in 0..1 (that of the last exit is not read),
+    or None without policies; labels [rows].
     """
 
     logits: NDArray[np.float32]
@@ -44,13 +44,13 @@ class ExitTable:
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """Whether each exit predicts the label [rows, exits]."""
+        """Whether the prediction of each exit is the label [rows, exits]."""
         return np.asarray(self.logits.argmax(-1) == self.labels[:, None])
 
 
 @dataclass(frozen=True)
-class Point:
-    """A rule at one setting, measured: accuracy and savings in percent, mean exit in blocks."""
+class MeasuredPoint:
+    """A rule at one setting with its measured accuracy and savings (percent) and mean exit (blocks)."""
 
     rule: RuleSpec
     accuracy: float
@@ -59,28 +59,28 @@ class Point:
     macs_saved: float
 
     def figures(self) -> dict[str, float]:
-        """The measured values, rounded as they are written to files."""
+        """The measured values by name, rounded as they are written to files."""
         names = ("accuracy", "mean_exit", "layers_saved", "macs_saved")
         return {name: round(getattr(self, name), 3) for name in names}
 
 
 @dataclass(frozen=True)
 class ExitMacs:
-    """Multiply-accumulates of rows by the exit where they leave.
+    """Multiply-accumulates of each row by the exit at which it leaves.
 
-    to_exit [rows, exits]: of a walk that leaves there, heads and policies on its way included. full [rows]:
-    of the network without early exits. blocks [exits]: the block that each exit follows.
+    to_exit [rows, exits]: those of a walk that ends there, including exits and policies on the way. full
+    [rows]: those of the network without early exits. blocks [exits]: the block (1-based) before each exit.
     """
 
     to_exit: NDArray[np.float64]
     full: NDArray[np.float64]
     blocks: NDArray[np.int64]
 
-    def point(self, rule: RuleSpec, exits: NDArray[np.int64], table: ExitTable) -> Point:
-        """The point of rows that leave at `exits` [rows], 0-based."""
+    def point(self, rule: RuleSpec, exits: NDArray[np.int64], table: ExitTable) -> MeasuredPoint:
+        """Compute the point of a rule with which rows leave at `exits` [rows], 0-based."""
         rows = np.arange(len(exits))
         mean_exit = float(self.blocks[exits].mean())
-        return Point(
+        return MeasuredPoint(
             rule,
             accuracy=100 * float(table.right[rows, exits].mean()),
             mean_exit=mean_exit,
@@ -90,10 +90,10 @@ class ExitMacs:
 
 
 def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
-    """Values of the swept parameter: STEPS quantiles of the rule's own signal.
+    """Choose the settings of a rule to try: STEPS quantiles of the signal that the rule reads.
 
-    Every rule gets the same number of settings, so that no grid favours one. A rule with a count has them
-    divided among its counts.
+    Every rule gets the same number of settings, so that no rule has an advantage. If a rule has a count, the
+    settings are divided among the counts.
     """
     counts = [float(count) for count in range(1, table.logits.shape[1])]
     if rule == "patience":
@@ -119,8 +119,8 @@ def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
     return list(thresholds)
 
 
-def sweep(rule: str, values: Sequence[Setting], table: ExitTable, macs: ExitMacs) -> list[Point]:
-    """A point for every value, the smallest mean exit first."""
+def sweep(rule: str, values: Sequence[Setting], table: ExitTable, macs: ExitMacs) -> list[MeasuredPoint]:
+    """Compute the point of a rule at every setting, the smallest mean exit first."""
     points = []
     for value in values:
         spec = RuleSpec(rule, dict(value) if isinstance(value, Mapping) else {SWEPT[rule]: value})
@@ -129,37 +129,40 @@ def sweep(rule: str, values: Sequence[Setting], table: ExitTable, macs: ExitMacs
     return sorted(points, key=lambda point: point.mean_exit)
 
 
-def undominated(points: Sequence[Point]) -> list[Point]:
-    """The points that are more accurate than every shallower one, the smallest mean exit first.
+def undominated_points(points: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
+    """Select the points that are more accurate than every shallower point, the smallest mean exit first.
 
-    For rules with two parameters: settings that are chosen so on dev make a curve on other rows.
+    This is for rules with two parameters: the selected settings form a curve on other rows.
     """
-    edge: list[Point] = []
+    edge: list[MeasuredPoint] = []
     for point in sorted(points, key=lambda point: (point.mean_exit, -point.accuracy)):
         if not edge or point.accuracy > edge[-1].accuracy:
             edge.append(point)
     return edge
 
 
-def full_depth(table: ExitTable, macs: ExitMacs) -> Point:
-    """The point of rows that all leave at the last exit."""
+def full_depth_point(table: ExitTable, macs: ExitMacs) -> MeasuredPoint:
+    """Compute the point at which all rows leave at the last exit."""
     exits = np.full(len(table.labels), table.logits.shape[1] - 1)
     return macs.point(RuleSpec("never", {}), exits, table)
 
 
-def shallowest(points: Sequence[Point], min_accuracy: float) -> Point | None:
-    """The first point, in order of the mean exit, whose accuracy is at least `min_accuracy`."""
+def shallowest_point(points: Sequence[MeasuredPoint], min_accuracy: float) -> MeasuredPoint | None:
+    """Find the first point (in order of the mean exit) with at least `min_accuracy` percent; None if none."""
     return next((point for point in points if point.accuracy >= min_accuracy), None)
 
 
-def most_accurate(points: Sequence[Point], min_saved: float) -> Point | None:
-    """The most accurate point that saves at least `min_saved` percent of layers; the shallowest of equals."""
+def most_accurate_point(points: Sequence[MeasuredPoint], min_saved: float) -> MeasuredPoint | None:
+    """Find the most accurate point that saves at least `min_saved` percent of the layers; None if none.
+
+    Of equally accurate points the shallowest is chosen.
+    """
     enough = [point for point in points if point.layers_saved >= min_saved]
     return max(enough, key=lambda point: (point.accuracy, point.layers_saved), default=None)
 
 
-def accuracy_at(points: Sequence[Point], mean_exit: float) -> float | None:
-    """Accuracy at a mean exit, interpolated linearly between points; None outside of their range."""
+def accuracy_at(points: Sequence[MeasuredPoint], mean_exit: float) -> float | None:
+    """Interpolate the accuracy (percent) at a mean exit between points; None outside of their range."""
     depths = np.array([point.mean_exit for point in points])
     if not len(depths) or not depths.min() <= mean_exit <= depths.max():
         return None
@@ -171,22 +174,22 @@ def accuracy_at(points: Sequence[Point], mean_exit: float) -> float | None:
 
 def choose_points(
     rule: str, table: ExitTable, macs: ExitMacs, *, reference: float | None = None
-) -> dict[str, Point]:
-    """Points by name: "default", "full", "within-X", "saves-X", and for rule gate "trained".
+) -> dict[str, MeasuredPoint]:
+    """Choose the operating points of a rule: "default", "full", "within-X", "saves-X", for gate "trained".
 
     within-X: the shallowest point that loses at most X accuracy points against `reference` (percent; None:
     full depth in this table). saves-X: the most accurate point that saves at least X percent of the layers.
-    trained: P(exit) above 0.5. "default" is within-0.5, or full depth where there is no such point: a
-    deployment that nobody tuned should not lose accuracy that its owner notices.
+    trained: P(exit) above 0.5. "default" is within-0.5, or full depth if there is no such point, so that a
+    deployment that was not tuned loses little accuracy.
     """
-    full = full_depth(table, macs)
+    full = full_depth_point(table, macs)
     target = full.accuracy if reference is None else reference
     points = sweep(rule, settings_to_try(rule, table), table, macs)
-    within = {f"within-{loss}": shallowest(points, target - loss) for loss in LOSSES}
-    saves = {f"saves-{saved:.0f}": most_accurate(points, saved) for saved in LAYER_SAVINGS}
+    within = {f"within-{loss}": shallowest_point(points, target - loss) for loss in LOSSES}
+    saves = {f"saves-{saved:.0f}": most_accurate_point(points, saved) for saved in LAYER_SAVINGS}
     chosen = {"default": within[f"within-{LOSSES[0]}"] or full, "full": full}
     chosen |= {name: point for name, point in (within | saves).items() if point is not None}
     if rule == "gate":
-        # The published operating point: training sets its depth by the weight of the cost.
+        # The published operating point, whose depth training sets by the weight of the cost.
         chosen["trained"] = sweep("gate", [0.5], table, macs)[0]
     return chosen

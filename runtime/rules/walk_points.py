@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from offramp.runtime.rules import RuleSpec
 from offramp.runtime.rules.sweep import LOSSES
 
-# Percent of the full walk's cost that a point saves at least, by unit of the cost: int8 alone saves about
-# 94 % of the bit operations.
+# Least percent of the full walk's cost that points save, by unit of the cost: int8 alone saves about 94 % of
+# the bit operations.
 COST_SAVINGS = {"bops": (90.0, 95.0, 97.0), "ms": (50.0, 57.0, 65.0)}
 
 
 @dataclass(frozen=True)
 class WalkPoint:
-    """A rule at one setting from one starting variant, measured.
+    """A rule at one setting and with one starting variant, with its measured accuracy and cost.
 
     accuracy: percent. mean_exit: blocks. cost: percent of full depth in the default variant. changed: percent
     of the rows that changed their variant.
@@ -30,11 +30,11 @@ class WalkPoint:
 
 
 def choose_walk_points(points: Sequence[WalkPoint], full: WalkPoint, unit: str) -> dict[str, WalkPoint]:
-    """Points by name: "default", "full", "within-X" and "saves-X", in this order.
+    """Choose the operating points "default", "full", "within-X" and "saves-X", in this order.
 
     full: full depth in the default variant. within-X: the cheapest point that loses at most X accuracy points
-    against it. saves-X: the most accurate point that saves at least X percent of the cost. unit: of the cost,
-    "bops" or "ms". "default" is within-0.5, or full depth where there is no such point.
+    against it. saves-X: the most accurate point that saves at least X percent of the cost. unit: unit of
+    the cost, "bops" or "ms". "default" is within-0.5, or full depth if there is no such point.
     """
     chosen: dict[str, WalkPoint] = {}
     for loss in LOSSES:

@@ -25,7 +25,7 @@ import numpy as np
 
 from offramp.runtime import rules
 from offramp.runtime.bundle.manifest import Manifest, RuleSpec
-from offramp.runtime.bundle.strict_json import build, parse
+from offramp.runtime.bundle.strict_json import build_value, parse_json
 from offramp.runtime.engines import threads as pools
 from offramp.runtime.errors import BadBundle, BundleNotFound, EngineUnavailable
 from offramp.runtime.tuning.figures import round_figure
@@ -75,10 +75,10 @@ def read_baselines(folder: Path, manifest: Manifest) -> Baselines:
     except (OSError, UnicodeDecodeError) as problem:
         raise BadBundle(f"{path}: cannot be read: {problem}; {CURE}") from problem
     try:
-        value = parse(text)
+        value = parse_json(text)
         if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
             raise ValueError(f"format: {value['format']!r} is not known; this version reads format {FORMAT}")
-        baselines: Baselines = build(Baselines, value, "baselines")
+        baselines: Baselines = build_value(Baselines, value, "baselines")
         _check_fields(baselines, manifest)
     except ValueError as problem:
         raise BadBundle(f"{path}: {problem}; {CURE}") from problem
@@ -96,7 +96,7 @@ def open_baseline(
     """
     path, ort = folder / fact.file, import_module("onnxruntime")
     options = ort.SessionOptions()
-    pools.apply(pools.claim(ort, threads, True), options)
+    pools.apply_pool(pools.claim_pool(ort, threads, True), options)
     if hasattr(ort, "create_and_register_allocator"):
         options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3

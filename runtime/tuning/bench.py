@@ -22,7 +22,7 @@ from offramp.runtime.decoding import Token
 from offramp.runtime.engines.threads import usable_cores
 from offramp.runtime.errors import BadSetting, OfframpError
 from offramp.runtime.generator import TextGenerator
-from offramp.runtime.inputs.text import read_all, reader_of
+from offramp.runtime.inputs.text import items_to_rows, open_reader
 from offramp.runtime.loading import load_classifier, load_generator
 from offramp.runtime.rules.resolve import points_to_measure
 from offramp.runtime.tuning import report as pages
@@ -168,11 +168,11 @@ def measure_classifier(
     if budget_ms is not None and not 0 < budget_ms < float("inf"):
         raise BadSetting(f"budget {budget_ms:g} ms: expected a number above 0")
     opened = open_bundle(bundle)
-    manifest, reader = opened.manifest, reader_of(opened)
+    manifest, reader = opened.manifest, open_reader(opened)
     text = manifest.input if isinstance(manifest.input, TextInput) else None
     items, truth, rows_there = read_rows(data, manifest.labels, rows, images=text is None)
     started = time.perf_counter()
-    encoded = [read_all(reader, [item])[0] for item in items]
+    encoded = [items_to_rows(reader, [item])[0] for item in items]
     tokenizing = (time.perf_counter() - started) / len(items)
     singles: list[Batches] = [[(np.zeros(1, np.int64), reader.arrays([row]))] for row in encoded]
     with ExitStack() as stack:

@@ -40,9 +40,9 @@ from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable, Offr
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.loading import load_classifier, load_generator
 from offramp.runtime.rules import Floats, bind
-from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, routes_of
+from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, list_routes
 from offramp.runtime.rules.skip import thinned_plan
-from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, Point, choose_points
+from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, MeasuredPoint, choose_points
 from offramp.runtime.tuning.labelled import LabelledRows, read_labelled, read_pairs
 from offramp.runtime.tuning.step_costs import (
     has_forecast,
@@ -227,7 +227,7 @@ def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Cali
     rows; on the other half prices are chosen and points are measured, both by log-likelihood.
     """
     with load_generator(folder, rule="never", threads=threads, share=False) as session:
-        manifest, routes = session.manifest, routes_of(session.manifest)
+        manifest, routes = session.manifest, list_routes(session.manifest)
         rows = read_pairs(file, session.longest, session.encode_prompt, session.encode_continuation)
         if len(routes) == 1:
             raise BadInput(f"{folder}: no route skips any of the {len(manifest.segments)} segments")
@@ -280,8 +280,8 @@ def _route_points(
 ) -> tuple[OperatingPoint, ...]:
     full, rows, points = float(router.costs.max()), np.arange(len(scores)), []
     for share in ROUTE_SHARES:
-        price = router.price_for(features, share * full)
-        routes = router.choose(features, price)
+        price = router.price_for_cost(features, share * full)
+        routes = router.choose_routes(features, price)
         measured = {
             "depth": float(router.costs[routes].mean()),
             "nats": -float(scores[rows, routes].mean()),
@@ -298,7 +298,7 @@ def _sweepable_rule(manifest: Manifest) -> str | None:
     return next((name for name in names if name in SWEPT), None)
 
 
-def _as_operating_point(name: str, point: Point, variant: str, rows: LabelledRows) -> OperatingPoint:
+def _as_operating_point(name: str, point: MeasuredPoint, variant: str, rows: LabelledRows) -> OperatingPoint:
     return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
 
 

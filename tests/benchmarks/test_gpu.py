@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from doubles import gpu
 
 from offramp.benchmarks.gpu import main
-from offramp.runtime.engines.cuda import missing_driver
+from offramp.runtime.engines.cuda import driver_problem
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 
@@ -71,7 +71,7 @@ def test_with_a_gpu_it_measures_every_engine(
 
 
 def test_without_a_gpu_it_names_the_option_for_the_cpu(tmp_path: Path) -> None:
-    if missing_driver() is None:
+    if driver_problem() is None:
         pytest.skip("this machine has a GPU")
     for name in ("each", "thirds"):
         shutil.copytree(TINY, tmp_path / name)

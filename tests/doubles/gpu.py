@@ -36,7 +36,7 @@ def machine(
 
 def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:
     """ONNX Runtime's CUDA provider: its CPU kernels on the double's memory, in the stream's turn."""
-    real_runner, real_session = ort_cuda.runner, graphs.Graphs._session
+    real_runner, real_session = ort_cuda.make_run, graphs.BundleGraphs._session
     streams: dict[int, int] = {}  # by the id of a session
     latest: list[int] = []  # streams of all options; the last is that of a session which no engine opened
 
@@ -62,8 +62,8 @@ def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:
         stream = streams.get(id(opened), latest[-1])
         return lambda: cudart.enqueue(stream, run)
 
-    patch.setattr(graphs.Graphs, "_session", session)
-    patch.setattr(ort_cuda, "runner", runner)
+    patch.setattr(graphs.BundleGraphs, "_session", session)
+    patch.setattr(ort_cuda, "make_run", runner)
     patch.setattr(ort_cuda, "NAMES", ort_cuda.NAMES | {"cuda": graphs.CPU})
     patch.setattr(ort_cuda, "PLACE", "cpu")
     patch.setattr(ort_cuda, "_cuda_options", options)

@@ -156,7 +156,7 @@ def _session(digest: bytes, data: bytes) -> Any:
     """One session a graph, for all doubles of the process."""
     if digest not in _sessions:
         options = onnxruntime.SessionOptions()
-        threads.fit(options)
+        threads.share_global_pool(options)
         if getattr(options, "use_per_session_threads", True):
             options.intra_op_num_threads = options.inter_op_num_threads = 1
         _sessions[digest] = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

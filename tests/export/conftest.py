@@ -20,7 +20,7 @@ from offramp.export.classifier import ExportableClassifier
 from offramp.export.options import ExportOptions
 from offramp.export.segments import Segment, SplitNetwork
 from offramp.models import EarlyExitNetwork, NetworkSpec
-from offramp.runtime.engines.threads import fit
+from offramp.runtime.engines.threads import share_global_pool
 from offramp.runtime.inputs.images import ImageInput
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
@@ -129,7 +129,7 @@ def break_weight() -> Callable[..., None]:
 def open_graph() -> Callable[[Path], Any]:
     def session(file: Path) -> Any:
         options = onnxruntime.SessionOptions()
-        fit(options)  # earlier tests may have created the process's only thread pool
+        share_global_pool(options)  # earlier tests may have created the process's only thread pool
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     return session

@@ -17,7 +17,7 @@ from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.bundle.manifest import PAST
-from offramp.runtime.engines.threads import fit
+from offramp.runtime.engines.threads import share_global_pool
 
 # Answers of their bundle are a default test: test_generation.
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 def open_session(file: Path) -> Any:
     options = onnxruntime.SessionOptions()
-    fit(options)
+    share_global_pool(options)
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 

@@ -17,7 +17,7 @@ from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.ort_decoder import PLACES, KVCache
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.rules.exits import ExitRule, never
-from offramp.runtime.rules.speculative import Speculative
+from offramp.runtime.rules.speculative import SpeculativeRule
 from offramp.runtime.sequence import TokenSequence
 from offramp.runtime.walker import walk_one
 
@@ -128,8 +128,8 @@ def test_a_deferred_cache_gives_the_logits_of_full_depth(
     assert [sequence.waiting(segment) for segment in range(3)] == [0, 1, 0]
 
 
-def speculative(*fixed: int) -> Speculative:
-    return Speculative(RuleSpec("speculative", {}), 3, fixed or None)  # type: ignore[arg-type]
+def speculative(*fixed: int) -> SpeculativeRule:
+    return SpeculativeRule(RuleSpec("speculative", {}), 3, fixed or None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fixed", [(), (1, 1), (1, 3), (2, 2), (2, 8)])

@@ -35,7 +35,7 @@ def test_segments_compute_no_shapes_and_fuse_gelu(
         assert "Shape" not in {node.op_type for node in onnx.load(file).graph.node}
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        threads.fit(options)
+        threads.share_global_pool(options)
         options.optimized_model_filepath = str(tmp_path / "fused.onnx")
         onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
@@ -62,7 +62,7 @@ def operators(model: onnx.ModelProto) -> list[str]:
 
 def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     options = onnxruntime.SessionOptions()
-    threads.fit(options)
+    threads.share_global_pool(options)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -108,7 +108,7 @@ def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
     options.log_severity_level = 3
-    threads.fit(options)
+    threads.share_global_pool(options)
     onnxruntime.InferenceSession(tmp_path / "segment.onnx", options, providers=["CPUExecutionProvider"])
     fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
     norms = fused["SimplifiedLayerNormalization"] + fused["SkipSimplifiedLayerNormalization"]

@@ -12,7 +12,7 @@ import pytest
 from offramp.runtime import BadBundle, BundleNotFound, Classifier, EngineUnavailable, load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.inputs.text import read_all, reader_of
+from offramp.runtime.inputs.text import items_to_rows, open_reader
 from offramp.runtime.rules import RowSignals
 from offramp.runtime.tuning.baselines import (
     GRAPH_SCRIPT,
@@ -88,7 +88,7 @@ def test_a_batch_is_answered_as_its_rows_are(session: Classifier) -> None:
     manifest = session.manifest
     fact = read_baselines(BASELINES, manifest).graphs[0]
     baseline = open_baseline(BASELINES, fact, manifest, threads=None, threshold=None)
-    rows = read_all(reader_of(open_bundle(TINY)), TEXTS)
+    rows = items_to_rows(open_reader(open_bundle(TINY)), TEXTS)
     labels, _ = baseline.run(list(session.batches(rows, 2)), len(rows), 2)()
     assert labels.tolist() == answers(session, "monolith", TEXTS)[0].tolist()
 

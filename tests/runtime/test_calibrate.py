@@ -16,7 +16,7 @@ from offramp.runtime import BadSetting, RuleSpec, load_classifier, load_generato
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
 from offramp.runtime.rules import bind
-from offramp.runtime.rules.route import ROUTER_FILE, routes_of
+from offramp.runtime.rules.route import ROUTER_FILE, list_routes
 from offramp.runtime.tuning.calibrate import exit_points, macs_to_exits, main, route_scores
 from offramp.runtime.tuning.labelled import read_labelled
 from offramp.runtime.walker import walk_one
@@ -151,7 +151,7 @@ def test_a_router_is_learned_and_chooses_by_the_prompt(tmp_path: Path) -> None:
     assert manifest.rule.name == "gate"  # the bundle's own rule stays
     for point in manifest.points:
         assert point.measured["depth"] <= 3 and point.measured["nats"] > 0
-    routes = routes_of(manifest)
+    routes = list_routes(manifest)
     assert [(route.name, route.blocks) for route in routes] == [
         ("full", 3),
         ("skip to 2", 2),
@@ -175,7 +175,7 @@ def test_scores_of_a_route_are_those_of_one_token_after_another() -> None:
     with load_generator(GENERATOR, rule="never") as session:
         prompt = session.encode_prompt("the film was")
         completion = session.encode_continuation("good and warm at all")
-        routes = routes_of(session.manifest)
+        routes = list_routes(session.manifest)
         hidden, scores = route_scores(session, routes, prompt, completion)
         never, engine = bind(RuleSpec("never", {}), 3), session.engine
         for route, score in zip(routes, scores, strict=True):

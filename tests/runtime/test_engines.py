@@ -56,7 +56,7 @@ def texts() -> tuple[dict[str, np.ndarray], ...]:
 def truth() -> tuple[np.ndarray, np.ndarray]:
     """Logits [rows, segments, classes] and gates [rows, segments] of the graphs, run one after another."""
     options = onnxruntime.SessionOptions()
-    threads.fit(options)
+    threads.share_global_pool(options)
     sessions = [
         onnxruntime.InferenceSession(str(TINY / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
         for name in ("stem", *(f"segment_{number:02}" for number in range(SEGMENTS)))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from offramp.runtime import BadInput, BadSetting, TextChunk, TextGenerator, load_generator
 from offramp.runtime.generator import _DecodedText
-from offramp.runtime.rules.speculative import Speculative
+from offramp.runtime.rules.speculative import SpeculativeRule
 
 PROMPT = "the film was good and"
 
@@ -51,7 +51,7 @@ def test_bundles_own_rule_is_its_gate() -> None:
 def test_speculative_gives_the_tokens_of_full_depth(variant: str, pair: tuple[int, int] | None) -> None:
     full = generate(30, rule="never", variant=variant)
     with load_generator(GENERATOR, rule="speculative", variant=variant) as session:
-        assert isinstance(session.bound_rule, Speculative)
+        assert isinstance(session.bound_rule, SpeculativeRule)
         session.bound_rule.fixed = pair
         chunks = list(session.generate(PROMPT, 30))
         assert [(chunk.token, chunk.depth) for chunk in chunks] == full

@@ -133,7 +133,7 @@ def test_graphs_of_another_folder_manifest_or_pool_are_not_shared(engine: Any, f
     assert rewritten != bundle
     assert not is_shared(open_ort(rewritten), copied)
     pools = engine._pool, dataclasses.replace(engine._pool, kind="another")
-    openers = [graphs.Graphs(onnxruntime, open_bundle(CLASSIFIER), "cpu", pool, {}) for pool in pools]
+    openers = [graphs.BundleGraphs(onnxruntime, open_bundle(CLASSIFIER), "cpu", pool, {}) for pool in pools]
     stem = bundle.manifest.stem.first_graph
     assert openers[0].read(stem)[1] is engine._open[-1, 0]
     assert openers[1].read(stem)[1] is not engine._open[-1, 0]

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import ImageInput, Macs, Segment, Tensor, Variant
 from offramp.runtime.errors import BadBundle, BadInput, EngineUnavailable, ItemError
-from offramp.runtime.inputs.images import ImageReader, ImageRow, decode, normalized, pixels
+from offramp.runtime.inputs.images import (
+    ImageReader,
+    ImageRow,
+    normalize_pixels,
+    open_picture,
+    picture_pixels,
+)
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -58,7 +64,7 @@ def test_pixels_equal_transformers(
     expected = np.stack(processor(picture)["pixel_values"])
     names = ("nearest", "lanczos", "bilinear", "bicubic")
     facts = ImageInput(20, 20, resize, names[resample], "RGB", 1 / 255, MEAN, STD)
-    values = normalized(pixels(picture, facts)[None], facts)
+    values = normalize_pixels(picture_pixels(picture, facts)[None], facts)
     assert values.dtype == np.float32 and values.flags.c_contiguous
     np.testing.assert_allclose(values, expected, atol=TOLERANCE, rtol=0)
 
@@ -82,20 +88,20 @@ def test_pixels_are_the_centre_of_the_resized_image(
     )
     top, left = (size[0] - 8) // 2, (size[1] - 6) // 2
     facts = ImageInput(8, 6, resize, "bilinear", "RGB", 1 / 255, MEAN, STD)
-    np.testing.assert_array_equal(pixels(array, facts), resized[top : top + 8, left : left + 6])
+    np.testing.assert_array_equal(picture_pixels(array, facts), resized[top : top + 8, left : left + 6])
 
 
 def test_pixels_of_a_small_image_have_a_black_border() -> None:
     array = noise(5, 8)
     facts = ImageInput(8, 8, (), "bilinear", "RGB", 1 / 255, MEAN, STD)
-    framed = pixels(array, facts)
+    framed = picture_pixels(array, facts)
     np.testing.assert_array_equal(framed[2:7], array)
     assert not framed[:2].any() and not framed[7:].any()
 
 
 def test_normalized_is_scaled_then_shifted_by_channel() -> None:
     array = noise(20, 20)
-    values = normalized(array[None], PLAIN)
+    values = normalize_pixels(array[None], PLAIN)
     assert values.dtype == np.float32 and values.flags.c_contiguous and values.shape == (1, 3, 20, 20)
     expected = (array / 255 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(values[0].transpose(1, 2, 0), expected, atol=TOLERANCE, rtol=0)
@@ -106,29 +112,31 @@ def test_every_kind_of_picture_gives_the_same_pixels(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(file_of(array))
     for picture in (path, str(path), path.read_bytes(), Image.fromarray(array), array):
-        np.testing.assert_array_equal(pixels(picture, PLAIN), array)
+        np.testing.assert_array_equal(picture_pixels(picture, PLAIN), array)
 
 
 def test_every_colour_mode_becomes_rgb() -> None:
     grey = noise(9, 9)[..., 0]
-    assert (pixels(grey, PLAIN)[..., :1] == pixels(grey, PLAIN)).all()
+    assert (picture_pixels(grey, PLAIN)[..., :1] == picture_pixels(grey, PLAIN)).all()
     for mode in ("RGBA", "P", "L", "CMYK", "1"):
         out = io.BytesIO()
         Image.fromarray(noise(9, 9)).convert(mode).save(out, "TIFF")
-        assert pixels(out.getvalue(), PLAIN).shape == (20, 20, 3)
+        assert picture_pixels(out.getvalue(), PLAIN).shape == (20, 20, 3)
 
 
 def test_bgr_without_resize() -> None:
     array = noise(20, 20)
     facts = ImageInput(20, 20, (), "nearest", "BGR", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    np.testing.assert_array_equal(normalized(pixels(array, facts)[None], facts)[0, 0], array[..., 2])
+    np.testing.assert_array_equal(
+        normalize_pixels(picture_pixels(array, facts)[None], facts)[0, 0], array[..., 2]
+    )
 
 
 def test_exif_rotation_is_applied() -> None:
     array = noise(4, 8)
     exif = Image.new("RGB", (1, 1)).getexif()
     exif[0x0112] = 6  # the camera was held a quarter turn
-    assert np.asarray(decode(file_of(array, "TIFF", exif=exif))).shape == (8, 4, 3)
+    assert np.asarray(open_picture(file_of(array, "TIFF", exif=exif))).shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +154,7 @@ def test_exif_rotation_is_applied() -> None:
 )
 def test_other_objects_are_refused(picture: Any, named: str) -> None:
     with pytest.raises(BadInput) as problem:
-        pixels(picture, PLAIN)
+        picture_pixels(picture, PLAIN)
     assert named in str(problem.value)
 
 
@@ -155,9 +163,9 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     for name, data in (("cut.jpg", jpeg[: len(jpeg) // 2]), ("text.png", b"hello")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BadInput, match=name):
-            pixels(tmp_path / name, PLAIN)
+            picture_pixels(tmp_path / name, PLAIN)
     with pytest.raises(BadInput, match="cannot be read"):
-        pixels(tmp_path, PLAIN)
+        picture_pixels(tmp_path, PLAIN)
 
 
 def image_bundle(input_name: str = "pixel_values") -> Bundle:
@@ -175,7 +183,7 @@ def test_reader_gives_a_row_or_an_error_for_each_item() -> None:
     assert isinstance(first, ImageRow) and isinstance(last, ImageRow)
     assert first.length == 17 and not first.truncated
     values = reader.arrays([first, last])["pixel_values"]
-    np.testing.assert_array_equal(values, normalized(np.stack([array, array]), PLAIN))
+    np.testing.assert_array_equal(values, normalize_pixels(np.stack([array, array]), PLAIN))
     blank = reader.blank(3, 99)["pixel_values"]
     assert blank.shape == (3, 3, 20, 20) and blank.dtype == np.float32 and not blank.any()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from offramp.runtime.bundle.manifest import Tensor
-from offramp.runtime.engines.kv_cache import kv_arrays, shape_of
+from offramp.runtime.engines.kv_cache import past_arrays, sequence_shape
 
 
 def past(block: int, heads: int = 2) -> list[Tensor]:
@@ -16,8 +16,8 @@ def past(block: int, heads: int = 2) -> list[Tensor]:
 
 
 def test_added_tokens_are_written_into_the_past_of_their_blocks() -> None:
-    for kept in kv_arrays([tensor for block in (1, 2, 3) for tensor in past(block)], 8):
-        new = kept.added_by(2)
+    for kept in past_arrays([tensor for block in (1, 2, 3) for tensor in past(block)], 8):
+        new = kept.for_new_tokens(2)
         kind, axis = next(iter(kept.by_name))[5], 3 if "past_k_1" in kept.by_name else 2
         assert list(new.by_name) == [f"new_{kind}_{block}" for block in (1, 2, 3)]
         for view in new.by_name.values():
@@ -35,23 +35,28 @@ def test_added_tokens_are_written_into_the_past_of_their_blocks() -> None:
 
 
 def test_larger_past_has_the_same_tensors() -> None:
-    for kept in kv_arrays(past(1) + past(2), 8):
+    for kept in past_arrays(past(1) + past(2), 8):
         larger = kept.empty_past(24)
         assert list(larger.by_name) == list(kept.by_name) and larger.by_token.shape[0] == 24
         assert not larger.by_token.any()
 
 
 def test_blocks_of_different_shapes_have_their_own_arrays() -> None:
-    arrays = kv_arrays([*past(1), *past(2, heads=3)], 8)
+    arrays = past_arrays([*past(1), *past(2, heads=3)], 8)
     assert [list(array.by_name) for array in arrays] == [
         ["past_k_1"],
         ["past_v_1"],
         ["past_k_2"],
         ["past_v_2"],
     ]
-    assert [array.added_by(1).block_range({"new_k_2"}) for array in arrays] == [None, None, slice(0, 1), None]
+    assert [array.for_new_tokens(1).block_range({"new_k_2"}) for array in arrays] == [
+        None,
+        None,
+        slice(0, 1),
+        None,
+    ]
 
 
 def test_shape_of_one_sequence() -> None:
-    assert shape_of(past(1)[0], 5, 7) == (1, 2, 4, 7)
-    assert shape_of(Tensor("hidden", "float32", ("batch", "seq", 8)), 5, 7) == (1, 5, 8)
+    assert sequence_shape(past(1)[0], 5, 7) == (1, 2, 4, 7)
+    assert sequence_shape(Tensor("hidden", "float32", ("batch", "seq", 8)), 5, 7) == (1, 5, 8)

@@ -116,13 +116,13 @@ def test_facts_name_the_gpu_and_no_run_waits(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu.ort_on_cuda(monkeypatch, machine.cudart)
-    inner, entries = ort_cuda.runner, []
+    inner, entries = ort_cuda.make_run, []
 
     def runner(ort: Any, session: Any, binding: Any, run_entries: Mapping[str, str]) -> Any:
         entries.append(dict(run_entries))
         return inner(ort, session, binding, run_entries)
 
-    monkeypatch.setattr(ort_cuda, "runner", runner)
+    monkeypatch.setattr(ort_cuda, "make_run", runner)
     with load(TINY, cuda_graphs=True, rule="never") as session:
         session("good film")
         facts = session.engine.facts

@@ -12,7 +12,7 @@ from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import Manifest, OperatingPoint
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules import RuleSpec
-from offramp.runtime.rules.resolve import bind_to, points_to_measure, resolve
+from offramp.runtime.rules.resolve import bind_for_bundle, points_to_measure, resolve_rule
 
 
 def classifier() -> Manifest:
@@ -44,57 +44,57 @@ POINTS = (
 
 @pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
 def test_without_options_the_manifest_decides(manifest: Manifest) -> None:
-    assert resolve(manifest) == (manifest.rule, manifest.variants[0])
+    assert resolve_rule(manifest) == (manifest.rule, manifest.variants[0])
 
 
 @pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
 def test_rule_by_name_takes_the_threshold(manifest: Manifest) -> None:
     spec = RuleSpec("margin", {"threshold": 0.2})
-    assert resolve(manifest, rule="margin", threshold=0.2) == (spec, manifest.variants[0])
+    assert resolve_rule(manifest, rule="margin", threshold=0.2) == (spec, manifest.variants[0])
 
 
 def test_threshold_sets_the_main_parameter() -> None:
-    assert resolve(classifier(), rule="fixed", threshold=2)[0] == RuleSpec("fixed", {"exit": 2.0})
-    assert resolve(generator(), rule="skip", threshold=2)[0] == RuleSpec("skip", {"segments": 2.0})
-    assert resolve(classifier(), threshold=0.9)[0] == RuleSpec("gate", {"threshold": 0.9})
+    assert resolve_rule(classifier(), rule="fixed", threshold=2)[0] == RuleSpec("fixed", {"exit": 2.0})
+    assert resolve_rule(generator(), rule="skip", threshold=2)[0] == RuleSpec("skip", {"segments": 2.0})
+    assert resolve_rule(classifier(), threshold=0.9)[0] == RuleSpec("gate", {"threshold": 0.9})
 
 
 def test_threshold_keeps_other_parameters() -> None:
     spec = RuleSpec("patience_confident", {"threshold": 0.1, "patience": 2.0})
-    resolved, _ = resolve(classifier(), rule=spec, threshold=0.3)
+    resolved, _ = resolve_rule(classifier(), rule=spec, threshold=0.3)
     assert resolved == RuleSpec("patience_confident", {"threshold": 0.3, "patience": 2.0})
 
 
 def test_gate_by_name_has_threshold_one_half() -> None:
     manifest = dataclasses.replace(classifier(), rule=RuleSpec("never", {}))
-    assert resolve(manifest, rule="gate")[0] == RuleSpec("gate", {"threshold": 0.5})
+    assert resolve_rule(manifest, rule="gate")[0] == RuleSpec("gate", {"threshold": 0.5})
 
 
 def test_name_of_the_bundles_rule_keeps_its_parameters() -> None:
     manifest = dataclasses.replace(classifier(), rule=RuleSpec("gate", {"threshold": 0.8}))
-    assert resolve(manifest, rule="gate")[0] == manifest.rule
+    assert resolve_rule(manifest, rule="gate")[0] == manifest.rule
 
 
 def test_spec_is_used_as_it_is() -> None:
     spec = RuleSpec("fixed", {"exit": 2.0})
-    assert resolve(classifier(), rule=spec, variant="int8") == (spec, "int8")
+    assert resolve_rule(classifier(), rule=spec, variant="int8") == (spec, "int8")
 
 
 @pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
 def test_point_sets_rule_and_variant(manifest: Manifest) -> None:
     manifest = dataclasses.replace(manifest, points=POINTS)
-    assert resolve(manifest, point="default") == (POINTS[0].rule, "int8")
-    assert resolve(manifest, point="full") == (POINTS[1].rule, "fp32")
-    assert resolve(manifest, point="full", variant="fp32") == (POINTS[1].rule, "fp32")
+    assert resolve_rule(manifest, point="default") == (POINTS[0].rule, "int8")
+    assert resolve_rule(manifest, point="full") == (POINTS[1].rule, "fp32")
+    assert resolve_rule(manifest, point="full", variant="fp32") == (POINTS[1].rule, "fp32")
     with pytest.raises(BadSetting, match="point 'default' was measured in variant int8, not fp32"):
-        resolve(manifest, point="default", variant="fp32")
+        resolve_rule(manifest, point="default", variant="fp32")
 
 
 def test_rule_of_the_default_point_starts_in_its_variant() -> None:
     manifest = dataclasses.replace(classifier(), points=POINTS)
-    assert resolve(manifest)[1] == resolve(manifest, rule="gate", threshold=0.1)[1] == "int8"
-    assert resolve(manifest, rule="never")[1] == "fp32"
-    assert resolve(manifest, variant="fp32")[1] == "fp32"
+    assert resolve_rule(manifest)[1] == resolve_rule(manifest, rule="gate", threshold=0.1)[1] == "int8"
+    assert resolve_rule(manifest, rule="never")[1] == "fp32"
+    assert resolve_rule(manifest, variant="fp32")[1] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_rule_of_the_default_point_starts_in_its_variant() -> None:
 )
 def test_bad_options_for_a_classifier(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadSetting, match=message):
-        resolve(classifier(), **options)
+        resolve_rule(classifier(), **options)
 
 
 @pytest.mark.parametrize(
@@ -129,41 +129,41 @@ def test_bad_options_for_a_classifier(options: dict[str, Any], message: str) -> 
 )
 def test_bad_options_for_a_generator(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadSetting, match=message):
-        resolve(generator(points=()), **options)
+        resolve_rule(generator(points=()), **options)
 
 
 @pytest.mark.parametrize("manifest", [classifier(), generator()], ids=["classifier", "generator"])
 def test_gate_without_policies_is_refused(manifest: Manifest) -> None:
     with pytest.raises(BadSetting, match=r"rule gate: \w+ has no policy in this bundle; choose one of: max_"):
-        resolve(without_output(manifest, "gate"), rule="gate")
+        resolve_rule(without_output(manifest, "gate"), rule="gate")
 
 
 def test_logits_are_needed_of_a_classifier_alone() -> None:
     with pytest.raises(BadSetting, match="rule entropy: segment_00 has no exit in this bundle"):
-        resolve(without_output(classifier(), "logits"), rule="entropy", threshold=0.5)
-    assert resolve(generator(), rule="entropy", threshold=0.5)[0].name == "entropy"
+        resolve_rule(without_output(classifier(), "logits"), rule="entropy", threshold=0.5)
+    assert resolve_rule(generator(), rule="entropy", threshold=0.5)[0].name == "entropy"
 
 
 def test_generator_of_one_segment_has_nothing_to_choose() -> None:
     manifest = generator()
     manifest = dataclasses.replace(manifest, segments=manifest.segments[:1])
-    assert resolve(manifest, rule="never")[0].name == "never"
+    assert resolve_rule(manifest, rule="never")[0].name == "never"
     for name in ("gate", "speculative", "fixed"):
         with pytest.raises(BadSetting, match=f"rule {name}: the bundle has one segment"):
-            resolve(manifest, rule=name)
+            resolve_rule(manifest, rule=name)
 
 
 FIXED, NEVER = RuleSpec("fixed", {"exit": 1.0}), RuleSpec("never", {})
 
 
 def test_bind_to_a_bundle() -> None:
-    assert bind_to(open_bundle(CLASSIFIER), FIXED).spec == FIXED
+    assert bind_for_bundle(open_bundle(CLASSIFIER), FIXED).spec == FIXED
     for exit_kv in ("deferred", "propagate"):
-        assert bind_to(open_bundle(GENERATOR), FIXED, exit_kv).spec == FIXED
+        assert bind_for_bundle(open_bundle(GENERATOR), FIXED, exit_kv).spec == FIXED
     with pytest.raises(BadSetting, match="rule fixed: exit 9 does not exist; there are exits 1 to 3"):
-        bind_to(open_bundle(CLASSIFIER), RuleSpec("fixed", {"exit": 9.0}))
+        bind_for_bundle(open_bundle(CLASSIFIER), RuleSpec("fixed", {"exit": 9.0}))
     with pytest.raises(BadSetting, match=r"has no router; fit one with: ee-calibrate"):
-        bind_to(open_bundle(GENERATOR), RuleSpec("route", {"price": 0.1}))
+        bind_for_bundle(open_bundle(GENERATOR), RuleSpec("route", {"price": 0.1}))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_bind_to_a_bundle() -> None:
 )
 def test_exit_kv_that_contradicts_is_refused(bundle: Any, spec: RuleSpec, exit_kv: str, message: str) -> None:
     with pytest.raises(BadSetting, match=message):
-        bind_to(open_bundle(bundle), spec, exit_kv)
+        bind_for_bundle(open_bundle(bundle), spec, exit_kv)
 
 
 def test_exit_kv_without_cache_fills_is_refused() -> None:
@@ -188,7 +188,7 @@ def test_exit_kv_without_cache_fills_is_refused() -> None:
     decoder = dataclasses.replace(manifest.decoder, cache_fills=())
     bundle = Bundle(GENERATOR, dataclasses.replace(manifest, decoder=decoder))
     with pytest.raises(BadSetting, match=r"the bundle has no graphs for it; write it again with ee-split"):
-        bind_to(bundle, FIXED, "propagate")
+        bind_for_bundle(bundle, FIXED, "propagate")
 
 
 def test_points_to_measure() -> None:

@@ -19,9 +19,9 @@ from offramp.runtime.rules.route import (
     Router,
     Routing,
     fit_router,
+    list_routes,
     read_router,
     read_routing,
-    routes_of,
 )
 
 COSTS = np.array([30.0, 10.0, 20.0])  # in no order
@@ -43,7 +43,7 @@ def test_router_uses_informative_features() -> None:
     router = fit_router(*scored_texts(200, 0), COSTS)
     assert router.error < 0.5
     features, scores = scored_texts(300, 1)
-    routes, rows = router.choose(features, router.price_for(features, 20)), np.arange(300)
+    routes, rows = router.choose_routes(features, router.price_for_cost(features, 20)), np.arange(300)
     assert COSTS[routes].mean() <= 20
     mean_score = scores[rows, routes].mean()
     shuffled = [scores[rows, np.random.default_rng(seed).permutation(routes)].mean() for seed in range(9)]
@@ -54,11 +54,11 @@ def test_router_uses_informative_features() -> None:
 def test_lower_price_buys_more() -> None:
     router = fit_router(*scored_texts(200, 0), COSTS)
     features, _ = scored_texts(100, 2)
-    mean_costs = [COSTS[router.choose(features, price)].mean() for price in (0.0, 0.05, 0.2, 100.0)]
+    mean_costs = [COSTS[router.choose_routes(features, price)].mean() for price in (0.0, 0.05, 0.2, 100.0)]
     assert mean_costs == sorted(mean_costs, reverse=True)
     assert mean_costs[0] > mean_costs[-1] == 10
-    assert router.price_for(features, 35) == 0
-    assert COSTS[router.choose(features, router.price_for(features, 9))].mean() == 10
+    assert router.price_for_cost(features, 35) == 0
+    assert COSTS[router.choose_routes(features, router.price_for_cost(features, 9))].mean() == 10
 
 
 def test_router_ignores_random_features() -> None:
@@ -66,7 +66,7 @@ def test_router_ignores_random_features() -> None:
     random, features = np.random.default_rng(5), np.tile(features, (1, 10))
     router = fit_router(features, random.normal(size=(60, 3)) + np.array([1.0, 0, 0]), COSTS)
     assert router.error > 0.9
-    assert (router.choose(features, 0.0) == 0).mean() > 0.9
+    assert (router.choose_routes(features, 0.0) == 0).mean() > 0.9
     assert router.strength >= 100
 
 
@@ -89,7 +89,7 @@ def test_error_of_router_is_that_of_rows_left_out() -> None:
 
 def test_cheaper_route_wins_a_tie() -> None:
     router = Router(np.zeros(2), np.ones(2), np.zeros((2, 3)), np.zeros(3), COSTS, 1.0, 1.0)
-    assert router.choose(np.zeros((4, 2)), 0.0).tolist() == [1] * 4
+    assert router.choose_routes(np.zeros((4, 2)), 0.0).tolist() == [1] * 4
 
 
 def test_router_file_round_trip() -> None:
@@ -104,7 +104,7 @@ def test_router_file_round_trip() -> None:
 
 
 def test_routes_of_a_bundle() -> None:
-    routes = routes_of(open_bundle(GENERATOR).manifest)
+    routes = list_routes(open_bundle(GENERATOR).manifest)
     assert [(route.name, sorted(route.skipped), route.blocks) for route in routes] == [
         ("full", [], 3),
         ("skip to 2", [1], 2),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from offramp.runtime.bundle.strict_json import build
+from offramp.runtime.bundle.strict_json import build_value
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,5 @@ def test_type_hints_are_evaluated_once_per_class(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(typing, "get_type_hints", count)
     value = {"leaves": [{"size": 1}, {"size": 2}]}
     for _ in range(2):
-        assert build(Tree, value, "tree") == Tree((Leaf(1), Leaf(2)))
+        assert build_value(Tree, value, "tree") == Tree((Leaf(1), Leaf(2)))
     assert evaluated == [Tree, Leaf]

@@ -12,12 +12,12 @@ from offramp.runtime.rules.sweep import (
     ExitTable,
     accuracy_at,
     choose_points,
-    full_depth,
-    most_accurate,
+    full_depth_point,
+    most_accurate_point,
     settings_to_try,
-    shallowest,
+    shallowest_point,
     sweep,
-    undominated,
+    undominated_points,
 )
 
 
@@ -52,7 +52,7 @@ def test_two_parameters_are_swept_together_and_undominated_points_are_a_curve() 
     points = sweep("patience_confident", settings_to_try("patience_confident", table()), table(), macs())
     assert {p.rule.parameters["patience"] for p in points} == {1, 2}
     assert len({p.rule.parameters["threshold"] for p in points}) > 2
-    edge = undominated(points)
+    edge = undominated_points(points)
     assert [p.accuracy for p in edge] == sorted({p.accuracy for p in edge})
     assert all(any(e.mean_exit <= p.mean_exit and e.accuracy >= p.accuracy for e in edge) for p in points)
 
@@ -65,13 +65,13 @@ def test_no_policies_no_gate() -> None:
 
 def test_choices() -> None:
     points = sweep("gate", settings_to_try("gate", table()), table(), macs())
-    best = shallowest(points, 100)
+    best = shallowest_point(points, 100)
     assert best is not None and best.accuracy == 100
     assert all(p.accuracy < 100 for p in points if p.mean_exit < best.mean_exit)
-    half = most_accurate(points, 60)
+    half = most_accurate_point(points, 60)
     assert half is not None and half.layers_saved >= 60
     assert half.accuracy == max(p.accuracy for p in points if p.layers_saved >= 60)
-    assert shallowest(points, 101) is None and most_accurate(points, 101) is None
+    assert shallowest_point(points, 101) is None and most_accurate_point(points, 101) is None
 
 
 def test_points_by_name_and_the_reference_of_within() -> None:
@@ -83,7 +83,7 @@ def test_points_by_name_and_the_reference_of_within() -> None:
     assert lenient["default"].mean_exit < points["default"].mean_exit
     # No point reaches the reference: the default is full depth, and there is no point within-X.
     hopeless = choose_points("max_probability", table(), macs(), reference=200)
-    assert hopeless["default"] == full_depth(table(), macs())
+    assert hopeless["default"] == full_depth_point(table(), macs())
     assert not any(name.startswith("within") for name in hopeless) and "trained" not in hopeless
 
 

@@ -11,7 +11,14 @@ from tiny_bundles import CLASSIFIER, GENERATOR
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.errors import BadBundle, BadInput, ItemError
-from offramp.runtime.inputs.text import LENGTH_STEP, TextReader, TextRow, open_tokenizer, read_all, reader_of
+from offramp.runtime.inputs.text import (
+    LENGTH_STEP,
+    TextReader,
+    TextRow,
+    items_to_rows,
+    open_reader,
+    open_tokenizer,
+)
 
 
 def bundle_with(**facts: object) -> Bundle:
@@ -26,7 +33,7 @@ def reader() -> TextReader:
 
 
 def read(reader: TextReader, *items: object) -> list[TextRow]:
-    return read_all(reader, items)
+    return items_to_rows(reader, items)
 
 
 def test_arrays_of_one_row_are_not_padded(reader: TextReader) -> None:
@@ -137,9 +144,9 @@ def test_text_without_a_token_is_an_item_error() -> None:
 
 
 def test_reader_of_a_bundle_follows_its_input() -> None:
-    assert isinstance(reader_of(open_bundle(CLASSIFIER)), TextReader)
+    assert isinstance(open_reader(open_bundle(CLASSIFIER)), TextReader)
     with pytest.raises(BadBundle, match="stem input 'past_valid' cannot be made from text"):
-        reader_of(open_bundle(GENERATOR))
+        open_reader(open_bundle(GENERATOR))
 
 
 def test_open_tokenizer_neither_pads_nor_truncates() -> None:

@@ -51,7 +51,7 @@ def test_first_session_makes_the_global_pool() -> None:
 other_session()
 lines += [facts_of(threads=2), facts_of(), facts_of(threads=1)]
 options = ort.SessionOptions()
-threads.fit(options)
+threads.share_global_pool(options)
 other_session(options)
 lines.append("fits")
 """)

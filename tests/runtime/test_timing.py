@@ -11,7 +11,7 @@ import pytest
 from offramp.runtime import load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.decoding import Token
-from offramp.runtime.inputs.text import read_all, reader_of
+from offramp.runtime.inputs.text import items_to_rows, open_reader
 from offramp.runtime.tuning.timing import (
     ROWS_PER_TURN,
     Batches,
@@ -70,7 +70,7 @@ def test_a_walk_answers_what_its_session_answers(point: str) -> None:
     with load_classifier(TINY, point=point) as session:
         candidate = walk_candidate(session, point, "walk")
         answers = [session(text) for text in TEXTS]
-        rows = read_all(reader_of(open_bundle(TINY)), TEXTS)
+        rows = items_to_rows(open_reader(open_bundle(TINY)), TEXTS)
         batches = list(session.batches(rows, 2))
         labels, exits = candidate.run(batches, len(rows), 2)()
         for text, answer in zip(TEXTS, answers, strict=True):

@@ -106,7 +106,7 @@ def test_the_command_ends_with_2_and_one_line(beside: str) -> None:
     """On this machine as it is; where it has TensorRT's lean and dispatch runtimes, with them loaded."""
     if beside:
         pytest.importorskip("tensorrt_lean")
-    if cuda.missing_driver() is None:
+    if cuda.driver_problem() is None:
         pytest.skip("this machine has a GPU")
     code = f"{beside}from offramp.runtime.cli import main; main()"
     command = [sys.executable, "-c", code, "--engine", "trt", "--bundle", str(TINY), "-"]

@@ -129,9 +129,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     monkeypatch.delenv("OFFRAMP_CACHE", raising=False)
-    assert trt_cache.default_folder() == Path("/somewhere/offramp")
+    assert trt_cache.default_cache_folder() == Path("/somewhere/offramp")
     monkeypatch.setenv("OFFRAMP_CACHE", "/else")
-    assert trt_cache.default_folder() == Path("/else")
+    assert trt_cache.default_cache_folder() == Path("/else")
 
 
 def test_of_many_processes_one_builds_and_all_agree_on_the_key(tmp_path: Path) -> None:

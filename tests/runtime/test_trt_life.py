@@ -368,14 +368,14 @@ def test_an_address_that_is_not_set(broken: pytest.MonkeyPatch) -> None:
 
 
 def test_a_profile_whose_bounds_are_swapped(broken: pytest.MonkeyPatch) -> None:
-    real = trt_build.shapes_of
-    broken.setattr(trt_build, "shapes_of", lambda tensor, profile: real(tensor, profile)[::-1])
+    real = trt_build.profile_shapes
+    broken.setattr(trt_build, "profile_shapes", lambda tensor, profile: real(tensor, profile)[::-1])
     with pytest.raises(BadBundle, match=r"stem\.onnx: TensorRT cannot compile it"):
         opened()
 
 
 def test_a_shape_outside_of_the_profile(broken: pytest.MonkeyPatch) -> None:
-    broken.setattr(trt, "profile_of", lambda known, rows, length: 0)
+    broken.setattr(trt, "find_profile", lambda known, rows, length: 0)
     with pytest.raises(DeviceFailed, match="TensorRT refuses"):
         walk(opened(), rows=2)
 
@@ -396,13 +396,13 @@ def test_memory_that_was_freed(broken: pytest.MonkeyPatch, machine: SimpleNamesp
 
 def test_a_tensor_of_another_type(broken: pytest.MonkeyPatch) -> None:
     """Half of the bytes that TensorRT writes: the places behind it would be overwritten."""
-    real, half = device.Layout.of, dataclasses.replace
+    real, half = device.Layout.from_manifest, dataclasses.replace
 
     def small(*args: Any) -> Any:
         layout = real(*args)
         return half(layout, pairs=tuple(half(tensor, dtype="float16") for tensor in layout.pairs))
 
-    broken.setattr(device.Layout, "of", small)
+    broken.setattr(device.Layout, "from_manifest", small)
     engine = opened()
     try:
         wrong = not np.allclose(walk(engine, 32, 48), expected(32, 48), atol=1e-4)
@@ -412,30 +412,34 @@ def test_a_tensor_of_another_type(broken: pytest.MonkeyPatch) -> None:
 
 
 def test_an_input_of_another_type_than_the_manifest_says(broken: pytest.MonkeyPatch) -> None:
-    broken.setattr(trt_versions, "as_read", lambda trt, tensor: dataclasses.replace(tensor, dtype="float32"))
+    broken.setattr(
+        trt_versions, "as_tensorrt_reads", lambda trt, tensor: dataclasses.replace(tensor, dtype="float32")
+    )
     with pytest.raises(BadBundle, match="the manifest has float32"):
         opened()
 
 
 def test_scratch_memory_that_is_not_aligned(broken: pytest.MonkeyPatch) -> None:
-    real = trt_versions.lend
-    broken.setattr(trt_versions, "lend", lambda context, at, size: real(context, at + 8, size - 8))
+    real = trt_versions.set_scratch_memory
+    broken.setattr(
+        trt_versions, "set_scratch_memory", lambda context, at, size: real(context, at + 8, size - 8)
+    )
     with pytest.raises(DeviceFailed):
         walk(opened())
 
 
 def test_scratch_memory_that_is_never_lent(broken: pytest.MonkeyPatch) -> None:
-    broken.setattr(trt_versions, "lend", lambda context, at, size: None)
+    broken.setattr(trt_versions, "set_scratch_memory", lambda context, at, size: None)
     with pytest.raises(DeviceFailed):
         walk(opened())
 
 
 def test_a_graph_with_an_operator_of_a_vendor(broken: pytest.MonkeyPatch) -> None:
-    real = trt.build
+    real = trt.build_engine
 
     def fused(trt: Any, log: Any, data: bytes, *others: Any) -> Any:
         return real(trt, log, data + b"\x3a\x0dcom.microsoft", *others)
 
-    broken.setattr(trt, "build", fused)
+    broken.setattr(trt, "build_engine", fused)
     with pytest.raises(BadBundle, match=r"stem\.onnx: TensorRT cannot read it"):
         opened()

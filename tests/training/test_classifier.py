@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor
 
 from offramp.models import EarlyExitNetwork
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.inputs.images import normalized, pixels
+from offramp.runtime.inputs.images import normalize_pixels, picture_pixels
 from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.classifier import IMAGENET_MEAN, IMAGENET_STD, image_input, new_network
@@ -35,7 +35,9 @@ def test_at_the_models_own_size_pixels_are_its_processors(tmp_path: Path) -> Non
     image = tiny.image(1, 5, (20, 30))
     processor: Any = AutoImageProcessor.from_pretrained(model)
     expected = np.stack(processor(image)["pixel_values"])
-    np.testing.assert_allclose(normalized(pixels(image, facts)[None], facts), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        normalize_pixels(picture_pixels(image, facts)[None], facts), expected, atol=1e-5
+    )
 
 
 def test_at_another_size_the_crop_contains_as_much_of_the_image(tmp_path: Path) -> None:
