@@ -130,7 +130,7 @@ class TextGenerator(Session[TokenSequence]):
             yield token
 
     def warm_up(self, lengths: Sequence[int] = (16,), batch: int = 1) -> None:
-        """Run a prompt of each of these lengths (tokens) and a further token, so that later calls are fast."""
+        """Run a prompt of each of these lengths (tokens) and a further token, to make later calls fast."""
         if bad := [length for length in lengths if length < 1]:
             raise BadSetting(f"length {bad[0]}: expected 1 or more")
         for length in lengths:
