@@ -1,4 +1,4 @@
-"""Errors of offramp.runtime; the tree below lists all that it raises on purpose.
+"""Errors of offramp.runtime: the tree of all errors that it raises on purpose.
 
 OfframpError                     base of all others
 ├── BundleNotFound               FileNotFoundError   no bundle at that path, or a file of it is missing
