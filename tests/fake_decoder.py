@@ -91,6 +91,7 @@ class FakeRunner:
 
     def run(self, segment: int, ids: Sequence[int], start: int, hidden: Any) -> SegmentOutput:
         self.calls.append(("run", segment, start, len(ids)))
+        self._last = segment, ids, start
         between = self._between_of(len(ids))
         if hidden is not None:
             between[segment] = hidden
@@ -104,6 +105,11 @@ class FakeRunner:
         output = between[segment + 1]
         gate = None if segment + 1 == len(BLOCKS) else gate_of(segment, output)
         return SegmentOutput(output, exit_hidden_of(segment, output), gate)
+
+    def run_next(self, segment: int) -> SegmentOutput:
+        before, ids, start = self._last
+        assert segment == before + 1, "the previous step ran another segment"
+        return self.run(segment, ids, start, None)
 
     def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Any) -> None:
         self.calls.append(("fill", segment, start, len(ids)))

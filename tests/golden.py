@@ -41,6 +41,8 @@ OPTIONS: dict[str, str] = {
     "--against": "--baselines",
     "--rivals": "--baselines",
     "--whole-image": "--no-crop",
+    "--points-from": "--calibration-split",
+    "--within": "--max-accuracy-drop",
 }  # of commands, such as "--cache": "--exit-kv"; --within and --no-crop too
 FIELDS: dict[str, str] = {
     "ran": "blocks_run",

@@ -126,6 +126,7 @@ class KVCache:
         self.past = past_arrays([tensor for tensor in inputs if tensor.name.startswith(PAST)], self.places)
         # By number of tokens, and of places that they read; bound to the arrays of self.past.
         self._steps: dict[tuple[int, int], _BoundSteps] = {}
+        self._current: _BoundSteps  # of the last run
 
     def make_room(self, tokens: int) -> None:
         """Enlarge the cache to hold this many tokens; raises BadInput for more than `longest`."""
@@ -150,7 +151,12 @@ class KVCache:
 
     def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
         """Run a segment on tokens and add their keys and values to the cache; see CacheRunner.run."""
-        return self._bound(len(ids), start).run(segment, ids, start, hidden)
+        self._current = self._bound(len(ids), start)
+        return self._current.run(segment, ids, start, hidden)
+
+    def run_next(self, segment: int) -> SegmentOutput:
+        """Run a segment on the tokens of the previous step; see CacheRunner.run_next."""
+        return self._current.run_step(segment)
 
     def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:
         """Fill the cache of a segment that is not run from hidden states; see CacheRunner.fill."""
@@ -202,12 +208,12 @@ class _BoundSteps:
         self._steps: dict[tuple[int, bool], _BoundStep] = {}
         self._heads: dict[bool, tuple[Run, Floats]] = {}
         self._stem = self._bind(engine.manifest.stem, {"hidden": embedded})
-        self._embedded: tuple[int, Sequence[int]] = (-1, ())  # start and ids of the stem's last run
+        self._embedded_start, self._embedded_ids = -1, list[int]()  # of the stem's last run
         self._valid_places = 0  # places that past_valid marks as filled
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
         """Run the stem unless its last run was on the same tokens; returns hidden [tokens, hidden size]."""
-        if self._embedded != (start, ids):
+        if self._embedded_start != start or self._embedded_ids != ids:
             self._ids[0], self._positions[0] = ids, self._engine.positions[start : start + self._tokens]
             if start < self._valid_places:
                 self._valid[0, start:] = 0
@@ -215,7 +221,7 @@ class _BoundSteps:
                 self._valid[0, self._valid_places : start] = 1
             self._valid_places = start
             self._stem()
-            self._embedded = start, list(ids)
+            self._embedded_start, self._embedded_ids = start, list(ids)
         hidden: Floats = self._between[0][0]
         return hidden
 
@@ -226,10 +232,15 @@ class _BoundSteps:
         self.embed(ids, start)  # the stem's masks and rotations are read by every segment
         if hidden is not None and segment:
             self._between[segment][0] = hidden
+        return self.run_step(segment, fill)
+
+    def run_step(self, segment: int, fill: bool = False) -> SegmentOutput:
+        """Run a segment, or its cache fill, on the tokens that the stem ran on last."""
         step = self._steps.get((segment, fill))
         if step is None:
             step = self._steps[segment, fill] = self._bind_segment(segment, fill)
         step.run()
+        start = self._embedded_start
         for cache, new in step.added:
             cache[start : start + self._tokens] = new
         return step.output
