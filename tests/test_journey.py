@@ -16,6 +16,9 @@ from offramp.runtime.cli import main as run
 from offramp.training.cli import train
 
 
+pytestmark = pytest.mark.slow  # trains and exports a network; the parts have default tests of their own
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("journey")

@@ -71,6 +71,7 @@ def test_weights_are_float16_in_blocks_and_float32_behind_them(exported: Callabl
     assert {name for node in graph.node for name in node.input} >= set(kinds)  # no weight is there twice
 
 
+@pytest.mark.slow  # MPNet, the second exported family
 def test_it_is_smaller_and_its_interface_is_that_of_fp32(exported: Callable[[str], Any]) -> None:
     folder = exported("mpnet").folder
     for part in ("segment_00", "segment_01"):
@@ -85,7 +86,7 @@ def test_it_is_smaller_and_its_interface_is_that_of_fp32(exported: Callable[[str
     assert [one.version for one in onnx.load(small).opset_import] == [18]
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
+@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
 def test_every_tensor_that_crosses_is_cast_once(family: str, exported: Callable[[str], Any]) -> None:
     folder = exported(family).folder
     for name in ("segment_00", "segment_01"):
@@ -115,6 +116,7 @@ def test_what_it_says_is_near_fp32(family: str, exported: Callable[[str], Any]) 
     assert 0 < np.abs(full["logits"] - half["logits"]).max() < 0.005
 
 
+@pytest.mark.slow  # MPNet, the second exported family
 def test_a_fully_padded_row_is_finite(exported: Callable[[str], Any]) -> None:
     folder = exported("mpnet").folder
     values = random_inputs(load(folder, "segment_00"), [[1] * 9, [0] * 9])

@@ -24,7 +24,7 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.models.macs import segment_macs
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize("family", tiny.with_slow(["bert", "mpnet"], "bert"))
 def test_the_module_says_what_the_last_exit_says(family: str) -> None:
     network, inputs = tiny.network(family), tiny.inputs(family)
     whole = join_segments(split_classifier(network, (3,)))

@@ -37,6 +37,7 @@ def test_scales_are_per_channel(exported: Callable[[str], Any]) -> None:
     assert scales and all(list(value.dims) in ([32], [64]) for value in scales)
 
 
+@pytest.mark.slow  # MPNet, the second exported family
 def test_it_is_smaller_and_its_logits_are_close(
     exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines import threads
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
+@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
 def test_segments_compute_no_shapes_and_fuse_gelu(
     family: str, exported: Callable[[str], Any], tmp_path: Path
 ) -> None:

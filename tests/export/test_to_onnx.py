@@ -51,7 +51,7 @@ def walk(
     return outputs
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(sorted(tiny.CONFIGS), "bert", "mpnet"))
+@pytest.mark.parametrize("family", tiny.with_slow(sorted(tiny.CONFIGS), "bert"))
 def test_every_family_answers_as_torch_does_at_every_size(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
 ) -> None:
@@ -69,7 +69,7 @@ def test_every_family_answers_as_torch_does_at_every_size(
             assert np.abs(outputs[0]["gate"] - whole.gate_logits[:, 0].sigmoid().numpy()).max() < 1e-4
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert", "mpnet"))
+@pytest.mark.parametrize("family", tiny.with_slow(tiny.EXPORTED, "bert"))
 def test_graphs_are_plain_and_carry_no_notes(family: str, exported: Callable[[str], Any]) -> None:
     export = exported(family)
     for segment in export.segments:
