@@ -15,7 +15,6 @@ from offramp.runtime import load
 from offramp.runtime.cli import main as run
 from offramp.training.cli import train
 
-
 pytestmark = pytest.mark.slow  # trains and exports a network; the parts have default tests of their own
 
 
