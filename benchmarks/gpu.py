@@ -308,7 +308,7 @@ def _bound_run(ort: Any, session: Any, cuda: Cuda, inputs: dict[str, Any]) -> Ru
     logits, place = cuda.pinned(size), cuda.memory(size)
     binding.bind_output(node.name, ort_cuda.PLACE, 0, np.float32, shape, place.pointer)
     entries = {"disable_synchronize_execution_providers": "1"}
-    enqueue = ort_cuda.runner(ort, session, binding, entries)  # type: ignore[attr-defined]  # doubles replace it there
+    enqueue = ort_cuda.make_run(ort, session, binding, entries)  # type: ignore[attr-defined]  # doubles replace it there
 
     def run() -> None:
         for pinned, array, target, host in uploads:
