@@ -46,6 +46,8 @@ OPTIONS: dict[str, str] = {
 }  # of commands, such as "--cache": "--exit-kv"; --within and --no-crop too
 FIELDS: dict[str, str] = {
     "ran": "blocks_run",
+    "points_from": "calibration_split",
+    "within": "max_accuracy_drop",
     "contenders": "candidates",
     "segments_end_behind": "segments_end_after",
     "fills": "cache_fills",
