@@ -95,23 +95,27 @@ class TokenSignals:
     @property
     def hidden(self) -> Floats:
         """Hidden state after the segment [rows, hidden size]."""
-        return self._output.hidden[-self._rows :]
+        return self._newest(self._output.hidden)
 
     @property
     def gate(self) -> Floats | None:
         """P(exit) of the policy [rows]; None without a policy."""
-        return None if self._output.gate is None else self._output.gate[-self._rows :]
+        return None if self._output.gate is None else self._newest(self._output.gate)
 
     @property
     def logits(self) -> Floats:
         """Logits of the exit after this segment [rows, vocabulary]."""
         if self._logits is None:
-            self._logits = self._runner.logits(self._output.exit_hidden[-self._rows :])
+            self._logits = self._runner.logits(self._newest(self._output.exit_hidden))
         return self._logits
 
     def draft_logits(self) -> Floats:
         """Compute logits of the draft head [rows, ids]; of all ids if the bundle has no draft head."""
-        return self._runner.logits(self._output.exit_hidden[-self._rows :], draft=True)
+        return self._runner.logits(self._newest(self._output.exit_hidden), draft=True)
+
+    def _newest(self, rows: Floats) -> Floats:
+        """The newest rows; all rows as the same array, which the head can read in place."""
+        return rows if len(rows) == self._rows else rows[-self._rows :]
 
 
 class TokenSequence:
@@ -130,6 +134,7 @@ class TokenSequence:
         self.runner = runner
         self.ids: list[int] = []
         self.filled = [0] * len(runner.blocks)
+        self._blocks, self._last = runner.blocks, len(runner.blocks) - 1
         self.rows, self.blocks_run = 1, 0
         self._propagate, self._newest = propagate, 0  # number of tokens that were fed last
         self._waiting_hidden = [_HiddenQueue(runner.hidden_size) for _ in runner.blocks]
@@ -164,8 +169,15 @@ class TokenSequence:
         place = self._in_place
         if place is not None and place[0] == segment:
             _, start, count = place
+            # Most tokens run straight through, so this path does no more than it must: a line between two
+            # segments takes several times what it takes in a tight loop.
             if self.filled[segment] == start and self.filled[segment - 1] == start + count:
-                return self._run_on(segment, start, count)
+                output = self.runner.run_next(segment)
+                self.blocks_run += count * self._blocks[segment]
+                self.filled[segment] = start + count
+                self._in_place = (segment + 1, start, count) if segment < self._last else None
+                self._in_place_hidden = output.hidden
+                return output
         if self._propagate and self.waiting(segment) > self._newest:
             self.fill(segment, keep=self._newest)
         output = self._run(segment)
@@ -200,32 +212,17 @@ class TokenSequence:
         for segment, queue in enumerate(self._waiting_hidden[1:], 1):
             queue.keep(self.waiting(segment))
 
-    def _run_on(self, segment: int, start: int, count: int) -> SegmentOutput:
-        """Run a segment on the tokens of the previous step, the only ones that wait before it.
-
-        Most tokens run straight through, so this path does no more than it must: a line between two segments
-        takes several times what it takes in a tight loop.
-        """
-        output = self.runner.run_next(segment)
-        self._count_run(segment, start, count, output)
-        return output
-
     def _run(self, segment: int) -> SegmentOutput:
         self._put_aside()
         start = self.filled[segment]
         count = min(max(KEPT_TOKENS, self._newest), self.waiting(segment))
         hidden = self._take(segment, count) if segment else None
         output = self.runner.run(segment, self.ids[start : start + count], start, hidden)
-        self._count_run(segment, start, count, output)
-        return output
-
-    def _count_run(self, segment: int, start: int, count: int, output: SegmentOutput) -> None:
-        self.blocks_run += count * self.runner.blocks[segment]
+        self.blocks_run += count * self._blocks[segment]
         self.filled[segment] = start + count
-        if segment + 1 < len(self.filled):
-            self._in_place, self._in_place_hidden = (segment + 1, start, count), output.hidden
-        else:
-            self._in_place = None
+        self._in_place = (segment + 1, start, count) if segment < self._last else None
+        self._in_place_hidden = output.hidden
+        return output
 
     def _put_aside(self) -> None:
         """Copy the hidden state that is in place into its queue, before another step overwrites it."""

@@ -126,7 +126,7 @@ class KVCache:
         self.past = past_arrays([tensor for tensor in inputs if tensor.name.startswith(PAST)], self.places)
         # By number of tokens, and of places that they read; bound to the arrays of self.past.
         self._steps: dict[tuple[int, int], _BoundSteps] = {}
-        self._current: _BoundSteps  # of the last run
+        self._current: _BoundSteps | None = None  # of the last run
 
     def make_room(self, tokens: int) -> None:
         """Enlarge the cache to hold this many tokens; raises BadInput for more than `longest`."""
@@ -138,7 +138,9 @@ class KVCache:
         while self.places < tokens:
             self.places += min(self.places, 4 * PLACES)
         self.places = min(self.places, self.longest)
+        self.write_pending()
         self._steps.clear()  # they are bound to the smaller arrays
+        self._current = None
         for number, old in enumerate(self.past):
             larger = old.empty_past(self.places)
             larger.by_token[:held] = old.by_token
@@ -147,24 +149,38 @@ class KVCache:
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
         """Run the stem on tokens and return their hidden states; see CacheRunner.embed."""
-        return self._bound(len(ids), start).embed(ids, start)
+        return self._steps_for(len(ids), start).embed(ids, start)
 
     def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
         """Run a segment on tokens and add their keys and values to the cache; see CacheRunner.run."""
-        self._current = self._bound(len(ids), start)
-        return self._current.run(segment, ids, start, hidden)
+        steps = self._steps_for(len(ids), start)
+        return steps.run(segment, ids, start, hidden)
 
     def run_next(self, segment: int) -> SegmentOutput:
         """Run a segment on the tokens of the previous step; see CacheRunner.run_next."""
+        assert self._current is not None
         return self._current.run_step(segment)
 
     def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:
         """Fill the cache of a segment that is not run from hidden states; see CacheRunner.fill."""
-        self._bound(len(ids), start).run(segment, ids, start, hidden, fill=True)
+        self._steps_for(len(ids), start).run(segment, ids, start, hidden, fill=True)
+
+    def write_pending(self) -> None:
+        """Write the keys and values of the last steps into the cache, if that has not been done yet."""
+        if self._current is not None:
+            self._current.write_pending()
 
     def logits(self, hidden: Floats, draft: bool = False) -> Floats:
         """Run the head, or the draft head, on hidden states; see CacheRunner.logits."""
         return self._bound(len(hidden)).logits(hidden, draft)
+
+    def _steps_for(self, tokens: int, start: int) -> _BoundSteps:
+        """The bound steps for tokens from `start` on, after other bound steps have written their results."""
+        steps = self._bound(tokens, start)
+        if steps is not self._current:
+            self.write_pending()
+            self._current = steps
+        return steps
 
     def _bound(self, tokens: int, start: int = -1) -> _BoundSteps:
         # A prompt has no past: its graphs read one masked place instead of all places that the prompt will
@@ -179,17 +195,19 @@ class KVCache:
 
 
 class _BoundStep(NamedTuple):
-    """A bound graph: its run, its output, and pairs (cache, new keys or values), with tokens first."""
+    """A bound graph: its run and its output."""
 
     run: Run
     output: SegmentOutput
-    added: list[tuple[Array, Array]]
 
 
 class _BoundSteps:
     """Memory for steps on a number of tokens, bound to the graphs and to one cache at the first use.
 
     The hidden state between two segments has one array, which one step writes and the next step reads.
+
+    New keys and values are written into the cache later, before the next tokens run: those of consecutive
+    segments in one assignment. One a segment took longer than all other lines between two segments.
     """
 
     def __init__(self, engine: OrtDecoderEngine, cache: KVCache, tokens: int, places: int) -> None:
@@ -206,14 +224,19 @@ class _BoundSteps:
             arrays |= kv_array.by_name
         self._shared = arrays
         self._steps: dict[tuple[int, bool], _BoundStep] = {}
-        self._heads: dict[bool, tuple[Run, Floats]] = {}
+        self._heads: dict[tuple[int, bool], tuple[Run, Floats]] = {}
+        self._output: SegmentOutput | None = None  # of the last step
+        self._output_segment = -1
         self._stem = self._bind(engine.manifest.stem, {"hidden": embedded})
         self._embedded_start, self._embedded_ids = -1, list[int]()  # of the stem's last run
         self._valid_places = 0  # places that past_valid marks as filled
+        self._pending = (0, 0)  # first segment, and the one after the last, with results to write
+        self._writes: dict[tuple[int, int], list[tuple[Array, Array]]] = {}  # by such a pair: (cache, new)
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
         """Run the stem unless its last run was on the same tokens; returns hidden [tokens, hidden size]."""
         if self._embedded_start != start or self._embedded_ids != ids:
+            self.write_pending()
             self._ids[0], self._positions[0] = ids, self._engine.positions[start : start + self._tokens]
             if start < self._valid_places:
                 self._valid[0, start:] = 0
@@ -228,7 +251,7 @@ class _BoundSteps:
     def run(
         self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None, fill: bool = False
     ) -> SegmentOutput:
-        """Run a segment, or its cache fill, and write the new keys and values into the cache."""
+        """Run a segment, or its cache fill, and note that its keys and values are to be written."""
         self.embed(ids, start)  # the stem's masks and rotations are read by every segment
         if hidden is not None and segment:
             self._between[segment][0] = hidden
@@ -239,27 +262,60 @@ class _BoundSteps:
         step = self._steps.get((segment, fill))
         if step is None:
             step = self._steps[segment, fill] = self._bind_segment(segment, fill)
+        if self._pending[1] != segment:
+            self.write_pending()
+            self._pending = (segment, segment)
         step.run()
-        start = self._embedded_start
-        for cache, new in step.added:
-            cache[start : start + self._tokens] = new
+        self._pending = (self._pending[0], segment + 1)
+        self._output, self._output_segment = step.output, segment
         return step.output
 
+    def write_pending(self) -> None:
+        """Write the keys and values of the steps since the last call into the cache."""
+        if self._pending[0] == self._pending[1]:
+            return
+        writes = self._writes.get(self._pending)
+        if writes is None:
+            writes = self._writes[self._pending] = self._writes_of(*self._pending)
+        start = self._embedded_start
+        for cache, new in writes:
+            cache[start : start + self._tokens] = new
+        self._pending = (0, 0)
+
+    def _writes_of(self, first: int, end: int) -> list[tuple[Array, Array]]:
+        """Pairs (cache, new keys or values) of segments from `first` to before `end`, with tokens first."""
+        names = {
+            tensor.name
+            for segment in self._engine.manifest.segments[first:end]
+            for tensor in self._engine.graph_of(segment).outputs
+        }
+        writes = []
+        for past, new in zip(self._cache.past, self._new, strict=True):
+            if (blocks := new.block_range(names)) is not None:
+                writes.append((past.by_token[:, blocks], new.by_token[:, blocks]))
+        return writes
+
     def logits(self, hidden: Floats, draft: bool) -> Floats:
-        """Run the head, or the draft head, on hidden states; returns logits [tokens, ids]."""
-        bound = self._heads.get(draft)
+        """Run the head, or the draft head, on hidden states; returns logits [tokens, ids].
+
+        If `hidden` is the array of the last step's output, the head reads it in place.
+        """
+        in_place = self._output is not None and hidden is self._output.exit_hidden
+        key = (self._output_segment if in_place else -1, draft)
+        bound = self._heads.get(key)
         if bound is None:
-            bound = self._heads[draft] = self._bind_head(draft)
+            bound = self._heads[key] = self._bind_head(hidden[None] if in_place else self._head_input, draft)
         run, logits = bound
-        self._head_input[0] = hidden
+        if not in_place:
+            self._head_input[0] = hidden
         run()
         return logits
 
-    def _bind_head(self, draft: bool) -> tuple[Run, Floats]:
+    def _bind_head(self, hidden: Floats, draft: bool) -> tuple[Run, Floats]:
         decoder = self._engine.decoder
         head = decoder.draft if draft and decoder.draft is not None else decoder.head
         logits = self._array(self._engine.graph_of(head).outputs[0])
-        return self._bind(head, {"hidden": self._head_input, "logits": logits}), logits[0]
+        return self._bind(head, {"hidden": hidden, "logits": logits}), logits[0]
 
     def _bind_segment(self, number: int, fill: bool) -> _BoundStep:
         segment = self._engine.manifest.segments[number]
@@ -270,16 +326,11 @@ class _BoundSteps:
         for name in (EXIT_HIDDEN, GATE):
             if name in outputs:
                 arrays[name] = self._array(outputs[name])
-        run, added = self._bind(segment, arrays), []
-        for past, new in zip(self._cache.past, self._new, strict=True):
-            if (blocks := new.block_range(set(outputs))) is not None:
-                added.append((past.by_token[:, blocks], new.by_token[:, blocks]))
+        run = self._bind(segment, arrays)
         hidden = before if fill else after  # a fill leaves hidden as it is
         gate = arrays.get(GATE)
         exit_hidden = arrays.get(EXIT_HIDDEN, hidden)
-        return _BoundStep(
-            run, SegmentOutput(hidden[0], exit_hidden[0], None if gate is None else gate[0]), added
-        )
+        return _BoundStep(run, SegmentOutput(hidden[0], exit_hidden[0], None if gate is None else gate[0]))
 
     def _bind(self, segment: Segment, own_arrays: Mapping[str, Array]) -> Run:
         """Bind a graph to these arrays and the shared ones, all of which this object has to keep alive."""

@@ -25,6 +25,7 @@ from offramp.runtime.rules.base import (
     Rule,
     Signals,
     full_plan,
+    never_exits,
     normalised_entropy,
     softmax,
 )
@@ -108,6 +109,8 @@ class ExitRule:
         """The predicate for a single row; None if the predicate needs memory. See Rule.exit_test."""
         if self.width:
             return None
+        if self.exits is never:
+            return never_exits
         if self.exits is gate:
             threshold = self.parameters["threshold"]
 
