@@ -21,7 +21,7 @@ from offramp.export.segments import (
     require_float32,
     total_macs,
 )
-from offramp.models.exits import pool
+from offramp.models.exits import pool_tokens
 from offramp.models.families.family import Context
 from offramp.models.forecasts import path_columns
 from offramp.models.macs import (
@@ -103,6 +103,7 @@ class ClassifierSegment(nn.Module):
         self.last = last
         self.blocks = nn.ModuleList(network.blocks[block] for block in blocks)
         self.norm, self.pooler = network.norm, network.pooler
+        self.attention = network.exits[exit_index].attention
         self.exit = network.exits[exit_index].folded()  # type: ignore[operator]
         self.policy: nn.Module | None = None
         if not last and len(network.policies):
@@ -118,9 +119,7 @@ class ClassifierSegment(nn.Module):
         hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
         for block in self.blocks:
             hidden = self.family.run_block(block, hidden, context)  # [batch, seq, hidden]
-        pooled = pool(hidden, context.get("pool"), self.norm)  # [batch, hidden]
-        if self.pooler is not None:
-            pooled = self.pooler(pooled)
+        pooled = pool_tokens(hidden, context, self.norm, self.attention, self.pooler)  # type: ignore[arg-type]
         logits = self.exit(pooled)  # [batch, classes]
         if self.last:
             return (logits,)
@@ -291,7 +290,11 @@ class ExportableClassifier:
             training=training,
             provenance={
                 "backbone": network.config.model_type,
-                "network": {"pooling": network.spec.pooling, "policy": network.spec.policy},
+                "network": {
+                    "pooling": network.spec.pooling,
+                    "head": network.spec.head,
+                    "policy": network.spec.policy,
+                },
                 "trained_with": _mapping(training.get("versions")),
             },
         )
@@ -375,7 +378,7 @@ def _expected(
         for block in segment.blocks:
             hidden = network.run_block(block - 1, hidden, context)
         exit_index = network.spec.exits.index(segment.blocks[-1])
-        pooled = network.pooled(hidden, context)
+        pooled = network.pooled(exit_index, hidden, context)
         outputs = {NEXT + "hidden": hidden, "logits": network.classify(exit_index, pooled)}
         if exit_index < len(network.policies):
             gate_logit, evidence = network.gate_logit(exit_index, pooled, outputs["logits"], evidence)

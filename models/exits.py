@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "attention")
+HEADS = ("linear", "mlp")
 
 
 def pooling_weights(attention_mask: Tensor) -> Tensor:
@@ -32,6 +36,49 @@ def pool(hidden: Tensor, weights: Tensor | None, norm: nn.Module | None = None) 
         return first if norm is None else norm(first)
     normed = hidden if norm is None else norm(hidden)
     return (weights @ normed).squeeze(1)  # a squeeze, not a gather: it moves no data
+
+
+def pool_tokens(
+    hidden: Tensor,
+    context: Mapping[str, Tensor],
+    norm: nn.Module | None,
+    attention: AttentionPool | None,
+    pooler: Pooler | None,
+) -> Tensor:
+    """Pool hidden [batch, seq, hidden] into [batch, hidden] as an exit reads it.
+
+    context: that of the stem. norm: applied to each token first. attention: the exit's own pooling, or None.
+    pooler: applied to the pooled vector, or None.
+    """
+    if attention is None:
+        vector = pool(hidden, context.get("pool"), norm)
+    else:
+        vector = attention(hidden if norm is None else norm(hidden), context.get("mask"))
+    pooled: Tensor = vector if pooler is None else pooler(vector)
+    return pooled
+
+
+class AttentionPool(nn.Module):
+    """Pool hidden [batch, seq, hidden] by learned attention into [batch, hidden], one module for each exit.
+
+    Each head weighs its own part of the features: weights = softmax over tokens of (hidden @ queries). The
+    queries start at zero, so that training starts from the mean of the tokens.
+    """
+
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.queries = nn.Linear(hidden_size, heads, bias=False)
+        nn.init.zeros_(self.queries.weight)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Pool hidden [batch, seq, hidden]; mask [batch, 1, 1, seq], additive, or None for no padding."""
+        scores = self.queries(hidden)  # [batch, seq, heads]
+        if mask is not None:
+            scores = scores + mask[:, 0, 0, :, None]
+        parts = hidden.unflatten(-1, (self.heads, -1))  # [batch, seq, heads, size]
+        pooled: Tensor = (scores.softmax(1)[..., None] * parts).sum(1).flatten(1)
+        return pooled
 
 
 class Pooler(nn.Module):
@@ -94,24 +141,62 @@ class Standardize(nn.Module):
 class Exit(nn.Module):
     """A classifier at the end of a segment, pooled [batch, hidden] -> logits [batch, classes].
 
-    It standardizes, applies dropout, and ends with one linear layer.
+    It standardizes, applies dropout, and ends with one linear layer; head "mlp" has another linear layer of
+    the same size and a GELU before it. attention: the pooling of the network's tokens for this exit, if each
+    exit has its own.
     """
 
-    def __init__(self, hidden_size: int, classes: int, dropout: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        classes: int,
+        dropout: float,
+        head: str = "linear",
+        attention: AttentionPool | None = None,
+    ) -> None:
         super().__init__()
+        self.attention = attention
         self.standardize = Standardize(hidden_size)
         self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(hidden_size, hidden_size) if head == "mlp" else None
         self.classify = nn.Linear(hidden_size, classes)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Compute logits [batch, classes] from pooled [batch, hidden]."""
-        return self.classify(self.dropout(self.standardize(pooled)))  # type: ignore[no-any-return]
+        vector = self.standardize(pooled)
+        if self.dense is not None:
+            vector = functional.gelu(self.dense(vector))
+        return self.classify(self.dropout(vector))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def folded(self) -> nn.Linear:
-        """This exit in evaluation mode as one linear layer, the form for an exported graph."""
-        linear = nn.Linear(self.classify.in_features, self.classify.out_features)
-        weight = self.classify.weight * self.standardize.scale
+    def folded(self) -> nn.Module:
+        """This exit in evaluation mode without standardization, the form for an exported graph."""
+        if self.dense is None:
+            return self._fold_standardization(self.classify)
+        dense = self._fold_standardization(self.dense)
+        return nn.Sequential(dense, nn.GELU(), self.classify)
+
+    def _fold_standardization(self, layer: nn.Linear) -> nn.Linear:
+        """The layer with the standardization of its input in its own weights."""
+        linear = nn.Linear(layer.in_features, layer.out_features)
+        weight = layer.weight * self.standardize.scale
         linear.weight.copy_(weight)
-        linear.bias.copy_(self.classify.bias - weight @ self.standardize.mean)
+        linear.bias.copy_(layer.bias - weight @ self.standardize.mean)
         return linear
+
+
+class Ensemble(nn.Module):
+    """Geometric ensemble of an exit with the exits before it: logits + decay * ensemble logits so far.
+
+    As probabilities, it is the normalized product of the exits' probabilities, each to a power (Zero Time
+    Waste, arXiv 2106.05409, with one learned number an exit instead of one a pair of exits). The logits so
+    far are detached: an exit learns what the earlier ones leave over, as in boosting.
+    """
+
+    def __init__(self, decay: float = 0.5) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.tensor(decay))
+
+    def forward(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Compute the ensemble's logits [batch, classes] from an exit's and those before, both that shape."""
+        return logits + self.decay * before.detach()

@@ -75,14 +75,20 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
 
     Pooling counts once a token, all other parts once a row.
     """
-    row = linear_weights(network.exits[exit_index])
+    exit = network.exits[exit_index]
+    row, token = linear_weights(exit), 0
+    if network.spec.pooling == "mean":
+        token = network.hidden_size
+    elif exit.attention is not None:
+        queries = linear_weights(exit.attention)  # type: ignore[arg-type]
+        token, row = queries + network.hidden_size, row - queries
     if network.pooler is not None:
         row += linear_weights(network.pooler)
     if exit_index < len(network.policies):
         row += linear_weights(network.policies[exit_index])
     if exit_index < len(network.forecasts):
         row += linear_weights(network.forecasts[exit_index])
-    return RowMacs(token=network.hidden_size if network.spec.pooling == "mean" else 0, row=row)
+    return RowMacs(token=token, row=row)
 
 
 def segment_macs(network: EarlyExitNetwork) -> list[RowMacs]:

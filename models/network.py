@@ -10,7 +10,16 @@ import torch
 from optimum.utils import NormalizedConfigManager
 from torch import Tensor, nn
 
-from offramp.models.exits import POOLINGS, Exit, Pooler, patch_weights, pool, pooling_weights
+from offramp.models.exits import (
+    HEADS,
+    POOLINGS,
+    AttentionPool,
+    Exit,
+    Pooler,
+    patch_weights,
+    pool_tokens,
+    pooling_weights,
+)
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
 from offramp.models.forecasts import Forecast
@@ -21,13 +30,18 @@ if TYPE_CHECKING:  # a slow import, needed for annotations only
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+GRADIENTS = ("full", "equilibrium", "next_exit")
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """The parts of a network on top of its backbone, which its transformers configuration describes.
 
     exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
-    pooling: "mean" over tokens (of an image: over its patches), or "cls", the first token, followed by BERT's
-    shared dense-and-tanh pooler if the backbone reads text.
+    pooling: "mean" over tokens (of an image: over its patches); "attention", a weighted mean whose weights
+    each exit learns; or "cls", the first token, followed by BERT's shared dense-and-tanh pooler if the
+    backbone reads text.
+    head: what an exit is after pooling: "linear", or "mlp" with a layer of the hidden size in between.
     policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
     policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
@@ -39,12 +53,15 @@ class NetworkSpec:
     policy: str | None = None
     dropout: float = 0.1
     forecast: tuple[str, ...] = ()
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
             raise ValueError(f"a classifier needs at least two labels, got {list(self.labels)}")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {self.pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if self.head not in HEADS:
+            raise ValueError(f"head {self.head!r}; choose one of {', '.join(HEADS)}")
         if self.policy is not None and self.policy not in KINDS:
             raise ValueError(f"policy {self.policy!r}; choose one of {', '.join(KINDS)}, or none")
         if not self.exits or list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
@@ -66,6 +83,26 @@ class WalkOutputs:
     logits: Tensor
     pooled: Tensor
     gate_logits: Tensor | None
+
+
+def share_gradient(hidden: Tensor, exits: int, gradient: str) -> tuple[Tensor, Tensor]:
+    """A hidden state as its exit reads it and as the next block reads it; only their gradients differ.
+
+    exits: number of exits from this one on. gradient: "full" adds up the gradients of all exits;
+    "equilibrium" averages them, so that no block gets a larger one because more exits follow (Li et al.,
+    arXiv 1908.06294); "next_exit" keeps that of the next exit alone (SWEET, arXiv 2306.02307).
+    """
+    if gradient == "next_exit":
+        return hidden, hidden.detach()
+    if gradient == "equilibrium":
+        share = 1 / exits
+        return _scale_gradient(hidden, share), _scale_gradient(hidden, 1 - share)
+    return hidden, hidden
+
+
+def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The same values, whose gradient is multiplied by a factor."""
+    return tensor.detach() + (tensor - tensor.detach()) * factor
 
 
 class EarlyExitNetwork(nn.Module):
@@ -94,7 +131,17 @@ class EarlyExitNetwork(nn.Module):
         backbone.pooler = None  # type: ignore[assignment]  # never called: exits pool for themselves
         self.backbone = backbone
         classes = len(spec.labels)
-        self.exits = nn.ModuleList(Exit(self.hidden_size, classes, spec.dropout) for _ in spec.exits)
+        heads = _config_size(config, "num_attention_heads", "num_attention_heads")
+        self.exits = nn.ModuleList(
+            Exit(
+                self.hidden_size,
+                classes,
+                spec.dropout,
+                spec.head,
+                AttentionPool(self.hidden_size, heads) if spec.pooling == "attention" else None,
+            )
+            for _ in spec.exits
+        )
         self.policies = nn.ModuleList()
         if spec.policy is not None:
             self.policies = KINDS[spec.policy].make(self.hidden_size, len(spec.exits) - 1)
@@ -149,10 +196,10 @@ class EarlyExitNetwork(nn.Module):
         """Run one block (0-based) on hidden [batch, seq, hidden]; gives hidden of the same shape."""
         return self.family.run_block(self.blocks[block], hidden, context)
 
-    def pooled(self, hidden: Tensor, context: Context) -> Tensor:
-        """Pool a block's hidden state into the vector [batch, hidden] that exits and policies read."""
-        vector = pool(hidden, context.get("pool"), self.norm)
-        return vector if self.pooler is None else self.pooler(vector)
+    def pooled(self, exit_index: int, hidden: Tensor, context: Context) -> Tensor:
+        """Pool a block's hidden state into the vector [batch, hidden] that its exit and policy read."""
+        attention = self.exits[exit_index].attention
+        return pool_tokens(hidden, context, self.norm, attention, self.pooler)  # type: ignore[arg-type]
 
     def classify(self, exit_index: int, pooled: Tensor) -> Tensor:
         """The logits [batch, classes] of one exit (0-based); pooled [batch, hidden]."""
@@ -189,17 +236,21 @@ class EarlyExitNetwork(nn.Module):
             columns.append(column)
         return torch.stack(columns, dim=1)
 
-    def forward(self, inputs: Mapping[str, Tensor], *, detach_policies: bool = False) -> WalkOutputs:
+    def forward(
+        self, inputs: Mapping[str, Tensor], *, detach_policies: bool = False, gradient: str = "full"
+    ) -> WalkOutputs:
         """Run a batch at full depth and compute every exit.
 
-        detach_policies: no gradient flows from the gates into exits and backbone.
+        detach_policies: no gradient flows from the gates into exits and backbone. gradient: one of GRADIENTS,
+        see share_gradient.
         """
         hidden, context = self.stem(inputs)
-        pooled, logits = [], []
+        pooled, logits = list[Tensor](), list[Tensor]()
         for block in range(self.block_count):
             hidden = self.run_block(block, hidden, context)
             if block + 1 in self.spec.exits:
-                vector = self.pooled(hidden, context)
+                for_exit, hidden = share_gradient(hidden, len(self.spec.exits) - len(pooled), gradient)
+                vector = self.pooled(len(pooled), for_exit, context)
                 pooled.append(vector)
                 logits.append(self.classify(len(pooled) - 1, vector))
         all_pooled, all_logits = torch.stack(pooled, 1), torch.stack(logits, 1)

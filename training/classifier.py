@@ -103,6 +103,7 @@ def _new_checkpoint(
         labels,
         exits=config.exits,
         pooling=config.pooling,
+        head=config.head,
         policy=policy,
         seed=config.seed,
         image_size=config.image_size,
@@ -125,6 +126,7 @@ def new_network(
     policy: str | None,
     seed: int,
     image_size: int | None = None,
+    head: str = "linear",
 ) -> EarlyExitNetwork:
     """A network with new exits and policies, of random weights by `seed`, on a pretrained backbone.
 
@@ -146,7 +148,7 @@ def new_network(
         ) from problem
     _resize(backbone, model, image_size)
     try:
-        spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), pooling, policy)
+        spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), pooling, policy, head=head)
     except ValueError as problem:
         raise BadSetting(f"--exits {exits}: {problem}") from problem
     torch.manual_seed(seed)
@@ -184,7 +186,7 @@ def load_initial_checkpoint(
         old = checkpoint.network.state_dict()
         torch.manual_seed(seed)
         config = checkpoint.network.config
-        new_spec = NetworkSpec(spec.labels, spec.exits, spec.pooling, policy, spec.dropout)
+        new_spec = dataclasses.replace(spec, policy=policy, forecast=())
         network = EarlyExitNetwork(AutoModel.from_config(config), new_spec)
         without_policies = {name: value for name, value in old.items() if not name.startswith("policies")}
         network.load_state_dict(without_policies, strict=False)

@@ -44,6 +44,7 @@ class TrainConfig:
     image_size: int | None = None
     no_crop: bool = False
     augment: str = "none"
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init is None):

@@ -138,7 +138,7 @@ def _run_segment(
     ends = (0, *network.spec.exits)
     for block in range(ends[exit_index], ends[exit_index + 1]):
         hidden = network.family.run_block(blocks[block], hidden, context)
-    return hidden, network.classify(exit_index, network.pooled(hidden, context))
+    return hidden, network.classify(exit_index, network.pooled(exit_index, hidden, context))
 
 
 def _outcome(logits: Tensor, labels: Tensor) -> tuple[Floats, Bools]:

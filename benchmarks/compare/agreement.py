@@ -82,7 +82,7 @@ def walk_torch(
                     after = network.family.run_block(blocks[variant][block], after, context)
                 in_variant = torch.from_numpy(planned == variant)[:, None, None]
                 hidden = torch.where(in_variant, after, hidden)
-            pooled = network.pooled(hidden, context)
+            pooled = network.pooled(segment, hidden, context)
             logits = network.classify(segment, pooled)
             waiting = np.flatnonzero(planned >= 0)
             at = index[waiting]

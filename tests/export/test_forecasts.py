@@ -164,9 +164,9 @@ def test_simulated_precisions_are_what_onnx_runtime_computes(
         with torch.no_grad():
             hidden, context = network.stem(inputs)
             after = network.family.run_block(blocks[0], hidden, context)
-            simulated = network.classify(0, network.pooled(after, context)).numpy()
+            simulated = network.classify(0, network.pooled(0, after, context)).numpy()
             plain = network.family.run_block(network.blocks[0], hidden, context)
-            full = network.classify(0, network.pooled(plain, context)).numpy()
+            full = network.classify(0, network.pooled(0, plain, context)).numpy()
             made_by_stem = {"hidden": hidden, **context, "evidence": torch.zeros(1, 2)}
         (real,) = session.run(["logits"], {name: made_by_stem[name].numpy() for name in names})
         far.append(np.abs(simulated - real).max())

@@ -51,7 +51,7 @@ def test_every_block_matches_transformers(family: str) -> None:
             torch.testing.assert_close(hidden, out.hidden_states[block + 1], atol=1e-5, rtol=0)
         # The last exit reads what transformers' own classifier reads: after the final LayerNorm.
         torch.testing.assert_close(
-            net.pooled(hidden, context), out.last_hidden_state[:, 0], atol=1e-5, rtol=0
+            net.pooled(-1, hidden, context), out.last_hidden_state[:, 0], atol=1e-5, rtol=0
         )
 
 
@@ -63,7 +63,7 @@ def test_exits_read_the_final_norm_of_the_patches(family: str) -> None:
         hidden, context = net.stem(tiny.pixel_values())
         hidden = net.run_block(0, hidden, context)
         expected = net.backbone.layernorm(hidden)[:, prefix:].mean(1)
-        torch.testing.assert_close(net.pooled(hidden, context), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(net.pooled(-1, hidden, context), expected, atol=1e-5, rtol=0)
     assert net.pooler is None, "BERT's pooler is not for images"
 
 

@@ -68,7 +68,7 @@ def test_outcomes_equal_walks_of_every_path(network: EarlyExitNetwork, rows: Enc
                             for block in range(exit_index + 1):
                                 chosen = blocks[before if block <= change else after][block]
                                 hidden = network.family.run_block(chosen, hidden, context)
-                            logits = network.classify(exit_index, network.pooled(hidden, context))
+                            logits = network.classify(exit_index, network.pooled(exit_index, hidden, context))
                         place = (row, before, after, change, exit_index)
                         np.testing.assert_allclose(
                             outcomes.statistics[place], softmax_statistics(logits)[0], atol=2e-3

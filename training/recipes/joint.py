@@ -22,26 +22,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import GRADIENTS, EarlyExitNetwork
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Phase, Run
 
 EVERYTHING = ("backbone", "exits", "pooler")
+WEIGHTS = ("linear", "uniform", "descending", "learned")
 
 
 @dataclass(frozen=True)
 class JointSettings:
-    """Settings of recipe joint; heads_lr: learning rate of the exits, which have no pretrained weights."""
+    """Settings of recipe joint and of every recipe's joint warm start.
+
+    heads_lr: learning rate of the exits, which have no pretrained weights. plain_epochs: epochs before that
+    in which the last exit alone is trained (ordinary fine-tuning; "mixed" training). weights: of the exits'
+    losses, see loss_weights. gradient: which exits' gradients a block gets, see share_gradient in
+    models.network. distill: share of the loss of an early exit that compares it with the last exit's
+    probabilities instead of the label; temperature: of both in this comparison.
+    """
 
     epochs: int = 3
     batch_size: int = 32
     lr: float = 5e-5
     heads_lr: float = 1e-3
+    plain_epochs: int = 0
+    weights: str = "linear"
+    gradient: str = "full"
+    distill: float = 0.0
+    temperature: float = 2.0
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size) < 1 or self.lr <= 0:
             raise ValueError(f"epochs, batch_size and lr must be positive: {self}")
+        for name, value, known in (
+            ("weights", self.weights, WEIGHTS),
+            ("gradient", self.gradient, GRADIENTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value}: choose one of {', '.join(known)}")
+        if not 0 <= self.distill <= 1 or self.temperature <= 0:
+            raise ValueError(f"distill={self.distill}, temperature={self.temperature}: 0 to 1, above 0")
 
 
 KIND: Literal["classifier"] = "classifier"
@@ -63,33 +84,75 @@ def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def joint_loss(losses: Tensor) -> Tensor:
-    """The mean loss over exits, weighted by their number (1-based), a scalar; losses [batch, exits]."""
-    weights = torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
-    return (losses * weights).sum(1).mean() / weights.sum()
+def loss_weights(losses: Tensor, kind: str) -> Tensor:
+    """Weights of the exits' mean losses [exits], which sum to 1; losses [exits].
+
+    linear: the exit's number (PABEE). uniform: equal. descending: later exits weigh less, L + 1 - l. learned:
+    proportional to 1 / loss, where the weights of Kendall et al. (arXiv 1705.07115), exp(-s) with the penalty
+    s, have their optimum.
+    """
+    number = torch.arange(1, len(losses) + 1, device=losses.device, dtype=losses.dtype)
+    weights = {
+        "linear": number,
+        "uniform": torch.ones_like(number),
+        "descending": number.flip(0),
+        "learned": 1 / losses.detach().clamp(min=1e-3),
+    }[kind]
+    return weights / weights.sum()
+
+
+def joint_loss(losses: Tensor, kind: str = "linear") -> Tensor:
+    """The weighted mean loss over exits, a scalar; losses [batch, exits], kind: see loss_weights."""
+    each = losses.mean(0)
+    return (each * loss_weights(each, kind)).sum()
+
+
+def distillation_losses(logits: Tensor, temperature: float) -> Tensor:
+    """The divergence of every exit from the last one [batch, exits], 0 for the last.
+
+    logits [batch, exits, classes]. It is KL at a temperature, times its square (Hinton et al., arXiv
+    1503.02531); no gradient flows into the last exit.
+    """
+    soft = (logits.float() / temperature).log_softmax(-1)
+    target = soft[:, -1:].detach().expand_as(soft)
+    return temperature**2 * functional.kl_div(soft, target, reduction="none", log_target=True).sum(-1)
 
 
 def warm_start(
     run: Run[EarlyExitNetwork],
     train: Encoded,
     settings: JointSettings,
-    combine: Callable[[Tensor], Tensor] = joint_loss,
+    combine: Callable[[Tensor], Tensor] | None = None,
     name: str = "joint",
 ) -> None:
-    """Train backbone and exits by cross-entropy, in one phase that several recipes share.
+    """Train backbone and exits by cross-entropy, in one or two phases that several recipes share.
 
-    combine: computes the minimized scalar from the exits' losses [batch, exits].
+    combine: computes the minimized scalar from the exits' losses [batch, exits]; None: the weighted mean of
+    the settings.
     """
+    s = settings
+    combined = (lambda losses: joint_loss(losses, s.weights)) if combine is None else combine
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = train.batch(index, run.accelerator.device)
-        losses = exit_losses(model(inputs).logits, labels)
-        return combine(losses), {
+        logits = model(inputs, gradient=s.gradient).logits
+        losses = exit_losses(logits, labels)
+        figures = {
             "first": float(losses[:, 0].detach().mean()),
             "last": float(losses[:, -1].detach().mean()),
         }
+        if s.distill:
+            early = (1 - s.distill) * losses + s.distill * distillation_losses(logits, s.temperature)
+            losses = torch.cat([early[:, :-1], losses[:, -1:]], 1)
+        return combined(losses), figures
 
-    s = settings
+    def plain_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        inputs, labels = train.batch(index, run.accelerator.device)
+        return exit_losses(model(inputs).logits[:, -1:], labels).mean(), {}
+
+    if s.plain_epochs:
+        epochs = s.plain_epochs
+        run.fit(Phase("plain", EVERYTHING, train.lengths, plain_loss, epochs, s.batch_size, s.lr, s.heads_lr))
     run.fit(Phase(name, EVERYTHING, train.lengths, loss, s.epochs, s.batch_size, s.lr, s.heads_lr))
 
 
