@@ -34,6 +34,15 @@ GRADIENTS = ("full", "equilibrium", "next_exit")
 
 
 @dataclass(frozen=True)
+class ExitParts:
+    """The parts of a network's exits, which a recipe chooses; the fields are those of NetworkSpec."""
+
+    policy: str | None = None
+    pooling: str = "mean"
+    head: str = "linear"
+
+
+@dataclass(frozen=True)
 class NetworkSpec:
     """The parts of a network on top of its backbone, which its transformers configuration describes.
 

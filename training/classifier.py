@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 from offramp.models.families import UnsupportedFamily, family_of
-from offramp.models.network import EarlyExitNetwork, NetworkSpec, count_blocks, parse_exits
+from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, count_blocks, parse_exits
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
 from offramp.training.batches import encode_rows, parse_augment
@@ -62,15 +62,19 @@ class ClassifierTraining:
 
     def load(self) -> EarlyExitNetwork:
         """Load the network to train, new on a pretrained backbone or from a checkpoint."""
-        config, policy = self.config, self.recipe.policy_of(self.settings)
+        config, parts = self.config, self.recipe.parts_of(self.settings)
         if config.init is not None:
             if config.image_size is not None or config.no_crop:
                 raise BadSetting("--image-size and --no-crop go with --model: a checkpoint has its own")
-            self.checkpoint = load_initial_checkpoint(config.init, self.data.labels, policy, config.seed)
+            if config.pooling is not None or config.head is not None:
+                raise BadSetting("--pooling and --head go with --model: a checkpoint has its own")
+            self.checkpoint = load_initial_checkpoint(
+                config.init, self.data.labels, parts.policy, config.seed
+            )
             file = self.checkpoint.tokenizer
             self.tokenizer_json = None if file is None else file.read_text("utf-8")
         else:
-            self.checkpoint, self.tokenizer_json = _new_checkpoint(config, self.data.labels, policy)
+            self.checkpoint, self.tokenizer_json = _new_checkpoint(config, self.data.labels, parts)
         if self.tokenizer_json is not None:
             self.checkpoint.tokenizer = config.partial / TOKENIZER
         return self.checkpoint.network
@@ -94,7 +98,7 @@ class ClassifierTraining:
 
 
 def _new_checkpoint(
-    config: TrainConfig, labels: tuple[str, ...], policy: str | None
+    config: TrainConfig, labels: tuple[str, ...], parts: ExitParts
 ) -> tuple[Checkpoint, str | None]:
     """A checkpoint with a new network on a pretrained backbone, and the tokenizer's JSON if it reads text."""
     assert config.model is not None
@@ -102,9 +106,9 @@ def _new_checkpoint(
         config.model,
         labels,
         exits=config.exits,
-        pooling=config.pooling,
-        head=config.head,
-        policy=policy,
+        parts=dataclasses.replace(
+            parts, pooling=config.pooling or parts.pooling, head=config.head or parts.head
+        ),
         seed=config.seed,
         image_size=config.image_size,
     )
@@ -122,11 +126,9 @@ def new_network(
     labels: tuple[str, ...],
     *,
     exits: str,
-    pooling: str,
-    policy: str | None,
+    parts: ExitParts,
     seed: int,
     image_size: int | None = None,
-    head: str = "linear",
 ) -> EarlyExitNetwork:
     """A network with new exits and policies, of random weights by `seed`, on a pretrained backbone.
 
@@ -148,7 +150,7 @@ def new_network(
         ) from problem
     _resize(backbone, model, image_size)
     try:
-        spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), pooling, policy, head=head)
+        spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), **dataclasses.asdict(parts))
     except ValueError as problem:
         raise BadSetting(f"--exits {exits}: {problem}") from problem
     torch.manual_seed(seed)

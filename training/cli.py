@@ -55,15 +55,13 @@ class TrainCliError(click.ClickException):
 @click.option(
     "--pooling",
     type=click.Choice(["mean", "cls", "attention"]),
-    default="mean",
     help="How an exit reads the tokens: their mean (of an image: of its patches), the first, or a mean with "
-    "weights that each exit learns.",
+    "weights that each exit learns.  [default: the recipe's]",
 )
 @click.option(
     "--head",
     type=click.Choice(["linear", "mlp"]),
-    default="linear",
-    help="What an exit is after pooling: one linear layer, or two.",
+    help="What an exit is after pooling: one linear layer, or two.  [default: the recipe's]",
 )
 @click.option("--prefix", default="", help='Put before every text, such as "query: " for E5 models.')
 @click.option(

@@ -30,7 +30,7 @@ class TrainConfig:
     recipe: str
     out: Path
     exits: str
-    pooling: str
+    pooling: str | None
     prefix: str
     max_length: int
     seed: int
@@ -44,7 +44,7 @@ class TrainConfig:
     image_size: int | None = None
     no_crop: bool = False
     augment: str = "none"
-    head: str = "linear"
+    head: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init is None):

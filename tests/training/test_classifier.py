@@ -13,6 +13,7 @@ import tiny
 from transformers import AutoImageProcessor
 
 from offramp.models import EarlyExitNetwork
+from offramp.models.network import ExitParts
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import normalize_pixels, picture_pixels
 from offramp.training.batches import encode_rows
@@ -25,7 +26,7 @@ LABELS = ("red", "blue")
 
 
 def network(model: Path, size: int | None = None) -> EarlyExitNetwork:
-    options: dict[str, Any] = {"exits": "each", "pooling": "cls", "policy": None, "seed": 0}
+    options: dict[str, Any] = {"exits": "each", "parts": ExitParts(pooling="cls"), "seed": 0}
     return new_network(str(model), LABELS, image_size=size, **options)
 
 

@@ -249,7 +249,7 @@ def test_from_options_to_a_folder_that_loads(tmp_path: Path) -> None:
         recipe="consistentee_lm",
         out=tmp_path / "out",
         exits="1,2",
-        pooling="mean",
+        pooling=None,
         prefix="",
         max_length=32,
         seed=0,

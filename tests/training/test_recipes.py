@@ -62,7 +62,7 @@ def test_every_recipe_implements_its_protocol(name: str) -> None:
     assert recipe.STARTS_FROM is None or recipe.STARTS_FROM in RECIPES
     protocol = ClassifierRecipe if recipe.KIND == "classifier" else DecoderRecipe
     assert recipe.KIND in ("classifier", "decoder")
-    for method in ("policy_of", "prepare", "train"):
+    for method in ("parts_of", "prepare", "train"):
         declared = getattr(protocol, method, None)
         assert (declared is None) == (getattr(recipe, method, None) is None)
         if declared is not None:
@@ -70,7 +70,7 @@ def test_every_recipe_implements_its_protocol(name: str) -> None:
             implemented = inspect.signature(getattr(recipe, method)).parameters.values()
             assert [(p.name, p.kind) for p in implemented] == [(p.name, p.kind) for p in parameters]
     if recipe.KIND == "classifier":
-        assert recipe.policy_of(settings) in (None, *KINDS)
+        assert recipe.parts_of(settings).policy in (None, *KINDS)
 
 
 @pytest.fixture(scope="module")

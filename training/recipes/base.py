@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 from offramp.models.decoder import DecoderNetwork
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.lm_data import TokenRows
 from offramp.training.loop import Run
@@ -32,8 +32,8 @@ class ClassifierRecipe(Protocol[S]):
     SETTINGS: type[S]
     STARTS_FROM: str | None
 
-    def policy_of(self, settings: S) -> str | None:
-        """The kind of policies that the network gets, a name in models.policies.KINDS, or None for none."""
+    def parts_of(self, settings: S) -> ExitParts:
+        """The parts of the network's exits; options --pooling and --head of ee-train replace two of them."""
         ...
 
     def train(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Phase, Run
@@ -31,9 +31,9 @@ SETTINGS = JointSettings
 STARTS_FROM: str | None = None
 
 
-def policy_of(settings: JointSettings) -> str | None:
-    """The kind of policies, "lte": one learning-to-exit layer for all exits."""
-    return "lte"
+def parts_of(settings: JointSettings) -> ExitParts:
+    """The parts with policies, "lte": one learning-to-exit layer for all exits."""
+    return ExitParts(policy="lte")
 
 
 def task_loss(losses: Tensor, step: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Run
@@ -29,9 +29,9 @@ SETTINGS = JointSettings
 STARTS_FROM: str | None = None
 
 
-def policy_of(settings: JointSettings) -> str | None:
-    """The kind of policies: None, since the entropy decides and no policy is trained."""
-    return None
+def parts_of(settings: JointSettings) -> ExitParts:
+    """The default parts, without a policy: the entropy decides and no policy is trained."""
+    return ExitParts()
 
 
 def mean_loss(losses: Tensor) -> Tensor:

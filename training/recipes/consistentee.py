@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.models.policies.consistentee import POLICY_INPUTS
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect, operating_points
@@ -96,9 +96,9 @@ SETTINGS = ConsistentEESettings
 STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: ConsistentEESettings) -> str | None:
-    """The kind of policies, named by their inputs: "statistics" or "state"."""
-    return settings.policy
+def parts_of(settings: ConsistentEESettings) -> ExitParts:
+    """The parts with policies, named by their inputs: "statistics" or "state"."""
+    return ExitParts(policy=settings.policy)
 
 
 def memorized_exit(right: Tensor) -> Tensor:

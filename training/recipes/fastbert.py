@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect, operating_points
 from offramp.training.frozen import fit_exits
@@ -35,9 +35,9 @@ SETTINGS = DeeBertSettings
 STARTS_FROM: str | None = "deebert"
 
 
-def policy_of(settings: DeeBertSettings) -> str | None:
-    """The kind of policies: None, since the entropy decides and no policy is trained."""
-    return None
+def parts_of(settings: DeeBertSettings) -> ExitParts:
+    """The default parts, without a policy: the entropy decides and no policy is trained."""
+    return ExitParts()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.models.policies.jei import JeiGate, exit_probabilities
 from offramp.training.batches import Encoded
 from offramp.training.collect import Collected, collect, exit_costs, operating_points
@@ -86,9 +86,9 @@ SETTINGS = JeiDnnSettings
 STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: JeiDnnSettings) -> str | None:
-    """The kind of policies, "jei": gates on the exits' uncertainty."""
-    return "jei"
+def parts_of(settings: JeiDnnSettings) -> ExitParts:
+    """The parts with policies, "jei": gates on the exits' uncertainty."""
+    return ExitParts(policy="jei")
 
 
 def gate_targets(losses: Tensor, costs: Tensor, price: float) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offramp.models.network import GRADIENTS, EarlyExitNetwork
+from offramp.models.network import GRADIENTS, EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Phase, Run
@@ -70,9 +70,9 @@ SETTINGS = JointSettings
 STARTS_FROM: str | None = None
 
 
-def policy_of(settings: JointSettings) -> str | None:
-    """The kind of policies: None, since this recipe trains no policy."""
-    return None
+def parts_of(settings: JointSettings) -> ExitParts:
+    """The default parts, without a policy: this recipe trains no policy."""
+    return ExitParts()
 
 
 def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:

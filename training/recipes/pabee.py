@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Run
@@ -27,9 +27,9 @@ SETTINGS = JointSettings
 STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: JointSettings) -> str | None:
-    """The kind of policies: None, since agreement of exits decides and no policy is trained."""
-    return None
+def parts_of(settings: JointSettings) -> ExitParts:
+    """The default parts, without a policy: agreement of exits decides and no policy is trained."""
+    return ExitParts()
 
 
 def train(

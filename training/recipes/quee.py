@@ -36,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from offramp.models.network import EarlyExitNetwork
+from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.models.precision import PRECISIONS
 from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.training.batches import Encoded
@@ -112,9 +112,9 @@ SETTINGS = QueeSettings
 STARTS_FROM: str | None = "joint"
 
 
-def policy_of(settings: QueeSettings) -> str | None:
-    """The kind of policies: None, since the forecast decides; policies of an earlier recipe are removed."""
-    return None
+def parts_of(settings: QueeSettings) -> ExitParts:
+    """The default parts, without a policy: the forecast decides, and earlier policies are removed."""
+    return ExitParts()
 
 
 def train(
