@@ -24,7 +24,7 @@ def early_logits(network: EarlyExitNetwork, pooled: Tensor) -> Tensor:
     return torch.stack([network.classify(index, pooled[:, index]) for index in exits], dim=1)
 
 
-def fit_exits(
+def exits_phase(
     run: Run[EarlyExitNetwork],
     collected: Collected,
     loss: ExitsLoss,
@@ -33,8 +33,8 @@ def fit_exits(
     epochs: int,
     batch_size: int,
     lr: float,
-) -> None:
-    """Train the exits but the last on collected features, as one phase; the last exit is not called.
+) -> Phase:
+    """A phase that trains the exits but the last on collected features; the last exit is not called.
 
     loss: (logits of these exits [batch, exits - 1, classes], row numbers [batch]) -> scalar.
     """
@@ -46,7 +46,17 @@ def fit_exits(
             return loss(early_logits(run.network, collected.pooled[rows].to(device)), rows), {}
 
     lengths = np.zeros(len(collected.labels), np.int64)  # features have no length
-    run.fit(Phase(name, ("exits",), lengths, batch_loss, epochs, batch_size, lr, shared=False))
+    return Phase(name, ("exits",), lengths, batch_loss, epochs, batch_size, lr, shared=False)
+
+
+def reset_early_exits(network: EarlyExitNetwork, seed: int) -> None:
+    """Give the exits but the last new random weights by `seed`; their standardization is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for exit in list(network.exits)[:-1]:
+            for layer in (exit.dense, exit.classify):
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
 
 
 class EarlyStopping:

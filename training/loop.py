@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ from offramp.training.checkpoint import read_json, write_json
 # of it if several processes train
 BatchLoss = Callable[[nn.Module, np.ndarray], tuple[Tensor, dict[str, float]]]
 N = TypeVar("N", bound=nn.Module)
+OPTIMIZERS = ("adamw", "sgd")
+DECAYS = ("linear", "cosine")
+MOMENTUM = 0.9  # of sgd
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Phase:
     with a pretrained backbone; None: lr. policies_lr: that of policies alone; None: heads_lr.
     shared: whether processes share the work by gradient averaging; a phase over cached features is too short
     for that.
+    optimizer: one of OPTIMIZERS; sgd has momentum 0.9. warmup: share of the steps in which learning rates
+    rise. decay: one of DECAYS, the curve by which they then fall to `last_share` of their peak.
     """
 
     name: str
@@ -52,6 +58,14 @@ class Phase:
     clip: float = 1.0
     shared: bool = True
     policies_lr: float | None = None
+    optimizer: str = "adamw"
+    decay: str = "linear"
+    last_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.optimizer, OPTIMIZERS), (self.decay, DECAYS)):
+            if value not in known:
+                raise ValueError(f"phase {self.name}: {value!r}; choose one of {', '.join(known)}")
 
 
 class Run(Generic[N]):
@@ -141,7 +155,7 @@ class Run(Generic[N]):
         ]
         batches = [batch for epoch in per_epoch for batch in epoch]
         total = len(batches) // world
-        optimizer = torch.optim.AdamW(_parameter_groups(trained, phase), lr=phase.lr)
+        optimizer = _make_optimizer(trained, phase)
         model: nn.Module = self.network
         if world > 1:
             model, optimizer = self.accelerator.prepare(self.network, optimizer)
@@ -162,7 +176,7 @@ class Run(Generic[N]):
         )
         for step in range(self.position["step"], total):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, total, phase.warmup)
+                group["lr"] = group["peak"] * _schedule(step, total, phase)
             with self.accelerator.autocast():
                 loss, figures = phase.loss(model, batches[step * world + rank])
             self.accelerator.backward(loss)
@@ -249,12 +263,22 @@ def best_precision() -> str:
     return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "no"
 
 
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Factor on the learning rate: linear warm-up over a share of the steps, then linear decay to zero."""
-    ramp = max(1, round(warmup * total))
+def _schedule(step: int, total: int, phase: Phase) -> float:
+    """Factor on the learning rate: linear warm-up over a share of the steps, then the phase's decay."""
+    ramp = max(1, round(phase.warmup * total))
     if step < ramp:
         return (step + 1) / ramp
-    return (total - step) / max(1, total - ramp)
+    remaining = (total - step) / max(1, total - ramp)
+    if phase.decay == "cosine":
+        remaining = (1 - math.cos(math.pi * remaining)) / 2
+    return phase.last_share + (1 - phase.last_share) * remaining
+
+
+def _make_optimizer(trained: list[tuple[str, nn.Parameter]], phase: Phase) -> torch.optim.Optimizer:
+    groups = _parameter_groups(trained, phase)
+    if phase.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=phase.lr, momentum=MOMENTUM)
+    return torch.optim.AdamW(groups, lr=phase.lr)
 
 
 def _parameter_groups(trained: list[tuple[str, nn.Parameter]], phase: Phase) -> list[dict[str, Any]]:

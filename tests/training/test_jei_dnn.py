@@ -17,10 +17,11 @@ from offramp.training.checkpoint import TextFacts
 from offramp.training.cli import train
 from offramp.training.collect import collect
 from offramp.training.data import load_data
-from offramp.training.frozen import EarlyStopping
+from offramp.training.frozen import EarlyStopping, reset_early_exits
 from offramp.training.loop import Run
 from offramp.training.recipes.jei_dnn import (
     JeiDnnSettings,
+    Rates,
     cost_shares,
     exit_turn_loss,
     gate_targets,
@@ -100,7 +101,15 @@ def test_costs_are_shares_of_the_whole_walk_and_grow() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"backbone": "other"}, {"weighting": "other"}, {"price": -1.0}, {"switch": 0}]
+    "wrong",
+    [
+        {"backbone": "other"},
+        {"weighting": "other"},
+        {"optimizer": "other"},
+        {"backbone": "tuned", "optimizer": "sgd"},
+        {"price": -1.0},
+        {"switch": 0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
@@ -150,17 +159,49 @@ def test_each_exit_stops_by_itself_and_gets_its_best_weights(folder: Path, tmp_p
     assert again.best_epoch.tolist() == [1, 0]
 
 
+def test_rates_are_those_of_the_optimizer_unless_they_are_set() -> None:
+    assert JeiDnnSettings(gates_lr=0.5).rates == Rates(0.01, 0.01, 0.5)
+    assert JeiDnnSettings(optimizer="adamw", warm_lr=0.2).rates == Rates(0.2, 3e-4, 3e-2)
+
+
+def test_small_data_takes_more_epochs_for_the_same_number_of_steps() -> None:
+    settings = JeiDnnSettings(turn_epochs=10, turn_steps=7000)
+    assert [settings.epochs_of_turns(steps) for steps in (1000, 700, 80)] == [10, 10, 88]
+    tuned = JeiDnnSettings(backbone="tuned", optimizer="adamw", turn_epochs=10)
+    assert tuned.epochs_of_turns(80) == 10
+
+
+def test_the_early_exits_start_anew_by_the_seed() -> None:
+    networks = [tiny.network(policy="jei", seed=number) for number in (0, 1)]
+    before = networks[0].exits[2].classify.weight.clone()
+    for network in networks:
+        reset_early_exits(network, seed=4)
+    first, second = (network.exits for network in networks)
+    for index in (0, 1):
+        assert first[index].classify.weight.equal(second[index].classify.weight)
+    assert first[2].classify.weight.equal(before) and not first[0].classify.weight.equal(before)
+
+
+# Settings of phase 1, which a tiny network learns in seconds.
+FAST = ("epochs=3", "batch_size=8", "lr=0.002", "heads_lr=0.01")
+TURNS = ("turn_epochs=6", "turn_steps=0", "warm_epochs=4")
+
+
+def train_command(folder: Path, out: Path, recipe_name: str, begin: Path | None, *settings: str) -> None:
+    words = ["--data", str(folder / "data"), "--precision", "fp32", "--recipe", recipe_name]
+    words += ["--model", str(folder / "model")] if begin is None else ["--init", str(begin)]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    done = CliRunner().invoke(train, [*words, "--out", str(out), *flags])
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize("backbone", ["frozen", "tuned"])
 def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -> None:
-    words = ["--data", str(folder / "data"), "--precision", "fp32"]
-    fast = ["epochs=3", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
-    first = [*words, "--model", str(folder / "model"), "--recipe", "joint", "--out", str(tmp_path / "joint")]
-    then = [*words, "--init", str(tmp_path / "joint"), "--recipe", "jei_dnn", "--out", str(tmp_path / "jei")]
-    then += ["--set", f"backbone={backbone}", "--set", "turn_epochs=6", "--set", "tuned_lr=0.001"]
-    for command in ([*first, *(word for name in fast for word in ("--set", name))], then):
-        done = CliRunner().invoke(train, command)
-        assert done.exit_code == 0, done.output
-    before, after = (load_file(tmp_path / name / "weights.safetensors") for name in ("joint", "jei"))
+    optimizer = "sgd" if backbone == "frozen" else "adamw"
+    train_command(folder, tmp_path / "deebert", "deebert", None, *FAST, "exit_epochs=2")
+    settings = (f"backbone={backbone}", f"optimizer={optimizer}", "tuned_lr=0.001", *TURNS)
+    train_command(folder, tmp_path / "jei", "jei_dnn", tmp_path / "deebert", *settings)
+    before, after = (load_file(tmp_path / name / "weights.safetensors") for name in ("deebert", "jei"))
     moved = {
         name.split(".")[0] + "." + name.split(".")[1]
         for name in before
@@ -171,6 +212,19 @@ def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -
     assert (moved & ({"backbone.encoder"} | last) == set()) == (backbone == "frozen")
     training = json.loads((tmp_path / "jei" / "training.json").read_text())
     assert training["rule"] == "gate" and training["operating_points"][-1]["name"] == "trained"
+    assert training["published_points"] == ["trained"]
+
+
+def test_a_training_from_the_start_fine_tunes_the_last_exit_alone(folder: Path, tmp_path: Path) -> None:
+    """Its backbone is that of recipe deebert with the same seed, and the published optimizer learns."""
+    train_command(folder, tmp_path / "deebert", "deebert", None, *FAST, "exit_epochs=1")
+    train_command(folder, tmp_path / "jei", "jei_dnn", None, *FAST, "turn_steps=300", "warm_epochs=10")
+    teacher, jei = (load_file(tmp_path / name / "weights.safetensors") for name in ("deebert", "jei"))
+    same = [name for name in teacher if name.startswith(("backbone.", "exits.2."))]
+    assert same and all(teacher[name].equal(jei[name]) for name in same)
+    points = json.loads((tmp_path / "jei" / "training.json").read_text())["operating_points"]
+    trained = next(point for point in points if point["name"] == "trained")
+    assert trained["measured"]["accuracy"] > 80 and trained["measured"]["mean_exit"] < 3
 
 
 class Interrupted(Exception):
@@ -203,7 +257,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_the_uninterrupted_one(
     encoded = [
         encode_texts(rows.split(name), tiny.tokenizer(), TextFacts("", 0, 64)) for name in ("train", "dev")
     ]
-    settings = JeiDnnSettings(warm_epochs=4, warm_lr=0.01, turn_epochs=6, turn_batch=8, switch=10)
+    settings = JeiDnnSettings(warm_epochs=4, turn_epochs=6, turn_steps=0, turn_batch=8, switch=10)
 
     def run_recipe(place: Path, stop: tuple[str, int] | None) -> dict[str, torch.Tensor]:
         run = InterruptedRun(tiny.network(policy="jei"), place, seed=3, save_every=0)

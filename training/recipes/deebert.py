@@ -25,7 +25,7 @@ from torch import Tensor
 from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect, operating_points
-from offramp.training.frozen import fit_exits
+from offramp.training.frozen import exits_phase
 from offramp.training.loop import Run
 from offramp.training.recipes.joint import JointSettings, exit_losses, warm_start
 
@@ -54,6 +54,11 @@ def last_exit_only(losses: Tensor) -> Tensor:
     return losses[:, -1].mean()
 
 
+def fine_tune(run: Run[EarlyExitNetwork], train: Encoded, settings: JointSettings) -> None:
+    """Train backbone and last exit alone: ordinary fine-tuning, which is phase 1 of several recipes."""
+    warm_start(run, train, settings, last_exit_only, "fine-tuning")
+
+
 def train(
     run: Run[EarlyExitNetwork],
     train: Encoded,
@@ -65,7 +70,7 @@ def train(
     """Run both phases, or the second alone; return dev figures and operating points."""
     device = run.accelerator.device
     if not skip_warm_start:
-        warm_start(run, train, settings, last_exit_only, "fine-tuning")
+        fine_tune(run, train, settings)
     if not run.skip_finished_phase():
         features = collect(run.network, train, device=device, description="features")
 
@@ -73,5 +78,5 @@ def train(
             return exit_losses(logits, features.labels[rows].to(device)).sum(1).mean()
 
         sizes = {"epochs": settings.exit_epochs, "batch_size": settings.exit_batch}
-        fit_exits(run, features, loss, name="exits", lr=settings.exit_lr, **sizes)
+        run.fit(exits_phase(run, features, loss, name="exits", lr=settings.exit_lr, **sizes))
     return operating_points(run, dev, "entropy")

@@ -25,10 +25,9 @@ from torch import Tensor
 from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect, operating_points
-from offramp.training.frozen import fit_exits
+from offramp.training.frozen import exits_phase
 from offramp.training.loop import Run
-from offramp.training.recipes.deebert import DeeBertSettings, last_exit_only
-from offramp.training.recipes.joint import warm_start
+from offramp.training.recipes.deebert import DeeBertSettings, fine_tune
 
 KIND: Literal["classifier"] = "classifier"
 SETTINGS = DeeBertSettings
@@ -61,7 +60,7 @@ def train(
     """Run both phases, or the second alone; return dev figures and operating points."""
     device = run.accelerator.device
     if not skip_warm_start:
-        warm_start(run, train, settings, last_exit_only, "fine-tuning")
+        fine_tune(run, train, settings)
     if not run.skip_finished_phase():
         features = collect(run.network, train, device=device, description="features")
 
@@ -69,5 +68,5 @@ def train(
             return distillation_loss(logits, features.logits[rows, -1].to(device))
 
         sizes = {"epochs": settings.exit_epochs, "batch_size": settings.exit_batch}
-        fit_exits(run, features, loss, name="students", lr=settings.exit_lr, **sizes)
+        run.fit(exits_phase(run, features, loss, name="students", lr=settings.exit_lr, **sizes))
     return operating_points(run, dev, "entropy")
