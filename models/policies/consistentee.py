@@ -1,8 +1,8 @@
 """statistics, state, both: a small perceptron trained by reward is the gate (ConsistentEE, AAAI 2024).
 
-ConsistentEE's policy reads the pooled state alone (inputs "state"), which overfits on small data sets. Two
-statistics of the exit's softmax can replace it ("statistics") or join it ("both"). They are few and cheap on
-purpose: at short inputs starting an operator costs as much as running it, and every segment has a policy.
+ConsistentEE's policy reads the pooled state alone (inputs "state", as published). Two statistics of the
+exit's softmax can replace it ("statistics") or join it ("both"); these two are ours. They are few and cheap
+on purpose: at short inputs starting an operator costs as much as running it, and every segment has a policy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ STATISTICS = 2  # certainty, agreement
 HIDDEN = 16
 FADE = 0.5  # factor on the evidence of earlier exits from one exit to the next
 _ONE = 1.0 + 1e-5  # keeps log(1 - top probability) finite
+# Logit of P(exit) before training. Gates start nearly closed: if they start half open, few rows reach the
+# deep gates and train them. Which value the paper starts from is not known.
+CLOSED = -2.0
 
 
 def evidence_size(classes: int) -> int:
@@ -42,9 +45,12 @@ class ConsistentEEPolicy(nn.Module):
 
     statistics: linear in the certainty, plus a perceptron over both statistics. The perceptron's output
     starts at zero, so training starts from the rule "exit where the top probability is high" and departs from
-    it only where that pays. state: Linear(hidden, 32), GELU, Linear(32, 1) on the pooled state, the published
-    shape (class Policy of ConsistentEE's public code). both: the sum.
+    it only where that pays. state: Linear(hidden, 32), GELU, Linear(32, 1) on the pooled state and nothing
+    else, the published shape (class Policy of ConsistentEE's public code). both: the sum, with dropout before
+    the part that reads the state.
     """
+
+    bias: Tensor
 
     def __init__(self, hidden_size: int, inputs: str, dropout: float = 0.1) -> None:
         super().__init__()
@@ -54,14 +60,19 @@ class ConsistentEEPolicy(nn.Module):
         self.state: nn.Sequential | None = None
         if inputs in ("state", "both"):
             self.state = nn.Sequential(
-                nn.Dropout(dropout), nn.Linear(hidden_size, 32), nn.GELU(), _zero_linear(32)
+                nn.Dropout(dropout if reads_statistics else 0.0),
+                nn.Linear(hidden_size, 32),
+                nn.GELU(),
+                _zero_linear(32) if reads_statistics else nn.Linear(32, 1),
             )
         self.statistics: nn.Sequential | None = None
         if reads_statistics:
             self.statistics = nn.Sequential(nn.Linear(STATISTICS, HIDDEN), nn.ReLU(), _zero_linear(HIDDEN))
         self.slope = nn.Parameter(torch.tensor(1.0)) if reads_statistics else None
-        # Closed at first: if gates start half open, few rows reach the deep gates and train them.
-        self.bias = nn.Parameter(torch.tensor(-2.0))
+        if reads_statistics:
+            self.bias = nn.Parameter(torch.tensor(CLOSED))
+        else:  # the last linear layer has a trained bias
+            self.register_buffer("bias", torch.tensor(CLOSED))
 
     def forward(
         self, pooled: Tensor, logits: Tensor, evidence: Tensor | None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # it imports torch, which ee-train --help does without
 RECIPES: dict[str, str] = {
     "joint": "offramp.training.recipes.joint",
     "consistentee": "offramp.training.recipes.consistentee",
+    "consistentee_plus": "offramp.training.recipes.consistentee_plus",
     "jei_dnn": "offramp.training.recipes.jei_dnn",
     "quee": "offramp.training.recipes.quee",
     "branchynet": "offramp.training.recipes.branchynet",

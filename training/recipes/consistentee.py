@@ -1,34 +1,34 @@
 """consistentee: a policy trained by reward decides where each instance exits (AAAI 2024, arXiv 2312.11882).
 
-1 warm start: recipe joint.  2 the Memorized Layer m of every training instance, once.  3 policies alone: the
-reward of exiting at exit l is R_l = quality_l - alpha * l * (1 - m / L).  4 everything: the task loss of the
-chosen exit plus the policy loss. 3 and 4 alternate, and 3 comes last, so that the policy fits the exits that
-are deployed.
+1 warm start: recipe joint, exit l weighs l.  2 the Memorized Layer m of every training instance, once, from
+the warm model: the first exit from which on every exit is right, or L.  3 policies alone, all else frozen: K
+trajectories for each instance with actions drawn from the policy; the reward of exiting at exit l is R = -CE
+- alpha * l * (1 - m / L), the baseline its mean over the trajectories.  4 everything: the cross-entropy of
+the exits that the trajectories take, plus the policies' loss. 3 and 4 alternate `rounds` times.
 
-Where we differ, each a setting (docs/log.md has the measurements behind the defaults):
+One alpha gives one point, at P(exit) above 0.5 ("trained"). Points at other thresholds are our extension.
+Ablations: hardness=false omits (1 - m / L); stage3=false omits phase 4; actions=oracle exits at m in
+training, and the policies then imitate m, since the K rewards are equal. exploration=epsilon_greedy takes the
+actions of the public code, whose gradient is not that of the expected reward. Policies with other inputs, the
+exact expectation and one policy for all thresholds: recipe consistentee_plus.
 
-- estimator=expected computes the sum over l of P(exit at l) * R_l exactly, since the loss of every exit is
-  known in training; sampled is the paper's REINFORCE: K Bernoulli trajectories, their mean as baseline.
-- policy=statistics reads the softmax of this exit and of earlier ones; state is the paper's pooled state.
-- quality=agree rewards agreement with the last exit; ce is the paper's -CE; correct is a 0/1 reward.
-- hardness=false omits the factor (1 - m / L); true is the paper's.
-- spread: each row draws its alpha between alpha / spread and alpha * spread and its gates are shifted to
-  match, so that one policy is trained for every threshold; 1 is the paper's single alpha.
-- rounds=0 omits phase 4, since it lowered the exits on dev; 1 or more alternates as the paper does.
-- holdout keeps a share of train out of the warm start and computes rewards and m there.
+We differ: a last phase 3 fits the policies to the deployed exits (final_policy=false omits it); phase 3 reads
+outputs without dropout, computed once; in phase 4 the K trajectories share one pass; the last exit has no
+policy; an exit standardizes the pooled vector before its linear layer; learning rates decay to zero. Not
+reproduced: the public code's live reward, which has no depth term.
 
-Not settings: the task loss of phase 4 is weighted by P(exit at l) instead of taken at one sampled exit, and
-the public code's live reward (no depth term) and its actions without exploration are not reproduced.
+--init replaces phase 1 by a checkpoint of recipe joint, which keeps its own pooling and epochs: as published
+only if it was trained so, with --pooling cls.
 
-Expect: e5-small on sst2, a minute or two after the warm start; 89.6 % on test with 58.7 % of the layers saved
-(point saves-57), against 90.2 % at full depth: as accurate as max-probability, not more.
+Expect: four passes of training and four of evaluation over the data, two and one of them in phases 1 and 2.
 
-    ee-train --model MODEL --data DATA --recipe consistentee --out ckpt/ --set alpha=0.02
+    ee-train --model MODEL --data DATA --recipe consistentee --out ckpt/ --set alpha=0.03
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,57 +38,71 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from offramp.models.network import EarlyExitNetwork, ExitParts
-from offramp.models.policies.consistentee import POLICY_INPUTS
+from offramp.runtime.rules import RuleSpec
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect, operating_points
+from offramp.training.collect import collect, exit_costs, exit_table, operating_points
 from offramp.training.loop import Phase, Run
 from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, warm_start
 
-QUALITIES = ("ce", "correct", "agree")
-ESTIMATORS = ("expected", "sampled")
-# Shift of a gate's logit for a price e times as high: P(exit) goes from 0.27 to 0.73 over a factor of 2.
-SHIFT = 3.0
+ACTIONS = ("sampled", "oracle")
+EXPLORATIONS = ("bernoulli", "epsilon_greedy")
+# (pooled [batch, exits, hidden], logits [batch, exits, classes], labels [batch], row numbers [batch]) ->
+# loss, figures for the log
+FeaturesLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
-class ConsistentEESettings:
-    """Settings of recipe consistentee; alpha: the reward's price of one more exit; trajectories: the paper's
-    K.
+class ConsistentEESettings(JointSettings):
+    """Settings of recipe consistentee; those of recipe joint are its warm start's.
+
+    alpha: the reward's price of one more exit; trajectories: the paper's K. epsilon_*: of epsilon-greedy
+    actions; the share falls from start to end by a factor e every `decay` steps. policy_*: phase 3; both_*:
+    phase 4. detach_policies: the policies' loss trains no other part in phase 4.
     """
 
-    epochs: int = 3
-    batch_size: int = 32
-    lr: float = 5e-5
-    heads_lr: float = 1e-3
-    alpha: float = 0.015
-    spread: float = 5.0
-    quality: str = "agree"
-    hardness: bool = False
-    estimator: str = "expected"
+    epochs: int = 2
+    batch_size: int = 16
+    lr: float = 2e-5
+    heads_lr: float = 2e-5
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    alpha: float = 0.03
+    hardness: bool = True
+    actions: str = "sampled"
+    exploration: str = "bernoulli"
+    epsilon_start: float = 0.05
+    epsilon_end: float = 0.005
+    epsilon_decay: float = 1000.0
     trajectories: int = 8
-    policy: str = "statistics"
-    policy_epochs: int = 20
-    policy_lr: float = 1e-3
-    rounds: int = 0
+    rounds: int = 2
+    stage3: bool = True
+    final_policy: bool = True
+    policy_epochs: int = 2
+    policy_batch: int = 32
+    policy_lr: float = 3e-4
     both_epochs: int = 1
-    both_lr: float = 1e-5
-    both_heads_lr: float = 1e-4
-    holdout: float = 0.0
+    both_batch: int = 32
+    both_lr: float = 3e-5
+    both_heads_lr: float = 3e-5
+    detach_policies: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, known in (
-            ("quality", self.quality, QUALITIES),
-            ("estimator", self.estimator, ESTIMATORS),
-            ("policy", self.policy, POLICY_INPUTS),
+            ("actions", self.actions, ACTIONS),
+            ("exploration", self.exploration, EXPLORATIONS),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value}: choose one of {', '.join(known)}")
-        if not 0 <= self.holdout < 0.9:
-            raise ValueError(f"holdout={self.holdout}: a share of train, from 0 to below 0.9")
-        if self.alpha <= 0 or self.spread < 1:
-            raise ValueError(f"alpha={self.alpha}, spread={self.spread}: alpha above 0, spread from 1")
-        if self.estimator == "sampled" and self.trajectories < 2:
+        if self.alpha < 0:
+            raise ValueError(f"alpha={self.alpha}: a price, from 0")
+        if self.trajectories < 2:
             raise ValueError("trajectories: the mean of one trajectory is no baseline; at least 2")
+        if self.rounds < 0 or not (self.rounds or self.final_policy):
+            raise ValueError(
+                f"rounds={self.rounds} with final_policy={self.final_policy}: no policy is trained"
+            )
+        check_epsilon(self.epsilon_start, self.epsilon_end, self.epsilon_decay)
 
 
 KIND: Literal["classifier"] = "classifier"
@@ -97,8 +111,8 @@ STARTS_FROM: str | None = "joint"
 
 
 def parts_of(settings: ConsistentEESettings) -> ExitParts:
-    """The parts with policies, named by their inputs: "statistics" or "state"."""
-    return ExitParts(policy=settings.policy)
+    """The published parts: policies on the pooled state; the first token, through BERT's pooler if text."""
+    return ExitParts(policy="state", pooling="cls")
 
 
 def memorized_exit(right: Tensor) -> Tensor:
@@ -110,69 +124,111 @@ def memorized_exit(right: Tensor) -> Tensor:
     return (right.shape[1] - right_to_the_end).clamp(max=right.shape[1] - 1)
 
 
-def easiness(logits: Tensor, labels: Tensor) -> Tensor:
+def measure_memorized(run: Run[EarlyExitNetwork], rows: Encoded) -> Tensor:
+    """The Memorized Layer minus one [rows] by the present network in evaluation mode."""
+    collected = collect(run.network, rows, device=run.accelerator.device, description="hardness")
+    return memorized_exit(collected.logits.argmax(-1) == collected.labels[:, None])
+
+
+def easiness(memorized: Tensor, exits: int) -> Tensor:
     """The factor on an instance's depth penalty, 1 - m / L [rows]; 0 for the hardest instances.
 
-    m is the Memorized Layer, 1-based; logits [rows, exits, classes] in evaluation mode, labels [rows].
+    memorized [rows]: m - 1, as memorized_exit gives it; exits: L.
     """
-    right = logits.argmax(-1) == labels[:, None]  # [rows, exits]
-    return 1.0 - (memorized_exit(right) + 1).float() / logits.shape[1]
+    return 1.0 - (memorized + 1).float() / exits
 
 
-def exit_distribution(gate_logits: Tensor) -> Tensor:
-    """P(exit at l) of each exit [batch, exits] from logits of P(exit) [batch, exits - 1].
+def log_exit_distribution(gate_logits: Tensor) -> Tensor:
+    """Logarithm of P(exit at l) of each exit [batch, exits]; gate_logits [batch, exits - 1].
 
     The last exit gets the remaining probability.
     """
     log_stay = logsigmoid(-gate_logits).cumsum(1)  # [batch, exits - 1] log P(no exit up to l)
     log_reached = torch.cat([torch.zeros_like(log_stay[:, :1]), log_stay], dim=1)  # [batch, exits]
     log_exit = torch.cat([logsigmoid(gate_logits), torch.zeros_like(log_stay[:, :1])], dim=1)
-    return (log_reached + log_exit).exp()
+    return log_reached + log_exit
 
 
-def exit_qualities(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """The quality part of the reward of exiting at each exit [rows, exits].
-
-    kind: one of QUALITIES. logits [rows, exits, classes], labels [rows].
-    """
-    if kind == "ce":
-        return -exit_losses(logits, labels)
-    target = labels if kind == "correct" else logits[:, -1].argmax(-1)
-    return (logits.argmax(-1) == target[:, None]).float()
+def exit_distribution(gate_logits: Tensor) -> Tensor:
+    """P(exit at l) of each exit [batch, exits] from logits of P(exit) [batch, exits - 1]."""
+    return log_exit_distribution(gate_logits).exp()
 
 
-def exit_rewards(quality: Tensor, alpha: Tensor, easy: Tensor) -> Tensor:
-    """The reward R of exiting at each exit [rows, exits]: quality [rows, exits], alpha, easy (1 - m / L)
-    [rows].
+def exit_rewards(quality: Tensor, alpha: Tensor | float, easy: Tensor) -> Tensor:
+    """The reward R of exiting at each exit [rows, exits]: quality - alpha * l * easy, l from 1.
+
+    quality [rows, exits], -CE in the paper; alpha [rows] or one for all; easy (1 - m / L) [rows].
     """
     depth = torch.arange(1, quality.shape[1] + 1, device=quality.device, dtype=torch.float32)
     return quality - (alpha * easy)[:, None] * depth
 
 
-def draw_alpha(rows: int, settings: ConsistentEESettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw each row's price, log-uniform around alpha; gives prices and the shifts of gate logits, both
-    [rows].
+def check_epsilon(start: float, end: float, decay: float) -> None:
+    """Raise ValueError if these are no settings of epsilon-greedy exploration."""
+    if not 0 <= end <= start <= 1 or decay <= 0:
+        raise ValueError(f"epsilon_start={start}, epsilon_end={end}, epsilon_decay={decay}: 1 to 0, above 0")
 
-    A higher price raises the gates by a shift that is the same at every exit. So another threshold after
-    training corresponds to prices seen in training, and the threshold 0.5 corresponds to alpha itself.
+
+def epsilon_after(steps: int, start: float, end: float, decay: float) -> float:
+    """The share of actions that a coin decides after this many steps, from `start` towards `end`."""
+    return end + (start - end) * math.exp(-steps / decay)
+
+
+def sample_exits(gate_logits: Tensor, count: int, epsilon: float | None = None) -> Tensor:
+    """Sample the exits (0-based) of `count` trajectories for each row [rows, count].
+
+    gate_logits [rows, exits - 1]. epsilon None: every action is drawn from the policy. Else a trajectory
+    exits where P(exit) is above 0.5, but at each exit, with probability epsilon, a fair coin decides.
+    One draw from P(exit at l) equals a draw at every exit in turn.
     """
-    log_factor = (2 * torch.rand(rows, device=device) - 1) * math.log(settings.spread)
-    return settings.alpha * log_factor.exp(), SHIFT * log_factor
+    action_logits = gate_logits.detach()
+    if epsilon is not None:
+        action_logits = ((1 - epsilon) * (action_logits > 0) + epsilon / 2).logit()
+    return torch.multinomial(exit_distribution(action_logits), count, replacement=True)
 
 
-def policy_loss(gate_logits: Tensor, reward: Tensor, settings: ConsistentEESettings) -> Tensor:
-    """The policies' loss, a scalar whose minimization raises the expected reward.
+def reinforce_loss(
+    gate_logits: Tensor, reward: Tensor, sampled: Tensor, *, per_layer: bool = False
+) -> Tensor:
+    """The policies' REINFORCE loss, a scalar; its baseline is the mean reward of a row's trajectories.
 
-    gate_logits [batch, exits - 1], reward [batch, exits].
+    gate_logits [rows, exits - 1], reward [rows, exits], sampled exits (0-based) [rows, K]. As a trajectory
+    is part of its own baseline, the gradient is (K - 1) / K of that of the expected reward. per_layer: a
+    trajectory's log-probability is divided by the number of its exits, as in the public code for LLaMA.
     """
-    exit_at = exit_distribution(gate_logits)
-    if settings.estimator == "expected":
-        return -(exit_at * reward).sum(1).mean()
-    # One draw from P(exit at l) equals a Bernoulli draw at every exit in turn.
-    sampled = torch.multinomial(exit_at.detach(), settings.trajectories, replacement=True)  # [batch, K]
     sampled_reward = reward.gather(1, sampled)
     advantage = sampled_reward - sampled_reward.mean(1, keepdim=True)
-    return -(advantage * exit_at.clamp(min=1e-9).log().gather(1, sampled)).mean()
+    log_probability = log_exit_distribution(gate_logits).gather(1, sampled)
+    if per_layer:
+        log_probability = log_probability / (sampled + 1)
+    return -(advantage * log_probability).mean(1).sum() / max(1, len(gate_logits))
+
+
+def take_actions(
+    gate_logits: Tensor, reward: Tensor, memorized: Tensor, settings: ConsistentEESettings, step: int
+) -> tuple[Tensor, Tensor]:
+    """The exits (0-based) that the trajectories take [batch, K], and the policies' loss, a scalar.
+
+    gate_logits [batch, exits - 1], reward [batch, exits], memorized [batch]: m - 1. With oracle actions K is
+    1.
+    """
+    s = settings
+    if s.actions == "oracle":
+        exits_taken = memorized[:, None]
+        return exits_taken, -log_exit_distribution(gate_logits).gather(1, exits_taken).mean()
+    epsilon = None
+    if s.exploration == "epsilon_greedy":
+        epsilon = epsilon_after(step, s.epsilon_start, s.epsilon_end, s.epsilon_decay)
+    exits_taken = sample_exits(gate_logits, s.trajectories, epsilon)
+    return exits_taken, reinforce_loss(gate_logits, reward, exits_taken)
+
+
+def taken_exit_loss(losses: Tensor, exits_taken: Tensor) -> Tensor:
+    """The task loss of phase 4, a scalar: the mean loss over trajectories of the exit that each takes.
+
+    losses [batch, exits], exits_taken (0-based) [batch, K].
+    """
+    return losses.gather(1, exits_taken).mean()
 
 
 def train(
@@ -183,90 +239,124 @@ def train(
     *,
     skip_warm_start: bool,
 ) -> dict[str, Any]:
-    """Run all phases; return dev figures and the operating points chosen on dev."""
-    warm_rows, reward_rows = _hold_out(len(train), settings.holdout, run.seed)
-    if not skip_warm_start:
-        joint = JointSettings(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr)
-        warm_start(run, train.take(warm_rows), joint)
-    device = run.accelerator.device
+    """Run all phases; return dev figures, operating points, and the distribution of the Memorized Layer.
 
-    def measure_easiness() -> Tensor:
-        if not settings.hardness:
-            return torch.ones(len(train))
-        collected = collect(run.network, train, device=device, description="hardness")
-        return easiness(collected.logits, collected.labels)
-
-    easy = run.compute_once("easiness", measure_easiness)
-    rewarded = train.take(reward_rows)
-    for number in range(settings.rounds):
-        _fit_policies(run, rewarded, easy[reward_rows], settings, f"policy {number + 1}")
-        _fit_exits_and_policies(run, train, easy, settings, f"both {number + 1}")
-    _fit_policies(run, rewarded, easy[reward_rows], settings, "policy last")
-    return operating_points(run, dev, "gate")
-
-
-def _fit_policies(
-    run: Run[EarlyExitNetwork], rows: Encoded, easy: Tensor, settings: ConsistentEESettings, name: str
-) -> None:
-    """Train policies on cached features, since the rest of the network is frozen and its outputs do not
-    change.
+    memorized_layers: the share of training rows by exit. memorized_on_dev: figures of exiting at m on dev,
+    which needs the labels: the bound that oracle actions have.
     """
+    if not skip_warm_start:
+        warm_start(run, train, settings)
+    memorized = run.compute_once("memorized", lambda: measure_memorized(run, train))
+    for number in range(1, settings.rounds + 1):
+        _fit_policies(run, train, memorized, settings, f"policy {number}")
+        if settings.stage3:
+            _fit_exits_and_policies(run, train, memorized, settings, f"both {number}")
+    if settings.final_policy:
+        _fit_policies(run, train, memorized, settings, "policy last")
+    counts = torch.bincount(memorized, minlength=len(run.network.spec.exits))
+    return {
+        **operating_points(run, dev, "gate"),
+        "published_points": ["trained"],  # one for each alpha; the others are our extension
+        "memorized_layers": [round(count / len(memorized), 4) for count in counts.tolist()],
+        "memorized_on_dev": _figures_at_memorized(run, dev),
+    }
+
+
+def fit_on_features(
+    run: Run[EarlyExitNetwork],
+    rows: Encoded,
+    loss: FeaturesLoss,
+    *,
+    name: str,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+) -> None:
+    """Train policies on features that are computed once, since all other parts are frozen."""
     if run.skip_finished_phase():
         return
     device = run.accelerator.device
     features = collect(run.network, rows, device=device, description=f"{name}: features")
-    quality = exit_qualities(features.logits, features.labels, settings.quality)
 
-    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    def batch_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         batch = torch.from_numpy(index)
-        alpha, shift = draw_alpha(len(index), settings, device)
+        pooled, logits = features.pooled[batch].to(device), features.logits[batch].to(device)
         # Tiny layers: bf16 would only lose precision of the probabilities.
         with torch.autocast(device.type, enabled=False):
-            pooled, logits = features.pooled[batch].to(device), features.logits[batch].to(device)
-            gate_logits = run.network.gate_logits(pooled, logits)
-            reward = exit_rewards(quality[batch].to(device), alpha, easy[batch].to(device))
-            value = policy_loss(gate_logits + shift[:, None], reward, settings)
-            return value, _figures(gate_logits, reward)
+            return loss(pooled, logits, features.labels[batch].to(device), batch)
 
     lengths = np.zeros(len(rows), np.int64)
-    epochs = settings.policy_epochs
-    run.fit(Phase(name, ("policies",), lengths, loss, epochs, 256, settings.policy_lr, shared=False))
+    schedule: dict[str, Any] = {"warmup": warmup, "weight_decay": weight_decay, "shared": False}
+    run.fit(Phase(name, ("policies",), lengths, batch_loss, epochs, batch_size, lr, **schedule))
 
 
-def _fit_exits_and_policies(
-    run: Run[EarlyExitNetwork], rows: Encoded, easy: Tensor, settings: ConsistentEESettings, name: str
-) -> None:
-    """Train all parts: exits on the instances that exit there, policies by the current exits' rewards."""
-    device = run.accelerator.device
-
-    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        inputs, labels = rows.batch(index, device)
-        outputs = model(inputs, detach_policies=True)
-        quality = exit_qualities(outputs.logits.detach().float(), labels, settings.quality)
-        alpha, shift = draw_alpha(len(index), settings, device)
-        reward = exit_rewards(quality, alpha, easy[torch.from_numpy(index)].to(device))
-        gate_logits = outputs.gate_logits.float() + shift[:, None]
-        weights = exit_distribution(gate_logits.detach())
-        task = (weights * exit_losses(outputs.logits, labels)).sum(1).mean()
-        figures = {"task": float(task.detach()), **_figures(gate_logits, reward)}
-        return task + policy_loss(gate_logits, reward, settings), figures
-
-    s, trains = settings, (*EVERYTHING, "policies")
-    run.fit(Phase(name, trains, rows.lengths, loss, s.both_epochs, s.batch_size, s.both_lr, s.both_heads_lr))
-
-
-def _figures(gate_logits: Tensor, reward: Tensor) -> dict[str, float]:
+def expected_figures(gate_logits: Tensor, reward: Tensor) -> dict[str, float]:
     """The expected reward and exit (1-based) of a batch, for the log."""
     exit_at = exit_distribution(gate_logits.detach())
     depth = torch.arange(1, exit_at.shape[1] + 1, device=exit_at.device)
     return {"reward": float((exit_at * reward).sum(1).mean()), "exit": float((exit_at * depth).sum(1).mean())}
 
 
-def _hold_out(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for the warm start and row numbers for the rewards; all rows for both if share is 0."""
-    if share == 0:
-        everything = np.arange(rows)
-        return everything, everything
-    order = np.random.default_rng([seed, 77]).permutation(rows)
-    count = max(1, round(share * rows))
-    return np.sort(order[count:]), np.sort(order[:count])
+def _rewards(losses: Tensor, memorized: Tensor, settings: ConsistentEESettings) -> Tensor:
+    """The paper's reward at each exit [batch, exits]; losses [batch, exits], memorized [batch]."""
+    easy = easiness(memorized, losses.shape[1])
+    return exit_rewards(-losses, settings.alpha, easy if settings.hardness else torch.ones_like(easy))
+
+
+def _fit_policies(
+    run: Run[EarlyExitNetwork], rows: Encoded, memorized: Tensor, settings: ConsistentEESettings, name: str
+) -> None:
+    """Train the policies alone by reward (phase 3)."""
+
+    def loss(
+        pooled: Tensor, logits: Tensor, labels: Tensor, batch: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        memorized_batch = memorized[batch].to(logits.device)
+        reward = _rewards(exit_losses(logits, labels), memorized_batch, settings)
+        gate_logits = run.network.gate_logits(pooled, logits)
+        _, policy = take_actions(gate_logits, reward, memorized_batch, settings, run.position["step"])
+        return policy, expected_figures(gate_logits, reward)
+
+    s = settings
+    fit_on_features(
+        run,
+        rows,
+        loss,
+        name=name,
+        epochs=s.policy_epochs,
+        batch_size=s.policy_batch,
+        lr=s.policy_lr,
+        warmup=s.warmup,
+        weight_decay=s.weight_decay,
+    )
+
+
+def _fit_exits_and_policies(
+    run: Run[EarlyExitNetwork], rows: Encoded, memorized: Tensor, settings: ConsistentEESettings, name: str
+) -> None:
+    """Train all parts: each exit on the instances that exit there, policies by reward (phase 4)."""
+    device, s = run.accelerator.device, settings
+
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+        inputs, labels = rows.batch(index, device)
+        outputs = model(inputs, detach_policies=s.detach_policies)
+        losses, gate_logits = exit_losses(outputs.logits, labels), outputs.gate_logits.float()
+        memorized_batch = memorized[torch.from_numpy(index)].to(device)
+        reward = _rewards(losses.detach(), memorized_batch, s)
+        exits_taken, policy = take_actions(gate_logits, reward, memorized_batch, s, run.position["step"])
+        task = taken_exit_loss(losses, exits_taken)
+        return task + policy, {"task": float(task.detach()), **expected_figures(gate_logits, reward)}
+
+    trains = (*EVERYTHING, "policies")
+    rates: dict[str, Any] = {"heads_lr": s.both_heads_lr, "warmup": s.warmup, "weight_decay": s.weight_decay}
+    run.fit(Phase(name, trains, rows.lengths, loss, s.both_epochs, s.both_batch, s.both_lr, **rates))
+
+
+def _figures_at_memorized(run: Run[EarlyExitNetwork], dev: Encoded) -> dict[str, float]:
+    """The figures of a walk on dev that exits at the Memorized Layer of each row."""
+    collected = collect(run.network, dev, device=run.accelerator.device, description="dev, Memorized Layer")
+    table, costs = exit_table(collected), exit_costs(run.network, collected.lengths)
+    exits = memorized_exit(torch.from_numpy(table.right)).numpy()
+    return costs.point(RuleSpec("memorized", {}), exits, table).figures()
