@@ -108,7 +108,8 @@ def bit_operations(macs: MacTerms, precision: str, tokens: float) -> float:
 
     They are multiply-accumulates times the bits of both factors. KeyError for a name that is not in
     PRECISIONS. The term `token` (the linear layers of blocks) counts in the precision; attention's products,
-    exits, policies and forecasts count at 32 bits. (Mean pooling is part of `token`: 0.02 % of a block.)
+    exits, policies and forecasts count at 32 bits. (Pooling is part of `token`: 0.02 % of a block for the
+    mean, 0.3 % for attention.)
     """
     bits = PRECISIONS[precision]
     in_blocks = macs.token * tokens * bits.weight_bits * bits.activation_bits

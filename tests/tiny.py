@@ -106,11 +106,20 @@ def decoder(family: str, seed: int = 0) -> Any:
 
 
 def network(
-    family: str = "bert", *, pooling: str = "mean", policy: str | None = "both", seed: int = 0
+    family: str = "bert",
+    *,
+    pooling: str = "mean",
+    policy: str | None = "both",
+    head: str = "linear",
+    seed: int = 0,
 ) -> EarlyExitNetwork:
     """A tiny network with an exit after every block, random everywhere."""
-    base = backbone(family, seed)
-    return EarlyExitNetwork(base, NetworkSpec(("negative", "positive"), (1, 2, 3), pooling, policy)).eval()
+    spec = NetworkSpec(("negative", "positive"), (1, 2, 3), pooling, policy, head=head)
+    network = EarlyExitNetwork(backbone(family, seed), spec).eval()
+    for exit_head in network.exits:
+        if exit_head.attention is not None:
+            torch.nn.init.normal_(exit_head.attention.queries.weight)  # type: ignore[union-attr, operator]
+    return network
 
 
 def inputs(family: str = "bert", rows: int = 2, length: int = 7) -> dict[str, torch.Tensor]:

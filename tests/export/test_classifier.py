@@ -27,18 +27,20 @@ def walk(split: SplitNetwork, inputs: dict[str, torch.Tensor]) -> list[dict[str,
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize(
-    ("pooling", "policy"),
+    ("pooling", "policy", "head"),
     [
-        ("mean", "both"),
-        ("cls", "state"),
-        ("mean", "statistics"),
-        ("cls", None),
-        ("mean", "jei"),
-        ("cls", "lte"),
+        ("mean", "both", "linear"),
+        ("cls", "state", "linear"),
+        ("mean", "statistics", "mlp"),
+        ("cls", None, "linear"),
+        ("mean", "jei", "linear"),
+        ("cls", "lte", "linear"),
+        ("attention", "both", "linear"),
+        ("attention", None, "mlp"),
     ],
 )
-def test_segments_are_the_network(family: str, pooling: str, policy: str | None) -> None:
-    network = tiny.network(family, pooling=pooling, policy=policy)
+def test_segments_are_the_network(family: str, pooling: str, policy: str | None, head: str) -> None:
+    network = tiny.network(family, pooling=pooling, policy=policy, head=head)
     inputs = tiny.inputs(family) if family in tiny.CONFIGS else tiny.pixel_values()
     outputs = walk(split_classifier(network), inputs)
     with torch.no_grad():

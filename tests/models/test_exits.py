@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from offramp.models.exits import AttentionPool, Exit
-from offramp.models.network import EarlyExitNetwork, NetworkSpec, share_gradient
+from offramp.models.network import NetworkSpec, share_gradient
 
 
 def test_untrained_attention_is_the_mean_of_the_real_tokens() -> None:
@@ -58,9 +58,7 @@ def test_the_last_exit_of_an_equilibrium_gets_its_whole_gradient() -> None:
 
 
 def test_attention_reads_no_padding() -> None:
-    network = EarlyExitNetwork(tiny.backbone("bert"), NetworkSpec(("a", "b"), (1, 2, 3), "attention")).eval()
-    for exit_head in network.exits:
-        torch.nn.init.normal_(exit_head.attention.queries.weight)  # type: ignore[union-attr, operator]
+    network = tiny.network(pooling="attention", policy=None)
     inputs = tiny.inputs()
     padded = {name: torch.cat([t, torch.zeros_like(t[:, :2])], 1) for name, t in inputs.items()}
     with torch.no_grad():

@@ -39,7 +39,8 @@ class JointSettings:
     in which the last exit alone is trained (ordinary fine-tuning; "mixed" training). weights: of the exits'
     losses, see loss_weights. gradient: which exits' gradients a block gets, see share_gradient in
     models.network. distill: share of the loss of an early exit that compares it with the last exit's
-    probabilities instead of the label; temperature: of both in this comparison.
+    probabilities instead of the label; temperature: of both in this comparison. warmup: share of the steps in
+    which the learning rates rise.
     """
 
     epochs: int = 3
@@ -51,6 +52,8 @@ class JointSettings:
     gradient: str = "full"
     distill: float = 0.0
     temperature: float = 2.0
+    warmup: float = 0.1
+    weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size) < 1 or self.lr <= 0:
@@ -150,10 +153,10 @@ def warm_start(
         inputs, labels = train.batch(index, run.accelerator.device)
         return exit_losses(model(inputs).logits[:, -1:], labels).mean(), {}
 
+    sizes = (s.batch_size, s.lr, s.heads_lr, s.warmup, s.weight_decay)
     if s.plain_epochs:
-        epochs = s.plain_epochs
-        run.fit(Phase("plain", EVERYTHING, train.lengths, plain_loss, epochs, s.batch_size, s.lr, s.heads_lr))
-    run.fit(Phase(name, EVERYTHING, train.lengths, loss, s.epochs, s.batch_size, s.lr, s.heads_lr))
+        run.fit(Phase("plain", EVERYTHING, train.lengths, plain_loss, s.plain_epochs, *sizes))
+    run.fit(Phase(name, EVERYTHING, train.lengths, loss, s.epochs, *sizes))
 
 
 def train(

@@ -1,0 +1,47 @@
+"""offramp: joint training of all exits with the settings that won on dev over all data sets (the default).
+
+It is recipe joint with better exits: attention pooling, so that each exit learns which tokens it reads. Every
+part is a setting of recipe joint or an option of ee-train, and any recipe can take it; docs/papers.md states
+what each adds alone. Rows exit by their top probability.
+
+    ee-train --model MODEL --data DATA --recipe offramp --out ckpt/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from offramp.models.network import EarlyExitNetwork, ExitParts
+from offramp.training.batches import Encoded
+from offramp.training.collect import operating_points
+from offramp.training.loop import Run
+from offramp.training.recipes.joint import JointSettings, warm_start
+
+
+@dataclass(frozen=True)
+class OfframpSettings(JointSettings):
+    """Settings of recipe joint with other defaults."""
+
+
+KIND: Literal["classifier"] = "classifier"
+SETTINGS = OfframpSettings
+STARTS_FROM: str | None = None
+
+
+def parts_of(settings: OfframpSettings) -> ExitParts:
+    """Exits with attention pooling, without a policy."""
+    return ExitParts(pooling="attention")
+
+
+def train(
+    run: Run[EarlyExitNetwork],
+    train: Encoded,
+    dev: Encoded,
+    settings: OfframpSettings,
+    *,
+    skip_warm_start: bool,
+) -> dict[str, Any]:
+    """Train backbone and exits (with --init: further); return dev figures and operating points."""
+    warm_start(run, train, settings)
+    return operating_points(run, dev, "max_probability")
