@@ -1,22 +1,26 @@
 """consistentee_lm: ConsistentEE for language models, a policy decision per token (arXiv 2312.11882).
 
 The backbone is frozen. 1 heads: exits are trained on the next token, weights proportional to their block.  2
-policies: REINFORCE over K trajectories, the mean as baseline; the reward of exiting after block l is R = -CE
-- alpha * l * (1 - m / L), where m, a token's Memorized Layer, is the first exit from which on every exit
-predicts the right token.  3 both: exits are trained on the tokens that exit there, policies continue. As at
-run time, a token exits after the first exit with P(exit) above 0.5, and the first token of an answer is
-computed at full depth.
+policies: one linear layer an exit on the normed hidden state, trained by REINFORCE over K trajectories with
+their mean as baseline. The reward of exiting after block l is R = -CE - alpha * l * (1 - m / L), where m, a
+token's Memorized Layer, is the first exit from which on every exit predicts the right token.  3 exits: each
+is trained on the tokens that exit there. At run time a token exits after the first exit with P(exit) above
+0.5, and the first token of an answer is computed at full depth.
 
-We differ: an exit is a translator, a residual linear map before the one shared head, in place of the paper's
-copy of the head with LoRA. Every token attends to keys and values of the full depth, so features do not
-depend on the policy: exact for a bundle's cache "deferred", an approximation of "propagated" ones. The public
-code pairs rewards with another token's depth, rewards tokens of the prompt, counts blocks from 0 and omits (1
-- m / L); here reward and depth belong to one token, only completions take part, blocks count from 1. Actions
-are drawn from the policy, without epsilon; trajectories are compared with the mean of the others, which is
-the same gradient up to a factor of K / (K - 1). In phase 3 m is that of the current exits.
+As in the public LLaMA code: actions are epsilon-greedy, one of the K trajectories never exits (expert), a
+trajectory's log-probability is divided by the number of its exits (per_layer), policies rest in phase 3.
+These make the gradient another one than the expected reward's; exploration=bernoulli, expert=false,
+per_layer=false give that. Further settings: hardness=false omits (1 - m / L), as that code's live reward
+does; both_policies=true trains policies in phase 3, as for classifiers; target=model trains phase 1 on the
+last block's probabilities.
 
-Settings: target=model trains phase 1 on the last block's probabilities; hardness=false omits (1 - m / L), as
-the public LLaMA code does; expert=true makes one of the K never exit, as in that code, which adds a bias.
+We differ: an exit is a translator, a residual linear map before the one shared head. The paper's is a copy of
+the head for each layer, adapted by LoRA, which a small model with a tied head and a bundle cannot hold; its
+rates are a tenth of ours, batches have 128 rows. Every token attends to keys and values of the full depth, so
+features do not depend on the policy: exact for a bundle's cache "deferred", an approximation of "propagated"
+ones. The public code pairs rewards with another token's depth, rewards tokens of the prompt and counts blocks
+from 0; here reward and depth belong to one token, only completions take part, blocks count from 1. Policies
+start at P(exit) = 0.5.
 
 Expect: dev in training.json has CALM's confidence and cosine at the policy's depth, their thresholds tuned on
 dev itself, which favours them. No figure of the paper was available for comparison.
@@ -38,7 +42,15 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.errors import BadSetting
 from offramp.training.lm_data import IGNORED, TokenRows
 from offramp.training.loop import Phase, Run
-from offramp.training.recipes.consistentee import exit_distribution, memorized_exit
+from offramp.training.recipes.consistentee import (
+    EXPLORATIONS,
+    check_epsilon,
+    epsilon_after,
+    exit_distribution,
+    memorized_exit,
+    reinforce_loss,
+    sample_exits,
+)
 from offramp.training.token_exits import (
     collect_tokens,
     compare_rules,
@@ -59,7 +71,9 @@ class ConsistentEELMSettings:
     """Settings of recipe consistentee_lm.
 
     alpha: price of a block in nats; trajectories: K; tokens_per_batch: most tokens of a batch of rows that
-    phases 1 and 3 use, sampled if there are more; policy_tokens: most tokens of phase 2.
+    phases 1 and 3 use, sampled if there are more; policy_tokens: most tokens of phase 2. epsilon_*: of
+    epsilon-greedy actions; the share falls from start to end by a factor e in `decay` calls of a policy, of
+    which a step has one for each exit. both_*: phase 3.
     """
 
     epochs: int = 1
@@ -68,13 +82,19 @@ class ConsistentEELMSettings:
     target: str = "data"
     alpha: float = 0.01
     hardness: bool = True
+    exploration: str = "epsilon_greedy"
+    epsilon_start: float = 0.1
+    epsilon_end: float = 0.0
+    epsilon_decay: float = 20_000.0
     trajectories: int = 4
-    expert: bool = False
+    expert: bool = True
+    per_layer: bool = True
     policy_epochs: int = 5
     policies_lr: float = 3e-4
     policy_tokens: int = 100_000
     both_epochs: int = 1
     both_heads_lr: float = 3e-4
+    both_policies: bool = False
     tokens_per_batch: int = 1024
 
     def __post_init__(self) -> None:
@@ -86,8 +106,13 @@ class ConsistentEELMSettings:
             raise ValueError(f"learning rates must be positive: {self}")
         if self.trajectories < 2:
             raise ValueError("trajectories: the mean of one trajectory is no baseline; at least 2")
-        if self.target not in TARGETS:
-            raise ValueError(f"target={self.target}: choose among {', '.join(TARGETS)}")
+        for name, value, known in (
+            ("target", self.target, TARGETS),
+            ("exploration", self.exploration, EXPLORATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value}: choose among {', '.join(known)}")
+        check_epsilon(self.epsilon_start, self.epsilon_end, self.epsilon_decay)
 
 
 KIND: Literal["decoder"] = "decoder"
@@ -123,30 +148,19 @@ def exit_rewards(
     return -losses - price[:, None] * depth
 
 
-def sample_exits(gate_logits: Tensor, settings: ConsistentEELMSettings) -> Tensor:
-    """Sample the exits (0-based) of K trajectories for each token [tokens, K]; gate_logits [tokens, exits -
-    1].
+def sample_trajectories(gate_logits: Tensor, step: int, settings: ConsistentEELMSettings) -> Tensor:
+    """Sample the exits (0-based) of K trajectories for each token [tokens, K] at a step of a phase.
 
-    One draw from P(exit at l) equals a Bernoulli draw at every exit in turn.
+    gate_logits [tokens, exits - 1].
     """
-    exit_at = exit_distribution(gate_logits.detach())
-    sampled = torch.multinomial(exit_at, settings.trajectories, replacement=True)
-    if settings.expert:
-        sampled[:, 0] = exit_at.shape[1] - 1
+    s, epsilon = settings, None
+    if s.exploration == "epsilon_greedy":
+        calls = step * gate_logits.shape[1]
+        epsilon = epsilon_after(calls, s.epsilon_start, s.epsilon_end, s.epsilon_decay)
+    sampled = sample_exits(gate_logits, s.trajectories, epsilon)
+    if s.expert:
+        sampled[:, 0] = gate_logits.shape[1]
     return sampled
-
-
-def policy_loss(gate_logits: Tensor, reward: Tensor, sampled: Tensor) -> Tensor:
-    """The policies' loss, a scalar whose minimization raises the expected reward.
-
-    gate_logits [tokens, exits - 1], reward [tokens, exits], sampled exits [tokens, K].
-    """
-    sampled_reward = reward.gather(1, sampled)
-    count = sampled.shape[1]
-    # The mean of the others: with the sample itself in the mean, the gradient is (K - 1) / K of the true one.
-    advantage = (sampled_reward - sampled_reward.mean(1, keepdim=True)) * count / (count - 1)
-    log_probability = exit_distribution(gate_logits).clamp(min=1e-30).log().gather(1, sampled)
-    return -(advantage * log_probability).mean(1).sum() / max(1, len(gate_logits))
 
 
 def train(
@@ -161,7 +175,7 @@ def train(
     _fit_heads(run, rows["train"], exits, settings)
     _fit_policies(run, rows["train"], exits, settings)
     if settings.both_epochs:
-        _fit_exits_and_policies(run, rows["train"], exits, settings)
+        _fit_taken_exits(run, rows["train"], exits, settings)
     if "dev" not in rows:
         return {}
     s, index = settings, list(range(min(DEV_ROWS, len(rows["dev"]))))
@@ -211,17 +225,18 @@ def _fit_policies(
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         batch = torch.from_numpy(index).to(device)
         gate_logits = policy_logits(run.network, outputs.states[batch], exits)
-        value = policy_loss(gate_logits, reward[batch], sample_exits(gate_logits, s))
+        sampled = sample_trajectories(gate_logits, run.position["step"], s)
+        value = reinforce_loss(gate_logits, reward[batch], sampled, per_layer=s.per_layer)
         return value, _figures(gate_logits, reward[batch], exits)
 
     lengths, epochs, lr = np.zeros(len(outputs), np.int64), s.policy_epochs, s.policies_lr
     run.fit(Phase("policies", ("policies",), lengths, loss, epochs, POLICY_BATCH, lr, shared=False))
 
 
-def _fit_exits_and_policies(
+def _fit_taken_exits(
     run: Run[DecoderNetwork], rows: TokenRows, exits: tuple[int, ...], s: ConsistentEELMSettings
 ) -> None:
-    """Train exits on the tokens that exit there, and policies by the current exits' rewards."""
+    """Train exits on the tokens that exit there and, if asked, policies by the current exits' rewards."""
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         ids, targets = rows.batch(index, run.accelerator.device)
@@ -233,14 +248,17 @@ def _fit_exits_and_policies(
             right.append(logits.argmax(-1) == goal)
         exit_losses = torch.stack(losses, 1)
         gate_logits = policy_logits(run.network, states, exits)
-        reward = exit_rewards(exit_losses.detach(), torch.stack(right, 1), exits, s)
-        sampled = sample_exits(gate_logits, s)
+        sampled = sample_trajectories(gate_logits, run.position["step"], s)
         task = exit_losses.gather(1, sampled).mean(1).sum() / max(1, len(goal))
+        reward = exit_rewards(exit_losses.detach(), torch.stack(right, 1), exits, s)
         figures = {"task": float(task.detach()), **_figures(gate_logits, reward, exits)}
-        return task + policy_loss(gate_logits, reward, sampled), figures
+        if s.both_policies:
+            task = task + reinforce_loss(gate_logits, reward, sampled, per_layer=s.per_layer)
+        return task, figures
 
-    trains, lr = ("exits", "policies"), s.both_heads_lr
-    phase = Phase("both", trains, rows.lengths, loss, s.both_epochs, s.batch_size, lr, shared=False)
+    name, trains = ("both", ("exits", "policies")) if s.both_policies else ("taken exits", ("exits",))
+    lr, epochs = s.both_heads_lr, s.both_epochs
+    phase = Phase(name, trains, rows.lengths, loss, epochs, s.batch_size, lr, shared=False)
     run.fit(replace(phase, policies_lr=s.policies_lr))
 
 
