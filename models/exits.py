@@ -53,7 +53,7 @@ def pool_tokens(
     if attention is None:
         vector = pool(hidden, context.get("pool"), norm)
     else:
-        vector = attention(hidden if norm is None else norm(hidden), context.get("mask"))
+        vector = attention(hidden if norm is None else norm(hidden), context.get("pool"))
     pooled: Tensor = vector if pooler is None else pooler(vector)
     return pooled
 
@@ -65,19 +65,24 @@ class AttentionPool(nn.Module):
     queries start at zero, so that training starts from the mean of the tokens.
     """
 
+    head_of_feature: Tensor  # 1 where a feature belongs to a head, else 0 [heads, hidden]
+
     def __init__(self, hidden_size: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
         self.queries = nn.Linear(hidden_size, heads, bias=False)
         nn.init.zeros_(self.queries.weight)
+        membership = torch.eye(heads).repeat_interleave(hidden_size // heads, dim=1)
+        self.register_buffer("head_of_feature", membership, persistent=False)
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Pool hidden [batch, seq, hidden]; mask [batch, 1, 1, seq], additive, or None for no padding."""
+        """Pool hidden [batch, seq, hidden]; mask [batch, seq, 1], additive, or None for no padding."""
         scores = self.queries(hidden)  # [batch, seq, heads]
         if mask is not None:
-            scores = scores + mask[:, 0, 0, :, None]
-        parts = hidden.unflatten(-1, (self.heads, -1))  # [batch, seq, heads, size]
-        pooled: Tensor = (scores.softmax(1)[..., None] * parts).sum(1).flatten(1)
+            scores = scores + mask
+        # A product with constants spreads the weights over the features: as an exported graph it is one
+        # operator, where reshaping to heads and back takes three.
+        weights = scores.softmax(1) @ self.head_of_feature  # [batch, seq, hidden]
+        pooled: Tensor = (weights * hidden).sum(1)
         return pooled
 
 

@@ -81,7 +81,7 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
         token = network.hidden_size
     elif exit.attention is not None:
         queries = linear_weights(exit.attention)  # type: ignore[arg-type]
-        token, row = queries + network.hidden_size, row - queries
+        token, row = 2 * queries + network.hidden_size, row - queries  # twice: scores, and weights by feature
     if network.pooler is not None:
         row += linear_weights(network.pooler)
     if exit_index < len(network.policies):

@@ -22,7 +22,7 @@ from offramp.models.exits import (
 )
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
-from offramp.models.forecasts import Forecast
+from offramp.models.forecasts import INPUTS, Forecast
 from offramp.models.policies import KINDS
 from offramp.models.precision import PRECISIONS
 
@@ -54,6 +54,7 @@ class NetworkSpec:
     policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
     policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
+    forecast_inputs: what they read, a name in offramp.models.forecasts.INPUTS.
     """
 
     labels: tuple[str, ...]
@@ -63,6 +64,7 @@ class NetworkSpec:
     dropout: float = 0.1
     forecast: tuple[str, ...] = ()
     head: str = "linear"
+    forecast_inputs: str = "statistics"
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -79,6 +81,8 @@ class NetworkSpec:
         if unknown or len(set(self.forecast)) != len(self.forecast):
             known = ", ".join(PRECISIONS)
             raise ValueError(f"forecast {list(self.forecast)}: expected precisions among {known}, each once")
+        if self.forecast_inputs not in INPUTS:
+            raise ValueError(f"forecast_inputs {self.forecast_inputs!r}; choose one of {', '.join(INPUTS)}")
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ class EarlyExitNetwork(nn.Module):
         self.forecasts = nn.ModuleList()
         if spec.forecast:
             exits_ahead = range(len(spec.exits) - 1, 0, -1)
-            self.forecasts.extend(Forecast(len(spec.forecast), ahead) for ahead in exits_ahead)
+            count, inputs = len(spec.forecast), spec.forecast_inputs
+            self.forecasts.extend(Forecast(count, ahead, inputs, self.hidden_size) for ahead in exits_ahead)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -186,8 +191,8 @@ class EarlyExitNetwork(nn.Module):
 
         inputs: input_ids (and token_type_ids) with attention_mask, each [batch, seq], or pixel_values [batch,
         channels, height, width]. The context has the tensors that every segment reads: for text the mask
-        [batch, 1, 1, seq], additive; with mean pooling pool [batch, 1, seq], for images [1, 1, seq]; and
-        those of the family.
+        [batch, 1, 1, seq], additive; pool, with mean pooling [batch, 1, seq], for images [1, 1, seq], with
+        attention pooling of text the mask as [batch, seq, 1]; and those of the family.
         """
         hidden = self.family.embed(self.backbone, inputs)
         context: Context = {}
@@ -196,6 +201,8 @@ class EarlyExitNetwork(nn.Module):
             context["mask"] = additive_mask(inputs["attention_mask"])
             if mean:
                 context["pool"] = pooling_weights(inputs["attention_mask"])
+            elif self.spec.pooling == "attention":
+                context["pool"] = context["mask"][:, 0, 0, :, None]
         elif mean:
             context["pool"] = patch_weights(hidden, self.family.vision.prefix)
         context.update(self.family.context(self.backbone, hidden))

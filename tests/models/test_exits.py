@@ -12,7 +12,7 @@ from offramp.models.network import NetworkSpec, share_gradient
 
 def test_untrained_attention_is_the_mean_of_the_real_tokens() -> None:
     hidden = torch.randn(2, 4, 8)
-    mask = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -3e4, -3e4]])[:, None, None, :]
+    mask = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -3e4, -3e4]])[:, :, None]
     pooled = AttentionPool(8, 2)(hidden, mask)
     torch.testing.assert_close(pooled, torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)]))
 
