@@ -43,7 +43,7 @@ def run_command(*words: str) -> None:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--out", default="demo", help="Folder for data, checkpoint and bundle, under the checkout.")
-@click.option("--epochs", default=2, help="Passes of the warm start.")
+@click.option("--epochs", default=2, help="Passes over the training data.")
 def main(out: str, epochs: int) -> None:
     """Train, split and run on real weights and real reviews; print the gain of early exit."""
     started = time.monotonic()
@@ -57,7 +57,7 @@ def main(out: str, epochs: int) -> None:
             "--data",
             str(data),
             "--recipe",
-            "consistentee",
+            "consistentee_plus",
             "--out",
             f"{out}/ckpt",
         ]

@@ -43,6 +43,7 @@ def family_root(root: Path, request: pytest.FixtureRequest) -> Path:
     folder = root / family
     model = tiny.image_model_folder(folder / "model", family)
     words = ["--model", str(model), "--data", str(root / "data"), "--out", str(folder / "ckpt")]
+    words += ["--recipe", "consistentee_plus"]
     words += ["--precision", "fp32", "--pooling", KINDS[family], "--augment", "flip,crop"]
     words += ["--image-size", "24", "--no-crop"] if family == "dinov2" else []
     words += [word for name in SETS for word in ("--set", name)]

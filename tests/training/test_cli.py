@@ -19,6 +19,7 @@ from offramp.runtime.rules.sweep import SWEPT
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import evaluate, train
 
+RECIPE = ["--recipe", "consistentee_plus"]
 FAST = ["--set", "epochs=10", "--set", "batch_size=8", "--set", "lr=0.002", "--set", "heads_lr=0.01"]
 
 
@@ -49,6 +50,7 @@ def trained(folder: Path) -> Path:
         str(folder / "data"),
         "--out",
         str(folder / "ckpt"),
+        *RECIPE,
         *FAST,
     ]
     result = _run(train, *words, "--set", "policy_epochs=5", "--set", "rounds=1", "--precision", "fp32")
@@ -56,7 +58,7 @@ def trained(folder: Path) -> Path:
     return folder / "ckpt"
 
 
-def test_consistentee_writes_a_complete_checkpoint(trained: Path) -> None:
+def test_a_training_writes_a_complete_checkpoint(trained: Path) -> None:
     checkpoint = load_checkpoint(trained)
     assert checkpoint.training["dev"]["full_depth"] > 80
     names = [point["name"] for point in checkpoint.training["operating_points"]]
@@ -86,7 +88,7 @@ def test_a_finished_checkpoint_is_not_overwritten_without_the_option(trained: Pa
     ("words", "message"),
     [
         (["--model", "no/such-model"], "no/such-model"),
-        (["--model", "MODEL", "--set", "alfa=1"], "alpha=0.015"),
+        (["--model", "MODEL", *RECIPE, "--set", "alfa=1"], "alpha=0.015"),
         (["--model", "MODEL", "--set", "epochs=many"], "expected int"),
         ([], "--model"),
         (["--model", "MODEL", "--exits", "9"], "block 9 does not exist"),
@@ -111,6 +113,7 @@ def test_a_killed_training_resumes_to_the_same_weights(folder: Path, tmp_path: P
         str(folder / "model"),
         "--data",
         str(folder / "data"),
+        *RECIPE,
         *FAST,
         "--set",
         "policy_epochs=3",

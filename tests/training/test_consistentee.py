@@ -167,6 +167,16 @@ def test_oracle_actions_exit_at_the_memorized_layer_and_policies_imitate_it() ->
     torch.testing.assert_close(loss, -(log_probability[0, 1] + log_probability[1, 2]) / 2)
 
 
+def test_defaults_are_the_published_schedule() -> None:
+    s = ConsistentEESettings()
+    warm_start = (s.epochs, s.batch_size, s.lr, s.heads_lr, s.weights, s.plain_epochs)
+    assert warm_start == (2, 16, 2e-5, 2e-5, "linear", 0)
+    assert (s.warmup, s.weight_decay, s.trajectories, s.hardness) == (0.0, 0.0, 8, True)
+    assert (s.policy_epochs, s.policy_batch, s.policy_lr) == (2, 32, 3e-4)
+    assert (s.both_epochs, s.both_batch, s.both_lr, s.both_heads_lr) == (1, 32, 3e-5, 3e-5)
+    assert (s.actions, s.exploration, s.stage3) == ("sampled", "bernoulli", True)
+
+
 def test_the_published_policy_is_one_perceptron_an_exit() -> None:
     network = published_network()
     sizes = [[tuple(p.shape) for p in policy.parameters()] for policy in network.policies]
