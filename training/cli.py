@@ -42,7 +42,7 @@ class TrainCliError(click.ClickException):
     help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images. "
     "For language models rows of text, or of prompt and completion, of which completions are learned.",
 )
-@click.option("--recipe", type=click.Choice(RECIPES), default="consistentee", help="How to train.")
+@click.option("--recipe", type=click.Choice(RECIPES), default="offramp", help="How to train.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

@@ -1,8 +1,8 @@
 """offramp: joint training of all exits with the settings that won on dev over all data sets (the default).
 
-It is recipe joint with better exits: attention pooling, so that each exit learns which tokens it reads. Every
-part is a setting of recipe joint or an option of ee-train, and any recipe can take it; docs/papers.md states
-what each adds alone. Rows exit by their top probability.
+It is recipe joint with better exits: attention pooling, so that each exit learns which tokens it reads, and
+two layers an exit instead of one. Every part is an option of ee-train or a setting of recipe joint, and any
+recipe can take it. Rows exit by their top probability.
 
     ee-train --model MODEL --data DATA --recipe offramp --out ckpt/
 """
@@ -30,8 +30,8 @@ STARTS_FROM: str | None = None
 
 
 def parts_of(settings: OfframpSettings) -> ExitParts:
-    """Exits with attention pooling, without a policy."""
-    return ExitParts(pooling="attention")
+    """Exits with attention pooling and two layers, without a policy."""
+    return ExitParts(pooling="attention", head="mlp")
 
 
 def train(
