@@ -27,7 +27,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sets = ["epochs=10", "batch_size=8", "lr=0.002", "heads_lr=0.01", "policy_epochs=20", "policy_lr=0.01"]
     words = ["--model", str(model), "--data", str(data), "--out", str(root / "ckpt"), "--precision", "fp32"]
     words += ["--recipe", "consistentee_plus"]
-    words += ["--recipe", "consistentee_plus"]
     trained = CliRunner().invoke(train, [*words, *(word for name in sets for word in ("--set", name))])
     assert trained.exit_code == 0, trained.output
     exported = CliRunner().invoke(split, [str(root / "ckpt"), "--out", str(root / "bundle")])
