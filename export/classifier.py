@@ -123,7 +123,7 @@ class ClassifierSegment(nn.Module):
         logits = self.exit(pooled)  # [batch, classes]
         if self.last:
             return (logits,)
-        forecast = () if self.forecast is None else (self.forecast(logits),)
+        forecast = () if self.forecast is None else (self.forecast(logits, pooled),)
         if self.policy is None:
             return hidden, logits, *forecast
         gate_logit, next_evidence = self.policy(pooled, logits, evidence)
@@ -161,6 +161,8 @@ def split_classifier(
             f"there is no error forecast for variant {unknown[0]}: this checkpoint knows "
             f"{', '.join(forecast)}"
         )
+    if forecast and [name for name in forecast if name in chosen] != list(chosen):
+        raise ValueError(f"name the variants in the order of the error forecasts: {', '.join(forecast)}")
     stem = _stem(network, evidence=network.evidence_size > 0 and len(kept) > 1)
     ends = zip((0, *kept), kept, strict=False)
     return SplitNetwork(
@@ -391,7 +393,8 @@ def _expected(
             known = network.spec.forecast
             numbers = [known.index(variant) for variant in variants]
             columns = path_columns(numbers, len(known), exits_ahead, len(later))
-            outputs["forecast"] = network.forecasts[exit_index](outputs["logits"]).sigmoid()[:, columns]
+            forecast = network.forecasts[exit_index](outputs["logits"], pooled)
+            outputs["forecast"] = forecast.sigmoid()[:, columns]
         yield outputs
 
 

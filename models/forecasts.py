@@ -1,8 +1,8 @@
 """Error forecasts: for each path onward from an exit, the probability that it ends in a wrong label.
 
 A reconstruction of QuEE's light predictors (arXiv 2406.14404): neither code nor sizes were available. A
-forecast reads three statistics of its exit's softmax and gives P(wrong) of exiting here and of every path
-ahead; a path is a variant and the exit at which it ends.
+forecast reads three statistics of its exit's softmax, a few compact features of its pooled vector, or both,
+and gives P(wrong) of exiting here and of every path ahead; a path is a variant and the exit at which it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 STATISTICS = 3  # certainty, entropy, margin
+COMPACT = 8  # features to which a pooled vector is compressed
 HIDDEN = 16
+INPUTS = {"statistics": STATISTICS, "features": COMPACT, "both": STATISTICS + COMPACT}
 
 
 def softmax_statistics(logits: Tensor) -> Tensor:
@@ -51,35 +53,57 @@ class Forecast(nn.Module):
     """A small network that forecasts errors of paths from an exit's logits [batch, classes].
 
     It gives logits of P(wrong) [batch, variants * (1 + variants * ahead)].
-    The statistics are standardized by the mean and spread of the rows of the fit; one hidden layer follows.
+    Its inputs are standardized by the mean and spread of the rows of the fit; one hidden layer follows.
+    inputs: a name in INPUTS. hidden_size: that of the pooled vector, from which `compress`, a fixed linear
+    layer, computes the compact features; None if they are only ever given to from_inputs().
     """
 
     mean: Tensor
     spread: Tensor
 
-    def __init__(self, variants: int, ahead: int) -> None:
+    def __init__(
+        self, variants: int, ahead: int, inputs: str = "statistics", hidden_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.variants, self.ahead = variants, ahead
-        self.register_buffer("mean", torch.zeros(STATISTICS))
-        self.register_buffer("spread", torch.ones(STATISTICS))
-        self.first = nn.Linear(STATISTICS, HIDDEN)
+        self.variants, self.ahead, self.inputs = variants, ahead, inputs
+        self.register_buffer("mean", torch.zeros(INPUTS[inputs]))
+        self.register_buffer("spread", torch.ones(INPUTS[inputs]))
+        self.compress: nn.Linear | None = None
+        if inputs != "statistics" and hidden_size is not None:
+            self.compress = nn.Linear(hidden_size, COMPACT)
+        self.first = nn.Linear(INPUTS[inputs], HIDDEN)
         self.last = nn.Linear(HIDDEN, variants * (1 + variants * ahead))
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """Compute logits of P(wrong) from an exit's logits [batch, classes]."""
-        return self.from_statistics(softmax_statistics(logits))
+    def forward(self, logits: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """Compute logits of P(wrong) from logits [batch, classes] and pooled vector [batch, hidden].
 
-    def from_statistics(self, statistics: Tensor) -> Tensor:
-        """The logits of P(wrong), as of forward(), from softmax_statistics [batch, 3]."""
-        hidden = self.first((statistics - self.mean) / self.spread).relu()
+        pooled: not read where the inputs are the statistics alone.
+        """
+        return self.from_inputs(forecast_inputs(self.inputs, self.compress, logits, pooled))
+
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """The logits of P(wrong), as of forward(), from the inputs [batch, INPUTS[...]]."""
+        hidden = self.first((inputs - self.mean) / self.spread).relu()
         return self.last(hidden)  # type: ignore[no-any-return]
 
     def folded(self, variants: Sequence[int], exits: Sequence[int]) -> nn.Module:
         """This forecast for a subset of variants and exits ahead, as a module for an exported graph.
 
-        It gives probabilities [batch, columns] from logits; the standardization is in the first layer.
+        It gives probabilities [batch, columns] from logits and pooled vector; the standardization is in the
+        first layer.
         """
         return FoldedForecast(self, path_columns(variants, self.variants, exits, self.ahead)).eval()
+
+
+def forecast_inputs(kind: str, compress: nn.Linear | None, logits: Tensor, pooled: Tensor | None) -> Tensor:
+    """The inputs of a forecast [batch, INPUTS[kind]]: statistics of the softmax, then compact features."""
+    if kind == "statistics":
+        return softmax_statistics(logits)
+    assert compress is not None and pooled is not None
+    features = compress(pooled)  # [batch, COMPACT]
+    if kind == "features":
+        return features  # type: ignore[no-any-return]
+    return torch.cat([softmax_statistics(logits), features], dim=-1)
 
 
 class FoldedForecast(nn.Module):
@@ -88,7 +112,8 @@ class FoldedForecast(nn.Module):
     @torch.no_grad()
     def __init__(self, forecast: Forecast, columns: Sequence[int]) -> None:
         super().__init__()
-        self.first = nn.Linear(STATISTICS, HIDDEN)
+        self.inputs, self.compress = forecast.inputs, forecast.compress
+        self.first = nn.Linear(INPUTS[forecast.inputs], HIDDEN)
         weight = forecast.first.weight / forecast.spread
         self.first.weight.copy_(weight)
         self.first.bias.copy_(forecast.first.bias - weight @ forecast.mean)
@@ -96,7 +121,7 @@ class FoldedForecast(nn.Module):
         self.last.weight.copy_(forecast.last.weight[list(columns)])
         self.last.bias.copy_(forecast.last.bias[list(columns)])
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """Compute P(wrong) [batch, columns] from an exit's logits [batch, classes]."""
-        hidden = self.first(softmax_statistics(logits)).relu()
+    def forward(self, logits: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """Compute P(wrong) [batch, columns]; arguments as in Forecast.forward()."""
+        hidden = self.first(forecast_inputs(self.inputs, self.compress, logits, pooled)).relu()
         return self.last(hidden).sigmoid()  # type: ignore[no-any-return]

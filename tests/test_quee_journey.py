@@ -27,10 +27,14 @@ from offramp.training.data import Rows
 from offramp.training.forecasters import network_forecaster
 from offramp.training.outcomes import collect_outcomes
 from offramp.training.replay import replay_walks
+from offramp.training.walk_tree import grow_tree
 
 pytestmark = pytest.mark.slow  # trains and exports two networks
 
 JOINT = ["epochs=4", "batch_size=8", "lr=0.002", "heads_lr=0.01"]
+NAMES = ("fp32", "int8", "int4")
+LIMITS = {"changes": 2.0}
+QUEE = ["--set", f"variants={','.join(NAMES)}", "--set", "order=free"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sets = [word for name in JOINT for word in ("--set", name)]
     for command, *words in [
         [train, *common, "--model", str(model), "--recipe", "joint", "--out", str(root / "joint"), *sets],
-        [train, *common, "--init", str(root / "joint"), "--recipe", "quee", "--out", str(root / "ckpt")],
+        [
+            train,
+            *common,
+            "--init",
+            str(root / "joint"),
+            "--recipe",
+            "quee",
+            "--out",
+            str(root / "ckpt"),
+            *QUEE,
+        ],
     ]:
         done = CliRunner().invoke(command, words)  # type: ignore[arg-type]
         assert done.exit_code == 0, done.output
@@ -52,19 +66,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for forecast in random.network.forecasts:
             forecast.last.weight.normal_(0, 1.0)
-            bias = forecast.last.bias.zero_().view(2, 1 + 2 * forecast.ahead)  # [variant now, paths]
-            bias[0, 1 + forecast.ahead :] = bias[
-                1, 1 : 1 + forecast.ahead
-            ] = -1.5  # favours a change of variant
+            bias = forecast.last.bias.zero_().view(3, 1 + 3 * forecast.ahead)  # [variant now, paths]
+            for now in range(3):  # favours a change of variant
+                bias[now, 1:].view(3, forecast.ahead)[torch.arange(3) != now] = -1.5
     save_checkpoint(random, root / "random")
-    done = CliRunner().invoke(split, [str(root / "random"), "--out", str(root / "bundle")])
+    words = [str(root / "random"), "--out", str(root / "bundle"), "--variants", ",".join(NAMES)]
+    done = CliRunner().invoke(split, words)
     assert done.exit_code == 0, done.output
     return root
 
 
 def test_the_backbone_is_not_touched(root: Path) -> None:
     before, after = (load_checkpoint(root / name) for name in ("joint", "ckpt"))
-    assert after.network.spec.forecast == ("fp32", "int8")
+    assert after.network.spec.forecast == NAMES and after.network.spec.forecast_inputs == "both"
     old, new = before.network.state_dict(), after.network.state_dict()
     assert all((new[name] == value).all() for name, value in old.items())
     assert {name.split(".")[0] for name in set(new) - set(old)} == {"forecasts"}
@@ -74,6 +88,8 @@ def test_training_reports_frontiers_and_points(root: Path) -> None:
     training = load_checkpoint(root / "ckpt").training
     frontiers = training["frontiers"]["accuracy_at"]
     assert {"quee, mlp", "quee, oracle", "exiting alone, int8", "quantizing alone"} <= set(frontiers)
+    assert {f"quee, mlp of {inputs}" for inputs in ("statistics", "features", "both")} <= set(frontiers)
+    assert frontiers["quee, mlp of both"] == frontiers["quee, mlp"]
     assert all(frontiers["quee, oracle"]["75"] >= frontier["75"] for frontier in frontiers.values())
     points = {point["name"]: point for point in training["operating_points"]}
     assert points["default"]["measured"]["accuracy"] >= points["full"]["measured"]["accuracy"] - 0.5
@@ -85,21 +101,23 @@ def test_rows_that_change_their_precision_walk_as_they_were_replayed(root: Path)
     texts = [row["text"] for row in map(json.loads, (root / "data/dev.jsonl").read_text().splitlines())]
     rows = Rows(texts, None, np.zeros(len(texts), np.int64))
     encoded = encode_texts(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), checkpoint.text)
-    outcomes = collect_outcomes(checkpoint.network, encoded, ("fp32", "int8"))
+    tree = grow_tree(3, 3, 2, increase=True)
+    outcomes = collect_outcomes(checkpoint.network, encoded, NAMES, tree)
     forecast = network_forecaster(checkpoint.network.forecasts)
     costs = open_bundle(root / "bundle").manifest.costs
     kinds, same, batched = set(), [], []
-    for start, price in itertools.product(("fp32", "int8"), (0.02, 0.2)):
-        spec = RuleSpec("quee", {"price": price})
+    for start, price in itertools.product(NAMES, (0.02, 0.2)):
+        spec = RuleSpec("quee", {"price": price, **LIMITS})
         plans = replay_walks(bind(spec, 3, costs), outcomes, forecast, outcomes.variants.index(start))
         expected = [[outcomes.variants[v] for v in plan if v >= 0] for plan in plans]
         with load(root / "bundle", rule=spec, variant=start) as session:
             walked = [[variant for _, variant in session(text).steps] for text in texts]
             together = [[variant for _, variant in a.steps] for a in session.map(texts, batch_size=8)]
-        kinds |= {tuple(dict.fromkeys(steps)) for steps in walked}
+        kinds |= {tuple(name for name, _ in itertools.groupby(steps)) for steps in walked}
         same += [a == b for a, b in zip(walked, expected, strict=True)]
         batched += [a == b for a, b in zip(walked, together, strict=True)]
-    assert kinds == {("fp32",), ("int8",), ("fp32", "int8"), ("int8", "fp32")}
+    assert {len(kind) for kind in kinds} == {1, 2, 3}, "walks with two changes are among them"
+    assert {start for start, *_ in kinds} == {*NAMES} and len(kinds) > 8
     assert np.mean(same) > 0.95  # a level of int8 that falls to the other side can change a close decision
     assert np.mean(batched) > 0.8  # int8 takes one scale for all rows of a batch
 
@@ -121,6 +139,11 @@ def test_calibration_measures_milliseconds_by_walking(root: Path) -> None:
     assert 100 * np.mean(right) == pytest.approx(points["default"].measured["accuracy"], abs=1e-3)
 
 
+def test_other_prices_keep_to_the_walks_of_the_fit(root: Path) -> None:
+    with load(root / "bundle", rule="quee", threshold=0.07) as session:
+        assert session.rule.parameters.items() >= {"price": 0.07, **LIMITS}.items()
+
+
 def test_ee_eval_reads_a_quee_checkpoint(root: Path, tmp_path: Path) -> None:
     words = [str(root / "ckpt"), "--data", str(root / "data"), "--json", str(tmp_path / "e.json")]
     done = CliRunner().invoke(evaluate, [*words, "--picture", str(tmp_path / "e.png")])
@@ -128,9 +151,13 @@ def test_ee_eval_reads_a_quee_checkpoint(root: Path, tmp_path: Path) -> None:
 
 
 def test_variants_without_forecasts_are_refused(root: Path, tmp_path: Path) -> None:
-    words = [str(root / "ckpt"), "--out", str(tmp_path / "b"), "--variants", "fp32,int4"]
-    done = CliRunner().invoke(split, words)
-    assert done.exit_code == 2 and "no error forecast for variant int4" in done.output
+    for variants, message in (
+        ("fp32,fp16", "no error forecast for variant fp16"),
+        ("fp32,int4,int8", "in the order of the error forecasts: fp32, int8, int4"),
+    ):
+        words = [str(root / "ckpt"), "--out", str(tmp_path / "b"), "--variants", variants]
+        done = CliRunner().invoke(split, words)
+        assert done.exit_code == 2 and message in done.output
 
 
 def test_another_recipe_started_from_it_drops_its_forecasts(root: Path) -> None:

@@ -8,7 +8,7 @@ small network is fitted to it. Three other forecasters show the value of the net
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,23 +17,21 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from offramp.models.forecasts import Forecast
-from offramp.training.outcomes import Floats, Numbers, Outcomes
+from offramp.models.forecasts import INPUTS, Forecast
+from offramp.training.outcomes import Floats, Outcomes
+from offramp.training.walk_tree import Numbers
 
 
 @dataclass(frozen=True)
 class WalkState:
     """The state of rows in the middle of a walk, after `segment`.
 
-    rows: indices into the outcomes. now [rows]: the present variant; start [rows]: the variant before a
-    change; change [rows]: the last exit before it.
+    rows: indices into the outcomes. node [rows]: the walk of each row so far, in their tree.
     """
 
     rows: Numbers
     segment: int
-    now: Numbers
-    start: Numbers
-    change: Numbers
+    node: Numbers
 
 
 # (outcomes of the walked rows, state) -> P(wrong) [rows, variants * paths], of which the rule reads the slice
@@ -81,10 +79,9 @@ def k_means(points: NDArray[np.float64], count: int, seed: int, rounds: int = 30
 
 @dataclass(frozen=True)
 class ClusterTable:
-    """The clusters of one exit's statistics and the error rate of each path in each cluster.
+    """The clusters of one exit's inputs and the error rate of each path in each cluster.
 
-    mean and spread [3] standardize the statistics; by variant, centres [clusters, 3] and rates [clusters,
-    paths].
+    mean and spread [inputs] standardize; by variant, centres [clusters, inputs] and rates [clusters, paths].
     """
 
     mean: Floats
@@ -92,19 +89,19 @@ class ClusterTable:
     centres: tuple[NDArray[np.float64], ...]
     rates: tuple[Floats, ...]
 
-    def look_up(self, statistics: Floats, now: int) -> Floats:
-        """Error rates [rows, paths] for rows in variant `now` with these statistics [rows, 3]."""
-        nearest = _distances((statistics - self.mean) / self.spread, self.centres[now]).argmin(1)
+    def look_up(self, inputs: Floats, now: int) -> Floats:
+        """Error rates [rows, paths] for rows in variant `now` with these inputs [rows, inputs]."""
+        nearest = _distances((inputs - self.mean) / self.spread, self.centres[now]).argmin(1)
         rates: Floats = self.rates[now][nearest]
         return rates
 
 
 def fit_tables(outcomes: Outcomes, fit: ForecastFit) -> list[ClusterTable]:
     """Fit the cluster table of every exit but the last."""
-    statistics, _ = outcomes.without_change()  # [rows, variants, exits, 3]
+    inputs, _ = outcomes.without_change()  # [rows, variants, exits, inputs]
     tables = []
     for segment in range(outcomes.exits - 1):
-        here, wrong = statistics[:, :, segment], outcomes.path_errors(segment)
+        here, wrong = inputs[:, :, segment], outcomes.path_errors(segment)
         mean = here.reshape(-1, here.shape[-1]).mean(0)
         spread = here.reshape(-1, here.shape[-1]).std(0) + 1e-6
         centres, rates = [], []
@@ -121,18 +118,30 @@ def fit_tables(outcomes: Outcomes, fit: ForecastFit) -> list[ClusterTable]:
     return tables
 
 
-def fit_networks(outcomes: Outcomes, tables: list[ClusterTable], fit: ForecastFit) -> nn.ModuleList:
-    """Fit one small network for each exit to its table's rates, by cross-entropy on all rows at once."""
-    statistics, _ = outcomes.without_change()
+def fit_networks(
+    outcomes: Outcomes, tables: list[ClusterTable], fit: ForecastFit, compress: Sequence[nn.Linear] = ()
+) -> nn.ModuleList:
+    """Fit one small network for each exit to its table's rates, by cross-entropy on all rows at once.
+
+    compress: for each exit, the layer by which its compact features were computed; empty if the outcomes have
+    none.
+    """
+    all_inputs, _ = outcomes.without_change()
     count, networks = len(outcomes.variants), []
+    kind = next(name for name, size in INPUTS.items() if size == all_inputs.shape[-1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit.seed)
         for segment, table in enumerate(tables):
-            network = Forecast(count, outcomes.exits - 1 - segment)
+            hidden_size = compress[segment].in_features if compress else None
+            network = Forecast(count, outcomes.exits - 1 - segment, kind, hidden_size)
+            if network.compress is not None and compress:
+                network.compress.load_state_dict(compress[segment].state_dict())
             network.mean.copy_(torch.from_numpy(table.mean))
             network.spread.copy_(torch.from_numpy(table.spread))
-            targets = [torch.from_numpy(table.look_up(statistics[:, n, segment], n)) for n in range(count)]
-            inputs = torch.from_numpy(np.ascontiguousarray(statistics[:, :, segment]))  # [rows, variants, 3]
+            targets = [torch.from_numpy(table.look_up(all_inputs[:, n, segment], n)) for n in range(count)]
+            inputs = torch.from_numpy(
+                np.ascontiguousarray(all_inputs[:, :, segment])
+            )  # [rows, variants, ...]
             _regress(network, inputs, torch.stack(targets, 1), fit)
             networks.append(network.eval())
     return nn.ModuleList(networks)
@@ -145,7 +154,7 @@ def network_forecaster(networks: nn.ModuleList) -> Forecaster:
     def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
         network = networks[state.segment]
         assert isinstance(network, Forecast)
-        logits = network.from_statistics(torch.from_numpy(_statistics_of(outcomes, state)))
+        logits = network.from_inputs(torch.from_numpy(_inputs_of(outcomes, state)))
         probabilities: Floats = logits.sigmoid().numpy()
         return probabilities
 
@@ -156,9 +165,9 @@ def table_forecaster(tables: list[ClusterTable]) -> Forecaster:
     """A forecaster that looks up the error rates of the row's cluster."""
 
     def forecast(outcomes: Outcomes, state: WalkState) -> Floats:
-        table, statistics = tables[state.segment], _statistics_of(outcomes, state)
-        rates = np.stack([table.look_up(statistics, now) for now in range(len(outcomes.variants))], axis=1)
-        return rates.reshape(len(statistics), -1)
+        table, inputs = tables[state.segment], _inputs_of(outcomes, state)
+        rates = np.stack([table.look_up(inputs, now) for now in range(len(outcomes.variants))], axis=1)
+        return rates.reshape(len(inputs), -1)
 
     return forecast
 
@@ -175,23 +184,16 @@ def mean_forecaster(fitted: Outcomes) -> Forecaster:
 
 def oracle_forecaster(outcomes: Outcomes, state: WalkState) -> Floats:
     """The true outcome of each path, 1 for wrong [rows, variants * paths], which bounds any forecaster."""
+    rows, now = np.arange(len(state.rows)), outcomes.tree.variant[state.node]
     wrong = outcomes.path_errors(state.segment)[state.rows]  # [rows, variants, paths]
-    changed = np.flatnonzero(state.start != state.now)
-    if len(changed):
-        # After a change only the exits ahead in the same variant can be taken.
-        rows, now = state.rows[changed], state.now[changed]
-        after = outcomes.wrong[rows, state.start[changed], now, state.change[changed]][:, state.segment :]
-        ahead = after.shape[1] - 1
-        wrong[changed, now, 0] = after[:, 0]
-        columns = 1 + now[:, None] * ahead + np.arange(ahead)
-        wrong[changed[:, None], now[:, None], columns] = after[:, 1:]
-    return wrong.reshape(len(state.rows), -1)
+    wrong[rows, now] = outcomes.errors_from(state.rows, state.node)
+    return wrong.reshape(len(rows), -1)
 
 
-def _statistics_of(outcomes: Outcomes, state: WalkState) -> Floats:
-    """The statistics [rows, 3] of the exit after the state's segment."""
-    statistics: Floats = outcomes.statistics[state.rows, state.start, state.now, state.change, state.segment]
-    return statistics
+def _inputs_of(outcomes: Outcomes, state: WalkState) -> Floats:
+    """The forecast's inputs [rows, inputs] at the exit after the state's segment."""
+    inputs: Floats = outcomes.inputs[state.rows, state.node]
+    return inputs
 
 
 def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit: ForecastFit) -> None:
@@ -199,7 +201,7 @@ def _regress(network: Forecast, inputs: torch.Tensor, targets: torch.Tensor, fit
     optimizer = torch.optim.Adam(network.parameters(), lr=fit.lr)
     same = torch.arange(count)
     for _ in range(fit.steps):
-        logits = network.from_statistics(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, same, same]
+        logits = network.from_inputs(inputs.flatten(0, 1)).view(rows, count, count, paths)[:, same, same]
         loss = functional.binary_cross_entropy_with_logits(logits, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -17,6 +17,7 @@ from offramp.runtime.rules import Plan, RowSignals, Rule, RuleSpec, StepCosts, b
 from offramp.runtime.rules.walk_points import WalkPoint
 from offramp.training.forecasters import Forecaster, WalkState
 from offramp.training.outcomes import Floats, Outcomes
+from offramp.training.walk_tree import WalkTree
 
 PRICES = (0.0, *np.geomspace(1e-3, 20.0, 60).tolist())  # errors for a full walk in fp32
 
@@ -75,39 +76,37 @@ def replay_walks(rule: Rule, outcomes: Outcomes, forecaster: Forecaster, start: 
 
     A plan holds the variant in which each segment runs, -1 for segments that do not run.
     """
-    rows, segments = len(outcomes), outcomes.exits
+    rows, segments, tree = len(outcomes), outcomes.exits, outcomes.tree
     plan: Plan = np.full((rows, segments), start, np.int8)
-    change = np.zeros(rows, np.int64)  # the last segment before the variant changed
+    node = np.full(rows, start, np.int64)
     memory: Floats = np.zeros((rows, rule.width), np.float32)
     for segment in range(segments - 1):
         active = np.flatnonzero(plan[:, segment] >= 0)
         if not len(active):
             break
-        now = plan[active, segment].astype(np.int64)
-        state = WalkState(active, segment, now, np.full(len(active), start), change[active])
+        state = WalkState(active, segment, node[active])
         no_logits = np.zeros((len(active), 2), np.float32)
         signals = RowSignals(no_logits, forecast=forecaster(outcomes, state))
         plan[active], memory[active] = rule(signals, memory[active], plan[active], segment)
-        following = plan[active, segment + 1]
-        change[active[(following >= 0) & (following != now)]] = segment
+        onward = active[plan[active, segment + 1] >= 0]
+        node[onward] = tree.child[node[onward], plan[onward, segment + 1]]
+        if (node < 0).any():
+            raise ValueError(f"rule {rule.spec.name} changes the variant in a way that was not collected")
     return plan
 
 
 def walk_point(rule: RuleSpec, start: int, plans: Plan, outcomes: Outcomes, costs: WalkCosts) -> WalkPoint:
     """The figures of walks that ran these plans under a rule from a starting variant."""
-    rows = np.arange(len(plans))
+    nodes = outcomes.tree.end_nodes(plans)
     run = plans >= 0
-    exits = run.shape[1] - 1 - run[:, ::-1].argmax(1)
-    last_variant = plans[rows, exits]
-    change = np.maximum((plans == start).sum(1) - 1, 0)  # a walk runs in one variant, then in one other
-    wrong = outcomes.wrong[rows, start, last_variant, change, exits]
+    wrong = outcomes.wrong[np.arange(len(plans)), nodes]
     return WalkPoint(
         rule,
         outcomes.variants[start],
         100 * float(1 - wrong.mean()),
         float((run * costs.blocks).sum(1).mean()),
         100 * float(costs.walk_costs(plans).sum() / costs.full.sum()),
-        100 * float((last_variant != start).mean()),
+        100 * float((outcomes.tree.made[nodes] > 0).mean()),
     )
 
 
@@ -116,7 +115,7 @@ def price_frontier(
 ) -> list[WalkPoint]:
     """The points of rule quee for every price and starting variant, the cheapest first."""
     points = []
-    parameters = {"measured": 1.0} if costs.unit == "ms" else {}
+    parameters = ({"measured": 1.0} if costs.unit == "ms" else {}) | walk_limits(outcomes.tree)
     for price in prices:
         spec = RuleSpec("quee", {"price": price, **parameters})
         rule = bind(spec, outcomes.exits, {costs.unit: costs.stated})
@@ -124,6 +123,12 @@ def price_frontier(
             plans = replay_walks(rule, outcomes, forecaster, start)
             points.append(walk_point(spec, start, plans, outcomes, costs))
     return sorted(points, key=lambda point: point.cost)
+
+
+def walk_limits(tree: WalkTree) -> dict[str, float]:
+    """The parameters of rule quee that keep its walks within a tree, without those of the usual value."""
+    limits = {} if tree.changes == 1 else {"changes": float(tree.changes)}
+    return limits if tree.increase else {**limits, "increase": 0.0}
 
 
 def static_points(outcomes: Outcomes, costs: WalkCosts) -> list[WalkPoint]:

@@ -3,9 +3,10 @@
 Source: QuEE (arXiv 2406.14404), of which no code and no formulas were available. The decision is a
 reconstruction: after every segment, exit iff P(wrong | exit) is at most the minimum of P(wrong | path) +
 price * cost(path) over the paths ahead; otherwise take the first step of the best path and decide again after
-it. A path is (variant, exit): every segment up to that exit in that variant. A row changes its variant at
-most once, which keeps the number of paths small and allows only walks that were seen when the forecasts were
-fitted.
+it. A path is (variant, exit): every segment up to that exit in that variant. So there are few paths, 1 +
+variants * exits ahead, and a further change of variant is not planned: it is decided when the row gets there.
+A row changes its variant at most `changes` times, and only to later variants where `increase` is 0, so that
+it takes only walks that were seen when the forecasts were fitted.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
+from offramp.runtime.bundle.manifest import Manifest, RuleSpec, StepCosts
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.base import ExitTest, Floats, Plan, Signals, full_plan
 
 UNITS = ("bops", "ms")  # units of costs for values 0 and 1 of the parameter "measured"
+PARAMETERS = ("price", "measured", "changes", "increase")
+LIMITS = PARAMETERS[2:]  # of the walks that the forecasts were fitted for
+MAX_CHANGES = 2
 CURES = {
     "bops": "split it again from a checkpoint of recipe quee",
     "ms": "measure them here with ee-calibrate, or leave measured at 0",
@@ -32,9 +37,8 @@ CURES = {
 class QueeRule:
     """Rule quee at one price: rows exit or change their variant; make_quee() creates it.
 
-    charges: by segment, [changed, current variant, 1 + variants * exits ahead]: price times the cost of an
-    exit here (0) and of every path; infinite for paths that a row may not take after it has changed its
-    variant.
+    charges: by segment, [changes so far, current variant, 1 + variants * exits ahead]: price times the cost
+    of an exit here (0) and of every path; infinite for paths that a row may not take.
     """
 
     spec: RuleSpec
@@ -59,9 +63,10 @@ class QueeRule:
         if len(plan) == 1:
             return self._plan_one(signals.forecast[0], charges, plan, segment), memory
         current = plan[:, segment]  # the variant in which each row ran this segment
-        changed = (current != plan[:, 0]).astype(np.intp)
+        walked = plan[:, : segment + 1]
+        changes = (walked[:, 1:] != walked[:, :-1]).sum(axis=1)  # [rows]
         forecast = signals.forecast.reshape(len(current), variants, paths)
-        total = forecast[np.arange(len(current)), current] + charges[changed, current]  # [rows, 1 + paths]
+        total = forecast[np.arange(len(current)), current] + charges[changes, current]  # [rows, 1 + paths]
         best = total.argmin(axis=1)  # the first of equal values, so that a row exits at a tie
         variant, last_exit = np.divmod(best - 1, ahead)
         exits_ahead = np.arange(ahead)
@@ -74,9 +79,10 @@ class QueeRule:
     def _plan_one(self, forecast: Floats, charges: Floats, plan: Plan, segment: int) -> Plan:
         """Rewrite the plan of one row, with a third of the numpy calls that several rows need."""
         _, variants, paths = charges.shape
-        current = plan.item(0, segment)
+        walked = plan[0, : segment + 1].tolist()
+        current, changes = walked[-1], sum(before != after for before, after in pairwise(walked))
         path_forecast = forecast[current * paths : (current + 1) * paths]
-        best = int((path_forecast + charges[int(current != plan.item(0, 0)), current]).argmin())
+        best = int((path_forecast + charges[changes, current]).argmin())
         plan = plan.copy()
         plan[0, segment + 1 :] = -1
         if best:
@@ -89,15 +95,15 @@ def make_quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> 
     """Make rule quee from its spec and a bundle's costs.
 
     Parameters: price, in errors for a full walk in the default variant; measured: 0 charges bit operations, 1
-    the milliseconds of the bundle's calibration (default 0). Costs are shares of that full walk, so that a
-    price means the same in both. Raises BadSetting for parameters that are unknown or out of range, and if
-    the bundle lacks the costs.
+    the milliseconds of the bundle's calibration (default 0); changes: most changes of variant in a walk, 1 or
+    2 (default 1); increase: 0 allows only changes to later variants (default 1). Costs are shares of that
+    full walk, so that a price means the same in both. Raises BadSetting for parameters that are unknown or
+    out of range, and if the bundle lacks the costs.
     """
-    unknown = sorted(set(spec.parameters) - {"price", "measured"})
+    unknown = sorted(set(spec.parameters) - set(PARAMETERS))
     if unknown:
-        raise BadSetting(
-            f"rule quee: parameter {unknown[0]!r} is not known; its parameters are price and measured"
-        )
+        known = f"{', '.join(PARAMETERS[:-1])} and {PARAMETERS[-1]}"
+        raise BadSetting(f"rule quee: parameter {unknown[0]!r} is not known; its parameters are {known}")
     if "price" not in spec.parameters:
         raise BadSetting(
             "rule quee needs price: give the errors that a full walk may cost (--threshold NUMBER)"
@@ -109,26 +115,43 @@ def make_quee(spec: RuleSpec, segments: int, costs: Mapping[str, StepCosts]) -> 
         raise BadSetting(
             f"rule quee: measured {measured:g} is neither 0 (bit operations) nor 1 (milliseconds)"
         )
+    changes, increase = spec.parameters.get("changes", 1.0), spec.parameters.get("increase", 1.0)
+    if changes not in range(1, MAX_CHANGES + 1) or increase not in (0.0, 1.0):
+        raise BadSetting(
+            f"rule quee: changes {changes:g}, increase {increase:g}; expected 1 or {MAX_CHANGES}, and 0 or 1"
+        )
     unit = UNITS[int(measured)]
     if unit not in costs:
         raise BadSetting(f"rule quee: this bundle has no costs of its steps in {unit}; {CURES[unit]}")
     steps = np.array(list(costs[unit].steps.values()))  # [variants, segments]
     shares = steps / steps[0].sum()
-    return QueeRule(spec, [path_charges(shares, price, segment) for segment in range(segments - 1)])
+    limits = (int(changes), bool(increase))
+    return QueeRule(spec, [path_charges(shares, price, segment, *limits) for segment in range(segments - 1)])
 
 
-def path_charges(steps: NDArray[np.float64], price: float, segment: int) -> Floats:
+def path_charges(
+    steps: NDArray[np.float64], price: float, segment: int, changes: int, increase: bool
+) -> Floats:
     """Charges (price times cost) of an exit after a segment and of every path from there.
 
-    steps [variants, segments]: cost of each step. Returns [changed, current variant, 1 + variants * exits
-    ahead].
+    steps [variants, segments]: cost of each step. changes, increase: see make_quee. Returns [changes so far,
+    current variant, 1 + variants * exits ahead].
     """
     variants = len(steps)
     ahead = price * steps[:, segment + 1 :].cumsum(axis=1)  # [variants, exits ahead]
     charges = np.concatenate([[0.0], ahead.ravel()])  # an exit here is free: it has been computed
-    table = np.broadcast_to(charges, (2, variants, len(charges))).copy()
+    table = np.broadcast_to(charges, (changes + 1, variants, len(charges))).copy()
     for current in range(variants):
-        other_variants = np.repeat(np.arange(variants) != current, ahead.shape[1])
-        table[1, current, 1:][other_variants] = np.inf
+        variant = np.repeat(np.arange(variants), ahead.shape[1])  # of each path
+        table[changes, current, 1:][variant != current] = np.inf
+        if not increase:
+            table[:, current, 1:][:, variant < current] = np.inf
     result: Floats = table.astype(np.float32)
     return result
+
+
+def walk_limits(manifest: Manifest) -> dict[str, float]:
+    """The parameters of a bundle's own rule quee that limit its walks, so that other prices keep to them."""
+    specs = [manifest.rule, *(point.rule for point in manifest.points)]
+    own = next((spec.parameters for spec in specs if spec.name == "quee"), {})
+    return {name: own[name] for name in LIMITS if name in own}

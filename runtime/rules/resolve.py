@@ -47,8 +47,7 @@ def resolve_rule(
     elif rule is None or rule == manifest.rule.name:
         spec = manifest.rule
     else:
-        # A gate is a probability, so one half is its natural threshold; no other rule has one.
-        spec = RuleSpec(rule, {"threshold": 0.5} if rule == "gate" else {})
+        spec = RuleSpec(rule, _usual_parameters(manifest, rule))
     _check_task(manifest, spec)
     if threshold is not None:
         parameter = main_parameter(spec.name)
@@ -130,6 +129,16 @@ def _check_exit_kv(manifest: Manifest, spec: RuleSpec, exit_kv: str) -> None:
         raise BadSetting(f"exit_kv {exit_kv}: with rule {spec.name} no token exits early; leave it out")
     if not manifest.decoder.cache_fills:
         raise BadSetting(f"exit_kv {exit_kv}: the bundle has no graphs for it; write it again with ee-split")
+
+
+def _usual_parameters(manifest: Manifest, rule: str) -> dict[str, float]:
+    """The parameters of a rule for which the caller gives a threshold at most."""
+    if rule == "quee":
+        from offramp.runtime.rules.quee import walk_limits  # here: other rules do not need it
+
+        return walk_limits(manifest)
+    # A gate is a probability, so one half is its natural threshold; no other rule has one.
+    return {"threshold": 0.5} if rule == "gate" else {}
 
 
 def _usual_variant(manifest: Manifest, spec: RuleSpec) -> str:

@@ -19,6 +19,7 @@ from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.text import Text
 from offramp.runtime.rules import Floats, Plan, Rule, Signals, bind
 from offramp.runtime.rules.base import full_plan
+from offramp.runtime.rules.quee import walk_limits
 from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.runtime.tuning.labelled import LabelledRows
 from offramp.runtime.walker import Inputs, Trace, walk, walk_one
@@ -108,7 +109,9 @@ def measure_walk_points(
     starts = range(len(session.manifest.variants))
     never = RuleSpec("never", {})
     _walk_rows(session, inputs[:TIMED_ROWS], never, 0, costs)  # opens the segments before they are timed
-    specs = [never, *(RuleSpec("quee", {"price": float(price), "measured": 1.0}) for price in PRICES)]
+    limits = walk_limits(session.manifest)
+    specs = [never]
+    specs += [RuleSpec("quee", {"price": float(price), "measured": 1.0, **limits}) for price in PRICES]
     points, measured = list[WalkPoint](), list[dict[str, float]]()
     for spec in specs:
         for start in starts:
@@ -172,7 +175,7 @@ def _walk_point(
         accuracy=100 * float(right.mean()),
         mean_exit=float(blocks[exits].mean()),
         cost=100 * float((ms * (trace.variants >= 0)).sum(1).mean() / steps[0].sum()),
-        changed=100 * float((trace.variants[rows, exits] != start).mean()),
+        changed=100 * float(((trace.variants >= 0) & (trace.variants != start)).any(axis=1).mean()),
     )
 
 

@@ -35,11 +35,13 @@ pytestmark = pytest.mark.slow  # exports and verifies a network with forecasts
 
 
 def with_forecasts(network: EarlyExitNetwork) -> EarlyExitNetwork:
-    """The network with random forecasts for fp32, int6 and int8."""
+    """The network with random forecasts for fp32, int6 and int8, of statistics and compact features."""
     torch.manual_seed(3)
-    ahead = range(len(network.spec.exits) - 1, 0, -1)
-    network.forecasts = torch.nn.ModuleList(Forecast(3, exits) for exits in ahead)
-    network.spec = dataclasses.replace(network.spec, forecast=("fp32", "int6", "int8"))
+    ahead, size = range(len(network.spec.exits) - 1, 0, -1), network.hidden_size
+    network.forecasts = torch.nn.ModuleList(Forecast(3, exits, "both", size) for exits in ahead)
+    network.spec = dataclasses.replace(
+        network.spec, forecast=("fp32", "int6", "int8"), forecast_inputs="both"
+    )
     return network.eval()
 
 
@@ -58,7 +60,9 @@ def split_with_forecasts(
     to_int8(folder / "segment_00.onnx", folder / "segment_00_int8.onnx")
     yield ExportableClassifier(checkpoint), split, folder
     checkpoint.network.forecasts = torch.nn.ModuleList()  # the network is shared with other tests
-    checkpoint.network.spec = dataclasses.replace(checkpoint.network.spec, forecast=())
+    checkpoint.network.spec = dataclasses.replace(
+        checkpoint.network.spec, forecast=(), forecast_inputs="statistics"
+    )
 
 
 def test_graphs_say_what_torch_forecasts(

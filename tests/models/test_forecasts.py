@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import tiny
 import torch
 
@@ -50,6 +51,23 @@ def test_a_folded_forecast_gives_a_subset_of_the_columns() -> None:
         kept = forecast.folded([0, 1], [1])(logits).view(7, 2, 3)
     torch.testing.assert_close(kept[:, 0], whole[:, 0][:, [0, 2, 4]])
     torch.testing.assert_close(kept[:, 1], whole[:, 1][:, [0, 2, 4]])
+
+
+@pytest.mark.parametrize("inputs", ["features", "both"])
+def test_a_forecast_reads_compact_features_of_the_pooled_vector(inputs: str) -> None:
+    torch.manual_seed(0)
+    forecast = Forecast(variants=2, ahead=2, inputs=inputs, hidden_size=12).eval()
+    forecast.mean.normal_()
+    forecast.spread.uniform_(0.5, 2.0)
+    logits, pooled = torch.randn(7, 4), torch.randn(7, 12)
+    with torch.no_grad():
+        whole = forecast(logits, pooled).sigmoid().view(7, 2, 5)
+        kept = forecast.folded([0, 1], [0, 1])(logits, pooled).view(7, 2, 5)
+        others = forecast(torch.randn(7, 4), pooled).sigmoid().view(7, 2, 5)
+        moved = forecast(logits, torch.randn(7, 12)).sigmoid().view(7, 2, 5)
+    torch.testing.assert_close(kept, whole)
+    assert not torch.allclose(moved, whole, atol=1e-3)
+    assert torch.allclose(others, whole) == (inputs == "features")
 
 
 def test_every_exit_but_the_last_has_a_forecast_of_its_width() -> None:

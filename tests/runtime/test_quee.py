@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ COSTS = {
 }
 
 
-def reference(forecast: np.ndarray, plan: list[int], segment: int, price: float, steps: Any) -> list[int]:
+def reference(
+    forecast: np.ndarray, plan: list[int], segment: int, price: float, steps: Any, limits: tuple[int, bool]
+) -> list[int]:
     """The rest of one row's plan, by trying every path; forecast [variants * (1 + variants * ahead)]."""
     current, ahead = plan[segment], SEGMENTS - 1 - segment
     width = 1 + VARIANTS * ahead
@@ -29,8 +32,9 @@ def reference(forecast: np.ndarray, plan: list[int], segment: int, price: float,
     lowest, rest = own_forecast[0], [-1] * ahead
     full_walk = sum(steps[0])
     for variant, exits in itertools.product(range(VARIANTS), range(1, ahead + 1)):
-        if variant != current and plan[0] != current:
-            continue  # it has changed its variant before
+        changes = sum(before != after for before, after in pairwise([*plan[: segment + 1], variant]))
+        if changes > limits[0] or (variant < current and not limits[1]):
+            continue
         cost = sum(steps[variant][segment + 1 : segment + 1 + exits]) / full_walk
         total = own_forecast[1 + variant * ahead + exits - 1] + price * cost
         if total < lowest:
@@ -39,9 +43,14 @@ def reference(forecast: np.ndarray, plan: list[int], segment: int, price: float,
 
 
 @pytest.mark.parametrize("price", [0.0, 0.05, 0.3, 2.0])
-@pytest.mark.parametrize("measured", [0.0, 1.0])
-def test_quee_takes_the_best_of_all_paths(price: float, measured: float) -> None:
-    rule = bind(RuleSpec("quee", {"price": price, "measured": measured}), SEGMENTS, COSTS)
+@pytest.mark.parametrize(
+    ("measured", "changes", "increase"), [(0.0, 1, True), (1.0, 1, True), (0.0, 2, True), (0.0, 2, False)]
+)
+def test_quee_takes_the_best_of_all_paths(
+    price: float, measured: float, changes: int, increase: bool
+) -> None:
+    limits = {"changes": float(changes), "increase": float(increase)}
+    rule = bind(RuleSpec("quee", {"price": price, "measured": measured, **limits}), SEGMENTS, COSTS)
     steps = STEPS[::-1] if measured else STEPS
     random = np.random.default_rng(3)
     next_steps = set()
@@ -49,15 +58,23 @@ def test_quee_takes_the_best_of_all_paths(price: float, measured: float) -> None
         paths = 1 + VARIANTS * (SEGMENTS - 1 - segment)
         forecast = random.random((64, VARIANTS * paths)).astype("f4")
         plan = np.full((64, SEGMENTS), -1, np.int8)
-        plan[:, : segment + 1] = random.integers(0, VARIANTS, (64, 1))
-        if segment:
-            plan[:, segment] = random.integers(0, VARIANTS, 64)
+        # Walks within the limits: the first variant, then perhaps others.
+        turns = np.sort(random.integers(0, segment + 1, (64, changes)), axis=1)
+        variants = random.integers(0, VARIANTS, (64, changes + 1))
+        if not increase:
+            variants.sort(axis=1)
+        for row in range(64):
+            plan[row, : segment + 1] = variants[row, 0]
+            for turn, variant in zip(turns[row], variants[row, 1:], strict=True):
+                plan[row, turn + 1 : segment + 1] = variant
         before = plan.copy()
         signals = RowSignals(np.zeros((64, 3), np.float32), None, forecast)
         new_plan, _ = rule(signals, np.zeros((64, 0), np.float32), plan, segment)
         assert (plan == before).all(), "the argument was written to"
         for row in range(64):
-            expected = reference(forecast[row], before[row].tolist(), segment, price, steps)
+            expected = reference(
+                forecast[row], before[row].tolist(), segment, price, steps, (changes, increase)
+            )
             assert new_plan[row].tolist() == [*before[row, : segment + 1].tolist(), *expected]
             row_signals = RowSignals(signals.logits[:1], None, forecast[row : row + 1])
             row_plan, _ = rule(row_signals, np.zeros((1, 0), np.float32), plan[row : row + 1], segment)
@@ -81,6 +98,8 @@ def test_quee_exits_on_a_tie() -> None:
         ({"price": float("nan")}, COSTS, "finite"),
         ({"price": 1.0, "measured": 0.5}, COSTS, "measured 0.5"),
         ({"price": 1.0, "threshold": 0.5}, COSTS, "threshold"),
+        ({"price": 1.0, "changes": 3.0}, COSTS, "changes 3"),
+        ({"price": 1.0, "increase": 2.0}, COSTS, "increase 2"),
         ({"price": 1.0, "measured": 1.0}, {"bops": COSTS["bops"]}, "ee-calibrate"),
         ({"price": 1.0}, None, "bops; split it again from a checkpoint of recipe quee"),
     ],

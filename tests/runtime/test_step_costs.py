@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime import BadSetting
 from offramp.runtime.bundle.files import Bundle, open_bundle
-from offramp.runtime.bundle.manifest import ImageInput, RuleSpec, Tensor
+from offramp.runtime.bundle.manifest import ImageInput, OperatingPoint, RuleSpec, Tensor
 from offramp.runtime.classifier import Classifier
 from offramp.runtime.rules import RowSignals, bind
 from offramp.runtime.tuning.labelled import LabelledRows
@@ -143,6 +143,17 @@ def test_points_of_images_are_measured_by_walks(session: Classifier) -> None:
     assert default.measured["mean_exit"] == 3 and default.measured["layers_saved"] == 25
     assert default.measured["ms"] > 0 and default.measured["macs_saved"] > 0
     assert (default.data, default.split) == ("dev", "dev")
+
+
+def test_points_keep_to_the_walks_for_which_forecasts_were_fitted(session: Classifier) -> None:
+    limits = {"changes": 2.0, "increase": 0.0}
+    own = OperatingPoint("saves-90", RuleSpec("quee", {"price": 0.1, **limits}), "fp32", "", "dev", {})
+    session.manifest = dataclasses.replace(session.manifest, points=(own,))
+    _, tokens = session.at_full_depth(ROWS.items)
+    costs = measure_step_costs(session, ROWS.items, tokens)
+    points = {point.name: point for point in measure_walk_points(session, ROWS, tokens, costs)}
+    parameters = points["default"].rule.parameters
+    assert parameters == {"price": parameters["price"], "measured": 1.0, **limits}
 
 
 def test_a_bundle_without_forecasts_is_refused(session: Classifier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import tiny
 import torch
 
 from offramp.models import EarlyExitNetwork
-from offramp.models.forecasts import softmax_statistics
+from offramp.models.forecasts import COMPACT, STATISTICS, softmax_statistics
 from offramp.models.macs import bit_operations, segment_macs
 from offramp.models.precision import in_precision
 from offramp.runtime.rules import RuleSpec, StepCosts, bind
@@ -27,7 +28,14 @@ from offramp.training.forecasters import (
     oracle_forecaster,
     table_forecaster,
 )
-from offramp.training.outcomes import Outcomes, collect_outcomes, pack_outcomes, unpack_outcomes
+from offramp.training.outcomes import (
+    Outcomes,
+    collect_outcomes,
+    compression_layers,
+    fit_compression,
+    pack_outcomes,
+    unpack_outcomes,
+)
 from offramp.training.replay import (
     WalkCosts,
     bit_costs,
@@ -36,8 +44,10 @@ from offramp.training.replay import (
     replay_walks,
     static_points,
     upper_hull,
+    walk_limits,
     walk_point,
 )
+from offramp.training.walk_tree import WalkTree, grow_tree
 
 NAMES = ("fp32", "int6", "int8")
 
@@ -54,53 +64,105 @@ def network() -> EarlyExitNetwork:
     return tiny.network("mpnet", policy=None)
 
 
-def test_outcomes_equal_walks_of_every_path(network: EarlyExitNetwork, rows: EncodedText) -> None:
-    outcomes = collect_outcomes(network, rows, NAMES)
+def plans_of(tree: WalkTree) -> list[list[int]]:
+    """The variants of each node's walk, in the order of nodes."""
+    plans: list[list[int]] = [[]] * len(tree)
+    for node in range(len(tree)):
+        plans[node] = [*plans[node], int(tree.variant[node])]
+        for child in tree.child[node][tree.child[node] >= 0]:
+            plans[child] = plans[node]
+    return plans
+
+
+@pytest.mark.parametrize(("changes", "increase"), [(1, True), (2, False)])
+def test_outcomes_equal_walks_of_every_path(
+    network: EarlyExitNetwork, rows: EncodedText, changes: int, increase: bool
+) -> None:
+    tree = grow_tree(3, 3, changes, increase=increase)
+    torch.manual_seed(0)
+    compress = [torch.nn.Linear(32, COMPACT) for _ in range(2)]
+    outcomes = collect_outcomes(network, rows, NAMES, tree, compress)
     blocks = [in_precision(network.blocks, name) for name in NAMES]
     for row in range(len(rows)):
         inputs, label = rows.batch([row])
-        for before in range(3):
-            for after in range(3):
-                for change in range(3):
-                    for exit_index in range(change + (before != after), 3):
-                        with torch.no_grad():
-                            hidden, context = network.stem(inputs)
-                            for block in range(exit_index + 1):
-                                chosen = blocks[before if block <= change else after][block]
-                                hidden = network.family.run_block(chosen, hidden, context)
-                            logits = network.classify(exit_index, network.pooled(exit_index, hidden, context))
-                        place = (row, before, after, change, exit_index)
-                        np.testing.assert_allclose(
-                            outcomes.statistics[place], softmax_statistics(logits)[0], atol=2e-3
-                        )
-                        assert outcomes.wrong[place] == bool(logits.argmax() != label[0])
-    again = unpack_outcomes(pack_outcomes(outcomes), NAMES, rows.lengths)
-    assert (again.statistics == outcomes.statistics).all() and (again.wrong == outcomes.wrong).all()
+        for node, plan in enumerate(plans_of(tree)):
+            with torch.no_grad():
+                hidden, context = network.stem(inputs)
+                for block, variant in enumerate(plan):
+                    hidden = network.family.run_block(blocks[variant][block], hidden, context)
+                exit_index = len(plan) - 1
+                pooled = network.pooled(exit_index, hidden, context)
+                logits = network.classify(exit_index, pooled)
+                features = compress[exit_index](pooled)[0] if exit_index < 2 else torch.zeros(COMPACT)
+            collected = outcomes.inputs[row, node]
+            np.testing.assert_allclose(collected[:STATISTICS], softmax_statistics(logits)[0], atol=2e-3)
+            np.testing.assert_allclose(collected[STATISTICS:], features, atol=2e-3)
+            assert outcomes.wrong[row, node] == bool(logits.argmax() != label[0])
+    again = unpack_outcomes(pack_outcomes(outcomes), NAMES, tree, rows.lengths)
+    assert (again.inputs == outcomes.inputs).all() and (again.wrong == outcomes.wrong).all()
+
+
+def test_fewer_variants_and_inputs_are_parts_of_the_outcomes(
+    network: EarlyExitNetwork, rows: EncodedText
+) -> None:
+    compress = [torch.nn.Linear(32, COMPACT) for _ in range(2)]
+    tree = grow_tree(3, 3, 2, increase=True)
+    outcomes = collect_outcomes(network, rows, NAMES, tree, compress)
     fewer = outcomes.select_variants(["fp32", "int8"])
-    assert (fewer.wrong[:, 1, 0] == outcomes.wrong[:, 2, 0]).all() and fewer.variants == ("fp32", "int8")
+    plans, numbers = plans_of(outcomes.tree), {0: 0, 1: 2}
+    for node, plan in enumerate(plans_of(fewer.tree)):
+        same = plans.index([numbers[variant] for variant in plan])
+        assert (fewer.inputs[:, node] == outcomes.inputs[:, same]).all()
+        assert (fewer.wrong[:, node] == outcomes.wrong[:, same]).all()
+    sizes = [outcomes.select_inputs(kind).inputs.shape[2] for kind in ("statistics", "features", "both")]
+    assert sizes == [STATISTICS, COMPACT, STATISTICS + COMPACT]
+    assert (outcomes.select_inputs("features").inputs == outcomes.inputs[..., STATISTICS:]).all()
 
 
-def synthetic(count: int = 400, exits: int = 4, seed: int = 0) -> Outcomes:
-    """Rows, some of them easy; deeper exits and the first variant are more often right and more certain."""
+def test_paths_that_no_walk_takes_count_as_wrong(network: EarlyExitNetwork, rows: EncodedText) -> None:
+    outcomes = collect_outcomes(network, rows, ("fp32", "int8"), grow_tree(2, 3, 2, increase=False), ())
+    errors = outcomes.path_errors(0)  # exiting, fp32 and int8 to exits 2 and 3
+    _, wrong = outcomes.without_change()
+    assert (errors[:, 1, 1:3] == 1).all(), "from int8 no walk goes back to fp32"
+    assert (errors[:, 1, 3:] == wrong[:, 1, 1:]).all() and (errors[:, 0, 1:3] == wrong[:, 0, 1:]).all()
+
+
+def test_the_compact_features_are_standardized_components() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(200, 3) @ torch.randn(3, 12) * torch.linspace(0.1, 30, 12) + 5
+    (layer,) = compression_layers(fit_compression(hidden)[None])
+    features = layer(hidden)
+    assert features[:, 3:].abs().max() < 1e-3  # there are three
+    torch.testing.assert_close(features[:, :3].mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    covariance = features[:, :3].T @ features[:, :3] / 200
+    torch.testing.assert_close(covariance, torch.eye(3), atol=1e-3, rtol=0)
+
+
+def synthetic(
+    count: int = 400,
+    exits: int = 4,
+    seed: int = 0,
+    changes: int = 1,
+    increase: bool = True,
+    variants: int = 2,
+) -> Outcomes:
+    """Rows, some of them easy; deeper exits and earlier variants are more often right and more certain."""
     random = np.random.default_rng(seed)
-    hard = random.random(count)
-    shape = (count, 2, 2, exits, exits)
-    skill = np.linspace(0.3, 1.0, exits) - np.array([0.0, 0.1])[:, None, None]  # [after, 1, exits]
-    straight = hard[:, None, None] > skill[:, 0] + random.normal(0, 0.05, (count, 2, exits))
-    wrong = np.zeros(shape, bool)
-    for before in range(2):
-        for after in range(2):
-            wrong[:, before, after] = straight[:, after][:, None]
-    certain = (skill[None, None] - hard[:, None, None, None, None]) + random.normal(0, 0.1, shape)
-    statistics = np.stack([certain, -certain, random.random(shape)], axis=-1).astype(np.float32)
-    same = np.arange(2)
-    # Without a change: the same wherever the change would be.
-    statistics[:, same, same] = statistics[:, same, same][:, :, :1]
-    return Outcomes(("fp32", "int8"), statistics, wrong, np.full(count, 9))
+    hard = random.random(count)[:, None]
+    tree = grow_tree(variants, exits, changes, increase=increase)
+    skill = np.linspace(0.3, 1.0, exits)[tree.segment] - 0.1 * tree.variant  # [nodes]
+    # The outcome of an exit depends on the variant there, and not on those before.
+    noise = random.normal(0, 0.05, (count, variants, exits))[:, tree.variant, tree.segment]
+    wrong = hard > skill + noise
+    certain = skill - hard + random.normal(0, 0.1, (count, len(tree)))
+    inputs = np.stack([certain, -certain, random.random((count, len(tree)))], axis=-1).astype(np.float32)
+    names = ("fp32", "int8", "int4")[:variants]
+    return Outcomes(names, tree, inputs, wrong, np.full(count, 9))
 
 
 def costs_of_walks(outcomes: Outcomes) -> WalkCosts:
-    steps = np.stack([np.full(outcomes.exits, 1.0), np.full(outcomes.exits, 0.3)])
+    prices = (1.0, 0.3, 0.1)[: len(outcomes.variants)]
+    steps = np.stack([np.full(outcomes.exits, price) for price in prices])
     stated = StepCosts(
         9, {name: tuple(row) for name, row in zip(outcomes.variants, steps.tolist(), strict=True)}
     )
@@ -124,8 +186,8 @@ def test_k_means_recovers_clusters() -> None:
 def test_targets_are_error_rates_of_clusters() -> None:
     outcomes = synthetic()
     table = fit_tables(outcomes, ForecastFit(clusters=8, prior=0.0))[1]
-    statistics, _ = outcomes.without_change()
-    rates = table.look_up(statistics[:, 1, 1], 1)
+    inputs, _ = outcomes.without_change()
+    rates = table.look_up(inputs[:, 1, 1], 1)
     truth = outcomes.path_errors(1)[:, 1]
     np.testing.assert_allclose(rates.mean(0), truth.mean(0), atol=1e-5)
     assert len(np.unique(rates[:, 0])) > 2 and ((rates >= 0) & (rates <= 1)).all()
@@ -149,13 +211,36 @@ def test_better_forecasts_give_better_walks_and_the_oracle_is_the_bound() -> Non
     assert abs(network - table) < 4
 
 
+def test_features_that_show_errors_make_better_walks_than_statistics_that_do_not() -> None:
+    fit_rows, walk_rows = synthetic(seed=0), synthetic(seed=1)
+    costs, gains = costs_of_walks(walk_rows), {}
+    random = np.random.default_rng(0)
+    for kind in ("statistics", "features"):
+        fitted, walked = (
+            replace(
+                rows,
+                inputs=np.concatenate(
+                    # The informative statistics become features, and statistics are noise.
+                    [random.random(rows.inputs.shape), rows.inputs, np.zeros((*rows.wrong.shape, 5))],
+                    axis=-1,
+                    dtype=np.float32,
+                ),
+            ).select_inputs(kind)
+            for rows in (fit_rows, walk_rows)
+        )
+        fit = ForecastFit(clusters=12, steps=200)
+        forecaster = network_forecaster(fit_networks(fitted, fit_tables(fitted, fit), fit))
+        points = price_frontier(walked, forecaster, costs, [0.2, 0.4, 0.8])
+        gains[kind] = max(point.accuracy - 0.4 * point.cost for point in points)
+    assert gains["features"] > gains["statistics"] + 1
+
+
 def test_a_forecast_is_close_to_its_target() -> None:
     outcomes = synthetic()
     tables = fit_tables(outcomes, ForecastFit(clusters=12))
     networks = fit_networks(outcomes, tables, ForecastFit(clusters=12))
     rows = np.arange(len(outcomes))
-    zeros = np.zeros(len(rows), np.int64)
-    state = WalkState(rows, 1, zeros, zeros, zeros)
+    state = WalkState(rows, 1, np.full(len(rows), outcomes.tree.straight[0, 1]))
     difference = np.abs(
         network_forecaster(networks)(outcomes, state) - table_forecaster(tables)(outcomes, state)
     )
@@ -163,24 +248,51 @@ def test_a_forecast_is_close_to_its_target() -> None:
     assert difference[:, :width].mean() < 0.06
 
 
-def test_replayed_walks_and_their_figures() -> None:
-    outcomes = synthetic(40)
+@pytest.mark.parametrize(("changes", "increase"), [(1, True), (2, True), (2, False)])
+def test_replayed_walks_and_their_figures(changes: int, increase: bool) -> None:
+    outcomes = synthetic(60, changes=changes, increase=increase, variants=3)
     costs = costs_of_walks(outcomes)
-    rule = bind(RuleSpec("quee", {"price": 0.3}), outcomes.exits, {"bops": costs.stated})
-    for start in range(2):
-        plans = replay_walks(rule, outcomes, oracle_forecaster, start)
-        assert {len({*row.tolist()} - {-1}) for row in plans} == {1, 2}
-        point = walk_point(rule.spec, start, plans, outcomes, costs)
+    spec = RuleSpec("quee", {"price": 0.3, **walk_limits(outcomes.tree)})
+    rule = bind(spec, outcomes.exits, {"bops": costs.stated})
+    nodes = {tuple(plan): node for node, plan in enumerate(plans_of(outcomes.tree))}
+    random = np.random.default_rng(5)
+
+    def forecaster(outcomes: Outcomes, state: WalkState) -> np.ndarray:
+        """Random, so that rows take every kind of walk."""
+        paths = 1 + 3 * (outcomes.exits - 1 - state.segment)
+        return random.random((len(state.rows), 3 * paths)).astype(np.float32)
+
+    most = 0
+    for start in range(3):
+        plans = replay_walks(rule, outcomes, forecaster, start)
+        point = walk_point(spec, start, plans, outcomes, costs)
         right = cost = changed = 0.0
         for row, plan in enumerate(plans):
             variants = [int(variant) for variant in plan if variant >= 0]
-            switch = next((at - 1 for at in range(1, len(variants)) if variants[at] != variants[at - 1]), 0)
-            right += not outcomes.wrong[row, start, variants[-1], switch, len(variants) - 1]
-            cost += sum(0.3 if variant else 1.0 for variant in variants) / outcomes.exits
-            changed += variants[-1] != start
-        assert point.accuracy == pytest.approx(100 * right / 40)
-        assert point.cost == pytest.approx(100 * cost / 40)
-        assert point.changed == pytest.approx(100 * changed / 40)
+            made = sum(before != after for before, after in pairwise(variants))
+            most = max(most, made)
+            assert increase or variants == sorted(variants)
+            right += not outcomes.wrong[row, nodes[tuple(variants)]]
+            cost += sum((1.0, 0.3, 0.1)[variant] for variant in variants) / outcomes.exits
+            changed += made > 0
+        assert point.accuracy == pytest.approx(100 * right / 60)
+        assert point.cost == pytest.approx(100 * cost / 60)
+        assert point.changed == pytest.approx(100 * changed / 60)
+    assert most == changes
+
+
+def test_a_rule_that_leaves_the_collected_walks_is_refused() -> None:
+    outcomes = synthetic(60, increase=False)
+    rule = bind(RuleSpec("quee", {"price": 0.0}), outcomes.exits, {"bops": costs_of_walks(outcomes).stated})
+
+    def forecaster(outcomes: Outcomes, state: WalkState) -> np.ndarray:
+        ahead = outcomes.exits - 1 - state.segment
+        one = np.ones((len(state.rows), 2, 1 + 2 * ahead), np.float32)
+        one[:, 1, 1] = 0.0  # from int8 to fp32
+        return one.reshape(len(one), -1)
+
+    with pytest.raises(ValueError, match="was not collected"):
+        replay_walks(rule, outcomes, forecaster, 1)
 
 
 def test_static_points_full_depth_and_hull() -> None:

@@ -5,41 +5,54 @@ from a discretized feature space, and that the choice weighs them against cost; 
 Backbone and exits are unchanged (--init), or trained by recipe joint first. Then, on dev alone, which was not
 used to train them:
 
-1 every row runs in every precision of `variants`, and from every exit on in every other (simulated).  2 at
-each exit and in each precision k-means divides the statistics of the softmax (certainty, entropy, margin)
-into clusters; a path's error rate in a cluster is its target.  3 a small network at each exit is fitted to
-the targets.  4 the price of rule quee is chosen by replaying its walks. For 4 each half of the dev rows is
+1 every row runs along every walk: each precision of `variants`, and from every exit on each that it may
+change to (simulated).  2 at each exit and in each precision k-means divides what a forecast reads into
+clusters; a path's error rate in a cluster is its target.  3 a small network at each exit is fitted to the
+targets.  4 the price of rule quee is chosen by replaying its walks. For 4 each half of the dev rows is
 forecast by networks that were fitted on the other half; the exported networks are fitted on all of it.
 
-Settings: variants (of fp32, int8, int4, and int6, which is only simulated and cannot be exported); clusters,
-prior, steps and forecast_lr of the fit; forecaster=mlp is the one that is exported. With table, mean or
-oracle training.json has the points of that forecaster and the checkpoint has no forecasts. Dev frontiers of
-all four, of exiting alone and of quantizing alone, are always reported.
+Settings: variants (of fp32, int8, int4, and int6, which is only simulated and cannot be exported). changes:
+most changes of precision in a walk; order=down allows only changes to fewer bits, order=free all. inputs of a
+forecast: statistics of the softmax (certainty, entropy, margin), features (8 principal components of the
+exit's pooled vector), or both. clusters, prior, steps and forecast_lr of the fit. forecaster=mlp is the one
+that is exported. With table, mean or oracle training.json has the points of that forecaster and the
+checkpoint has no forecasts. Dev frontiers of all four, of the network with each kind of inputs, of exiting
+alone and of quantizing alone, are always reported.
+
+Number of paths: with down, V variants and L exits there are about V L^2 / 2 walks with one change and, for
+three variants, L^3 / 6 with two; for 12 exits and fp32, int8, int4 all of them cost as much as 38 walks at
+full depth. A forecast plans no second change, so that it has 1 + V * exits ahead numbers a variant; the
+second is decided when the row gets there. It reads the present precision, not those before it.
 Operating points are in bit operations; ee-calibrate measures milliseconds and points in them.
 
-    ee-train --init CKPT --data DATA --recipe quee --out ckpt/
-    ee-split ckpt/ --variants fp32,int8
+    ee-train --init CKPT --data DATA --recipe quee --out ckpt/ --set variants=fp32,int8,int4
+    ee-split ckpt/ --variants fp32,int8,int4
     ee-calibrate dev.jsonl --bundle bundle/
 
-Expect: e5-small on sst2, 872 dev rows in fp32 and int8, three minutes on one core after recipe joint; 89.8 %
-on test with 57 % of multiply-accumulates and 97 % of bit operations saved, as exiting alone does in int8
-(docs/comparison.md).
+Expect: e5-small on sst2, 872 dev rows in fp32 and int8, three minutes on one core after recipe joint. With
+one change in any order and statistics alone: 89.8 % on test with 57 % of multiply-accumulates and 97 % of bit
+operations saved, as exiting alone does in int8 (docs/comparison.md).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from offramp.models.forecasts import INPUTS
 from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.models.precision import PRECISIONS
+from offramp.runtime.rules.quee import MAX_CHANGES
 from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.training.batches import Encoded
+from offramp.training.collect import collect
 from offramp.training.forecasters import (
     Forecaster,
     ForecastFit,
@@ -52,7 +65,15 @@ from offramp.training.forecasters import (
     table_forecaster,
 )
 from offramp.training.loop import Run
-from offramp.training.outcomes import Floats, Outcomes, collect_outcomes, pack_outcomes, unpack_outcomes
+from offramp.training.outcomes import (
+    Floats,
+    Outcomes,
+    collect_outcomes,
+    compression_layers,
+    fit_compression,
+    pack_outcomes,
+    unpack_outcomes,
+)
 from offramp.training.recipes.joint import JointSettings, warm_start
 from offramp.training.replay import (
     WalkCosts,
@@ -63,8 +84,10 @@ from offramp.training.replay import (
     static_points,
     upper_hull,
 )
+from offramp.training.walk_tree import WalkTree, grow_tree
 
 FORECASTERS = ("mlp", "table", "mean", "oracle")
+ORDERS = ("down", "free")
 FOLDS = 2
 # Percent of the full cost at which frontiers are compared.
 SHARES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 25.0, 50.0, 75.0)
@@ -79,6 +102,9 @@ class QueeSettings:
     lr: float = 5e-5
     heads_lr: float = 1e-3
     variants: str = "fp32,int8"
+    changes: int = 2
+    order: str = "down"
+    inputs: str = "both"
     forecaster: str = "mlp"
     clusters: int = 24
     prior: float = 4.0
@@ -92,8 +118,17 @@ class QueeSettings:
             raise ValueError(
                 f"variants={self.variants}: fp32 first, then of {', '.join(PRECISIONS)}, each once"
             )
-        if self.forecaster not in FORECASTERS:
-            raise ValueError(f"forecaster={self.forecaster}: choose one of {', '.join(FORECASTERS)}")
+        for name, value, known in (
+            ("forecaster", self.forecaster, FORECASTERS),
+            ("order", self.order, ORDERS),
+            ("inputs", self.inputs, INPUTS),
+            ("changes", self.changes, range(1, MAX_CHANGES + 1)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value}: choose one of {', '.join(map(str, known))}")
+        bits = [PRECISIONS[name].weight_bits for name in names]
+        if self.order == "down" and bits != sorted(bits, reverse=True):
+            raise ValueError(f"variants={self.variants}: with order=down the fewest bits come last")
         if self.clusters < 1 or self.steps < 1 or self.prior < 0:
             raise ValueError("clusters and steps must be 1 or more, prior 0 or more")
 
@@ -101,6 +136,10 @@ class QueeSettings:
     def names(self) -> tuple[str, ...]:
         """The names of the variants, the default first."""
         return tuple(name.strip() for name in self.variants.split(","))
+
+    def tree(self, exits: int) -> WalkTree:
+        """All walks through this number of exits that these settings allow."""
+        return grow_tree(len(self.names), exits, self.changes, increase=self.order == "free")
 
     def fit(self, seed: int) -> ForecastFit:
         """The options of the forecasters' fit by these settings and a seed."""
@@ -130,23 +169,41 @@ def train(
         joint = JointSettings(settings.epochs, settings.batch_size, settings.lr, settings.heads_lr)
         warm_start(run, train, joint)
     network, names, fit = run.network, settings.names, settings.fit(run.seed)
-    device = run.accelerator.device
+    device, tree = run.accelerator.device, settings.tree(len(run.network.spec.exits))
+
+    def measure_compression() -> Tensor:
+        pooled = collect(network, dev, device=device, description="dev").pooled
+        return torch.stack([fit_compression(pooled[:, index]) for index in range(pooled.shape[1] - 1)])
+
+    compress = compression_layers(run.compute_once("compression", measure_compression))
 
     def measure_outcomes() -> Tensor:
-        description = "dev, every path"
-        return pack_outcomes(collect_outcomes(network, dev, names, device=device, description=description))
+        on_device = [copy.deepcopy(layer).to(device) for layer in compress]
+        description = "dev, every walk"
+        return pack_outcomes(
+            collect_outcomes(network, dev, names, tree, on_device, device=device, description=description)
+        )
 
-    outcomes = unpack_outcomes(run.compute_once("outcomes", measure_outcomes), names, dev.lengths)
+    all_inputs = unpack_outcomes(run.compute_once("outcomes", measure_outcomes), names, tree, dev.lengths)
+    outcomes = all_inputs.select_inputs(settings.inputs)
     if settings.forecaster == "mlp":
-        network.forecasts = fit_networks(outcomes, fit_tables(outcomes, fit), fit).to(device)
-        network.spec = dataclasses.replace(network.spec, forecast=names)
+        layers = compress if settings.inputs != "statistics" else ()
+        network.forecasts = fit_networks(outcomes, fit_tables(outcomes, fit), fit, layers).to(device)
+        network.spec = dataclasses.replace(network.spec, forecast=names, forecast_inputs=settings.inputs)
     costs = bit_costs(network, dev.lengths, names)
     forecasters = fit_by_halves(outcomes, fit, run.seed)
     points = {kind: price_frontier(outcomes, forecasters[kind], costs) for kind in FORECASTERS}
+    ablation = {f"mlp of {settings.inputs}": points["mlp"]}
+    for kind in INPUTS:
+        if kind != settings.inputs:
+            other = all_inputs.select_inputs(kind)
+            forecaster = fit_by_halves(other, fit, run.seed, ("mlp",))["mlp"]
+            ablation[f"mlp of {kind}"] = price_frontier(other, forecaster, costs)
     full = full_depth_point(outcomes, costs)
     run.log(phase="forecasts", rows=len(dev), variants=list(names), full_depth=full.accuracy)
     _, wrong = outcomes.without_change()
     chosen = choose_walk_points(points[settings.forecaster], full, costs.unit)
+    exits_alone = fit_exits_by_halves(outcomes, fit, run.seed)
     return {
         "dev": {
             "exit_accuracy": [round(100 * float(1 - value), 2) for value in wrong[:, 0].mean(0)],
@@ -157,13 +214,14 @@ def train(
         ("operating_points" if settings.forecaster == "mlp" else f"points of {settings.forecaster}"): [
             _point_as_json(name, point, costs) for name, point in chosen.items()
         ],
-        "frontiers": compare_frontiers(points, outcomes, fit_exits_by_halves(outcomes, fit, run.seed), costs),
+        "frontiers": compare_frontiers({**points, **ablation}, outcomes, exits_alone, costs),
     }
 
 
 def fit_forecasters(outcomes: Outcomes, fit: ForecastFit) -> dict[str, Forecaster]:
     """Fit the four forecasters on all rows of these outcomes; gives them by name."""
     tables = fit_tables(outcomes, fit)
+    # Inputs are collected, so the layers that compute compact features are not needed.
     networks = network_forecaster(fit_networks(outcomes, tables, fit))
     return {
         "mlp": networks,
@@ -173,7 +231,9 @@ def fit_forecasters(outcomes: Outcomes, fit: ForecastFit) -> dict[str, Forecaste
     }
 
 
-def fit_by_halves(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
+def fit_by_halves(
+    outcomes: Outcomes, fit: ForecastFit, seed: int, kinds: Sequence[str] = FORECASTERS
+) -> dict[str, Forecaster]:
     """Fit the four forecasters on each half of the rows; gives forecasters by name that forecast the other
     half.
     """
@@ -187,7 +247,7 @@ def fit_by_halves(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, 
 
         return forecast
 
-    return {kind: by_fold_of_row(kind) for kind in FORECASTERS}
+    return {kind: by_fold_of_row(kind) for kind in kinds}
 
 
 def fit_exits_by_halves(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict[str, Forecaster]:
@@ -195,7 +255,8 @@ def fit_exits_by_halves(outcomes: Outcomes, fit: ForecastFit, seed: int) -> dict
     name.
     """
     return {
-        name: fit_by_halves(outcomes.select_variants([name]), fit, seed)["mlp"] for name in outcomes.variants
+        name: fit_by_halves(outcomes.select_variants([name]), fit, seed, ("mlp",))["mlp"]
+        for name in outcomes.variants
     }
 
 
