@@ -80,8 +80,8 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
     if network.spec.pooling == "mean":
         token = network.hidden_size
     elif exit.attention is not None:
-        queries = linear_weights(exit.attention)  # type: ignore[arg-type]
-        token, row = 2 * queries + network.hidden_size, row - queries  # twice: scores, and weights by feature
+        query = linear_weights(exit.attention)  # type: ignore[arg-type]
+        token, row = query + network.hidden_size, row - query
     if network.pooler is not None:
         row += linear_weights(network.pooler)
     if exit_index < len(network.policies):
@@ -109,7 +109,7 @@ def bit_operations(macs: MacTerms, precision: str, tokens: float) -> float:
     They are multiply-accumulates times the bits of both factors. KeyError for a name that is not in
     PRECISIONS. The term `token` (the linear layers of blocks) counts in the precision; attention's products,
     exits, policies and forecasts count at 32 bits. (Pooling is part of `token`: 0.02 % of a block for the
-    mean, 0.3 % for attention.)
+    mean, 0.04 % for attention.)
     """
     bits = PRECISIONS[precision]
     in_blocks = macs.token * tokens * bits.weight_bits * bits.activation_bits

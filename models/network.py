@@ -144,14 +144,13 @@ class EarlyExitNetwork(nn.Module):
         backbone.pooler = None  # type: ignore[assignment]  # never called: exits pool for themselves
         self.backbone = backbone
         classes = len(spec.labels)
-        heads = _config_size(config, "num_attention_heads", "num_attention_heads")
         self.exits = nn.ModuleList(
             Exit(
                 self.hidden_size,
                 classes,
                 spec.dropout,
                 spec.head,
-                AttentionPool(self.hidden_size, heads) if spec.pooling == "attention" else None,
+                AttentionPool(self.hidden_size) if spec.pooling == "attention" else None,
             )
             for _ in spec.exits
         )
@@ -192,7 +191,7 @@ class EarlyExitNetwork(nn.Module):
         inputs: input_ids (and token_type_ids) with attention_mask, each [batch, seq], or pixel_values [batch,
         channels, height, width]. The context has the tensors that every segment reads: for text the mask
         [batch, 1, 1, seq], additive; pool, with mean pooling [batch, 1, seq], for images [1, 1, seq], with
-        attention pooling of text the mask as [batch, seq, 1]; and those of the family.
+        attention pooling of text the mask as [batch, 1, seq]; and those of the family.
         """
         hidden = self.family.embed(self.backbone, inputs)
         context: Context = {}
@@ -202,7 +201,7 @@ class EarlyExitNetwork(nn.Module):
             if mean:
                 context["pool"] = pooling_weights(inputs["attention_mask"])
             elif self.spec.pooling == "attention":
-                context["pool"] = context["mask"][:, 0, 0, :, None]
+                context["pool"] = context["mask"].squeeze(1)
         elif mean:
             context["pool"] = patch_weights(hidden, self.family.vision.prefix)
         context.update(self.family.context(self.backbone, hidden))

@@ -118,7 +118,7 @@ def network(
     network = EarlyExitNetwork(backbone(family, seed), spec).eval()
     for exit_head in network.exits:
         if exit_head.attention is not None:
-            torch.nn.init.normal_(exit_head.attention.queries.weight)  # type: ignore[union-attr, operator]
+            torch.nn.init.normal_(exit_head.attention.query.weight)  # type: ignore[union-attr, operator]
     return network
 
 

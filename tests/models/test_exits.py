@@ -12,17 +12,17 @@ from offramp.models.network import NetworkSpec, share_gradient
 
 def test_untrained_attention_is_the_mean_of_the_real_tokens() -> None:
     hidden = torch.randn(2, 4, 8)
-    mask = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -3e4, -3e4]])[:, :, None]
-    pooled = AttentionPool(8, 2)(hidden, mask)
+    mask = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -3e4, -3e4]])[:, None, :]
+    pooled = AttentionPool(8)(hidden, mask)
     torch.testing.assert_close(pooled, torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)]))
 
 
-def test_each_head_weighs_its_own_part_of_the_features() -> None:
-    pool = AttentionPool(4, 2)
+def test_attention_reads_the_tokens_that_its_query_chooses() -> None:
+    pool = AttentionPool(4)
     with torch.no_grad():
-        pool.queries.weight[0, 0] = 50.0  # head 0 reads the token with the largest first feature
+        pool.query.weight[0, 0] = 50.0  # the token with the largest first feature
     hidden = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [9.0, 8.0, 7.0, 6.0]]])
-    torch.testing.assert_close(pool(hidden, None), torch.tensor([[9.0, 8.0, 5.0, 5.0]]))
+    torch.testing.assert_close(pool(hidden, None), hidden[:, 1])
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
