@@ -106,7 +106,7 @@ def walk_point(rule: RuleSpec, start: int, plans: Plan, outcomes: Outcomes, cost
         100 * float(1 - wrong.mean()),
         float((run * costs.blocks).sum(1).mean()),
         100 * float(costs.walk_costs(plans).sum() / costs.full.sum()),
-        100 * float((outcomes.tree.made[nodes] > 0).mean()),
+        100 * float((outcomes.tree.so_far[nodes] > 0).mean()),
     )
 
 

@@ -21,7 +21,7 @@ class WalkTree:
 
     increase: whether a change may go to an earlier variant, which is a more precise one. Nodes are numbered
     segment by segment, those of the first segment by their variants. Arrays over nodes: segment, variant, and
-    made, the number of changes so far. child [nodes, variants]: the node of the next segment in each variant,
+    so_far, the number of changes. child [nodes, variants]: the node of the next segment in each variant,
     -1 where no walk goes.
     """
 
@@ -31,7 +31,7 @@ class WalkTree:
     increase: bool
     segment: Numbers
     variant: Numbers
-    made: Numbers
+    so_far: Numbers
     child: Numbers
 
     def __len__(self) -> int:
@@ -86,12 +86,12 @@ class WalkTree:
 
 def grow_tree(variants: int, segments: int, changes: int, *, increase: bool) -> WalkTree:
     """Grow the tree of all walks; see WalkTree for the arguments."""
-    nodes = [(0, variant, 0) for variant in range(variants)]  # (segment, variant, changes made)
+    nodes = [(0, variant, 0) for variant in range(variants)]  # (segment, variant, changes so far)
     children: list[list[int]] = []
-    for segment, variant, made in nodes:  # grows while it is read
+    for segment, variant, so_far in nodes:  # grows while it is read
         following = []
         for chosen in range(variants):
-            total = made + (chosen != variant)
+            total = so_far + (chosen != variant)
             allowed = total <= changes and (increase or chosen >= variant)
             if segment + 1 == segments or not allowed:
                 following.append(-1)
@@ -99,6 +99,6 @@ def grow_tree(variants: int, segments: int, changes: int, *, increase: bool) -> 
             following.append(len(nodes))
             nodes.append((segment + 1, chosen, total))
         children.append(following)
-    segment_of, variant_of, made_of = (np.array(column, np.int64) for column in zip(*nodes, strict=True))
+    segment_of, variant_of, changes_of = (np.array(column, np.int64) for column in zip(*nodes, strict=True))
     child = np.array(children, np.int64)
-    return WalkTree(variants, segments, changes, increase, segment_of, variant_of, made_of, child)
+    return WalkTree(variants, segments, changes, increase, segment_of, variant_of, changes_of, child)

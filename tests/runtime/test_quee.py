@@ -59,14 +59,14 @@ def test_quee_takes_the_best_of_all_paths(
         forecast = random.random((64, VARIANTS * paths)).astype("f4")
         plan = np.full((64, SEGMENTS), -1, np.int8)
         # Walks within the limits: the first variant, then perhaps others.
-        turns = np.sort(random.integers(0, segment + 1, (64, changes)), axis=1)
+        places = np.sort(random.integers(0, segment + 1, (64, changes)), axis=1)
         variants = random.integers(0, VARIANTS, (64, changes + 1))
         if not increase:
             variants.sort(axis=1)
         for row in range(64):
             plan[row, : segment + 1] = variants[row, 0]
-            for turn, variant in zip(turns[row], variants[row, 1:], strict=True):
-                plan[row, turn + 1 : segment + 1] = variant
+            for place, variant in zip(places[row], variants[row, 1:], strict=True):
+                plan[row, place + 1 : segment + 1] = variant
         before = plan.copy()
         signals = RowSignals(np.zeros((64, 3), np.float32), None, forecast)
         new_plan, _ = rule(signals, np.zeros((64, 0), np.float32), plan, segment)

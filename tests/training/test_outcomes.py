@@ -262,23 +262,23 @@ def test_replayed_walks_and_their_figures(changes: int, increase: bool) -> None:
         paths = 1 + 3 * (outcomes.exits - 1 - state.segment)
         return random.random((len(state.rows), 3 * paths)).astype(np.float32)
 
-    most = 0
+    largest = 0
     for start in range(3):
         plans = replay_walks(rule, outcomes, forecaster, start)
         point = walk_point(spec, start, plans, outcomes, costs)
         right = cost = changed = 0.0
         for row, plan in enumerate(plans):
             variants = [int(variant) for variant in plan if variant >= 0]
-            made = sum(before != after for before, after in pairwise(variants))
-            most = max(most, made)
+            count = sum(before != after for before, after in pairwise(variants))
+            largest = max(largest, count)
             assert increase or variants == sorted(variants)
             right += not outcomes.wrong[row, nodes[tuple(variants)]]
             cost += sum((1.0, 0.3, 0.1)[variant] for variant in variants) / outcomes.exits
-            changed += made > 0
+            changed += count > 0
         assert point.accuracy == pytest.approx(100 * right / 60)
         assert point.cost == pytest.approx(100 * cost / 60)
         assert point.changed == pytest.approx(100 * changed / 60)
-    assert most == changes
+    assert largest == changes
 
 
 def test_a_rule_that_leaves_the_collected_walks_is_refused() -> None:

@@ -32,7 +32,7 @@ def test_the_nodes_are_all_walks_within_the_limits(changes: int, increase: bool)
     assert sorted(ends.tolist()) == list(range(len(tree)))
     assert tree.segment[ends].tolist() == [len(plan) - 1 for plan in sorted(expected)]
     assert tree.variant[ends].tolist() == [plan[-1] for plan in sorted(expected)]
-    assert tree.made[ends].tolist() == [sum(a != b for a, b in pairwise(p)) for p in sorted(expected)]
+    assert tree.so_far[ends].tolist() == [sum(a != b for a, b in pairwise(p)) for p in sorted(expected)]
 
 
 def test_twelve_exits_and_three_precisions_stay_small() -> None:
