@@ -51,16 +51,7 @@ def main(out: str, epochs: int) -> None:
     folder.mkdir(exist_ok=True)
     model, data = fetch_minilm(), write_rotten_tomatoes(folder / "data")
     if not (folder / "ckpt" / "training.json").is_file():
-        words = [
-            "--model",
-            str(model),
-            "--data",
-            str(data),
-            "--recipe",
-            "consistentee_plus",
-            "--out",
-            f"{out}/ckpt",
-        ]
+        words = ["--model", str(model), "--data", str(data), "--out", f"{out}/ckpt"]
         run_command("ee-train", *words, "--set", f"epochs={epochs}")
     run_command("python", "export/split.py", f"{out}/ckpt", "--out", f"{out}/bundle", "--overwrite")
     examples = folder / "examples.txt"
