@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import RuleSpec
+from offramp.runtime.bundle.manifest import Calibration, Manifest, RuleSpec
 from offramp.runtime.engines.base import Engine, State
 from offramp.runtime.errors import BadInput, BadSetting, ItemError
 from offramp.runtime.inputs.text import AnyRow, Item, Reader, items_to_rows
 from offramp.runtime.pipeline import chunks, prefetch
-from offramp.runtime.rules.base import Rule, softmax
+from offramp.runtime.rules.base import Floats, Rule, softmax
 from offramp.runtime.rules.registry import bind
 from offramp.runtime.session import Session
 from offramp.runtime.walker import Inputs, Trace, walk
@@ -31,7 +31,9 @@ class Answer:
     blocks run. steps: (1-based segment, variant) of each step. signals: for each step, the probability of the
     final label at its exit, and P(exit) of its policy or None. seconds: wall time from the start of the row's
     stem to its exit, including waiting for other rows and excluding tokenizing. truncated: the text was
-    longer than the network can read.
+    longer than the network can read. At an operating point that ee-calibrate --coverage measured, calibrated:
+    the probability of the label at the temperature of its exit, and label_set: the labels, the likeliest
+    first, of a set that contains the right one with that coverage (it may be empty); else None.
     """
 
     label: str
@@ -42,13 +44,16 @@ class Answer:
     signals: tuple[tuple[float, float | None], ...]
     seconds: float
     truncated: bool = False
+    calibrated: float | None = None
+    label_set: tuple[str, ...] | None = None
 
 
 class Classifier(Session[State]):
     """A session that classifies texts or images; load() returns it.
 
     An image is a path, the bytes of a file, a PIL image, or an array uint8 [height, width, 3] in RGB.
-    batch_size: most rows that map walks together.
+    batch_size: most rows that map walks together. calibration: that of the operating point at which the
+    session walks, or None.
     """
 
     usage = "this bundle classifies: call the session, or map"
@@ -65,6 +70,7 @@ class Classifier(Session[State]):
         super().__init__(bundle, engine, rule, variant)
         self.batch_size = batch_size
         self._reader = reader
+        self.calibration = find_calibration(self.manifest, self.rule, variant)
         self._depths = np.array([len(segment.blocks) for segment in self.manifest.segments])
 
     def __call__(self, text: Item, text_b: str | None = None) -> Answer:
@@ -197,6 +203,7 @@ class Classifier(Session[State]):
         gates = trace.gates[row, segments].tolist()
         numbers = segments.tolist()
         names, variants = self.manifest.variants, trace.variants[row, segments].tolist()
+        calibrated, label_set = self._calibrated(trace.logits[row, numbers[-1]], numbers[-1], label)
         return Answer(
             label=self.manifest.labels[label],
             score=scores[-1],
@@ -206,7 +213,30 @@ class Classifier(Session[State]):
             signals=tuple((p, None if math.isnan(g) else g) for p, g in zip(scores, gates, strict=True)),
             seconds=float(trace.seconds[row]),
             truncated=truncated,
+            calibrated=calibrated,
+            label_set=label_set,
         )
+
+    def _calibrated(
+        self, logits: Floats, segment: int, label: int
+    ) -> tuple[float | None, tuple[str, ...] | None]:
+        """The calibrated probability of a label, and the set of labels; logits [classes] of the exit."""
+        if self.calibration is None:
+            return None, None
+        probabilities = softmax(logits / np.float32(self.calibration.temperatures[segment]))
+        inside = 1.0 - probabilities <= self.calibration.quantiles[segment]
+        order = np.argsort(-probabilities, kind="stable").tolist()
+        names = tuple(self.manifest.labels[number] for number in order if inside[number])
+        return float(probabilities[label]), names
+
+
+def find_calibration(manifest: Manifest, rule: RuleSpec, variant: str) -> Calibration | None:
+    """The calibration of the operating point with this rule and variant; None if there is none.
+
+    Sets hold for the answers of that rule alone: another threshold sends other rows to an exit.
+    """
+    same = (point for point in manifest.points if (point.rule, point.variant) == (rule, variant))
+    return next((point.calibration for point in same if point.calibration is not None), None)
 
 
 def checked_batch_size(size: int) -> int:

@@ -50,6 +50,9 @@ An answer:  {"label": "positive", "score": 0.98, "exit": 3, "depth": 3, "ms": 4.
   score  probability of the label at the exit where the walk ended
   exit   that exit, counted from 1; depth: blocks of the network that were run
   ms     wall time of the walk; with --batch-size over 1 it includes waiting for other rows
+With --sets, at a point that ee-calibrate --coverage measured, it has two more fields:
+  calibrated  probability of the label that holds on data like that of the calibration
+  set         labels, the likeliest first, among which the right one is with that coverage
 A line that cannot be answered keeps its place:  {"error": "empty line", "line": 7}
   These are images that cannot be read; empty lines; lines that are not UTF-8; in JSON lines,
   anything but an object with a string "text", and lines over 256 KiB; half of a surrogate
@@ -100,6 +103,7 @@ class RunOptions:
     warm_up: bool
     max_new_tokens: int
     stats: bool
+    sets: bool = False
 
 
 @click.command(help=HELP)
@@ -155,6 +159,9 @@ class RunOptions:
     "exit.",
 )
 @click.option(
+    "--sets", is_flag=True, help="Add the calibrated probability and the set of labels to every answer."
+)
+@click.option(
     "--stats", is_flag=True, help="At the end, on standard error: exits, times, and what really ran."
 )
 def main(
@@ -165,10 +172,11 @@ def main(
     warm_up: bool,
     max_new_tokens: int,
     stats: bool,
+    sets: bool,
     **load_options: Any,
 ) -> None:
     """Command ee-run; its help is HELP."""
-    options = RunOptions(batch_size, format, warm_up, max_new_tokens, stats)
+    options = RunOptions(batch_size, format, warm_up, max_new_tokens, stats, sets)
     try:
         code = _run(sources or ("-",), bundle, options, load_options)
     except KeyboardInterrupt:
@@ -192,6 +200,11 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
             loaded = load(bundle, batch_size=options.batch_size, lazy=True, **load_options)
             session: Session[Any] = stack.enter_context(loaded)
             generates = session.manifest.task == GENERATION
+            if options.sets and (generates or cast("Classifier", loaded).calibration is None):
+                raise BadSetting(
+                    "--sets: the answers of this rule and variant are not calibrated; measure a point with "
+                    "ee-calibrate --coverage 0.95 and walk at it"
+                )
             if isinstance(session.manifest.input, ImageInput):
                 lines = read_images(sources, options.format)
             elif len(sources) > 1:
@@ -234,7 +247,7 @@ def _classify(session: Classifier, lines: Iterator[Line], options: RunOptions) -
     from offramp.runtime.run_stats import RunStats
 
     stats = RunStats()
-    _write_answers(session, lines, stats, each=options.batch_size == 1)
+    _write_answers(session, lines, stats, each=options.batch_size == 1, sets=options.sets)
     if options.stats:
         manifest = session.manifest
         click.echo(stats.report(len(manifest.segments), manifest.blocks, _facts(session)), err=True)
@@ -253,7 +266,9 @@ def _open(source: str) -> AbstractContextManager[IO[bytes]]:
     return nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")
 
 
-def _write_answers(session: Classifier, lines: Iterator[Line], stats: RunStats, *, each: bool) -> None:
+def _write_answers(
+    session: Classifier, lines: Iterator[Line], stats: RunStats, *, each: bool, sets: bool
+) -> None:
     """Write one JSON object for every line, in order; each: flush after every object."""
     from offramp.runtime.bundle.manifest import ImageInput
 
@@ -271,7 +286,7 @@ def _write_answers(session: Classifier, lines: Iterator[Line], stats: RunStats, 
 
     for answer in session.answers(items()):
         line = pending.popleft()
-        objects = [_object(line, answer, stats, images)]
+        objects = [_object(line, answer, stats, images, sets=sets)]
         while pending and pending[0].problem is not None:
             line = pending.popleft()
             objects.append(_error_object(line, str(line.problem), stats, images))
@@ -280,7 +295,9 @@ def _write_answers(session: Classifier, lines: Iterator[Line], stats: RunStats, 
     sys.stdout.buffer.flush()
 
 
-def _object(line: Line, answer: Answer | ItemError, stats: RunStats, images: bool) -> dict[str, Any]:
+def _object(
+    line: Line, answer: Answer | ItemError, stats: RunStats, images: bool, *, sets: bool
+) -> dict[str, Any]:
     """The JSON object of an answer."""
     from offramp.runtime.errors import ItemError
 
@@ -289,6 +306,8 @@ def _object(line: Line, answer: Answer | ItemError, stats: RunStats, images: boo
     stats.add(answer.exit, answer.depth, answer.seconds)
     value: dict[str, Any] = {"file": line.name} if images else {}
     value |= {"label": answer.label, "score": round(answer.score, 6)}
+    if sets and answer.calibrated is not None and answer.label_set is not None:
+        value |= {"calibrated": round(answer.calibrated, 6), "set": list(answer.label_set)}
     value |= {"exit": answer.exit, "depth": answer.depth, "ms": round(1e3 * answer.seconds, 3)}
     return value | {"truncated": True} if answer.truncated or line.cut else value
 

@@ -19,6 +19,7 @@ from offramp.runtime.bundle.manifest import (
     RESAMPLING,
     SIGNALS,
     TASKS,
+    Calibration,
     ImageInput,
     Manifest,
     Segment,
@@ -68,6 +69,8 @@ def check_manifest(manifest: Manifest) -> None:
     _unique("points", [point.name for point in manifest.points])
     for index, point in enumerate(manifest.points):
         _one_of(f"points[{index}].variant", point.variant, manifest.variants)
+        if point.calibration is not None:
+            _check_calibration(f"points[{index}].calibration", point.calibration, manifest)
     for name, fact in manifest.files.items():
         _plain(f"files[{name!r}]", name)
         _at_least(f"files[{name!r}].bytes", fact.bytes, 0)
@@ -185,6 +188,17 @@ def _check_forecast(where: str, facts: Variant, manifest: Manifest, *, ahead: in
     for tensor in facts.outputs:
         if tensor.name == "forecast" and tensor.shape != right:
             raise ValueError(f"{where}: forecast must be {list(right)}, found {list(tensor.shape)}")
+
+
+def _check_calibration(where: str, calibration: Calibration, manifest: Manifest) -> None:
+    for field in ("temperatures", "quantiles"):
+        if len(getattr(calibration, field)) != len(manifest.segments):
+            raise ValueError(f"{where}.{field}: expected {len(manifest.segments)} numbers, one a segment")
+    if min(calibration.temperatures) <= 0:
+        raise ValueError(f"{where}.temperatures: they must be above 0")
+    shares = (calibration.coverage, calibration.quantile, *calibration.quantiles)
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"{where}: coverage and quantiles lie in 0..1")
 
 
 def _check_costs(where: str, costs: StepCosts, manifest: Manifest) -> None:

@@ -148,8 +148,27 @@ class StepCosts:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How answers at an operating point state probabilities that hold, and sets of labels that are right.
+
+    temperatures [segments]: the logits of an exit are divided by its own. The set of an answer holds every
+    label whose score, 1 minus its probability at that temperature, is at most the quantile; it contains the
+    right label with probability `coverage`. quantiles [segments]: for answers of each exit; quantile: one for
+    the answers of all exits.
+    """
+
+    coverage: float
+    temperatures: tuple[float, ...]
+    quantiles: tuple[float, ...]
+    quantile: float
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
-    """A named setting of a rule with the accuracy and cost measured for it on a split of a data set."""
+    """A named setting of a rule with the accuracy and cost measured for it on a split of a data set.
+
+    calibration: that of its answers; left out of the file if it was not measured.
+    """
 
     name: str
     rule: RuleSpec
@@ -157,6 +176,7 @@ class OperatingPoint:
     data: str
     split: str
     measured: dict[str, float]
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -226,4 +246,7 @@ class Manifest:
         for name in ("costs", "decoder"):
             if not facts[name]:  # files without them stay as in earlier versions
                 del facts[name]
+        for point in facts["points"]:
+            if point["calibration"] is None:
+                del point["calibration"]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

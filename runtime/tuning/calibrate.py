@@ -35,14 +35,16 @@ from offramp.runtime.bundle.manifest import (
     RuleSpec,
     StepCosts,
 )
+from offramp.runtime.bundle.manifest import Calibration as AnswerCalibration
 from offramp.runtime.classifier import Classifier
 from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable, OfframpError
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.loading import load_classifier, load_generator
-from offramp.runtime.rules import Floats, bind
+from offramp.runtime.rules import Floats, bind, simulate
 from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, list_routes
 from offramp.runtime.rules.skip import thinned_plan
 from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, MeasuredPoint, choose_points
+from offramp.runtime.tuning.calibration import measure_calibration
 from offramp.runtime.tuning.labelled import LabelledRows, read_labelled, read_pairs
 from offramp.runtime.tuning.step_costs import (
     has_forecast,
@@ -67,6 +69,10 @@ the default variant, so that int8-within-0.5 loses at most 0.5 in all.
 For a bundle of recipe quee, steps are timed, and points of rule quee that charge these
 milliseconds are written; a point's variant is the one in which rows start. Nothing else
 should run on the machine meanwhile.
+With --coverage, each point of an exit rule also gets a temperature for each exit, so that an
+answer states a probability that holds, and the limits of sets of labels that contain the
+right one with this probability (ee-run --sets). They hold for rows like those of FILE; as
+the points are chosen on the same rows, give enough of them, some hundred at least.
 
 \b
 Bundles that generate text: FILE is JSON lines with "prompt" and "completion". The effect on
@@ -147,10 +153,12 @@ def measure_points(
     engine: str = "ort",
     device: str | None = None,
     threads: int | None = None,
+    coverage: float | None = None,
 ) -> Calibration:
     """Measure operating points of a bundle that classifies.
 
-    rule: that of the points; None for quee if the bundle has forecasts, else see exit_points.
+    rule: that of the points; None for quee if the bundle has forecasts, else see exit_points. coverage: see
+    exit_points; BadSetting with rule quee.
     """
     options = {"engine": engine, "device": device, "threads": threads, "share": False}
     with load_classifier(folder, rule="never", **options) as session:
@@ -159,23 +167,28 @@ def measure_points(
         costs: dict[str, StepCosts] = {}
         if rule == "quee" or (rule is None and has_forecast(manifest)):
             require_forecast(manifest)
+            if coverage is not None:
+                raise BadSetting(
+                    "--coverage is for rules that only exit: name one with --rule, such as max_probability"
+                )
             _, tokens = session.at_full_depth(rows.items)
             costs["ms"] = measure_step_costs(session, rows.items, tokens)
             points = measure_walk_points(session, rows, tokens, costs["ms"])
         else:
-            points = exit_points(session, rows, rule)
+            points = exit_points(session, rows, rule, coverage)
         facts = {"rows": len(rows.items), **_engine_facts(session)}
     default = next(point for point in points if point.name == "default")
     return Calibration(points, default.rule, "calibrated", facts, costs, table=_point_table(points))
 
 
 def exit_points(
-    session: Classifier, rows: LabelledRows, rule: str | None = None
+    session: Classifier, rows: LabelledRows, rule: str | None = None, coverage: float | None = None
 ) -> tuple[OperatingPoint, ...]:
     """Choose operating points for every variant of a bundle by sweeping a rule over the outputs of all exits.
 
     rule: None for the bundle's rule or, if it has none, gate with policies and max_probability without. A
     variant that the session's engine cannot walk (int8 on TensorRT) keeps the points that the bundle has.
+    coverage: of the label sets of calibrated answers; None to measure no calibration.
     """
     manifest = session.manifest
     rule = rule or _sweepable_rule(manifest)
@@ -194,7 +207,9 @@ def exit_points(
         chosen = choose_points(swept, table, macs_to_exits(manifest, lengths), reference=reference)
         reference = chosen["full"].accuracy if reference is None else reference
         prefix = "" if variant == manifest.variants[0] else f"{variant}-"
-        points += [_as_operating_point(prefix + name, point, variant, rows) for name, point in chosen.items()]
+        for name, point in chosen.items():
+            calibration = None if coverage is None else _point_calibration(point.rule, table, coverage)
+            points.append(_as_operating_point(prefix + name, point, variant, rows, calibration))
     return tuple(points)
 
 
@@ -298,8 +313,15 @@ def _sweepable_rule(manifest: Manifest) -> str | None:
     return next((name for name in names if name in SWEPT), None)
 
 
-def _as_operating_point(name: str, point: MeasuredPoint, variant: str, rows: LabelledRows) -> OperatingPoint:
-    return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures())
+def _point_calibration(rule: RuleSpec, table: ExitTable, coverage: float) -> AnswerCalibration:
+    exits = simulate(bind(rule, table.logits.shape[1]), table.logits, table.gates)
+    return measure_calibration(table.logits, exits, table.labels, coverage)
+
+
+def _as_operating_point(
+    name: str, point: MeasuredPoint, variant: str, rows: LabelledRows, calibration: AnswerCalibration | None
+) -> OperatingPoint:
+    return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures(), calibration)
 
 
 def _engine_facts(session: Classifier | TextGenerator) -> dict[str, str]:
@@ -344,21 +366,34 @@ def _route_table(
 @click.option("--engine", default="ort", help="Engine to measure with.")
 @click.option("--device", help="Device to measure on [default: cpu for ort, cuda for trt].")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: one per core].")
+@click.option(
+    "--coverage",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    help="Probability, such as 0.95, that a set of labels contains the right one: calibrates the answers of "
+    "every point [default: no calibration].",
+)
 def main(
-    file: Path, bundle: str, rule: str | None, engine: str, device: str | None, threads: int | None
+    file: Path,
+    bundle: str,
+    rule: str | None,
+    engine: str,
+    device: str | None,
+    threads: int | None,
+    coverage: float | None,
 ) -> None:
     """Run ee-calibrate: measure a bundle and write its new manifest."""
     folder = Path(bundle)
     try:
         manifest = open_bundle(folder).manifest
         if manifest.task == GENERATION:
-            options = {"--rule": rule, "--device": device, "--engine": None if engine == "ort" else engine}
+            options = {"--rule": rule, "--device": device, "--coverage": coverage}
+            options["--engine"] = None if engine == "ort" else engine
             if flag := next((name for name, value in options.items() if value), None):
                 raise BadSetting(f"{flag} is for bundles that classify; {bundle} generates text")
             calibration = measure_routes(folder, file, threads)
         else:
             calibration = measure_points(
-                folder, file, rule=rule, engine=engine, device=device, threads=threads
+                folder, file, rule=rule, engine=engine, device=device, threads=threads, coverage=coverage
             )
         write_calibration(folder, manifest, calibration)
     except OfframpError as problem:

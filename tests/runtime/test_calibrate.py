@@ -13,8 +13,10 @@ from click.testing import CliRunner
 from doubles import gpu
 
 from offramp.runtime import BadSetting, RuleSpec, load_classifier, load_generator
+from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
+from offramp.runtime.errors import BadManifest
 from offramp.runtime.rules import bind
 from offramp.runtime.rules.route import ROUTER_FILE, list_routes
 from offramp.runtime.tuning.calibrate import exit_points, macs_to_exits, main, route_scores
@@ -112,6 +114,53 @@ def test_macs_are_the_manifests() -> None:
     graphs = [manifest.stem, *manifest.segments]
     assert macs.full == pytest.approx([sum(s.macs.of(n) for s in graphs) for n in (4, 9)])
     assert macs.to_exit[1, 0] == pytest.approx(graphs[0].macs.of(9) + graphs[1].macs.of(9))
+
+
+def test_answers_at_a_calibrated_point_state_probability_and_set(bundle: Path, dev: Path) -> None:
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--coverage", "0.8"])
+    assert done.exit_code == 0, done.output
+    manifest = open_bundle(bundle).manifest
+    assert all(point.calibration is not None for point in manifest.points)
+    rows = read_labelled(dev, manifest.labels)
+    for point in manifest.points:
+        assert point.calibration is not None and point.calibration.coverage == 0.8
+        with load_classifier(bundle, point=point.name) as session:
+            trace, _ = session.at_full_depth(rows.items, point.variant)
+            for row, item in enumerate(rows.items):
+                answer = session(str(item))
+                logits = trace.logits[row, answer.exit - 1]
+                scaled = logits / point.calibration.temperatures[answer.exit - 1]
+                expected = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+                assert answer.calibrated == pytest.approx(expected.max(), abs=1e-4)
+                assert answer.label_set is not None
+                limit = 1 - point.calibration.quantiles[answer.exit - 1]
+                sure = {n for n, p in zip(manifest.labels, expected, strict=True) if p > limit + 1e-4}
+                maybe = {n for n, p in zip(manifest.labels, expected, strict=True) if p > limit - 1e-4}
+                assert sure <= {*answer.label_set} <= maybe
+                assert answer.label_set[:1] in ((), (answer.label,))
+
+
+def test_another_threshold_has_no_calibration(bundle: Path, dev: Path) -> None:
+    assert CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--coverage", "0.8"]).exit_code == 0
+    with load_classifier(bundle, rule="max_probability", threshold=0.7123) as session:
+        assert session.calibration is None
+        answer = session("good film")
+        assert answer.calibrated is None and answer.label_set is None
+
+
+def test_a_calibration_that_does_not_fit_is_refused(bundle: Path, dev: Path) -> None:
+    assert CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--coverage", "0.8"]).exit_code == 0
+    text = (bundle / "manifest.json").read_text(encoding="utf-8")
+    assert read_manifest(text, source="good").to_json() == text
+    for change, message in [
+        (lambda calibration: calibration["temperatures"].pop(), "one a segment"),
+        (lambda calibration: calibration["temperatures"].__setitem__(0, 0.0), "above 0"),
+        (lambda calibration: calibration.update(quantile=1.5), "0..1"),
+    ]:
+        value = json.loads(text)
+        change(value["points"][0]["calibration"])
+        with pytest.raises(BadManifest, match=message):
+            read_manifest(json.dumps(value), source="bad")
 
 
 def test_errors_leave_the_bundle_unchanged(bundle: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from offramp.runtime.errors import ItemError
 from offramp.runtime.inputs import lines
 from offramp.runtime.inputs.text import TextReader
 from offramp.runtime.rules import resolve
+from offramp.runtime.tuning import calibrate
 
 COMMAND = [sys.executable, "-m", "offramp.runtime.cli", "--bundle", str(CLASSIFIER)]
 PIPES: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -152,6 +153,22 @@ def test_rule_threshold_variant_and_point() -> None:
     assert run("--rule", "fixed", "--threshold", "2", data=b"good\n")[1][0]["exit"] == 2
     assert run("--rule", "never", "--variant", "int8", data=b"good\n")[1][0]["exit"] == 3
     assert run("--point", "fast", data=b"good\n")[0] == cli.ALL_ANSWERED
+
+
+def test_sets_of_a_calibrated_point_are_written(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(CLASSIFIER, bundle)
+    with load_classifier(CLASSIFIER) as session:
+        names = session.labels
+    rows = [{"text": "good film" if n % 2 else "bad plot", "label": names[n % len(names)]} for n in range(12)]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(tmp_path / "dev.jsonl"), "--bundle", str(bundle), "--coverage", "0.9"]
+    assert CliRunner().invoke(calibrate.main, words).exit_code == 0
+    code, (answer,), _ = run("--sets", data=b"good film\n", bundle=bundle)
+    assert code == cli.ALL_ANSWERED and 0 < answer["calibrated"] <= 1 and {*answer["set"]} <= {*names}
+    assert "set" not in run(data=b"good film\n", bundle=bundle)[1][0]
+    code, objects, errors = run("--sets", data=b"good film\n")
+    assert (code, objects) == (cli.NOT_STARTED, []) and "ee-calibrate --coverage" in errors
 
 
 def test_stats_name_what_ran() -> None:

@@ -7,14 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from offramp.training.calibration import (
+from offramp.runtime.tuning.calibration import (
     answer_logits,
     calibration_error,
     calibration_figures,
     conformal_quantile,
     conformal_sets,
+    exit_quantiles,
     fit_temperature,
     fit_temperatures,
+    measure_calibration,
     negative_log_likelihood,
 )
 
@@ -89,7 +91,32 @@ def test_sets_cover_rows_of_the_distribution_of_dev() -> None:
         logits[known], exits[known], labels[known], logits[new], exits[new], labels[new]
     )
     assert figures["coverage"] == pytest.approx(95, abs=1.5) and 1 < figures["set_size"] < 4
+    assert figures["coverage_per_exit"] == pytest.approx(95, abs=1.5)
     assert figures["ece"] < figures["ece_raw"] / 2  # exit 1 is uninformative; only its temperature shows that
+
+
+def test_exits_that_few_rows_take_have_the_quantile_of_all_rows() -> None:
+    random = np.random.default_rng(1)
+    logits = random.normal(0, 2, (100, 3, 4)).astype(np.float32)
+    labels = random.integers(0, 4, 100)
+    exits = np.repeat([0, 1, 2], [20, 21, 59])
+    quantiles = exit_quantiles(logits, exits, labels, 0.9)
+    assert quantiles[0] == conformal_quantile(logits[:, 0], labels, 0.9)
+    assert quantiles[1] == conformal_quantile(logits[20:41, 1], labels[20:41], 0.9)
+    assert quantiles[1] != conformal_quantile(logits[:, 1], labels, 0.9)
+
+
+def test_sets_may_have_a_quantile_for_each_row() -> None:
+    sets = conformal_sets(logits_of(0.8, 0.8), np.array([0.1, 0.9]))
+    assert sets.tolist() == [[False, False], [True, True]]
+
+
+def test_the_calibration_of_a_walk_can_be_stored() -> None:
+    logits = np.stack([logits_of(*[0.75] * 4), logits_of(*[0.99] * 4)], axis=1)
+    calibration = measure_calibration(logits, np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]), 0.95)
+    assert calibration.temperatures == pytest.approx((1.0, 4.1827), rel=1e-3)
+    # Four rows are too few for 95 %: sets hold every label.
+    assert calibration.quantile == 1.0 and calibration.quantiles == (1.0, 1.0)
 
 
 def test_answers_are_the_logits_of_each_rows_exit() -> None:

@@ -1,7 +1,8 @@
 """Calibration of the answers' probabilities: calibration error, temperatures, conformal sets.
 
 All functions take logits, not probabilities: a second softmax would flatten them. Temperatures and quantiles
-are fitted on dev; figures are for the rows to which they are applied.
+are fitted on dev; figures are for the rows to which they are applied. Sets of a walk's answers are those of
+JEI-DNN (arXiv 2310.09163): a quantile for each exit, or one for all.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle.manifest import Calibration
 from offramp.runtime.rules import softmax
 
 Floats = NDArray[np.floating]
@@ -16,6 +18,7 @@ Ids = NDArray[np.int64]
 
 BINS = 15
 COVERAGE = 0.95
+FEW_ROWS = 20  # at most so many answers of an exit have no quantile of their own
 _LOG_TEMPERATURES = np.log([0.01, 100.0])  # least and greatest
 
 
@@ -89,13 +92,40 @@ def conformal_quantile(logits: Floats, labels: Ids, coverage: float = COVERAGE) 
     return float("inf") if rank > rows else float(np.sort(scores)[rank - 1])
 
 
-def conformal_sets(logits: Floats, quantile: float) -> NDArray[np.bool_]:
+def conformal_sets(logits: Floats, quantile: float | Floats) -> NDArray[np.bool_]:
     """Which labels are in each row's conformal set [rows, classes]: those with 1 - P <= quantile.
 
-    logits [rows, classes].
+    logits [rows, classes]. quantile: one number, or one for each row [rows].
     """
-    inside: NDArray[np.bool_] = 1.0 - softmax(logits.astype(np.float32)) <= quantile
+    limits = np.asarray(quantile)[..., None]
+    inside: NDArray[np.bool_] = 1.0 - softmax(logits.astype(np.float32)) <= limits
     return inside
+
+
+def exit_quantiles(logits: Floats, exits: Ids, labels: Ids, coverage: float = COVERAGE) -> Floats:
+    """The conformal quantile of the answers of each exit [exits].
+
+    It is computed on the rows that leave there, or on all rows where they are FEW_ROWS or fewer. logits
+    [rows, exits, classes], exits [rows] 0-based, labels [rows] of dev.
+    """
+    quantiles = []
+    for index in range(logits.shape[1]):
+        here = exits == index
+        rows = here if here.sum() > FEW_ROWS else np.ones_like(here)
+        quantiles.append(conformal_quantile(logits[rows, index], labels[rows], coverage))
+    return np.array(quantiles)
+
+
+def measure_calibration(logits: Floats, exits: Ids, labels: Ids, coverage: float) -> Calibration:
+    """Measure temperatures and quantiles of a walk's answers: logits [rows, exits, classes], exits [rows].
+
+    An infinite quantile, of too few rows, is stored as 1: such a set holds every label.
+    """
+    temperatures = fit_temperatures(logits, labels)
+    scaled = logits / temperatures[None, :, None]
+    each = np.minimum(exit_quantiles(scaled, exits, labels, coverage), 1.0)
+    every = min(conformal_quantile(answer_logits(scaled, exits), labels, coverage), 1.0)
+    return Calibration(coverage, tuple(temperatures.tolist()), tuple(each.tolist()), every)
 
 
 def calibration_figures(
@@ -105,16 +135,21 @@ def calibration_figures(
 
     Calibration error raw and at the temperatures of dev, mean size and coverage of the sets; errors and
     coverage in percent. dev, test: logits [rows, exits, classes]; exits [rows] (0-based) that the rule
-    chooses. There is one temperature for each exit, fitted on all rows of dev, and one quantile, fitted on
-    the answers on dev.
+    chooses. There is one temperature for each exit, fitted on all rows of dev. Quantiles are fitted on the
+    answers on dev: one, and for the figures *_per_exit one for each exit.
     """
     temperatures = fit_temperatures(dev, dev_labels)[None, :, None]
     dev_answers = answer_logits(dev / temperatures, dev_exits)
     test_answers = answer_logits(test / temperatures, test_exits)
     sets = conformal_sets(test_answers, conformal_quantile(dev_answers, dev_labels))
+    quantiles = exit_quantiles(dev / temperatures, dev_exits, dev_labels)
+    exit_sets = conformal_sets(test_answers, quantiles[test_exits])
+    rows = np.arange(len(test_labels))
     return {
         "ece_raw": 100 * calibration_error(answer_logits(test, test_exits), test_labels),
         "ece": 100 * calibration_error(test_answers, test_labels),
         "set_size": float(sets.sum(1).mean()),
-        "coverage": 100 * float(sets[np.arange(len(test_labels)), test_labels].mean()),
+        "coverage": 100 * float(sets[rows, test_labels].mean()),
+        "set_size_per_exit": float(exit_sets.sum(1).mean()),
+        "coverage_per_exit": 100 * float(exit_sets[rows, test_labels].mean()),
     }
