@@ -1,160 +1,248 @@
-"""The command ee-compare: train the methods that are missing, evaluate all by the same means, write the
-tables.
+"""The command ee-compare: train the models that are missing, judge every method over the whole range of
+savings, write the tables.
 
-    ee-compare --model MODEL --data DATA --recipes consistentee,jei_dnn,quee,deebert --seeds 3 --out results/
+A method is a recipe's exits with a rule. Every rule of --rules is tried on the exits of every recipe, besides
+the recipe's own rule. A spec with several values of a setting, consistentee:alpha=0.01|0.02, is one model a
+value; the points that training set for them form one curve, the method "published".
 
-Started again with the same command after an interruption, it resumes: checkpoints and the outputs of their
-exits are kept in --out. Every recipe has its own default settings and number of epochs; recipes that start
-from another's checkpoint share it, one a seed. Each method leaves by its own rule; on the joint checkpoint
-the plain rules are tried as well. The same number of settings is swept for each rule on dev; the undominated
-ones are evaluated once on test.
-
-Compared with max-probability on the joint checkpoint: the area between the frontiers with its sign, and over
-resampled rows the difference between 30 and 60 % of multiply-accumulates saved. Controls at a point that
-saves at least half: exits drawn at random with the same histogram, a truncated network of equal cost, first
-right (oracle). Where precision varies, bit operations are counted; with --measure, the exported bundles are
-timed in milliseconds.
+Everything that was computed stays in --out: checkpoints, outputs of their exits, and for each method and seed
+the answers to all rows of test, from which --recompute writes the tables again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
-import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from offramp.benchmarks.compare.evaluation import Evaluation, evaluate_methods, time_bundles
-from offramp.benchmarks.compare.exit_outputs import CheckpointOutputs, collect_outputs
-from offramp.benchmarks.compare.frontiers import (
-    Floats,
-    accuracy_differences,
-    areas_between,
-    bootstrap_weights,
-    difference_interval,
+from offramp.benchmarks.compare.judge import LISTING, ROWS, TIMES, judge
+from offramp.benchmarks.compare.kept_rows import (
+    FORMAT,
+    MethodRows,
+    has_rows,
+    load_rows,
+    method_name,
+    save_rows,
 )
-from offramp.benchmarks.compare.pages import HEAD, REFERENCE, html_page, table_rows
+from offramp.benchmarks.compare.pages import VERDICT_HEAD, verdict_rows
+from offramp.benchmarks.compare.pictures import html_page
+from offramp.benchmarks.compare.specs import (
+    PRESETS,
+    CommonWords,
+    Preset,
+    RecipeSpec,
+    parse_specs,
+    start_of,
+    train_once,
+)
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.rules.sweep import SWEPT
 from offramp.runtime.tuning.report import write_atomically
-from offramp.training.collect import oracle_point
-from offramp.training.recipes import RECIPES, load_recipe
+from offramp.training.recipes import RECIPES
 
-PLAIN_RULES = ("max_probability", "entropy", "margin", "patience")
-ORACLE = "first right (joint)"
-CORNERS = 61  # of a frontier as it is written to the file
-RANGE = (30.0, 60.0)  # per cent of multiply-accumulates saved
+PLAIN_RULES = "max_probability,entropy,margin,patience"
+REFERENCE = "joint + max_probability"
+FINE_TUNED = "deebert"
+RECIPES_DEFAULT = "consistentee,deebert"
 
 
-def train_once(recipe: str, seed: int, out: Path, words: list[str]) -> Path:
-    """Train the checkpoint out/RECIPE_SEED, and the one that it starts from, unless they exist; give its
-    folder.
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: specs in order, rules that are tried on all exits, seeds; the folder for everything.
 
-    words: arguments of ee-train for model and data, "--data" among them.
+    reference: the method whose scores the others are compared with. fine_tuned: the spec whose full depth is
+    ordinary fine-tuning, or None. measure: rows of test on which bundles are timed; 0 for none.
     """
-    folder, data = out / f"{recipe}_{seed}", words[words.index("--data") :]
-    if not (folder / "training.json").is_file():
-        begin, start = words[: words.index("--data")], load_recipe(recipe).STARTS_FROM
-        if start is not None:
-            begin = ["--init", str(train_once(start, seed, out, words))]
-        command = [str(Path(sys.executable).parent / "ee-train"), "--recipe", recipe, "--seed", str(seed)]
-        subprocess.run([*command, "--out", str(folder), *begin, *data], check=True, stdout=subprocess.DEVNULL)
-    return folder
+
+    specs: Sequence[RecipeSpec]
+    rules: Sequence[str]
+    seeds: Sequence[int]
+    out: Path
+    common: CommonWords
+    reference: str
+    fine_tuned: str | None
+    measure: int = 0
+    max_drop: float = 0.5
 
 
-def compare(
-    recipes: list[str], seeds: list[int], out: Path, words: list[str], data: str, measure: int = 0
-) -> dict[str, Any]:
-    """Train and evaluate all recipes; the content of compare.json.
-
-    It holds every method's figures for every seed, and over seeds its difference from max-probability.
-    measure: rows of test on which the bundles of the first seed are timed; 0 for none.
-    """
-    methods: dict[str, list[dict[str, Any]]] = {}
-    differences: dict[str, list[Floats]] = {}
-    milliseconds: dict[str, Any] | None = None
-    names = ["joint", *(name for name in recipes if name != "joint")]
-    for seed in seeds:
-        for name in names:
-            train_once(name, seed, out, words)
-    for seed in seeds:
-        outputs = {name: collect_outputs(out / f"{name}_{seed}", data) for name in names}
-        evaluations = evaluate_methods(outputs, PLAIN_RULES)
-        reference = evaluations[REFERENCE].settings
-        weights = bootstrap_weights(reference.right.shape[1])
-        for name, evaluation in evaluations.items():
-            figures, line = dict(evaluation.figures), evaluation.settings.frontier()
-            figures["above"], figures["below"] = areas_between(line, reference.frontier(), *RANGE)
-            figures |= {"seed": seed, "lines": _lines(evaluation)}
-            methods.setdefault(name, []).append(figures)
-            differences.setdefault(name, []).append(
-                accuracy_differences(evaluation.settings, reference, *RANGE, weights)
-            )
-        methods.setdefault(ORACLE, []).append(_oracle_figures(outputs["joint"]) | {"seed": seed})
-        if measure and seed == seeds[0]:
-            joint = outputs["joint"]
-            milliseconds = time_bundles(evaluations, joint.folder, joint.rows["test"], measure)
-    result = {
-        "data": Path(data).name,
-        "rows": {split: len(rows) for split, rows in outputs["joint"].rows.items()},
-        "seeds": seeds,
+def compare(comparison: Comparison, command: str) -> dict[str, Any]:
+    """Train and evaluate all methods, keep their rows, and judge them; gives the content of compare.json."""
+    c = comparison
+    for seed in c.seeds:
+        for spec in c.specs:
+            for model in spec.models:
+                train_once(model, seed, c.out, c.common)
+    same = same_exits(c)
+    recipes: dict[str, dict[str, Any]] = {}
+    methods: list[str] = []
+    counts: dict[str, int] = {}
+    for spec in c.specs:
+        entry: dict[str, Any] = {"models": [model.label for model in spec.models]}
+        entry |= {"same_exits_as": same.get(spec.text), "first_right": []}
+        for seed in c.seeds:
+            names, first_right, counts = _evaluate_spec(c, spec, seed, spec.text in same)
+            entry["first_right"].append(first_right)
+            methods += [name for name in names if name not in methods]
+        recipes[spec.text] = entry
+    if c.reference not in methods:
+        raise BadSetting(f"--reference {c.reference!r} is none of the methods: {', '.join(methods)}")
+    if c.measure:
+        _measure(c, methods)
+    listing = {
+        "command": command,
+        "settings": list(c.common.settings),
+        "data": Path(c.common.data).name,
+        "rows": counts,
+        "seeds": list(c.seeds),
+        "reference": c.reference,
+        "fine_tuned": c.fine_tuned,
+        "recipes": recipes,
         "methods": methods,
-        "against_max_probability": {
-            name: difference_interval(of_seeds) for name, of_seeds in differences.items()
-        },
-        "draws": {
-            name: np.mean(of_seeds, axis=0)[1:].round(4).tolist() for name, of_seeds in differences.items()
-        },
+        "times": bool(c.measure),
     }
-    if milliseconds is not None:
-        result["milliseconds"] = milliseconds
-        for name, points in milliseconds["points"].items():
-            methods[name][0]["time_share"] = _share_at(points, methods[name][0]["macs_saved"])
-    return result
+    write_atomically(c.out / LISTING, json.dumps(listing) + "\n")
+    return judge(c.out)
 
 
-def _lines(evaluation: Evaluation) -> dict[str, Any]:
-    """By cost axis, savings at even spacing and the accuracies of the method's frontier there."""
-    lines = {}
-    for axis in evaluation.settings.spent:
-        saved, accuracy = evaluation.settings.frontier(axis)
-        grid = np.linspace(saved[0], saved[-1], CORNERS)
-        lines[axis] = [grid.round(2).tolist(), np.interp(grid, saved, accuracy).round(2).tolist()]
-    return lines
+def same_exits(comparison: Comparison) -> dict[str, str]:
+    """Specs whose exits are those of an earlier spec for all seeds, and that spec; rules are tried on one."""
+    from offramp.benchmarks.compare.exit_outputs import exits_digest
+
+    c = comparison
+    earlier: dict[tuple[str, ...], str] = {}
+    same = {}
+    for spec in c.specs:
+        digests = [exits_digest(m.folder(c.out, seed)) for seed in c.seeds for m in spec.models]
+        key = tuple(dict.fromkeys(digests))
+        if key in earlier:
+            same[spec.text] = earlier[key]
+        earlier.setdefault(key, spec.text)
+    return same
 
 
-def _oracle_figures(joint: CheckpointOutputs) -> dict[str, float]:
-    """Figures of exiting at the first right exit, which bounds the accuracy of any rule on these exits."""
-    outputs = joint.exit_outputs("test")
-    best = oracle_point(outputs.table, outputs.costs)
-    return {"accuracy_at_half": best.accuracy, "macs_saved": best.macs_saved}
+def _evaluate_spec(
+    comparison: Comparison, spec: RecipeSpec, seed: int, same: bool
+) -> tuple[list[str], dict[str, float], dict[str, int]]:
+    """Keep the rows of all methods on a spec's exits; gives their names, figures of exiting at the first
+    right exit, and the number of rows of each split.
+
+    same: whether the exits are those of an earlier spec, so that only the recipe's own rule is new.
+    """
+    from offramp.benchmarks.compare import evaluation
+    from offramp.benchmarks.compare.exit_outputs import collect_outputs
+    from offramp.training.collect import oracle_point
+
+    c, folder = comparison, comparison.out / ROWS
+    models = [collect_outputs(model.folder(c.out, seed), c.common.data) for model in spec.models]
+    first = models[0]
+    names: list[str] = []
+
+    def keep(rule: str, evaluate: Any, *arguments: Any) -> None:
+        name = method_name(spec.text, rule)
+        points = [model.checkpoint.training.get("operating_points") for model in models]
+        facts = [FORMAT, rule, points, [dict(model.digests) for model in models]]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        if not has_rows(folder, name, seed, key):
+            rows: MethodRows = evaluate(spec.text, *arguments, seed)
+            save_rows(rows, folder, key)
+        names.append(name)
+
+    if len(models) > 1 or "published_points" in first.checkpoint.training:
+        keep(evaluation.PUBLISHED, evaluation.evaluate_published, models)
+    forecast = first.checkpoint.network.spec.forecast
+    if forecast:
+        keep("quee", evaluation.evaluate_quee, first)
+        for variant in forecast[1:]:
+            keep(f"max_probability in {variant}", evaluation.evaluate_one_variant, first, variant)
+    own = () if forecast or (same and first.rule in c.rules) else (first.rule,)
+    for rule in dict.fromkeys((*own, *(() if same else c.rules))):
+        keep(rule, evaluation.evaluate_exits, models, rule)
+    test = first.exit_outputs("test")
+    best = oracle_point(test.table, test.costs)
+    figures = {"accuracy": best.accuracy, "macs_saved": best.macs_saved}
+    return names, figures, {split: len(rows) for split, rows in first.rows.items()}
 
 
-def _share_at(points: list[dict[str, float]], macs_saved: float) -> float:
-    """Time in percent of the monolith's, at the timed point whose saving is nearest to `macs_saved`."""
-    return min(points, key=lambda point: abs(point["macs_saved"] - macs_saved))["share"]
+def _measure(comparison: Comparison, methods: Sequence[str]) -> None:
+    """Time the bundles of the first seed of specs with one model, and keep the figures."""
+    from offramp.benchmarks.compare.exit_outputs import collect_outputs
+    from offramp.benchmarks.compare.milliseconds import time_methods
+
+    c, seed = comparison, comparison.seeds[0]
+    outputs = {
+        spec.text: collect_outputs(spec.models[0].folder(c.out, seed), c.common.data)
+        for spec in c.specs
+        if len(spec.models) == 1
+    }
+    rows = [load_rows(c.out / ROWS, name, seed) for name in methods]
+    full_depth_of = c.fine_tuned or c.reference.partition(" + ")[0]
+    times = time_methods(rows, outputs, full_depth_of, c.rules, c.measure, c.max_drop)
+    write_atomically(c.out / TIMES, json.dumps(times) + "\n")
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: Mapping[str, Any]) -> None:
     """Print a table with one line for each method."""
     seeds = ", ".join(map(str, result["seeds"]))
-    table = Table(title=f"{result['data']}, test, seeds {seeds}; at the point that saves half")
-    for name in HEAD:
-        table.add_column(name, justify="left" if name in (HEAD[0], HEAD[-1]) else "right")
-    for row in table_rows(result):
+    table = Table(title=f"{result['data']}, test, seeds {seeds}; against {result['reference']}")
+    for number, name in enumerate(VERDICT_HEAD):
+        table.add_column(name, justify="right" if number else "left")
+    for row in verdict_rows(result):
         table.add_row(*row)
     Console(width=220).print(table)
 
 
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Print the table of a result, and write compare.json and the page compare.html."""
+    print_table(result)
+    write_atomically(out / "compare.json", json.dumps(result) + "\n")
+    write_atomically(out / "compare.html", html_page(result))
+
+
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--model", required=True, help="As in ee-train.")
-@click.option("--data", required=True, help="As in ee-train.")
-@click.option("--recipes", default="consistentee", help=f"Some of {', '.join(RECIPES)}.")
-@click.option("--seeds", default=1, type=click.IntRange(min=1), help="Runs of each recipe: seeds 0, 1, …")
+@click.option("--model", help="As in ee-train.")
+@click.option("--data", help="As in ee-train.")
+@click.option(
+    "--recipes",
+    metavar="SPECS",
+    help="Recipe specs NAME[:SETTING=VALUE,...], separated by blanks or commas; several values of a setting, "
+    f"as in alpha=0.01|0.02, are one model each. NAME is one of {', '.join(RECIPES)}.  "
+    f"[default: the preset's, else {RECIPES_DEFAULT}]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(sorted(PRESETS)),
+    help="Recipes, rules, reference and 3 seeds. paper: ConsistentEE, its ablations, and PABEE, DeeBERT and "
+    "BERxiT with as many epochs; exits: recipe joint with each single setting of the exits.",
+)
+@click.option(
+    "--rules", help=f"Rules that are tried on all exits.  [default: the preset's, else {PLAIN_RULES}]"
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    help="Runs of each model: seeds 0, 1, …  [default: the preset's, else 1]",
+)
+@click.option(
+    "--reference",
+    metavar="METHOD",
+    help="Method that the others are compared with, 'SPEC + RULE'.  "
+    f"[default: the preset's, else {REFERENCE!r}]",
+)
+@click.option(
+    "--fine-tuned",
+    default=FINE_TUNED,
+    metavar="SPEC",
+    help="Recipe whose full depth is ordinary fine-tuning; if it is not compared, its columns are empty.",
+)
 @click.option("--prefix", default="", help="As in ee-train.")
 @click.option("--augment", default="none", help="As in ee-train.")
 @click.option(
@@ -167,50 +255,108 @@ def print_table(result: dict[str, Any]) -> None:
     help="Export the bundles of seed 0 and time them on this number of rows.",
 )
 @click.option(
+    "--max-drop",
+    default=0.5,
+    help="Accuracy points below ordinary fine-tuning's full depth, on dev, at which --measure states the "
+    "speed-up.",
+)
+@click.option("--recompute", is_flag=True, help="Only compute the tables again from the rows in --out.")
+@click.option(
     "--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder for everything it makes."
 )
 @click.argument("more", nargs=-1)
 def main(
-    model: str,
-    data: str,
-    recipes: str,
-    seeds: int,
+    model: str | None,
+    data: str | None,
+    recipes: str | None,
+    preset: str | None,
+    rules: str | None,
+    seeds: int | None,
+    reference: str | None,
+    fine_tuned: str,
     prefix: str,
     augment: str,
     settings: tuple[str, ...],
     measure: int,
+    max_drop: float,
+    recompute: bool,
     out: Path,
     more: tuple[str, ...],
 ) -> None:
-    """Train what is missing, measure every method by the same means, print the table, write compare.json and
+    """Train what is missing, judge every method by the same means, print the table, write compare.json and
     the page compare.html.
 
-    Started again after an interruption, it resumes. Points are chosen on dev; test is read once. Arguments
-    after -- are passed to ee-train whenever --model is, for example -- --image-size 112 --pooling cls.
+    A method is the exits of a recipe with a rule. Scores: mean accuracy between 10 and 40, 40 and 80, 80 and
+    90 % of multiply-accumulates saved, and the mean saving at 0 to 5 points below full depth. Settings are
+    chosen on dev; test is read once. Intervals are over rows and seeds. Started again after an interruption,
+    it resumes. Arguments after -- are passed to ee-train whenever --model is, for example -- --image-size
+    112 --pooling cls.
     """
-    names = list(dict.fromkeys(recipes.split(",")))
-    unknown = [name for name in names if name not in RECIPES]
-    if unknown:
-        raise click.UsageError(f"--recipes: {unknown[0]!r} is not known; choose among {', '.join(RECIPES)}")
-    out.mkdir(parents=True, exist_ok=True)
+    if recompute:
+        if not (out / LISTING).is_file():
+            raise click.UsageError(f"--recompute: {out} holds no comparison; run one with this --out")
+        write_result(out, judge(out))
+        return
+    for name, value in (("--model", model), ("--data", data)):
+        if value is None:
+            raise click.UsageError(f"Missing option '{name}'.")
+    assert model is not None and data is not None
     options = ["--prefix", prefix] if prefix else []
     options += ["--augment", augment] if augment != "none" else []
-    options += [word for setting in settings for word in ("--set", setting)]
-    words = ["--model", model, *more, "--data", data, *options]
+    words = {"--preset": preset, "--recipes": recipes, "--rules": rules, "--reference": reference}
+    words |= {"--fine-tuned": None if fine_tuned == FINE_TUNED else fine_tuned}
+    default = Preset("", PLAIN_RULES, REFERENCE, seeds=1)
+    chosen = PRESETS[preset] if preset else default
+    if preset is None:
+        words["--recipes"] = recipes = recipes or RECIPES_DEFAULT
+    seed_list = list(range(seeds or chosen.seeds))
+    command = _command(CommonWords(model, data, more, tuple(options), settings), words, seed_list, measure)
+    common = CommonWords(model, data, (*chosen.more, *more), tuple(options), (*chosen.settings, *settings))
+    rule_names, compared_with = (rules or chosen.rules).split(","), reference or chosen.reference
     try:
-        result = compare(names, list(range(seeds)), out, words, data, measure)
+        specs = parse_specs(f"{compared_with.partition(' + ')[0]} {chosen.recipes} {recipes or ''}")
+        _check(specs, rule_names, compared_with, common)
+        out.mkdir(parents=True, exist_ok=True)
+        comparison = Comparison(
+            *(specs, rule_names, seed_list, out, common, compared_with),
+            *(spec_of(specs, fine_tuned), measure, max_drop),
+        )
+        result = compare(comparison, command)
+    except BadSetting as problem:
+        raise click.UsageError(str(problem)) from None
     except subprocess.CalledProcessError as problem:
-        command = " ".join(map(str, problem.cmd))
-        raise click.ClickException(f"{command} ended with {problem.returncode}") from None
-    print_table(result)
-    arguments = [model, "--data", data, *options, "--recipes", recipes]
-    without_folders = [Path(word).name if Path(word).exists() else word for word in arguments]
-    tail = ["--seeds", str(seeds), *(["--measure", str(measure)] if measure else [])]
-    tail += ["--", *more] if more else []
-    command = shlex.join(["ee-compare", "--model", *without_folders, *tail])
-    result = {"command": command, "settings": list(settings)} | result
-    write_atomically(out / "compare.json", json.dumps(result) + "\n")
-    write_atomically(out / "compare.html", html_page(result))
+        failed = " ".join(map(str, problem.cmd))
+        raise click.ClickException(f"{failed} ended with {problem.returncode}") from None
+    write_result(out, result)
+
+
+def _check(specs: Sequence[RecipeSpec], rules: Sequence[str], reference: str, common: CommonWords) -> None:
+    """Raise BadSetting for a wrong rule or setting before anything is trained."""
+    unknown = [rule for rule in rules if rule not in SWEPT]
+    if unknown:
+        raise BadSetting(f"--rules: {unknown[0]!r} is not known; choose among {', '.join(SWEPT)}")
+    if " + " not in reference:
+        raise BadSetting(f"--reference {reference!r}: expected 'RECIPE + RULE'")
+    for spec in specs:
+        for model in spec.models:
+            start_of(model, common)
+
+
+def spec_of(specs: Sequence[RecipeSpec], name: str) -> str | None:
+    """The spec with this text, else the first one of this recipe; None if there is none."""
+    of_recipe = [spec.text for spec in specs if spec.models[0].recipe == name]
+    return name if name in (spec.text for spec in specs) else next(iter(of_recipe), None)
+
+
+def _command(common: CommonWords, words: Mapping[str, str | None], seeds: Sequence[int], measure: int) -> str:
+    """The command of a comparison as text, folders by their names; words: options that may be None."""
+    settings = [word for setting in common.settings for word in ("--set", setting)]
+    chosen = [word for name, value in words.items() if value for word in (name, value)]
+    arguments = [common.model, "--data", common.data, *common.options, *settings, *chosen]
+    plain = [Path(word).name if Path(word).exists() else word for word in arguments]
+    tail = ["--seeds", str(len(seeds)), *(["--measure", str(measure)] if measure else [])]
+    tail += ["--", *common.more] if common.more else []
+    return shlex.join(["ee-compare", "--model", *plain, *tail])
 
 
 if __name__ == "__main__":

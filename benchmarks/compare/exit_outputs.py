@@ -8,6 +8,7 @@ weights or rows it is computed again.
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,16 +18,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from offramp.models.forecasts import STATISTICS
 from offramp.models.macs import exit_macs
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules.sweep import ExitMacs, ExitTable
 from offramp.training.batches import Encoded, encode_rows
-from offramp.training.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from offramp.training.checkpoint import NETWORK, WEIGHTS, Checkpoint, load_checkpoint
 from offramp.training.collect import collect, exit_costs, exit_table
 from offramp.training.data import Columns, load_data
+from offramp.training.options import parse_settings
 from offramp.training.outcomes import Outcomes, collect_outcomes
+from offramp.training.recipes.quee import QueeSettings
 from offramp.training.replay import WalkCosts, bit_costs
 
 Floats = NDArray[np.float64]
@@ -50,11 +54,15 @@ class ExitOutputs:
 
 @dataclass(frozen=True)
 class VariantPaths:
-    """Outcomes of every path that rule quee can take through the variants on one split, and their costs in
+    """Outcomes of every walk that rule quee can take through the variants on one split, and their costs in
     bit operations.
+
+    outcomes: with the inputs that the checkpoint's forecasts read. statistics [rows, nodes, 3]: of the exit's
+    softmax after each walk.
     """
 
     outcomes: Outcomes
+    statistics: NDArray[np.float32]
     costs: WalkCosts
 
 
@@ -86,7 +94,7 @@ class CheckpointOutputs:
             gates = {} if table.gates is None else {"gates": table.gates}
             return {"logits": table.logits, "labels": table.labels, **gates}
 
-        arrays = self._load_or_compute(split, self.digests[split], compute)
+        arrays = load_or_compute(self._file(split), self.digests[split], compute)
         table = ExitTable(arrays["logits"], arrays.get("gates"), arrays["labels"])
         costs = exit_costs(network, rows.lengths)
         bits = bit_costs(network, rows.lengths, ["fp32"])
@@ -97,38 +105,49 @@ class CheckpointOutputs:
         truncated = costs.to_exit - earlier_exit_macs(network, rows.lengths)
         return ExitOutputs(table, costs, spent | {"bops": bops}, full | {"bops": bits.full}, truncated)
 
-    def variant_paths(self, split: str, variants: tuple[str, ...] = ()) -> VariantPaths:
-        """The outcomes of all paths of rule quee through these variants on a split.
-
-        variants: those for which the checkpoint has forecasts, unless given.
-        """
+    def variant_paths(self, split: str) -> VariantPaths:
+        """The outcomes of all walks of a checkpoint of recipe quee on a split."""
         network, rows = self.checkpoint.network, self.rows[split]
-        names = variants or tuple(network.spec.forecast)
+        tree = self.quee_settings.tree(len(network.spec.exits))
+        names = tuple(network.spec.forecast)
 
         def compute() -> dict[str, Any]:
-            outcomes = collect_outcomes(network, rows, names, description=f"{self.folder.name} {split} paths")
-            return {"statistics": outcomes.statistics, "wrong": outcomes.wrong}
+            description = f"{self.folder.name} {split} walks"
+            outcomes = collect_outcomes(network, rows, names, tree, description=description)
+            return {"inputs": outcomes.inputs, "wrong": outcomes.wrong}
 
-        digest = f"{self.digests[split]} {names} statistics {STATISTICS}"
-        arrays = self._load_or_compute(f"{split}.paths.{'.'.join(names)}", digest, compute)
-        outcomes = Outcomes(names, arrays["statistics"], arrays["wrong"], rows.lengths)
-        return VariantPaths(outcomes, bit_costs(network, rows.lengths, names))
+        kind = f"{tree.changes} {tree.increase} {network.spec.forecast_inputs} {STATISTICS}"
+        digest = f"{self.digests[split]} {names} walks {kind}"
+        arrays = load_or_compute(self._file(f"{split}.paths.{'.'.join(names)}"), digest, compute)
+        outcomes = Outcomes(names, tree, arrays["inputs"], arrays["wrong"], rows.lengths)
+        return VariantPaths(
+            outcomes.select_inputs(self.quee_settings.inputs),
+            outcomes.inputs[..., :STATISTICS],
+            bit_costs(network, rows.lengths, names),
+        )
 
-    def _load_or_compute(
-        self, what: str, digest: str, compute: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Arrays of the file beside the checkpoint; computed and written unless the file has this digest."""
-        file = self.folder.with_name(f"{self.folder.name}.{what}.npz")
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as stored:
-                if "key" in stored.files and str(stored["key"]) == digest:
-                    return {name: stored[name] for name in stored.files if name != "key"}
-        arrays = compute()
-        temporary = file.with_name(f".{file.name}")
-        with temporary.open("wb") as target:
-            np.savez_compressed(target, key=np.array(digest), **arrays)
-        temporary.replace(file)
-        return arrays
+    @property
+    def quee_settings(self) -> QueeSettings:
+        """The settings of recipe quee with which the checkpoint was trained."""
+        words = tuple(f"{name}={value}" for name, value in self.checkpoint.training["settings"].items())
+        return parse_settings(QueeSettings, words)
+
+    def _file(self, what: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{what}.npz")
+
+
+def load_or_compute(file: Path, digest: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Arrays of a file; they are computed and written unless the file has this digest."""
+    if file.is_file():
+        with np.load(file, allow_pickle=False) as stored:
+            if "key" in stored.files and str(stored["key"]) == digest:
+                return {name: stored[name] for name in stored.files if name != "key"}
+    arrays = compute()
+    temporary = file.with_name(f".{file.name}")
+    with temporary.open("wb") as target:
+        np.savez_compressed(target, key=np.array(digest), **arrays)
+    temporary.replace(file)
+    return arrays
 
 
 def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -> CheckpointOutputs:
@@ -150,6 +169,17 @@ def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -
 def weights_digest(folder: Path) -> str:
     """The first sixteen hex digits of the sha256 of a checkpoint's weights."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
+
+
+def exits_digest(folder: Path) -> str:
+    """The sha256 of all of a checkpoint that its exits' outputs depend on: without policies and forecasts."""
+    spec = json.loads((folder / NETWORK).read_text(encoding="utf-8"))["network"]
+    spec = {name: value for name, value in spec.items() if not name.startswith(("policy", "forecast"))}
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for name, tensor in sorted(load_file(folder / WEIGHTS).items()):
+        if not name.startswith(("policies.", "forecasts.")):
+            digest.update(name.encode() + np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
 
 
 def earlier_exit_macs(network: EarlyExitNetwork, lengths: NDArray[np.int64]) -> Floats:

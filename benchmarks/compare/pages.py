@@ -1,15 +1,13 @@
-"""Tables and pages of comparisons: the page of one ee-compare, and docs/comparison.md over all data sets.
+"""Tables of comparisons, and docs/comparison.md over all data sets.
 
     python benchmarks/compare/pages.py    # reads compare_*.json and agreement_*.json of benchmarks/results
 
-A result file with non-empty "settings" is compared with the file of the same data without settings, row by
-row, since both resampled the same rows.
+A result file is called compare_DATA.json, or compare_NAME_DATA.json; files with the same NAME are summarized
+together, each data set with the same weight.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,43 +16,83 @@ from typing import Any
 import click
 import numpy as np
 
-from offramp.benchmarks.compare.frontiers import Floats, difference_interval
+from offramp.benchmarks.compare.frontiers import BANDS, HEADLINE
+from offramp.benchmarks.compare.judge import FINE_TUNED, LOSSES, OWN, SCORES
+from offramp.benchmarks.compare.resampling import LEVEL, holm, mean_interval
 from offramp.runtime.tuning.report import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "comparison.md"
-REFERENCE = "max_probability (joint)"
 FIGURES = (
     "accuracy_at_half",
+    "layers_saved",
     "macs_saved",
     "bops_saved",
     "random",
     "static",
-    "above",
-    "below",
     "elue",
     "ece_raw",
     "ece",
     "set_size",
-    "time_share",
 )
-HEAD = ("method (rule)", *(name.replace("_", " ") for name in FIGURES), "difference", "verdict")
-INTRODUCTION = """# Methods compared
+SCORE_NAMES = {
+    **{band: f"{band} %" for band in BANDS},
+    OWN: "saving below own full depth",
+    FINE_TUNED: "saving below fine-tuning",
+}
+VERDICT_HEAD = (
+    *("method", "trials", f"accuracy {HEADLINE} %", "difference, 95 %", "p (Holm)"),
+    *(f"{band} %" for band in BANDS if band != HEADLINE),
+    *("saving below own full depth", "saving below fine-tuning", "reach", "verdict"),
+)
+HALF_HEAD = ("method", *(name.replace("_", " ") for name in FIGURES), "control")
+RECIPE_HEAD = (
+    *("recipe", "full depth", "less fine-tuning, 95 %", "first right", "saved there"),
+    "rules tried on",
+)
+LAYERS_HEAD = (
+    "method",
+    *(f"{loss:g} below own" for loss in LOSSES),
+    *(f"{loss:g} below fine-tuning" for loss in LOSSES),
+)
+PUBLISHED_HEAD = ("model", "point", "accuracy", "less its full depth", "layers saved", "macs saved")
+TIMES_HEAD = ("method", "ms", "% of the fp32 graph", "macs saved", "accuracy")
+NEAR_HEAD = (
+    *("recipe", "precision", "rule", "accuracy", "less fine-tuning, 95 %", "ms"),
+    *("x fp32 graph, 95 %", "x int8 graph, 95 %"),
+)
+LEGEND = f"""- A method is the exits of a recipe with a rule; "published" is one model a point, with
+  the points that training set. Settings were chosen on dev; test was read once. trials: settings (of
+  "published": points) that were tried on dev. Full depth, and the first exit for all rows, need no tuning,
+  and every method may use them.
+- A frontier is the polyline through the settings that are more accurate on dev than all cheaper ones; between
+  two of them a walk draws one for each row. At savings below that of the most accurate setting on dev, this
+  setting is used, which is full depth unless dev shows a better one. Beyond a method's cheapest setting
+  (reach, the saving there) the line leads to the first exit for all rows, and beyond that, where no walk of
+  this network saves more, the accuracy of the first exit counts.
+- accuracy {HEADLINE} %: mean accuracy of the frontier between these savings of multiply-accumulates, the
+  headline. difference, and the other bands: less that of the reference method.
+- saving below full depth: mean over d from 0 to 5 points of the largest saving at which the frontier is at
+  most d below full depth, that of the recipe itself or of ordinary fine-tuning of the same model; less that
+  of the reference method.
+- Intervals (95 %) and two-sided p-values are over rows of test and over seeds, or over rows only where there
+  is one seed. Holm's correction is over all methods of the table. verdict: by p (Holm) below {LEVEL:g}.
+"""
+HALF_LEGEND = """At the setting that was the most accurate on dev among those that save half of the
+multiply-accumulates: accuracy (standard deviation over seeds), the same number of rows at each exit but drawn
+at random (random), a truncated network of equal cost (static), elue: mean over the frontier of accuracy less
+that of truncated networks of equal cost; ece: calibration error in percent, raw and at temperatures fitted on
+dev; set size: of 95 % conformal sets.
+"""
+INTRODUCTION = f"""# Methods compared
 
 Written by `python benchmarks/compare/pages.py` from `benchmarks/results/compare_*.json`, which the commands
-below made. Settings were chosen on dev; test was read once.
+below made. Results of an earlier judge, which scored 30 to 60 % saved, are in `docs/measured.md`.
 
-- Accuracy (standard deviation over seeds), savings and controls are those of one point: the most accurate
-  one on dev among those that save half of the multiply-accumulates. random: exits drawn at random with the
-  same histogram. static: a truncated network of equal cost.
-- above, below: area between the method's frontier and that of max-probability on the joint checkpoint. elue:
-  mean over the frontier of accuracy less that of truncated networks of equal cost. ece: calibration error,
-  raw and at temperatures fitted on dev. set size: of 95 % conformal sets. time share: of the monolith's time,
-  in per cent.
-- difference: mean accuracy between 30 and 60 % of multiply-accumulates saved, less that of max-probability on
-  the joint checkpoint, with its 95 % interval over resampled rows, the same rows for both and for all seeds.
-  The interval does not cover other seeds.
+{LEGEND}"""
+NO_RESULTS = """No result file is there yet. `ee-compare` writes compare.json into its --out; copied to
+benchmarks/results/compare_DATA.json, it is shown here.
 """
 AGREEMENT = """## Torch and the bundle decide alike
 
@@ -64,143 +102,107 @@ before that differed by more than 1e-5. other: neither; in fp32 there must be no
 two grid points may be rounded either way and changes everything after it, so torch in float64 does not decide
 as torch in float32 does either; the bundle is compared with that.
 """
-# Each line has its own dash too, so that lines are distinct without colour.
-COLOURS = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
-DASHES = ("-", "--", "-.", ":")
-_INK = "#010203"  # replaced by the page's own colour of text
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-       max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-svg { width: 100%; height: auto } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left }
-"""
-LEGEND = """
-At the setting that was the most accurate on dev among those that save half of the multiply-accumulates or
-more: accuracy (standard deviation over seeds), share saved of multiply-accumulates and of bit operations, the
-accuracy of exits drawn at random with the same histogram (random) and of a truncated network of equal cost
-(static), calibration error (ece, 15 bins of equal mass, raw and at the temperatures of dev) and mean size of
-95 % conformal sets, time as a share of the monolith's, all on test, in percent. Against max-probability
-on the joint checkpoint between 30 and 60 % saved: area above and below its line, and the difference of the
-means with its 95 % interval over resampled rows. elue: mean over the line of accuracy less that of truncated
-networks of equal cost.
-"""
-AXES = {
-    "macs": "multiply-accumulates saved, %",
-    "bops": "bit operations spent, % (logarithmic)",
-    "layers": "layers saved, %",
-    "ms": "time, % of the monolith's",
-}
 
 
-def table_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Table rows of a comparison, one a method: means over seeds, deviation of the accuracy, the verdict."""
+def verdict_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the scores, one a method."""
     rows = []
-    for name, seeds in result["methods"].items():
-        cells = []
-        for figure in FIGURES:
-            values = [figures[figure] for figures in seeds if figure in figures]
-            cells.append(f"{np.mean(values):.2f}" if values else "-")
-        accuracy = [figures["accuracy_at_half"] for figures in seeds]
-        if len(accuracy) > 1:
-            cells[0] += f" ({np.std(accuracy, ddof=1):.2f})"
-        against = result["against_max_probability"].get(name)
-        difference = "-" if against is None else format_difference(against)
-        rows.append([name, *cells, difference, verdict(seeds, against)])
+    for name, method in result["methods"].items():
+        scores = result["scores"][name]
+        reference = name == result["reference"]
+        headline = scores[HEADLINE]
+        cells = [name, str(method["trials"]), f"{headline['value']:.2f}"]
+        cells += ["reference" if reference else format_difference(headline)]
+        cells += ["" if reference else format_p(headline["p_holm"])]
+        for score in (*(band for band in BANDS if band != HEADLINE), OWN, FINE_TUNED):
+            cells.append(_score_cell(scores.get(score), reference, with_value=score not in BANDS))
+        rows.append([*cells, f"{method['reach']:.1f}", "" if reference else side_of_zero(headline)])
     return rows
 
 
-def verdict(seeds: list[dict[str, Any]], against: Mapping[str, float] | None) -> str:
-    """Which controls a method does not beat and whether it differs from the reference, in words; else ""."""
-    if against is None:
+def _score_cell(score: Mapping[str, float] | None, reference: bool, *, with_value: bool) -> str:
+    if score is None:
         return ""
+    value = f"{score['value']:.2f}"
+    if reference:
+        return value
+    return f"{value}, {format_difference(score)}" if with_value else format_difference(score)
+
+
+def half_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the point that saves half, one a method: means over seeds, and controls it loses to."""
+    rows = []
+    for name, method in result["methods"].items():
+        cells = []
+        for figure in FIGURES:
+            values = [figures[figure] for figures in method["seeds"] if figure in figures]
+            cells.append(f"{np.mean(values):.2f}" if values else "-")
+        cells[0] += _deviation([figures["accuracy_at_half"] for figures in method["seeds"]])
+        rows.append([name, *cells, controls(method["seeds"])])
+    return rows
+
+
+def controls(seeds: Sequence[Mapping[str, Any]]) -> str:
+    """The controls that a method does not beat at the point that saves half, in words; else ""."""
     mean = {
         name: float(np.mean([figures[name] for figures in seeds]))
         for name in ("accuracy_at_half", "random", "static")
     }
     lost = [name for name in ("random", "static") if mean["accuracy_at_half"] <= mean[name]]
-    words = [f"does not beat {name}" for name in lost]
-    if against["high"] < 0:
-        words.append("below max-probability")
-    if against["low"] > 0:
-        words.append("above max-probability")
-    return "; ".join(words)
+    return f"does not beat {' and '.join(lost)}" if lost else ""
 
 
-def format_difference(figures: Mapping[str, float]) -> str:
-    """A difference and its interval as text, such as "+0.12 [-0.03, +0.27]"."""
-    return f"{figures['difference']:+.2f} [{figures['low']:+.2f}, {figures['high']:+.2f}]"
-
-
-def side_of_zero(figures: Mapping[str, float]) -> str:
-    """The side of zero on which an interval lies, "above" or "below"; "not apart" if it contains zero."""
-    if figures["low"] > 0:
-        return "above"
-    return "below" if figures["high"] < 0 else "not apart"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
-def read_results(kind: str = "compare") -> list[dict[str, Any]]:
-    """The content of all result files KIND_*.json, in the order of their names."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
-
-
-def differences_of(result: dict[str, Any], name: str) -> Floats:
-    """A method's difference from max-probability, mean over seeds: over all rows, then for every resample."""
-    mean = result["against_max_probability"][name]["difference"]
-    return np.array([mean, *result["draws"][name]])
-
-
-def all_data_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """One table row for each method that all data sets have; each data set has the same weight."""
+def recipe_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of recipes: full depth, and the bound of exiting at the first right exit."""
     rows = []
-    for name in results[0]["draws"]:
-        if name == REFERENCE or not all(name in result["draws"] for result in results):
-            continue
-        mean = difference_interval([differences_of(result, name) for result in results])
-        each = [f"{result['against_max_probability'][name]['difference']:+.2f}" for result in results]
-        rows.append([name, *each, format_difference(mean), side_of_zero(mean)])
+    for name, entry in result["recipes"].items():
+        full = entry["full_depth"]
+        against = entry.get("against_fine_tuned")
+        less = "" if against is None else format_difference(against)
+        first = {
+            key: np.mean([seed[key] for seed in entry["first_right"]]) for key in ("accuracy", "macs_saved")
+        }
+        cells = [name, f"{np.mean(full):.2f}{_deviation(full)}", less]
+        cells += [f"{first['accuracy']:.2f}", f"{first['macs_saved']:.1f}"]
+        rows.append([*cells, entry["same_exits_as"] or "its exits"])
     return rows
 
 
-def summary_table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown lines of the table over all data sets; empty if there is only one."""
-    plain = [result for result in results if not result["settings"]]
-    if len(plain) < 2:
-        return []
-    head = ("method (rule)", *(result["data"] for result in plain), "all, 95 %", "against max-probability")
-    return markdown_table(head, all_data_rows(plain))
+def layers_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of layers saved at a loss, in percent, means over seeds."""
+    return [
+        [
+            name,
+            *(f"{saved:.1f}" for saved in method["layers_saved"]["own"]),
+            *(f"{saved:.1f}" for saved in method["layers_saved"].get("fine_tuned", [])),
+        ]
+        + [""] * (0 if "fine_tuned" in method["layers_saved"] else len(LOSSES))
+        for name, method in result["methods"].items()
+    ]
 
 
-def other_setting_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Table rows that compare results of other settings of a recipe with those of its default settings."""
-    plain = {result["data"]: result for result in results if not result["settings"]}
+def published_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the operating points that training set, one model a row, means over seeds."""
     rows = []
-    for result in results:
-        default = plain.get(result["data"])
-        if not result["settings"] or default is None or result["seeds"] != default["seeds"]:
-            continue
-        for name in result["draws"]:
-            if name.endswith("(joint)"):
-                continue
-            gain = difference_interval([differences_of(result, name) - differences_of(default, name)])
-            seeds = (r["methods"][name] for r in (result, default))
-            means = (np.mean([figures["accuracy_at_half"] for figures in each]) for each in seeds)
-            cells = [result["data"], name, " ".join(result["settings"]), *(f"{mean:.2f}" for mean in means)]
-            rows.append([*cells, format_difference(gain), side_of_zero(gain)])
+    for method in (m for m in result["methods"].values() if "published" in m):
+        labels = result["recipes"][method["recipe"]]["models"]
+        by_seed = method["published"]
+        a_model = len(by_seed[0]) // len(labels)
+        for at, point in enumerate(by_seed[0]):
+            points = [seed[at] for seed in by_seed]
+            mean = {
+                key: float(np.mean([p[key] for p in points]))
+                for key in ("accuracy", "full_depth", "layers_saved", "macs_saved")
+            }
+            cells = [f"{mean['accuracy']:.2f}{_deviation([p['accuracy'] for p in points])}"]
+            cells += [f"{mean['accuracy'] - mean['full_depth']:+.2f}"]
+            cells += [f"{mean['layers_saved']:.1f}", f"{mean['macs_saved']:.1f}"]
+            rows.append([labels[at // a_model], point["point"], *cells])
     return rows
 
 
-def timed_point_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Table rows of the timed points of every method."""
+def timed_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the timed settings of every method."""
     return [
         [
             name,
@@ -214,6 +216,114 @@ def timed_point_rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def near_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the speed-up near ordinary fine-tuning's full depth."""
+    rows = []
+    for entry in result["milliseconds"]["within"]:
+        less = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*entry["difference"])
+        parameters = ", ".join(f"{name} {value:.3g}" for name, value in entry["parameters"].items())
+        times = ["{:.2f} [{:.2f}, {:.2f}]".format(*entry[f"times_{v}"]) for v in ("fp32", "int8")]
+        rule = f"{entry['rule']} {parameters}".strip()
+        cells = [entry["recipe"], entry["variant"], rule, f"{entry['accuracy']:.2f}", less]
+        rows.append([*cells, f"{entry['ms']:.2f}", *times])
+    return rows
+
+
+def _deviation(values: Sequence[float]) -> str:
+    """The standard deviation over seeds in brackets; empty for one seed."""
+    return f" ({np.std(values, ddof=1):.2f})" if len(values) > 1 else ""
+
+
+def format_difference(figures: Mapping[str, float]) -> str:
+    """A difference and its interval as text, such as "+0.12 [-0.03, +0.27]"."""
+    return f"{figures['difference']:+.2f} [{figures['low']:+.2f}, {figures['high']:+.2f}]"
+
+
+def format_p(p: float) -> str:
+    """A p-value as text."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def side_of_zero(figures: Mapping[str, float]) -> str:
+    """ "above" or "below" if the corrected p-value is below 0.05, else "not apart"."""
+    if figures["p_holm"] >= LEVEL:
+        return "not apart"
+    return "above" if figures["difference"] > 0 else "below"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [
+        *lines,
+        *("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows),
+        "",
+    ]
+
+
+def read_results(kind: str = "compare") -> list[dict[str, Any]]:
+    """The content of all result files KIND_*.json, in the order of their names."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
+
+
+def read_comparisons() -> dict[str, list[dict[str, Any]]]:
+    """The results of ee-compare by NAME of their files compare_NAME_DATA.json; "" for compare_DATA.json."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(RESULTS.glob("compare_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        name = file.stem.removeprefix("compare_").removesuffix(result["data"]).strip("_")
+        groups.setdefault(name, []).append(result)
+    return groups
+
+
+def mean_scores(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By method and score the mean difference over data sets; of methods and scores that all of them have.
+
+    All results have the same reference. p_holm is corrected over methods, for each score.
+    """
+    reference, first = results[0]["reference"], results[0]["scores"]
+    names = [n for n in first if n != reference and all(n in result["scores"] for result in results)]
+    seeds = [len(result["seeds"]) for result in results]
+    means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
+    for score in SCORES:
+        of_score = {}
+        for name in names:
+            parts = [result["scores"][name].get(score) for result in results]
+            if all(part is not None for part in parts):
+                of_score[name] = mean_interval([part for part in parts if part is not None], seeds)
+        for name, p in holm({name: entry["p"] for name, entry in of_score.items()}).items():
+            means[name][score] = of_score[name] | {"p_holm": p}
+    return means
+
+
+def summary_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown lines of the headline over data sets with the same reference; empty if there is only one."""
+    if len(results) < 2:
+        return []
+    rows = []
+    for name, scores in mean_scores(results).items():
+        each = [f"{result['scores'][name][HEADLINE]['difference']:+.2f}" for result in results]
+        mean = scores[HEADLINE]
+        rows.append([name, *each, format_difference(mean), format_p(mean["p_holm"]), side_of_zero(mean)])
+    names = (result["data"] for result in results)
+    head = ("method", *names, "all, 95 %", "p (Holm)", f"against {results[0]['reference']}")
+    return markdown_table(head, rows)
+
+
+def all_scores_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown lines of all scores, mean over data sets; a star where the corrected p is below 0.05."""
+    if len(results) < 2:
+        return []
+    rows = []
+    for name, scores in mean_scores(results).items():
+        cells = []
+        for score in SCORES:
+            star = " *" if score in scores and scores[score]["p_holm"] < LEVEL else ""
+            cells.append(format_difference(scores[score]) + star if score in scores else "")
+        rows.append([name, *cells])
+    return markdown_table(("method", *SCORE_NAMES.values()), rows)
+
+
 def agreement_table(result: dict[str, Any]) -> list[str]:
     """Markdown lines for a result file of agreement.py: its command, and a table of all comparisons."""
     head = [name.replace("_", " ") for name in result["lines"][0]]
@@ -221,109 +331,62 @@ def agreement_table(result: dict[str, Any]) -> list[str]:
     return [f"    python {result['command']}", "", *markdown_table(head, rows)]
 
 
-def comparison_document(results: Sequence[dict[str, Any]], agreements: Sequence[dict[str, Any]] = ()) -> str:
-    """The text of docs/comparison.md."""
-    lines = [INTRODUCTION, "## Over all data sets", "", *summary_table(results)]
-    for result in (result for result in results if not result["settings"]):
-        seeds = ", ".join(map(str, result["seeds"]))
-        title = f"## {result['data']} ({result['rows']['test']} rows of test, seeds {seeds})"
-        lines += [title, "", f"    {result['command']}", "", *markdown_table(HEAD, table_rows(result))]
-        if "milliseconds" in result:
-            about = result["milliseconds"]
-            words = f"Walked at batch 1 ({about['rows']} rows of test, monolith {about['monolith_ms']} ms):"
-            head = ("method (rule)", "ms", "% of the monolith", "macs saved %", "accuracy %")
-            lines += [words, "", *markdown_table(head, timed_point_rows(result))]
-    other = other_setting_rows(results)
-    if other:
-        names = ("data", "method (rule)", "instead of the default", "accuracy at half", "default's")
-        lines += ["## Other settings", "", *markdown_table((*names, "less the default", ""), other)]
+def seeds_text(result: Mapping[str, Any]) -> str:
+    """The seeds of a result, and what its intervals cover."""
+    seeds = ", ".join(map(str, result["seeds"]))
+    return f"seeds {seeds}" if len(result["seeds"]) > 1 else f"seed {seeds}, intervals over rows only"
+
+
+def result_lines(result: Mapping[str, Any], title: str) -> list[str]:
+    """Markdown lines of all tables of one data set."""
+    where = f"{result['rows']['test']} rows of test, {seeds_text(result)}"
+    lines = [f"## {title} ({where})", "", f"    {result['command']}", ""]
+    lines += markdown_table(RECIPE_HEAD, recipe_rows(result))
+    lines += [f"Against {result['reference']}:", "", *markdown_table(VERDICT_HEAD, verdict_rows(result))]
+    published = published_rows(result)
+    if published:
+        lines += ["Points that training set:", "", *markdown_table(PUBLISHED_HEAD, published)]
+    lines += ["Layers saved at a loss, %:", "", *markdown_table(LAYERS_HEAD, layers_rows(result))]
+    lines += [HALF_LEGEND, *markdown_table(HALF_HEAD, half_rows(result))]
+    if "milliseconds" in result:
+        about = result["milliseconds"]
+        graphs = " and ".join(f"{v} {ms:.2f} ms" for v, ms in about["monolith_ms"].items())
+        lines += [f"Walked at batch 1 ({about['rows']} rows of test; one graph without exits: {graphs}).", ""]
+        drop = f"{about['max_drop']:g} points of full depth of {about['full_depth_of']}"
+        lines += [
+            f"The setting that saves most on dev within {drop} ({about['full_depth']:.2f} % on test):",
+            "",
+            *markdown_table(NEAR_HEAD, near_rows(result)),
+            "Settings of the methods:",
+            "",
+            *markdown_table(TIMES_HEAD, timed_rows(result)),
+        ]
+    return lines
+
+
+def comparison_document(
+    groups: Mapping[str, Sequence[dict[str, Any]]], agreements: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The text of docs/comparison.md; groups: results by the NAME of their files."""
+    lines = [INTRODUCTION, *([] if groups else [NO_RESULTS])]
+    for name, results in groups.items():
+        summary = summary_table(results)
+        if summary:
+            title = f"## {name}: over all data sets" if name else "## Over all data sets"
+            words = f"Mean accuracy between {HEADLINE} % saved, less that of the reference:"
+            lines += [title, "", words, "", *summary, "All scores (a star: p (Holm) below 0.05):", ""]
+            lines += all_scores_table(results)
+        for result in results:
+            lines += result_lines(result, f"{name}: {result['data']}" if name else result["data"])
     if agreements:
         lines += [AGREEMENT, *(line for result in agreements for line in agreement_table(result))]
     return "\n".join(lines)
 
 
-def html_page(result: dict[str, Any]) -> str:
-    """The HTML page of one comparison: pictures of the frontiers, the table, and the verdicts in words."""
-    title, rows = f"{result['data']}: methods compared", table_rows(result)
-    verdicts = [f"{row[0]}: {row[-1]}." for row in rows if row[-1]]
-    tie = "Every method beats chance and truncation; none is apart from max-probability in every seed."
-    words = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts or [tie])
-    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in HEAD)
-    seeds = ", ".join(map(str, result["seeds"]))
-    axes = [axis for axis in AXES if axis != "ms" or "milliseconds" in result]
-    pictures = "".join(f"<figure>{frontier_svg(result, axis)}</figure>" for axis in axes)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1><p>Seeds {seeds}; settings chosen on dev, test read once.</p>"
-        f"{pictures}<h2>What beats what</h2><ul>{words}</ul>"
-        f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
-        f"<p>{html.escape(LEGEND)}</p></body></html>\n"
-    )
-
-
-def frontier_of(result: dict[str, Any], name: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A method's frontier on an axis, mean over seeds, as x and y values; None for methods without one."""
-    if axis == "ms":
-        points = sorted((p["share"], p["accuracy"]) for p in result["milliseconds"]["points"].get(name, []))
-        return None if not points else (np.array(points)[:, 0], np.array(points)[:, 1])
-    lines = [figures["lines"][axis] for figures in result["methods"][name] if "lines" in figures]
-    if not lines:
-        return None
-    saved = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
-    mean = np.mean([np.interp(saved, x, y) for x, y in lines], axis=0)
-    return (100 - saved if axis == "bops" else saved), mean
-
-
-def frontier_svg(result: dict[str, Any], axis: str) -> str:
-    """The frontiers of all methods on one axis as an SVG element."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare"}):
-        figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
-        for number, (name, seeds) in enumerate(result["methods"].items()):
-            look = {"color": COLOURS[number % len(COLOURS)], "label": name}
-            line = frontier_of(result, name, axis)
-            if line is not None:
-                mark = "o" if axis == "ms" else ""
-                dash = DASHES[number // len(COLOURS) % len(DASHES)]
-                axes.plot(*line, dash, marker=mark, markersize=4, linewidth=1.8, **look)
-            elif axis == "macs":
-                keys = ("macs_saved", "accuracy_at_half")
-                place = [float(np.mean([figures[key] for figures in seeds])) for key in keys]
-                axes.plot(*place, "*", markersize=13, **look)
-        axes.set(xlabel=AXES[axis], ylabel="accuracy, %")
-        if axis == "bops":
-            axes.set_xscale("log")
-        axes.grid(alpha=0.25)
-        legend = axes.legend(loc="best", fontsize="small", frameon=False)
-        for label in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label]:
-            label.set_color(_INK)
-        for text in legend.get_texts():
-            text.set_color(_INK)
-        for spine in axes.spines.values():
-            spine.set_color(_INK)
-        axes.tick_params(colors=_INK)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    svg = target.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
-
-
 @click.command(help=__doc__)
 def main() -> None:
     """Write docs/comparison.md from the result files."""
-    results = read_results()
-    if not results:
-        raise click.ClickException(
-            f"no compare_*.json in {RESULTS.name}/: run ee-compare and copy its file there"
-        )
-    write_atomically(DOCUMENT, comparison_document(results, read_results("agreement")))
+    write_atomically(DOCUMENT, comparison_document(read_comparisons(), read_results("agreement")))
     click.echo(DOCUMENT.name)
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from offramp.benchmarks.compare.frontiers import (
+    BANDS,
+    Curves,
     SettingResults,
-    accuracy_differences,
-    areas_between,
-    bootstrap_weights,
-    difference_interval,
     elue_score,
+    largest_saving,
+    read_curves,
     sorted_frontier,
 )
 
@@ -20,72 +20,63 @@ def line(*points: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     return sorted_frontier(np.array([x for x, _ in points], float), np.array([y for _, y in points], float))
 
 
-def test_a_line_that_is_above_everywhere() -> None:
-    above, below = areas_between(line((0, 90), (100, 80)), line((0, 88), (100, 78)), 0, 100)
-    assert above == pytest.approx(2.0) and below == 0.0
-
-
-def test_lines_that_cross_are_counted_on_both_sides() -> None:
-    # The gap goes from +2 to -2 and is zero halfway: two triangles of 50 x 2 / 2 over a width of 100.
-    above, below = areas_between(line((0, 92), (100, 88)), line((0, 90), (100, 90)), 0, 100)
-    assert above == pytest.approx(0.5) and below == pytest.approx(0.5)
-
-
-def test_corners_of_either_line_count() -> None:
-    peak = line((0, 90), (50, 94), (100, 90))
-    assert areas_between(peak, line((0, 90), (100, 90)), 0, 100) == pytest.approx((2.0, 0.0))
-    assert areas_between(line((0, 90), (100, 90)), peak, 0, 100) == pytest.approx((0.0, 2.0))
-
-
-def test_only_the_range_where_both_exist_counts() -> None:
-    method, reference = line((20, 91), (60, 91)), line((40, 90), (90, 90))
-    assert areas_between(method, reference, 30, 80) == pytest.approx((1.0, 0.0))
-    assert np.isnan(areas_between(method, reference, 65, 80)).all()
+def curves(*points: tuple[float, float]) -> Curves:
+    """The curves of settings with these savings and accuracies: 100 rows that all count once."""
+    rows = np.arange(100)
+    right = np.stack([rows < accuracy for _, accuracy in points])
+    spent = np.stack([np.full(100, 1 - saved / 100) for saved, _ in points])
+    return read_curves(SettingResults(right, {"macs": spent}, {"macs": np.ones(100)}), np.ones((100, 1)))
 
 
 def test_settings_that_save_the_same_are_one_corner() -> None:
     assert [axis.tolist() for axis in line((10, 90), (10, 92), (5, 95))] == [[5.0, 10.0], [95.0, 91.0]]
 
 
+def test_the_mean_in_a_band_is_that_of_the_polyline() -> None:
+    slope = curves((0, 90), (100, 40))  # half a point a percent
+    assert slope.band_mean(*BANDS["40-80"]) == pytest.approx([60.0])
+    assert slope.band_mean(*BANDS["10-40"]) == pytest.approx([77.5])
+    peak = curves((40, 90), (60, 80), (80, 90))
+    assert peak.band_mean(*BANDS["40-80"]) == pytest.approx([85.0])
+
+
+def test_beyond_its_ends_a_frontier_has_the_accuracy_of_its_last_setting() -> None:
+    short = curves((30, 90), (60, 80))
+    assert short.band_mean(*BANDS["80-90"]) == pytest.approx([80.0])
+    # 90 up to 30 % saved, then down to 86.67 at 40 %: (20 * 90 + 10 * 88.33) / 30.
+    assert short.band_mean(*BANDS["10-40"]) == pytest.approx([(20 * 90 + 10 * (90 - 5 / 3)) / 30], abs=0.01)
+
+
+def test_the_mean_saving_at_a_loss_of_up_to_five_points() -> None:
+    # Two points lost for each 20 % saved: at a loss of d the saving is 10 d, on average 25.
+    assert curves((0, 90), (100, 80)).mean_saving(np.array([90.0])) == pytest.approx([25.0])
+    # A reference two points higher: nothing for d below 2, then up to 30; (3 / 5) * 15.
+    assert curves((0, 90), (100, 80)).mean_saving(np.array([92.0])) == pytest.approx([9.0])
+
+
+def test_a_frontier_that_never_loses_five_points_saves_what_its_cheapest_setting_saves() -> None:
+    assert curves((0, 90), (70.25, 90)).mean_saving(np.array([90.0])) == pytest.approx([70.25])
+    assert curves((0, 80), (70, 80)).mean_saving(np.array([90.0])) == pytest.approx([0.0])
+    assert curves((-3, 90)).mean_saving(np.array([90.0])) == pytest.approx([0.0]), "full depth saves nothing"
+
+
+def test_the_largest_saving_counts_where_accuracy_falls_and_rises_again() -> None:
+    dip = curves((0, 90), (30, 70), (60, 90), (80, 50))
+    # Up to 60 the accuracy beyond is 90; then 2 points a percent: at a loss of d the saving is 60 + d / 2.
+    assert dip.mean_saving(np.array([90.0])) == pytest.approx([61.25])
+
+
+def test_the_largest_saving_at_one_accuracy() -> None:
+    frontier = line((0, 90), (40, 88), (80, 80))
+    assert largest_saving(frontier, 89) == pytest.approx(20)
+    assert largest_saving(frontier, 84) == pytest.approx(60)
+    assert largest_saving(frontier, 79) == pytest.approx(80)
+    assert largest_saving(frontier, 91) == 0.0
+
+
 def test_score_is_the_mean_over_a_static_network_of_the_same_cost() -> None:
     static = line((0, 90), (50, 80), (100, 50))
     assert elue_score(line((25, 88), (75, 70)), static) == pytest.approx(((88 - 85) + (70 - 65)) / 2)
-
-
-def settings(accuracy: float, rows: int, seed: int) -> SettingResults:
-    """Two settings that save 0 and 80 %, right on that share of the rows."""
-    right = np.random.default_rng(seed).random((2, rows)) < accuracy
-    spent = np.array([[1.0], [0.2]]) * np.ones((2, rows))
-    return SettingResults(right, {"macs": spent}, {"macs": np.ones(rows)})
-
-
-def compared(method: SettingResults, reference: SettingResults) -> dict[str, float]:
-    return difference_interval(
-        [accuracy_differences(method, reference, 30, 60, bootstrap_weights(method.right.shape[1], 200))]
-    )
-
-
-def test_a_method_does_not_differ_from_itself() -> None:
-    method = settings(0.8, 300, 1)
-    assert compared(method, method) == {"difference": 0.0, "low": 0.0, "high": 0.0}
-
-
-def test_the_interval_holds_zero_for_equals_and_not_for_a_clear_difference() -> None:
-    same = compared(settings(0.8, 400, 1), settings(0.8, 400, 2))
-    assert same["low"] < 0 < same["high"]
-    better = compared(settings(0.9, 400, 1), settings(0.7, 400, 2))
-    assert better["low"] > 0 and better["difference"] == pytest.approx(20, abs=4)
-
-
-def test_more_seeds_narrow_the_interval_unless_they_agree_on_the_rows() -> None:
-    weights = bootstrap_weights(400, 200)
-    first = accuracy_differences(settings(0.9, 400, 1), settings(0.7, 400, 2), 30, 60, weights)
-    second = accuracy_differences(settings(0.9, 400, 3), settings(0.7, 400, 4), 30, 60, weights)
-    assert difference_interval([first, first]) == difference_interval([first])
-    both = difference_interval([first, second])
-    assert both["high"] - both["low"] < 0.85 * (
-        difference_interval([first])["high"] - difference_interval([first])["low"]
-    )
 
 
 def test_macs_are_summed_over_rows_and_not_averaged_by_row() -> None:

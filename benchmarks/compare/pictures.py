@@ -1,0 +1,139 @@
+"""The HTML page of one comparison: pictures of the frontiers, and the tables."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from offramp.benchmarks.compare.pages import (
+    HALF_HEAD,
+    HALF_LEGEND,
+    LAYERS_HEAD,
+    LEGEND,
+    NEAR_HEAD,
+    PUBLISHED_HEAD,
+    RECIPE_HEAD,
+    VERDICT_HEAD,
+    half_rows,
+    layers_rows,
+    near_rows,
+    published_rows,
+    recipe_rows,
+    seeds_text,
+    verdict_rows,
+)
+
+# Each line has its own dash too, so that lines are distinct without colour.
+COLOURS = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
+DASHES = ("-", "--", "-.", ":")
+_INK = "#010203"  # replaced by the page's own colour of text
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+       max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+svg { width: 100%; height: auto } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child { text-align: left }
+"""
+AXES = {
+    "macs": "multiply-accumulates saved, %",
+    "bops": "bit operations spent, % (logarithmic)",
+    "layers": "layers saved, %",
+    "ms": "time, % of the fp32 graph's",
+}
+
+
+def html_page(result: Mapping[str, Any]) -> str:
+    """The HTML page of one comparison: pictures of the frontiers and all tables."""
+    title = f"{result['data']}: methods compared"
+    axes = [axis for axis in AXES if axis != "ms" or "milliseconds" in result]
+    pictures = "".join(f"<figure>{frontier_svg(result, axis)}</figure>" for axis in axes)
+    legend = "".join(f"<li>{html.escape(line)}</li>" for line in LEGEND[2:].split("\n- "))
+    parts = [
+        _table(f"Scores against {result['reference']}", VERDICT_HEAD, verdict_rows(result)),
+        f"<ul>{legend}</ul>",
+        _table("Recipes", RECIPE_HEAD, recipe_rows(result)),
+        _table("Points that training set", PUBLISHED_HEAD, published_rows(result)),
+        _table("Layers saved at a loss, %", LAYERS_HEAD, layers_rows(result)),
+        _table("At the point that saves half", HALF_HEAD, half_rows(result)),
+        f"<p>{html.escape(HALF_LEGEND)}</p>",
+    ]
+    if "milliseconds" in result:
+        about = result["milliseconds"]
+        words = f"Within {about['max_drop']:g} points of full depth of {about['full_depth_of']}, on dev"
+        parts.append(_table(words, NEAR_HEAD, near_rows(result)))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(seeds_text(result))}; settings chosen on dev, test "
+        f"read once.</p>{pictures}{''.join(parts)}</body></html>\n"
+    )
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its heading; nothing without rows."""
+    if not rows:
+        return ""
+    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>"
+    return f'<h2>{html.escape(title)}</h2><div class="wide">{table}</div>'
+
+
+def frontier_of(result: Mapping[str, Any], name: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """A method's frontier on an axis, mean over seeds, as x and y values; None for methods without one."""
+    if axis == "ms":
+        points = sorted((p["share"], p["accuracy"]) for p in result["milliseconds"]["points"].get(name, []))
+        return None if not points else (np.array(points)[:, 0], np.array(points)[:, 1])
+    saved, accuracy = map(np.array, result["methods"][name]["lines"][axis])
+    return (100 - saved if axis == "bops" else saved), accuracy
+
+
+def frontier_svg(result: Mapping[str, Any], axis: str) -> str:
+    """The frontiers of all methods on one axis as an SVG element."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare"}):
+        figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
+        for number, name in enumerate(result["methods"]):
+            line = frontier_of(result, name, axis)
+            if line is not None:
+                mark = "o" if axis == "ms" else ""
+                dash = DASHES[number // len(COLOURS) % len(DASHES)]
+                look = {"color": COLOURS[number % len(COLOURS)], "label": name}
+                axes.plot(*line, dash, marker=mark, markersize=4, linewidth=1.8, **look)
+        if axis == "macs":
+            for number, (name, entry) in enumerate(result["recipes"].items()):
+                place = [
+                    float(np.mean([seed[key] for seed in entry["first_right"]]))
+                    for key in ("macs_saved", "accuracy")
+                ]
+                colour = COLOURS[number % len(COLOURS)]
+                star = f"first right ({name})"
+                axes.plot(*place, "*", markersize=11, color=colour, label=star, linestyle="none")
+        axes.set(xlabel=AXES[axis], ylabel="accuracy, %")
+        if axis == "bops":
+            axes.set_xscale("log")
+        axes.grid(alpha=0.25)
+        legend = axes.legend(loc="best", fontsize="x-small", frameon=False)
+        for label in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label]:
+            label.set_color(_INK)
+        for text in legend.get_texts():
+            text.set_color(_INK)
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+        axes.tick_params(colors=_INK)
+        target = io.StringIO()
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    svg = target.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")

@@ -1,0 +1,239 @@
+"""What ee-compare trains: recipe specs, their folders, and the checkpoints from which they start.
+
+A spec is NAME[:SETTING=VALUE[,SETTING=VALUE]], such as joint or joint:distill=0.5,weights=uniform. Options of
+ee-train are given with their dashes, as in joint:--pooling=attention. One setting may have several values,
+consistentee:alpha=0.01|0.02|0.03: one model is trained for each, and they form one curve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from offramp.runtime.errors import BadSetting
+from offramp.training.recipes import RECIPES
+
+SEPARATOR = "|"  # between the values of a setting for which one model each is trained
+INIT = "--init="  # in a spec: the spec of the checkpoint to start from, or "none"
+
+_CONSISTENTEE = "consistentee:alpha=0.01|0.02|0.03|0.05|0.08"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of ee-compare under one name; fields are as the options, `more` the arguments after --."""
+
+    recipes: str
+    rules: str
+    reference: str
+    seeds: int = 3
+    settings: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+
+
+PRESETS = {
+    # Recipe consistentee has two epochs of warm start and two of its last phase: all others have four, and
+    # its batch, learning rates and pooling.
+    "paper": Preset(
+        f"joint:epochs=4 {_CONSISTENTEE} {_CONSISTENTEE},hardness=false {_CONSISTENTEE},stage3=false "
+        f"consistentee:actions=oracle deebert:epochs=4 berxit:epochs=4",
+        "max_probability,entropy,patience",
+        "joint:epochs=4 + max_probability",
+        settings=("batch_size=16", "lr=2e-5", "heads_lr=2e-5", "warmup=0.0", "weight_decay=0.0"),
+        more=("--pooling", "cls"),
+    ),
+    "exits": Preset(
+        "joint joint:weights=uniform joint:weights=descending joint:weights=learned "
+        "joint:gradient=equilibrium joint:gradient=next_exit joint:distill=0.5 joint:plain_epochs=2 "
+        "joint:--pooling=attention joint:--head=mlp offramp deebert",
+        "max_probability",
+        "joint + max_probability",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: recipe, settings NAME=VALUE, options --NAME=VALUE of ee-train.
+
+    init: the spec of the checkpoint from which it starts, "none" for the pretrained backbone, or None: where
+    the recipe starts.
+    """
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    init: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The spec as text."""
+        init = () if self.init is None else (INIT + self.init,)
+        words = ",".join((*self.settings, *self.options, *init))
+        return f"{self.recipe}:{words}" if words else self.recipe
+
+    def folder(self, out: Path, seed: int) -> Path:
+        """The folder of the model's checkpoint."""
+        return out / f"{safe_name(self.label)}_{seed}"
+
+
+@dataclass(frozen=True)
+class RecipeSpec:
+    """One spec of --recipes: its text, and one model for each value of the setting that has several."""
+
+    text: str
+    models: tuple[ModelSpec, ...]
+
+
+@dataclass(frozen=True)
+class CommonWords:
+    """The arguments of ee-train that all models have.
+
+    more: those that belong to --model. options: others, without settings. settings: NAME=VALUE words.
+    """
+
+    model: str
+    data: str
+    more: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+    @cached_property
+    def named(self) -> set[str]:
+        """The options of ee-train in `more`, such as --pooling."""
+        return {word.partition("=")[0] for word in self.more if word.startswith("--")}
+
+
+def safe_name(text: str) -> str:
+    """A text as the name of a file: other texts have other names.
+
+    Letters, digits and . = _ stay, separators become dashes; where more is replaced, six hex digits of the
+    text's sha256 are added.
+    """
+    plain = re.sub(r"[:,|]-*| \+ ", lambda match: "+" if match[0] == " + " else "-", text)
+    safe = re.sub(r"[^A-Za-z0-9.=_+-]", "_", plain)
+    if safe != plain or len(safe) > 120:
+        return f"{safe[:110]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return safe
+
+
+def parse_specs(text: str) -> list[RecipeSpec]:
+    """Parse specs that are separated by blanks, or by commas before the name of a recipe.
+
+    Raises BadSetting for an unknown recipe, a word that is no setting, or two settings with several values.
+    """
+    specs: list[list[str]] = []  # name, words
+    for blank in text.split():
+        for number, piece in enumerate(blank.split(",")):
+            name, colon, word = piece.partition(":")
+            if name in RECIPES and "=" not in name:
+                specs.append([name, *([word] if colon else [])])
+            elif number == 0 or len(specs[-1]) == 1:
+                raise BadSetting(f"--recipes: {name!r} is not known; choose among {', '.join(RECIPES)}")
+            elif "=" in piece or piece.startswith("--"):
+                specs[-1].append(piece)
+            else:  # a comma inside of a value, such as variants=fp32,int8
+                specs[-1][-1] += f",{piece}"
+    parsed = [_parse_spec(name, words) for name, *words in specs]
+    return list({spec.text: spec for spec in parsed}.values())
+
+
+def _parse_spec(name: str, words: Sequence[str]) -> RecipeSpec:
+    several = [word for word in words if SEPARATOR in word]
+    if len(several) > 1:
+        raise BadSetting(f"--recipes {name}: two settings with several values, {' and '.join(several)}")
+    for word in words:
+        if "=" not in word and not word.startswith("--"):
+            raise BadSetting(f"--recipes {name}: {word!r} is neither SETTING=VALUE nor --OPTION=VALUE")
+    variants: list[list[str]] = [list(words)]
+    for word in several:
+        key, _, values = word.partition("=")
+        choices = list(dict.fromkeys(values.split(SEPARATOR)))
+        variants = [[f"{key}={value}" if w == word else w for w in words] for value in choices]
+    models = []
+    for variant in variants:
+        init = next((word.removeprefix(INIT) for word in variant if word.startswith(INIT)), None)
+        options = tuple(w for w in variant if w.startswith("--") and not w.startswith(INIT))
+        models.append(ModelSpec(name, tuple(w for w in variant if not w.startswith("--")), options, init))
+    return RecipeSpec(f"{name}:{','.join(words)}" if words else name, tuple(models))
+
+
+def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
+    """The model from whose checkpoint this one starts; None if it starts from the pretrained backbone.
+
+    It is the recipe's STARTS_FROM with the settings of the joint training (epochs, lr and so on) and the
+    pooling and head that this model's own first phase would have, so that models with the same share it.
+    Raises BadSetting for a wrong setting.
+    """
+    from offramp.training.options import parse_settings
+    from offramp.training.recipes import load_recipe
+    from offramp.training.recipes.joint import JointSettings
+
+    recipe: Any = load_recipe(model.recipe)
+    own = parse_settings(recipe.SETTINGS, (*common.settings, *model.settings))
+    if model.init is not None:
+        if model.init == "none":
+            return None
+        (spec,) = parse_specs(model.init)
+        return spec.models[0]
+    if recipe.STARTS_FROM is None:
+        return None
+    start: Any = load_recipe(recipe.STARTS_FROM)
+    default = parse_settings(start.SETTINGS, common.settings)
+    names = [field.name for field in dataclasses.fields(JointSettings) if hasattr(own, field.name)]
+    names = [name for name in names if hasattr(default, name)]
+    settings = tuple(
+        f"{name}={getattr(own, name)}" for name in names if getattr(own, name) != getattr(default, name)
+    )
+    parts = recipe.parts_of(own)
+    other = start.parts_of(parse_settings(start.SETTINGS, (*common.settings, *settings)))
+    known = common.named | {option.partition("=")[0] for option in model.options}
+    options = tuple(
+        f"--{name}={getattr(parts, name)}"
+        for name in ("pooling", "head")
+        if getattr(parts, name) != getattr(other, name) and f"--{name}" not in known
+    )
+    return ModelSpec(recipe.STARTS_FROM, settings, (*model.options, *options))
+
+
+def train_once(model: ModelSpec, seed: int, out: Path, common: CommonWords) -> Path:
+    """Train a model and the one that it starts from, unless their checkpoints exist; give its folder.
+
+    Raises BadSetting if the checkpoint that exists has other settings.
+    """
+    folder, start = model.folder(out, seed), start_of(model, common)
+    if (folder / "training.json").is_file():
+        _check_settings(folder, model, common)
+        return folder
+    begin = ["--model", common.model, *common.more, *model.options]
+    if start is not None:
+        begin = ["--init", str(train_once(start, seed, out, common))]
+    words = [word for setting in (*common.settings, *model.settings) for word in ("--set", setting)]
+    command = [str(Path(sys.executable).parent / "ee-train"), "--recipe", model.recipe, "--seed", str(seed)]
+    command += ["--out", str(folder), *begin, "--data", common.data, *common.options, *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def _check_settings(folder: Path, model: ModelSpec, common: CommonWords) -> None:
+    """Raise BadSetting unless the checkpoint was trained with the settings that the command names."""
+    from offramp.training.options import parse_settings
+    from offramp.training.recipes import load_recipe
+
+    recipe: Any = load_recipe(model.recipe)
+    words = (*common.settings, *model.settings)
+    wanted = parse_settings(recipe.SETTINGS, words)
+    stored = json.loads((folder / "training.json").read_text(encoding="utf-8")).get("settings", {})
+    for name in (word.partition("=")[0] for word in words):
+        value = getattr(wanted, name)
+        if name in stored and stored[name] != value:
+            raise BadSetting(f"{folder} has {name}={stored[name]}, not {value}: choose another --out")

@@ -1,0 +1,123 @@
+"""Tests of benchmarks.compare.specs: what a spec trains, where, and from which checkpoint it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offramp.benchmarks.compare.specs import (
+    PRESETS,
+    CommonWords,
+    ModelSpec,
+    parse_specs,
+    safe_name,
+    start_of,
+    train_once,
+)
+from offramp.runtime.errors import BadSetting
+
+COMMON = CommonWords("m", "d")
+
+
+def texts(words: str) -> list[str]:
+    return [spec.text for spec in parse_specs(words)]
+
+
+def test_commas_separate_recipes_settings_and_values() -> None:
+    assert texts("joint,deebert quee") == ["joint", "deebert", "quee"]
+    assert texts("joint:distill=0.5,weights=uniform,deebert") == [
+        "joint:distill=0.5,weights=uniform",
+        "deebert",
+    ]
+    (spec,) = parse_specs("quee:variants=fp32,int8,changes=1")
+    assert spec.models[0].settings == ("variants=fp32,int8", "changes=1")
+    assert texts("joint joint") == ["joint"]
+
+
+def test_options_of_training_are_kept_apart_from_settings() -> None:
+    (spec,) = parse_specs("joint:--pooling=attention,distill=0.5,--head=mlp")
+    assert spec.models == (ModelSpec("joint", ("distill=0.5",), ("--pooling=attention", "--head=mlp")),)
+
+
+def test_several_values_are_one_model_each() -> None:
+    (spec,) = parse_specs("consistentee:alpha=0.01|0.05,hardness=false")
+    assert [model.label for model in spec.models] == [
+        "consistentee:alpha=0.01,hardness=false",
+        "consistentee:alpha=0.05,hardness=false",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("jei-dnn", "'jei-dnn' is not known"),
+        ("joint,nosuch", "'nosuch' is not known"),
+        ("joint:distill", "'distill' is neither"),
+        ("consistentee:alpha=1|2,rounds=1|2", "two settings with several values"),
+    ],
+)
+def test_a_wrong_spec_is_named(words: str, named: str) -> None:
+    with pytest.raises(BadSetting, match=named):
+        parse_specs(words)
+
+
+def test_folders_have_plain_names_and_differ() -> None:
+    assert safe_name("joint") == "joint"
+    assert safe_name("joint:distill=0.5,--pooling=attention") == "joint-distill=0.5-pooling=attention"
+    assert safe_name("joint + patience") == "joint+patience"
+    strange = [safe_name(f"joint:a=x{mark}y") for mark in "/ *"]
+    assert len(set(strange)) == 3 and all("/" not in name and " " not in name for name in strange)
+
+
+def test_models_of_one_curve_start_from_one_checkpoint_with_their_own_settings_of_it() -> None:
+    (spec,) = parse_specs("consistentee:alpha=0.01|0.05")
+    starts = {start_of(model, COMMON) for model in spec.models}
+    (start,) = starts
+    assert start is not None and start.recipe == "joint"
+    assert "epochs=2" in start.settings and "--pooling=cls" in start.options
+    assert not any(word.startswith("alpha") for word in start.settings)
+
+
+def test_settings_of_all_recipes_and_of_the_spec_reach_the_start() -> None:
+    common = CommonWords("m", "d", more=("--pooling", "mean"), settings=("epochs=7",))
+    start = start_of(ModelSpec("pabee", ("weights=uniform",)), common)
+    assert start == ModelSpec("joint", ("weights=uniform",)), "epochs=7 is given to every recipe"
+    (cls,) = parse_specs("consistentee")
+    start = start_of(cls.models[0], common)
+    assert start is not None and start.options == (), "the command names the pooling"
+    assert start_of(ModelSpec("joint"), common) is None
+
+
+def test_a_spec_may_name_its_start() -> None:
+    (spec,) = parse_specs("consistentee:alpha=0.02,--init=joint:epochs=1")
+    assert start_of(spec.models[0], COMMON) == ModelSpec("joint", ("epochs=1",))
+    (spec,) = parse_specs("consistentee:--init=none")
+    assert start_of(spec.models[0], COMMON) is None
+
+
+def test_a_setting_that_a_recipe_lacks_is_named_before_anything_is_trained() -> None:
+    with pytest.raises(BadSetting, match="nosuch"):
+        start_of(ModelSpec("joint", ("nosuch=1",)), COMMON)
+
+
+def test_a_checkpoint_with_other_settings_is_not_used(tmp_path: Path) -> None:
+    model = ModelSpec("joint", ("epochs=2",))
+    model.folder(tmp_path, 0).mkdir()
+    training = model.folder(tmp_path, 0) / "training.json"
+    training.write_text(json.dumps({"settings": {"epochs": 2, "lr": 1e-3}}))
+    assert train_once(model, 0, tmp_path, COMMON) == model.folder(tmp_path, 0)
+    with pytest.raises(BadSetting, match=r"lr=0\.001, not 0\.1"):
+        train_once(model, 0, tmp_path, CommonWords("m", "d", settings=("lr=0.1",)))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_recipes_and_settings_of_presets_exist(name: str) -> None:
+    preset = PRESETS[name]
+    common = CommonWords("m", "d", more=preset.more, settings=preset.settings)
+    specs = parse_specs(preset.recipes)
+    for spec in specs:
+        for model in spec.models:
+            start_of(model, common)
+    assert preset.reference.partition(" + ")[0] in [spec.text for spec in specs]
