@@ -57,24 +57,51 @@ class ClassifierStem(nn.Module):
     Outputs: hidden [batch, seq, hidden size], the mask and all other tensors that every segment reads.
     """
 
-    def __init__(self, network: EarlyExitNetwork, *, evidence: bool) -> None:
+    def __init__(self, network: EarlyExitNetwork, *, walks: bool) -> None:
         super().__init__()
         self.network = network
         self.reads = stem_inputs(network)
-        self.evidence = evidence
+        self.walks = walks  # whether several segments follow, which pass on evidence and ensemble
 
     def named(self, *tensors: torch.Tensor) -> Context:
         """Run the stem and return its outputs by name; tensors: its inputs, in the order of stem_inputs()."""
         hidden, context = self.network.stem(dict(zip(self.reads, tensors, strict=True)))
         outputs = {"hidden": hidden, **context}
-        no_evidence = self.network.no_evidence(hidden) if self.evidence else None
+        no_evidence = self.network.no_evidence(hidden) if self.walks else None
         if no_evidence is not None:
             outputs["evidence"] = no_evidence
+        if self.walks and self.network.spec.ensemble:
+            outputs["ensemble"] = torch.zeros(hidden.shape[0], len(self.network.spec.labels))
         return outputs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the stem; tensors: its inputs, in the order of stem_inputs()."""
         return tuple(self.named(*tensors).values())
+
+
+class SegmentExit(nn.Module):
+    """One exit of a segment: pooling, head and, in an ensemble, the join with the exits before it."""
+
+    def __init__(self, network: EarlyExitNetwork, exit_index: int) -> None:
+        super().__init__()
+        exit_head = network.exits[exit_index]
+        self.norm, self.pooler = network.norm, network.pooler
+        self.attention = exit_head.attention
+        self.exit = exit_head.folded()  # type: ignore[operator]
+        self.decay: torch.Tensor | None = None if exit_index == 0 else exit_head.decay  # type: ignore[assignment]
+
+    def forward(
+        self, hidden: torch.Tensor, context: Context, before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the pooled vector [batch, hidden] and logits [batch, classes].
+
+        hidden [batch, seq, hidden]; before [batch, classes]: logits of the exit before, or None.
+        """
+        pooled = pool_tokens(hidden, context, self.norm, self.attention, self.pooler)  # type: ignore[arg-type]
+        logits = self.exit(pooled)
+        if self.decay is not None and before is not None:
+            logits = logits + self.decay * before
+        return pooled, logits
 
 
 class ClassifierSegment(nn.Module):
@@ -83,7 +110,8 @@ class ClassifierSegment(nn.Module):
     The last exit has no policy and no forecast.
 
     exits_ahead: later exits that are kept, counted from here (0: the next exit of the network). variants:
-    numbers of the variants between which the forecast chooses. last: output the logits alone.
+    numbers of the variants between which the forecast chooses. last: output the logits alone. In an ensemble
+    a segment also computes the exits that were dropped from it, since later exits read them.
     """
 
     def __init__(
@@ -102,9 +130,11 @@ class ClassifierSegment(nn.Module):
         self.reads = tuple(reads)
         self.last = last
         self.blocks = nn.ModuleList(network.blocks[block] for block in blocks)
-        self.norm, self.pooler = network.norm, network.pooler
-        self.attention = network.exits[exit_index].attention
-        self.exit = network.exits[exit_index].folded()  # type: ignore[operator]
+        first = 0 if blocks.start == 0 else network.spec.exits.index(blocks.start) + 1
+        numbers = range(first, exit_index + 1) if network.spec.ensemble else (exit_index,)
+        self.heads = nn.ModuleDict(
+            {str(network.spec.exits[n] - blocks.start): SegmentExit(network, n) for n in numbers}
+        )
         self.policy: nn.Module | None = None
         if not last and len(network.policies):
             classes = len(network.spec.labels)
@@ -117,19 +147,24 @@ class ClassifierSegment(nn.Module):
         """Run the segment; tensors: its inputs, in the order of `reads`."""
         context = dict(zip(self.reads, tensors, strict=True))
         hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
-        for block in self.blocks:
+        logits = context.pop("ensemble", None)
+        for number, block in enumerate(self.blocks, 1):
             hidden = self.family.run_block(block, hidden, context)  # [batch, seq, hidden]
-        pooled = pool_tokens(hidden, context, self.norm, self.attention, self.pooler)  # type: ignore[arg-type]
-        logits = self.exit(pooled)  # [batch, classes]
+            if str(number) in self.heads:
+                pooled, logits = self.heads[str(number)](hidden, context, logits)  # [batch, classes]
+        assert logits is not None  # the last block has an exit
         if self.last:
             return (logits,)
         forecast = () if self.forecast is None else (self.forecast(logits, pooled),)
-        if self.policy is None:
-            return hidden, logits, *forecast
-        gate_logit, next_evidence = self.policy(pooled, logits, evidence)
-        gate = gate_logit.sigmoid()  # [batch]
-        flows = (hidden,) if evidence is None else (hidden, next_evidence)
-        return *flows, logits, gate, *forecast
+        flows: tuple[torch.Tensor, ...] = (hidden,)
+        gate: tuple[torch.Tensor, ...] = ()
+        if self.policy is not None:
+            gate_logit, next_evidence = self.policy(pooled, logits, evidence)
+            gate = (gate_logit.sigmoid(),)  # [batch]
+            flows = flows if evidence is None else (hidden, next_evidence)
+        if "ensemble" in self.reads:
+            flows = (*flows, logits)
+        return *flows, logits, *gate, *forecast
 
 
 def split_classifier(
@@ -163,7 +198,7 @@ def split_classifier(
         )
     if forecast and [name for name in forecast if name in chosen] != list(chosen):
         raise ValueError(f"name the variants in the order of the error forecasts: {', '.join(forecast)}")
-    stem = _stem(network, evidence=network.evidence_size > 0 and len(kept) > 1)
+    stem = _stem(network, walks=len(kept) > 1)
     ends = zip((0, *kept), kept, strict=False)
     return SplitNetwork(
         stem,
@@ -182,7 +217,7 @@ def truncate(network: EarlyExitNetwork, block: int) -> SplitNetwork:
     if block not in network.spec.exits:
         raise ValueError(f"there is no exit after block {block}: exits are after {list(network.spec.exits)}")
     network.eval()
-    stem = _stem(network, evidence=False)
+    stem = _stem(network, walks=False)
     return SplitNetwork(stem, (_segment(network, "segment_00", range(block), stem.outputs, (block,), ()),))
 
 
@@ -200,8 +235,8 @@ def stem_inputs(network: EarlyExitNetwork) -> tuple[str, ...]:
     return (first, "attention_mask", *others) if network.family.vision is None else (first,)
 
 
-def _stem(network: EarlyExitNetwork, *, evidence: bool) -> Segment:
-    module = ClassifierStem(network, evidence=evidence).eval()
+def _stem(network: EarlyExitNetwork, *, walks: bool) -> Segment:
+    module = ClassifierStem(network, walks=walks).eval()
     inputs, outputs = _probe(module)
     return Segment("stem", module, inputs, outputs, (), total_macs([stem_macs(network)]), network.longest)
 
@@ -227,11 +262,14 @@ def _segment(
     reads = [tensor.name for tensor in inputs]
     module = ClassifierSegment(network, blocks, exit_index, reads, exits_ahead, numbers, last=last).eval()
     outputs = [Tensor("logits", "float32", ("batch", len(network.spec.labels)))]
+    inner = [n for n, end in enumerate(network.spec.exits) if blocks.start < end < blocks.stop]
     costs: list[MacTerms] = [exit_macs(network, exit_index), *(block_macs(network, at) for at in blocks)]
+    if network.spec.ensemble:
+        costs += [exit_macs(network, number) for number in inner]
     if last and exit_index < len(network.policies):  # counted with the exit, but not in this graph
         costs.append(Macs(row=-linear_weights(network.policies[exit_index])))
     if not last:
-        flows = [tensor for tensor in inputs if tensor.name in ("hidden", "evidence")]
+        flows = [tensor for tensor in inputs if tensor.name in ("hidden", "evidence", "ensemble")]
         outputs[:0] = [Tensor(NEXT + tensor.name, tensor.dtype, tensor.shape) for tensor in flows]
         if module.policy is not None:
             outputs.append(Tensor("gate", "float32", ("batch",)))
@@ -295,6 +333,7 @@ class ExportableClassifier:
                 "network": {
                     "pooling": network.spec.pooling,
                     "head": network.spec.head,
+                    "ensemble": network.spec.ensemble,
                     "policy": network.spec.policy,
                 },
                 "trained_with": _mapping(training.get("versions")),
@@ -373,15 +412,23 @@ def _expected(
 ) -> Iterator[Values]:
     """Expected outputs of the stem and of every segment, computed by the network's own methods."""
     hidden, context = network.stem(inputs)
-    evidence = network.no_evidence(hidden)
-    yield {"hidden": hidden, **context} | ({} if evidence is None else {"evidence": evidence})
+    evidence, logits = network.no_evidence(hidden), None
+    flows = {} if evidence is None else {"evidence": evidence}
+    if network.spec.ensemble:
+        flows["ensemble"] = torch.zeros(hidden.shape[0], len(network.spec.labels))
+    yield {"hidden": hidden, **context, **flows}
     kept = {segment.blocks[-1] for segment in split.segments}
     for segment in split.segments:
         for block in segment.blocks:
             hidden = network.run_block(block - 1, hidden, context)
-        exit_index = network.spec.exits.index(segment.blocks[-1])
-        pooled = network.pooled(exit_index, hidden, context)
-        outputs = {NEXT + "hidden": hidden, "logits": network.classify(exit_index, pooled)}
+            if block == segment.blocks[-1] or (network.spec.ensemble and block in network.spec.exits):
+                exit_index = network.spec.exits.index(block)
+                pooled = network.pooled(exit_index, hidden, context)
+                logits = network.classify(exit_index, pooled, logits)
+        assert logits is not None
+        outputs = {NEXT + "hidden": hidden, "logits": logits}
+        if network.spec.ensemble:
+            outputs[NEXT + "ensemble"] = logits
         if exit_index < len(network.policies):
             gate_logit, evidence = network.gate_logit(exit_index, pooled, outputs["logits"], evidence)
             outputs["gate"] = gate_logit.sigmoid()

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 POOLINGS = ("mean", "cls", "attention")
 HEADS = ("linear", "mlp")
+DECAY = 0.5  # of an ensemble, at the start
 
 
 def pooling_weights(attention_mask: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class Exit(nn.Module):
 
     It standardizes, applies dropout, and ends with one linear layer; head "mlp" has another linear layer of
     the same size and a GELU before it. attention: the pooling of the network's tokens for this exit, if each
-    exit has its own.
+    exit has its own. ensemble: whether it is joined with the exits before it, see join.
     """
 
     def __init__(
@@ -152,9 +153,12 @@ class Exit(nn.Module):
         dropout: float,
         head: str = "linear",
         attention: AttentionPool | None = None,
+        *,
+        ensemble: bool = False,
     ) -> None:
         super().__init__()
         self.attention = attention
+        self.decay = nn.Parameter(torch.tensor(DECAY)) if ensemble else None
         self.standardize = Standardize(hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(hidden_size, hidden_size) if head == "mlp" else None
@@ -166,6 +170,19 @@ class Exit(nn.Module):
         if self.dense is not None:
             vector = functional.gelu(self.dense(vector))
         return self.classify(self.dropout(vector))  # type: ignore[no-any-return]
+
+    def join(self, logits: Tensor, before: Tensor | None) -> Tensor:
+        """Join this exit's logits with those of the ensemble of all exits before it, each [batch, classes].
+
+        The result is logits + decay * before with one learned number an exit: as probabilities, the
+        normalized product of the exits' probabilities, each to a power (Zero Time Waste, arXiv 2106.05409,
+        which learns a number for each pair of exits). No gradient flows into the exits before, so that an
+        exit learns what they leave over, as in boosting. before: None at the first exit. Without an ensemble
+        the logits are returned as they are.
+        """
+        if self.decay is None or before is None:
+            return logits
+        return logits + self.decay * before.detach()
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
@@ -182,20 +199,3 @@ class Exit(nn.Module):
         linear.weight.copy_(weight)
         linear.bias.copy_(layer.bias - weight @ self.standardize.mean)
         return linear
-
-
-class Ensemble(nn.Module):
-    """Geometric ensemble of an exit with the exits before it: logits + decay * ensemble logits so far.
-
-    As probabilities, it is the normalized product of the exits' probabilities, each to a power (Zero Time
-    Waste, arXiv 2106.05409, with one learned number an exit instead of one a pair of exits). The logits so
-    far are detached: an exit learns what the earlier ones leave over, as in boosting.
-    """
-
-    def __init__(self, decay: float = 0.5) -> None:
-        super().__init__()
-        self.decay = nn.Parameter(torch.tensor(decay))
-
-    def forward(self, logits: Tensor, before: Tensor) -> Tensor:
-        """Compute the ensemble's logits [batch, classes] from an exit's and those before, both that shape."""
-        return logits + self.decay * before.detach()

@@ -40,6 +40,7 @@ class ExitParts:
     policy: str | None = None
     pooling: str = "mean"
     head: str = "linear"
+    ensemble: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class NetworkSpec:
     each exit learns; or "cls", the first token, followed by BERT's shared dense-and-tanh pooler if the
     backbone reads text.
     head: what an exit is after pooling: "linear", or "mlp" with a layer of the hidden size in between.
+    ensemble: whether an exit's logits are those of a learned ensemble of all exits so far, see Exit.join.
     policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
     policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
@@ -64,6 +66,7 @@ class NetworkSpec:
     dropout: float = 0.1
     forecast: tuple[str, ...] = ()
     head: str = "linear"
+    ensemble: bool = False
     forecast_inputs: str = "statistics"
 
     def __post_init__(self) -> None:
@@ -151,6 +154,7 @@ class EarlyExitNetwork(nn.Module):
                 spec.dropout,
                 spec.head,
                 AttentionPool(self.hidden_size) if spec.pooling == "attention" else None,
+                ensemble=spec.ensemble,
             )
             for _ in spec.exits
         )
@@ -216,9 +220,20 @@ class EarlyExitNetwork(nn.Module):
         attention = self.exits[exit_index].attention
         return pool_tokens(hidden, context, self.norm, attention, self.pooler)  # type: ignore[arg-type]
 
-    def classify(self, exit_index: int, pooled: Tensor) -> Tensor:
-        """The logits [batch, classes] of one exit (0-based); pooled [batch, hidden]."""
-        return self.exits[exit_index](pooled)  # type: ignore[no-any-return]
+    def classify(self, exit_index: int, pooled: Tensor, before: Tensor | None = None) -> Tensor:
+        """The logits [batch, classes] of one exit (0-based); pooled [batch, hidden].
+
+        before: the logits of the exit before it, which an ensemble reads; None at the first exit.
+        """
+        exit_head = self.exits[exit_index]
+        return exit_head.join(exit_head(pooled), before)  # type: ignore[no-any-return, operator]
+
+    def classify_all(self, pooled: Tensor) -> Tensor:
+        """The logits [batch, exits, classes] of the first exits; pooled [batch, exits, hidden]."""
+        logits: list[Tensor] = []
+        for index in range(pooled.shape[1]):
+            logits.append(self.classify(index, pooled[:, index], logits[-1] if logits else None))
+        return torch.stack(logits, 1)
 
     @property
     def evidence_size(self) -> int:
@@ -267,7 +282,7 @@ class EarlyExitNetwork(nn.Module):
                 for_exit, hidden = share_gradient(hidden, len(self.spec.exits) - len(pooled), gradient)
                 vector = self.pooled(len(pooled), for_exit, context)
                 pooled.append(vector)
-                logits.append(self.classify(len(pooled) - 1, vector))
+                logits.append(self.classify(len(pooled) - 1, vector, logits[-1] if logits else None))
         all_pooled, all_logits = torch.stack(pooled, 1), torch.stack(logits, 1)
         gate_logits = None
         if len(self.policies):

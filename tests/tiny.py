@@ -111,10 +111,11 @@ def network(
     pooling: str = "mean",
     policy: str | None = "both",
     head: str = "linear",
+    ensemble: bool = False,
     seed: int = 0,
 ) -> EarlyExitNetwork:
     """A tiny network with an exit after every block, random everywhere."""
-    spec = NetworkSpec(("negative", "positive"), (1, 2, 3), pooling, policy, head=head)
+    spec = NetworkSpec(("negative", "positive"), (1, 2, 3), pooling, policy, head=head, ensemble=ensemble)
     network = EarlyExitNetwork(backbone(family, seed), spec).eval()
     for exit_head in network.exits:
         if exit_head.attention is not None:

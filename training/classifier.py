@@ -66,8 +66,8 @@ class ClassifierTraining:
         if config.init is not None:
             if config.image_size is not None or config.no_crop:
                 raise BadSetting("--image-size and --no-crop go with --model: a checkpoint has its own")
-            if config.pooling is not None or config.head is not None:
-                raise BadSetting("--pooling and --head go with --model: a checkpoint has its own")
+            if (config.pooling, config.head, config.ensemble) != (None, None, None):
+                raise BadSetting("--pooling, --head and --ensemble go with --model: a checkpoint has its own")
             self.checkpoint = load_initial_checkpoint(
                 config.init, self.data.labels, parts.policy, config.seed
             )
@@ -107,7 +107,10 @@ def _new_checkpoint(
         labels,
         exits=config.exits,
         parts=dataclasses.replace(
-            parts, pooling=config.pooling or parts.pooling, head=config.head or parts.head
+            parts,
+            pooling=config.pooling or parts.pooling,
+            head=config.head or parts.head,
+            ensemble=parts.ensemble if config.ensemble is None else config.ensemble,
         ),
         seed=config.seed,
         image_size=config.image_size,

@@ -63,6 +63,11 @@ class TrainCliError(click.ClickException):
     type=click.Choice(["linear", "mlp"]),
     help="What an exit is after pooling: one linear layer, or two.  [default: the recipe's]",
 )
+@click.option(
+    "--ensemble/--no-ensemble",
+    default=None,
+    help="Join the logits of all exits so far by learned weights.  [default: the recipe's]",
+)
 @click.option("--prefix", default="", help='Put before every text, such as "query: " for E5 models.')
 @click.option(
     "--max-length",

@@ -20,8 +20,7 @@ def early_logits(network: EarlyExitNetwork, pooled: Tensor) -> Tensor:
     """Compute logits of the exits but the last [batch, exits - 1, classes] from pooled [batch, exits,
     hidden].
     """
-    exits = range(pooled.shape[1] - 1)
-    return torch.stack([network.classify(index, pooled[:, index]) for index in exits], dim=1)
+    return network.classify_all(pooled[:, :-1])
 
 
 def exits_phase(

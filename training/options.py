@@ -45,6 +45,7 @@ class TrainConfig:
     no_crop: bool = False
     augment: str = "none"
     head: str | None = None
+    ensemble: bool | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init is None):

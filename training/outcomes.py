@@ -126,17 +126,19 @@ def collect_outcomes(
         batch, labels = rows.batch(index, device)
         hidden, context = network.stem(batch)
         # Depth first, so that few hidden states are held at a time.
-        waiting = [(node, hidden) for node in range(len(variants))]
+        waiting: list[tuple[int, Tensor, Tensor | None]] = [
+            (node, hidden, None) for node in range(len(variants))
+        ]
         while waiting:
-            node, before = waiting.pop()
+            node, before, earlier_logits = waiting.pop()
             segment = int(tree.segment[node])
             after, pooled = _run_segment(network, blocks[tree.variant[node]], segment, before, context)
-            logits = network.classify(segment, pooled)
+            logits = network.classify(segment, pooled, earlier_logits)
             wrong[index, node] = (logits.argmax(-1) != labels).cpu().numpy()
             inputs[index, node, :STATISTICS] = softmax_statistics(logits).cpu().numpy()
             if segment < len(compress):
                 inputs[index, node, STATISTICS:] = compress[segment](pooled).cpu().numpy()
-            waiting += [(child, after) for child in tree.child[node].tolist() if child >= 0]
+            waiting += [(child, after, logits) for child in tree.child[node].tolist() if child >= 0]
     return Outcomes(tuple(variants), tree, inputs, wrong, rows.lengths)
 
 

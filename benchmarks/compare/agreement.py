@@ -73,7 +73,7 @@ def walk_torch(
         equal_length_batches(rows.lengths), desc=what, unit="batch", file=sys.stderr, mininterval=1.0
     ):
         hidden, context = network.stem(_in_dtype(network, rows.batch(index)[0]))
-        context, evidence = _in_dtype(network, context), network.no_evidence(hidden)
+        context, evidence, logits = _in_dtype(network, context), network.no_evidence(hidden), None
         for segment in range(segments):
             before, planned = hidden, trace.variants[index, segment]
             for variant in np.unique(planned[planned >= 0]):
@@ -83,7 +83,7 @@ def walk_torch(
                 in_variant = torch.from_numpy(planned == variant)[:, None, None]
                 hidden = torch.where(in_variant, after, hidden)
             pooled = network.pooled(segment, hidden, context)
-            logits = network.classify(segment, pooled)
+            logits = network.classify(segment, pooled, logits)
             waiting = np.flatnonzero(planned >= 0)
             at = index[waiting]
             trace.logits[at, segment] = logits.float().numpy()[waiting]
@@ -94,7 +94,7 @@ def walk_torch(
                 gate_logit, evidence = network.gate_logit(segment, pooled, logits, evidence)
                 gate = trace.gates[at, segment] = gate_logit.sigmoid().float().numpy()[waiting]
             if len(network.forecasts):
-                forecast = network.forecasts[segment](logits).sigmoid().numpy()[waiting]
+                forecast = network.forecasts[segment](logits, pooled).sigmoid().numpy()[waiting]
             signals = RowSignals(trace.logits[at, segment], gate, forecast)
             trace.variants[at], memory[at] = rule(signals, memory[at], trace.variants[at], segment)
     return trace

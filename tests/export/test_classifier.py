@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from offramp.export.classifier import parse_cuts, split_classifier
+from offramp.export.classifier import parse_cuts, split_classifier, truncate
 from offramp.export.segments import SplitNetwork
 from offramp.models.families import FAMILIES
 from offramp.models.macs import segment_macs, stem_macs
@@ -27,20 +27,24 @@ def walk(split: SplitNetwork, inputs: dict[str, torch.Tensor]) -> list[dict[str,
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize(
-    ("pooling", "policy", "head"),
+    ("pooling", "policy", "head", "ensemble"),
     [
-        ("mean", "both", "linear"),
-        ("cls", "state", "linear"),
-        ("mean", "statistics", "mlp"),
-        ("cls", None, "linear"),
-        ("mean", "jei", "linear"),
-        ("cls", "lte", "linear"),
-        ("attention", "both", "linear"),
-        ("attention", None, "mlp"),
+        ("mean", "both", "linear", False),
+        ("cls", "state", "linear", False),
+        ("mean", "statistics", "mlp", False),
+        ("cls", None, "linear", False),
+        ("mean", "jei", "linear", False),
+        ("cls", "lte", "linear", False),
+        ("attention", "both", "linear", False),
+        ("attention", None, "mlp", False),
+        ("attention", None, "mlp", True),
+        ("mean", "both", "linear", True),
     ],
 )
-def test_segments_are_the_network(family: str, pooling: str, policy: str | None, head: str) -> None:
-    network = tiny.network(family, pooling=pooling, policy=policy, head=head)
+def test_segments_are_the_network(
+    family: str, pooling: str, policy: str | None, head: str, ensemble: bool
+) -> None:
+    network = tiny.network(family, pooling=pooling, policy=policy, head=head, ensemble=ensemble)
     inputs = tiny.inputs(family) if family in tiny.CONFIGS else tiny.pixel_values()
     outputs = walk(split_classifier(network), inputs)
     with torch.no_grad():
@@ -99,6 +103,27 @@ def test_dropped_exits_group_blocks_and_keep_their_own_heads() -> None:
         logits = network(tiny.inputs()).logits
     torch.testing.assert_close(outputs[0]["logits"], logits[:, 1], atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs[1]["logits"], logits[:, 2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [(2, 3), (3,)])
+def test_an_ensemble_reads_the_dropped_exits_too(kept: tuple[int, ...]) -> None:
+    network = tiny.network(policy=None, ensemble=True)
+    split = split_classifier(network, kept)
+    outputs = walk(split, tiny.inputs())
+    with torch.no_grad():
+        whole = network(tiny.inputs()).logits
+    for block, out in zip(kept, outputs, strict=True):
+        torch.testing.assert_close(out["logits"], whole[:, block - 1], atol=1e-5, rtol=0)
+    total = sum(segment.macs.row for segment in split.segments)
+    assert total == sum(segment.row for segment in segment_macs(network))
+
+
+def test_a_truncated_ensemble_answers_as_its_last_exit() -> None:
+    network = tiny.network(policy=None, ensemble=True)
+    outputs = walk(truncate(network, 2), tiny.inputs())
+    with torch.no_grad():
+        expected = network(tiny.inputs()).logits[:, 1]
+    torch.testing.assert_close(outputs[0]["logits"], expected, atol=1e-5, rtol=0)
 
 
 def test_macs_are_those_of_the_network() -> None:

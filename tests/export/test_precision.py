@@ -27,7 +27,7 @@ def test_products_of_blocks_alone_are_int8(exported: Callable[[str], Any]) -> No
     integer = [node.name for node in graph.node if node.op_type == "MatMulInteger"]
     assert len(integer) == 6 and all(name.startswith("blocks.") for name in integer)
     kinds = {value.name: value.data_type for value in graph.initializer}
-    heads = [node for node in graph.node if node.name.startswith(("exit/", "policy"))]
+    heads = [node for node in graph.node if node.name.startswith(("heads.", "policy"))]
     assert heads and all(kinds.get(name, 1) in (1, 6, 7) for node in heads for name in node.input)
 
 

@@ -68,3 +68,29 @@ def test_attention_reads_no_padding() -> None:
 def test_an_unknown_head_is_refused() -> None:
     with pytest.raises(ValueError, match="head 'deep'; choose one of linear, mlp"):
         NetworkSpec(("a", "b"), (1,), head="deep")
+
+
+def test_an_ensemble_adds_what_the_exits_before_said() -> None:
+    network = tiny.network(policy=None, ensemble=True)
+    plain = tiny.network(policy=None)
+    with torch.no_grad():
+        joined, alone = network(tiny.inputs()).logits, plain(tiny.inputs()).logits
+    expected = alone[:, 0]
+    torch.testing.assert_close(joined[:, 0], expected)
+    for number in (1, 2):
+        expected = alone[:, number] + 0.5 * expected
+        torch.testing.assert_close(joined[:, number], expected)
+
+
+def test_an_exit_of_an_ensemble_sends_no_gradient_to_the_exits_before() -> None:
+    network = tiny.network(policy=None, ensemble=True)
+    network(tiny.inputs()).logits[:, 2].sum().backward()
+    assert network.exits[1].classify.weight.grad.abs().max() == 0
+    assert network.exits[2].decay.grad != 0
+
+
+def test_logits_from_cached_features_are_those_of_the_forward() -> None:
+    network = tiny.network(policy=None, ensemble=True)
+    with torch.no_grad():
+        out = network(tiny.inputs())
+        torch.testing.assert_close(network.classify_all(out.pooled), out.logits)

@@ -100,4 +100,4 @@ def test_options_replace_the_parts_of_a_recipe(root: Path) -> None:
 def test_parts_of_a_checkpoint_cannot_be_replaced(root: Path) -> None:
     words = ["--init", str(root), "--data", str(root / "data"), "--head", "mlp", "--recipe", "joint"]
     done = CliRunner().invoke(train, [*words, "--out", str(root / "refused")])
-    assert done.exit_code == 2 and "--pooling and --head go with --model" in done.output
+    assert done.exit_code == 2 and "--pooling, --head and --ensemble go with --model" in done.output
