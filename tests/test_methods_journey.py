@@ -23,7 +23,7 @@ from offramp.training.collect import collect, exit_table
 from offramp.training.data import Rows
 
 SETTINGS = {
-    "jei_dnn": ["warm_epochs=2", "turn_epochs=6"],
+    "jei_dnn": ["warm_epochs=2", "turn_epochs=6", "turn_steps=400"],
     "berxit": [],
 }
 
