@@ -88,6 +88,7 @@ PURPOSE = {
     "docs/jetson.md": "running on a Jetson",
     "docs/log.md": "a dated log of what was tried, negative results too",
     "docs/measured.md": "every candidate and every figure, written by `make figures`",
+    "docs/papers.md": "the published systems element by element, and what of them is built",
     "docs/structure.md": "rooms, doors, what to read in which order, every file",
     "tests": "one test file a source file, under the same names",
     "tests/data": "tiny bundles, checked in, with their generators",

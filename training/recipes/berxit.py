@@ -8,7 +8,7 @@ We differ: exits and rates are those of recipe joint (the paper's exits: linear 
 threshold is chosen on dev; regression is not implemented. With --init all parts are trained further.
 
 Expect: e5-small on sst2, about 10 minutes on one core; 85.2 % on test with 50 % of multiply-accumulates
-saved, the lowest of all recipes: 3.4 below max-probability on recipe joint (docs/comparison.md).
+saved, the lowest of all recipes: 3.4 below max-probability on recipe joint (docs/measured.md).
 
     ee-train --model MODEL --data DATA --recipe berxit --out ckpt/
 """

@@ -7,7 +7,7 @@ We differ: weights are equal (the paper leaves them to the user), their sum is a
 for all exits (the paper's can differ) and is chosen on dev, and the backbone is a pretrained transformer.
 
 Expect: e5-small on sst2, about 10 minutes on one core; 89.7 % on test with 52 % of multiply-accumulates
-saved, 0.3 below max-probability on recipe joint (docs/comparison.md).
+saved, 0.3 below max-probability on recipe joint (docs/measured.md).
 
     ee-train --model MODEL --data DATA --recipe branchynet --out ckpt/
 """

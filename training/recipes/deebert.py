@@ -10,7 +10,7 @@ checkpoint of this recipe or of fastbert, whose phase 1 is the same.
 
 Expect: e5-small on sst2, about 11 minutes on one core; 89.7 % on test with 51 % of multiply-accumulates
 saved, not significantly different from max-probability on recipe joint, below it on trec6
-(docs/comparison.md).
+(docs/measured.md).
 
     ee-train --model MODEL --data DATA --recipe deebert --out ckpt/
 """

@@ -11,7 +11,7 @@ is the same.
 
 Expect: e5-small on sst2, a minute and a half on one core after phase 1; 89.5 % on test with 52 % of
 multiply-accumulates saved, not significantly different from max-probability on recipe joint
-(docs/comparison.md).
+(docs/measured.md).
 
     ee-train --model MODEL --data DATA --recipe fastbert --out ckpt/
 """

@@ -26,7 +26,7 @@ code: every epoch begins with the gates, so that small data would never train th
 of them, the number of 10 epochs of CIFAR-10, and the last turn is the gates'.
 
 Expect: e5-small on sst2, two minutes on one core after recipe deebert. Measured so far with joint's backbone
-and exits and with AdamW alone: 89.5 % on test with 52 % of multiply-accumulates saved (docs/comparison.md).
+and exits and with AdamW alone: 89.5 % on test with 52 % of multiply-accumulates saved (docs/measured.md).
 
     ee-train --init DEEBERT --data DATA --recipe jei_dnn --out ckpt/ --set price=0.5
 """

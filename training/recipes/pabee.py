@@ -7,7 +7,7 @@ We differ: see recipe joint for the exits; regression is not implemented. With a
 nothing is trained, only the points of the rule are chosen.
 
 Expect: e5-small on sst2, 15 seconds after recipe joint; 86.9 % on test with 51 % of multiply-accumulates
-saved, 2.2 below max-probability on the same exits (docs/comparison.md).
+saved, 2.2 below max-probability on the same exits (docs/measured.md).
 
     ee-train --init JOINT --data DATA --recipe pabee --out ckpt/
 """

@@ -9,7 +9,7 @@ optional in the paper); the published descending and uniform weights are not off
 together on dev. With a joint checkpoint as --init nothing is trained.
 
 Expect: e5-small on sst2, 15 seconds after recipe joint; 89.9 % on test with 53 % of multiply-accumulates
-saved, not significantly different from max-probability on the same exits (docs/comparison.md).
+saved, not significantly different from max-probability on the same exits (docs/measured.md).
 
     ee-train --init JOINT --data DATA --recipe pcee_bert --out ckpt/
 """

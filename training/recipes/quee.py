@@ -31,7 +31,7 @@ Operating points are in bit operations; ee-calibrate measures milliseconds and p
 
 Expect: e5-small on sst2, 872 dev rows in fp32 and int8, three minutes on one core after recipe joint. With
 one change in any order and statistics alone: 89.8 % on test with 57 % of multiply-accumulates and 97 % of bit
-operations saved, as exiting alone does in int8 (docs/comparison.md).
+operations saved, as exiting alone does in int8 (docs/measured.md).
 """
 
 from __future__ import annotations
