@@ -41,7 +41,7 @@ def test_every_family_holds_at_every_seam(family: str, exported: Callable[[str],
     ("segment", "module", "tensor"),
     [
         ("segment_00", "blocks.0.intermediate", "next_hidden"),
-        ("segment_00", "exit", "next_evidence"),
+        ("segment_00", "heads.1.exit", "next_evidence"),
         ("segment_00", "policy", "gate"),
         ("segment_01", "blocks.0.output", "logits"),
     ],
@@ -67,14 +67,14 @@ def test_a_fault_of_the_split_itself_is_told_from_one_of_the_export(copy: Any) -
 
 
 def test_nan_is_no_small_difference(copy: Any, break_weight: Callable[..., None]) -> None:
-    break_weight(copy.folder / "segment_01.onnx", "exit", float("nan"))
+    break_weight(copy.folder / "segment_01.onnx", "heads.1.exit", float("nan"))
     bad = verify(copy.source, copy.folder, copy.split, ("fp32",), texts=["fine"]).first_bad
     assert bad is not None and (bad.segment, bad.tensor) == ("segment_01", "logits")
 
 
 def test_int8_is_told_and_not_judged(copy: Any, break_weight: Callable[..., None]) -> None:
     shutil.copyfile(copy.folder / "segment_00.onnx", copy.folder / "segment_00_int8.onnx")
-    break_weight(copy.folder / "segment_00_int8.onnx", "exit", 50.0)
+    break_weight(copy.folder / "segment_00_int8.onnx", "heads.1.exit", 50.0)
     report = verify(copy.source, copy.folder, copy.split, BOTH, SENTENCES[::6])
     assert report.first_bad is None and report.losses[0].difference > 1
 
