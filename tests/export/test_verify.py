@@ -59,7 +59,7 @@ def test_a_seeded_fault_is_named(
 def test_a_fault_of_the_split_itself_is_told_from_one_of_the_export(copy: Any) -> None:
     split = copy.source.split("each")
     with torch.no_grad():
-        split.segments[0].module.exit.bias += 1.0  # type: ignore[union-attr, operator]
+        split.segments[0].module.heads["1"].exit.bias += 1.0  # type: ignore[union-attr, operator]
     report = verify(copy.source, copy.folder, split, ("fp32",), SENTENCES[::6])
     assert report.first_bad is not None and report.first_bad.pair == TORCH
     with pytest.raises(NotVerified, match=f"segment_00, tensor logits, {TORCH}: .*allowed are 0.0001"):
