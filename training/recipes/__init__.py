@@ -22,6 +22,8 @@ RECIPES: dict[str, str] = {
     "berxit": "offramp.training.recipes.berxit",
     "fastbert": "offramp.training.recipes.fastbert",
     "pcee_bert": "offramp.training.recipes.pcee_bert",
+    "cosee": "offramp.training.recipes.cosee",
+    "l2w_den": "offramp.training.recipes.l2w_den",
     "layerskip": "offramp.training.recipes.layerskip",
     "layer_selection": "offramp.training.recipes.layer_selection",
     "consistentee_lm": "offramp.training.recipes.consistentee_lm",
