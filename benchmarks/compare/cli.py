@@ -138,7 +138,7 @@ def _evaluate_spec(
     same: whether the exits are those of an earlier spec, so that only the recipe's own rule is new.
     """
     from offramp.benchmarks.compare import evaluation
-    from offramp.benchmarks.compare.exit_outputs import collect_outputs
+    from offramp.benchmarks.compare.exit_outputs import collect_outputs, exits_digest
     from offramp.training.collect import oracle_point
 
     c, folder = comparison, comparison.out / ROWS
@@ -164,8 +164,10 @@ def _evaluate_spec(
         for variant in forecast[1:]:
             keep(f"max_probability in {variant}", evaluation.evaluate_one_variant, first, variant)
     own = () if forecast or (same and first.rule in c.rules) else (first.rule,)
+    # Models that differ in their policies alone are one model for the other rules.
+    distinct = list({exits_digest(model.folder): model for model in models}.values())
     for rule in dict.fromkeys((*own, *(() if same else c.rules))):
-        keep(rule, evaluation.evaluate_exits, models, rule)
+        keep(rule, evaluation.evaluate_exits, models if rule in own else distinct, rule)
     test = first.exit_outputs("test")
     best = oracle_point(test.table, test.costs)
     figures = {"accuracy": best.accuracy, "macs_saved": best.macs_saved}
@@ -332,9 +334,11 @@ def main(
 
 def _check(specs: Sequence[RecipeSpec], rules: Sequence[str], reference: str, common: CommonWords) -> None:
     """Raise BadSetting for a wrong rule or setting before anything is trained."""
-    unknown = [rule for rule in rules if rule not in SWEPT]
+    # Rule gate needs policies: a recipe that trains them has it as its own.
+    known = [rule for rule in SWEPT if rule != "gate"]
+    unknown = [rule for rule in rules if rule not in known]
     if unknown:
-        raise BadSetting(f"--rules: {unknown[0]!r} is not known; choose among {', '.join(SWEPT)}")
+        raise BadSetting(f"--rules: {unknown[0]!r} is not known; choose among {', '.join(known)}")
     if " + " not in reference:
         raise BadSetting(f"--reference {reference!r}: expected 'RECIPE + RULE'")
     for spec in specs:

@@ -54,7 +54,7 @@ PRESETS = {
     "exits": Preset(
         "joint joint:weights=uniform joint:weights=descending joint:weights=learned "
         "joint:gradient=equilibrium joint:gradient=next_exit joint:distill=0.5 joint:plain_epochs=2 "
-        "joint:--pooling=attention joint:--head=mlp offramp deebert",
+        "joint:--pooling=attention joint:--head=mlp joint:--ensemble offramp deebert",
         "max_probability",
         "joint + max_probability",
     ),
@@ -171,7 +171,7 @@ def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
     """The model from whose checkpoint this one starts; None if it starts from the pretrained backbone.
 
     It is the recipe's STARTS_FROM with the settings of the joint training (epochs, lr and so on) and the
-    pooling and head that this model's own first phase would have, so that models with the same share it.
+    parts of exits that this model's own first phase would have, so that models with the same share it.
     Raises BadSetting for a wrong setting.
     """
     from offramp.training.options import parse_settings
@@ -179,6 +179,8 @@ def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
     from offramp.training.recipes.joint import JointSettings
 
     recipe: Any = load_recipe(model.recipe)
+    if recipe.KIND != "classifier":
+        raise BadSetting(f"--recipes: {model.recipe} trains language models, which are not compared")
     own = parse_settings(recipe.SETTINGS, (*common.settings, *model.settings))
     if model.init is not None:
         if model.init == "none":
@@ -197,10 +199,12 @@ def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
     parts = recipe.parts_of(own)
     other = start.parts_of(parse_settings(start.SETTINGS, (*common.settings, *settings)))
     known = common.named | {option.partition("=")[0] for option in model.options}
+    words = {name: f"--{name}={getattr(parts, name)}" for name in ("pooling", "head")}
+    words["ensemble"] = "--ensemble" if parts.ensemble else "--no-ensemble"
     options = tuple(
-        f"--{name}={getattr(parts, name)}"
-        for name in ("pooling", "head")
-        if getattr(parts, name) != getattr(other, name) and f"--{name}" not in known
+        word
+        for name, word in words.items()
+        if getattr(parts, name) != getattr(other, name) and not {f"--{name}", f"--no-{name}"} & known
     )
     return ModelSpec(recipe.STARTS_FROM, settings, (*model.options, *options))
 

@@ -102,6 +102,11 @@ def test_a_setting_that_a_recipe_lacks_is_named_before_anything_is_trained() -> 
         start_of(ModelSpec("joint", ("nosuch=1",)), COMMON)
 
 
+def test_recipes_of_language_models_are_refused() -> None:
+    with pytest.raises(BadSetting, match="layerskip trains language models"):
+        start_of(ModelSpec("layerskip"), COMMON)
+
+
 def test_a_checkpoint_with_other_settings_is_not_used(tmp_path: Path) -> None:
     model = ModelSpec("joint", ("epochs=2",))
     model.folder(tmp_path, 0).mkdir()
