@@ -18,7 +18,7 @@ all batches of the epoch before). Extension: thresholds=quantile draws quantiles
 that simulated exits spread over all depths; thresholds=uniform, as published, sends most rows to the first
 exits once the signals are sharp.
 
-Expect: about the time of recipe joint, 1.0 times a step; accuracy is not measured yet.
+Expect: a step takes the time of one of recipe joint; accuracy is not measured yet.
 
     ee-train --model MODEL --data DATA --recipe cosee --out ckpt/
 """
