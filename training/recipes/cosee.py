@@ -15,8 +15,9 @@ on the first token, which --pooling cls gives). The signal is the top probabilit
 own choice, 1 / (1 + sum of exp(logits)), is no exit rule here, and its temperature is 1. The range of the
 thresholds of an epoch is that of the signals of RANGE_ROWS rows at its start, without dropout (the code: of
 all batches of the epoch before). Extension: thresholds=quantile draws quantiles of the batch's signals, so
-that simulated exits spread over all depths; thresholds=uniform, as published, sends most rows to the first
-exits once the signals are sharp.
+that simulated exits spread over all depths; with thresholds=uniform, as published, most rows may leave at the
+first exits once the signals are sharp. At the end the last exit learns from the rows that reach it alone, so
+that its accuracy on all rows, "full" in training.json, can lie below that of a walk.
 
 Expect: a step takes the time of one of recipe joint; accuracy is not measured yet.
 
