@@ -6,10 +6,10 @@
 
 measure: every static configuration (a number of blocks that answer tokens run, as an even skip or as an exit)
 on test rows, quality by sequence: nats a token of the reference completion, whether the greedy answer is the
-completion (exact), ROUGE-L of the greedy answer. --model is fine-tuned at full depth and also measured under
-random routes; --variant are folders of recipe layer_selection that start from it. Variants trained with a
-fixed list are measured with it, those trained with several routes with every skip, controllers as learned and
-shifted on dev to the numbers of --blocks.
+completion (exact), ROUGE-L of the greedy answer (fixed lists alone). --model is fine-tuned at full depth and
+also measured under random routes; --variant are folders of recipe layer_selection that start from it. A
+variant trained with a fixed list is measured with it, one trained with several routes with every skip,
+controllers as learned and shifted on dev to the numbers of --blocks.
 
 A menu is a set of configurations from which one is chosen for each sequence. Lines of its tables:
 static mix: the best mixture of configurations that knows nothing about a sequence, the line to beat.
@@ -130,14 +130,14 @@ def score_model(
     for split, configurations, target in (("dev", both, scores.dev), ("test", on_test, scores.test)):
         if not configurations:  # controllers are no choice of a router
             continue
-        tokens = o["max_new_tokens"] if split == "test" or o["router_answers"] else 0
+        answers = split == "test" or o["router_answers"]
         table, read = evaluate(
             network,
             tokenizer,
             pairs[split],
             configurations,
             scratch / f"{name}_{split}.jsonl",
-            max_new_tokens=tokens,
+            max_new_tokens=dict.fromkeys(fixed, o["max_new_tokens"]) if answers else {},
             **sizes,
         )
         features.append(read)

@@ -141,8 +141,8 @@ def sentence_pairs(texts: Iterable[str]) -> list[dict[str, object]]:
 
 
 def read_json_lines(file: Path) -> list[dict[str, str]]:
-    """The rows of a file with one JSON object a line."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The rows of a file with one JSON object a line; texts may contain other line ends."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_split(folder: Path, split: str, rows: Sequence[dict[str, object]]) -> None:

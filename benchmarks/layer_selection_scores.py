@@ -185,13 +185,13 @@ def evaluate(
     *,
     batch: int,
     router_blocks: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: dict[str, int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores [rows, configurations, FIELDS], and features of routers [rows, router blocks, hidden].
 
     Features are hidden states of the prompt's last token after each of router_blocks (1-based). Results are
-    appended to `file` batch by batch; batches that are there are not computed again. max_new_tokens=0: no
-    greedy answers, no rouge_l.
+    appended to `file` batch by batch; batches that are there are not computed again. max_new_tokens: of
+    greedy answers, by configuration; none and no rouge_l for the others.
     """
     finished = {tuple(line["rows"]): line for line in complete_lines(file)}
     scores = np.full((len(pairs), len(configurations), len(FIELDS)), np.nan)
@@ -216,16 +216,16 @@ def _score_batch(
     index: list[int],
     configurations: dict[str, Configuration],
     router_blocks: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: dict[str, int],
 ) -> dict[str, Any]:
     prompts = read_prompts(network, [pairs.prompts[row] for row in index])
     completions = [pairs.completions[row] for row in index]
     scores = np.zeros((len(index), len(configurations), len(FIELDS)))
-    for number, configuration in enumerate(configurations.values()):
+    for number, (name, configuration) in enumerate(configurations.items()):
         scores[:, number] = forced_scores(network, prompts, completions, index, configuration)
-        if max_new_tokens:
+        if longest := max_new_tokens.get(name, 0):
             stop = int(tokenizer.eos_token_id)
-            answers = greedy_answers(network, prompts, index, configuration, max_new_tokens, stop)
+            answers = greedy_answers(network, prompts, index, configuration, longest, stop)
             texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
             values = [rouge_l(pairs.references[row], text) for row, text in zip(index, texts, strict=True)]
             scores[:, number, FIELDS.index("rouge_l")] = values
