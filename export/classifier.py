@@ -21,7 +21,7 @@ from offramp.export.segments import (
     require_float32,
     total_macs,
 )
-from offramp.models.exits import pool_tokens
+from offramp.models.exits import join_logits, pool_tokens
 from offramp.models.families.family import Context
 from offramp.models.forecasts import path_columns
 from offramp.models.macs import (
@@ -98,10 +98,7 @@ class SegmentExit(nn.Module):
         hidden [batch, seq, hidden]; before [batch, classes]: logits of the exit before, or None.
         """
         pooled = pool_tokens(hidden, context, self.norm, self.attention, self.pooler)  # type: ignore[arg-type]
-        logits = self.exit(pooled)
-        if self.decay is not None and before is not None:
-            logits = logits + self.decay * before
-        return pooled, logits
+        return pooled, join_logits(self.exit(pooled), self.decay, before)
 
 
 class ClassifierSegment(nn.Module):

@@ -138,6 +138,19 @@ class Standardize(nn.Module):
         self.variance.lerp_(spread, weight)
 
 
+def join_logits(logits: Tensor, decay: Tensor | None, before: Tensor | None) -> Tensor:
+    """Join an exit's logits with those of the ensemble of all exits before it, each [batch, classes].
+
+    The result is logits + decay * before with one learned number an exit: as probabilities, the normalized
+    product of the exits' probabilities, each to a power (Zero Time Waste, arXiv 2106.05409, which learns a
+    number for each pair of exits). decay: None without an ensemble, before: None at the first exit; then the
+    logits are returned as they are.
+    """
+    if decay is None or before is None:
+        return logits
+    return logits + decay * before
+
+
 class Exit(nn.Module):
     """A classifier at the end of a segment, pooled [batch, hidden] -> logits [batch, classes].
 
@@ -172,17 +185,11 @@ class Exit(nn.Module):
         return self.classify(self.dropout(vector))  # type: ignore[no-any-return]
 
     def join(self, logits: Tensor, before: Tensor | None) -> Tensor:
-        """Join this exit's logits with those of the ensemble of all exits before it, each [batch, classes].
+        """Join this exit's logits with those of the exits before it in an ensemble; see join_logits.
 
-        The result is logits + decay * before with one learned number an exit: as probabilities, the
-        normalized product of the exits' probabilities, each to a power (Zero Time Waste, arXiv 2106.05409,
-        which learns a number for each pair of exits). No gradient flows into the exits before, so that an
-        exit learns what they leave over, as in boosting. before: None at the first exit. Without an ensemble
-        the logits are returned as they are.
+        No gradient flows into the exits before, so that an exit learns what they leave over, as in boosting.
         """
-        if self.decay is None or before is None:
-            return logits
-        return logits + self.decay * before.detach()
+        return join_logits(logits, self.decay, None if before is None else before.detach())
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
