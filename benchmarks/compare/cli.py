@@ -52,7 +52,7 @@ from offramp.training.recipes import RECIPES
 PLAIN_RULES = "max_probability,entropy,margin,patience"
 REFERENCE = "joint + max_probability"
 FINE_TUNED = "deebert"
-RECIPES_DEFAULT = "consistentee,deebert"
+RECIPES_DEFAULT = "offramp,deebert"
 
 
 @dataclass(frozen=True)
