@@ -181,11 +181,11 @@ def menus_of(name: str, settings: dict[str, LayerSelectionSettings], costs: dict
 
     name: the fine-tuned model; settings: by model. Menus of one configuration are left out.
     """
-    own = [key for key in costs if key.startswith(f"{name}, ")]
+    configurations = [key for key in costs if key.startswith(f"{name}, ")]
     full = f"{name}, full"
     menus = {
-        f"skips of {name}": (name, [key for key in own if ", exit " not in key]),
-        f"skips and exits of {name}": (name, own),
+        f"skips of {name}": (name, [key for key in configurations if ", exit " not in key]),
+        f"skips and exits of {name}": (name, configurations),
         TRAINED: (name, [full, *(key for key in costs if settings.get(key) is not None)]),
     }
     for other, s in settings.items():

@@ -101,12 +101,12 @@ def fit_tables(outcomes: Outcomes, fit: ForecastFit) -> list[ClusterTable]:
     inputs, _ = outcomes.without_change()  # [rows, variants, exits, inputs]
     tables = []
     for segment in range(outcomes.exits - 1):
-        here, wrong = inputs[:, :, segment], outcomes.path_errors(segment)
-        mean = here.reshape(-1, here.shape[-1]).mean(0)
-        spread = here.reshape(-1, here.shape[-1]).std(0) + 1e-6
+        exit_inputs, wrong = inputs[:, :, segment], outcomes.path_errors(segment)
+        mean = exit_inputs.reshape(-1, exit_inputs.shape[-1]).mean(0)
+        spread = exit_inputs.reshape(-1, exit_inputs.shape[-1]).std(0) + 1e-6
         centres, rates = [], []
         for now in range(len(outcomes.variants)):
-            points = ((here[:, now] - mean) / spread).astype(np.float64)
+            points = ((exit_inputs[:, now] - mean) / spread).astype(np.float64)
             centres.append(k_means(points, fit.clusters, fit.seed))
             nearest = _distances(points, centres[-1]).argmin(1)
             sizes = np.bincount(nearest, minlength=len(centres[-1]))[:, None]

@@ -80,8 +80,8 @@ class Outcomes:
         nodes = self.tree.straight[:, segment]  # [variants]
         ahead = self.tree.paths_from(nodes)  # [variants, variants, exits ahead]
         onward = np.where(ahead < 0, True, self.wrong[:, ahead])
-        here = self.wrong[:, nodes, None]  # [rows, variants, 1]
-        return np.concatenate([here, onward.reshape(*onward.shape[:2], -1)], axis=2).astype(np.float32)
+        exit_errors = self.wrong[:, nodes, None]  # [rows, variants, 1]
+        return np.concatenate([exit_errors, onward.reshape(*onward.shape[:2], -1)], axis=2).astype(np.float32)
 
     def errors_from(self, rows: Numbers, nodes: Numbers) -> Floats:
         """The errors of exiting and of every path onwards for rows after a walk [rows, paths].
@@ -90,8 +90,8 @@ class Outcomes:
         """
         ahead = self.tree.paths_from(nodes)  # [rows, variants, exits ahead]
         onward = np.where(ahead < 0, True, self.wrong[rows[:, None, None], ahead])
-        here = self.wrong[rows, nodes][:, None]
-        return np.concatenate([here, onward.reshape(len(rows), -1)], axis=1).astype(np.float32)
+        exit_errors = self.wrong[rows, nodes][:, None]
+        return np.concatenate([exit_errors, onward.reshape(len(rows), -1)], axis=1).astype(np.float32)
 
 
 @torch.no_grad()

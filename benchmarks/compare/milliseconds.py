@@ -161,9 +161,9 @@ def near_full_depth(
     """
     dev, test = (bundle_table(outputs, session, split) for split in ("dev", "test"))
     macs = outputs.exit_outputs("dev").costs
-    own = (outputs.rule,) if outputs.rule in SWEPT else ()
+    recipe_rules = (outputs.rule,) if outputs.rule in SWEPT else ()
     best: tuple[float, float, RuleSpec] | None = None
-    for rule in dict.fromkeys((*own, *rules)):
+    for rule in dict.fromkeys((*recipe_rules, *rules)):
         values = settings_to_try(rule, dev)
         specs = [RuleSpec(rule, dict(v) if not isinstance(v, float) else {SWEPT[rule]: v}) for v in values]
         exits = [*simulate_settings(rule, values, specs, dev), *(_exits(spec, dev) for spec in FREE)]

@@ -181,7 +181,7 @@ def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
     recipe: Any = load_recipe(model.recipe)
     if recipe.KIND != "classifier":
         raise BadSetting(f"--recipes: {model.recipe} trains language models, which are not compared")
-    own = parse_settings(recipe.SETTINGS, (*common.settings, *model.settings))
+    model_settings = parse_settings(recipe.SETTINGS, (*common.settings, *model.settings))
     if model.init is not None:
         if model.init == "none":
             return None
@@ -191,12 +191,14 @@ def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
         return None
     start: Any = load_recipe(recipe.STARTS_FROM)
     default = parse_settings(start.SETTINGS, common.settings)
-    names = [field.name for field in dataclasses.fields(JointSettings) if hasattr(own, field.name)]
+    names = [field.name for field in dataclasses.fields(JointSettings) if hasattr(model_settings, field.name)]
     names = [name for name in names if hasattr(default, name)]
     settings = tuple(
-        f"{name}={getattr(own, name)}" for name in names if getattr(own, name) != getattr(default, name)
+        f"{name}={getattr(model_settings, name)}"
+        for name in names
+        if getattr(model_settings, name) != getattr(default, name)
     )
-    parts = recipe.parts_of(own)
+    parts = recipe.parts_of(model_settings)
     other = start.parts_of(parse_settings(start.SETTINGS, (*common.settings, *settings)))
     known = common.named | {option.partition("=")[0] for option in model.options}
     words = {name: f"--{name}={getattr(parts, name)}" for name in ("pooling", "head")}

@@ -153,5 +153,5 @@ def path_charges(
 def walk_limits(manifest: Manifest) -> dict[str, float]:
     """The parameters of a bundle's own rule quee that limit its walks, so that other prices keep to them."""
     specs = [manifest.rule, *(point.rule for point in manifest.points)]
-    own = next((spec.parameters for spec in specs if spec.name == "quee"), {})
-    return {name: own[name] for name in LIMITS if name in own}
+    parameters = next((spec.parameters for spec in specs if spec.name == "quee"), {})
+    return {name: parameters[name] for name in LIMITS if name in parameters}

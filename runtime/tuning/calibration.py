@@ -110,8 +110,8 @@ def exit_quantiles(logits: Floats, exits: Ids, labels: Ids, coverage: float = CO
     """
     quantiles = []
     for index in range(logits.shape[1]):
-        here = exits == index
-        rows = here if here.sum() > FEW_ROWS else np.ones_like(here)
+        at_exit = exits == index
+        rows = at_exit if at_exit.sum() > FEW_ROWS else np.ones_like(at_exit)
         quantiles.append(conformal_quantile(logits[rows, index], labels[rows], coverage))
     return np.array(quantiles)
 
