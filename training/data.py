@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,26 +12,16 @@ from typing import Any, TextIO
 import datasets
 import numpy as np
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
-NO_LABEL = -1  # in public test sets
+from offramp.training.data_csv import NUMBER
+from offramp.training.data_files import LINES, NamedTable, read_tables
+from offramp.training.data_labels import NO_LABEL as NO_LABEL
+from offramp.training.data_labels import balanced_index as balanced_index
+from offramp.training.data_labels import number_labels, read_labels, tell_lacking
+from offramp.training.data_open import BadData as BadData
+from offramp.training.data_open import Columns as Columns
+from offramp.training.data_open import Table, Tell, form_of
 
-# A data set's tables by split, and the name of each in messages.
-Tables = tuple[dict[str, Any], dict[str, str]]
-
-
-class BadData(ValueError):
-    """Error for data that cannot be used; the message names the file, the row and the cure."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns that are read; text_b is optional, image is read if there is no text column."""
-
-    text: str = "text"
-    text_b: str = "text_b"
-    label: str = "label"
-    image: str = "image"
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split as plain lists; label is an index into the labels of the data.
+    """The rows of one split as plain lists; label is an index into the labels of the data, or NO_LABEL.
 
     images: set instead of texts, which are empty lists then; not decoded yet.
     """
@@ -60,6 +51,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether any row has a label."""
+        return bool((self.label != NO_LABEL).any())
+
     def take(self, index: np.ndarray) -> Rows:
         """The rows at `index`, in that order."""
         if self.images is not None:
@@ -70,11 +66,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: label names, and the splits of text or images among train, dev and test that exist."""
+    """A data set: label names, and the splits of text or images among train, dev and test that exist.
+
+    labels: empty if no split has any. left_out: of splits that exist and lack what is needed, the reason.
+    """
 
     name: str
     labels: tuple[str, ...]
     splits: dict[str, Rows]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_images(self) -> bool:
@@ -83,251 +83,185 @@ class Dataset:
 
     def split(self, name: str) -> Rows:
         """The rows of a split by its name; raises BadData that lists the existing ones."""
+        if name in self.left_out:
+            raise BadData(self.left_out[name])
         if name not in self.splits:
             raise BadData(f"{self.name} has no split {name!r}; it has: {', '.join(self.splits)}")
         return self.splits[name]
 
 
 def load_data(
-    source: str, columns: Columns | None = None, *, dev_share: float = 0.1, messages: TextIO | None = None
+    source: str,
+    columns: Columns | None = None,
+    *,
+    labels_needed: bool = True,
+    dev_share: float = 0.1,
+    messages: TextIO | None = None,
 ) -> Dataset:
-    """Read a labelled data set of text or images from a file, a folder or the hub, and check every row.
+    """Read a data set of text or images from a file, a folder or the hub, and check every row.
 
-    source: a file (JSON lines, CSV, parquet), a folder of split files or of images, or a hub name ("name" or
-    "name:configuration"). Rows are images if there is an image column and no text column: the struct of bytes
-    and path that `datasets` writes, or paths relative to the file's folder. A folder of images holds one
-    folder for each label, or folders train, dev and test with such folders. Images are decoded later.
+    source: a file (JSON lines, CSV, parquet, lines of text), a folder of split files or of images, or a hub
+    name ("name" or "name:configuration"). Rows are images if there is an image column and no text column: the
+    struct of bytes and path that `datasets` writes, or paths relative to the file's folder. A folder of
+    images holds one folder for each label, or folders train, dev and test with such folders. Images are
+    decoded later.
 
-    Labels may be integers from 0 or strings. Without a dev split, `dev_share` of train is set aside with a
-    fixed seed, and a line in `messages` (None: stderr) reports it. Raises BadData naming file and row.
+    Labels may be names, booleans or integers; integers that do not run from 0 are numbered in ascending
+    order. A split has no labels if it has no such column, or -1 or nothing in all rows. labels_needed: such
+    splits are left out, and in others every row needs a label; if false, rows without a label have NO_LABEL.
+
+    Without a dev split, `dev_share` of train is set aside with a fixed seed. This, and all that is read
+    otherwise than it stands in the file, is reported in `messages` (None: stderr), a line each. Raises
+    BadData naming file and row; rows are counted without header and blank lines.
     """
     columns = columns or Columns()
-    tables, names = _read(Path(source), source, columns)
-    labels = _label_names(tables, names, columns)
+    tell = _tell_to(messages)
+    tables = read_tables(source, columns, tell)
+    _check_columns(tables, columns, labels_needed=labels_needed)
+    label_columns = {
+        split: read_labels(table, name, columns.label, tell)
+        for split, (table, name) in tables.items()
+        if columns.label in table.column_names
+    }
+    names, numbers = number_labels(source, label_columns, tell, needed=labels_needed)
     splits: dict[str, Rows] = {}
-    for split, table in tables.items():
-        rows = _check_rows(table, names[split], columns, labels)
-        if rows is not None:
-            splits[split] = rows
-    if "train" in splits and "dev" not in splits:
-        order = np.random.default_rng(0).permutation(len(splits["train"]))
-        count = max(1, round(dev_share * len(order)))
-        train = splits.pop("train")
-        splits = {
-            "train": train.take(np.sort(order[count:])),
-            "dev": train.take(np.sort(order[:count])),
-            **splits,
-        }
-        print(
-            f"{source}: no dev split; set {count} of {len(order)} train rows aside (seed 0)",
-            file=messages or sys.stderr,
-        )
-    return Dataset(source, labels, splits)
+    left_out: dict[str, str] = {}
+    for split, (table, name) in tables.items():
+        labels = numbers.get(split, np.full(len(table), NO_LABEL, np.int64))
+        if labels_needed and (labels == NO_LABEL).all():
+            left_out[split] = _no_labels(table, name, columns)
+            tell(f"{left_out[split]}; the split is left out")
+        else:
+            splits[split] = _check_rows(table, name, columns, labels)
+    if len({rows.text_b is None for rows in splits.values()}) > 1:
+        lacking = next(split for split, rows in splits.items() if rows.text_b is None)
+        tell(f"{source}: {lacking} has no column {columns.text_b!r}, and another split has it")
+    if not splits:
+        raise BadData(next(iter(left_out.values())))
+    if "train" in splits:
+        train = splits["train"]
+        if "dev" not in splits:
+            splits = _set_dev_aside(source, splits, dev_share, tell)
+        if labels_needed and (train.label == train.label[0]).all():
+            raise BadData(
+                f"{tables['train'][1]}: every row has the label {names[train.label[0]]!r}; a classifier "
+                "needs rows of two labels at least"
+            )
+    tell_lacking(source, names, {split: rows.label for split, rows in splits.items()}, tell)
+    return Dataset(source, names, splits, left_out)
 
 
-def read_splits(source: str) -> dict[str, tuple[Any, str]]:
+def read_splits(source: str, *, messages: TextIO | None = None) -> dict[str, NamedTable]:
     """Read a data set with any columns; gives by split its table and its name for messages.
 
-    source: as in load_data. Raises BadData naming the file.
+    source, messages: as in load_data. Raises BadData naming the file.
     """
-    tables, names = _read(Path(source), source, Columns())
-    return {split: (table, names[split]) for split, table in tables.items()}
+    return read_tables(source, Columns(), _tell_to(messages))
 
 
-def _read(path: Path, source: str, columns: Columns) -> Tables:
-    datasets.disable_progress_bars()
-    if path.is_file():
-        return _read_files({"train": path})
-    if path.is_dir():
-        files = _split_files(path)
-        return _read_files(files) if files else _read_class_folders(path, columns)
-    return _read_hub(source)
+def _tell_to(messages: TextIO | None) -> Tell:
+    def tell(line: str) -> None:
+        print(line, file=messages or sys.stderr)
+
+    return tell
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    split_files = {}
-    for split, aliases in SPLIT_NAMES.items():
-        files = [
-            folder / (alias + suffix)
-            for alias in aliases
-            for suffix in BUILDERS
-            if (folder / (alias + suffix)).is_file()
-        ]
-        if len(files) > 1:
-            raise BadData(f"{folder}: {files[0].name} and {files[1].name} are both a {split} split; keep one")
-        if files:
-            split_files[split] = files[0]
-    return split_files
-
-
-def _read_class_folders(folder: Path, columns: Columns) -> Tables:
-    """Tables of image paths from folders named by class, in train, dev and test or directly in `folder`.
-
-    Paths are absolute.
-    """
-    split_folders = {
-        split: folder / alias
-        for split, aliases in SPLIT_NAMES.items()
-        for alias in aliases
-        if (folder / alias).is_dir()
-    }
-    tables, names = {}, {}
-    for split, split_folder in (split_folders or {"train": folder}).items():
-        classes = sorted(entry for entry in split_folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-        files = [
-            file.absolute() for entry in classes for file in sorted(entry.iterdir()) if file.name[0] != "."
-        ]
-        if not files:
-            raise BadData(
-                f"{split_folder}: neither a train/dev/test file ({', '.join(BUILDERS)}) nor a folder of "
-                "images for each label"
-            )
-        values = {columns.image: [str(file) for file in files], columns.label: [f.parent.name for f in files]}
-        tables[split], names[split] = datasets.Dataset.from_dict(values), str(split_folder)
-    return tables, names
-
-
-def _read_files(files: dict[str, Path]) -> Tables:
-    tables, names = {}, {}
-    for split, file in files.items():
-        builder = BUILDERS.get(file.suffix)
-        if builder is None:
-            raise BadData(f"{file}: unknown kind of file; known: {', '.join(BUILDERS)}")
-        if file.stat().st_size == 0:
-            raise BadData(f"{file}: the file is empty; it needs rows with a text and a label")
-        extra = {"sep": "\t"} if file.suffix == ".tsv" else {}
-        try:
-            tables[split] = datasets.load_dataset(builder, data_files=str(file), split="train", **extra)
-        except Exception as problem:  # datasets wraps any error of its readers
-            reason = f"cannot be read: {_root_cause(problem)}"
-            raise BadData(f"{file}{_bad_json_line(file)}: {reason}") from problem
-        names[split] = str(file)
-    return tables, names
-
-
-def _bad_json_line(file: Path) -> str:
-    """The text ", row N" for the first line of a JSON lines file that is not JSON, else "".
-
-    The reader's own error does not contain it.
-    """
-    if BUILDERS[file.suffix] != "json":
-        return ""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line)
-            except ValueError:
-                return f", row {number}"
-    return ""
-
-
-def _root_cause(problem: BaseException) -> str:
-    while problem.__cause__ is not None:
-        problem = problem.__cause__
-    return f"{type(problem).__name__}: {problem}".splitlines()[0]
-
-
-def _read_hub(source: str) -> Tables:
-    name, _, configuration = source.partition(":")
-    try:
-        hub_splits = datasets.load_dataset(name, configuration or None)
-    except Exception as problem:
-        raise BadData(
-            f"{source}: neither a file nor a folder here, and the hub did not give it: {_root_cause(problem)}"
-        ) from problem
-    tables = {
-        split: hub_splits[alias]
-        for split, aliases in SPLIT_NAMES.items()
-        for alias in aliases
-        if alias in hub_splits
-    }
-    return tables, {split: f"{source}[{split}]" for split in tables}
-
-
-def _label_names(tables: dict[str, Any], names: dict[str, str], columns: Columns) -> tuple[str, ...]:
-    split = "train" if "train" in tables else next(iter(tables))
-    table = tables[split]
-    for column in (_input_column(table, columns), columns.label):
+def _check_columns(tables: Mapping[str, NamedTable], columns: Columns, *, labels_needed: bool) -> None:
+    """Raise BadData for a split without rows, inputs, or the column of labels where train or dev need it."""
+    first = "train" if "train" in tables else next(iter(tables))
+    table, name = tables[first]
+    column = _input_column(table, columns)
+    if column not in table.column_names:
+        raise BadData(_no_column(table, name, column) + _header_hint(table, columns))
+    for split, (table, name) in tables.items():
         if column not in table.column_names:
-            existing = ", ".join(table.column_names)
-            raise BadData(
-                f"{names[split]}: no column {column!r}; it has: {existing}; "
-                "name yours with --text-column, --image-column, --label-column"
-            )
-    feature = table.features[columns.label]
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    values = [
-        value
-        for other in tables.values()
-        if columns.label in other.column_names
-        for value in other[columns.label]
-    ]
-    if all(isinstance(value, str) for value in values):
-        return tuple(sorted(set(table[columns.label])))
-    integers = sorted({value for value in values if isinstance(value, int) and value >= 0})
-    if integers != list(range(len(integers))):
-        raise BadData(f"{names[split]}: integer labels must run from 0 without a gap, found {integers[:10]}")
-    label_texts = {}
-    if "label_text" in table.column_names:
-        label_texts = dict(zip(table[columns.label], table["label_text"], strict=True))
-    return tuple(str(label_texts.get(value, value)) for value in integers)
+            raise BadData(f"{name}: it has not the columns of the other splits, but {table.column_names}")
+        if len(table) == 0:
+            raise BadData(f"{name}: no rows; a split needs some")
+        needed = split == first or (split == "dev" and form_of(Path(name)) != LINES)
+        if labels_needed and needed and columns.label not in table.column_names:
+            raise BadData(_no_labels(table, name, columns))
 
 
-def _check_rows(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
-    """The checked rows of one split, or None for a split without labels."""
-    if columns.label not in table.column_names or _input_column(table, columns) not in table.column_names:
-        raise BadData(f"{name}: it has not the columns of the other splits, but {table.column_names}")
+def _no_column(table: Table, name: str, column: str) -> str:
+    return (
+        f"{name}: no column {column!r}; it has: {', '.join(table.column_names)}; "
+        "name yours with --text-column, --image-column, --label-column"
+    )
+
+
+def _header_hint(table: Table, columns: Columns) -> str:
+    """A hint that a file has no header, if names of its columns look like cells."""
+    names = table.column_names
+    if not any(NUMBER.fullmatch(name) or len(name.split()) > 3 for name in names):
+        return ""
+    return f"; if its first row is no header, put one above it, such as {columns.text},{columns.label}"
+
+
+def _no_labels(table: Table, name: str, columns: Columns) -> str:
+    """Why a split has no labels, and what to do."""
+    if columns.label in table.column_names:
+        return f"{name}: no row has a label in column {columns.label!r}"
+    if form_of(Path(name)) == LINES:
+        return (
+            f"{name}: lines of text without labels; needed here: a column {columns.label!r}, as in CSV or "
+            "JSON lines"
+        )
+    if Path(name).is_dir():
+        return f"{name}: images without labels; needed here: a folder of images for each label"
+    return _no_column(table, name, columns.label)
+
+
+def _set_dev_aside(source: str, splits: dict[str, Rows], share: float, tell: Tell) -> dict[str, Rows]:
+    """The splits with a part of train as dev, chosen by seed 0."""
+    train, others = splits["train"], {name: rows for name, rows in splits.items() if name != "train"}
+    order = np.random.default_rng(0).permutation(len(train))
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise BadData(
+            f"{source}: too few train rows ({len(order)}) to set some aside as dev; add rows or a dev split"
+        )
+    tell(f"{source}: no dev split; set {count} of {len(order)} train rows aside (seed 0)")
+    return {
+        "train": train.take(np.sort(order[count:])),
+        "dev": train.take(np.sort(order[:count])),
+        **others,
+    }
+
+
+def _check_rows(table: Table, name: str, columns: Columns, labels: np.ndarray) -> Rows:
+    """The checked rows of one split with these labels [rows]."""
     if _input_column(table, columns) == columns.image:
-        return _check_images(table, name, columns, labels)
-    text, label = table[columns.text], table[columns.label]
-    text_b = table[columns.text_b] if columns.text_b in table.column_names else None
-    if len(text) == 0:
-        raise BadData(f"{name}: no rows")
-    if all(value == NO_LABEL for value in label):
-        return None
+        return Rows([], None, labels, _check_images(table, name, columns))
+    text, text_b = list(table[columns.text]), None
+    if columns.text_b in table.column_names:
+        text_b = list(table[columns.text_b])
     for row, value in enumerate(text, 1):
+        place = f"{name}, row {row}: column"
         if not isinstance(value, str) or not value.strip():
-            raise BadData(
-                f"{name}, row {row}: column {columns.text!r} must be a non-empty text, found {value!r}"
-            )
+            raise BadData(f"{place} {columns.text!r} must be a non-empty text, found {value!r:.60}")
         if text_b is not None and not isinstance(text_b[row - 1], str):
-            raise BadData(
-                f"{name}, row {row}: column {columns.text_b!r} must be a text, found {text_b[row - 1]!r}"
-            )
-    numbers = _label_numbers(label, name, labels)
-    return Rows(list(text), None if text_b is None else list(text_b), numbers)
+            raise BadData(f"{place} {columns.text_b!r} must be a text, found {text_b[row - 1]!r:.60}")
+        for part in (value,) if text_b is None else (value, text_b[row - 1]):
+            if not part.isascii() and SURROGATE.search(part):
+                raise BadData(
+                    f"{name}, row {row}: half of a surrogate pair in {part!r:.60}: not Unicode text"
+                )
+    return Rows(text, text_b, labels)
 
 
-def _label_numbers(values: Any, name: str, labels: tuple[str, ...]) -> np.ndarray:
-    """Label numbers [rows] from numbers or names."""
-    indices = {value: i for i, value in enumerate(labels)}
-    numbers = np.zeros(len(values), np.int64)
-    for row, value in enumerate(values, 1):
-        number = indices.get(value, -1) if isinstance(value, str) else value
-        if not isinstance(number, int) or not 0 <= number < len(labels):
-            raise BadData(f"{name}, row {row}: label {value!r} is not one of {list(labels)[:20]}")
-        numbers[row - 1] = number
-    return numbers
-
-
-def _input_column(table: Any, columns: Columns) -> str:
+def _input_column(table: Table, columns: Columns) -> str:
     """The name of the input column: the text column, or the image column if only that exists."""
     images = columns.text not in table.column_names and columns.image in table.column_names
     return columns.image if images else columns.text
 
 
-def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ...]) -> Rows | None:
-    """The checked rows of one split of images, as bytes or paths; None for a split without labels."""
-    label = table[columns.label]
-    if len(label) == 0:
-        raise BadData(f"{name}: no rows")
-    if all(value == NO_LABEL for value in label):
-        return None
-    if isinstance(table.features[columns.image], datasets.Image):
+def _check_images(table: Any, name: str, columns: Columns) -> ImageFiles:
+    """The checked images of one split, as bytes or paths."""
+    if isinstance(table.features.get(columns.image), datasets.Image):
         table = table.cast_column(columns.image, datasets.Image(decode=False))
     files: list[bytes | Path] = []
-    places = [f"{name}, row {row}" for row in range(1, len(label) + 1)]
+    places = [f"{name}, row {row}" for row in range(1, len(table) + 1)]
     for place, value in zip(places, table[columns.image], strict=True):
         image = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
         if not isinstance(image, (bytes, str)) or not image:
@@ -336,4 +270,4 @@ def _check_images(table: Any, name: str, columns: Columns, labels: tuple[str, ..
                 f"found {value!r:.60}"
             )
         files.append(image if isinstance(image, bytes) else Path(name).parent / image)
-    return Rows([], None, _label_numbers(label, name, labels), ImageFiles(files, places))
+    return ImageFiles(files, places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,16 +64,41 @@ def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> 
     return LabelledRows(file.name, tuple(items), np.array(labels, np.int64))
 
 
+def read_perhaps_labelled(
+    file: Path, names: Sequence[str], *, images: bool = False
+) -> tuple[LabelledRows, bool]:
+    """Read rows with labels (see read_labelled) or without any, also from plain lines.
+
+    Gives whether they have labels, too; without, all numbers are -1.
+    """
+    if file.is_dir() or _has_labels(file):
+        return read_labelled(file, names, images=images), True
+    items, _, _ = read_rows(file, names, sys.maxsize, images=images)
+    return LabelledRows(file.name, tuple(items), np.full(len(items), -1)), False
+
+
+def _has_labels(file: Path) -> bool:
+    """Whether any line is a JSON object with "label"; False for a file that cannot be read."""
+    try:
+        with file.open("rb") as lines:
+            return any(b'"label"' in line and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" for line in lines)
+    except OSError:
+        return False
+
+
 def label_number(value: object, names: Sequence[str], place: str) -> int:
     """The number of a label that is given by name or number; raises BadInput naming the place otherwise."""
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+    # A number may be a name: labels from 1 to 5 are named so.
+    name = str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, (str, int)) and name in names:
+        return names.index(name)
+    numbered = not all(known.lstrip("-").isdigit() for known in names)
+    if numbered and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return value
     if value is None:
         raise BadInput(f'{place}: no "label"; every row needs one')
-    known = ", ".join(names[:20])
-    raise BadInput(f"{place}: label {value!r:.40} is not one of: {known} (or a number below {len(names)})")
+    known = ", ".join(names[:20]) + (f" (or a number below {len(names)})" if numbered else "")
+    raise BadInput(f"{place}: label {value!r:.40} is not one of: {known}")
 
 
 def read_rows(

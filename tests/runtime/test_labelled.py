@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offramp.runtime.errors import BadInput
-from offramp.runtime.tuning.labelled import read_labelled, read_rows
+from offramp.runtime.tuning.labelled import label_number, read_labelled, read_rows
 
 NAMES = ("negative", "positive")
 
@@ -126,3 +126,11 @@ def test_files_without_usable_rows(tmp_path: Path) -> None:
             read_rows(path, NAMES, 9)
     with pytest.raises(BadInput, match="--data"):
         read_rows(tmp_path / "none", NAMES, 9)
+
+
+def test_names_that_are_numbers_are_never_taken_for_places(tmp_path: Path) -> None:
+    names = ("1", "2", "3")
+    assert [label_number(value, names, "here") for value in (1, "2", 3)] == [0, 1, 2]
+    with pytest.raises(BadInput, match=r"label 0 is not one of: 1, 2, 3$"):
+        label_number(0, names, "here")
+    assert label_number(True, ("false", "true"), "here") == 1

@@ -73,7 +73,7 @@ def test_pairs_reach_the_tokenizer_with_types(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([{"text": "a", "label": 0}, {"text": "", "label": 1}], r"row 2.*non-empty"),
-        ([{"text": "a", "label": 0}, {"text": "b", "label": 7}], r"from 0 without a gap"),
+        ([{"text": "a", "label": 0}, {"text": "b"}], r"row 2: no label"),
         ([{"txt": "a", "label": 0}], r"no column 'text'.*--text-column"),
         ([{"text": "a", "label": 0}, {"text": None, "label": 1}], r"row 2"),
     ],
