@@ -87,6 +87,7 @@ class SegmentExit(nn.Module):
         exit_head = network.exits[exit_index]
         self.norm, self.pooler = network.norm, network.pooler
         self.attention = exit_head.attention
+        self.own_pool = exit_head.own_pool
         self.exit = exit_head.folded()  # type: ignore[operator]
         self.decay: torch.Tensor | None = None if exit_index == 0 else exit_head.decay  # type: ignore[assignment]
 
@@ -97,7 +98,8 @@ class SegmentExit(nn.Module):
 
         hidden [batch, seq, hidden]; before [batch, classes]: logits of the exit before, or None.
         """
-        pooled = pool_tokens(hidden, context, self.norm, self.attention, self.pooler)  # type: ignore[arg-type]
+        parts = self.attention, self.pooler, self.own_pool
+        pooled = pool_tokens(hidden, context, self.norm, *parts)  # type: ignore[arg-type]
         return pooled, join_logits(self.exit(pooled), self.decay, before)
 
 
@@ -126,7 +128,8 @@ class ClassifierSegment(nn.Module):
         self.family = network.family
         self.reads = tuple(reads)
         self.last = last
-        self.blocks = nn.ModuleList(network.blocks[block] for block in blocks)
+        fold = network.family.folded
+        self.blocks = nn.ModuleList(fold(network.blocks[block]) for block in blocks)
         first = 0 if blocks.start == 0 else network.spec.exits.index(blocks.start) + 1
         numbers = range(first, exit_index + 1) if network.spec.ensemble else (exit_index,)
         self.heads = nn.ModuleDict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -134,7 +135,8 @@ def main(**values: Any) -> None:
 
     before = {path: identity_of(path) for path in options.targets}
     try:
-        if _is_language_model(options.checkpoint):
+        if _is_model_folder(options.checkpoint):
+            _refuse_encoder(options.checkpoint)
             _split_decoder(options)
         else:
             _split_classifier(options)
@@ -145,9 +147,24 @@ def main(**values: Any) -> None:
         sys.exit(130)
 
 
-def _is_language_model(folder: Path) -> bool:
+def _is_model_folder(folder: Path) -> bool:
     """Whether a folder holds a model that transformers saved."""
     return (folder / "config.json").is_file() and not (folder / "network.json").exists()
+
+
+def _refuse_encoder(folder: Path) -> None:
+    """Raise UserError for a folder of an encoder, which has no exits yet; a causal language model passes."""
+    from offramp.models.families import FAMILIES
+
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        return  # the decoder's loader names what is wrong
+    if kind in FAMILIES:
+        raise UserError(
+            f"{folder} holds a {kind} model without exits; add them first: "
+            f"ee-train --model {folder} --data YOUR_DATA --out ckpt/, then split ckpt/"
+        )
 
 
 def _split_classifier(options: SplitOptions) -> None:

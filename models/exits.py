@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offramp.models.families.family import READS
+
 POOLINGS = ("mean", "cls", "attention")
 HEADS = ("linear", "mlp")
 DECAY = 0.5  # of an ensemble, at the start
@@ -45,18 +47,53 @@ def pool_tokens(
     norm: nn.Module | None,
     attention: AttentionPool | None,
     pooler: Pooler | None,
+    own_pool: OwnPool | None = None,
 ) -> Tensor:
     """Pool hidden [batch, seq, hidden] into [batch, hidden] as an exit reads it.
 
     context: that of the stem. norm: applied to each token first. attention: the exit's own pooling, or None.
-    pooler: applied to the pooled vector, or None.
+    pooler: applied to the pooled vector, or None. own_pool: that of a model's own head, which replaces all.
     """
+    if own_pool is not None:
+        own: Tensor = own_pool(hidden, context.get("mask"), norm)
+        return own
     if attention is None:
         vector = pool(hidden, context.get("pool"), norm)
     else:
         vector = attention(hidden if norm is None else norm(hidden), context.get("pool"))
     pooled: Tensor = vector if pooler is None else pooler(vector)
     return pooled
+
+
+class OwnPool(nn.Module):
+    """The pooling before a model's own head, as transformers' classification model does it.
+
+    reads: a name in READS, see HeadLayout.
+    """
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        if reads not in READS:
+            raise ValueError(f"reads {reads!r}; choose one of {', '.join(READS)}")
+        self.reads = reads
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, norm: nn.Module | None) -> Tensor:
+        """Pool hidden [batch, seq, hidden] into [batch, hidden], or twice as wide for two vectors.
+
+        mask [batch, 1, 1, seq]: additive, None without padding. norm: applied to each token first.
+        """
+        if self.reads == "first":
+            return pool(hidden, None, norm)
+        normed = hidden if norm is None else norm(hidden)
+        if self.reads == "patches":
+            patches: Tensor = normed[:, 1:].mean(1)
+            return patches
+        if self.reads == "first_and_patches":
+            return torch.cat([normed[:, 0], normed[:, 1:].mean(1)], dim=1)
+        if mask is None:
+            return normed.mean(1)
+        weights = mask.squeeze(1).softmax(-1)  # [batch, 1, seq], equal for all real tokens, 0 for others
+        return (weights @ normed).squeeze(1)
 
 
 class AttentionPool(nn.Module):
@@ -170,6 +207,7 @@ class Exit(nn.Module):
         ensemble: bool = False,
     ) -> None:
         super().__init__()
+        self.own_pool = None  # a model's own head has one
         self.attention = attention
         self.decay = nn.Parameter(torch.tensor(DECAY)) if ensemble else None
         self.standardize = Standardize(hidden_size)

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import nn
 
+from offramp.models.families.family import linear_weights
 from offramp.models.network import EarlyExitNetwork
+from offramp.models.own_head import OwnHead
 from offramp.models.precision import PRECISIONS
 
 
@@ -46,14 +48,9 @@ class RowMacs:
         return RowMacs(self.token + other.token, self.pair + other.pair, self.row + other.row)
 
 
-def linear_weights(module: nn.Module) -> int:
-    """The number of weights in all linear layers; each weight costs one multiply-accumulate a use."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
-
-
 def stem_macs(network: EarlyExitNetwork) -> RowMacs:
     """The multiply-accumulates of the stem: look-ups cost none, projections of embeddings or patches do."""
-    projection = getattr(network.backbone, "embeddings_project", None)
+    projection = network.family.projection(network.backbone)
     vision = network.family.vision
     row = 0
     if vision is not None:  # all rows have one length, and the first tokens are no patches
@@ -65,9 +62,11 @@ def stem_macs(network: EarlyExitNetwork) -> RowMacs:
 def block_macs(network: EarlyExitNetwork, block: int) -> RowMacs:
     """The multiply-accumulates of one block (0-based).
 
-    Its linear layers count once a token, attention's two products 2 * hidden for each pair of tokens.
+    In most families its linear layers count once a token, attention's two products 2 * hidden for each pair
+    of tokens.
     """
-    return RowMacs(token=linear_weights(network.blocks[block]), pair=2 * network.hidden_size)
+    family, module = network.family, network.blocks[block]
+    return RowMacs(token=family.token_macs(module), pair=family.pair_macs(module, network.hidden_size))
 
 
 def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
@@ -77,6 +76,8 @@ def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
     """
     exit = network.exits[exit_index]
     row, token = linear_weights(exit), 0
+    if isinstance(exit, OwnHead):
+        return RowMacs(token=0 if exit.own_pool.reads == "first" else network.hidden_size, row=row)
     if network.spec.pooling == "mean":
         token = network.hidden_size
     elif exit.attention is not None:
@@ -114,3 +115,15 @@ def bit_operations(macs: MacTerms, precision: str, tokens: float) -> float:
     bits = PRECISIONS[precision]
     in_blocks = macs.token * tokens * bits.weight_bits * bits.activation_bits
     return in_blocks + (macs.pair * tokens**2 + macs.row) * 32 * 32
+
+
+__all__ = [
+    "MacTerms",
+    "RowMacs",
+    "bit_operations",
+    "block_macs",
+    "exit_macs",
+    "linear_weights",
+    "segment_macs",
+    "stem_macs",
+]

@@ -23,6 +23,7 @@ from offramp.models.exits import (
 from offramp.models.families import Family, family_of
 from offramp.models.families.family import Context, additive_mask
 from offramp.models.forecasts import INPUTS, Forecast
+from offramp.models.own_head import OwnHead, empty_own_head
 from offramp.models.policies import KINDS
 from offramp.models.precision import PRECISIONS
 
@@ -57,6 +58,7 @@ class NetworkSpec:
     policies.
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
     forecast_inputs: what they read, a name in offramp.models.forecasts.INPUTS.
+    own_head: whether the last exit is the head that the user's model brought, see models.own_head.
     """
 
     labels: tuple[str, ...]
@@ -68,6 +70,7 @@ class NetworkSpec:
     head: str = "linear"
     ensemble: bool = False
     forecast_inputs: str = "statistics"
+    own_head: bool = False
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -125,11 +128,12 @@ class EarlyExitNetwork(nn.Module):
     """A transformers encoder of text or of images with exits and policies.
 
     backbone: the base model that AutoModel loads (its own pooler, if any, only initializes the shared one).
-    Raises UnsupportedFamily if there is no adapter for the backbone, ValueError if the last exit does not
-    follow its last block.
+    own_head: the last exit, if the specification says so; None: one whose weights are to be loaded. Raises
+    UnsupportedFamily if there is no adapter for the backbone, ValueError if the last exit does not follow its
+    last block.
     """
 
-    def __init__(self, backbone: PreTrainedModel, spec: NetworkSpec) -> None:
+    def __init__(self, backbone: PreTrainedModel, spec: NetworkSpec, own_head: OwnHead | None = None) -> None:
         super().__init__()
         self.family: Family = family_of(backbone.config.model_type)
         self.spec = spec
@@ -158,6 +162,8 @@ class EarlyExitNetwork(nn.Module):
             )
             for _ in spec.exits
         )
+        if spec.own_head:
+            self.exits[-1] = own_head or empty_own_head(config, spec.dropout)
         self.policies = nn.ModuleList()
         if spec.policy is not None:
             self.policies = KINDS[spec.policy].make(self.hidden_size, len(spec.exits) - 1)
@@ -216,9 +222,13 @@ class EarlyExitNetwork(nn.Module):
         return self.family.run_block(self.blocks[block], hidden, context)
 
     def pooled(self, exit_index: int, hidden: Tensor, context: Context) -> Tensor:
-        """Pool a block's hidden state into the vector [batch, hidden] that its exit and policy read."""
-        attention = self.exits[exit_index].attention
-        return pool_tokens(hidden, context, self.norm, attention, self.pooler)  # type: ignore[arg-type]
+        """Pool a block's hidden state into the vector [batch, hidden] that its exit and policy read.
+
+        A model's own head may read a wider one.
+        """
+        exit_head = self.exits[exit_index]
+        parts = exit_head.attention, self.pooler, exit_head.own_pool
+        return pool_tokens(hidden, context, self.norm, *parts)  # type: ignore[arg-type]
 
     def classify(self, exit_index: int, pooled: Tensor, before: Tensor | None = None) -> Tensor:
         """The logits [batch, classes] of one exit (0-based); pooled [batch, hidden].
@@ -283,7 +293,9 @@ class EarlyExitNetwork(nn.Module):
                 vector = self.pooled(len(pooled), for_exit, context)
                 pooled.append(vector)
                 logits.append(self.classify(len(pooled) - 1, vector, logits[-1] if logits else None))
-        all_pooled, all_logits = torch.stack(pooled, 1), torch.stack(logits, 1)
+        # An own head may read more than one vector: the first one is kept, since nothing reads the last.
+        all_pooled = torch.stack([vector[:, : self.hidden_size] for vector in pooled], 1)
+        all_logits = torch.stack(logits, 1)
         gate_logits = None
         if len(self.policies):
             policy_inputs = all_pooled.float(), all_logits.float()
@@ -329,15 +341,19 @@ def parse_exits(option: str | Sequence[int], blocks: int) -> tuple[int, ...]:
 
 
 def _config_size(config: PreTrainedConfig, name: str, usual_name: str) -> int:
-    """A size by optimum's name for it or, if optimum's table of the type lacks it, by the usual one."""
-    sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    """A size by optimum's name for it or, if optimum's table lacks the type or the size, by the usual one."""
+    try:
+        sizes = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:  # a type that optimum does not know
+        return int(getattr(config, usual_name))
     return int(getattr(sizes, name, None) or getattr(config, usual_name))
 
 
 def _shared_pooler(backbone: PreTrainedModel, hidden_size: int) -> Pooler:
     """The pooler of all exits, with the pretrained weights if the backbone has such a pooler."""
     pooler = Pooler(hidden_size)
-    pretrained = getattr(getattr(backbone, "pooler", None), "dense", None)
+    own = getattr(backbone, "pooler", None)
+    pretrained = getattr(own, "dense", own)  # ALBERT's is the linear layer itself
     if isinstance(pretrained, nn.Linear):
         pooler.dense.load_state_dict(pretrained.state_dict())
     return pooler

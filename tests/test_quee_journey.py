@@ -162,7 +162,7 @@ def test_variants_without_forecasts_are_refused(root: Path, tmp_path: Path) -> N
 
 def test_another_recipe_started_from_it_drops_its_forecasts(root: Path) -> None:
     for policy in (None, "statistics"):
-        checkpoint = load_initial_checkpoint(str(root / "ckpt"), ("0", "1"), policy, seed=0)
+        checkpoint = load_initial_checkpoint(str(root / "ckpt"), policy, seed=0)
         assert checkpoint.network.spec.forecast == () and len(checkpoint.network.forecasts) == 0
 
 

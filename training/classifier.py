@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import transformers
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
-from offramp.models.families import UnsupportedFamily, family_of
+from offramp.models.families import family_of
 from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, count_blocks, parse_exits
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
-from offramp.training.batches import encode_rows, parse_augment
+from offramp.training.batches import Encoded, encode_rows, parse_augment
 from offramp.training.checkpoint import (
     TOKENIZER,
     BadCheckpoint,
@@ -27,10 +26,12 @@ from offramp.training.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
-from offramp.training.data import Columns, load_data
+from offramp.training.collect import collect
+from offramp.training.data import NO_LABEL, Columns, balanced_index, load_data
 from offramp.training.loop import Run
 from offramp.training.options import BadModel, TrainConfig
 from offramp.training.recipes.base import ClassifierRecipe, Settings
+from offramp.training.user_model import UserModel, load_user_model, match_labels, without_labels
 
 # ImageNet's mean and standard deviation, for models without a preprocessor.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,11 +53,10 @@ class ClassifierTraining:
         except ValueError as problem:
             raise BadSetting(f"--augment {problem}") from problem
         columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
-        self.data = load_data(config.data, columns)
+        self.data = load_data(config.data, columns, labels_needed=recipe.NEEDS_LABELS)
         if not self.data.has_images and (self.augment or config.no_crop):
             raise BadSetting(f"--augment and --no-crop are for images, and {config.data} holds text")
-        if "train" not in self.data.splits:
-            raise BadSetting(f"{config.data} has no train split")
+        self.data.split("train")  # BadData if there is none
         self.row_counts = {name: len(rows) for name, rows in self.data.splits.items()}
         self.facts: dict[str, Any] = {}
 
@@ -68,16 +68,77 @@ class ClassifierTraining:
                 raise BadSetting("--image-size and --no-crop go with --model: a checkpoint has its own")
             if (config.pooling, config.head, config.ensemble) != (None, None, None):
                 raise BadSetting("--pooling, --head and --ensemble go with --model: a checkpoint has its own")
-            self.checkpoint = load_initial_checkpoint(
-                config.init, self.data.labels, parts.policy, config.seed
-            )
+            self.checkpoint = load_initial_checkpoint(config.init, parts.policy, config.seed)
+            matched, note = match_labels(self.data, self.checkpoint.network.spec.labels)
+            if matched is None:
+                raise BadCheckpoint(f"{config.init}: {note}")
+            self.data = matched
+            if note:
+                print(f"{config.init}: {note}", file=sys.stderr)
             file = self.checkpoint.tokenizer
             self.tokenizer_json = None if file is None else file.read_text("utf-8")
         else:
-            self.checkpoint, self.tokenizer_json = _new_checkpoint(config, self.data.labels, parts)
+            self.checkpoint, self.tokenizer_json = self._new_checkpoint(parts)
         if self.tokenizer_json is not None:
             self.checkpoint.tokenizer = config.partial / TOKENIZER
         return self.checkpoint.network
+
+    def _new_checkpoint(self, parts: ExitParts) -> tuple[Checkpoint, str | None]:
+        """A checkpoint with a new network on the user's model, and the tokenizer's JSON if it reads text."""
+        config = self.config
+        assert config.model is not None
+        user = self._with_matching_labels(load_user_model(config.model, config.seed))
+        network = new_network(
+            user,
+            self.data.labels,
+            exits=config.exits,
+            parts=dataclasses.replace(
+                parts,
+                pooling=config.pooling or parts.pooling,
+                head=config.head or parts.head,
+                ensemble=parts.ensemble if config.ensemble is None else config.ensemble,
+            ),
+            seed=config.seed,
+            image_size=config.image_size,
+        )
+        if network.family.vision is not None:
+            image = image_input(config.model, network, no_crop=config.no_crop)
+            return Checkpoint(network, image, None), None
+        tokenizer, text = load_tokenizer(config.model)
+        if (ids := tokenizer.get_vocab_size()) > network.vocab_size:
+            raise BadModel(
+                f"{config.model}: its tokenizer has {ids} ids, its embeddings {network.vocab_size}; take the "
+                "tokenizer that the model was trained with, or call resize_token_embeddings and save the "
+                "model"
+            )
+        longest = min(text.longest, network.longest, config.max_length)
+        text = TextFacts(config.prefix, text.pad_id, longest)
+        return Checkpoint(network, text, None), tokenizer.to_str()
+
+    def _with_matching_labels(self, user: UserModel) -> UserModel:
+        """The user's model, without its own head if the labels of the data are others than the head's.
+
+        The labels of the data are renumbered as the head numbers them. What is dropped is said on stderr.
+        """
+        if user.head is None:
+            if not self.data.labels:
+                raise BadSetting(
+                    f"{self.config.data} has no labels, and {user.name} has no trained head that would give "
+                    "them; give rows with a label, or a model saved as *ForSequenceClassification"
+                )
+            return user
+        matched, note = match_labels(self.data, user.labels)
+        if matched is not None:
+            self.data = matched
+            if note:
+                print(f"{user.name}: {note}", file=sys.stderr)
+            return user
+        if self.recipe.NEEDS_LABELS:
+            print(f"{user.name}: its own head is dropped, a new one is trained: {note}", file=sys.stderr)
+            return dataclasses.replace(user, head=None, labels=())
+        print(f"{user.name}: the labels of the data are not used: {note}", file=sys.stderr)
+        self.data = without_labels(self.data, user.labels)
+        return user
 
     def write_inputs(self) -> None:
         """Write tokenizer.json into the folder of the run, where all processes read it."""
@@ -88,8 +149,21 @@ class ClassifierTraining:
         """Encode the data and run the recipe's phases; gives its entries of training.json."""
         train = encode_rows(self.checkpoint, self.data.splits["train"], self.augment)
         dev = encode_rows(self.checkpoint, self.data.splits["dev"])
+        if self.config.balance:
+            train = self._balanced(train)
         skip_warm_start = self.config.init is not None
+        if run.network.spec.own_head and not skip_warm_start and (dev.label != NO_LABEL).all():
+            self.facts["user_model"] = _user_model_figures(run, dev)
         return self.recipe.train(run, train, dev, self.settings, skip_warm_start=skip_warm_start)
+
+    def _balanced(self, train: Encoded) -> Encoded:
+        """The training rows with those of rarer labels repeated; raises BadSetting without labels."""
+        if (train.label == NO_LABEL).any():
+            raise BadSetting(f"--balance needs a label at every training row of {self.config.data}")
+        index = balanced_index(train.label)
+        self.facts["balanced"] = {"rows": len(index)}
+        print(f"--balance: {len(train)} training rows become {len(index)}", file=sys.stderr)
+        return train.take(index)
 
     def write(self, folder: Path, training: dict[str, Any]) -> None:
         """Write the checkpoint into an empty folder."""
@@ -97,35 +171,19 @@ class ClassifierTraining:
         write_checkpoint(self.checkpoint, folder)
 
 
-def _new_checkpoint(
-    config: TrainConfig, labels: tuple[str, ...], parts: ExitParts
-) -> tuple[Checkpoint, str | None]:
-    """A checkpoint with a new network on a pretrained backbone, and the tokenizer's JSON if it reads text."""
-    assert config.model is not None
-    network = new_network(
-        config.model,
-        labels,
-        exits=config.exits,
-        parts=dataclasses.replace(
-            parts,
-            pooling=config.pooling or parts.pooling,
-            head=config.head or parts.head,
-            ensemble=parts.ensemble if config.ensemble is None else config.ensemble,
-        ),
-        seed=config.seed,
-        image_size=config.image_size,
-    )
-    if network.family.vision is not None:
-        image = image_input(config.model, network, no_crop=config.no_crop)
-        return Checkpoint(network, image, None), None
-    tokenizer, text = load_tokenizer(config.model)
-    longest = min(text.longest, network.longest, config.max_length)
-    text = TextFacts(config.prefix, text.pad_id, longest)
-    return Checkpoint(network, text, None), tokenizer.to_str()
+def _user_model_figures(run: Run[EarlyExitNetwork], dev: Encoded) -> dict[str, Any]:
+    """The accuracy on dev of the model as the user gave it, computed before anything is trained."""
+
+    def right() -> torch.Tensor:
+        collected = collect(run.network, dev, device=run.accelerator.device, description="user model")
+        return (collected.logits[:, -1].argmax(-1) == collected.labels).float()
+
+    share = run.compute_once("user_model_right", right)
+    return {"accuracy": 100 * float(share.mean()), "rows": len(share)}
 
 
 def new_network(
-    model: str,
+    user: UserModel,
     labels: tuple[str, ...],
     *,
     exits: str,
@@ -133,31 +191,19 @@ def new_network(
     seed: int,
     image_size: int | None = None,
 ) -> EarlyExitNetwork:
-    """A network with new exits and policies, of random weights by `seed`, on a pretrained backbone.
+    """A network with new exits and policies, of random weights by `seed`, on a user's model.
 
-    model: hub name or folder of the backbone. image_size: side of the images that the network will read; None
-    for the model's. Raises BadModel, BadSetting.
+    The user's own head, if there is one, is the last exit. image_size: side of the images that the network
+    will read; None for the model's. Raises BadSetting.
     """
-    transformers.utils.logging.set_verbosity_error()  # notes on unused heads would hide our messages
-    transformers.utils.logging.disable_progress_bar()
+    _resize(user.backbone, user.name, image_size)
     try:
-        config = AutoConfig.from_pretrained(model)
-        family_of(config.model_type)
-        torch.manual_seed(seed)
-        backbone = AutoModel.from_pretrained(model, dtype=torch.float32)
-    except UnsupportedFamily as problem:
-        raise BadModel(f"{model}: {problem}") from problem
-    except (OSError, ValueError) as problem:
-        raise BadModel(
-            f"{model}: neither a model folder here nor given by the hub: {str(problem).splitlines()[0]}"
-        ) from problem
-    _resize(backbone, model, image_size)
-    try:
-        spec = NetworkSpec(labels, parse_exits(exits, count_blocks(config)), **dataclasses.asdict(parts))
+        blocks = parse_exits(exits, count_blocks(user.backbone.config))
     except ValueError as problem:
         raise BadSetting(f"--exits {exits}: {problem}") from problem
+    spec = NetworkSpec(labels, blocks, **dataclasses.asdict(parts), own_head=user.head is not None)
     torch.manual_seed(seed)
-    return EarlyExitNetwork(backbone, spec)
+    return EarlyExitNetwork(user.backbone, spec, user.head)
 
 
 def _resize(backbone: PreTrainedModel, model: str, size: int | None) -> None:
@@ -173,20 +219,13 @@ def _resize(backbone: PreTrainedModel, model: str, size: int | None) -> None:
     vision.resize(backbone, size)
 
 
-def load_initial_checkpoint(
-    folder: str, labels: tuple[str, ...], policy: str | None, seed: int
-) -> Checkpoint:
+def load_initial_checkpoint(folder: str, policy: str | None, seed: int) -> Checkpoint:
     """Load a trained checkpoint to continue from, with policies of the given kind.
 
-    Policies of another kind are replaced by random ones (by `seed`). Raises BadCheckpoint if its labels
-    differ from the data's.
+    Policies of another kind are replaced by random ones (by `seed`). Raises BadCheckpoint.
     """
     checkpoint = load_checkpoint(folder)
     spec = checkpoint.network.spec
-    if spec.labels != labels:
-        raise BadCheckpoint(
-            f"{folder} was trained for the labels {list(spec.labels)}, the data has {list(labels)}"
-        )
     if policy != spec.policy:
         old = checkpoint.network.state_dict()
         torch.manual_seed(seed)

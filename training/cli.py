@@ -42,7 +42,20 @@ class TrainCliError(click.ClickException):
     help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images. "
     "For language models rows of text, or of prompt and completion, of which completions are learned.",
 )
-@click.option("--recipe", type=click.Choice(RECIPES), default="offramp", help="How to train.")
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    help="How to train.  [default: attach if --model holds a fine-tuned classifier, else offramp]",
+)
+@click.option(
+    "--unfreeze",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=2,
+    metavar="[EPOCHS]",
+    help="Recipe attach: train everything afterwards, for 2 epochs or as many as named; the exits get "
+    "better, and answers at full depth may change.",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -106,13 +119,20 @@ class TrainCliError(click.ClickException):
     default="none",
     help="Augmentation of training images: none, or some of flip (left to right), crop (moved by an eighth).",
 )
+@click.option(
+    "--balance",
+    is_flag=True,
+    help="Repeat training rows of rarer labels, so that all labels are equally frequent.",
+)
 @click.option("--save-every", default=120.0, help="Seconds between saved states.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in --out.")
 @click.option("--text-column", default="text", help="Column of the text.")
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
 @click.option("--label-column", default="label", help="Column of the label.")
 @click.option("--image-column", default="image", help="Column of the image, where there is no text.")
-def train(overwrite: bool, out: Path, **options: Any) -> None:
+def train(
+    overwrite: bool, out: Path, unfreeze: int | None, settings: tuple[str, ...], **options: Any
+) -> None:
     """Train a network with exits and write a checkpoint folder.
 
     Killed and started again with the same command, it resumes. Settings of the recipes: --set with a wrong
@@ -128,7 +148,8 @@ def train(overwrite: bool, out: Path, **options: Any) -> None:
         raise TrainCliError(f"{out} exists and is not a checkpoint; choose another --out")
     # With --overwrite the old checkpoint stays until the new one is complete.
     with _plain_errors():
-        training = run_training(TrainConfig(out=out, **options))
+        words = settings if unfreeze is None else (*settings, f"unfreeze={unfreeze}")
+        training = run_training(TrainConfig(out=out, settings=words, **options))
     click.echo(json.dumps({"checkpoint": str(out), **training.get("dev", {})}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.rules import RuleSpec
 from offramp.runtime.rules.sweep import ExitMacs, ExitTable, MeasuredPoint, choose_points, full_depth_point
 from offramp.training.batches import Encoded, sorted_batches
+from offramp.training.data import NO_LABEL
 from offramp.training.loop import Run
 
 
@@ -108,26 +110,40 @@ def oracle_point(table: ExitTable, costs: ExitMacs) -> MeasuredPoint:
     return costs.point(RuleSpec("oracle", {}), exits, table)
 
 
-def operating_points(run: Run[EarlyExitNetwork], dev: Encoded, rule: str) -> dict[str, Any]:
+def operating_points(
+    run: Run[EarlyExitNetwork], dev: Encoded, rule: str, *, agreement: bool = False
+) -> dict[str, Any]:
     """Choose operating points on dev; gives them and figures of the network on dev for training.json.
 
-    rule: the exit rule of the recipe, a name in offramp.runtime.rules.sweep.SWEPT.
+    rule: the exit rule of the recipe, a name in offramp.runtime.rules.sweep.SWEPT. agreement: choose by the
+    share of rows that answer as full depth does, for which dev needs no labels.
     """
     collected = collect(run.network, dev, device=run.accelerator.device, description="dev")
     table, costs = exit_table(collected), exit_costs(run.network, collected.lengths)
+    labelled = bool((table.labels != NO_LABEL).all())
+    figures: dict[str, Any] = {}
+    if labelled:
+        figures["exit_accuracy"] = _percent(table.right)
+        figures["full_depth"] = full_depth_point(table, costs).accuracy
+    name = "accuracy"
+    if agreement:
+        name, table = "agreement", dataclasses.replace(table, labels=table.logits[:, -1].argmax(-1))
+        figures["exit_agreement"] = _percent(table.right)
     points = choose_points(rule, table, costs)
     return {
         "rule": rule,
-        "dev": {
-            "exit_accuracy": [round(100 * float(accuracy), 2) for accuracy in table.right.mean(0)],
-            "full_depth": full_depth_point(table, costs).accuracy,
-            "rows": len(collected.labels),
-        },
-        "operating_points": [_point_as_json(name, point) for name, point in points.items()],
+        "dev": figures | {"rows": len(table.labels)},
+        "operating_points": [_point_as_json(key, point, name) for key, point in points.items()],
     }
 
 
-def _point_as_json(name: str, point: MeasuredPoint) -> dict[str, Any]:
+def _percent(right: np.ndarray) -> list[float]:
+    """The share of right rows at each exit, percent; right [rows, exits]."""
+    return [round(100 * float(share), 2) for share in right.mean(0)]
+
+
+def _point_as_json(name: str, point: MeasuredPoint, quality: str) -> dict[str, Any]:
+    """A point as training.json states it; quality: the name of the figure that it was chosen by."""
     parameters = {key: float(value) for key, value in point.rule.parameters.items()}
     return {
         "name": name,
@@ -135,5 +151,5 @@ def _point_as_json(name: str, point: MeasuredPoint) -> dict[str, Any]:
         "variant": "fp32",
         "data": "",
         "split": "dev",
-        "measured": point.figures(),
+        "measured": point.figures(quality),
     }

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from offramp.models.own_head import OWN_HEAD_LAYERS
 from offramp.training.batches import shuffled_batches
 from offramp.training.checkpoint import read_json, write_json
 
@@ -297,8 +298,13 @@ def _parameter_groups(trained: list[tuple[str, nn.Parameter]], phase: Phase) -> 
 
 
 def _part(name: str) -> str:
-    """The part of the network that a parameter belongs to: "exits", "policies" or, for all others, ""."""
-    top = name.partition(".")[0]
+    """The part of the network that a parameter belongs to: "exits", "policies" or, for all others, "".
+
+    A model's own head is pretrained as its backbone is, so it does not count as an exit.
+    """
+    top, _, below = name.partition(".")
+    if below.partition(".")[2].startswith(OWN_HEAD_LAYERS):
+        return ""
     return top if top in ("exits", "policies") else ""
 
 

@@ -21,13 +21,14 @@ class BadModel(ValueError):
 class TrainConfig:
     """The options of ee-train, as training.json holds them; ee-train --help describes each.
 
-    settings: NAME=VALUE words of --set. Raises BadSetting unless exactly one of model and init is set.
+    recipe: None for the default, which depends on the model. settings: NAME=VALUE words of --set. Raises
+    BadSetting unless exactly one of model and init is set.
     """
 
     model: str | None
     init: str | None
     data: str
-    recipe: str
+    recipe: str | None
     out: Path
     exits: str
     pooling: str | None
@@ -46,6 +47,7 @@ class TrainConfig:
     augment: str = "none"
     head: str | None = None
     ensemble: bool | None = None
+    balance: bool = False
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init is None):

@@ -27,7 +27,8 @@ from offramp.runtime.rules.sweep import (
 from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import load_checkpoint, write_json
 from offramp.training.collect import collect, exit_costs, exit_table, oracle_point, random_exit_accuracy
-from offramp.training.data import Columns, load_data
+from offramp.training.data import Columns
+from offramp.training.user_model import load_matching
 
 # Shares of the depth at which rules are compared at equal mean exit.
 SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
@@ -58,7 +59,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
     """
     checkpoint = load_checkpoint(config.checkpoint)
     columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
-    dataset = load_data(config.data, columns)
+    dataset = load_matching(config.data, columns, checkpoint.network.spec.labels)
     tables, costs = {}, {}
     for name in dict.fromkeys((config.calibration_split, config.split)):
         rows = encode_rows(checkpoint, dataset.split(name))
@@ -70,6 +71,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
         "data": Path(config.data).name,
         "split": config.split,
         "calibration_split": config.calibration_split,
+        "user_model": checkpoint.training.get("user_model"),
         **evaluation_figures(
             tables[config.calibration_split],
             tables[config.split],
@@ -165,6 +167,8 @@ def _print(figures: dict[str, Any], console: Console) -> None:
     for name in ("rule", "accuracy", "mean exit", "layers saved %", "MACs saved %", "random, same depths"):
         table.add_column(name, justify="left" if name == "rule" else "right")
     table.add_row("full depth", *_cells(figures["full_depth"]), "")
+    if figures["user_model"] is not None:
+        table.add_row("model as given, on dev", f"{figures['user_model']['accuracy']:.2f}", "", "", "", "")
     for rule, result in figures["chosen_on_dev"].items():
         table.add_row(rule, *_cells(result["test"]), f"{result['random_same_depth']:.2f}")
     for point in figures["operating_points"]:

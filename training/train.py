@@ -20,6 +20,7 @@ from offramp.training.decoder import DecoderTraining
 from offramp.training.loop import Run, best_precision
 from offramp.training.options import TrainConfig, parse_settings
 from offramp.training.recipes import load_recipe
+from offramp.training.user_model import has_own_head
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -59,12 +60,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Resumes from `out`.partial if it exists. Raises BadSetting, BadData, BadModel, BadCheckpoint.
     """
-    recipe = load_recipe(config.recipe)
+    name = config.recipe or default_recipe(config)
+    recipe = load_recipe(name)
     settings = parse_settings(recipe.SETTINGS, config.settings)
-    facts = {"recipe": config.recipe, "settings": dataclasses.asdict(settings)}
+    facts = {"recipe": name, "settings": dataclasses.asdict(settings)}
     if recipe.KIND == "classifier":
         return _train(config, ClassifierTraining(config, recipe, settings), facts)
     return _train(config, DecoderTraining(config, recipe, settings), facts)
+
+
+def default_recipe(config: TrainConfig) -> str:
+    """The recipe where the user names none: attach for a model with a trained head, else offramp."""
+    if config.model is None or not has_own_head(config.model):
+        return "offramp"
+    print(
+        f"{config.model} holds a fine-tuned classifier: recipe attach adds exits and keeps its answers; to "
+        "train everything anew say --recipe offramp",
+        file=sys.stderr,
+    )
+    return "attach"
 
 
 def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +97,7 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
         place = f"phase {run.position['phase'] + 1}, step {run.position['step']}"
         print(f"going on from {run.folder}: {place}", file=sys.stderr)
     results = training.run_recipe(run)
-    run.log(finished=config.recipe)  # the log exists even if every phase was skipped
+    run.log(finished=facts["recipe"])  # the log exists even if every phase was skipped
     facts |= {
         **training.facts,
         "command": config.as_json(),

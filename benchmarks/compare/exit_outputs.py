@@ -27,11 +27,12 @@ from offramp.runtime.rules.sweep import ExitMacs, ExitTable
 from offramp.training.batches import Encoded, encode_rows
 from offramp.training.checkpoint import NETWORK, WEIGHTS, Checkpoint, load_checkpoint
 from offramp.training.collect import collect, exit_costs, exit_table
-from offramp.training.data import Columns, load_data
+from offramp.training.data import Columns
 from offramp.training.options import parse_settings
 from offramp.training.outcomes import Outcomes, collect_outcomes
 from offramp.training.recipes.quee import QueeSettings
 from offramp.training.replay import WalkCosts, bit_costs
+from offramp.training.user_model import load_matching
 
 Floats = NDArray[np.float64]
 SPLITS = ("dev", "test")
@@ -152,7 +153,8 @@ def load_or_compute(file: Path, digest: str, compute: Callable[[], dict[str, Any
 
 def collect_outputs(folder: Path, data: str, splits: tuple[str, ...] = SPLITS) -> CheckpointOutputs:
     """Load a checkpoint and encode its evaluation rows; outputs are computed on first access."""
-    checkpoint, rows = load_checkpoint(folder), load_data(data, Columns())
+    checkpoint = load_checkpoint(folder)
+    rows = load_matching(data, Columns(), checkpoint.network.spec.labels)
     encoded = {split: encode_rows(checkpoint, rows.split(split)) for split in splits}
     weights = weights_digest(folder)
     digests = {}

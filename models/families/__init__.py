@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.models.families import bert, gpt2, llama, vit
+from offramp.models.families import albert, beit, bert, deberta, gpt2, llama, rotary, towers, vit
 from offramp.models.families.decoder import DecoderFamily
 from offramp.models.families.family import Family, UnsupportedFamily
 
@@ -10,12 +10,31 @@ from offramp.models.families.family import Family, UnsupportedFamily
 FAMILIES: dict[str, Family] = {
     "bert": bert.BERT,
     "electra": bert.ELECTRA,
+    "ernie": bert.BERT,
+    "megatron-bert": bert.MEGATRON,
     "roberta": bert.ROBERTA,
+    "camembert": bert.ROBERTA,
+    "data2vec-text": bert.ROBERTA,
+    "xlm-roberta": bert.ROBERTA,
+    "xlm-roberta-xl": bert.XLM_ROBERTA_XL,
+    "roberta-prelayernorm": bert.ROBERTA_PRENORM,
     "distilbert": bert.DISTILBERT,
     "mpnet": bert.MPNET,
+    "albert": albert.ALBERT,
+    "rembert": albert.REMBERT,
+    "deberta": deberta.DEBERTA,
+    "deberta-v2": deberta.DEBERTA_V2,
+    "modernbert": rotary.MODERNBERT,
+    "nomic_bert": rotary.NOMIC_BERT,
+    "eurobert": rotary.EUROBERT,
+    "jina_embeddings_v3": rotary.JINA,
     "vit": vit.VIT,
+    "vit_msn": vit.VIT,
     "deit": vit.DEIT,
-    "dinov2": vit.VIT,
+    "dinov2": vit.DINOV2,
+    "beit": beit.BEIT,
+    "siglip_vision_model": towers.SIGLIP,
+    "clip_vision_model": towers.CLIP,
 }
 
 DECODERS: dict[str, DecoderFamily] = {
@@ -37,7 +56,10 @@ def family_of(model_type: str) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(supported_families())
-        raise UnsupportedFamily(f"no adapter for model type {model_type!r}; supported families: {known}")
+        raise UnsupportedFamily(
+            f"no adapter for model type {model_type!r}; supported families: {known}; "
+            "docs/add-a-family.md shows how to add one"
+        )
     return family
 
 

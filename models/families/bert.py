@@ -1,14 +1,23 @@
-"""BERT and the text encoders built like it: ELECTRA, RoBERTa, DistilBERT, MPNet."""
+"""BERT and the text encoders built like it: ELECTRA, RoBERTa and its kin, DistilBERT, MPNet, Megatron."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.family import Context, Family, positions_after_padding
+from offramp.models.families.family import (
+    Context,
+    Family,
+    blocks_at,
+    head_on_first,
+    module_at,
+    positions_after_padding,
+    run_first_output,
+)
 
 
 class PositionBias(Protocol):
@@ -23,17 +32,6 @@ def _embeddings(backbone: nn.Module) -> nn.Module:
     return backbone.get_submodule("embeddings")
 
 
-def _blocks_at(path: str) -> Callable[[nn.Module], nn.ModuleList]:
-    """A function from a backbone to its blocks, which are the ModuleList at `path`."""
-
-    def blocks(backbone: nn.Module) -> nn.ModuleList:
-        layers = backbone.get_submodule(path)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    return blocks
-
-
 def _embed_ids(backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     hidden: Tensor = _embeddings(backbone)(input_ids=inputs["input_ids"])
     return hidden  # [batch, seq, hidden]
@@ -46,10 +44,13 @@ def _embed_typed(backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return hidden  # [batch, seq, hidden]
 
 
+def _electra_projection(backbone: nn.Module) -> nn.Module | None:
+    """The projection of embeddings, which exists only if embedding and hidden size differ."""
+    return getattr(backbone, "embeddings_project", None)
+
+
 def _embed_electra(backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    hidden = _embed_typed(backbone, inputs)  # [batch, seq, embedding]
-    # transformers has the projection only if embedding and hidden size differ.
-    projection = getattr(backbone, "embeddings_project", None)
+    hidden, projection = _embed_typed(backbone, inputs), _electra_projection(backbone)
     return hidden if projection is None else projection(hidden)
 
 
@@ -73,14 +74,39 @@ def _run_mpnet_block(block: nn.Module, hidden: Tensor, context: Context) -> Tens
     return output  # [batch, seq, hidden]
 
 
-_encoder_blocks = _blocks_at("encoder.layer")
+_encoder_blocks = blocks_at("encoder.layer")
+_roberta_head = head_on_first("classifier.dense", nn.Tanh(), "classifier.out_proj")
 
-BERT = Family(inputs=("input_ids", "token_type_ids"), embed=_embed_typed, blocks=_encoder_blocks)
-ELECTRA = Family(inputs=("input_ids", "token_type_ids"), embed=_embed_electra, blocks=_encoder_blocks)
-ROBERTA = Family(
-    inputs=("input_ids",), embed=_embed_roberta, blocks=_encoder_blocks, longest=positions_after_padding
+BERT = Family(
+    inputs=("input_ids", "token_type_ids"),
+    embed=_embed_typed,
+    blocks=_encoder_blocks,
+    head=head_on_first("backbone.pooler.dense", nn.Tanh(), "classifier"),
 )
-DISTILBERT = Family(inputs=("input_ids",), embed=_embed_ids, blocks=_blocks_at("transformer.layer"))
+ELECTRA = Family(
+    inputs=("input_ids", "token_type_ids"),
+    embed=_embed_electra,
+    blocks=_encoder_blocks,
+    projection=_electra_projection,
+    head=head_on_first("classifier.dense", nn.GELU(), "classifier.out_proj"),
+)
+ROBERTA = Family(
+    inputs=("input_ids",),
+    embed=_embed_roberta,
+    blocks=_encoder_blocks,
+    longest=positions_after_padding,
+    head=_roberta_head,
+)
+# Pre-norm blocks, and a norm after the last one, which is kept at different places.
+ROBERTA_PRENORM = replace(ROBERTA, exit_norm=module_at("LayerNorm"))
+XLM_ROBERTA_XL = replace(ROBERTA, exit_norm=module_at("encoder.LayerNorm"))
+MEGATRON = replace(BERT, run_block=run_first_output, exit_norm=module_at("encoder.ln"))
+DISTILBERT = Family(
+    inputs=("input_ids",),
+    embed=_embed_ids,
+    blocks=blocks_at("transformer.layer"),
+    head=head_on_first("pre_classifier", nn.ReLU(), "classifier"),
+)
 MPNET = Family(
     inputs=("input_ids",),
     embed=_embed_ids,
@@ -88,4 +114,5 @@ MPNET = Family(
     context=_mpnet_context,
     run_block=_run_mpnet_block,
     longest=positions_after_padding,
+    head=_roberta_head,
 )

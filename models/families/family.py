@@ -33,6 +33,17 @@ def run_masked_block(block: nn.Module, hidden: Tensor, context: Context) -> Tens
     return output  # [batch, seq, hidden]
 
 
+def run_first_output(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    """Run a block that returns a tuple, whose first entry is the hidden state."""
+    output: Tensor = block(hidden, context["mask"])[0]
+    return output  # [batch, seq, hidden]
+
+
+def same_block(block: nn.Module) -> nn.Module:
+    """The block itself, the form in which most families' blocks are exported."""
+    return block
+
+
 def all_positions(config: PreTrainedConfig) -> int:
     """The longest input in tokens of families whose position ids count from zero."""
     return int(config.max_position_embeddings)
@@ -49,6 +60,59 @@ def positions_after_padding(config: PreTrainedConfig) -> int:
 def no_exit_norm(backbone: nn.Module) -> nn.Module | None:
     """None, since a block of most text families already ends with a LayerNorm."""
     return None
+
+
+def no_projection(backbone: nn.Module) -> nn.Module | None:
+    """None, since embeddings of most families have the hidden size."""
+    return None
+
+
+def module_at(path: str) -> Callable[[nn.Module], nn.Module]:
+    """A function from a backbone to its module at `path`."""
+    return lambda backbone: backbone.get_submodule(path)
+
+
+def blocks_at(path: str) -> Callable[[nn.Module], nn.ModuleList]:
+    """A function from a backbone to its blocks, which are the ModuleList at `path`."""
+
+    def blocks(backbone: nn.Module) -> nn.ModuleList:
+        layers = backbone.get_submodule(path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    return blocks
+
+
+def linear_weights(module: nn.Module) -> int:
+    """The number of weights in all linear layers; each weight costs one multiply-accumulate a use."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def two_products(block: nn.Module, hidden_size: int) -> int:
+    """The multiply-accumulates of attention's two products for each pair of tokens."""
+    return 2 * hidden_size
+
+
+READS = ("first", "mean", "patches", "first_and_patches")
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """What the trained head of a family's classification model reads, and where that model keeps its layers.
+
+    reads: of the last block's normed output the "first" token, the "mean" of the tokens, the mean of all but
+    the first ("patches"), or the first followed by that mean ("first_and_patches"). layers: in order, paths
+    of modules of the model ("backbone." stands for the prefix of its backbone) and activations; dropout is
+    left out.
+    """
+
+    reads: str
+    layers: tuple[str | nn.Module, ...]
+
+
+def head_on_first(*layers: str | nn.Module) -> Callable[[PreTrainedConfig], HeadLayout]:
+    """The layout of a head of these layers on the first token, the same for all configurations."""
+    return lambda config: HeadLayout("first", layers)
 
 
 @dataclass(frozen=True)
@@ -72,11 +136,18 @@ class Family:
 
     inputs: names of the stem's inputs besides the attention_mask of text: integers [batch, seq] or, if
     `vision` is set, pixel_values [batch, channels, height, width]. embed: (backbone, inputs) -> hidden
-    [batch, seq, hidden]. blocks: backbone -> its blocks in order. context: (backbone, hidden) -> tensors that
-    every block reads, computed once. run_block: (block, hidden, context) -> hidden. longest: configuration ->
-    most tokens that the position embedding can number; for images the tokens of each. exit_norm: backbone ->
-    the norm applied to each token before an exit pools a block's output, or None. vision: the part for
-    images; None for families that read text.
+    [batch, seq, hidden]. blocks: backbone -> its blocks in order; a block whose weights are shared is listed
+    several times. context: (backbone, hidden) -> tensors that every block reads, computed once. run_block:
+    (block, hidden, context) -> hidden. folded: block -> the module that is exported in its place, with
+    constants for what weights alone determine; run_block runs it, too. longest: configuration -> most tokens
+    that the position embedding can number; for images the tokens of each. exit_norm: backbone -> the norm
+    applied to each token before an exit pools a block's output, or None. vision: the part for images; None
+    for families that read text. head: configuration -> the layout of the head in transformers'
+    classification model, None for a head with none; head is None if there is no such model.
+
+    For multiply-accumulates: projection: backbone -> the linear layer of the stem that widens embeddings to
+    the hidden size, or None. token_macs: block -> those for each token. pair_macs: (block, hidden size) ->
+    those for each pair of tokens.
     """
 
     inputs: tuple[str, ...]
@@ -84,9 +155,14 @@ class Family:
     blocks: Callable[[nn.Module], nn.ModuleList]
     context: Callable[[nn.Module, Tensor], Context] = no_context
     run_block: Callable[[nn.Module, Tensor, Context], Tensor] = run_masked_block
+    folded: Callable[[nn.Module], nn.Module] = same_block
     longest: Callable[[PreTrainedConfig], int] = all_positions
     exit_norm: Callable[[nn.Module], nn.Module | None] = no_exit_norm
     vision: Vision | None = None
+    head: Callable[[PreTrainedConfig], HeadLayout | None] | None = None
+    projection: Callable[[nn.Module], nn.Module | None] = no_projection
+    token_macs: Callable[[nn.Module], int] = linear_weights
+    pair_macs: Callable[[nn.Module, int], int] = two_products
 
 
 def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,5 +173,9 @@ def additive_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) ->
     float32 too. It and its sum with any score are finite in float16: a row of only -inf would make softmax
     NaN.
     """
-    keep = attention_mask[:, None, None, :].to(dtype)  # [batch, 1, 1, seq]
+    return additive(attention_mask[:, None, None, :].to(dtype))  # [batch, 1, 1, seq]
+
+
+def additive(keep: Tensor) -> Tensor:
+    """The additive form of a mask of 0 and 1 as floats, see additive_mask."""
     return (1.0 - keep) * (torch.finfo(torch.float16).min / 2)

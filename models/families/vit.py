@@ -1,15 +1,15 @@
-"""ViT, DeiT and DINOv2: patches with fixed positions, pre-norm blocks, one LayerNorm after the last."""
+"""ViT, DeiT, ViT-MSN, DINOv2: patches with fixed positions, pre-norm blocks, one LayerNorm after the last."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.family import Context, Family, Vision
+from offramp.models.families.family import Context, Family, HeadLayout, Vision, head_on_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -71,17 +71,20 @@ def _exit_norm(backbone: nn.Module) -> nn.Module:
     return backbone.get_submodule("layernorm")
 
 
-def _shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    height, width = _pair(config.image_size)
+def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a configuration is for."""
+    height, width = pair(config.image_size)
     return int(config.num_channels), height, width
 
 
-def _patch(config: PreTrainedConfig) -> tuple[int, int]:
-    return _pair(config.patch_size)
+def patch_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of a patch."""
+    return pair(config.patch_size)
 
 
-def _tokens(prefix: int, config: PreTrainedConfig) -> int:
-    (height, width), patch = _pair(config.image_size), _pair(config.patch_size)
+def image_tokens(prefix: int, config: PreTrainedConfig) -> int:
+    """The number of tokens of an image; prefix: tokens before the patches."""
+    (height, width), patch = pair(config.image_size), pair(config.patch_size)
     return prefix + (height // patch[0]) * (width // patch[1])
 
 
@@ -89,9 +92,9 @@ def _tokens(prefix: int, config: PreTrainedConfig) -> int:
 def _resize(prefix: int, backbone: nn.Module, size: int) -> None:
     """Interpolate position embeddings for square images of another size, bicubic, as transformers does."""
     embeddings, config = _embeddings(backbone), cast("PreTrainedModel", backbone).config
-    if _pair(config.image_size) == (size, size):
+    if pair(config.image_size) == (size, size):
         return
-    height, width = _patch(config)
+    height, width = patch_shape(config)
     patches = (size // height) * (size // width)
     hidden = torch.zeros(1, prefix + patches, config.hidden_size)
     positions = embeddings.interpolate_pos_encoding(hidden, size, size)  # [1, seq, hidden]
@@ -104,12 +107,16 @@ def _resize(prefix: int, backbone: nn.Module, size: int) -> None:
         embeddings.image_size = (size, size)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width by a configuration, which has one number for a square."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
 
-def _family(*learned: str) -> Family:
+_ONE_LAYER = head_on_first("classifier")
+
+
+def _family(*learned: str, head: Callable[[PreTrainedConfig], HeadLayout] = _ONE_LAYER) -> Family:
     """The adapter of one family; learned: attributes of the embeddings with tokens before the patches."""
     prefix = len(learned)
     return Family(
@@ -117,11 +124,18 @@ def _family(*learned: str) -> Family:
         embed=partial(_embed, learned),
         blocks=_blocks,
         run_block=_run_block,
-        longest=partial(_tokens, prefix),
+        longest=partial(image_tokens, prefix),
         exit_norm=_exit_norm,
-        vision=Vision(prefix=prefix, shape=_shape, patch=_patch, resize=partial(_resize, prefix)),
+        vision=Vision(prefix=prefix, shape=image_shape, patch=patch_shape, resize=partial(_resize, prefix)),
+        head=head,
     )
 
 
+def _dinov2_head(config: PreTrainedConfig) -> HeadLayout:
+    """A linear layer on the first token followed by the mean of the patches."""
+    return HeadLayout("first_and_patches", ("classifier",))
+
+
 VIT = _family("cls_token")
+DINOV2 = _family("cls_token", head=_dinov2_head)
 DEIT = _family("cls_token", "distillation_token")

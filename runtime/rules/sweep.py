@@ -58,10 +58,14 @@ class MeasuredPoint:
     layers_saved: float
     macs_saved: float
 
-    def figures(self) -> dict[str, float]:
-        """The measured values by name, rounded as they are written to files."""
+    def figures(self, quality: str = "accuracy") -> dict[str, float]:
+        """The measured values by name, rounded as they are written to files.
+
+        quality: the name of the share of right rows; "agreement" where right is what full depth answers.
+        """
         names = ("accuracy", "mean_exit", "layers_saved", "macs_saved")
-        return {name: round(getattr(self, name), 3) for name in names}
+        values = {name: round(getattr(self, name), 3) for name in names}
+        return {quality: values.pop("accuracy"), **values}
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ from offramp.runtime.loading import load_classifier, load_generator
 from offramp.runtime.rules import Floats, bind, simulate
 from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, list_routes
 from offramp.runtime.rules.skip import thinned_plan
-from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, MeasuredPoint, choose_points
+from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, choose_points
 from offramp.runtime.tuning.calibration import measure_calibration
-from offramp.runtime.tuning.labelled import LabelledRows, read_labelled, read_pairs
+from offramp.runtime.tuning.labelled import LabelledRows, read_pairs, read_perhaps_labelled
 from offramp.runtime.tuning.step_costs import (
     has_forecast,
     measure_step_costs,
@@ -56,13 +56,15 @@ from offramp.runtime.walker import walk_one
 
 ROUTE_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # mean depths of route points, as shares of all blocks
 
-HELP = """Measure a bundle on the labelled rows of FILE (a dev set, never the test set) and write operating
-points for each of its variants into its manifest.
+HELP = """Measure a bundle on the rows of FILE (a dev set, never the test set) and write operating points for
+each of its variants into its manifest.
 
 \b
 FILE is JSON lines with "text" (and "text_b") and "label": the label's name or its number.
 For images "image", a path relative to FILE's folder, or FILE is a folder that holds a folder
 of images for each label, with the label's name.
+Without labels (plain lines of text too), and with --agreement, right is what full depth of the
+default variant answers, and points state "agreement" in place of "accuracy".
 Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
 of another variant carry its name, as in int8-default. "within" is against the full depth of
 the default variant, so that int8-within-0.5 loses at most 0.5 in all.
@@ -154,16 +156,25 @@ def measure_points(
     device: str | None = None,
     threads: int | None = None,
     coverage: float | None = None,
+    agreement: bool = False,
 ) -> Calibration:
     """Measure operating points of a bundle that classifies.
 
     rule: that of the points; None for quee if the bundle has forecasts, else see exit_points. coverage: see
-    exit_points; BadSetting with rule quee.
+    exit_points; BadSetting with rule quee. agreement: choose by the share of rows that answer as full depth
+    of the default variant does, even if rows have labels; always so for rows without labels.
     """
     options = {"engine": engine, "device": device, "threads": threads, "share": False}
     with load_classifier(folder, rule="never", **options) as session:
         manifest = session.manifest
-        rows = read_labelled(file, session.labels, images=isinstance(manifest.input, ImageInput))
+        images = isinstance(manifest.input, ImageInput)
+        rows, labelled = read_perhaps_labelled(file, session.labels, images=images)
+        if not labelled and not agreement:
+            click.echo(f"{file} has no labels: points are chosen by agreement with full depth", err=True)
+        if agreement or not labelled:
+            trace, _ = session.at_full_depth(rows.items, manifest.variants[0])
+            rows = dataclasses.replace(rows, labels=trace.logits[:, -1].argmax(-1))
+        quality = "accuracy" if labelled and not agreement else "agreement"
         costs: dict[str, StepCosts] = {}
         if rule == "quee" or (rule is None and has_forecast(manifest)):
             require_forecast(manifest)
@@ -175,20 +186,25 @@ def measure_points(
             costs["ms"] = measure_step_costs(session, rows.items, tokens)
             points = measure_walk_points(session, rows, tokens, costs["ms"])
         else:
-            points = exit_points(session, rows, rule, coverage)
+            points = exit_points(session, rows, rule, coverage, quality)
         facts = {"rows": len(rows.items), **_engine_facts(session)}
     default = next(point for point in points if point.name == "default")
     return Calibration(points, default.rule, "calibrated", facts, costs, table=_point_table(points))
 
 
 def exit_points(
-    session: Classifier, rows: LabelledRows, rule: str | None = None, coverage: float | None = None
+    session: Classifier,
+    rows: LabelledRows,
+    rule: str | None = None,
+    coverage: float | None = None,
+    quality: str = "accuracy",
 ) -> tuple[OperatingPoint, ...]:
     """Choose operating points for every variant of a bundle by sweeping a rule over the outputs of all exits.
 
     rule: None for the bundle's rule or, if it has none, gate with policies and max_probability without. A
     variant that the session's engine cannot walk (int8 on TensorRT) keeps the points that the bundle has.
-    coverage: of the label sets of calibrated answers; None to measure no calibration.
+    coverage: of the label sets of calibrated answers; None to measure no calibration. quality: see
+    MeasuredPoint.figures.
     """
     manifest = session.manifest
     rule = rule or _sweepable_rule(manifest)
@@ -209,7 +225,9 @@ def exit_points(
         prefix = "" if variant == manifest.variants[0] else f"{variant}-"
         for name, point in chosen.items():
             calibration = None if coverage is None else _point_calibration(point.rule, table, coverage)
-            points.append(_as_operating_point(prefix + name, point, variant, rows, calibration))
+            figures = point.figures(quality)
+            place = (variant, rows.name, "dev")
+            points.append(OperatingPoint(prefix + name, point.rule, *place, figures, calibration))
     return tuple(points)
 
 
@@ -318,23 +336,18 @@ def _point_calibration(rule: RuleSpec, table: ExitTable, coverage: float) -> Ans
     return measure_calibration(table.logits, exits, table.labels, coverage)
 
 
-def _as_operating_point(
-    name: str, point: MeasuredPoint, variant: str, rows: LabelledRows, calibration: AnswerCalibration | None
-) -> OperatingPoint:
-    return OperatingPoint(name, point.rule, variant, rows.name, "dev", point.figures(), calibration)
-
-
 def _engine_facts(session: Classifier | TextGenerator) -> dict[str, str]:
     return {"engine": session.engine.name, "device": session.engine.device, **session.engine.facts}
 
 
 def _point_table(points: Sequence[OperatingPoint]) -> str:
-    lines = [f"{'point':18}{'variant':8}{'accuracy %':>11}{'mean exit':>11}{'MACs saved %':>14}  rule"]
+    quality = "agreement" if "agreement" in points[0].measured else "accuracy"
+    lines = [f"{'point':18}{'variant':8}{quality + ' %':>12}{'mean exit':>11}{'MACs saved %':>14}  rule"]
     for point in points:
         measured = point.measured
         parameters = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
         lines.append(
-            f"{point.name:18}{point.variant:8}{measured['accuracy']:11.2f}{measured['mean_exit']:11.2f}"
+            f"{point.name:18}{point.variant:8}{measured[quality]:12.2f}{measured['mean_exit']:11.2f}"
             f"{measured['macs_saved']:14.2f}  {point.rule.name} {parameters}".rstrip()
         )
     return "\n".join(lines)
@@ -372,6 +385,9 @@ def _route_table(
     help="Probability, such as 0.95, that a set of labels contains the right one: calibrates the answers of "
     "every point [default: no calibration].",
 )
+@click.option(
+    "--agreement", is_flag=True, help="Choose points by agreement with full depth, though rows have labels."
+)
 def main(
     file: Path,
     bundle: str,
@@ -380,20 +396,28 @@ def main(
     device: str | None,
     threads: int | None,
     coverage: float | None,
+    agreement: bool,
 ) -> None:
     """Run ee-calibrate: measure a bundle and write its new manifest."""
     folder = Path(bundle)
     try:
         manifest = open_bundle(folder).manifest
         if manifest.task == GENERATION:
-            options = {"--rule": rule, "--device": device, "--coverage": coverage}
+            options: dict[str, object] = {"--rule": rule, "--device": device, "--coverage": coverage}
+            options["--agreement"] = agreement
             options["--engine"] = None if engine == "ort" else engine
             if flag := next((name for name, value in options.items() if value), None):
                 raise BadSetting(f"{flag} is for bundles that classify; {bundle} generates text")
             calibration = measure_routes(folder, file, threads)
         else:
             calibration = measure_points(
-                folder, file, rule=rule, engine=engine, device=device, threads=threads, coverage=coverage
+                *(folder, file),
+                rule=rule,
+                engine=engine,
+                device=device,
+                threads=threads,
+                coverage=coverage,
+                agreement=agreement,
             )
         write_calibration(folder, manifest, calibration)
     except OfframpError as problem:

@@ -381,6 +381,13 @@ def test_bad_wishes(saved: Path, tmp_path: Path, words: tuple[str, str], message
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_model_without_exits_is_refused_with_the_command_that_adds_them(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "bert")
+    done = CliRunner().invoke(main, [str(folder), "--out", str(tmp_path / "bundle")])
+    assert done.exit_code == 2
+    assert f"holds a bert model without exits; add them first: ee-train --model {folder}" in done.output
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     result = run(tmp_path / "none")
     assert result.exit_code == 2 and "no such folder" in result.stderr

@@ -42,6 +42,25 @@ def dev(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize("form", ["plain", "json", "agreement"])
+def test_rows_without_labels_are_compared_with_full_depth(bundle: Path, dev: Path, form: str) -> None:
+    words = ["--agreement"] if form == "agreement" else []
+    if form == "plain":
+        dev.write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
+    elif form == "json":
+        dev.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), *words])
+    assert done.exit_code == 0, done.output
+    assert "agreement %" in done.stdout
+    assert ("points are chosen by agreement with full depth" in done.stderr) == (form != "agreement")
+    points = {point.name: point for point in open_bundle(bundle).manifest.points}
+    assert points["full"].measured["agreement"] == 100
+    with load_classifier(bundle, point="full") as full, load_classifier(bundle, point="int8-default") as walk:
+        same = [full(text).label == walk(text).label for text in TEXTS]
+    assert 100 * np.mean(same) == pytest.approx(points["int8-default"].measured["agreement"], abs=1e-3)
+    assert all("accuracy" not in point.measured for point in points.values())
+
+
 def test_a_point_holds_what_a_walk_at_it_gives(bundle: Path, dev: Path) -> None:
     done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
     assert done.exit_code == 0, done.output

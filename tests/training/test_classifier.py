@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from transformers import AutoImageProcessor
 
 from offramp.models import EarlyExitNetwork
@@ -19,15 +20,17 @@ from offramp.runtime.inputs.images import normalize_pixels, picture_pixels
 from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.classifier import IMAGENET_MEAN, IMAGENET_STD, image_input, new_network
+from offramp.training.cli import train
 from offramp.training.data import BadData, load_data
 from offramp.training.options import BadModel
+from offramp.training.user_model import load_user_model
 
 LABELS = ("red", "blue")
 
 
 def network(model: Path, size: int | None = None) -> EarlyExitNetwork:
     options: dict[str, Any] = {"exits": "each", "parts": ExitParts(pooling="cls"), "seed": 0}
-    return new_network(str(model), LABELS, image_size=size, **options)
+    return new_network(load_user_model(str(model), 0), LABELS, image_size=size, **options)
 
 
 def test_at_the_models_own_size_pixels_are_its_processors(tmp_path: Path) -> None:
@@ -86,3 +89,14 @@ def test_data_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     text_checkpoint = Checkpoint(tiny.network(), TextFacts("", 0, 64), tmp_path / "tokenizer.json")
     with pytest.raises(BadData, match="holds images, the network reads text"):
         encode_rows(text_checkpoint, images.split("train"))
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) -> None:
+    folder = tiny.model_folder(tmp_path / "model")
+    larger = tiny.tokenizer()
+    larger.add_tokens([f"word{number}" for number in range(60)])
+    larger.save(str(folder / "tokenizer.json"))
+    words = ["--model", str(folder), "--data", str(tiny.data_folder(tmp_path / "data")), "--out", "x"]
+    done = CliRunner().invoke(train, [*words, "--precision", "fp32"])
+    assert done.exit_code == 2
+    assert "its tokenizer has 87 ids, its embeddings 60" in done.output

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # it imports torch, which ee-train --help does without
 # The register of ee-train --recipe; docs/add-a-method.md shows how to add a line.
 RECIPES: dict[str, str] = {
     "offramp": "offramp.training.recipes.offramp",
+    "attach": "offramp.training.recipes.attach",
     "joint": "offramp.training.recipes.joint",
     "consistentee": "offramp.training.recipes.consistentee",
     "consistentee_plus": "offramp.training.recipes.consistentee_plus",

@@ -24,11 +24,13 @@ S = TypeVar("S")
 class ClassifierRecipe(Protocol[S]):
     """A recipe that trains an EarlyExitNetwork.
 
-    SETTINGS: the class of its settings. STARTS_FROM: the recipe whose checkpoint, passed as --init, replaces
-    its first phase, or None if it starts from the pretrained backbone.
+    NEEDS_LABELS: whether every row of train and dev must have a label; a recipe that does without learns from
+    the answers of the user's model. SETTINGS: the class of its settings. STARTS_FROM: the recipe whose
+    checkpoint, passed as --init, replaces its first phase, or None if it starts from the pretrained backbone.
     """
 
     KIND: Literal["classifier"]
+    NEEDS_LABELS: bool
     SETTINGS: type[S]
     STARTS_FROM: str | None
 

@@ -27,6 +27,7 @@ from offramp.training.loop import Phase, Run
 from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = JointSettings
 STARTS_FROM: str | None = None
 

@@ -25,6 +25,7 @@ from offramp.training.loop import Run
 from offramp.training.recipes.joint import JointSettings, warm_start
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = JointSettings
 STARTS_FROM: str | None = None
 

@@ -106,6 +106,7 @@ class ConsistentEESettings(JointSettings):
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = ConsistentEESettings
 STARTS_FROM: str | None = "joint"
 

@@ -95,6 +95,7 @@ class ConsistentEEPlusSettings(JointSettings):
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = ConsistentEEPlusSettings
 STARTS_FROM: str | None = "joint"
 

@@ -88,6 +88,7 @@ def refuse_joint_losses(settings: JointSettings, recipe: str, *, weights: bool =
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = CoseeSettings
 STARTS_FROM: str | None = None
 

@@ -40,6 +40,7 @@ class DeeBertSettings(JointSettings):
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = DeeBertSettings
 STARTS_FROM: str | None = None
 

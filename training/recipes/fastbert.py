@@ -30,6 +30,7 @@ from offramp.training.loop import Run
 from offramp.training.recipes.deebert import DeeBertSettings, fine_tune
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = DeeBertSettings
 STARTS_FROM: str | None = "deebert"
 

@@ -135,6 +135,7 @@ class JeiDnnSettings(JointSettings):
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = JeiDnnSettings
 STARTS_FROM: str | None = "deebert"
 

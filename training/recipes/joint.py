@@ -69,6 +69,7 @@ class JointSettings:
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = JointSettings
 STARTS_FROM: str | None = None
 

@@ -85,6 +85,7 @@ class L2wDenSettings(JointSettings):
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = L2wDenSettings
 STARTS_FROM: str | None = None
 

@@ -25,6 +25,7 @@ class OfframpSettings(JointSettings):
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = OfframpSettings
 STARTS_FROM: str | None = None
 

@@ -147,6 +147,7 @@ class QueeSettings:
 
 
 KIND: Literal["classifier"] = "classifier"
+NEEDS_LABELS = True
 SETTINGS = QueeSettings
 STARTS_FROM: str | None = "joint"
 
