@@ -34,6 +34,10 @@ class Answer:
     longer than the network can read. At an operating point that ee-calibrate --coverage measured, calibrated:
     the probability of the label at the temperature of its exit, and label_set: the labels, the likeliest
     first, of a set that contains the right one with that coverage (it may be empty); else None.
+
+    windows: how many windows of a long text were walked (load option long_texts). With several, label and
+    score come from the mean of their logits, exit, depth, steps and signals are those of the deepest one,
+    seconds is the longest time, and nothing is calibrated.
     """
 
     label: str
@@ -46,6 +50,7 @@ class Answer:
     truncated: bool = False
     calibrated: float | None = None
     label_set: tuple[str, ...] | None = None
+    windows: int = 1
 
 
 class Classifier(Session[State]):
@@ -78,9 +83,10 @@ class Classifier(Session[State]):
 
         Raises BadInput for anything else, SessionClosed after close().
         """
-        rows = items_to_rows(self._reader, [text if text_b is None else (text, text_b)])
-        trace = self._trace(rows, 1, self._bound_rule, self._variant_number)
-        return self._answer(trace, 0, rows[0].truncated)
+        (row,) = items_to_rows(self._reader, [text if text_b is None else (text, text_b)])
+        size = self.batch_size if row.rest else 1
+        trace = self._trace([row, *row.rest], size, self._bound_rule, self._variant_number)
+        return self._answer(trace, 0, row)
 
     def map(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[Answer]:
         """Classify many items (texts, pairs, images) and iterate over their answers, in the order of `items`.
@@ -152,15 +158,15 @@ class Classifier(Session[State]):
         # The built-in map reads an item only when its result is needed, and works in this thread.
         windows = prefetch(items, self._read_window) if size > 1 else map(self._read_window, items)
         for window in windows:
-            rows = [row for row in window if not isinstance(row, ItemError)]
+            rows = [part for row in window if not isinstance(row, ItemError) for part in (row, *row.rest)]
             trace = self._trace(rows, size, self._bound_rule, self._variant_number)
             number = 0
             for row in window:
                 if isinstance(row, ItemError):
                     yield row
                     continue
-                yield self._answer(trace, number, row.truncated)
-                number += 1
+                yield self._answer(trace, number, row)
+                number += 1 + len(row.rest)
 
     def _read_window(self, chunk: tuple[int, list[Item]]) -> list[AnyRow | ItemError]:
         """A row or an error for each item; chunk: the number of items before these, and the items."""
@@ -195,26 +201,38 @@ class Classifier(Session[State]):
     def _never(self) -> Rule:
         return bind(RuleSpec("never", {}), len(self.manifest.segments))
 
-    def _answer(self, trace: Trace, row: int, truncated: bool) -> Answer:
-        segments = np.flatnonzero(trace.variants[row] >= 0)
+    def _answer(self, trace: Trace, first: int, item: AnyRow) -> Answer:
+        """The answer to an item whose row, and windows if there are more, begin at row `first` of a trace."""
+        rows = range(first, first + 1 + len(item.rest))
+        segments_of = [np.flatnonzero(trace.variants[row] >= 0) for row in rows]
+        deepest = max(range(len(rows)), key=lambda at: segments_of[at][-1])
+        row, segments = rows[deepest], segments_of[deepest]
         probabilities = softmax(trace.logits[row, segments])  # [steps, classes]
-        label = int(probabilities[-1].argmax())
+        last = probabilities[-1]
+        if len(rows) > 1:
+            last = softmax(
+                np.mean([trace.logits[r, s[-1]] for r, s in zip(rows, segments_of, strict=True)], 0)
+            )
+        label = int(last.argmax())
         scores = probabilities[:, label].tolist()
         gates = trace.gates[row, segments].tolist()
         numbers = segments.tolist()
         names, variants = self.manifest.variants, trace.variants[row, segments].tolist()
-        calibrated, label_set = self._calibrated(trace.logits[row, numbers[-1]], numbers[-1], label)
+        calibrated, label_set = None, None
+        if len(rows) == 1:
+            calibrated, label_set = self._calibrated(trace.logits[row, numbers[-1]], numbers[-1], label)
         return Answer(
             label=self.manifest.labels[label],
-            score=scores[-1],
+            score=float(last[label]),
             exit=numbers[-1] + 1,
             depth=int(self._depths[segments].sum()),
             steps=tuple((s + 1, names[v]) for s, v in zip(numbers, variants, strict=True)),
             signals=tuple((p, None if math.isnan(g) else g) for p, g in zip(scores, gates, strict=True)),
-            seconds=float(trace.seconds[row]),
-            truncated=truncated,
+            seconds=float(trace.seconds[rows.start : rows.stop].max()),
+            truncated=item.truncated,
             calibrated=calibrated,
             label_set=label_set,
+            windows=len(rows),
         )
 
     def _calibrated(

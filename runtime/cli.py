@@ -22,13 +22,15 @@ if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that -
     from offramp.runtime.run_stats import RunStats
     from offramp.runtime.session import Session
 
-ENGINES, DEVICES, PROVIDERS, FORMATS, EXIT_KV = (
+# A test compares these with their sources.
+ENGINES, DEVICES, PROVIDERS, FORMATS, EXIT_KV, LONG_TEXTS = (
     ("ort", "trt"),
     ("cpu", "cuda"),
     ("cuda", "tensorrt"),
     ("auto", "text", "json"),
     ("deferred", "propagate"),
-)  # a test compares these with their sources
+    ("cut", "windows"),
+)
 AT_LEAST_1 = click.IntRange(min=1)
 ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -57,7 +59,9 @@ A line that cannot be answered keeps its place:  {"error": "empty line", "line":
   These are images that cannot be read; empty lines; lines that are not UTF-8; in JSON lines,
   anything but an object with a string "text", and lines over 256 KiB; half of a surrogate
   pair.
-Text that is longer than the network reads is cut and marked "truncated": true.
+Text that is longer than the network reads is cut and marked "truncated": true. With --long
+windows it is walked in overlapping windows: the label is that of their mean logits, and
+"windows" says how many there were.
 
 \b
 Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" or
@@ -157,6 +161,14 @@ class RunOptions:
     help="For generated text, the cache of a token behind its exit: deferred, the token waits and runs the "
     "segments when a later token goes deeper; propagate, keys and values made from the hidden state of its "
     "exit.",
+)
+@click.option(
+    "--long",
+    "long_texts",
+    type=click.Choice(LONG_TEXTS),
+    default="cut",
+    show_default=True,
+    help="What becomes of texts that are longer than the network reads; see above.",
 )
 @click.option(
     "--sets", is_flag=True, help="Add the calibrated probability and the set of labels to every answer."
@@ -309,6 +321,8 @@ def _object(
     if sets and answer.calibrated is not None and answer.label_set is not None:
         value |= {"calibrated": round(answer.calibrated, 6), "set": list(answer.label_set)}
     value |= {"exit": answer.exit, "depth": answer.depth, "ms": round(1e3 * answer.seconds, 3)}
+    if answer.windows > 1:
+        value["windows"] = answer.windows
     return value | {"truncated": True} if answer.truncated or line.cut else value
 
 

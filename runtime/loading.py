@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -11,7 +12,7 @@ from offramp.runtime.bundle.manifest import GENERATION, RuleSpec
 from offramp.runtime.classifier import Classifier, checked_batch_size
 from offramp.runtime.engines.base import Engine, EngineOptions, S, open_engine
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.inputs.text import open_reader
+from offramp.runtime.inputs.text import LONG_TEXTS, open_reader
 from offramp.runtime.pipeline import BackgroundTask
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
@@ -41,6 +42,7 @@ def load(
     provider: str | None = None,
     cuda_graphs: bool = False,
     exit_kv: str = "deferred",
+    long_texts: str = "cut",
 ) -> Classifier | TextGenerator:
     """Open a bundle folder as a session: a Classifier, or a TextGenerator for a decoder's bundle.
 
@@ -57,10 +59,14 @@ def load(
     device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph from the second run of a shape on.
     exit_kv: for generated text, what the cache holds of a token after its exit. "deferred": the token waits
     and runs the segments when a later token goes deeper, so that the cache is that of full depth;
-    "propagate": keys and values are computed from the hidden state of its exit. Raises BundleNotFound,
+    "propagate": keys and values are computed from the hidden state of its exit. long_texts: "cut" reads the
+    beginning of a text that is longer than the network reads (its answer is marked truncated); "windows"
+    walks overlapping windows and joins their answers (see Answer). Raises BundleNotFound,
     BadBundle, EngineUnavailable, and BadSetting for options that are unknown or contradict each other.
     """
     size = checked_batch_size(batch_size)
+    if long_texts not in LONG_TEXTS:
+        raise BadSetting(f"long_texts {long_texts!r}: choose one of {', '.join(LONG_TEXTS)}")
     options = EngineOptions(
         engine=engine,
         device=device,
@@ -77,9 +83,11 @@ def load(
         bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant
     )
     bound_rule = bind_for_bundle(bundle, spec, exit_kv)  # before graphs are opened, which takes seconds
+    if long_texts != "cut" and bundle.manifest.task != "text-classification":
+        raise BadSetting(f"long_texts {long_texts}: {path} does not classify texts, so it has no windows")
     if bundle.manifest.task == GENERATION:
         return _open_generator(bundle, options, bound_rule, variant)
-    return _open_classifier(bundle, options, bound_rule, variant, size)
+    return _open_classifier(bundle, options, bound_rule, variant, size, long_texts)
 
 
 def load_classifier(path: str | PathLike[str] = "bundle/", **options: object) -> Classifier:
@@ -114,10 +122,10 @@ def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant:
 
 
 def _open_classifier(
-    bundle: Bundle, options: EngineOptions, rule: Rule, variant: str, batch_size: int
+    bundle: Bundle, options: EngineOptions, rule: Rule, variant: str, batch_size: int, long_texts: str
 ) -> Classifier:
     # Reading a vocabulary takes time, during which the engine mostly reads files.
-    reader = BackgroundTask(open_reader, bundle)
+    reader = BackgroundTask(partial(open_reader, long_texts=long_texts), bundle)
     try:
         engine = open_engine(bundle, variant, options)
     finally:

@@ -88,6 +88,7 @@ class ImageRow:
     pixels: Pixels
     length: int
     truncated: bool = False
+    rest: tuple[ImageRow, ...] = ()  # an image has no windows
 
 
 class ImageReader:

@@ -24,6 +24,8 @@ LENGTH_STEP = 8
 # Characters for each token of the longest input that are kept before tokenizing: a limit on memory for very
 # long lines. Text that is cut here is marked as truncated.
 _CHARACTERS_PER_TOKEN = 64
+LONG_TEXTS = ("cut", "windows")
+MAX_WINDOWS = 64  # of one text; what is longer is cut and marked as truncated
 
 
 class AnyRow(Protocol):
@@ -37,6 +39,11 @@ class AnyRow(Protocol):
     @property
     def truncated(self) -> bool:
         """Whether the item was cut to the longest input of the network."""
+        ...
+
+    @property
+    def rest(self) -> Sequence[AnyRow]:
+        """Further windows of a long text, which are walked as rows of their own; usually empty."""
         ...
 
 
@@ -59,13 +66,16 @@ class Reader(Protocol[R]):
         ...
 
 
-def open_reader(bundle: Bundle) -> Reader[Any]:
-    """Create the reader for the items of a bundle: texts or images."""
+def open_reader(bundle: Bundle, long_texts: str = "cut") -> Reader[Any]:
+    """Create the reader for the items of a bundle: texts or images.
+
+    long_texts: what becomes of texts that are longer than the network reads, a name in LONG_TEXTS.
+    """
     if isinstance(bundle.manifest.input, ImageInput):
         from offramp.runtime.inputs.images import ImageReader  # here: text does not need it
 
         return ImageReader(bundle)
-    return TextReader(bundle)
+    return TextReader(bundle, long_texts)
 
 
 def items_to_rows(reader: Reader[R], items: Sequence[Item]) -> list[R]:
@@ -95,11 +105,15 @@ def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One text as token ids and token types; truncated: whether it was cut to the longest input."""
+    """One text as token ids and token types; truncated: whether it was cut to the longest input.
+
+    rest: further windows of a long text, see AnyRow.
+    """
 
     ids: Sequence[int]
     types: Sequence[int]
     truncated: bool
+    rest: tuple[TextRow, ...] = ()
 
     @property
     def length(self) -> int:
@@ -108,9 +122,14 @@ class TextRow:
 
 
 class TextReader:
-    """Converts texts to the stem's inputs with the bundle's tokenizer; safe to call from several threads."""
+    """Converts texts to the stem's inputs with the bundle's tokenizer; safe to call from several threads.
 
-    def __init__(self, bundle: Bundle) -> None:
+    long_texts: "cut" keeps the first tokens of a text that is longer than the network reads; "windows" reads
+    all of it in windows of that length, each of which shares a quarter with the one before. Pairs have no
+    windows: they become an ItemError. The prefix of the manifest stands in the first window alone.
+    """
+
+    def __init__(self, bundle: Bundle, long_texts: str = "cut") -> None:
         manifest = bundle.manifest
         if not isinstance(manifest.input, TextInput):
             raise BadBundle(f"{bundle.folder}: it reads images, not text")
@@ -124,14 +143,16 @@ class TextReader:
         if size > manifest.vocab_size:
             path = bundle.folder / self._facts.tokenizer
             raise BadBundle(f"{path}: {size} tokens, the network has embeddings for {manifest.vocab_size}")
-        self._tokenizer.enable_truncation(self._facts.longest)
+        self._windows = long_texts == "windows"
+        overlap = self._facts.longest // 4 if self._windows else 0
+        self._tokenizer.enable_truncation(self._facts.longest, stride=overlap)
 
     def read(self, items: Sequence[Item]) -> list[TextRow | ItemError]:
         """Convert texts and pairs to rows of ids, each at most the manifest's longest input; see Reader.read.
 
         The prefix is put before the first text of a pair, as in training.
         """
-        longest = _CHARACTERS_PER_TOKEN * self._facts.longest
+        longest = _CHARACTERS_PER_TOKEN * self._facts.longest * (MAX_WINDOWS if self._windows else 1)
         rows: list[TextRow | ItemError | None] = [
             _problem_of(number, item, longest) for number, item in enumerate(items)
         ]
@@ -149,6 +170,17 @@ class TextReader:
             if not encoding.ids:
                 message = f"the tokenizer finds no token in {items[number]!r:.60}"
                 rows[number] = ItemError(number, message)
+            elif self._windows and encoding.overflowing and not isinstance(cut, str):
+                message = (
+                    f"a pair of more than {self._facts.longest} tokens cannot be read in windows; cut it"
+                )
+                rows[number] = ItemError(number, message)
+            elif self._windows:
+                rest = [TextRow(e.ids, e.type_ids, False) for e in encoding.overflowing]
+                truncated = cut != items[number] or len(rest) >= MAX_WINDOWS
+                rows[number] = TextRow(
+                    encoding.ids, encoding.type_ids, truncated, tuple(rest[: MAX_WINDOWS - 1])
+                )
             else:
                 truncated = cut != items[number] or bool(encoding.overflowing)
                 rows[number] = TextRow(encoding.ids, encoding.type_ids, truncated)

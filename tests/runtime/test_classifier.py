@@ -2,12 +2,12 @@
 
 import threading
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import CLASSIFIER, texts
+from tiny_bundles import CLASSIFIER, GENERATOR, texts
 
 from offramp.runtime import (
     Answer,
@@ -17,9 +17,11 @@ from offramp.runtime import (
     ItemError,
     RuleSpec,
     SessionClosed,
+    load,
     load_classifier,
 )
 from offramp.runtime.classifier import WINDOW
+from offramp.runtime.inputs.text import MAX_WINDOWS
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +294,63 @@ def test_batch_size_under_one_is_refused(session: Classifier, size: int) -> None
     with pytest.raises(BadSetting, match=f"batch size {size}: expected 1 or more"):
         session.map(["good"], batch_size=size)
         next(session.map(["good"], batch_size=size))
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Iterator[Classifier]:
+    with load_classifier(CLASSIFIER, batch_size=4, long_texts="windows") as session:
+        yield session
+
+
+def test_a_long_text_is_answered_from_the_mean_logits_of_its_windows(windowed: Classifier) -> None:
+    long_text = " ".join(texts(60))
+    (row,) = windowed._reader.read([long_text])
+    assert not isinstance(row, ItemError) and not row.truncated
+    answer = windowed(long_text)
+    assert answer.windows == 1 + len(row.rest) > 2
+    trace = windowed._trace([row, *row.rest], 4, windowed._bound_rule, windowed._variant_number)
+    last = [int(np.flatnonzero(variants >= 0)[-1]) for variants in trace.variants]
+    logits = np.mean([trace.logits[number, segment] for number, segment in enumerate(last)], 0)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    assert answer.label == windowed.labels[int(probabilities.argmax())]
+    assert answer.score == pytest.approx(float(probabilities.max()), abs=1e-4)
+    assert answer.exit == max(last) + 1
+
+
+def test_windows_share_a_quarter_and_cover_the_text(windowed: Classifier) -> None:
+    long_text = " ".join(texts(60))
+    (row,) = windowed._reader.read([long_text])
+    assert not isinstance(row, ItemError)
+    longest = windowed.manifest.input.longest  # type: ignore[union-attr]
+    bodies = [list(part.ids)[1:-1] for part in (row, *row.rest)]  # type: ignore[attr-defined]
+    assert all(len(body) == longest - 2 for body in bodies[:-1])
+    shared = longest // 4
+    assert all(left[-shared:] == right[:shared] for left, right in pairwise(bodies[:-1]))
+
+
+def test_windowed_answers_keep_their_places(windowed: Classifier, session: Classifier) -> None:
+    items = ["good film", "good " * 300, "bad plot", 7, "good " * 40]
+    answers = list(windowed.answers(items))
+    assert [isinstance(answer, ItemError) for answer in answers] == [False, False, False, True, False]
+    for item, answer in zip(items, answers, strict=True):
+        if isinstance(answer, Answer) and answer.windows == 1:
+            assert is_same(answer, session(item))
+    assert isinstance(answers[1], Answer) and answers[1].windows > 1
+
+
+def test_a_pair_has_no_windows(windowed: Classifier) -> None:
+    assert windowed("good", "film").windows == 1
+    with pytest.raises(BadInput, match="cannot be read in windows"):
+        windowed("good " * 300, "film")
+
+
+def test_more_windows_than_the_most_are_marked_as_truncated(windowed: Classifier) -> None:
+    answer = windowed("good " * 9000)
+    assert answer.windows == MAX_WINDOWS and answer.truncated
+
+
+def test_windows_are_for_texts_alone() -> None:
+    with pytest.raises(BadSetting, match=r"long_texts windows: .* does not classify texts"):
+        load(GENERATOR, long_texts="windows")
+    with pytest.raises(BadSetting, match="long_texts 'wide': choose one of cut, windows"):
+        load(CLASSIFIER, long_texts="wide")

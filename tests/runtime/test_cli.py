@@ -18,7 +18,7 @@ from offramp.runtime import cli, load_classifier
 from offramp.runtime.engines import base
 from offramp.runtime.errors import ItemError
 from offramp.runtime.inputs import lines
-from offramp.runtime.inputs.text import TextReader
+from offramp.runtime.inputs.text import LONG_TEXTS, TextReader
 from offramp.runtime.rules import resolve
 from offramp.runtime.tuning import calibrate
 
@@ -237,16 +237,23 @@ def test_output_is_utf8_whatever_the_encoding_of_the_terminal() -> None:
     assert result.returncode == cli.ALL_ANSWERED and result.stderr == b""
 
 
+def test_long_texts_say_how_many_windows_were_walked() -> None:
+    code, objects, _ = run("--long", "windows", data=b"good film\n" + b"good " * 200 + b"\n")
+    assert code == cli.ALL_ANSWERED
+    assert "windows" not in objects[0] and objects[1]["windows"] > 2 and "truncated" not in objects[1]
+
+
 def test_help_names_every_exit_code_and_rule() -> None:
-    text = CliRunner().invoke(cli.main, ["--help"]).stdout
+    help_text = CliRunner().invoke(cli.main, ["--help"]).stdout
     for code in (0, 1, 2, 130, 141):
-        assert f"\n  {code} " in text.replace("    ", "  ")
+        assert f"\n  {code} " in help_text.replace("    ", "  ")
     for name in resolve.RULES:
-        assert name in text
+        assert name in help_text
 
 
 def test_choices_equal_their_sources() -> None:
     assert tuple(base.ENGINES) == cli.ENGINES
     assert base.DEVICES == cli.DEVICES and base.PROVIDERS == cli.PROVIDERS
     assert resolve.EXIT_KV == cli.EXIT_KV
+    assert LONG_TEXTS == cli.LONG_TEXTS
     assert lines.FORMATS == cli.FORMATS
