@@ -16,6 +16,7 @@ from typing import Any
 import click
 import datasets
 import numpy as np
+import torch
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -80,6 +81,7 @@ def main(
         warmup_steps=round(0.1 * epochs * len(splits["train"]) / batch_size),
         weight_decay=0.01,
         bf16=best_precision() == "bf16",
+        use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if kind == "json" else "random",
         remove_unused_columns=kind == "json",
         save_strategy="no",

@@ -84,6 +84,29 @@ class GeluHalfLast(RewriteRuleClassBase):
         return op.Mul(op.Mul(x, bracket), half)
 
 
+class TanhGeluHalfFirst(RewriteRuleClassBase):
+    """Rewrite of approximate GELU to (x * 0.5) * (tanh(...) + 1), which ONNX Runtime fuses into one operator.
+
+    PyTorch's decomposition halves the bracket first, x * (0.5 * (tanh(...) + 1)), which is not fused: eight
+    operators over the widest tensor of a block.
+    """
+
+    def pattern(self, op: Any, x: Any, inner: Any, one: Any, half: Any) -> Any:
+        """The operators that this rewrite replaces; called by onnxscript's rewriter."""
+        return op.Mul(x, op.Mul(half, op.Add(op.Tanh(inner), one)))
+
+    def check(self, context: Any, x: ir.Value, inner: ir.Value, one: ir.Value, half: ir.Value) -> MatchResult:
+        """Whether the rewrite applies: the constants are those of GELU."""
+        result = MatchResult()
+        if not (_is(half, 0.5) and _is(one, 1.0)):
+            return result.fail("not the constants of GELU")
+        return result
+
+    def rewrite(self, op: Any, x: ir.Value, inner: ir.Value, one: ir.Value, half: ir.Value) -> Any:
+        """The operators of GELU, in the new order, that replace the pattern."""
+        return op.Mul(op.Mul(x, half), op.Add(op.Tanh(inner), one))
+
+
 class JoinedProducts(RewriteRuleClassBase):
     """Rewrite of several products of the same input that are concatenated, with biases, to one product."""
 
@@ -109,8 +132,9 @@ class JoinedProducts(RewriteRuleClassBase):
         return op.Add(output, _concatenated(op, biases, f"{joined.name}_biases")) if biases else output
 
 
+_REWRITES = (FixedReshape, RootQuotient, GeluHalfLast, TanhGeluHalfFirst, JoinedProducts)
 RULES = RewriteRuleSet(
-    [rule.rule() for rule in (FixedReshape, RootQuotient, GeluHalfLast, JoinedProducts)],  # type: ignore[no-untyped-call]
+    [rewrite_rule.rule() for rewrite_rule in _REWRITES],  # type: ignore[no-untyped-call]
     commute=True,
 )
 

@@ -17,12 +17,13 @@ import tiny
 import tiny_families
 import torch
 
-from offramp.export.bundle import write_graphs
+from offramp.export.bundle import write_bundle
 from offramp.export.classifier import ExportableClassifier
 from offramp.export.options import ExportOptions
-from offramp.export.samples import SENTENCES
 from offramp.export.segments import SplitNetwork, file_name, variants_of
-from offramp.export.verify import verify
+from offramp.export.verify import VerificationReport
+from offramp.models import EarlyExitNetwork
+from offramp.runtime import load
 from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.engines.threads import share_global_pool
 from offramp.runtime.inputs.images import ImageInput
@@ -32,16 +33,17 @@ VARIANTS = ("fp32", "int8")
 TEXT = [*sorted(tiny_families.TEXT), "deberta-v2, convolution", "albert, one group of two layers"]
 IMAGES = [*sorted(tiny_families.IMAGES), *tiny_families.IMAGE_FORMS]
 SIZES = ((1, 1), (2, 9), (3, 33))  # rows and tokens; graphs are traced at other ones
-FAST = ("deberta-v2", "modernbert")  # the two whose context and blocks differ most from BERT's
+FAST = ("deberta-v2", "modernbert")  # the two whose context and blocks differ allowed from BERT's
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint of two blocks, its segments and the folder of their graphs."""
+    """A network of two blocks with an exit after each, its segments, its bundle and its verification."""
 
-    checkpoint: Checkpoint
+    network: EarlyExitNetwork
     split: SplitNetwork
-    folder: Path
+    bundle: Path
+    report: VerificationReport
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
             tokenizer = folder / "tokenizer.json"
             tiny.tokenizer().save(str(tokenizer))
             checkpoint = Checkpoint(network, TextFacts("", network.config.pad_token_id, 64), tokenizer)
-        split = ExportableClassifier(checkpoint).split("each")
-        for segment in split:
-            write_graphs(segment, folder, ExportOptions(VARIANTS), weights_only=False)
-        return Exported(checkpoint, split, folder)
+        source = ExportableClassifier(checkpoint)
+        split = source.split("each")
+        _, report = write_bundle(source, split, folder / "bundle", ExportOptions(VARIANTS))
+        return Exported(network, split, folder / "bundle", report)
 
     return export
 
@@ -73,7 +75,7 @@ def walk(
     logits = []
     for segment in export.split:
         known = variant if variant in variants_of(segment, VARIANTS) else VARIANTS[0]
-        session = open_graph(export.folder / file_name(segment.name, known))
+        session = open_graph(export.bundle / file_name(segment.name, known))
         names = [tensor.name for tensor in segment.outputs]
         outputs = dict(
             zip(names, session.run(names, {t.name: values[t.name] for t in segment.inputs}), strict=True)
@@ -96,25 +98,47 @@ def test_graphs_are_the_network_at_every_size(
         else:
             inputs = tiny_families.text_inputs(name, rows, tokens)
         with torch.no_grad():
-            expected = export.checkpoint.network(inputs).logits
-        for variant, most in (("fp32", 1e-4), ("int8", 0.3)):
+            expected = export.network(inputs).logits
+        for variant, allowed in (("fp32", 1e-4), ("int8", 0.3)):
             for number, logits in enumerate(walk(export, variant, inputs, open_graph)):
                 difference = np.abs(logits - expected[:, number].numpy()).max()
-                assert difference < most, f"{variant} of {rows} x {tokens}, exit {number}"
+                assert difference < allowed, f"{variant} of {rows} x {tokens}, exit {number}"
 
 
 @pytest.mark.parametrize("name", tiny.with_slow([*TEXT, *IMAGES], *FAST))
 def test_every_seam_holds(name: str, exported: Callable[[str], Exported]) -> None:
-    export = exported(name)
-    samples = None if name in IMAGES else SENTENCES[::4]
-    report = verify(ExportableClassifier(export.checkpoint), export.folder, export.split, VARIANTS, samples)
-    assert report.first_bad is None
+    report = exported(name).report
+    assert report.first_bad is None and report.differences
     assert all(loss.agreement > 0.8 for loss in report.losses)
+
+
+def whole_row(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The stem's inputs for ids [1, seq] without padding."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+@pytest.mark.parametrize("name", tiny.with_slow(TEXT, *FAST))
+def test_rows_that_exit_and_rows_that_stay_get_the_networks_answers(
+    name: str, exported: Callable[[str], Exported]
+) -> None:
+    export, tokenizer = exported(name), tiny.tokenizer()
+    texts = [str(row["text"]) for row in tiny.rows(12)]
+    rows = [torch.tensor([tokenizer.encode(text).ids]) for text in texts]
+    with torch.no_grad():
+        logits = torch.cat([export.network(whole_row(ids)).logits for ids in rows])
+    first = logits[:, 0].softmax(-1).amax(-1)  # [texts]
+    threshold = float(first.sort().values[5:7].mean())  # between two rows, so that half of them exit
+    depths = torch.where(first >= threshold, 1, 2)
+    with load(export.bundle, rule="max_probability", threshold=threshold) as session:
+        answers = list(session.map(texts, batch_size=4))
+    assert [answer.depth for answer in answers] == depths.tolist()
+    labels = logits[range(len(texts)), depths - 1].argmax(-1)
+    assert [answer.label for answer in answers] == [export.network.spec.labels[label] for label in labels]
 
 
 def test_distances_of_deberta_are_constants(exported: Callable[[str], Exported]) -> None:
     export = exported("deberta-v2")
-    graph = onnx.load(export.folder / "segment_01.onnx").graph
+    graph = onnx.load(export.bundle / "segment_01.onnx").graph
     constants = {value.name for value in graph.initializer}
     computed = [node.name for node in graph.node if node.input and set(node.input) <= constants]
     assert computed == [], "each run would compute the same"
@@ -131,7 +155,7 @@ def test_the_approximate_gelu_is_fused(
     options.log_severity_level = 3
     share_global_pool(options)
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    file = exported(name).folder / "segment_01.onnx"
+    file = exported(name).bundle / "segment_01.onnx"
     onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
     assert fused["FastGelu"] == 1 and not fused["Tanh"]

@@ -1,59 +1,81 @@
-"""Each adapter against transformers' own forward, block by block."""
+"""Each adapter of a text family against transformers' own forward, block by block."""
 
 from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_families
 import torch
 
-from offramp.models import EarlyExitNetwork, NetworkSpec, family_of, supported_families
+from offramp.models import family_of, supported_families
 from offramp.models.families import UnsupportedFamily
 
+NAMES = [*sorted(tiny.CONFIGS), *sorted(tiny_families.TEXT), *tiny_families.FORMS]
 
-@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
-def test_every_block_matches_transformers(family: str) -> None:
-    base = tiny.backbone(family)
-    inputs = tiny.inputs(family)
-    family_inputs = {name: inputs[name] for name in ("attention_mask", *family_of(family).inputs)}
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_block_matches_transformers(name: str) -> None:
+    base, inputs = tiny_families.backbone(name), tiny_families.text_inputs(name)
+    family_inputs = {
+        key: inputs[key] for key in ("attention_mask", *family_of(base.config.model_type).inputs)
+    }
+    real = inputs["attention_mask"].bool()
     with torch.no_grad():
         reference = base(**family_inputs, output_hidden_states=True).hidden_states
-        network = EarlyExitNetwork(base, NetworkSpec(("a", "b"), (1, 2, 3))).eval()
+        network = tiny_families.network(name)
         hidden, context = network.stem(inputs)
-        real = inputs["attention_mask"].bool()
         torch.testing.assert_close(hidden[real], reference[0][real], atol=1e-5, rtol=0)
+        layers = (len(reference) - 1) // network.block_count  # a block of ALBERT may have several
         for block in range(network.block_count):
             hidden = network.run_block(block, hidden, context)
-            torch.testing.assert_close(hidden[real], reference[block + 1][real], atol=1e-5, rtol=0)
+            # transformers states the last hidden state after the last norm, which exits apply, too.
+            norm = network.norm if block + 1 == network.block_count else None
+            states = hidden if norm is None else norm(hidden)
+            expected = reference[layers * (block + 1)]
+            torch.testing.assert_close(states[real], expected[real], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
-def test_padding_changes_nothing(family: str) -> None:
-    network = tiny.network(family)
-    inputs = tiny.inputs(family)
-    short = {name: value[1:2, :4] for name, value in inputs.items()}
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing(name: str) -> None:
+    network, inputs = tiny_families.network(name), tiny_families.text_inputs(name)
+    short = {key: value[1:2, :16] for key, value in inputs.items()}
     with torch.no_grad():
         torch.testing.assert_close(network(inputs).logits[1:2], network(short).logits, atol=1e-5, rtol=0)
 
 
-def test_longest_input_is_accepted_and_numbered_from_padding() -> None:
-    for family in tiny.CONFIGS:
-        network = tiny.network(family)
-        ids = torch.full((1, network.longest), 6)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "token_type_ids": torch.zeros_like(ids),
-        }
-        assert network(inputs).logits.shape == (1, 3, 2)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_input_is_accepted(name: str) -> None:
+    network = tiny_families.network(name)
+    kin_of_roberta = network.config.pad_token_id == 1
+    assert network.longest == (68 if kin_of_roberta else 70)
+    ids = torch.full((1, network.longest), 6)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    with torch.no_grad():
+        assert torch.isfinite(network(inputs).logits).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_of_the_blocks_learns(name: str) -> None:
+    network = tiny_families.network(name)
+    network(tiny_families.text_inputs(name)).logits.square().sum().backward()
+    idle = [key for key, weight in network.blocks.named_parameters() if weight.grad is None]
+    assert idle == []
 
 
 def test_every_family_has_its_twin() -> None:
-    assert set(supported_families()) == set(tiny.CONFIGS) | set(tiny.VISION)
+    twins = set(tiny.CONFIGS) | set(tiny.VISION) | set(tiny_families.TEXT) | set(tiny_families.IMAGES)
+    assert set(supported_families()) == twins
 
 
-def test_unsupported_family_lists_the_supported() -> None:
-    with pytest.raises(
-        UnsupportedFamily, match="bert, deit, dinov2, distilbert, electra, mpnet, roberta, vit"
-    ):
+def test_unsupported_family_lists_the_supported_and_says_how_to_add_one() -> None:
+    with pytest.raises(UnsupportedFamily) as raised:
         family_of("gpt2")
-    assert "mpnet" in supported_families()
+    known = ", ".join(supported_families())
+    assert str(raised.value) == (
+        f"no adapter for model type 'gpt2'; supported families: {known}; "
+        "docs/add-a-family.md shows how to add one"
+    )
