@@ -61,14 +61,14 @@ def main(
     labels = label_names(splits["train"])
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if kind == "parquet":
-        network: Any = AutoModelForImageClassification.from_pretrained(model, **names)
+        network: Any = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32, **names)
         processor: Any = AutoImageProcessor.from_pretrained(model)
         if image_size is not None:
             processor.size, processor.do_center_crop = {"height": image_size, "width": image_size}, False
         splits = splits.with_transform(lambda rows: image_inputs(processor, rows))
         collate: Any = DefaultDataCollator()
     else:
-        network = AutoModelForSequenceClassification.from_pretrained(model, **names)
+        network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, **names)
         processor = AutoTokenizer.from_pretrained(model)
         splits = splits.map(lambda row: text_inputs(processor, prefix, row), desc="tokenizing")
         collate = DataCollatorWithPadding(processor)

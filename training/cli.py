@@ -40,7 +40,8 @@ class TrainCliError(click.ClickException):
     "--data",
     required=True,
     help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images. "
-    "For language models rows of text, or of prompt and completion, of which completions are learned.",
+    "Files: JSON lines, JSON, CSV with any of , ; tab |, parquet, lines of text where no labels are needed; "
+    "also compressed. For language models rows of text, or of prompt and completion, of which completions are learned.",
 )
 @click.option(
     "--recipe",

@@ -42,8 +42,8 @@ from offramp.benchmarks.compare.specs import (
     RecipeSpec,
     parse_specs,
     start_of,
-    train_once,
 )
+from offramp.benchmarks.compare.trainings import Trainer
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.sweep import SWEPT
 from offramp.runtime.tuning.report import write_atomically
@@ -60,7 +60,8 @@ class Comparison:
     """What is compared: specs in order, rules that are tried on all exits, seeds; the folder for everything.
 
     reference: the method whose scores the others are compared with. fine_tuned: the spec whose full depth is
-    ordinary fine-tuning, or None. measure: rows of test on which bundles are timed; 0 for none.
+    ordinary fine-tuning, or None. measure: rows of test on which bundles are timed; 0 for none. workers:
+    trainings at once.
     """
 
     specs: Sequence[RecipeSpec]
@@ -72,15 +73,14 @@ class Comparison:
     fine_tuned: str | None
     measure: int = 0
     max_drop: float = 0.5
+    workers: int = 1
 
 
 def compare(comparison: Comparison, command: str) -> dict[str, Any]:
     """Train and evaluate all methods, keep their rows, and judge them; gives the content of compare.json."""
     c = comparison
-    for seed in c.seeds:
-        for spec in c.specs:
-            for model in spec.models:
-                train_once(model, seed, c.out, c.common)
+    models = [(model, seed) for seed in c.seeds for spec in c.specs for model in spec.models]
+    Trainer(c.out, c.common, c.workers).train_all(models)
     same = same_exits(c)
     recipes: dict[str, dict[str, Any]] = {}
     methods: list[str] = []
@@ -262,6 +262,12 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     help="Accuracy points below ordinary fine-tuning's full depth, on dev, at which --measure states the "
     "speed-up.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Trainings at once, each with its share of the cores; their progress goes into OUT/NAME_SEED.log.",
+)
 @click.option("--recompute", is_flag=True, help="Only compute the tables again from the rows in --out.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder for everything it makes."
@@ -281,6 +287,7 @@ def main(
     settings: tuple[str, ...],
     measure: int,
     max_drop: float,
+    workers: int,
     recompute: bool,
     out: Path,
     more: tuple[str, ...],
@@ -321,7 +328,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         comparison = Comparison(
             *(specs, rule_names, seed_list, out, common, compared_with),
-            *(spec_of(specs, fine_tuned), measure, max_drop),
+            *(spec_of(specs, fine_tuned), measure, max_drop, workers),
         )
         result = compare(comparison, command)
     except BadSetting as problem:

@@ -1,4 +1,4 @@
-"""What ee-compare trains: recipe specs, their folders, and the checkpoints from which they start.
+"""What ee-compare compares: recipe specs, the folders of their models, and the models from which they start.
 
 A spec is NAME[:SETTING=VALUE[,SETTING=VALUE]], such as joint or joint:distill=0.5,weights=uniform. Options of
 ee-train are given with their dashes, as in joint:--pooling=attention. One setting may have several values,
@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,37 +206,3 @@ def start_of(model: ModelSpec, common: CommonWords) -> ModelSpec | None:
         if getattr(parts, name) != getattr(other, name) and not {f"--{name}", f"--no-{name}"} & known
     )
     return ModelSpec(recipe.STARTS_FROM, settings, (*model.options, *options))
-
-
-def train_once(model: ModelSpec, seed: int, out: Path, common: CommonWords) -> Path:
-    """Train a model and the one that it starts from, unless their checkpoints exist; give its folder.
-
-    Raises BadSetting if the checkpoint that exists has other settings.
-    """
-    folder, start = model.folder(out, seed), start_of(model, common)
-    if (folder / "training.json").is_file():
-        _check_settings(folder, model, common)
-        return folder
-    begin = ["--model", common.model, *common.more, *model.options]
-    if start is not None:
-        begin = ["--init", str(train_once(start, seed, out, common))]
-    words = [word for setting in (*common.settings, *model.settings) for word in ("--set", setting)]
-    command = [str(Path(sys.executable).parent / "ee-train"), "--recipe", model.recipe, "--seed", str(seed)]
-    command += ["--out", str(folder), *begin, "--data", common.data, *common.options, *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-def _check_settings(folder: Path, model: ModelSpec, common: CommonWords) -> None:
-    """Raise BadSetting unless the checkpoint was trained with the settings that the command names."""
-    from offramp.training.options import parse_settings
-    from offramp.training.recipes import load_recipe
-
-    recipe: Any = load_recipe(model.recipe)
-    words = (*common.settings, *model.settings)
-    wanted = parse_settings(recipe.SETTINGS, words)
-    stored = json.loads((folder / "training.json").read_text(encoding="utf-8")).get("settings", {})
-    for name in (word.partition("=")[0] for word in words):
-        value = getattr(wanted, name)
-        if name in stored and stored[name] != value:
-            raise BadSetting(f"{folder} has {name}={stored[name]}, not {value}: choose another --out")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 
 from offramp.benchmarks.compare.specs import (
     PRESETS,
@@ -14,8 +15,8 @@ from offramp.benchmarks.compare.specs import (
     parse_specs,
     safe_name,
     start_of,
-    train_once,
 )
+from offramp.benchmarks.compare.trainings import Trainer
 from offramp.runtime.errors import BadSetting
 
 COMMON = CommonWords("m", "d")
@@ -112,9 +113,21 @@ def test_a_checkpoint_with_other_settings_is_not_used(tmp_path: Path) -> None:
     model.folder(tmp_path, 0).mkdir()
     training = model.folder(tmp_path, 0) / "training.json"
     training.write_text(json.dumps({"settings": {"epochs": 2, "lr": 1e-3}}))
-    assert train_once(model, 0, tmp_path, COMMON) == model.folder(tmp_path, 0)
+    assert Trainer(tmp_path, COMMON).train_once(model, 0) == model.folder(tmp_path, 0)
     with pytest.raises(BadSetting, match=r"lr=0\.001, not 0\.1"):
-        train_once(model, 0, tmp_path, CommonWords("m", "d", settings=("lr=0.1",)))
+        Trainer(tmp_path, CommonWords("m", "d", settings=("lr=0.1",))).train_once(model, 0)
+
+
+@pytest.mark.slow  # two trainings, each of which imports torch
+def test_several_trainings_at_once_share_the_one_they_start_from(tmp_path: Path) -> None:
+    model, data = tiny.model_folder(tmp_path / "model"), tiny.data_folder(tmp_path / "data")
+    common = CommonWords(str(model), str(data), settings=("epochs=1", "batch_size=8"))
+    models = [ModelSpec("consistentee_plus", ("policy_epochs=1",)), ModelSpec("joint")]
+    Trainer(tmp_path / "out", common, workers=2).train_all([(model, 0) for model in models])
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    first = models[0].folder(tmp_path, 0).name
+    assert written == sorted([first, f"{first}.log", "joint_0", "joint_0.log"])
+    assert (tmp_path / "out" / "joint_0.log").read_text().count("joint: 100%") > 0
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
