@@ -1,8 +1,9 @@
 """offramp: joint training of all exits with the settings that won on dev over all data sets (the default).
 
-It is recipe joint with better exits: attention pooling, so that each exit learns which tokens it reads, and
-two layers an exit instead of one. Every part is an option of ee-train or a setting of recipe joint, and any
-recipe can take it. Rows exit by their top probability.
+It is recipe joint with better exits: attention pooling, so that each exit learns which tokens it reads, two
+layers an exit instead of one, early exits that learn from the last one as well as from the labels, and
+gradients that are averaged over the exits. Every part is an option of ee-train or a setting of recipe joint,
+and any recipe can take it. Rows exit by their top probability.
 
     ee-train --model MODEL --data DATA --recipe offramp --out ckpt/
 """
@@ -22,6 +23,9 @@ from offramp.training.recipes.joint import JointSettings, warm_start
 @dataclass(frozen=True)
 class OfframpSettings(JointSettings):
     """Settings of recipe joint with other defaults."""
+
+    gradient: str = "equilibrium"
+    distill: float = 0.5
 
 
 KIND: Literal["classifier"] = "classifier"
