@@ -27,9 +27,10 @@ class TrainCliError(click.ClickException):
 @click.command(context_settings=HELP)
 @click.option(
     "--model",
-    help="Backbone: hub name or folder (BERT, RoBERTa, ELECTRA, DistilBERT, MPNet, ViT, DeiT, DINOv2); for "
-    "recipes layerskip, consistentee_lm and layer_selection a causal language model (Llama, Mistral, Qwen2, "
-    "Qwen3, GPT-2), pretrained or the result of one of these recipes.",
+    help="Backbone or fine-tuned classifier: hub name or folder (BERT, RoBERTa, DeBERTa, ModernBERT, ViT, "
+    "DINOv2 and others; an unknown type is answered with the list); for recipes layerskip, consistentee_lm and "
+    "layer_selection a causal language model (Llama, Mistral, Qwen2, Qwen3, GPT-2), pretrained or the result "
+    "of one of these recipes.",
 )
 @click.option(
     "--init",
