@@ -81,7 +81,7 @@ PURPOSE = {
     "docs": "how to, and what was tried and measured",
     "docs/add-a-family.md": "how a family of encoders is added, with an example that a test runs",
     "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
-    "docs/your-model.md": "how a fine-tuned model gets exits, from its folder to answers; a test runs every block",
+    "docs/your-model.md": "how a fine-tuned model gets exits; a test runs every block",
     "docs/cli.md": "every command: input, exit codes, rules, operating points, options",
     "docs/comparison.md": "every method by data set and over all, written by a benchmark",
     "docs/decoders.md": "language models: early exit per token, routes, and the lossless mode",

@@ -28,8 +28,8 @@ class TrainCliError(click.ClickException):
 @click.option(
     "--model",
     help="Backbone or fine-tuned classifier: hub name or folder (BERT, RoBERTa, DeBERTa, ModernBERT, ViT, "
-    "DINOv2 and others; an unknown type is answered with the list); for recipes layerskip, consistentee_lm and "
-    "layer_selection a causal language model (Llama, Mistral, Qwen2, Qwen3, GPT-2), pretrained or the result "
+    "DINOv2 and others; an unknown type is answered with the list); for recipes layerskip, consistentee_lm "
+    "and layer_selection a causal language model (Llama, Mistral, Qwen2, Qwen3, GPT-2), pretrained or the result "
     "of one of these recipes.",
 )
 @click.option(
@@ -42,7 +42,8 @@ class TrainCliError(click.ClickException):
     required=True,
     help="Hub name (name or name:configuration), folder of train/dev/test files, one file, folder of images. "
     "Files: JSON lines, JSON, CSV with any of , ; tab |, parquet, lines of text where no labels are needed; "
-    "also compressed. For language models rows of text, or of prompt and completion, of which completions are learned.",
+    "also compressed. For language models rows of text, or of prompt and completion, of which completions "
+    "are learned.",
 )
 @click.option(
     "--recipe",
