@@ -29,8 +29,8 @@ class TrainCliError(click.ClickException):
     "--model",
     help="Backbone or fine-tuned classifier: hub name or folder (BERT, RoBERTa, DeBERTa, ModernBERT, ViT, "
     "DINOv2 and others; an unknown type is answered with the list); for recipes layerskip, consistentee_lm "
-    "and layer_selection a causal language model (Llama, Mistral, Qwen2, Qwen3, GPT-2), pretrained or the result "
-    "of one of these recipes.",
+    "and layer_selection a causal language model (Llama, Mistral, Qwen2, Qwen3, GPT-2), pretrained or the "
+    "result of one of these recipes.",
 )
 @click.option(
     "--init",
