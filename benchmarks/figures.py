@@ -105,6 +105,46 @@ def early_exit_summary_table() -> list[str]:
     return [f"{title} ({machine_text(about)})", "", *markdown_table(head, rows)]
 
 
+def attach_tables() -> list[str]:
+    """One table for each attach_DATA.json: exits on a fine-tuned model, by the agreement asked for on dev."""
+    lines = []
+    for file in sorted(RESULTS.glob("attach_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = []
+        for method in result["methods"]:
+            for point in method["points"]:
+                test = point["test"]
+                rows.append(
+                    [
+                        method["name"],
+                        f"{100 - point['loss']:g}",
+                        f"{method['full_depth']:.2f}",
+                        f"{test['accuracy']:.2f}",
+                        f"{test['accuracy'] - result['user_model']:+.2f}",
+                        f"{test['agreement']:.2f}",
+                        f"{test['macs_saved']:.1f}",
+                    ]
+                )
+        head = [
+            "exits",
+            "agree on dev, %",
+            "full depth",
+            "accuracy",
+            "less the model as given",
+            "agree",
+            "MACs saved",
+        ]
+        title = f"**{result['data']}**, test, model as given {result['user_model']:.2f} % ({file.name})"
+        lines += [title, "", f"    python {result['command']}", "", *markdown_table(head, rows)]
+    if lines:
+        text = (
+            "Exits of recipe `attach` learned from texts without labels, and points were "
+            "chosen on dev by agreement with full depth; accuracy and agreement are of test, percent."
+        )
+        lines = ["**Exits on a fine-tuned model**", "", text, "", *lines]
+    return lines
+
+
 def recipe_table() -> list[str]:
     """Markdown lines of the table that compares all methods over all data sets; empty with fewer than two."""
     results = read_comparisons().get("", [])
@@ -319,6 +359,7 @@ def measured_tables() -> list[str]:
             decoder_memory_table(),
         ),
         lossless_table(),
+        attach_tables(),
     )
     return [line for part in parts for line in part]
 

@@ -23,15 +23,7 @@ pytestmark = pytest.mark.slow  # exports a network of each family; the parts hav
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("attach")
     torch.set_num_threads(1)
-    folder = tiny.model_folder(root / "model", request.param)
-    config = tiny.CONFIGS[request.param]()
-    config.id2label, config.label2id = {0: "negative", 1: "positive"}, {"negative": 0, "positive": 1}
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    folder = tiny.classifier_folder(root / "model", request.param)
     (root / "traffic.txt").write_text("".join(row["text"] + "\n" for row in tiny.rows(60, 5)))
     command = ["--model", str(folder), "--data", str(root / "traffic.txt"), "--out", str(root / "ckpt")]
     trained = CliRunner().invoke(train, [*command, "--precision", "fp32", "--set", "epochs=20"])

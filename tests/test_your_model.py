@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-from offramp.models.own_head import classification_class
-
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -24,10 +22,7 @@ pytestmark = pytest.mark.slow  # seven commands, each of which imports torch
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.model_folder(tmp_path / "my-finetuned")
-    config = tiny.CONFIGS["bert"]()
-    config.id2label, config.label2id = {0: "negative", 1: "positive"}, {"negative": 0, "positive": 1}
-    classification_class(config).from_config(config).save_pretrained("my-finetuned")
+    tiny.classifier_folder(tmp_path / "my-finetuned")
     (tmp_path / "traffic.txt").write_text("".join(row["text"] + "\n" for row in tiny.rows(60, 5)))
     tiny.data_folder(tmp_path / "data")
     (tmp_path / "data" / "test.jsonl").rename("test.jsonl")

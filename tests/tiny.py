@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     DeiTConfig,
     Dinov2Config,
@@ -163,6 +164,36 @@ def model_folder(folder: Path, family: str = "bert") -> Path:
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def classifier_folder(
+    folder: Path, family: str = "bert", labels: tuple[str, ...] = ("negative", "positive"), steps: int = 0
+) -> Path:
+    """A folder of transformers' classification model with its tokenizer.
+
+    steps: of a training on the tiny rows by plain torch; without any, weights are random, and none is 0.
+    """
+    model_folder(folder, family)
+    torch.manual_seed(0)
+    config = CONFIGS[family]()
+    config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
+    model = AutoModelForSequenceClassification.from_config(config)
+    if not steps:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    reader = tokenizer()
+    reader.enable_padding()
+    encoded = reader.encode_batch([row["text"] for row in rows(64)])
+    ids, mask = (torch.tensor([getattr(e, name) for e in encoded]) for name in ("ids", "attention_mask"))
+    truth = torch.tensor([row["label"] for row in rows(64)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        model(input_ids=ids, attention_mask=mask, labels=truth).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
     return folder
 
 

@@ -22,33 +22,10 @@ from offramp.training.user_model import match_labels
 SETTINGS = ("epochs=30", "batch_size=8", "lr=0.01")
 
 
-def classifier_folder(folder: Path, family: str = "bert", labels: tuple[str, ...] = ("bad", "good")) -> Path:
-    """A folder of a classification model that was fine-tuned on the tiny data by plain torch."""
-    tiny.model_folder(folder, family)
-    torch.manual_seed(0)
-    config = tiny.CONFIGS[family]()
-    config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
-    model = classification_class(config).from_config(config)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding()
-    rows = tiny.rows(64)
-    encoded = tokenizer.encode_batch([row["text"] for row in rows])
-    ids, mask = (torch.tensor([getattr(e, name) for e in encoded]) for name in ("ids", "attention_mask"))
-    truth = torch.tensor([row["label"] for row in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        loss = model(input_ids=ids, attention_mask=mask, labels=truth).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("attach")
-    classifier_folder(root / "model")
+    tiny.classifier_folder(root / "model", labels=("bad", "good"), steps=30)
     tiny.data_folder(root / "data")
     texts = "".join(row["text"] + "\n" for row in tiny.rows(80, 5))
     (root / "traffic.txt").write_text(texts)
@@ -214,7 +191,7 @@ def test_rows_of_rarer_labels_are_repeated(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_head_of_another_task_is_refused(tmp_path: Path) -> None:
-    folder = classifier_folder(tmp_path / "model")
+    folder = tiny.classifier_folder(tmp_path / "model")
     facts = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"problem_type": "regression"}, "regression"),
