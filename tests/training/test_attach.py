@@ -111,6 +111,11 @@ def test_a_backbone_without_a_head_is_refused(root: Path, tmp_path: Path) -> Non
     assert done.exit_code == 2 and "recipe attach needs a model with a trained head" in done.output
 
 
+def test_a_network_without_early_exits_is_refused(root: Path) -> None:
+    output = run(root, "single", "--exits", "3", exit_code=2)
+    assert "name earlier blocks in --exits" in output
+
+
 def test_other_recipes_keep_the_head_as_the_last_exits_start(root: Path) -> None:
     words = ["--recipe", "joint", "--set", "epochs=1", "--set", "heads_lr=0.01"]
     command = ["--model", str(root / "model"), "--data", str(root / "data"), "--out", str(root / "joint")]

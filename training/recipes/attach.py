@@ -120,6 +120,8 @@ def train(
             "recipe attach needs a model with a trained head, saved as *ForSequenceClassification or "
             "*ForImageClassification; for a backbone without one say --recipe offramp"
         )
+    if len(network.spec.exits) == 1:
+        raise BadSetting("recipe attach trains the exits before the last: name earlier blocks in --exits")
     rows = rows_that_fit(run, train, s)
     labels, device = torch.from_numpy(rows.label), run.accelerator.device
     early = tuple(f"exits.{number}." for number in range(len(network.spec.exits) - 1))
