@@ -203,23 +203,19 @@ class Classifier(Session[State]):
 
     def _answer(self, trace: Trace, first: int, item: AnyRow) -> Answer:
         """The answer to an item whose row, and windows if there are more, begin at row `first` of a trace."""
-        rows = range(first, first + 1 + len(item.rest))
-        segments_of = [np.flatnonzero(trace.variants[row] >= 0) for row in rows]
-        deepest = max(range(len(rows)), key=lambda at: segments_of[at][-1])
-        row, segments = rows[deepest], segments_of[deepest]
+        windows = 1 + len(item.rest)
+        row = first if windows == 1 else _deepest_row(trace, first, windows)
+        segments = np.flatnonzero(trace.variants[row] >= 0)
         probabilities = softmax(trace.logits[row, segments])  # [steps, classes]
-        last = probabilities[-1]
-        if len(rows) > 1:
-            last = softmax(
-                np.mean([trace.logits[r, s[-1]] for r, s in zip(rows, segments_of, strict=True)], 0)
-            )
+        last = probabilities[-1] if windows == 1 else softmax(_mean_logits(trace, first, windows))
+        seconds = trace.seconds[row] if windows == 1 else trace.seconds[first : first + windows].max()
         label = int(last.argmax())
         scores = probabilities[:, label].tolist()
         gates = trace.gates[row, segments].tolist()
         numbers = segments.tolist()
         names, variants = self.manifest.variants, trace.variants[row, segments].tolist()
         calibrated, label_set = None, None
-        if len(rows) == 1:
+        if windows == 1:
             calibrated, label_set = self._calibrated(trace.logits[row, numbers[-1]], numbers[-1], label)
         return Answer(
             label=self.manifest.labels[label],
@@ -228,11 +224,11 @@ class Classifier(Session[State]):
             depth=int(self._depths[segments].sum()),
             steps=tuple((s + 1, names[v]) for s, v in zip(numbers, variants, strict=True)),
             signals=tuple((p, None if math.isnan(g) else g) for p, g in zip(scores, gates, strict=True)),
-            seconds=float(trace.seconds[rows.start : rows.stop].max()),
+            seconds=float(seconds),
             truncated=item.truncated,
             calibrated=calibrated,
             label_set=label_set,
-            windows=len(rows),
+            windows=windows,
         )
 
     def _calibrated(
@@ -246,6 +242,24 @@ class Classifier(Session[State]):
         order = np.argsort(-probabilities, kind="stable").tolist()
         names = tuple(self.manifest.labels[number] for number in order if inside[number])
         return float(probabilities[label]), names
+
+
+def _exits(trace: Trace, first: int, windows: int) -> NDArray[np.int64]:
+    """The segment (0-based) after which each of these rows left [windows]."""
+    ran = trace.variants[first : first + windows] >= 0
+    last: NDArray[np.int64] = ran.shape[1] - 1 - ran[:, ::-1].argmax(1)
+    return last
+
+
+def _deepest_row(trace: Trace, first: int, windows: int) -> int:
+    """The row of the window that left last; the first of several."""
+    return first + int(_exits(trace, first, windows).argmax())
+
+
+def _mean_logits(trace: Trace, first: int, windows: int) -> Floats:
+    """The mean over windows of the logits at the exits that they took [classes]."""
+    logits: Floats = trace.logits[np.arange(first, first + windows), _exits(trace, first, windows)].mean(0)
+    return logits
 
 
 def find_calibration(manifest: Manifest, rule: RuleSpec, variant: str) -> Calibration | None:

@@ -56,8 +56,8 @@ class TrainCliError(click.ClickException):
     is_flag=False,
     flag_value=2,
     metavar="[EPOCHS]",
-    help="Recipe attach: train everything afterwards, for 2 epochs or as many as named; the exits get "
-    "better, and answers at full depth may change.",
+    help="Recipe attach: train everything afterwards, for 2 epochs or as many as named; "
+    "answers at full depth may change.",
 )
 @click.option(
     "--out",

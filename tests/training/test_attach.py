@@ -91,6 +91,7 @@ def test_unfreeze_trains_everything_from_the_untouched_models_logits(root: Path)
     run(root, "unfrozen", "--unfreeze")
     training = json.loads((root / "unfrozen" / "training.json").read_text())
     assert training["settings"]["unfreeze"] == 2
+    assert 80 < training["dev"]["same_as_given"] <= 100
     own, exits = answers(root / "unfrozen")
     assert not torch.equal(exits[:, -1], own)
     assert (exits[:, -1].argmax(-1) == own.argmax(-1)).float().mean() > 0.9

@@ -6,7 +6,8 @@ of the model (distillation, Hinton et al., arXiv 1503.02531), loss (1 - labels) 
 mean over exits. Operating points are chosen on dev by agreement with full depth, since no label is needed.
 
 With --unfreeze another phase trains everything, and all exits learn from the logits of the model as it was
-given: earlier exits become better, and answers at full depth may change.
+given: answers at full depth may change; training.json states the percentage of dev rows whose answer is
+still that of the model (same_as_given). Agreement is with the new full depth.
 
     ee-train --model my-finetuned/ --data traffic.txt --recipe attach --out ckpt/
 """
@@ -25,7 +26,7 @@ from torch.nn import functional
 from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.runtime.errors import BadSetting
 from offramp.training.batches import Encoded
-from offramp.training.collect import operating_points
+from offramp.training.collect import collect, operating_points
 from offramp.training.data import NO_LABEL
 from offramp.training.features import compute_features, token_feature_bytes
 from offramp.training.loop import Phase, Run
@@ -140,9 +141,17 @@ def train(
     run.fit(
         Phase("exits", early, rows.lengths, exits_loss, *sizes, weight_decay=s.weight_decay, shared=False)
     )
-    if s.unfreeze:
-        run.fit(_everything(run, rows, features.full_depth, s))
-    return operating_points(run, dev, "max_probability", agreement=True)
+    if not s.unfreeze:
+        return operating_points(run, dev, "max_probability", agreement=True)
+
+    def dev_answers() -> Tensor:
+        return collect(network, dev, device=device, description="dev").logits[:, -1].argmax(-1)
+
+    given = run.compute_once("dev_answers", dev_answers)  # before anything of the model changes
+    run.fit(_everything(run, rows, features.full_depth, s))
+    results = operating_points(run, dev, "max_probability", agreement=True)
+    same = 100 * float((dev_answers() == given).float().mean())
+    return results | {"dev": results["dev"] | {"same_as_given": round(same, 2)}}
 
 
 def _everything(run: Run[EarlyExitNetwork], rows: Encoded, target: Tensor, settings: AttachSettings) -> Phase:
