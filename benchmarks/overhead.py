@@ -45,9 +45,10 @@ from tqdm import tqdm
 from offramp.runtime import load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import TextInput
-from offramp.runtime.classifier import WINDOW, Classifier
+from offramp.runtime.classifier import Classifier
 from offramp.runtime.engines import threads
 from offramp.runtime.inputs.text import items_to_rows, open_reader
+from offramp.runtime.row_session import WINDOW
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
 from offramp.runtime.tuning.labelled import read_rows

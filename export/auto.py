@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +39,13 @@ from offramp.export.describe import build_manifest
 from offramp.export.options import ExportOptions
 from offramp.export.segments import Exportable, SplitNetwork, file_name, variants_of
 from offramp.export.table import aligned
-from offramp.runtime.classifier import Classifier
-from offramp.runtime.loading import load_classifier
-from offramp.runtime.rules import RuleSpec, bind, simulate
+from offramp.runtime.loading import load_row_session
+from offramp.runtime.row_session import RowSession
+from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.rules.sweep import choose_points
-from offramp.runtime.tuning.calibrate import macs_to_exits, measure_exit_table
-from offramp.runtime.tuning.labelled import read_labelled
+from offramp.runtime.tuning.calibrate import macs_to_exits, measure_exit_table, usual_rule
+from offramp.runtime.tuning.labelled import read_perhaps_labelled
+from offramp.runtime.tuning.right_answers import right_answers
 from offramp.runtime.walker import Inputs, walk_one
 
 ROWS = 100  # rows of a classifier that are timed
@@ -109,24 +110,26 @@ def choose_exits(
     """Choose which exits of a classifier to keep: those that save more time than they cost on the dev set.
 
     The network is split at every exit into a temporary folder; rows of the dev set are walked and timed on
-    the engine. Rows exit as at the point "default" of that bundle, calibrated on the same rows. Raises
-    BadInput for the file, and what load() raises.
+    the engine. Rows exit as at the point "default" of that bundle, calibrated on the same rows: by their
+    labels or, if they have none, by agreement with full depth. Raises BadInput for the file, and what load()
+    raises.
     """
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         folders = [Path(scratch) / "every", Path(scratch) / "one"]
         for folder, cuts in zip(folders, ("each", str(source.network.block_count)), strict=True):
             _write_to_time(source, source.split(cuts, ("fp32",)), folder, ("fp32",), None)
         with (
-            load_classifier(folders[0], rule="never", engine=engine, device=device) as every,
-            load_classifier(folders[1], rule="never", engine=engine, device=device) as one,
+            load_row_session(folders[0], rule="never", engine=engine, device=device) as every,
+            load_row_session(folders[1], rule="never", engine=engine, device=device) as one,
         ):
-            rows = read_labelled(dev, every.labels, images=source.network.family.vision is not None)
-            table, lengths = measure_exit_table(every, rows, "fp32")
-            rule = "max_probability" if table.gates is None else "gate"
+            images, kind = source.network.family.vision is not None, every.manifest.kind
+            rows, labelled = read_perhaps_labelled(dev, every.labels, images=images, kind=kind)
+            right = right_answers(every, rows, agreement=not labelled)
+            table, lengths = measure_exit_table(every, rows, "fp32", right)
+            rule = usual_rule(every.manifest, table)
             point = choose_points(rule, table, macs_to_exits(every.manifest, lengths))["default"]
-            count = table.logits.shape[1]
-            exits = simulate(bind(point.rule, count), table.logits, table.gates)
-            leaves = np.bincount(exits, minlength=count) / len(exits)
+            exits = table.exits(point.rule)
+            leaves = np.bincount(exits, minlength=table.logits.shape[1]) / len(exits)
             items = [*rows.items[:WARM_UP], *rows.items[:ROWS]]
             inputs = [every.encode(*(item if isinstance(item, tuple) else (item,))) for item in items]
             times = _time_exits(every, one, inputs, leaves)
@@ -175,7 +178,7 @@ def exits_table(blocks: Sequence[int], times: ExitTimes, kept: Sequence[int]) ->
 
 
 def _time_exits(
-    every: Classifier, one: Classifier, inputs: Sequence[Inputs], leaves: NDArray[np.float64]
+    every: RowSession[Any], one: RowSession[Any], inputs: Sequence[Inputs], leaves: NDArray[np.float64]
 ) -> ExitTimes:
     """Time a bundle with every exit and the same network in one segment, in turn, row by row.
 
@@ -188,7 +191,7 @@ def _time_exits(
     return ExitTimes(leaves, np.maximum(step_ms[1:] - exit_ms, 0.0), exit_ms, float(step_ms[0]))
 
 
-def _step_seconds(session: Classifier, inputs: Inputs) -> NDArray[np.float64]:
+def _step_seconds(session: RowSession[Any], inputs: Inputs) -> NDArray[np.float64]:
     """Seconds of the stem and of every segment for one row [1 + segments]."""
     segments = len(session.manifest.segments)
     never, engine = bind(RuleSpec("never", {}), segments), session.engine

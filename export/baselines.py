@@ -14,7 +14,7 @@ from rich.progress import track
 from offramp.export.bundle import file_fact, replace_folder
 from offramp.export.classifier import ExportableClassifier, truncate
 from offramp.export.monolith import join_segments, whole_network
-from offramp.export.nested import nest_segments
+from offramp.export.nested import can_nest, nest_segments
 from offramp.export.options import ExportOptions
 from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
@@ -62,7 +62,7 @@ def write_baselines(
             file = f"monolith_{variant}.onnx"
             write_variant(variant, beside / "monolith.onnx", beside / file, reduce_range=options.reduce_range)
             add(f"monolith {variant}", "monolith", variant, file, last)
-        if last > 1:
+        if can_nest(manifest):
             first = manifest.variants[0]
             stem, *files = [s.variants[first].file for s in (manifest.stem, *manifest.segments)]
             model = nest_segments(bundle / stem, [bundle / file for file in files])

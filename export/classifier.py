@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 
+from offramp.export.classifier_modules import ClassifierSegment, ClassifierStem, no_logits
 from offramp.export.samples import verification_batches
 from offramp.export.segments import (
     TOLERANCE,
     ManifestFacts,
+    SameAnswers,
     Sample,
     Segment,
     SplitNetwork,
@@ -21,8 +22,6 @@ from offramp.export.segments import (
     require_float32,
     total_macs,
 )
-from offramp.models.exits import join_logits, pool_tokens
-from offramp.models.families.family import Context
 from offramp.models.forecasts import path_columns
 from offramp.models.macs import (
     MacTerms,
@@ -33,6 +32,7 @@ from offramp.models.macs import (
     stem_macs,
 )
 from offramp.models.network import EarlyExitNetwork, parse_exits
+from offramp.models.tasks import CLASSIFICATION, MULTI_LABEL, threshold_logits
 from offramp.runtime.bundle.manifest import (
     NEXT,
     ImageInput,
@@ -49,122 +49,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENS = 32  # the length for which step costs are stated where training names none
-
-
-class ClassifierStem(nn.Module):
-    """The graph before the first segment: from token ids and attention mask, or pixels, to the hidden state.
-
-    Outputs: hidden [batch, seq, hidden size], the mask and all other tensors that every segment reads.
-    """
-
-    def __init__(self, network: EarlyExitNetwork, *, walks: bool) -> None:
-        super().__init__()
-        self.network = network
-        self.reads = stem_inputs(network)
-        self.walks = walks  # whether several segments follow, which pass on evidence and ensemble
-
-    def named(self, *tensors: torch.Tensor) -> Context:
-        """Run the stem and return its outputs by name; tensors: its inputs, in the order of stem_inputs()."""
-        hidden, context = self.network.stem(dict(zip(self.reads, tensors, strict=True)))
-        outputs = {"hidden": hidden, **context}
-        no_evidence = self.network.no_evidence(hidden) if self.walks else None
-        if no_evidence is not None:
-            outputs["evidence"] = no_evidence
-        if self.walks and self.network.spec.ensemble:
-            outputs["ensemble"] = torch.zeros(hidden.shape[0], len(self.network.spec.labels))
-        return outputs
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the stem; tensors: its inputs, in the order of stem_inputs()."""
-        return tuple(self.named(*tensors).values())
-
-
-class SegmentExit(nn.Module):
-    """One exit of a segment: pooling, head and, in an ensemble, the join with the exits before it."""
-
-    def __init__(self, network: EarlyExitNetwork, exit_index: int) -> None:
-        super().__init__()
-        exit_head = network.exits[exit_index]
-        self.norm, self.pooler = network.norm, network.pooler
-        self.attention = exit_head.attention
-        self.own_pool = exit_head.own_pool
-        self.exit = exit_head.folded()  # type: ignore[operator]
-        self.decay: torch.Tensor | None = None if exit_index == 0 else exit_head.decay  # type: ignore[assignment]
-
-    def forward(
-        self, hidden: torch.Tensor, context: Context, before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the pooled vector [batch, hidden] and logits [batch, classes].
-
-        hidden [batch, seq, hidden]; before [batch, classes]: logits of the exit before, or None.
-        """
-        parts = self.attention, self.pooler, self.own_pool
-        pooled = pool_tokens(hidden, context, self.norm, *parts)  # type: ignore[arg-type]
-        return pooled, join_logits(self.exit(pooled), self.decay, before)
-
-
-class ClassifierSegment(nn.Module):
-    """Consecutive blocks of a classifier, the exit after them, and its policy or error forecast.
-
-    The last exit has no policy and no forecast.
-
-    exits_ahead: later exits that are kept, counted from here (0: the next exit of the network). variants:
-    numbers of the variants between which the forecast chooses. last: output the logits alone. In an ensemble
-    a segment also computes the exits that were dropped from it, since later exits read them.
-    """
-
-    def __init__(
-        self,
-        network: EarlyExitNetwork,
-        blocks: range,
-        exit_index: int,
-        reads: Sequence[str],
-        exits_ahead: Sequence[int] = (),
-        variants: Sequence[int] = (),
-        *,
-        last: bool,
-    ) -> None:
-        super().__init__()
-        self.family = network.family
-        self.reads = tuple(reads)
-        self.last = last
-        fold = network.family.folded
-        self.blocks = nn.ModuleList(fold(network.blocks[block]) for block in blocks)
-        first = 0 if blocks.start == 0 else network.spec.exits.index(blocks.start) + 1
-        numbers = range(first, exit_index + 1) if network.spec.ensemble else (exit_index,)
-        self.heads = nn.ModuleDict(
-            {str(network.spec.exits[n] - blocks.start): SegmentExit(network, n) for n in numbers}
-        )
-        self.policy: nn.Module | None = None
-        if not last and len(network.policies):
-            classes = len(network.spec.labels)
-            self.policy = network.policies[exit_index].folded(classes)  # type: ignore[operator]
-        self.forecast: nn.Module | None = None
-        if not last and len(network.forecasts) and exits_ahead:
-            self.forecast = network.forecasts[exit_index].folded(variants, exits_ahead)  # type: ignore[operator]
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the segment; tensors: its inputs, in the order of `reads`."""
-        context = dict(zip(self.reads, tensors, strict=True))
-        hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
-        logits = context.pop("ensemble", None)
-        for number, block in enumerate(self.blocks, 1):
-            hidden = self.family.run_block(block, hidden, context)  # [batch, seq, hidden]
-            if str(number) in self.heads:
-                pooled, logits = self.heads[str(number)](hidden, context, logits)  # [batch, classes]
-        assert logits is not None  # the last block has an exit
-        if self.last:
-            return (logits,)
-        forecast = () if self.forecast is None else (self.forecast(logits, pooled),)
-        flows: tuple[torch.Tensor, ...] = (hidden,)
-        gate: tuple[torch.Tensor, ...] = ()
-        if self.policy is not None:
-            gate_logit, next_evidence = self.policy(pooled, logits, evidence)
-            gate = (gate_logit.sigmoid(),)  # [batch]
-            flows = flows if evidence is None else (hidden, next_evidence)
-        if "ensemble" in self.reads:
-            flows = (*flows, logits)
-        return *flows, logits, *gate, *forecast
 
 
 def split_classifier(
@@ -229,12 +113,6 @@ def parse_cuts(network: EarlyExitNetwork, text: str) -> tuple[int, ...]:
     return network.spec.exits if text.strip() == "each" else parse_exits(text, network.block_count)
 
 
-def stem_inputs(network: EarlyExitNetwork) -> tuple[str, ...]:
-    """Names of the tensors that a classifier's stem reads: integers [batch, seq], or pixel_values."""
-    first, *others = network.family.inputs
-    return (first, "attention_mask", *others) if network.family.vision is None else (first,)
-
-
 def _stem(network: EarlyExitNetwork, *, walks: bool) -> Segment:
     module = ClassifierStem(network, walks=walks).eval()
     inputs, outputs = _probe(module)
@@ -261,7 +139,7 @@ def _segment(
     inputs = tuple(tensor for tensor in stem_outputs if not (last and tensor.name == "evidence"))
     reads = [tensor.name for tensor in inputs]
     module = ClassifierSegment(network, blocks, exit_index, reads, exits_ahead, numbers, last=last).eval()
-    outputs = [Tensor("logits", "float32", ("batch", len(network.spec.labels)))]
+    outputs = _signals(network)
     inner = [n for n, end in enumerate(network.spec.exits) if blocks.start < end < blocks.stop]
     costs: list[MacTerms] = [exit_macs(network, exit_index), *(block_macs(network, at) for at in blocks)]
     if network.spec.ensemble:
@@ -276,8 +154,24 @@ def _segment(
         if module.forecast is not None:
             paths = len(numbers) * (1 + len(numbers) * len(exits_ahead))
             outputs.append(Tensor("forecast", "float32", ("batch", paths)))
+    outputs += _answers(network)
     numbered = tuple(block + 1 for block in blocks)
     return Segment(name, module, inputs, tuple(outputs), numbered, total_macs(costs), network.longest)
+
+
+def _signals(network: EarlyExitNetwork) -> list[Tensor]:
+    """The logits that rules read, if the task has any."""
+    if network.task.certainty is not None:
+        return [Tensor("logits", "float32", ("batch", 2))]
+    return [Tensor("logits", "float32", ("batch", network.outputs))] if network.task.least_labels else []
+
+
+def _answers(network: EarlyExitNetwork) -> list[Tensor]:
+    """The output that answers are made from, where that is not the logits."""
+    if network.spec.task == CLASSIFICATION:
+        return []
+    axes = ("batch", "seq") if network.task.per_token else ("batch",)
+    return [Tensor("answer", "float32", (*axes, network.outputs))]
 
 
 @torch.no_grad()
@@ -301,6 +195,15 @@ class ExportableClassifier:
     tolerances: ClassVar[Mapping[str, float]] = {"fp32": TOLERANCE}
 
     @property
+    def same_answers(self) -> SameAnswers | None:
+        """Compare what an exit gives in two precisions; see segments.Exportable."""
+        decisions = self.network.task.decisions
+        if decisions is None:
+            return None
+        limits = threshold_logits(self.network.spec.thresholds)
+        return lambda right, actual: decisions(right, limits) == decisions(actual, limits)
+
+    @property
     def network(self) -> EarlyExitNetwork:
         """The network of the checkpoint."""
         return self.checkpoint.network
@@ -319,10 +222,12 @@ class ExportableClassifier:
     def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
         """The facts that the manifest of the split holds in addition to its segments."""
         network, training = self.network, self.checkpoint.training
+        multi = network.spec.task == MULTI_LABEL
         points = operating_points(self.checkpoint, split, variants)
         return ManifestFacts(
-            task="text-classification" if network.family.vision is None else "image-classification",
+            task=_task_of(network),
             labels=network.spec.labels,
+            thresholds=network.spec.thresholds or (0.5,) * multi * len(network.spec.labels),
             input=self._input(),
             rule=_default_rule(split, points),
             points=points,
@@ -367,6 +272,13 @@ class ExportableClassifier:
         return {"bops": StepCosts(tokens, steps)}
 
 
+def _task_of(network: EarlyExitNetwork) -> str:
+    """The name of the network's task in a manifest, where texts and images are classified under two names."""
+    if network.spec.task != CLASSIFICATION:
+        return network.spec.task
+    return "text-classification" if network.family.vision is None else "image-classification"
+
+
 def operating_points(
     checkpoint: Checkpoint, split: SplitNetwork, variants: Sequence[str]
 ) -> tuple[OperatingPoint, ...]:
@@ -404,7 +316,11 @@ def _default_rule(split: SplitNetwork, points: Sequence[OperatingPoint]) -> Rule
         return RuleSpec("never", {})
     if any(tensor.name == "gate" for tensor in split.segments[0].outputs):
         return RuleSpec("gate", {"threshold": 0.5})
-    return points[0].rule if points else RuleSpec("max_probability", {"threshold": 0.9})
+    if points:
+        return points[0].rule
+    if any(tensor.name == "logits" for tensor in split.segments[0].outputs):
+        return RuleSpec("max_probability", {"threshold": 0.9})
+    return RuleSpec("never", {})  # how far values still settle is not known before a calibration
 
 
 def _expected(
@@ -415,7 +331,7 @@ def _expected(
     evidence, logits = network.no_evidence(hidden), None
     flows = {} if evidence is None else {"evidence": evidence}
     if network.spec.ensemble:
-        flows["ensemble"] = torch.zeros(hidden.shape[0], len(network.spec.labels))
+        flows["ensemble"] = no_logits(network, hidden)
     yield {"hidden": hidden, **context, **flows}
     kept = {segment.blocks[-1] for segment in split.segments}
     for segment in split.segments:
@@ -426,7 +342,10 @@ def _expected(
                 pooled = network.pooled(exit_index, hidden, context)
                 logits = network.classify(exit_index, pooled, logits)
         assert logits is not None
-        outputs = {NEXT + "hidden": hidden, "logits": logits}
+        outputs = {NEXT + "hidden": hidden, "answer": logits}
+        for_rules = network.rule_logits(logits, context.get("words"))
+        if for_rules is not None:
+            outputs["logits"] = for_rules
         if network.spec.ensemble:
             outputs[NEXT + "ensemble"] = logits
         if exit_index < len(network.policies):

@@ -175,7 +175,7 @@ def _split_classifier(options: SplitOptions) -> None:
     from offramp.models.families import UnsupportedFamily
     from offramp.runtime.errors import BadInput
     from offramp.runtime.tuning.baselines import FILE_NAME
-    from offramp.runtime.tuning.labelled import read_labelled
+    from offramp.runtime.tuning.labelled import read_perhaps_labelled
     from offramp.training.checkpoint import BadCheckpoint, load_checkpoint
 
     export = options.export()
@@ -192,7 +192,8 @@ def _split_classifier(options: SplitOptions) -> None:
     texts = None if options.texts is None else read_texts(options.texts)
     if options.dev is not None:
         try:
-            read_labelled(options.dev, network.spec.labels, images=network.family.vision is not None)
+            images, kind = network.family.vision is not None, network.spec.task
+            read_perhaps_labelled(options.dev, network.spec.labels, images=images, kind=kind)
         except BadInput as problem:
             raise UserError(f"--dev: {problem}") from None
     split = _cut_classifier(source, options, export.variants)

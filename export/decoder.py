@@ -13,12 +13,14 @@ from torch import nn
 from offramp.export.segments import (
     TOLERANCE,
     ManifestFacts,
+    SameAnswers,
     Sample,
     Segment,
     SplitNetwork,
     Values,
     describe_tensors,
     require_float32,
+    same_label,
 )
 from offramp.models.decoder import DecoderNetwork, KeyValue, hidden_states, run_block
 from offramp.models.families import decoder_family_of
@@ -273,6 +275,11 @@ class ExportableDecoder:
     # In variants other than fp32 a wrong graph differs by more than this. SmolLM2-135M, right graphs: 0.08 in
     # int8, 0.7 in int4.
     tolerances: ClassVar[Mapping[str, float]] = {"fp32": TOLERANCE, "fp16": 0.1, "int8": 0.2, "int4": 1.5}
+
+    @property
+    def same_answers(self) -> SameAnswers:
+        """Compare the most probable tokens of two precisions; see segments.Exportable."""
+        return same_label
 
     @property
     def files(self) -> dict[str, Path]:

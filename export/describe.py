@@ -46,6 +46,7 @@ def build_manifest(
         },
         costs=facts.costs,
         decoder=_decoder_facts(split, variants, facts.stop_ids),
+        thresholds=facts.thresholds,
     )
 
 

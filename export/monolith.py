@@ -18,12 +18,14 @@ from offramp.export.segments import Exportable, Segment, SplitNetwork, total_mac
 from offramp.export.to_onnx import to_onnx
 from offramp.runtime.bundle.manifest import NEW, NEXT, PAST, Tensor
 
+STACKED = ("logits", "answer")  # a row's signals, of which a graph with several exits gives all
+
 
 class Monolith(nn.Module):
     """A module that runs stem, segments and, for a decoder's last token, the head one after another.
 
-    outputs: the tensors it returns. If there are several exits, "logits" and "gates" are those of all exits,
-    stacked in axis 1.
+    outputs: the tensors it returns. If there are several exits, "logits", "answer" and "gates" are those of
+    all exits, stacked in axis 1.
     """
 
     def __init__(self, split: SplitNetwork, reads: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -40,7 +42,7 @@ class Monolith(nn.Module):
         """Run the whole network; tensors: in the order of the segment's inputs."""
         values = dict(zip(self._reads, tensors, strict=True))
         _store(values, self._split.stem, self.stem(*self._split.stem.reads(values)))
-        exits: dict[str, list[torch.Tensor]] = {"logits": [], "gate": []}
+        exits: dict[str, list[torch.Tensor]] = {"logits": [], "answer": [], "gate": []}
         for segment, module in zip(self._split.segments, self.segments, strict=True):
             _store(values, segment, module(*segment.reads(values)))
             for tensor in segment.outputs:
@@ -48,8 +50,9 @@ class Monolith(nn.Module):
                     exits[tensor.name].append(values[tensor.name])
         if self.head is not None:
             (values["logits"],) = self.head(values["hidden"][:, -1:])
-        if len(exits["logits"]) > 1:
-            values["logits"] = torch.stack(exits["logits"], 1)
+        for name in STACKED:
+            if len(exits[name]) > 1:
+                values[name] = torch.stack(exits[name], 1)
         if len(exits["gate"]) > 0:
             values["gates"] = torch.stack(exits["gate"], 1)
         return tuple(values[name] for name in self._outputs)
@@ -63,14 +66,15 @@ def _store(values: dict[str, torch.Tensor], segment: Segment, outputs: tuple[tor
 def join_segments(split: SplitNetwork, name: str = "monolith") -> Segment:
     """Join all segments of a split network into one segment.
 
-    Inputs: those of the stem, and the past keys and values of all blocks. Outputs: logits, and new keys and
-    values. Logits are [batch, classes] with one exit; [batch, segments, classes] with several, and then gates
-    [batch, segments - 1] where there are policies; [batch, 1, vocabulary], of the last token, for a decoder.
+    Inputs: those of the stem, and the past keys and values of all blocks. Outputs: logits or answer or both,
+    as the segments give them, and new keys and values. Logits are [batch, classes] with one exit; [batch,
+    segments, classes] with several, and then gates [batch, segments - 1] where there are policies; [batch, 1,
+    vocabulary], of the last token, for a decoder.
     """
     last = split.segments[-1]
     past = [tensor for s in split.segments for tensor in s.inputs if tensor.name.startswith(PAST)]
     new = [tensor for s in split.segments for tensor in s.outputs if tensor.name.startswith(NEW)]
-    outputs = [_logits(split), *new]
+    outputs = [*_signals(split), *new]
     count = len(split.segments)
     if count > 1 and split.head is None and any(t.name == "gate" for t in split.segments[0].outputs):
         outputs.append(Tensor("gates", "float32", ("batch", count - 1)))
@@ -82,13 +86,13 @@ def join_segments(split: SplitNetwork, name: str = "monolith") -> Segment:
     return Segment(name, module, inputs, tuple(outputs), blocks, macs, last.longest)
 
 
-def _logits(split: SplitNetwork) -> Tensor:
+def _signals(split: SplitNetwork) -> list[Tensor]:
     if split.head is not None:
-        return Tensor("logits", "float32", ("batch", 1, split.head.outputs[0].shape[-1]))
-    (logits,) = (tensor for tensor in split.segments[-1].outputs if tensor.name == "logits")
-    if len(split.segments) == 1:
-        return logits
-    return Tensor("logits", "float32", ("batch", len(split.segments), logits.shape[-1]))
+        return [Tensor("logits", "float32", ("batch", 1, split.head.outputs[0].shape[-1]))]
+    signals = [tensor for tensor in split.segments[-1].outputs if tensor.name in STACKED]
+    if (count := len(split.segments)) > 1:
+        return [Tensor(t.name, t.dtype, (t.shape[0], count, *t.shape[1:])) for t in signals]
+    return signals
 
 
 def whole_network(source: Exportable, *, exits: bool = False) -> Segment:

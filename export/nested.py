@@ -6,7 +6,7 @@ the walk computes. An If has one condition for all rows, so it takes one row at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +15,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from offramp.export.to_onnx import OPSET
-from offramp.runtime.bundle.manifest import NEXT
+from offramp.runtime.bundle.manifest import NEXT, Manifest
 
-LOGITS, GATE, EXIT, THRESHOLD = "logits", "gate", "exit", "threshold"
+LOGITS, GATE, ANSWER, EXIT, THRESHOLD = "logits", "gate", "answer", "exit", "threshold"
 MAX_DEPTH = 30  # every If is three messages deeper (node, attribute, graph), and protobuf reads at most 100
 
 
 def nest_segments(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
     """Join the graphs of stem and segments into one model with exits inside.
 
-    Inputs: those of the stem, [1, seq], and threshold []. Outputs: logits [1, classes] and exit [1]. stem,
-    segments: fp32 graphs as to_onnx wrote them, in walking order. A row exits at the first exit whose gate is
-    above the threshold or, where segments have no policy, whose top probability reaches it; exit is its
-    1-based number. Raises ValueError if nothing computes an input of a segment, and for more than MAX_DEPTH
-    segments.
+    Inputs: those of the stem, [1, seq], and threshold []. Outputs: logits [1, classes] or, if segments have
+    one, the answer of one row, and exit [1]. stem, segments: fp32 graphs as to_onnx wrote them, in walking
+    order. A row exits at the first exit whose gate is above the threshold or, where segments have no policy,
+    whose top probability reaches it; exit is its 1-based number. Raises ValueError if nothing computes an
+    input of a segment, and for more than MAX_DEPTH segments.
     """
     if len(segments) > MAX_DEPTH:
         raise ValueError(f"{len(segments)} segments cannot be nested, only {MAX_DEPTH}; keep fewer exits")
@@ -42,19 +42,20 @@ def nest_segments(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
     values = _insert(graph, source, "stem.", {entry.name: entry.name for entry in source.input})
     del source  # its weights are in the graph now
     result = _add_segments(graph, segments, 0, values)
-    graph.node.extend(_copies((result.logits, result.exit), (LOGITS, EXIT)))
-    graph.output.extend(_outputs(LOGITS, EXIT, result.classes))
+    graph.node.extend(_copies((result.answer, result.exit), (result.name, EXIT)))
+    graph.output.extend(_outputs(result.name, EXIT, result.shape))
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 @dataclass(frozen=True)
 class _Result:
-    """The names of a graph's logits and exit number, and the number of classes."""
+    """The names of a graph's answer, as a segment has it and as it is here, and exit number; its shape."""
 
-    logits: str
+    name: str
+    answer: str
     exit: str
-    classes: int
+    shape: list[int | str]
 
 
 def _insert(
@@ -99,31 +100,47 @@ def _add_segments(
     """
     prefix = f"segment_{number:02}."
     source = onnx.load(segments[number]).graph
-    (entry,) = [output for output in source.output if output.name == LOGITS]
-    classes = entry.type.tensor_type.shape.dim[-1].dim_value
+    given = {output.name: output for output in source.output}
+    name = answer_of(given)
+    shape = _row_shape(given[name])
     outputs = _insert(graph, source, prefix, values)
-    del source, entry  # before the recursion: its weights are in `graph` now
-    logits, exit = outputs[LOGITS], f"{prefix}{EXIT}"
+    del source, given  # before the recursion: its weights are in `graph` now
+    answer, exit = outputs[name], f"{prefix}{EXIT}"
     graph.initializer.append(numpy_helper.from_array(np.array([number + 1], np.int64), exit))
     if number + 1 == len(segments):
-        return _Result(logits, exit, classes)
+        return _Result(name, answer, exit, shape)
     nodes, constants = _exit_test(outputs, prefix)
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
-    leave = f"{prefix}leave.{LOGITS}", f"{prefix}leave.{EXIT}"
-    stay = f"{prefix}stay.{LOGITS}", f"{prefix}stay.{EXIT}"
-    result = f"{prefix}result.{LOGITS}", f"{prefix}result.{EXIT}"
+    leave = f"{prefix}leave.{name}", f"{prefix}leave.{EXIT}"
+    stay = f"{prefix}stay.{name}", f"{prefix}stay.{EXIT}"
+    result = f"{prefix}result.{name}", f"{prefix}result.{EXIT}"
     branch = graph.node.add(op_type="If", name=f"{prefix}If", input=[f"{prefix}leaves"], output=result)
     rest = branch.attribute.add(name="else_branch", type=onnx.AttributeProto.GRAPH).g
     rest.name = f"{prefix}stay"
     later = _add_segments(rest, segments, number + 1, {**values, **outputs})
-    rest.node.extend(_copies((later.logits, later.exit), stay))
-    rest.output.extend(_outputs(*stay, classes))
-    exited = helper.make_graph(
-        _copies((logits, exit), leave), f"{prefix}leave", [], _outputs(*leave, classes)
-    )
+    rest.node.extend(_copies((later.answer, later.exit), stay))
+    rest.output.extend(_outputs(*stay, shape))
+    exited = helper.make_graph(_copies((answer, exit), leave), f"{prefix}leave", [], _outputs(*leave, shape))
     branch.attribute.append(helper.make_attribute("then_branch", exited))
-    return _Result(*result, classes)
+    return _Result(name, *result, shape)
+
+
+def answer_of(outputs: Collection[str]) -> str:
+    """The name of the output that holds a row's answer, among the outputs of a segment."""
+    return ANSWER if ANSWER in outputs else LOGITS
+
+
+def can_nest(manifest: Manifest) -> bool:
+    """Whether a bundle's segments can be nested: an exit has to give what an If can test."""
+    names = {tensor.name for tensor in manifest.segments[0].first_graph.outputs}
+    return len(manifest.segments) > 1 and bool({GATE, LOGITS} & names)
+
+
+def _row_shape(entry: onnx.ValueInfoProto) -> list[int | str]:
+    """The shape of an output for one row."""
+    rest = entry.type.tensor_type.shape.dim[1:]
+    return [1, *(dim.dim_value or dim.dim_param for dim in rest)]
 
 
 def _exit_test(outputs: Mapping[str, str], prefix: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
@@ -148,9 +165,9 @@ def _copies(names: Sequence[str], targets: Sequence[str]) -> list[onnx.NodeProto
     return [helper.make_node("Identity", [name], [target]) for name, target in pairs]
 
 
-def _outputs(logits: str, exit: str, classes: int) -> list[onnx.ValueInfoProto]:
+def _outputs(answer: str, exit: str, shape: Sequence[int | str]) -> list[onnx.ValueInfoProto]:
     return [
-        helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, classes]),
+        helper.make_tensor_value_info(answer, TensorProto.FLOAT, shape),
         helper.make_tensor_value_info(exit, TensorProto.INT64, [1]),
     ]
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from offramp.export.segments import Values
 from offramp.runtime.inputs.images import ImageInput, normalize_pixels, picture_pixels
+from offramp.runtime.inputs.words import word_starts
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
 MAX_SAMPLES, ROWS, ALONE = 256, 4, 8  # samples that are used, rows of a batch, samples also run alone
@@ -68,12 +69,13 @@ def _texts(checkpoint: Checkpoint, facts: TextFacts, texts: Sequence[str]) -> Ba
     for group in groups:
         longest = max(len(encoding.ids) for encoding in group)
         ids = torch.full((len(group), longest), facts.pad_id)
-        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+        mask, types, starts = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
         for row, encoding in enumerate(group):
             ids[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
             mask[row, : len(encoding.ids)] = 1
             types[row, : len(encoding.ids)] = torch.tensor(encoding.type_ids)
-        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+            starts[row, : len(encoding.ids)] = torch.tensor(word_starts(encoding, len(facts.prefix)))
+        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "word_starts": starts}
         yield batch, mask.bool()
     yield {name: value[:1, :1] for name, value in batch.items()}, mask[:1, :1].bool()
 

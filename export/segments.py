@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,6 +24,8 @@ from offramp.runtime.bundle.manifest import (
 )
 
 Values = dict[str, torch.Tensor]
+# (what an exit gives, the same in another precision) -> where both mean the same labels
+SameAnswers = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Allowed difference of fp32 graphs from the network. SmolLM2-135M stays below 1e-5 of its largest values.
 TOLERANCE = 1e-4
 
@@ -115,6 +117,7 @@ class ManifestFacts:
     training: Mapping[str, object]
     provenance: Mapping[str, object]
     stop_ids: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
 
 class Exportable(Protocol):
@@ -131,6 +134,11 @@ class Exportable(Protocol):
 
         A variant without an entry is measured only.
         """
+        ...
+
+    @property
+    def same_answers(self) -> SameAnswers | None:
+        """Compare what an exit gives in two precisions; None if it gives numbers and no labels."""
         ...
 
     @property
@@ -159,6 +167,11 @@ class Exportable(Protocol):
     ) -> Iterator[Sample]:
         """Samples on which the split is verified, from texts or paths of images (None: built-in samples)."""
         ...
+
+
+def same_label(right: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Whether the largest of two rows of logits [..., classes] is the same [...]."""
+    return right.argmax(-1) == actual.argmax(-1)
 
 
 def total_macs(costs: Iterable[MacTerms]) -> Macs:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offramp.export.verify import VerificationReport
+from offramp.export.verify import PrecisionLoss, VerificationReport
 from offramp.runtime.bundle.manifest import Manifest
 
 TOKENS = 32  # the length of text at which the closing table counts a classifier's MACs
 
 
+def _loss_cell(loss: PrecisionLoss) -> str:
+    return f"{loss.difference:.3g}" if loss.agreement is None else f"{100 * loss.agreement:.1f} %"
+
+
 def closing_table(manifest: Manifest, report: VerificationReport) -> str:
     """The table that ee-split prints last, one line for each graph.
 
-    Columns: blocks, MACs, bytes of each variant, largest difference from torch and, for classifiers, the
-    share of labels that each variant keeps.
+    Columns: blocks, MACs, bytes of each variant, largest difference from torch and, except for decoders, the
+    share of labels that each variant keeps or, without labels, the largest change of a number.
     """
     variants = manifest.variants
     tokens = _tokens(manifest)
     segments = [manifest.stem, *manifest.segments]
     head = ["segment", "blocks", f"MACs at {tokens}"]
-    losses = {(loss.segment, loss.variant): f"{100 * loss.agreement:.1f} %" for loss in report.losses}
+    losses = {(loss.segment, loss.variant): _loss_cell(loss) for loss in report.losses}
+    loss_name = "change" if any(loss.agreement is None for loss in report.losses) else "labels kept"
     kept = variants[1:]
     if (decoder := manifest.decoder) is not None:
         segments += [*decoder.cache_fills, decoder.head, *([decoder.draft] if decoder.draft else [])]
         head[2], kept = "MACs a token", ()
     rows = [
-        [*head, *(f"{name} bytes" for name in variants), "max abs diff", *(f"{n} labels kept" for n in kept)]
+        [*head, *(f"{name} bytes" for name in variants), "max abs diff", *(f"{n} {loss_name}" for n in kept)]
     ]
     for segment in segments:
         blocks = "-".join(map(str, sorted({*segment.blocks[:1], *segment.blocks[-1:]})))

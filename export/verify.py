@@ -13,6 +13,7 @@ import torch
 from offramp.export.segments import (
     TOLERANCE,
     Exportable,
+    SameAnswers,
     Sample,
     Segment,
     SplitNetwork,
@@ -55,14 +56,15 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class PrecisionLoss:
-    """Change of one segment's logits in a variant other than fp32.
+    """Change of what one segment's exit gives in a variant other than fp32.
 
-    agreement: share of rows with the same label as in fp32. difference: the largest change of a logit.
+    agreement: share of rows (of labels, of tokens) that are answered as in fp32; None where the answer is a
+    number or an embedding. difference: the largest change of a logit, or of another number of the answer.
     """
 
     segment: str
     variant: str
-    agreement: float
+    agreement: float | None
     difference: float
 
 
@@ -129,9 +131,12 @@ def verify(
                     report.differences.append(
                         OutputDifference(segment.name, tensor.name, pair, difference, allowed)
                     )
-        if any(tensor.name == "logits" for tensor in segment.outputs):
-            losses = (_loss(segment.name, name, walks["fp32"], walks[name]) for name in variants[1:])
-            report.losses.extend(losses)
+        names = {tensor.name for tensor in segment.outputs}
+        if answer := next((name for name in ("answer", "logits") if name in names), None):
+            for name in variants[1:]:
+                walked = zip(walks["fp32"], walks[name], samples, strict=True)
+                given = [(_real(w[answer], sample), _real(v[answer], sample)) for w, v, sample in walked]
+                report.losses.append(_loss(segment.name, name, given, source.same_answers))
     return report
 
 
@@ -141,7 +146,7 @@ def _unscaled(tolerance: float) -> float:
 
 
 def _is_scaled(tensor: str, segment: Segment) -> bool:
-    names = (NEXT + "hidden", "hidden", EXIT_HIDDEN)
+    names = (NEXT + "hidden", "hidden", EXIT_HIDDEN, "answer")
     return tensor in names or tensor.startswith(NEW) or (tensor == "logits" and not segment.blocks)
 
 
@@ -173,8 +178,8 @@ def _difference(
         right, actual = whole[tensor], values[tensor.removeprefix(NEXT)]
         if right.shape != actual.shape:
             return math.nan, scale
-        if tensor.removeprefix(NEXT) == "hidden":
-            right, actual = right[sample.kept], actual[sample.kept]  # [real tokens, hidden]
+        if tensor.removeprefix(NEXT) in ("hidden", "answer"):
+            right, actual = _real(right, sample), _real(actual, sample)
         scale = max(scale, float(right.abs().max()))
         difference = float((right - actual).abs().max())
         if math.isnan(difference):
@@ -183,8 +188,17 @@ def _difference(
     return largest, scale
 
 
-def _loss(segment: str, variant: str, reference: Sequence[Values], walk: Sequence[Values]) -> PrecisionLoss:
-    right = torch.cat([values["logits"].flatten(0, -2) for values in reference])
-    actual = torch.cat([values["logits"].flatten(0, -2) for values in walk])
-    agreement = float((right.argmax(-1) == actual.argmax(-1)).float().mean())
-    return PrecisionLoss(segment, variant, agreement, float((right - actual).abs().max()))
+def _real(tensor: torch.Tensor, sample: Sample) -> torch.Tensor:
+    """A tensor [batch, seq, size] without padding [real tokens, size]; others as they are."""
+    return tensor[sample.kept] if tensor.shape[:-1] == sample.kept.shape else tensor
+
+
+def _loss(
+    segment: str, variant: str, given: Sequence[tuple[torch.Tensor, torch.Tensor]], same: SameAnswers | None
+) -> PrecisionLoss:
+    """Compare what an exit gives in fp32 and in a variant, a pair for each batch."""
+    difference = max(float((right - actual).abs().max()) for right, actual in given)
+    if same is None:
+        return PrecisionLoss(segment, variant, None, difference)
+    answers = torch.cat([same(right, actual).flatten() for right, actual in given])
+    return PrecisionLoss(segment, variant, float(answers.float().mean()), difference)

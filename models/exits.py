@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from offramp.models.families.family import READS
 
-POOLINGS = ("mean", "cls", "attention")
+POOLINGS = ("mean", "cls", "attention")  # of exits that read a whole row
 HEADS = ("linear", "mlp")
 DECAY = 0.5  # of an ensemble, at the start
 
@@ -48,15 +48,20 @@ def pool_tokens(
     attention: AttentionPool | None,
     pooler: Pooler | None,
     own_pool: OwnPool | None = None,
+    *,
+    per_token: bool = False,
 ) -> Tensor:
     """Pool hidden [batch, seq, hidden] into [batch, hidden] as an exit reads it.
 
     context: that of the stem. norm: applied to each token first. attention: the exit's own pooling, or None.
     pooler: applied to the pooled vector, or None. own_pool: that of a model's own head, which replaces all.
+    per_token: the exit reads each token, and nothing is pooled.
     """
     if own_pool is not None:
         own: Tensor = own_pool(hidden, context.get("mask"), norm)
         return own
+    if per_token:
+        return hidden if norm is None else norm(hidden)
     if attention is None:
         vector = pool(hidden, context.get("pool"), norm)
     else:
@@ -80,11 +85,15 @@ class OwnPool(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor | None, norm: nn.Module | None) -> Tensor:
         """Pool hidden [batch, seq, hidden] into [batch, hidden], or twice as wide for two vectors.
 
+        Reading "tokens", it pools nothing.
+
         mask [batch, 1, 1, seq]: additive, None without padding. norm: applied to each token first.
         """
         if self.reads == "first":
             return pool(hidden, None, norm)
         normed = hidden if norm is None else norm(hidden)
+        if self.reads == "tokens":
+            return normed
         if self.reads == "patches":
             patches: Tensor = normed[:, 1:].mean(1)
             return patches
@@ -160,7 +169,7 @@ class Standardize(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         """Standardize vectors [batch, features]; in training mode the statistics are updated first."""
-        if self.training:
+        if self.training and len(vector):  # a batch of texts may have no word
             with torch.no_grad():
                 self._update(vector.float())
         return (vector.float() - self.mean) * self.scale  # [batch, features]

@@ -72,10 +72,12 @@ def block_macs(network: EarlyExitNetwork, block: int) -> RowMacs:
 def exit_macs(network: EarlyExitNetwork, exit_index: int) -> RowMacs:
     """The multiply-accumulates of one exit (0-based) with its policy and forecast.
 
-    Pooling counts once a token, all other parts once a row.
+    Pooling counts once a token, all other parts once a row, or once a token where the exit reads each.
     """
     exit = network.exits[exit_index]
     row, token = linear_weights(exit), 0
+    if network.task.per_token:
+        return RowMacs(token=row)
     if isinstance(exit, OwnHead):
         return RowMacs(token=0 if exit.own_pool.reads == "first" else network.hidden_size, row=row)
     if network.spec.pooling == "mean":

@@ -26,6 +26,17 @@ from offramp.models.forecasts import INPUTS, Forecast
 from offramp.models.own_head import OwnHead, empty_own_head
 from offramp.models.policies import KINDS
 from offramp.models.precision import PRECISIONS
+from offramp.models.tasks import (
+    CLASSIFICATION,
+    EMBEDDING,
+    MULTI_LABEL,
+    REGRESSION,
+    TASKS,
+    certainty_logits,
+    threshold_logits,
+    unit_length,
+    words_mask,
+)
 
 if TYPE_CHECKING:  # a slow import, needed for annotations only
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,9 +60,10 @@ class NetworkSpec:
     """The parts of a network on top of its backbone, which its transformers configuration describes.
 
     exits: 1-based blocks that are followed by an exit, ascending, the last block among them.
+    labels: names of the labels; empty for tasks without labels.
     pooling: "mean" over tokens (of an image: over its patches); "attention", a weighted mean whose weights
-    each exit learns; or "cls", the first token, followed by BERT's shared dense-and-tanh pooler if the
-    backbone reads text.
+    each exit learns; "cls", the first token, followed by BERT's shared dense-and-tanh pooler if the backbone
+    reads text; or "none" for a task whose exits read each token.
     head: what an exit is after pooling: "linear", or "mlp" with a layer of the hidden size in between.
     ensemble: whether an exit's logits are those of a learned ensemble of all exits so far, see Exit.join.
     policy: the kind of the policies, a name in offramp.models.policies.KINDS, or None for a network without
@@ -59,6 +71,9 @@ class NetworkSpec:
     forecast: precisions between which error forecasts choose, the default first; empty: no forecasts.
     forecast_inputs: what they read, a name in offramp.models.forecasts.INPUTS.
     own_head: whether the last exit is the head that the user's model brought, see models.own_head.
+    task: what the exits give, a name in models.tasks.TASKS. thresholds: for several labels a row, the
+    probability from which each label is given; empty: a half. embedding_pooling: the pooling of the model's
+    own embedding, "mean" or "first". unit: whether embeddings have unit length.
     """
 
     labels: tuple[str, ...]
@@ -71,12 +86,28 @@ class NetworkSpec:
     ensemble: bool = False
     forecast_inputs: str = "statistics"
     own_head: bool = False
+    task: str = CLASSIFICATION
+    thresholds: tuple[float, ...] = ()
+    embedding_pooling: str = "mean"
+    unit: bool = True
 
     def __post_init__(self) -> None:
-        if len(self.labels) < 2:
-            raise ValueError(f"a classifier needs at least two labels, got {list(self.labels)}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling {self.pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r}; choose one of {', '.join(TASKS)}")
+        task = TASKS[self.task]
+        if len(self.labels) < task.least_labels:
+            raise ValueError(f"{self.task} needs {task.least_labels} labels or more, got {list(self.labels)}")
+        if self.labels and not task.least_labels:
+            raise ValueError(f"{self.task} has no labels, got {list(self.labels)}")
+        if self.thresholds and (self.task != MULTI_LABEL or len(self.thresholds) != len(self.labels)):
+            raise ValueError(f"thresholds {list(self.thresholds)}: {MULTI_LABEL} has one for each label")
+        poolings = ("none",) if task.per_token else POOLINGS
+        if self.pooling not in poolings:
+            raise ValueError(f"pooling {self.pooling!r}; for {self.task} choose one of {', '.join(poolings)}")
+        if self.task != CLASSIFICATION and (self.policy is not None or self.forecast):
+            raise ValueError(f"{self.task}: policies and error forecasts are for {CLASSIFICATION}")
+        if self.ensemble and not task.least_labels:
+            raise ValueError(f"{self.task}: an ensemble joins logits of labels, and there are none")
         if self.head not in HEADS:
             raise ValueError(f"head {self.head!r}; choose one of {', '.join(HEADS)}")
         if self.policy is not None and self.policy not in KINDS:
@@ -95,8 +126,9 @@ class NetworkSpec:
 class WalkOutputs:
     """The outputs of every exit of a network that ran at full depth, exits in order.
 
-    logits [batch, exits, classes]; pooled [batch, exits, hidden]; gate_logits [batch, exits - 1]: logits of
-    P(exit), or None without policies.
+    logits [batch, exits, classes]: what the exits give, also where the task has no classes; pooled [batch,
+    exits, hidden]; gate_logits [batch, exits - 1]: logits of P(exit), or None without policies. Where exits
+    read each token, all words of the batch stand in place of its rows, row by row: the tokens that begin one.
     """
 
     logits: Tensor
@@ -133,6 +165,9 @@ class EarlyExitNetwork(nn.Module):
     last block.
     """
 
+    value_mean: Tensor | None
+    value_spread: Tensor | None
+
     def __init__(self, backbone: PreTrainedModel, spec: NetworkSpec, own_head: OwnHead | None = None) -> None:
         super().__init__()
         self.family: Family = family_of(backbone.config.model_type)
@@ -146,15 +181,18 @@ class EarlyExitNetwork(nn.Module):
             raise ValueError(
                 f"the last exit must follow the last block {self.block_count}, got {list(spec.exits)}"
             )
+        self.task = TASKS[spec.task]
+        if self.task.per_token and not text:
+            raise ValueError(f"{spec.task} is for text; {backbone.config.model_type} reads images")
+        self.outputs = self.task.outputs(len(spec.labels), self.hidden_size)
         shared = spec.pooling == "cls" and text
         self.pooler = _shared_pooler(backbone, self.hidden_size) if shared else None
         backbone.pooler = None  # type: ignore[assignment]  # never called: exits pool for themselves
         self.backbone = backbone
-        classes = len(spec.labels)
         self.exits = nn.ModuleList(
             Exit(
                 self.hidden_size,
-                classes,
+                self.outputs,
                 spec.dropout,
                 spec.head,
                 AttentionPool(self.hidden_size) if spec.pooling == "attention" else None,
@@ -163,7 +201,10 @@ class EarlyExitNetwork(nn.Module):
             for _ in spec.exits
         )
         if spec.own_head:
-            self.exits[-1] = own_head or empty_own_head(config, spec.dropout)
+            self.exits[-1] = own_head or self._empty_own_head()
+        has_values = spec.task == REGRESSION  # its exits learn values of mean 0 and spread 1
+        self.register_buffer("value_mean", torch.zeros(()) if has_values else None)
+        self.register_buffer("value_spread", torch.ones(()) if has_values else None)
         self.policies = nn.ModuleList()
         if spec.policy is not None:
             self.policies = KINDS[spec.policy].make(self.hidden_size, len(spec.exits) - 1)
@@ -172,6 +213,12 @@ class EarlyExitNetwork(nn.Module):
             exits_ahead = range(len(spec.exits) - 1, 0, -1)
             count, inputs = len(spec.forecast), spec.forecast_inputs
             self.forecasts.extend(Forecast(count, ahead, inputs, self.hidden_size) for ahead in exits_ahead)
+
+    def _empty_own_head(self) -> OwnHead:
+        """The own head of the specification; its weights are to be loaded."""
+        if self.spec.task == EMBEDDING:
+            return OwnHead(self.spec.embedding_pooling, (), self.spec.dropout)
+        return empty_own_head(self.config, self.spec.dropout, per_token=self.task.per_token)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -193,15 +240,17 @@ class EarlyExitNetwork(nn.Module):
         if self.family.vision is not None:
             return {"pixel_values": torch.zeros(rows, *self.family.vision.shape(self.config))}
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        return {"attention_mask": torch.ones_like(ids)} | {name: ids for name in self.family.inputs}
+        ones = ("attention_mask", "word_starts") if self.task.per_token else ("attention_mask",)
+        return {name: torch.ones_like(ids) for name in ones} | {name: ids for name in self.family.inputs}
 
     def stem(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
         """Embed a batch of texts or images; gives hidden [batch, seq, hidden] and the tensors of the context.
 
-        inputs: input_ids (and token_type_ids) with attention_mask, each [batch, seq], or pixel_values [batch,
-        channels, height, width]. The context has the tensors that every segment reads: for text the mask
-        [batch, 1, 1, seq], additive; pool, with mean pooling [batch, 1, seq], for images [1, 1, seq], with
-        attention pooling of text the mask as [batch, 1, seq]; and those of the family.
+        inputs: input_ids (and token_type_ids) with attention_mask, for exits that read each token also
+        word_starts, each [batch, seq], or pixel_values [batch, channels, height, width]. The context has the
+        tensors that every segment reads: for text the mask [batch, 1, 1, seq], additive; pool, with mean
+        pooling [batch, 1, seq], for images [1, 1, seq], with attention pooling of text the mask as [batch, 1,
+        seq]; words, see tasks.words_mask, for exits that read each token; and those of the family.
         """
         hidden = self.family.embed(self.backbone, inputs)
         context: Context = {}
@@ -212,6 +261,8 @@ class EarlyExitNetwork(nn.Module):
                 context["pool"] = pooling_weights(inputs["attention_mask"])
             elif self.spec.pooling == "attention":
                 context["pool"] = context["mask"].squeeze(1)
+            if self.task.per_token:
+                context["words"] = words_mask(inputs["word_starts"])
         elif mean:
             context["pool"] = patch_weights(hidden, self.family.vision.prefix)
         context.update(self.family.context(self.backbone, hidden))
@@ -224,19 +275,41 @@ class EarlyExitNetwork(nn.Module):
     def pooled(self, exit_index: int, hidden: Tensor, context: Context) -> Tensor:
         """Pool a block's hidden state into the vector [batch, hidden] that its exit and policy read.
 
-        A model's own head may read a wider one.
+        A model's own head may read a wider one. Where exits read each token, it is the hidden state itself
+        [batch, seq, hidden], after the norm.
         """
         exit_head = self.exits[exit_index]
         parts = exit_head.attention, self.pooler, exit_head.own_pool
-        return pool_tokens(hidden, context, self.norm, *parts)  # type: ignore[arg-type]
+        return pool_tokens(hidden, context, self.norm, *parts, per_token=self.task.per_token)  # type: ignore[arg-type]
 
     def classify(self, exit_index: int, pooled: Tensor, before: Tensor | None = None) -> Tensor:
-        """The logits [batch, classes] of one exit (0-based); pooled [batch, hidden].
+        """What one exit (0-based) gives [batch, outputs], such as logits; pooled [batch, hidden].
 
-        before: the logits of the exit before it, which an ensemble reads; None at the first exit.
+        before: the logits of the exit before it, which an ensemble reads; None at the first exit. Both may
+        have more axes before the last one.
         """
         exit_head = self.exits[exit_index]
-        return exit_head.join(exit_head(pooled), before)  # type: ignore[no-any-return, operator]
+        given: Tensor = exit_head.join(exit_head(pooled), before)  # type: ignore[operator]
+        return self.in_units(exit_index, given)
+
+    def in_units(self, exit_index: int, given: Tensor) -> Tensor:
+        """What an exit gives, in the units of the task: values in those of the data, embeddings of length 1.
+
+        given: as the exit's own layers compute it.
+        """
+        own = self.exits[exit_index].own_pool is not None  # a model's own head is trained in these units
+        if self.value_mean is not None and self.value_spread is not None and not own:
+            return given * self.value_spread + self.value_mean
+        return unit_length(given) if self.spec.task == EMBEDDING and self.spec.unit else given
+
+    def rule_logits(self, given: Tensor, words: Tensor | None) -> Tensor | None:
+        """The logits that rules read [batch, classes], from what an exit gives; None if it has no labels.
+
+        given: as classify returns it. words: those of the context, where exits read each token.
+        """
+        if self.task.certainty is None:
+            return given if self.task.least_labels else None
+        return certainty_logits(self.task.certainty(given, words, threshold_logits(self.spec.thresholds)))
 
     def classify_all(self, pooled: Tensor) -> Tensor:
         """The logits [batch, exits, classes] of the first exits; pooled [batch, exits, hidden]."""
@@ -286,11 +359,14 @@ class EarlyExitNetwork(nn.Module):
         """
         hidden, context = self.stem(inputs)
         pooled, logits = list[Tensor](), list[Tensor]()
+        begins_word = inputs["word_starts"].bool() if self.task.per_token else None  # [batch, seq]
         for block in range(self.block_count):
             hidden = self.run_block(block, hidden, context)
             if block + 1 in self.spec.exits:
                 for_exit, hidden = share_gradient(hidden, len(self.spec.exits) - len(pooled), gradient)
                 vector = self.pooled(len(pooled), for_exit, context)
+                if begins_word is not None:
+                    vector = vector[begins_word]  # [words of the batch, hidden]
                 pooled.append(vector)
                 logits.append(self.classify(len(pooled) - 1, vector, logits[-1] if logits else None))
         # An own head may read more than one vector: the first one is kept, since nothing reads the last.

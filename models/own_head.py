@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from offramp.models.exits import OwnPool
 from offramp.models.families import family_of
+from offramp.models.families.family import HeadLayout
+from offramp.models.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKENS
 
 if TYPE_CHECKING:  # a slow import, needed for annotations only
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -54,13 +56,13 @@ class OwnHead(nn.Module):
         return nn.Sequential(*self.layers)
 
 
-def own_head_of(model: PreTrainedModel, dropout: float) -> OwnHead:
+def own_head_of(model: PreTrainedModel, dropout: float, *, per_token: bool = False) -> OwnHead:
     """Take the head out of a classification model, with its weights; the modules are shared with the model.
 
-    Raises NoOwnHead if the family's adapter describes no head, or the model has other layers.
+    per_token: whether the model classifies each token. Raises NoOwnHead if the family's adapter describes no
+    head, or the model has other layers.
     """
-    describe = family_of(model.config.model_type).head
-    layout = None if describe is None else describe(model.config)
+    layout = _layout(model.config, per_token)
     if layout is None:
         raise NoOwnHead(f"there is no description of the head of {type(model).__name__}")
     layers = []
@@ -75,26 +77,56 @@ def own_head_of(model: PreTrainedModel, dropout: float) -> OwnHead:
     return OwnHead(layout.reads, layers, dropout)
 
 
-def empty_own_head(config: PreTrainedConfig, dropout: float) -> OwnHead:
+def _layout(config: PreTrainedConfig, per_token: bool) -> HeadLayout | None:
+    family = family_of(config.model_type)
+    if per_token:
+        return family.token_head(config)
+    return None if family.head is None else family.head(config)
+
+
+def empty_own_head(config: PreTrainedConfig, dropout: float, *, per_token: bool = False) -> OwnHead:
     """A head of the right shapes, by a classification model's configuration; its weights are to be loaded."""
     config = copy.deepcopy(config)
     config.architectures = config.architectures or []  # transformers expects a list
     with torch.device("meta"):  # the backbone of this model is thrown away, so it takes no memory
-        model = classification_class(config).from_config(config)
-    return own_head_of(model, dropout).to_empty(device="cpu")
+        model = classification_class(config, per_token=per_token).from_config(config)
+    return own_head_of(model, dropout, per_token=per_token).to_empty(device="cpu")
 
 
-def classification_class(config: PreTrainedConfig) -> Any:
-    """The auto class of transformers for classifiers of this configuration's kind of input."""
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+def classification_class(config: PreTrainedConfig, *, per_token: bool = False) -> Any:
+    """The auto class of transformers for classifiers of this configuration's kind of input, or of tokens."""
+    import transformers
 
-    vision = family_of(config.model_type).vision
-    return AutoModelForSequenceClassification if vision is None else AutoModelForImageClassification
+    if per_token:
+        return transformers.AutoModelForTokenClassification
+    if family_of(config.model_type).vision is None:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForImageClassification
 
 
 def names_own_head(config: PreTrainedConfig) -> bool:
     """Whether a model folder's configuration says that it holds a classification model."""
-    known = classification_class(config)._model_mapping
+    return task_of_head(config) is not None
+
+
+def task_of_head(config: PreTrainedConfig) -> str | None:
+    """The task of the trained head that a model folder holds by its configuration; None if it holds none.
+
+    One label without a problem_type is a regression, as transformers trains it.
+    """
+    if _names(config, classification_class(config, per_token=True)):
+        return TOKENS
+    if not _names(config, classification_class(config)):
+        return None
+    kind = getattr(config, "problem_type", None)
+    if kind == "multi_label_classification":
+        return MULTI_LABEL
+    return REGRESSION if kind == "regression" or config.num_labels == 1 else CLASSIFICATION
+
+
+def _names(config: PreTrainedConfig, auto_class: Any) -> bool:
+    """Whether `architectures` names one of the auto class's models of this configuration."""
+    known = auto_class._model_mapping
     names = {kind.__name__ for kind in _as_tuple(known.get(type(config), ()))}
     return bool(names & set(getattr(config, "architectures", None) or ()))
 

@@ -6,10 +6,10 @@ opened.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.classifier import Answer, Classifier
 from offramp.runtime.errors import (
     BadBundle,
     BadInput,
@@ -24,11 +24,34 @@ from offramp.runtime.errors import (
     SessionClosed,
     WrongTask,
 )
-from offramp.runtime.loading import load, load_classifier, load_generator
+from offramp.runtime.loading import load, load_classifier, load_generator, load_row_session
+from offramp.runtime.row_session import RowAnswer, RowSession
 from offramp.runtime.session import Session
 
 if TYPE_CHECKING:
+    from offramp.runtime.classifier import Answer, Classifier
     from offramp.runtime.generator import TextChunk, TextGenerator
+    from offramp.runtime.multi_label import MultiLabelAnswer, MultiLabelClassifier
+    from offramp.runtime.token_classifier import Entity, LabelledWord, TokenAnswer, TokenClassifier
+    from offramp.runtime.values import Embedder, EmbeddingAnswer, RegressionAnswer, Regressor
+
+# Sessions and their answers are imported at their first use, so that a session of another kind starts sooner.
+_MODULES = {
+    "Answer": "classifier",
+    "Classifier": "classifier",
+    "Embedder": "values",
+    "EmbeddingAnswer": "values",
+    "Entity": "token_classifier",
+    "LabelledWord": "token_classifier",
+    "MultiLabelAnswer": "multi_label",
+    "MultiLabelClassifier": "multi_label",
+    "RegressionAnswer": "values",
+    "Regressor": "values",
+    "TextChunk": "generator",
+    "TextGenerator": "generator",
+    "TokenAnswer": "token_classifier",
+    "TokenClassifier": "token_classifier",
+}
 
 __all__ = [
     "Answer",
@@ -39,27 +62,38 @@ __all__ = [
     "BundleNotFound",
     "Classifier",
     "DeviceFailed",
+    "Embedder",
+    "EmbeddingAnswer",
     "EngineUnavailable",
+    "Entity",
     "ItemError",
+    "LabelledWord",
+    "MultiLabelAnswer",
+    "MultiLabelClassifier",
     "OfframpError",
     "OutOfMemory",
+    "RegressionAnswer",
+    "Regressor",
+    "RowAnswer",
+    "RowSession",
     "RuleSpec",
     "Session",
     "SessionClosed",
     "TextChunk",
     "TextGenerator",
+    "TokenAnswer",
+    "TokenClassifier",
     "WrongTask",
     "load",
     "load_classifier",
     "load_generator",
+    "load_row_session",
 ]
 
 
 def __getattr__(name: str) -> type:
-    """Import the session of decoders at its first use, so that classifiers start sooner."""
-    if name in ("TextChunk", "TextGenerator"):
-        from offramp.runtime import generator
-
-        value: type = getattr(generator, name)
+    """A session or answer of _MODULES."""
+    if name in _MODULES:
+        value: type = getattr(import_module(f"offramp.runtime.{_MODULES[name]}"), name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

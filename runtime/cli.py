@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that -
     from offramp.runtime.generator import TextGenerator
     from offramp.runtime.inputs.lines import Line
     from offramp.runtime.inputs.text import Item
+    from offramp.runtime.row_session import RowAnswer, RowSession
     from offramp.runtime.run_stats import RunStats
     from offramp.runtime.session import Session
 
@@ -55,13 +56,21 @@ An answer:  {"label": "positive", "score": 0.98, "exit": 3, "depth": 3, "ms": 4.
 With --sets, at a point that ee-calibrate --coverage measured, it has two more fields:
   calibrated  probability of the label that holds on data like that of the calibration
   set         labels, the likeliest first, among which the right one is with that coverage
+Bundles of other tasks answer with other fields in place of label and score:
+  several labels   "labels": [{"label": "joy", "score": 0.9}], "scores": {"joy": 0.9, "fear": 0.1}
+  labels of words  "entities": [{"entity_group": "PER", "score": 0.98, "word": "Ada Lovelace",
+                   "start": 0, "end": 12}]; start and end count characters
+  a number         "value": 3.2
+  an embedding     "embedding": [0.012345, -0.5, 0.25]
+  labels are those that reach their thresholds, scores the probabilities of all labels
 A line that cannot be answered keeps its place:  {"error": "empty line", "line": 7}
   These are images that cannot be read; empty lines; lines that are not UTF-8; in JSON lines,
   anything but an object with a string "text", and lines over 256 KiB; half of a surrogate
   pair.
 Text that is longer than the network reads is cut and marked "truncated": true. With --long
-windows it is walked in overlapping windows: the label is that of their mean logits, and
-"windows" says how many there were.
+windows it is walked in overlapping windows, and "windows" says how many there were: labels are
+those of their mean logits, a number or an embedding is the mean of theirs, and a word is
+labelled in the window in which it is farthest from an edge.
 
 \b
 Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" or
@@ -83,9 +92,12 @@ Rules and what --threshold means: gate (exit where P(exit) is above), max_probab
 patience (exits in a row that agree with the one before), patience_confident (entropy
 below; the operating point sets the number of exits in a row), fixed (the exit's number),
 never, quee (the errors that a full walk may cost: exits or changes precision, by error
-forecasts). For generated text: speculative (early exits draft, the full depth verifies:
-the same text, sooner), skip (segments that a token runs), route (such a choice by the
-prompt; an operating point sets it), and the rules above except quee, for every token.
+forecasts). For several labels and labels of words: all of these but patience and quee, on the
+least certain decision of a row. For numbers and embeddings: gate, fixed, never, and settled
+(the answer changed by at most this since the exit before: the difference of numbers, 1 minus
+the cosine of embeddings). For generated text: speculative (early exits draft, the full depth
+verifies: the same text, sooner), skip (segments that a token runs), route (such a choice by
+the prompt; an operating point sets it), and those for labels except quee, for every token.
 Without --rule, --threshold or --point, the bundle's own rule is used.
 
 \b
@@ -201,7 +213,7 @@ def main(
 
 
 def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options: dict[str, Any]) -> int:
-    from offramp.runtime.bundle.manifest import GENERATION, ImageInput
+    from offramp.runtime.bundle.manifest import CLASSIFICATION, GENERATION, ImageInput
     from offramp.runtime.errors import BadSetting, OfframpError
     from offramp.runtime.inputs.lines import PROMPTS, TEXTS, read_images, read_lines
     from offramp.runtime.loading import load
@@ -211,8 +223,11 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
         with ExitStack() as stack:
             loaded = load(bundle, batch_size=options.batch_size, lazy=True, **load_options)
             session: Session[Any] = stack.enter_context(loaded)
-            generates = session.manifest.task == GENERATION
-            if options.sets and (generates or cast("Classifier", loaded).calibration is None):
+            generates = session.manifest.kind == GENERATION
+            if options.sets and session.manifest.kind != CLASSIFICATION:
+                task = session.manifest.task
+                raise BadSetting(f"--sets: they are for bundles that classify, not for {task}; leave it out")
+            if options.sets and cast("Classifier", loaded).calibration is None:
                 raise BadSetting(
                     "--sets: the answers of this rule and variant are not calibrated; measure a point with "
                     "ee-calibrate --coverage 0.95 and walk at it"
@@ -229,7 +244,7 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
             started = True
             if generates:
                 return _generate(cast("TextGenerator", loaded), lines, options)
-            return _classify(cast("Classifier", loaded), lines, options)
+            return _answer_rows(cast("RowSession[RowAnswer]", loaded), lines, options)
     except BrokenPipeError:
         raise
     except OfframpError as problem:
@@ -255,7 +270,7 @@ def _generate(session: TextGenerator, lines: Iterator[Line], options: RunOptions
     return SOME_FAILED if failed else ALL_ANSWERED
 
 
-def _classify(session: Classifier, lines: Iterator[Line], options: RunOptions) -> int:
+def _answer_rows(session: RowSession[RowAnswer], lines: Iterator[Line], options: RunOptions) -> int:
     from offramp.runtime.run_stats import RunStats
 
     stats = RunStats()
@@ -279,7 +294,7 @@ def _open(source: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def _write_answers(
-    session: Classifier, lines: Iterator[Line], stats: RunStats, *, each: bool, sets: bool
+    session: RowSession[RowAnswer], lines: Iterator[Line], stats: RunStats, *, each: bool, sets: bool
 ) -> None:
     """Write one JSON object for every line, in order; each: flush after every object."""
     from offramp.runtime.bundle.manifest import ImageInput
@@ -308,7 +323,7 @@ def _write_answers(
 
 
 def _object(
-    line: Line, answer: Answer | ItemError, stats: RunStats, images: bool, *, sets: bool
+    line: Line, answer: RowAnswer | ItemError, stats: RunStats, images: bool, *, sets: bool
 ) -> dict[str, Any]:
     """The JSON object of an answer."""
     from offramp.runtime.errors import ItemError
@@ -317,13 +332,20 @@ def _object(
         return _error_object(line, answer.message, stats, images)
     stats.add(answer.exit, answer.depth, answer.seconds)
     value: dict[str, Any] = {"file": line.name} if images else {}
-    value |= {"label": answer.label, "score": round(answer.score, 6)}
-    if sets and answer.calibrated is not None and answer.label_set is not None:
-        value |= {"calibrated": round(answer.calibrated, 6), "set": list(answer.label_set)}
+    value |= answer.as_json()
+    if sets:
+        value |= _sets(cast("Answer", answer))  # _run refused the option for other tasks
     value |= {"exit": answer.exit, "depth": answer.depth, "ms": round(1e3 * answer.seconds, 3)}
     if answer.windows > 1:
         value["windows"] = answer.windows
     return value | {"truncated": True} if answer.truncated or line.cut else value
+
+
+def _sets(answer: Answer) -> dict[str, Any]:
+    """The fields that option --sets adds; none for an answer without calibration, as of several windows."""
+    if answer.calibrated is None or answer.label_set is None:
+        return {}
+    return {"calibrated": round(answer.calibrated, 6), "set": list(answer.label_set)}
 
 
 def _error_object(line: Line, problem: str, stats: RunStats, images: bool) -> dict[str, Any]:

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from os import PathLike
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
-from offramp.runtime.bundle.manifest import GENERATION, RuleSpec
-from offramp.runtime.classifier import Classifier, checked_batch_size
+from offramp.runtime.bundle.manifest import (
+    CLASSIFICATION,
+    EMBEDDING,
+    GENERATION,
+    MULTI_LABEL,
+    REGRESSION,
+    TOKENS,
+    RuleSpec,
+    TextInput,
+)
 from offramp.runtime.engines.base import Engine, EngineOptions, S, open_engine
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.text import LONG_TEXTS, open_reader
 from offramp.runtime.pipeline import BackgroundTask
+from offramp.runtime.row_session import RowAnswer, RowSession, checked_batch_size
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 
 if TYPE_CHECKING:
+    from offramp.runtime.classifier import Classifier
     from offramp.runtime.generator import TextGenerator
+    from offramp.runtime.multi_label import MultiLabelClassifier
     from offramp.runtime.sequence import TokenSequence
+    from offramp.runtime.token_classifier import TokenClassifier
+    from offramp.runtime.values import Embedder, Regressor
+
+    AnyRowSession = Classifier | MultiLabelClassifier | TokenClassifier | Regressor | Embedder
 
 T = TypeVar("T")
 BATCH_SIZE = 32
+
+
+class SessionKind(NamedTuple):
+    """A kind of session that gives one answer for each item: its module, its class, and what it does."""
+
+    module: str
+    name: str
+    does: str
+
+
+# by kind of task; a module is imported when a session of it is opened, so that others start sooner
+ROW_SESSIONS: Mapping[str, SessionKind] = {
+    CLASSIFICATION: SessionKind("classifier", "Classifier", "classifies"),
+    MULTI_LABEL: SessionKind("multi_label", "MultiLabelClassifier", "gives several labels"),
+    TOKENS: SessionKind("token_classifier", "TokenClassifier", "labels words"),
+    REGRESSION: SessionKind("values", "Regressor", "gives a number"),
+    EMBEDDING: SessionKind("values", "Embedder", "embeds texts"),
+}
 
 
 def load(
@@ -43,8 +77,11 @@ def load(
     cuda_graphs: bool = False,
     exit_kv: str = "deferred",
     long_texts: str = "cut",
-) -> Classifier | TextGenerator:
-    """Open a bundle folder as a session: a Classifier, or a TextGenerator for a decoder's bundle.
+) -> AnyRowSession | TextGenerator:
+    """Open a bundle folder as a session: that of the bundle's task.
+
+    A Classifier, MultiLabelClassifier, TokenClassifier, Regressor or Embedder, or a TextGenerator for a
+    decoder's bundle.
 
     Options that are not given come from the bundle's manifest. rule: a rule's name or a RuleSpec. threshold:
     the rule's main parameter (rule fixed: the exit; patience: the number of agreements). point: an operating
@@ -53,7 +90,7 @@ def load(
     refuses sessions of the application that do not set use_per_session_threads = False. With False (or
     threads=1) other sessions of the process are not affected, at a cost of a few per cent. batch_size: most
     rows that are walked together. lazy: open a segment when a row first reaches it; the first answers are
-    slower, and a segment that no row reaches costs neither time nor memory (see Classifier.warm_up). share:
+    slower, and a segment that no row reaches costs neither time nor memory (see RowSession.warm_up). share:
     share weights with sessions of this process on the same bundle, device and threads. device: None is cpu
     for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or "tensorrt" (then the
     device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph from the second run of a shape on.
@@ -61,7 +98,7 @@ def load(
     and runs the segments when a later token goes deeper, so that the cache is that of full depth;
     "propagate": keys and values are computed from the hidden state of its exit. long_texts: "cut" reads the
     beginning of a text that is longer than the network reads (its answer is marked truncated); "windows"
-    walks overlapping windows and joins their answers (see Answer). Raises BundleNotFound,
+    walks overlapping windows and joins their answers (see the answer of the task). Raises BundleNotFound,
     BadBundle, EngineUnavailable, and BadSetting for options that are unknown or contradict each other.
     """
     size = checked_batch_size(batch_size)
@@ -83,33 +120,44 @@ def load(
         bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant
     )
     bound_rule = bind_for_bundle(bundle, spec, exit_kv)  # before graphs are opened, which takes seconds
-    if long_texts != "cut" and bundle.manifest.task != "text-classification":
-        raise BadSetting(f"long_texts {long_texts}: {path} does not classify texts, so it has no windows")
-    if bundle.manifest.task == GENERATION:
+    generates = bundle.manifest.kind == GENERATION
+    if long_texts != "cut" and (generates or not isinstance(bundle.manifest.input, TextInput)):
+        what = "generates text" if generates else "reads images"
+        raise BadSetting(f"long_texts {long_texts}: {path} {what}, so it has no windows")
+    if generates:
         return _open_generator(bundle, options, bound_rule, variant)
-    return _open_classifier(bundle, options, bound_rule, variant, size, long_texts)
+    return _open_row_session(bundle, options, bound_rule, variant, size, long_texts)
 
 
 def load_classifier(path: str | PathLike[str] = "bundle/", **options: object) -> Classifier:
-    """Open a bundle that classifies, with the options of load(); raises BadSetting for a decoder's bundle."""
-    _check_task(path, generates=False)
-    return cast(Classifier, cast(Callable[..., object], load)(path, **options))
+    """Open a bundle that classifies, with the options of load(); raises BadSetting for other tasks."""
+    return cast("Classifier", _load_kind(path, (CLASSIFICATION,), options))
+
+
+def load_row_session(path: str | PathLike[str] = "bundle/", **options: object) -> RowSession[RowAnswer]:
+    """Open a bundle that gives one answer for each item, with the options of load(), see RowSession.
+
+    Raises BadSetting for a decoder's bundle.
+    """
+    return cast("RowSession[RowAnswer]", _load_kind(path, tuple(ROW_SESSIONS), options))
 
 
 def load_generator(path: str | PathLike[str] = "bundle/", **options: object) -> TextGenerator:
-    """Open a decoder's bundle, with the options of load(); raises BadSetting for a bundle that classifies."""
-    _check_task(path, generates=True)
-    return cast("TextGenerator", cast(Callable[..., object], load)(path, **options))
+    """Open a decoder's bundle, with the options of load(); raises BadSetting for other tasks."""
+    return cast("TextGenerator", _load_kind(path, (GENERATION,), options))
 
 
-def _check_task(path: str | PathLike[str], *, generates: bool) -> None:
-    if (open_bundle(path).manifest.task == GENERATION) != generates:
-        kind = "classifies" if generates else "generates text"
-        raise BadSetting(f"{path}: this bundle {kind}; open it with load()")
+def _load_kind(path: str | PathLike[str], kinds: tuple[str, ...], options: Mapping[str, object]) -> object:
+    """Open a bundle whose task is of one of these kinds; raises BadSetting for others."""
+    kind = open_bundle(path).manifest.kind
+    if kind not in kinds:
+        does = ROW_SESSIONS[kind].does if kind in ROW_SESSIONS else "generates text"
+        raise BadSetting(f"{path}: this bundle {does}; open it with load()")
+    return cast(Callable[..., object], load)(path, **options)
 
 
 def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant: str) -> TextGenerator:
-    from offramp.runtime.generator import TextGenerator  # here: a classifier does not need it
+    from offramp.runtime.generator import TextGenerator  # here: other sessions do not need it
 
     for name, value, only in (
         ("engine", options.engine, "ort"),
@@ -121,9 +169,10 @@ def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant:
     return _or_close(engine, lambda: TextGenerator(bundle, engine, rule, variant))
 
 
-def _open_classifier(
+def _open_row_session(
     bundle: Bundle, options: EngineOptions, rule: Rule, variant: str, batch_size: int, long_texts: str
-) -> Classifier:
+) -> AnyRowSession:
+    kind = ROW_SESSIONS[bundle.manifest.kind]
     # Reading a vocabulary takes time, during which the engine mostly reads files.
     reader = BackgroundTask(partial(open_reader, long_texts=long_texts), bundle)
     try:
@@ -131,13 +180,16 @@ def _open_classifier(
     finally:
         reader.join()
 
-    def session() -> Classifier:
+    def session() -> AnyRowSession:
         if batch_size > engine.max_rows:
             raise BadSetting(
                 f"batch size {batch_size}: engine {options.engine} walks at most {engine.max_rows} rows "
                 "together"
             )
-        return Classifier(bundle, engine, reader.result(), rule, variant, batch_size)
+        make: Callable[..., AnyRowSession] = getattr(
+            import_module(f"offramp.runtime.{kind.module}"), kind.name
+        )
+        return make(bundle, engine, reader.result(), rule, variant, batch_size)
 
     return _or_close(engine, session)
 

@@ -86,7 +86,7 @@ class TokenSignals:
     """
 
     __slots__ = ("_logits", "_output", "_rows", "_runner")
-    forecast = None
+    forecast = answer = None
 
     def __init__(self, runner: CacheRunner, output: SegmentOutput, rows: int) -> None:
         self._runner, self._output, self._rows = runner, output, rows

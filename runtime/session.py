@@ -1,4 +1,4 @@
-"""Session, the base of Classifier and TextGenerator: an open bundle on an engine, with a lock."""
+"""Session, the base of all sessions: an open bundle on an engine, with a lock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Session(ABC, Generic[S]):
-    """An open bundle that answers requests: a Classifier or a TextGenerator; load() returns it.
+    """An open bundle that answers requests: a RowSession or a TextGenerator; load() returns it.
 
     Any thread may call it: a lock lets walks run one at a time.
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +40,22 @@ class Trace:
 
     variants int8 [rows, segments] (-1: not run); logits [rows, segments, classes] and gates [rows, segments]
     (NaN: none) where a segment was run; seconds [rows] from the start of the stem to the last segment.
+    answers [rows, segments]: a copy of each row's Signals.answer, as long as its batch was (None: not run);
+    None if no segment gave answers.
     """
 
     variants: Plan
     logits: Floats
     gates: Floats
     seconds: NDArray[np.float64]
+    answers: NDArray[Any] | None = None
+
+    def keep_answers(self, ids: Sequence[int], segment: int, answers: Floats) -> None:
+        """Copy the answers of some rows at a segment, [ids, ...], which the engine will overwrite."""
+        if self.answers is None:
+            self.answers = np.full(self.variants.shape, None, object)
+        for row, answer in zip(ids, answers, strict=True):
+            self.answers[row, segment] = answer.copy()
 
 
 @dataclass
@@ -169,6 +179,10 @@ def _walk_row(engine: Engine[S], rule: Rule, row: int, inputs: Inputs, variant: 
         logits[segment] = signals.logits[0]
         if (gate := signals.gate) is not None:
             gates[segment] = gate[0]
+    if steps and steps[0].signals.answer is not None:  # asked once a row, as most bundles have none
+        for segment, _, signals, _ in steps:
+            assert signals.answer is not None  # every segment of a bundle gives one, or none does
+            trace.keep_answers([row], segment, signals.answer)
     engine.drop(state)
 
 
@@ -231,6 +245,8 @@ def _run_group(
     trace.logits[ids, segment] = signals.logits
     if signals.gate is not None:
         trace.gates[ids, segment] = signals.gate
+    if signals.answer is not None:
+        trace.keep_answers(ids.tolist(), segment, signals.answer)
     if segment + 1 == group.plan.shape[1]:
         trace.seconds[ids] = time.perf_counter() - group.started
         engine.drop(group.state)

@@ -1,8 +1,9 @@
-"""The tiny classifier's graphs, run one after another by plain sessions of ONNX Runtime."""
+"""The graphs of a tiny bundle, run one after another by plain sessions of ONNX Runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,18 @@ def inputs(rows: int, length: int, seed: int = 0) -> Arrays:
     return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
-def outputs(feeds: Mapping[str, Any], variants: Sequence[str] = ("fp32",) * 3) -> list[Arrays]:
+def outputs(
+    feeds: Mapping[str, Any], variants: Sequence[str] = ("fp32",) * 3, bundle: Path = CLASSIFIER
+) -> list[Arrays]:
     """The outputs of every segment; variants: of each segment, "" to skip it."""
-    manifest = open_bundle(CLASSIFIER).manifest
+    manifest = open_bundle(bundle).manifest
     segments, tensors = list[Arrays](), dict(feeds)
     for segment, variant in zip((manifest.stem, *manifest.segments), ["fp32", *variants], strict=True):
         values: Arrays = {}
         if variant:
             options = onnxruntime.SessionOptions()
             threads.share_global_pool(options)
-            file = str(CLASSIFIER / segment.variants[variant].file)
+            file = str(bundle / segment.variants[variant].file)
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             names = [node.name for node in session.get_outputs()]
             feed = {node.name: tensors[node.name] for node in session.get_inputs()}

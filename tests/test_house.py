@@ -28,8 +28,15 @@ STRUCTURE = ROOT / "docs" / "structure.md"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": (),
     "models": (),
-    # Pixels are made by one code, in training as at run time.
-    "training": ("models", "runtime.rules", "runtime.bundle", "runtime.errors", "runtime.inputs.images"),
+    # Pixels and beginnings of words are made by one code, in training as at run time.
+    "training": (
+        "models",
+        "runtime.rules",
+        "runtime.bundle",
+        "runtime.errors",
+        "runtime.inputs.images",
+        "runtime.inputs.words",
+    ),
     "export": ("models", "training.checkpoint", "runtime"),
     "benchmarks": ("runtime", "models", "training", "export"),
 }
@@ -42,7 +49,16 @@ LONGER: dict[str, str] = {}  # file -> why it is longer than that and still one 
 
 # The walker alone runs segments.
 STEPS_IN = {"runtime/walker.py"}
-SESSION_KINDS = {"Session", "Classifier", "TextGenerator"}
+SESSION_KINDS = {
+    "Session",
+    "RowSession",
+    "Classifier",
+    "MultiLabelClassifier",
+    "TokenClassifier",
+    "Regressor",
+    "Embedder",
+    "TextGenerator",
+}
 SESSION_KINDS_IN = {"runtime/loading.py"}
 # Where protocols are declared: a file, and its classes in which no `Any` may stand (none named: all of it).
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -81,6 +97,7 @@ PURPOSE = {
     "docs": "how to, and what was tried and measured",
     "docs/add-a-family.md": "how a family of encoders is added, with an example that a test runs",
     "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
+    "docs/tasks.md": "several labels, labels of words, numbers, embeddings; a test runs every block",
     "docs/your-model.md": "how a fine-tuned model gets exits; a test runs every block",
     "docs/cli.md": "every command: input, exit codes, rules, operating points, options",
     "docs/comparison.md": "every method by data set and over all, written by a benchmark",

@@ -1,50 +1,43 @@
-"""docs/your-model.md: every block is run, in order, on a tiny fine-tuned model."""
+"""docs/your-model.md and docs/tasks.md: every block is run, in order, on tiny models."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import documents
 import pytest
 import tiny
+import tiny_tasks
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+from offramp.models.tasks import EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 
-pytestmark = pytest.mark.slow  # seven commands, each of which imports torch
+pytestmark = pytest.mark.slow  # many commands, each of which imports torch
 
 
-def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_traffic(folder: Path) -> None:
+    (folder / "traffic.txt").write_text("".join(row["text"] + "\n" for row in tiny.rows(60, 5)))
+
+
+def test_every_block_of_your_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.classifier_folder(tmp_path / "my-finetuned")
-    (tmp_path / "traffic.txt").write_text("".join(row["text"] + "\n" for row in tiny.rows(60, 5)))
+    write_traffic(tmp_path)
     tiny.data_folder(tmp_path / "data")
     (tmp_path / "data" / "test.jsonl").rename("test.jsonl")
-    (tmp_path / "export").symlink_to(ROOT / "export")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    blocks = BLOCK.findall((ROOT / "docs" / "your-model.md").read_text(encoding="utf-8"))
-    assert len(blocks) == 7
-    printed = ""
-    for language, code in blocks:
-        if language == "python":
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(code, "docs/your-model.md", "exec"), {})
-            printed += out.getvalue()
-            continue
-        for line in code.splitlines():
-            done = subprocess.run(
-                shlex.split(line),
-                env=os.environ | {"PATH": path},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
-            printed += done.stdout
+    blocks, printed = documents.run_blocks("your-model.md", tmp_path)
+    assert blocks == 7
     assert "exit_agreement" in printed and '"label": "positive"' in printed
+
+
+def test_every_block_of_tasks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.model_folder(tmp_path / "my-backbone")
+    tiny_tasks.model_folder(tmp_path / "my-encoder", EMBEDDING)
+    for name, task in (("comments", MULTI_LABEL), ("commands", TOKENS), ("scores", REGRESSION)):
+        tiny_tasks.data_folder(tmp_path / name, task, 32, 16, 16)
+    write_traffic(tmp_path)
+    (tmp_path / "input.txt").write_text("a good film\n")
+    blocks, printed = documents.run_blocks("tasks.md", tmp_path)
+    assert blocks == 7
+    for field in ('"labels"', '"entities"', '"value"', '"embedding"'):
+        assert field in printed

@@ -8,7 +8,16 @@ import numpy as np
 
 DATA = Path(__file__).parent / "data"
 CLASSIFIER, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_generator"
+# Of the other tasks, each folder named by what it answers.
+MULTI_LABEL, TOKENS, REGRESSION, EMBEDDING = (
+    DATA / "tiny_tasks" / name for name in ("multi_label", "tokens", "regression", "embedding")
+)
 WORDS = ["the", "a", "film", "plot", "was", "very", "not", "at", "all", "good", "warm", "bad", "poor", "cold"]
+
+
+def baselines_of(bundle: Path) -> Path:
+    """The folder of single graphs of a bundle of tiny_tasks."""
+    return bundle.with_name(f"{bundle.name}_baselines")
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

@@ -9,17 +9,21 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from offramp.runtime.inputs.images import BadInput, ImageInput, normalize_pixels, picture_pixels
+from offramp.runtime.inputs.words import Word as TokenizerWord
+from offramp.runtime.inputs.words import words_of
+from offramp.runtime.rules.entities import OUTSIDE, inner_labels, word_labels
 from offramp.training.checkpoint import Checkpoint, TextFacts
-from offramp.training.data import BadData, Rows
+from offramp.training.data import NO_LABEL, BadData, Rows, Word
 
 BUCKET = 50  # batches sorted by length together: enough to avoid padding, few enough for a random order
 AUGMENTATIONS = ("flip", "crop")
@@ -34,7 +38,7 @@ class Encoded(Protocol):
 
     @property
     def label(self) -> np.ndarray:
-        """Label numbers [rows] int64."""
+        """Labels as in data.Rows, the first axis of which is [rows]; of words see EncodedTokens."""
         ...
 
     @property
@@ -54,17 +58,20 @@ class Encoded(Protocol):
     def batch(
         self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The stem's inputs and labels [batch] of the rows at `index`."""
+        """The stem's inputs and labels [batch, ...] of the rows at `index`."""
         ...
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Rows of text as token ids, one list for each row, truncated to the longest input."""
+    """Rows of text as token ids, one list for each row, truncated to the longest input.
+
+    label: see data.Rows.
+    """
 
     ids: list[list[int]]
     types: list[list[int]]
-    label: np.ndarray  # [rows] int64
+    label: np.ndarray  # [rows] int64, of other tasks [rows] or [rows, labels] float32
     pad_id: int
 
     def __len__(self) -> int:
@@ -89,7 +96,7 @@ class EncodedText:
     def batch(
         self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Padded inputs (each [batch, seq] int64) and labels [batch] of the rows at `index`."""
+        """Padded inputs (each [batch, seq] int64) and labels [batch, ...] of the rows at `index`."""
         longest = max(len(self.ids[i]) for i in index)
         shape = (len(index), longest)
         ids, types = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64)
@@ -103,15 +110,72 @@ class EncodedText:
 
 
 @dataclass(frozen=True)
+class EncodedTokens:
+    """Rows of text as token ids whose words have labels: one for each token that begins a word.
+
+    tokens: the places of these tokens in each row, ascending. label: of all of them, row by row, or NO_LABEL.
+    """
+
+    text: EncodedText
+    tokens: list[list[int]]
+    label: np.ndarray  # [words] int64
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where the labels of each row begin in `label`, and the number of labels [rows + 1] int64."""
+        return np.concatenate([[0], np.cumsum([len(row) for row in self.tokens], dtype=np.int64)])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row [rows]."""
+        return self.text.lengths
+
+    @property
+    def plain(self) -> EncodedTokens:
+        """The same rows: text is never augmented."""
+        return self
+
+    def take(self, index: np.ndarray) -> EncodedTokens:
+        """The rows at `index`, in that order."""
+        return EncodedTokens(
+            self.text.take(index), [self.tokens[i] for i in index], self.label[self._words(index)]
+        )
+
+    def batch(
+        self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Padded inputs (each [batch, seq] int64) and labels of the words of the rows at `index`, row by row.
+
+        The input word_starts is 1 at each token that has a label here [words], else 0.
+        """
+        inputs, _ = self.text.batch(index, device)
+        word_starts = np.zeros(inputs["input_ids"].shape, np.int64)
+        for row, i in enumerate(index):
+            word_starts[row, self.tokens[i]] = 1
+        labels = self.label[self._words(index)]
+        return inputs | {"word_starts": torch.from_numpy(word_starts).to(device)}, torch.from_numpy(
+            labels
+        ).to(device)
+
+    def _words(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where the labels of these rows stand in `label`."""
+        empty = np.empty(0, np.int64)
+        return np.concatenate([empty, *(np.arange(self.starts[i], self.starts[i + 1]) for i in index)])
+
+
+@dataclass(frozen=True)
 class EncodedImages:
     """Rows of images as pixels uint8 [rows, height, width, 3], each `tokens` tokens long.
 
-    augment: augmentations of the batches, from AUGMENTATIONS, drawn from torch's generator, whose state a
-    resumed run restores.
+    label: see data.Rows. augment: augmentations of the batches, from AUGMENTATIONS, drawn from torch's
+    generator, whose state a resumed run restores.
     """
 
     pixels: np.ndarray
-    label: np.ndarray  # [rows] int64
+    label: np.ndarray  # [rows] int64, of other tasks [rows] or [rows, labels] float32
     image: ImageInput
     tokens: int
     augment: tuple[str, ...] = ()
@@ -136,7 +200,7 @@ class EncodedImages:
     def batch(
         self, index: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs pixel_values float32 [batch, 3, height, width] and labels [batch] of the rows at `index`."""
+        """Inputs pixel_values float32 [batch, 3, height, width] and labels [batch, ...] of the rows."""
         rows = np.asarray(index)
         images = self.pixels[rows]
         if "crop" in self.augment:
@@ -160,17 +224,69 @@ def encode_rows(checkpoint: Checkpoint, rows: Rows, augment: tuple[str, ...] = (
         raise BadData(f"the data holds {kinds[0]}, the network reads {kinds[1]}; choose another of the two")
     if isinstance(network_input, ImageInput):
         return encode_images(rows, network_input, checkpoint.network.longest, augment=augment)
-    return encode_texts(rows, Tokenizer.from_file(str(checkpoint.tokenizer)), network_input)
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
+    if rows.words is not None:
+        return encode_words(rows, tokenizer, network_input, checkpoint.network.spec.labels)
+    return encode_texts(rows, tokenizer, network_input)
 
 
 def encode_texts(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> EncodedText:
     """Encode rows of text as token ids by a tokenizer, whose tokenizer.json the bundle will contain."""
+    encodings = _encodings(rows, tokenizer, text)
+    return EncodedText([e.ids for e in encodings], [e.type_ids for e in encodings], rows.label, text.pad_id)
+
+
+def encode_words(
+    rows: Rows, tokenizer: Tokenizer, text: TextFacts, labels: Sequence[str], messages: TextIO | None = None
+) -> EncodedTokens:
+    """Encode rows of text as encode_texts does, with a label for each token that begins a word.
+
+    A token has the label of the data's word that it stands in; later ones of that word the label that goes on
+    with it. labels: their names. A line in `messages` (None: stderr) reports labels that no token has.
+    """
+    assert rows.words is not None
+    encodings, inner = _encodings(rows, tokenizer, text), inner_labels(labels)
+    tokens, numbers, lost = list[list[int]](), list[int](), list[str]()
+    for encoding, line, words in zip(encodings, rows.text, rows.words, strict=True):
+        begun = words_of(encoding, line, len(text.prefix))
+        tokens.append([word.token for word in begun])
+        numbers += word_labels([word.start for word in begun], words, inner)
+        named = [word for word in words if word.label != NO_LABEL and labels[word.label] != OUTSIDE]
+        lost += _without_token(named, begun, line)
+    if lost:
+        print(
+            "labels that are not learned, since no word of the tokenizer begins where they stand: "
+            f"{len(lost)}, first {lost[0]}",
+            file=messages or sys.stderr,
+        )
+    ids, types = [e.ids for e in encodings], [e.type_ids for e in encodings]
+    return EncodedTokens(
+        EncodedText(ids, types, rows.label, text.pad_id), tokens, np.array(numbers, np.int64)
+    )
+
+
+def _without_token(words: Sequence[Word], begun: Sequence[TokenizerWord], text: str) -> list[str]:
+    """Words of the data that the network reads and in which no word of the tokenizer begins, for messages."""
+    starts = np.array([word.start for word in begun])
+    end = max((word.end for word in begun), default=0)
+    lost = []
+    for word in words:
+        first = np.searchsorted(starts, word.start)
+        if word.end <= end and (first == len(starts) or starts[first] >= word.end):
+            lost.append(
+                f"{text[word.start : word.end]!r:.40} in {text[max(word.start - 20, 0) : word.end + 20]!r}"
+            )
+    return lost
+
+
+def _encodings(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> list[Encoding]:
+    """The texts of rows, or pairs of them, as the tokenizer reads them."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(text.longest)
     first = [text.prefix + line for line in rows.text]
     pairs: Any = first if rows.text_b is None else list(zip(first, rows.text_b, strict=True))
-    encodings = tokenizer.encode_batch(pairs)
-    return EncodedText([e.ids for e in encodings], [e.type_ids for e in encodings], rows.label, text.pad_id)
+    encodings: list[Encoding] = tokenizer.encode_batch(pairs)
+    return encodings
 
 
 def encode_images(

@@ -15,23 +15,27 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTraine
 
 from offramp.models.families import family_of
 from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, count_blocks, parse_exits
+from offramp.models.tasks import CLASSIFICATION, EMBEDDING, REGRESSION, TASKS
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
 from offramp.training.batches import Encoded, encode_rows, parse_augment
 from offramp.training.checkpoint import (
+    NETWORK,
     TOKENIZER,
     BadCheckpoint,
     Checkpoint,
     TextFacts,
     load_checkpoint,
+    read_json,
     write_checkpoint,
 )
-from offramp.training.collect import collect
-from offramp.training.data import NO_LABEL, Columns, balanced_index, load_data
+from offramp.training.collect import QUALITY, collect, exit_table, set_value_scale
+from offramp.training.data import NO_LABEL, Columns, balanced_index, has_label, load_data
 from offramp.training.loop import Run
 from offramp.training.options import BadModel, TrainConfig
+from offramp.training.recipes import FOR_EVERY_TASK
 from offramp.training.recipes.base import ClassifierRecipe, Settings
-from offramp.training.user_model import UserModel, load_user_model, match_labels, without_labels
+from offramp.training.user_model import UserModel, load_user_model, match_labels, own_task, without_labels
 
 # ImageNet's mean and standard deviation, for models without a preprocessor.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,12 +57,32 @@ class ClassifierTraining:
         except ValueError as problem:
             raise BadSetting(f"--augment {problem}") from problem
         columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
-        self.data = load_data(config.data, columns, labels_needed=recipe.NEEDS_LABELS)
+        self.data = load_data(
+            config.data, columns, task=chosen_task(config), labels_needed=recipe.NEEDS_LABELS
+        )
+        self._refuse_other_tasks()
         if not self.data.has_images and (self.augment or config.no_crop):
             raise BadSetting(f"--augment and --no-crop are for images, and {config.data} holds text")
         self.data.split("train")  # BadData if there is none
         self.row_counts = {name: len(rows) for name, rows in self.data.splits.items()}
         self.facts: dict[str, Any] = {}
+
+    def _refuse_other_tasks(self) -> None:
+        """Raise BadSetting for a recipe or an option that the task has not."""
+        name, task = self.recipe.__name__.rpartition(".")[2], self.data.task
+        if task == CLASSIFICATION:
+            return
+        if name not in FOR_EVERY_TASK:
+            raise BadSetting(
+                f"recipe {name} is for {CLASSIFICATION}, the task is {task}; choose one of "
+                f"{', '.join(FOR_EVERY_TASK)}"
+            )
+        if task == EMBEDDING and name != "attach":
+            raise BadSetting(f"recipe {name} learns from labels, {task} has none; choose attach")
+        if self.config.balance:
+            raise BadSetting(f"--balance repeats rows by their one label, and the task is {task}")
+        if self.config.pooling is not None and TASKS[task].per_token:
+            raise BadSetting(f"--pooling {self.config.pooling}: exits of {task} read each token, not a pool")
 
     def load(self) -> EarlyExitNetwork:
         """Load the network to train, new on a pretrained backbone or from a checkpoint."""
@@ -87,14 +111,16 @@ class ClassifierTraining:
         """A checkpoint with a new network on the user's model, and the tokenizer's JSON if it reads text."""
         config = self.config
         assert config.model is not None
-        user = self._with_matching_labels(load_user_model(config.model, config.seed))
+        task = self.data.task
+        user = self._with_matching_labels(load_user_model(config.model, config.seed, task))
         network = new_network(
             user,
             self.data.labels,
+            task=task,
             exits=config.exits,
             parts=dataclasses.replace(
                 parts,
-                pooling=config.pooling or parts.pooling,
+                pooling="none" if TASKS[task].per_token else config.pooling or parts.pooling,
                 head=config.head or parts.head,
                 ensemble=parts.ensemble if config.ensemble is None else config.ensemble,
             ),
@@ -121,10 +147,11 @@ class ClassifierTraining:
         The labels of the data are renumbered as the head numbers them. What is dropped is said on stderr.
         """
         if user.head is None:
-            if not self.data.labels:
+            if not any(rows.labelled for rows in self.data.splits.values()):
                 raise BadSetting(
                     f"{self.config.data} has no labels, and {user.name} has no trained head that would give "
-                    "them; give rows with a label, or a model saved as *ForSequenceClassification"
+                    "them; give rows with a label, or a model saved as *ForSequenceClassification; for "
+                    f"embeddings say --task {EMBEDDING}"
                 )
             return user
         matched, note = match_labels(self.data, user.labels)
@@ -152,7 +179,15 @@ class ClassifierTraining:
         if self.config.balance:
             train = self._balanced(train)
         skip_warm_start = self.config.init is not None
-        if run.network.spec.own_head and not skip_warm_start and (dev.label != NO_LABEL).all():
+        own_head = run.network.spec.own_head
+        if not own_head and self.data.task == REGRESSION:
+            set_value_scale(run.network, torch.from_numpy(train.label))
+        known = has_label(dev.label)
+        if (
+            own_head
+            and not skip_warm_start
+            and (known.any() if TASKS[self.data.task].per_token else known.all())
+        ):
             self.facts["user_model"] = _user_model_figures(run, dev)
         return self.recipe.train(run, train, dev, self.settings, skip_warm_start=skip_warm_start)
 
@@ -172,20 +207,37 @@ class ClassifierTraining:
 
 
 def _user_model_figures(run: Run[EarlyExitNetwork], dev: Encoded) -> dict[str, Any]:
-    """The accuracy on dev of the model as the user gave it, computed before anything is trained."""
+    """The quality on dev of the model as the user gave it, computed before anything is trained."""
 
-    def right() -> torch.Tensor:
+    def score() -> torch.Tensor:
         collected = collect(run.network, dev, device=run.accelerator.device, description="user model")
-        return (collected.logits[:, -1].argmax(-1) == collected.labels).float()
+        return torch.tensor(exit_table(collected).measure.each[-1])
 
-    share = run.compute_once("user_model_right", right)
-    return {"accuracy": 100 * float(share.mean()), "rows": len(share)}
+    quality = QUALITY[run.network.spec.task]
+    return {quality: float(run.compute_once("user_model_score", score)), "rows": len(dev)}
+
+
+def chosen_task(config: TrainConfig) -> str | None:
+    """The task by --task, by the checkpoint of --init, or by the model's trained head; None: by the data.
+
+    Raises BadSetting if --task is another one than that of the checkpoint.
+    """
+    if config.init is None:
+        return config.task or own_task(str(config.model))
+    network = Path(config.init) / NETWORK
+    if not network.is_file():
+        return config.task  # load_checkpoint will say what is missing
+    task: str = read_json(network)["network"].get("task", CLASSIFICATION)
+    if config.task not in (None, task):
+        raise BadSetting(f"--task {config.task}: {config.init} was trained for {task}")
+    return task
 
 
 def new_network(
     user: UserModel,
     labels: tuple[str, ...],
     *,
+    task: str = CLASSIFICATION,
     exits: str,
     parts: ExitParts,
     seed: int,
@@ -201,9 +253,18 @@ def new_network(
         blocks = parse_exits(exits, count_blocks(user.backbone.config))
     except ValueError as problem:
         raise BadSetting(f"--exits {exits}: {problem}") from problem
-    spec = NetworkSpec(labels, blocks, **dataclasses.asdict(parts), own_head=user.head is not None)
+    facts = {"task": task, "unit": user.unit, "own_head": user.head is not None}
+    if task == EMBEDDING and user.head is not None:
+        facts["embedding_pooling"] = user.head.own_pool.reads
     torch.manual_seed(seed)
-    return EarlyExitNetwork(user.backbone, spec, user.head)
+    vision = family_of(user.backbone.config.model_type).vision
+    if parts.pooling == "cls" and vision is not None and vision.prefix == 0:
+        raise BadSetting(f"--pooling cls: {user.name} has no token before its patches; say mean or attention")
+    try:
+        spec = NetworkSpec(labels, blocks, **dataclasses.asdict(parts) | facts)
+        return EarlyExitNetwork(user.backbone, spec, user.head)
+    except ValueError as problem:  # parts of exits that this task or this family has not
+        raise BadSetting(f"{user.name}: {problem}") from problem
 
 
 def _resize(backbone: PreTrainedModel, model: str, size: int | None) -> None:

@@ -13,6 +13,15 @@ import click
 
 from offramp.training.recipes import RECIPES
 
+# A test compares them with models.tasks, whose import is slow.
+TASKS = (
+    "classification",
+    "multi-label-classification",
+    "token-classification",
+    "regression",
+    "sentence-embedding",
+)
+
 # The modules of the extra `train`; a missing one is reported before any of them is imported.
 NEEDED = ("torch", "transformers", "datasets", "accelerate", "optimum", "safetensors", "rich", "matplotlib")
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -49,6 +58,12 @@ class TrainCliError(click.ClickException):
     "--recipe",
     type=click.Choice(RECIPES),
     help="How to train.  [default: attach if --model holds a fine-tuned classifier, else offramp]",
+)
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    help="What an answer is: one label, several labels, a label for each word, a number, or an embedding.  "
+    "[default: that of --model's trained head, else by the data's labels]",
 )
 @click.option(
     "--unfreeze",

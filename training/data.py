@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,14 +12,19 @@ from typing import Any, TextIO
 import datasets
 import numpy as np
 
+from offramp.models.tasks import CLASSIFICATION
+from offramp.runtime.rules.entities import inner_labels
 from offramp.training.data_csv import NUMBER
 from offramp.training.data_files import LINES, NamedTable, read_tables
 from offramp.training.data_labels import NO_LABEL as NO_LABEL
+from offramp.training.data_labels import RowLabels, tell_lacking
+from offramp.training.data_labels import Word as Word
 from offramp.training.data_labels import balanced_index as balanced_index
-from offramp.training.data_labels import number_labels, read_labels, tell_lacking
+from offramp.training.data_labels import has_label as has_label
 from offramp.training.data_open import BadData as BadData
 from offramp.training.data_open import Columns as Columns
-from offramp.training.data_open import Table, Tell, form_of
+from offramp.training.data_open import SplitTable, Tell, check_text, form_of
+from offramp.training.data_tasks import check_inputs, check_task, needs_of, task_of
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -40,6 +45,9 @@ class ImageFiles:
 class Rows:
     """The rows of one split as plain lists; label is an index into the labels of the data, or NO_LABEL.
 
+    Of several labels for a row it has a 1 for each that the row has, else 0, and NO_LABEL for all of them in
+    rows without labels [rows, labels] float32; of values to predict it is the value, or NaN [rows] float32.
+    Where words have labels it is NO_LABEL, and words are the words of each row in the order of its text.
     images: set instead of texts, which are empty lists then; not decoded yet.
     """
 
@@ -47,34 +55,43 @@ class Rows:
     text_b: list[str] | None
     label: np.ndarray  # [rows] int64
     images: ImageFiles | None = field(default=None)
+    words: list[list[Word]] | None = field(default=None)
 
     def __len__(self) -> int:
         return len(self.label)
 
     @property
+    def has_label(self) -> np.ndarray:
+        """Whether each row has a label, or any of its words has one, bool [rows]."""
+        return RowLabels(self.label, self.words).present
+
+    @property
     def labelled(self) -> bool:
         """Whether any row has a label."""
-        return bool((self.label != NO_LABEL).any())
+        return bool(self.has_label.any())
 
     def take(self, index: np.ndarray) -> Rows:
         """The rows at `index`, in that order."""
         if self.images is not None:
             return Rows([], None, self.label[index], self.images.take(index))
         text_b = None if self.text_b is None else [self.text_b[i] for i in index]
-        return Rows([self.text[i] for i in index], text_b, self.label[index])
+        words = None if self.words is None else [self.words[i] for i in index]
+        return Rows([self.text[i] for i in index], text_b, self.label[index], words=words)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A data set: label names, and the splits of text or images among train, dev and test that exist.
 
-    labels: empty if no split has any. left_out: of splits that exist and lack what is needed, the reason.
+    labels: empty if no split has any, and for tasks without names of labels. left_out: of splits that exist
+    and lack what is needed, the reason. task: a name in models.tasks.TASKS.
     """
 
     name: str
     labels: tuple[str, ...]
     splits: dict[str, Rows]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    task: str = CLASSIFICATION
 
     @property
     def has_images(self) -> bool:
@@ -94,6 +111,7 @@ def load_data(
     source: str,
     columns: Columns | None = None,
     *,
+    task: str | None = None,
     labels_needed: bool = True,
     dev_share: float = 0.1,
     messages: TextIO | None = None,
@@ -106,9 +124,14 @@ def load_data(
     images holds one folder for each label, or folders train, dev and test with such folders. Images are
     decoded later.
 
+    task: a name in models.tasks.TASKS; None: words with tags or entities are for token-classification, lists
+    of labels for multi-label-classification, numbers that are not whole for regression, all else for
+    classification, and any but that is reported.
+
     Labels may be names, booleans or integers; integers that do not run from 0 are numbered in ascending
     order. A split has no labels if it has no such column, or -1 or nothing in all rows. labels_needed: such
     splits are left out, and in others every row needs a label; if false, rows without a label have NO_LABEL.
+    For other tasks see read_label_lists, read_values and read_words; sentence-embedding reads no labels.
 
     Without a dev split, `dev_share` of train is set aside with a fixed seed. This, and all that is read
     otherwise than it stands in the file, is reported in `messages` (None: stderr), a line each. Raises
@@ -116,39 +139,38 @@ def load_data(
     """
     columns = columns or Columns()
     tell = _tell_to(messages)
+    if task is not None:
+        check_task(task)
     tables = read_tables(source, columns, tell)
-    _check_columns(tables, columns, labels_needed=labels_needed)
-    label_columns = {
-        split: read_labels(table, name, columns.label, tell)
+    task = task or task_of(source, tables, columns, tell)
+    data_of = check_task(task)
+    labels_needed = labels_needed and data_of.labels
+    tables_of = {
+        split: SplitTable(table, name, data_of.columns(table, columns))
         for split, (table, name) in tables.items()
-        if columns.label in table.column_names
     }
-    names, numbers = number_labels(source, label_columns, tell, needed=labels_needed)
+    _check_columns(task, tables_of, labels_needed=labels_needed)
+    names, labels = data_of.read(source, tables_of, tell, needed=labels_needed)
     splits: dict[str, Rows] = {}
     left_out: dict[str, str] = {}
-    for split, (table, name) in tables.items():
-        labels = numbers.get(split, np.full(len(table), NO_LABEL, np.int64))
-        if labels_needed and (labels == NO_LABEL).all():
-            left_out[split] = _no_labels(table, name, columns)
+    for split, table in tables_of.items():
+        if labels_needed and not labels[split].present.any():
+            left_out[split] = _no_labels(task, table)
             tell(f"{left_out[split]}; the split is left out")
         else:
-            splits[split] = _check_rows(table, name, columns, labels)
+            splits[split] = _check_rows(table, labels[split])
     if len({rows.text_b is None for rows in splits.values()}) > 1:
         lacking = next(split for split, rows in splits.items() if rows.text_b is None)
         tell(f"{source}: {lacking} has no column {columns.text_b!r}, and another split has it")
     if not splits:
         raise BadData(next(iter(left_out.values())))
     if "train" in splits:
-        train = splits["train"]
         if "dev" not in splits:
             splits = _set_dev_aside(source, splits, dev_share, tell)
-        if labels_needed and (train.label == train.label[0]).all():
-            raise BadData(
-                f"{tables['train'][1]}: every row has the label {names[train.label[0]]!r}; a classifier "
-                "needs rows of two labels at least"
-            )
-    tell_lacking(source, names, {split: rows.label for split, rows in splits.items()}, tell)
-    return Dataset(source, names, splits, left_out)
+        if labels_needed and (same := data_of.same(labels["train"], names)):
+            raise BadData(f"{tables_of['train'].name}: {same}")
+    tell_lacking(source, names, {split: _numbers(rows, names) for split, rows in splits.items()}, tell)
+    return Dataset(source, names, splits, left_out, task)
 
 
 def read_splits(source: str, *, messages: TextIO | None = None) -> dict[str, NamedTable]:
@@ -166,50 +188,53 @@ def _tell_to(messages: TextIO | None) -> Tell:
     return tell
 
 
-def _check_columns(tables: Mapping[str, NamedTable], columns: Columns, *, labels_needed: bool) -> None:
+def _check_columns(task: str, splits: Mapping[str, SplitTable], *, labels_needed: bool) -> None:
     """Raise BadData for a split without rows, inputs, or the column of labels where train or dev need it."""
-    first = "train" if "train" in tables else next(iter(tables))
-    table, name = tables[first]
-    column = _input_column(table, columns)
-    if column not in table.column_names:
-        raise BadData(_no_column(table, name, column) + _header_hint(table, columns))
-    for split, (table, name) in tables.items():
-        if column not in table.column_names:
-            raise BadData(f"{name}: it has not the columns of the other splits, but {table.column_names}")
+    first = "train" if "train" in splits else next(iter(splits))
+    has_images = splits[first].has_images
+    if splits[first].input not in splits[first].column_names:
+        hint = _header_hint(splits[first].column_names, splits[first].columns)
+        raise BadData(_no_column(splits[first], splits[first].input) + hint + needs_of(task, splits[first]))
+    for split, table in splits.items():
+        if table.input not in table.column_names or table.has_images != has_images:
+            raise BadData(
+                f"{table.name}: it has not the columns of the other splits, but {table.column_names}"
+            )
         if len(table) == 0:
-            raise BadData(f"{name}: no rows; a split needs some")
-        needed = split == first or (split == "dev" and form_of(Path(name)) != LINES)
-        if labels_needed and needed and columns.label not in table.column_names:
-            raise BadData(_no_labels(table, name, columns))
+            raise BadData(f"{table.name}: no rows; a split needs some")
+        check_inputs(task, table)
+        needed = split == first or (split == "dev" and form_of(Path(table.name)) != LINES)
+        if labels_needed and needed and table.columns.label not in table.column_names:
+            raise BadData(_no_labels(task, table))
 
 
-def _no_column(table: Table, name: str, column: str) -> str:
+def _no_column(split: SplitTable, column: str) -> str:
     return (
-        f"{name}: no column {column!r}; it has: {', '.join(table.column_names)}; "
+        f"{split.name}: no column {column!r}; it has: {', '.join(split.column_names)}; "
         "name yours with --text-column, --image-column, --label-column"
     )
 
 
-def _header_hint(table: Table, columns: Columns) -> str:
+def _header_hint(names: Sequence[str], columns: Columns) -> str:
     """A hint that a file has no header, if names of its columns look like cells."""
-    names = table.column_names
     if not any(NUMBER.fullmatch(name) or len(name.split()) > 3 for name in names):
         return ""
     return f"; if its first row is no header, put one above it, such as {columns.text},{columns.label}"
 
 
-def _no_labels(table: Table, name: str, columns: Columns) -> str:
+def _no_labels(task: str, split: SplitTable) -> str:
     """Why a split has no labels, and what to do."""
-    if columns.label in table.column_names:
-        return f"{name}: no row has a label in column {columns.label!r}"
+    name, label = split.name, split.columns.label
+    if label in split.column_names:
+        return f"{name}: no row has a label in column {label!r}"
     if form_of(Path(name)) == LINES:
         return (
-            f"{name}: lines of text without labels; needed here: a column {columns.label!r}, as in CSV or "
-            "JSON lines"
+            f"{name}: lines of text without labels; needed here: a column {label!r}, as in CSV or JSON lines"
+            + needs_of(task, split)
         )
     if Path(name).is_dir():
         return f"{name}: images without labels; needed here: a folder of images for each label"
-    return _no_column(table, name, columns.label)
+    return _no_column(split, label) + needs_of(task, split)
 
 
 def _set_dev_aside(source: str, splits: dict[str, Rows], share: float, tell: Tell) -> dict[str, Rows]:
@@ -229,31 +254,34 @@ def _set_dev_aside(source: str, splits: dict[str, Rows], share: float, tell: Tel
     }
 
 
-def _check_rows(table: Table, name: str, columns: Columns, labels: np.ndarray) -> Rows:
-    """The checked rows of one split with these labels [rows]."""
-    if _input_column(table, columns) == columns.image:
-        return Rows([], None, labels, _check_images(table, name, columns))
-    text, text_b = list(table[columns.text]), None
-    if columns.text_b in table.column_names:
-        text_b = list(table[columns.text_b])
+def _check_rows(split: SplitTable, labels: RowLabels) -> Rows:
+    """The checked rows of one split with these labels."""
+    columns, name = split.columns, split.name
+    if split.has_images:
+        return Rows([], None, labels.label, _check_images(split.table, name, columns))
+    text, text_b = list(split.table[columns.text]) if labels.text is None else labels.text, None
+    if columns.text_b in split.column_names:
+        text_b = list(split.table[columns.text_b])
     for row, value in enumerate(text, 1):
-        place = f"{name}, row {row}: column"
-        if not isinstance(value, str) or not value.strip():
-            raise BadData(f"{place} {columns.text!r} must be a non-empty text, found {value!r:.60}")
+        place = f"{name}, row {row}"
+        check_text(value, place, columns.text)
         if text_b is not None and not isinstance(text_b[row - 1], str):
-            raise BadData(f"{place} {columns.text_b!r} must be a text, found {text_b[row - 1]!r:.60}")
+            raise BadData(f"{place}: column {columns.text_b!r} must be a text, found {text_b[row - 1]!r:.60}")
         for part in (value,) if text_b is None else (value, text_b[row - 1]):
             if not part.isascii() and SURROGATE.search(part):
-                raise BadData(
-                    f"{name}, row {row}: half of a surrogate pair in {part!r:.60}: not Unicode text"
-                )
-    return Rows(text, text_b, labels)
+                raise BadData(f"{place}: half of a surrogate pair in {part!r:.60}: not Unicode text")
+    return Rows(text, text_b, labels.label, words=labels.words)
 
 
-def _input_column(table: Table, columns: Columns) -> str:
-    """The name of the input column: the text column, or the image column if only that exists."""
-    images = columns.text not in table.column_names and columns.image in table.column_names
-    return columns.image if images else columns.text
+def _numbers(rows: Rows, names: Sequence[str]) -> np.ndarray:
+    """The numbers of all labels in some rows, NO_LABEL where there are none."""
+    if rows.words is not None:
+        numbers = {word.label for words in rows.words for word in words} or {NO_LABEL}
+        inner = inner_labels(names)  # of the entities' further words
+        return np.array([*numbers, *(inner[number] for number in numbers - {NO_LABEL})])
+    if rows.label.ndim == 1:
+        return rows.label
+    return np.nonzero(rows.label > 0)[1] if rows.labelled else np.array([NO_LABEL])
 
 
 def _check_images(table: Any, name: str, columns: Columns) -> ImageFiles:

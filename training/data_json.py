@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from offramp.training.data_open import BadData, Columns, PlainTable, Table, Tell, open_text
+from offramp.training.data_open import WORDS, BadData, Columns, PlainTable, Table, Tell, open_text
 
 SPACE = re.compile(r"\s*")
+SPAN = {"start", "end"}  # keys of an entity of a row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _whole_table(
     Columns may be objects from row to value, as pandas writes them.
     """
     inputs = columns.names - {columns.label}
-    if any(isinstance(value.get(name), (list, dict)) for name in inputs):
+    if any(_is_column(name, value.get(name)) for name in (*inputs, WORDS)):
         lists = {
             name: list(column.values()) if isinstance(column, dict) else column
             for name, column in value.items()
@@ -89,13 +90,21 @@ def _whole_table(
     keys = [
         key
         for key, rows in value.items()
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and columns.names & set(rows[0])
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+        if {*columns.names, WORDS} & set(rows[0]) and not (columns.text in value and SPAN & set(rows[0]))
     ]
     if len(keys) > 1:
         raise BadData(
             f"{file}: it has lists of rows under {', '.join(keys)}; write each of them to a file of its own"
         )
     return cast(list[dict[str, Any]], value[keys[0]]) if keys else [value]
+
+
+def _is_column(name: str, value: Any) -> bool:
+    """Whether what stands under the name of a column is all of its rows, and not the words of one row."""
+    if isinstance(value, list) and name == WORDS:
+        return bool(value) and isinstance(value[0], list)
+    return isinstance(value, (list, dict))
 
 
 def _json_table(file: Path, rows: Sequence[Any], columns: Columns) -> PlainTable:

@@ -1,17 +1,17 @@
-"""Labels of a data set as numbers: names, integers, booleans, rows without labels; rows balanced by label."""
+"""Classes of a data set as numbers: names, integers, booleans, rows without one; rows balanced by class."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from offramp.training.data_csv import INTEGER
-from offramp.training.data_open import BadData, Table, Tell
+from offramp.training.data_open import BadData, SplitTable, Table, Tell
 
 NO_LABEL = -1  # in public test sets
 # More integers than this, each in fewer than two rows on average, are numbers to predict and no classes.
@@ -21,18 +21,61 @@ MISSING_WORDS = {"na", "n/a", "nan", "null", "none"}
 Label = str | int | None
 
 
+class Word(NamedTuple):
+    """A word of a text: its first character, the one after its last, and its label's number or NO_LABEL."""
+
+    start: int
+    end: int
+    label: int
+
+
+@dataclass(frozen=True)
+class RowLabels:
+    """The labels of one split.
+
+    label: [rows], see has_label. words: of each row, where words have labels and rows have none; text: of
+    each row, where the file has words alone.
+    """
+
+    label: np.ndarray
+    words: list[list[Word]] | None = None
+    text: list[str] | None = None
+
+    @property
+    def present(self) -> np.ndarray:
+        """Whether a row has a label, or a word of it has, bool [rows]."""
+        if self.words is None:
+            return has_label(self.label)
+        return np.array([any(word.label != NO_LABEL for word in words) for words in self.words], bool)
+
+
+def has_label(label: np.ndarray) -> np.ndarray:
+    """Whether each row has a label [rows], for any task.
+
+    label: numbers of classes [rows] int64, or NO_LABEL; 0 or 1 for each of several labels [rows, labels], or
+    NO_LABEL for all of them; numbers to predict [rows] float32, or NaN.
+    """
+    if label.dtype.kind == "f" and label.ndim == 1:
+        return np.asarray(~np.isnan(label))
+    present = np.asarray(label != NO_LABEL)
+    return present.any(1) if label.ndim == 2 else present
+
+
 @dataclass(frozen=True)
 class LabelColumn:
     """The labels of one split as they are in its file; None where a row has none.
 
-    name: of the split in messages. class_names: of integer labels, if the file has them; texts: the column
-    label_text, likewise.
+    name: of the split in messages; rows: the row of each label, counted from 1. class_names: of integer
+    labels, if the file has them; texts: the column label_text, likewise. in_lists: whether rows may have
+    several labels, and those of all rows are here one after another.
     """
 
     name: str
     values: list[Label]
+    rows: Sequence[int]
     class_names: tuple[str, ...] | None = None
     texts: Sequence[Any] | None = None
+    in_lists: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -70,17 +113,36 @@ def read_labels(table: Table, name: str, column: str, tell: Tell) -> LabelColumn
     Whole floats become integers. Raises BadData naming the row of a fraction, a list or another value.
     """
     raw = list(table[column])
-    values = [_label(value, f"{name}, row {row}") for row, value in enumerate(raw, 1)]
-    spaced = [row for row, value in enumerate(values) if isinstance(value, str) and value != raw[row]]
+    rows = range(1, len(raw) + 1)
+    texts = table["label_text"] if "label_text" in table.column_names else None
+    return LabelColumn(
+        name, clean_labels(name, raw, rows, tell), rows, class_names(table.features.get(column)), texts
+    )
+
+
+def clean_labels(name: str, raw: Sequence[Any], rows: Sequence[int], tell: Tell) -> list[Label]:
+    """Check labels of these rows of a split, and take off the space around names; see read_labels."""
+    values = [_label(value, f"{name}, row {row}") for row, value in zip(rows, raw, strict=True)]
+    spaced = [index for index, value in enumerate(values) if isinstance(value, str) and value != raw[index]]
     if spaced:
         tell(
-            f"{name}: rows whose label has space around it, which is taken off: {len(spaced)}, first row "
-            f"{spaced[0] + 1}: {raw[spaced[0]]!r}"
+            f"{name}: rows whose label has space around it, which is taken off: "
+            f"{len({rows[index] for index in spaced})}, first row {rows[spaced[0]]}: {raw[spaced[0]]!r}"
         )
-    feature = table.features.get(column)
-    class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    texts = table["label_text"] if "label_text" in table.column_names else None
-    return LabelColumn(name, values, class_names, texts)
+    return values
+
+
+def class_names(feature: Any) -> tuple[str, ...] | None:
+    """The names of integer labels that a file or the hub gives for a column; None if there are none.
+
+    feature: the column's type; labels may be in lists, or the field `label` of structs.
+    """
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if isinstance(feature, Mapping):
+        return class_names(feature.get("label"))
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return None if inner is None else class_names(inner)
 
 
 def number_labels(
@@ -103,19 +165,52 @@ def number_labels(
     for split, column in columns.items():
         numbers[split] = np.full(len(column.values), NO_LABEL, np.int64)
         missing = []
-        for row, value in enumerate(column.values):
+        for index, value in enumerate(column.values):
             number = classes.numbers.get(value) if value is not None else None
             if number is None and value is not None and value != NO_LABEL:
-                raise BadData(
-                    f"{column.name}, row {row + 1}: label {value!r} is not one of {list(classes.names)[:20]}"
-                )
+                place = f"{column.name}, row {column.rows[index]}"
+                raise BadData(f"{place}: label {value!r} is not one of {list(classes.names)[:20]}")
             if number is None:
-                missing.append(row)
+                missing.append(index)
             else:
-                numbers[split][row] = number
+                numbers[split][index] = number
         if missing and column.labelled:
-            _report_missing(column, missing, from_zero, tell, needed=needed)
+            reason = "no label"
+            if column.values[missing[0]] == NO_LABEL and from_zero is not None:
+                reason = f"label -1 stands for no label, since those of {from_zero.name} run from 0"
+            rows = [column.rows[index] for index in missing]
+            report_missing(column.name, rows, len(column.values), tell, needed=needed, reason=reason)
     return classes.names, numbers
+
+
+def read_classes(
+    source: str, splits: Mapping[str, SplitTable], tell: Tell, *, needed: bool
+) -> tuple[tuple[str, ...], dict[str, RowLabels]]:
+    """Names of the classes, and by split the number of every row's class; see read_labels, number_labels."""
+    columns = {
+        split: read_labels(table.table, table.name, table.columns.label, tell)
+        for split, table in splits.items()
+        if table.columns.label in table.table.column_names
+    }
+    names, numbers = number_labels(source, columns, tell, needed=needed)
+    return names, {
+        split: RowLabels(numbers[split]) if split in numbers else no_labels(table)
+        for split, table in splits.items()
+    }
+
+
+def no_labels(split: SplitTable) -> RowLabels:
+    """NO_LABEL at every row of a split."""
+    return RowLabels(np.full(len(split), NO_LABEL, np.int64))
+
+
+def same_class(labels: RowLabels, names: Sequence[str]) -> str:
+    """Why nothing can be learned from labels that are the same in all rows; empty if they are not."""
+    if (labels.label != labels.label[0]).any():
+        return ""
+    return (
+        f"every row has the label {names[labels.label[0]]!r}; a classifier needs rows of two labels at least"
+    )
 
 
 def _label(value: Any, place: str) -> Label:
@@ -129,12 +224,13 @@ def _label(value: Any, place: str) -> Label:
         return int(value)
     if isinstance(value, float):
         raise BadData(
-            f"{place}: label {value} is a fraction: regression is not supported by this recipe; give classes "
-            "by name or whole number"
+            f"{place}: label {value} is a fraction: numbers to predict are of the task regression; give "
+            "classes by name or whole number"
         )
     if isinstance(value, (list, tuple)):
         raise BadData(
-            f"{place}: label {value!r:.60} is a list: several labels for a row are not supported; give one"
+            f"{place}: label {value!r:.60} is a list: several labels for a row are of the task "
+            "multi-label-classification; give one"
         )
     raise BadData(f"{place}: label {value!r:.60} must be a name or a whole number")
 
@@ -188,13 +284,13 @@ def _numbered(names: Sequence[str]) -> dict[str | int, int]:
 def _tell_integers(source: str, integers: Sequence[int], first: LabelColumn, tell: Tell) -> None:
     """Report how integers are numbered; raises BadData for as many as numbers to predict have."""
     rows = len(first.values)
-    if len(integers) > MANY_CLASSES and rows < 2 * len(integers):
+    if len(integers) > MANY_CLASSES and rows < 2 * len(integers) and not first.in_lists:
         raise BadData(
-            f"{first.name}: {len(integers)} different whole numbers as labels of {rows} rows: regression is "
-            "not supported by this recipe; give classes"
+            f"{first.name}: {len(integers)} different whole numbers as labels of {rows} rows: numbers to "
+            "predict are of the task regression; name it, or give classes"
         )
     tell(
-        f"{source}: integer labels {_listed([str(value) for value in integers])} are numbered 0 to "
+        f"{source}: integer labels {listed([str(value) for value in integers])} are numbered 0 to "
         f"{len(integers) - 1} in ascending order; the classes keep the integers as names"
     )
 
@@ -206,7 +302,7 @@ def _tell_similar(source: str, names: Sequence[str], tell: Tell) -> None:
         folded.setdefault(name.casefold(), []).append(name)
     for same in folded.values():
         if len(same) > 1:
-            tell(f"{source}: labels {_listed(same)} differ only by case; they are separate classes")
+            tell(f"{source}: labels {listed(same)} differ only by case; they are separate classes")
     words = [name for name in names if not INTEGER.fullmatch(name)]
     if len(words) == 1 and len(names) > 1 and words[0].casefold() in MISSING_WORDS:
         tell(
@@ -214,17 +310,24 @@ def _tell_similar(source: str, names: Sequence[str], tell: Tell) -> None:
         )
 
 
-def _report_missing(
-    column: LabelColumn, missing: Sequence[int], from_zero: LabelColumn | None, tell: Tell, *, needed: bool
+def report_missing(
+    name: str,
+    missing: Sequence[int],
+    rows: int,
+    tell: Tell,
+    *,
+    needed: bool,
+    reason: str = "no label",
+    cure: str = "label the row or take it out",
 ) -> None:
-    """Raise BadData naming the first row without a label, or tell how many there are."""
+    """Raise BadData naming the first row without a label, or tell how many there are.
+
+    name: of a split with this many rows; missing: rows without a label, counted from 1.
+    """
     if not needed:
-        tell(f"{column.name}: rows without a label: {len(missing)} of {len(column.values)}")
+        tell(f"{name}: rows without a label: {len(missing)} of {rows}")
         return
-    reason = "no label"
-    if column.values[missing[0]] == NO_LABEL and from_zero is not None:
-        reason = f"label -1 stands for no label, since those of {from_zero.name} run from 0"
-    raise BadData(f"{column.name}, row {missing[0] + 1}: {reason}; label the row or take it out")
+    raise BadData(f"{name}, row {missing[0]}: {reason}; {cure}")
 
 
 def tell_lacking(source: str, names: Sequence[str], numbers: Mapping[str, np.ndarray], tell: Tell) -> None:
@@ -233,9 +336,7 @@ def tell_lacking(source: str, names: Sequence[str], numbers: Mapping[str, np.nda
         present = set(labels.tolist())
         lacking = [name for number, name in enumerate(names) if number not in present]
         if lacking and present != {NO_LABEL}:
-            tell(
-                f"{source}: {split} has no row of {len(lacking)} of {len(names)} classes: {_listed(lacking)}"
-            )
+            tell(f"{source}: {split} has no row of {len(lacking)} of {len(names)} classes: {listed(lacking)}")
 
 
 def balanced_index(labels: np.ndarray) -> np.ndarray:
@@ -252,6 +353,7 @@ def balanced_index(labels: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(labels)), times + (rank < extra))
 
 
-def _listed(names: Sequence[str], longest: int = 10) -> str:
+def listed(names: Sequence[str], longest: int = 10) -> str:
+    """Names for a message, of many the first ones."""
     rest = f" and {len(names) - longest} more" if len(names) > longest else ""
     return ", ".join(names[:longest]) + rest

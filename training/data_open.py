@@ -30,6 +30,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 PAIR = ("prompt", "completion")  # columns of language models' data
+WORDS = "tokens"  # lists of words, where the text column holds none
 
 Tell = Callable[[str], None]  # takes one line for the user
 
@@ -84,6 +85,39 @@ class PlainTable:
 
     def __getitem__(self, column: str, /) -> Sequence[Any]:
         return self.columns[column]
+
+
+@dataclass(frozen=True)
+class SplitTable:
+    """The table of one split, its name in messages, and the names of the columns that are read of it."""
+
+    table: Table
+    name: str
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of all columns of the table."""
+        return self.table.column_names
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the rows are images: there is an image column and no text column."""
+        return self.columns.text not in self.column_names and self.columns.image in self.column_names
+
+    @property
+    def input(self) -> str:
+        """The name of the column of texts or images."""
+        return self.columns.image if self.has_images else self.columns.text
+
+
+def check_text(value: Any, place: str, column: str) -> None:
+    """Raise BadData for a value of the text column that is no text or blank; place: file and row."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadData(f"{place}: column {column!r} must be a non-empty text, found {value!r:.60}")
 
 
 def form_of(file: Path) -> str:

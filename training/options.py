@@ -21,7 +21,8 @@ class BadModel(ValueError):
 class TrainConfig:
     """The options of ee-train, as training.json holds them; ee-train --help describes each.
 
-    recipe: None for the default, which depends on the model. settings: NAME=VALUE words of --set. Raises
+    recipe: None for the default, which depends on the model. task: None for that of the model's head or, if
+    it has none, of the data. settings: NAME=VALUE words of --set. Raises
     BadSetting unless exactly one of model and init is set.
     """
 
@@ -48,6 +49,7 @@ class TrainConfig:
     head: str | None = None
     ensemble: bool | None = None
     balance: bool = False
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init is None):

@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from offramp.runtime.rules import RULES, RuleSpec, bind, simulate
+from offramp.models.tasks import CLASSIFICATION
+from offramp.runtime.rules import RULES, RuleSpec
 from offramp.runtime.rules.sweep import (
     COUNTED,
-    SWEPT,
     ExitMacs,
     ExitTable,
     MeasuredPoint,
@@ -22,6 +22,7 @@ from offramp.runtime.rules.sweep import (
     settings_to_try,
     shallowest_point,
     sweep,
+    swept_rules,
     undominated_points,
 )
 from offramp.training.batches import encode_rows
@@ -59,7 +60,9 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
     """
     checkpoint = load_checkpoint(config.checkpoint)
     columns = Columns(config.text_column, config.text_b_column, config.label_column, config.image_column)
-    dataset = load_matching(config.data, columns, checkpoint.network.spec.labels)
+    dataset = load_matching(
+        config.data, columns, checkpoint.network.spec.labels, checkpoint.network.spec.task
+    )
     tables, costs = {}, {}
     for name in dict.fromkeys((config.calibration_split, config.split)):
         rows = encode_rows(checkpoint, dataset.split(name))
@@ -79,6 +82,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> dict[str, Any]:
             costs[config.split],
             config.max_accuracy_drop,
             checkpoint.training,
+            checkpoint.network.spec.task,
         ),
     }
     _print(figures, Console())
@@ -94,14 +98,16 @@ def evaluation_figures(
     test_costs: ExitMacs,
     max_accuracy_drop: float,
     training: dict[str, Any],
+    kind: str = CLASSIFICATION,
 ) -> dict[str, Any]:
     """Compute every figure of the report; settings are chosen on dev alone.
 
-    max_accuracy_drop: accuracy points. training: the checkpoint's training.json.
+    max_accuracy_drop: points of accuracy, or of what the quality of the task is. training: the checkpoint's
+    training.json. kind: the task. The oracle is for one label a row: it takes the first right exit.
     """
-    full = full_depth_point(test, test_costs)
+    full, quality = full_depth_point(test, test_costs), test.measure.name
     min_accuracy = full_depth_point(dev, dev_costs).accuracy - max_accuracy_drop
-    rules = [rule for rule in SWEPT if rule != "gate" or test.gates is not None]
+    rules = [rule for rule in swept_rules(kind) if rule != "gate" or test.gates is not None]
     curves: dict[str, list[MeasuredPoint]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for rule in rules:
@@ -114,7 +120,7 @@ def evaluation_figures(
         if best is not None:
             chosen[rule] = {
                 "setting": best.rule.parameters,
-                "dev": best.figures(),
+                "dev": best.figures(quality),
                 **_tested(best.rule, test, test_costs),
             }
     points = [
@@ -134,22 +140,23 @@ def evaluation_figures(
     return {
         "rows": len(test.labels),
         "exits": [int(block) for block in test_costs.blocks],
-        "exit_accuracy": [round(100 * float(accuracy), 2) for accuracy in test.right.mean(0)],
-        "full_depth": full.figures(),
-        "oracle": oracle_point(test, test_costs).figures(),
+        "quality": quality,
+        f"exit_{quality}": [round(float(percent), 2) for percent in test.measure.each],
+        "full_depth": full.figures(quality),
+        "oracle": oracle_point(test, test_costs).figures() if kind == CLASSIFICATION else None,
         "max_accuracy_drop": max_accuracy_drop,
         "chosen_on_dev": chosen,
         "operating_points": points,
         "equal_mean_exit": equal,
-        "curves": {rule: [point.figures() for point in curve] for rule, curve in curves.items()},
+        "curves": {rule: [point.figures(quality) for point in curve] for rule, curve in curves.items()},
     }
 
 
 def _tested(rule: RuleSpec, test: ExitTable, costs: ExitMacs) -> dict[str, Any]:
-    exits = simulate(bind(rule, test.logits.shape[1]), test.logits, test.gates)
+    exits = test.exits(rule)
     histogram = np.bincount(exits, minlength=test.logits.shape[1])
     return {
-        "test": costs.point(rule, exits, test).figures(),
+        "test": costs.point(rule, exits, test).figures(test.measure.name),
         "random_same_depth": round(random_exit_accuracy(exits, test), 3),
         "histogram": [int(count) for count in histogram],
     }
@@ -157,25 +164,29 @@ def _tested(rule: RuleSpec, test: ExitTable, costs: ExitMacs) -> dict[str, Any]:
 
 def _print(figures: dict[str, Any], console: Console) -> None:
     title = f"{figures['checkpoint']} on {figures['data']} ({figures['split']}), {figures['rows']} rows"
-    exits = Table(title=f"{title}: accuracy of each exit")
+    quality = figures["quality"]
+    exits = Table(title=f"{title}: {quality} of each exit")
     for block in figures["exits"]:
         exits.add_column(str(block), justify="right")
-    exits.add_row(*(f"{accuracy:.1f}" for accuracy in figures["exit_accuracy"]))
+    exits.add_row(*(f"{percent:.1f}" for percent in figures[f"exit_{quality}"]))
     console.print(exits)
     chosen = f"points chosen on {figures['calibration_split']}"
     table = Table(title=f"{chosen}: shallowest within {figures['max_accuracy_drop']} of full depth")
-    for name in ("rule", "accuracy", "mean exit", "layers saved %", "MACs saved %", "random, same depths"):
+    for name in ("rule", quality, "mean exit", "layers saved %", "MACs saved %", "random, same depths"):
         table.add_column(name, justify="left" if name == "rule" else "right")
-    table.add_row("full depth", *_cells(figures["full_depth"]), "")
+    table.add_row("full depth", *_cells(figures["full_depth"], quality), "")
     if figures["user_model"] is not None:
-        table.add_row("model as given, on dev", f"{figures['user_model']['accuracy']:.2f}", "", "", "", "")
+        table.add_row("model as given, on dev", f"{figures['user_model'][quality]:.2f}", "", "", "", "")
     for rule, result in figures["chosen_on_dev"].items():
-        table.add_row(rule, *_cells(result["test"]), f"{result['random_same_depth']:.2f}")
+        table.add_row(rule, *_cells(result["test"], quality), f"{result['random_same_depth']:.2f}")
     for point in figures["operating_points"]:
-        table.add_row(f"point {point['name']}", *_cells(point["test"]), f"{point['random_same_depth']:.2f}")
-    table.add_row("oracle, first right", *_cells(figures["oracle"]), "")
+        table.add_row(
+            f"point {point['name']}", *_cells(point["test"], quality), f"{point['random_same_depth']:.2f}"
+        )
+    if figures["oracle"] is not None:
+        table.add_row("oracle, first right", *_cells(figures["oracle"], quality), "")
     console.print(table)
-    equal = Table(title="accuracy at equal mean exit (interpolated on each rule's curve)")
+    equal = Table(title=f"{quality} at equal mean exit (interpolated on each rule's curve)")
     equal.add_column("rule")
     depths = list(next(iter(figures["equal_mean_exit"].values())))
     for depth in depths:
@@ -185,12 +196,12 @@ def _print(figures: dict[str, Any], console: Console) -> None:
     console.print(equal)
 
 
-def _cells(point: dict[str, float]) -> tuple[str, ...]:
-    return tuple(f"{point[name]:.2f}" for name in ("accuracy", "mean_exit", "layers_saved", "macs_saved"))
+def _cells(point: dict[str, float], quality: str) -> tuple[str, ...]:
+    return tuple(f"{point[name]:.2f}" for name in (quality, "mean_exit", "layers_saved", "macs_saved"))
 
 
 def draw_picture(figures: dict[str, Any], file: Path) -> None:
-    """Draw accuracy against mean exit for every rule, with single exits, oracle and chosen points, into a
+    """Draw the quality against mean exit for every rule, with single exits, oracle and chosen points, into a
     file.
     """
     import matplotlib
@@ -198,29 +209,25 @@ def draw_picture(figures: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")  # draws without a screen
     import matplotlib.pyplot as plt
 
+    quality = figures["quality"]
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    axes.plot(figures["exits"], figures["exit_accuracy"], "o:", color="0.6", label="all rows at one exit")
+    axes.plot(figures["exits"], figures[f"exit_{quality}"], "o:", color="0.6", label="all rows at one exit")
     for rule, curve in figures["curves"].items():
         marker: dict[str, Any] = {"marker": "s", "markersize": 4} if rule == "patience" else {}
         axes.plot(
             [point["mean_exit"] for point in curve],
-            [point["accuracy"] for point in curve],
+            [point[quality] for point in curve],
             label=rule.replace("_", " "),
             linewidth=1.6,
             **marker,
         )
     for result in figures["chosen_on_dev"].values():
-        axes.plot(result["test"]["mean_exit"], result["test"]["accuracy"], "kx", markersize=7)
-    axes.axhline(figures["full_depth"]["accuracy"], color="0.8", linewidth=1, zorder=0)
-    axes.plot(
-        figures["oracle"]["mean_exit"],
-        figures["oracle"]["accuracy"],
-        "*",
-        color="goldenrod",
-        markersize=12,
-        label="oracle",
-    )
-    axes.set(xlabel="mean exit (blocks)", ylabel="accuracy (%)")
+        axes.plot(result["test"]["mean_exit"], result["test"][quality], "kx", markersize=7)
+    axes.axhline(figures["full_depth"][quality], color="0.8", linewidth=1, zorder=0)
+    if (oracle := figures["oracle"]) is not None:
+        style: dict[str, Any] = {"color": "goldenrod", "markersize": 12, "label": "oracle"}
+        axes.plot(oracle["mean_exit"], oracle[quality], "*", **style)
+    axes.set(xlabel="mean exit (blocks)", ylabel=f"{quality} (%)")
     title = f"{figures['checkpoint']} on {figures['data']} ({figures['split']})"
     axes.set_title(f"{title}; x: chosen on {figures['calibration_split']}")
     axes.grid(alpha=0.25)

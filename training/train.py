@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from accelerate import PartialState
 from torch import nn
 
+from offramp.models.tasks import EMBEDDING
 from offramp.runtime.errors import BadSetting
 from offramp.training.checkpoint import read_json, replace_folder, write_json
 from offramp.training.classifier import ClassifierTraining
@@ -20,7 +21,7 @@ from offramp.training.decoder import DecoderTraining
 from offramp.training.loop import Run, best_precision
 from offramp.training.options import TrainConfig, parse_settings
 from offramp.training.recipes import load_recipe
-from offramp.training.user_model import has_own_head
+from offramp.training.user_model import own_task
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -70,12 +71,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def default_recipe(config: TrainConfig) -> str:
-    """The recipe where the user names none: attach for a model with a trained head, else offramp."""
-    if config.model is None or not has_own_head(config.model):
+    """The recipe where the user names none: attach for a model with a trained head, else offramp.
+
+    For sentence embeddings it is attach.
+    """
+    if config.task == EMBEDDING:
+        return "attach"
+    own = None if config.model is None else own_task(config.model)
+    if own is None or config.task not in (None, own):
         return "offramp"
     print(
-        f"{config.model} holds a fine-tuned classifier: recipe attach adds exits and keeps its answers; to "
-        "train everything anew say --recipe offramp",
+        f"{config.model} holds a fine-tuned model ({own}): recipe attach adds exits and keeps its answers; "
+        "to train everything anew say --recipe offramp",
         file=sys.stderr,
     )
     return "attach"

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from offramp.models.families import UnsupportedFamily, family_of
-from offramp.models.own_head import (
-    NoOwnHead,
-    OwnHead,
-    classification_class,
-    names_own_head,
-    own_head_of,
-)
-from offramp.training.data import NO_LABEL, BadData, Columns, Dataset, Rows, load_data
+from offramp.models.own_head import NoOwnHead, OwnHead, classification_class, own_head_of, task_of_head
+from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
+from offramp.training.data import NO_LABEL, BadData, Columns, Dataset, Rows, Word, load_data
 from offramp.training.options import BadModel
 
 DROPOUT = 0.1
+# Poolings of sentence-transformers, and what they read as OwnPool names it.
+SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 
 
 @dataclass(frozen=True)
 class UserModel:
-    """A loaded model: name as in --model, backbone, own head (None: it has none), and the head's labels."""
+    """A loaded model: name as in --model, backbone, own head (None: it has none), and the head's labels.
+
+    unit: whether its embeddings have unit length, if it embeds sentences.
+    """
 
     name: str
     backbone: PreTrainedModel
     head: OwnHead | None = None
     labels: tuple[str, ...] = ()
+    unit: bool = True
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -49,33 +54,40 @@ def load_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def has_own_head(model: str) -> bool:
-    """Whether a model's configuration names a classification model; False if it cannot be read."""
+def own_task(model: str) -> str | None:
+    """The task of a model's trained head by its configuration; None without one, or if it cannot be read."""
     try:
-        return names_own_head(load_config(model))
+        return task_of_head(load_config(model))
     except BadModel:
-        return False
+        return None
 
 
-def load_user_model(model: str, seed: int) -> UserModel:
-    """Load a model from a hub name or a folder, with its own head if it is a classification model.
+def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserModel:
+    """Load a model from a hub name or a folder, with its own head if it has a trained one for the task.
 
-    seed: for weights that the file lacks. Raises BadModel for what cannot be loaded, and for a head of
-    another task than single-label classification.
+    seed: for weights that the file lacks. A head of another task is dropped, and a line on stderr says so.
+    Sentence embeddings need no head: the model's pooling takes its place. Raises BadModel for what cannot be
+    loaded.
     """
     transformers.utils.logging.set_verbosity_error()  # notes on unused weights would hide our messages
     transformers.utils.logging.disable_progress_bar()
     config = load_config(model)
     torch.manual_seed(seed)
+    own, per_token = task_of_head(config), task == TOKENS
+    if own is not None and own != task:
+        print(f"{model}: its own head is dropped: it is for {own}, and the task is {task}", file=sys.stderr)
     try:
-        if not names_own_head(config):
+        if task == EMBEDDING:
+            pooling, unit = sentence_pooling(model)
+            backbone = AutoModel.from_pretrained(model, dtype=torch.float32)
+            return UserModel(model, backbone, OwnHead(pooling, (), DROPOUT), unit=unit)
+        if own != task:
             return UserModel(model, AutoModel.from_pretrained(model, dtype=torch.float32))
-        _require_single_label(model, config)
-        loaded: tuple[Any, dict[str, Any]] = classification_class(config).from_pretrained(
-            model, dtype=torch.float32, output_loading_info=True
-        )
+        loaded: tuple[Any, dict[str, Any]] = classification_class(
+            config, per_token=per_token
+        ).from_pretrained(model, dtype=torch.float32, output_loading_info=True)
         classifier, report = loaded
-        head = own_head_of(classifier, DROPOUT)
+        head = own_head_of(classifier, DROPOUT, per_token=per_token)
     except NoOwnHead as problem:
         raise BadModel(
             f"{model}: {problem}; load its backbone alone with transformers and save that"
@@ -87,7 +99,7 @@ def load_user_model(model: str, seed: int) -> UserModel:
             f"{model}: config.json names {type(classifier).__name__}, but the weights have no {missing[0]}; "
             "save the fine-tuned model again, or take the name out of `architectures` to train a new head"
         )
-    names: Any = config.id2label
+    names: Any = {} if task == REGRESSION else config.id2label
     labels = tuple(str(names[number]) for number in sorted(names))
     return UserModel(model, classifier.base_model, head, labels)
 
@@ -97,12 +109,32 @@ def _not_loaded(model: str, problem: Exception) -> BadModel:
     return BadModel(f"{model}: neither a model folder here nor given by the hub: {reason}")
 
 
-def _require_single_label(model: str, config: PreTrainedConfig) -> None:
-    kind = getattr(config, "problem_type", None)
-    if config.num_labels == 1 or kind == "regression":
-        raise BadModel(f"{model}: its head gives one number (regression), which is not supported")
-    if kind == "multi_label_classification":
-        raise BadModel(f"{model}: its head gives several labels at once, which is not supported")
+def sentence_pooling(model: str) -> tuple[str, bool]:
+    """How a model pools its tokens, "mean" or "first", and whether its embeddings have unit length.
+
+    It is read from the files of sentence-transformers in the model's folder; without them it is the mean at
+    unit length, and a line on stderr says so. Raises BadModel for modules that are not supported.
+    """
+    listing = cached_file(model, "modules.json", _raise_exceptions_for_missing_entries=False)
+    if listing is None:
+        print(
+            f"{model}: no modules.json of sentence-transformers; embeddings are the mean of the tokens, of "
+            "length 1",
+            file=sys.stderr,
+        )
+        return "mean", True
+    modules = json.loads(Path(listing).read_text("utf-8"))
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if unknown := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise BadModel(f"{listing}: module {unknown[0]} is not supported; only pooling and normalizing are")
+    (folder,) = (module["path"] for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling")
+    file = cached_file(model, f"{folder}/config.json")
+    assert file is not None
+    modes = {name for name, on in json.loads(Path(file).read_text("utf-8")).items() if on is True}
+    for mode, reads in SENTENCE_POOLINGS.items():
+        if mode in modes:
+            return reads, "Normalize" in kinds
+    raise BadModel(f"{file}: pooling {sorted(modes)}; supported are {', '.join(SENTENCE_POOLINGS)}")
 
 
 def match_labels(data: Dataset, own: Sequence[str]) -> tuple[Dataset | None, str]:
@@ -113,7 +145,7 @@ def match_labels(data: Dataset, own: Sequence[str]) -> tuple[Dataset | None, str
     note says why.
     """
     if not data.labels:
-        return dataclasses.replace(data, labels=tuple(own)), ""
+        return _renumbered(data, own, []), ""
     by_name = {name.casefold(): number for number, name in enumerate(own)}
     wanted = [by_name.get(name.casefold()) for name in data.labels]
     if len(by_name) == len(own) and None not in wanted and len(set(wanted)) == len(wanted):
@@ -130,18 +162,30 @@ def _renumbered(data: Dataset, own: Sequence[str], numbers: Sequence[int]) -> Da
     table = np.array([*numbers, NO_LABEL])  # NO_LABEL is -1, the last entry
 
     def renumber(rows: Rows) -> Rows:
+        if data.task == MULTI_LABEL:
+            label = np.zeros((len(rows), len(own)), np.float32)
+            label[:, numbers] = rows.label
+            label[~rows.has_label] = NO_LABEL
+            return dataclasses.replace(rows, label=label)
+        if rows.words is not None:
+            words = [[word._replace(label=int(table[word.label])) for word in row] for row in rows.words]
+            return dataclasses.replace(rows, words=words)
+        if rows.label.dtype != np.int64:  # values
+            return rows
         return dataclasses.replace(rows, label=table[rows.label])
 
     splits = {name: renumber(rows) for name, rows in data.splits.items()}
     return dataclasses.replace(data, labels=tuple(own), splits=splits)
 
 
-def load_matching(source: str, columns: Columns, labels: Sequence[str]) -> Dataset:
+def load_matching(
+    source: str, columns: Columns, labels: Sequence[str], task: str = CLASSIFICATION
+) -> Dataset:
     """Read labelled data as load_data does, numbered as a checkpoint with these labels numbers them.
 
-    Raises BadData if the labels are others.
+    task: that of the checkpoint. Raises BadData if the labels are others.
     """
-    data = load_data(source, columns)
+    data = load_data(source, columns, task=task, labels_needed=task != EMBEDDING)
     matched, note = match_labels(data, labels)
     if matched is None:
         raise BadData(f"{source}: it does not fit the checkpoint: {note}")
@@ -152,8 +196,12 @@ def load_matching(source: str, columns: Columns, labels: Sequence[str]) -> Datas
 
 def without_labels(data: Dataset, own: Sequence[str]) -> Dataset:
     """The data with no label at any row, for a model with these labels."""
-    splits = {
-        name: dataclasses.replace(rows, label=np.full(len(rows), NO_LABEL))
-        for name, rows in data.splits.items()
-    }
+
+    def unlabelled(rows: Rows) -> Rows:
+        shape = (len(rows), len(own)) if data.task == MULTI_LABEL else (len(rows),)
+        words = None if rows.words is None else [list[Word]() for _ in rows.words]
+        none = math.nan if data.task == REGRESSION else NO_LABEL
+        return dataclasses.replace(rows, label=np.full(shape, none, rows.label.dtype), words=words)
+
+    splits = {name: unlabelled(rows) for name, rows in data.splits.items()}
     return dataclasses.replace(data, labels=tuple(own), splits=splits)

@@ -45,7 +45,7 @@ from offramp.benchmarks.compare.specs import (
 )
 from offramp.benchmarks.compare.trainings import Trainer
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.rules.sweep import SWEPT
+from offramp.runtime.rules.sweep import swept_rules
 from offramp.runtime.tuning.report import write_atomically
 from offramp.training.recipes import RECIPES
 
@@ -342,7 +342,7 @@ def main(
 def _check(specs: Sequence[RecipeSpec], rules: Sequence[str], reference: str, common: CommonWords) -> None:
     """Raise BadSetting for a wrong rule or setting before anything is trained."""
     # Rule gate needs policies: a recipe that trains them has it as its own.
-    known = [rule for rule in SWEPT if rule != "gate"]
+    known = [rule for rule in swept_rules("classification") if rule != "gate"]
     unknown = [rule for rule in rules if rule not in known]
     if unknown:
         raise BadSetting(f"--rules: {unknown[0]!r} is not known; choose among {', '.join(known)}")

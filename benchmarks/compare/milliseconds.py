@@ -245,7 +245,7 @@ def _point(
         "ms": 1e3 * float(seconds.mean()),
         "share": 100 * float(seconds.mean() / monolith.mean()),
         "accuracy": 100 * float(method.results.right[at].mean()),
-        "accuracy_of_walked": 100 * float((timing.labels[0] == labels).mean()),
+        "accuracy_of_walked": 100 * float((timing.answers[0] == labels).mean()),
         "macs_saved": 100 * float(1 - spent / full),
     }
     return {key: round(value, 3) for key, value in figures.items()}

@@ -93,7 +93,7 @@ def two_products(block: nn.Module, hidden_size: int) -> int:
     return 2 * hidden_size
 
 
-READS = ("first", "mean", "patches", "first_and_patches")
+READS = ("first", "mean", "patches", "first_and_patches", "tokens")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class HeadLayout:
     """What the trained head of a family's classification model reads, and where that model keeps its layers.
 
     reads: of the last block's normed output the "first" token, the "mean" of the tokens, the mean of all but
-    the first ("patches"), or the first followed by that mean ("first_and_patches"). layers: in order, paths
+    the first ("patches"), the first followed by that mean ("first_and_patches"), or each token ("tokens").
+    layers: in order, paths
     of modules of the model ("backbone." stands for the prefix of its backbone) and activations; dropout is
     left out.
     """
@@ -113,6 +114,11 @@ class HeadLayout:
 def head_on_first(*layers: str | nn.Module) -> Callable[[PreTrainedConfig], HeadLayout]:
     """The layout of a head of these layers on the first token, the same for all configurations."""
     return lambda config: HeadLayout("first", layers)
+
+
+def one_layer_on_tokens(config: PreTrainedConfig) -> HeadLayout:
+    """The layout of most heads that classify each token: one linear layer."""
+    return HeadLayout("tokens", ("classifier",))
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ class Family:
     that the position embedding can number; for images the tokens of each. exit_norm: backbone -> the norm
     applied to each token before an exit pools a block's output, or None. vision: the part for images; None
     for families that read text. head: configuration -> the layout of the head in transformers'
-    classification model, None for a head with none; head is None if there is no such model.
+    classification model, None for a head with none; head is None if there is no such model. token_head: the
+    same for the model that classifies each token.
 
     For multiply-accumulates: projection: backbone -> the linear layer of the stem that widens embeddings to
     the hidden size, or None. token_macs: block -> those for each token. pair_macs: (block, hidden size) ->
@@ -160,6 +167,7 @@ class Family:
     exit_norm: Callable[[nn.Module], nn.Module | None] = no_exit_norm
     vision: Vision | None = None
     head: Callable[[PreTrainedConfig], HeadLayout | None] | None = None
+    token_head: Callable[[PreTrainedConfig], HeadLayout] = one_layer_on_tokens
     projection: Callable[[nn.Module], nn.Module | None] = no_projection
     token_macs: Callable[[nn.Module], int] = linear_weights
     pair_macs: Callable[[nn.Module, int], int] = two_products

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -142,6 +143,10 @@ def _modernbert_head(config: PreTrainedConfig) -> HeadLayout:
     return HeadLayout(reads, ("head.dense", activation, "head.norm", "classifier"))
 
 
+def _modernbert_token_head(config: PreTrainedConfig) -> HeadLayout:
+    return replace(_modernbert_head(config), reads="tokens")
+
+
 def _eurobert_head(config: PreTrainedConfig) -> HeadLayout | None:
     """The head, or None with pooling "late": it classifies every token and averages their logits."""
     reads = {"bos": "first", "mean": "mean"}.get(config.classifier_pooling)
@@ -159,6 +164,7 @@ MODERNBERT = Family(
     longest=_longest,
     exit_norm=module_at("final_norm"),
     head=_modernbert_head,
+    token_head=_modernbert_token_head,
 )
 NOMIC_BERT = Family(
     inputs=("input_ids", "token_type_ids"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from offramp.runtime.bundle.manifest import (
     AXES,
@@ -24,6 +24,7 @@ from offramp.runtime.bundle.manifest import (
     Manifest,
     Segment,
     StepCosts,
+    Task,
     Tensor,
     TextInput,
     Variant,
@@ -38,14 +39,11 @@ def check_manifest(manifest: Manifest) -> None:
     """Raise ValueError if two fields of a manifest contradict each other; the message names the field."""
     _one_of("format", manifest.format, (FORMAT,))
     _one_of("task", manifest.task, TASKS)
-    _unique("labels", manifest.labels)
-    decoder = manifest.task == GENERATION
+    task = TASKS[manifest.task]
+    decoder = task.kind == GENERATION
     if decoder == (manifest.decoder is None):
         raise ValueError(f"decoder: {'missing' if decoder else 'there is none'} for task {manifest.task}")
-    if decoder and manifest.labels:
-        raise ValueError(f"labels: a decoder has none, found {list(manifest.labels)}")
-    if not decoder and len(manifest.labels) < 2:
-        raise ValueError(f"labels: a classifier has at least two, found {list(manifest.labels)}")
+    _check_labels(manifest, task)
     for field in ("hidden_size", "blocks"):
         _at_least(field, getattr(manifest, field), 1)
     if not manifest.segments:
@@ -63,14 +61,14 @@ def check_manifest(manifest: Manifest) -> None:
     if decoder:
         _check_decoder(manifest)
     else:
-        _check_classifier(manifest)
+        _check_graphs(manifest, task)
     for unit, costs in manifest.costs.items():
         _check_costs(f"costs[{unit!r}]", costs, manifest)
     _unique("points", [point.name for point in manifest.points])
     for index, point in enumerate(manifest.points):
         _one_of(f"points[{index}].variant", point.variant, manifest.variants)
         if point.calibration is not None:
-            _check_calibration(f"points[{index}].calibration", point.calibration, manifest)
+            _check_calibration(f"points[{index}].calibration", point.calibration, manifest, task)
     for name, fact in manifest.files.items():
         _plain(f"files[{name!r}]", name)
         _at_least(f"files[{name!r}].bytes", fact.bytes, 0)
@@ -80,14 +78,30 @@ def check_manifest(manifest: Manifest) -> None:
             )
     if FILE_NAME in manifest.files:
         raise ValueError(f"files: {FILE_NAME} cannot list itself")
+    reads = type(manifest.input)
+    _one_of("task", manifest.task, [name for name, known in TASKS.items() if reads in known.inputs])
     if isinstance(manifest.input, TextInput):
         _check_text(manifest.input, manifest)
     else:
         _check_images(manifest.input, manifest)
 
 
+def _check_labels(manifest: Manifest, task: Task) -> None:
+    """Check that there are as many names of labels, and thresholds, as the task has."""
+    _unique("labels", manifest.labels)
+    labels = len(manifest.labels)
+    if labels < task.least_labels or (labels and not task.least_labels):
+        count = f"{task.least_labels} or more" if task.least_labels else "none"
+        raise ValueError(f"labels: {manifest.task} has {count}, found {list(manifest.labels)}")
+    limits = list(manifest.thresholds)
+    if len(limits) != (labels if task.thresholds else 0):
+        count = f"{labels}, one a label" if task.thresholds else "none"
+        raise ValueError(f"thresholds: {manifest.task} has {count}, found {limits}")
+    if not all(0 < threshold < 1 for threshold in limits):
+        raise ValueError(f"thresholds: they are probabilities above 0 and below 1, found {limits}")
+
+
 def _check_text(text: TextInput, manifest: Manifest) -> None:
-    _one_of("task", manifest.task, (TASKS[0], GENERATION))
     _at_least("vocab_size", manifest.vocab_size, 1)
     _at_least("input.longest", text.longest, 1)
     _at_least("input.pad_id", text.pad_id, 0)
@@ -95,7 +109,6 @@ def _check_text(text: TextInput, manifest: Manifest) -> None:
 
 
 def _check_images(image: ImageInput, manifest: Manifest) -> None:
-    _one_of("task", manifest.task, TASKS[1:2])
     _one_of("vocab_size", manifest.vocab_size, (0,))
     _one_of("input.resample", image.resample, RESAMPLING)
     _one_of("input.channels", image.channels, CHANNELS)
@@ -119,7 +132,8 @@ def _check_images(image: ImageInput, manifest: Manifest) -> None:
             raise ValueError("stem: of an image 'hidden' is [batch, a fixed number of tokens, hidden size]")
 
 
-def _check_classifier(manifest: Manifest) -> None:
+def _check_graphs(manifest: Manifest, task: Task) -> None:
+    """Check that stem and segments of a bundle whose rows are walked once fit together."""
     if not manifest.variants:
         raise ValueError("segments[0].variants: there is none")
     if manifest.variants[0] not in manifest.stem.variants:
@@ -146,34 +160,53 @@ def _check_classifier(manifest: Manifest) -> None:
             stem_outputs = {tensor.name: tensor for tensor in facts.outputs}
             if "hidden" not in stem_outputs:
                 raise ValueError("stem: it has no output 'hidden'")
+            _check_stem_inputs(manifest, task)
         else:
-            _check_segment(where, facts, stem_outputs, last=segment is manifest.segments[-1])
+            _check_segment(where, facts, stem_outputs, task, last=segment is manifest.segments[-1])
             _check_forecast(
                 where, facts, manifest, ahead=len(named_segments) - 1 - named_segments.index((where, segment))
             )
 
 
-def _check_segment(where: str, facts: Variant, stem_outputs: dict[str, Tensor], *, last: bool) -> None:
+def _check_stem_inputs(manifest: Manifest, task: Task) -> None:
+    """Check that the stem reads the tensors that its task adds, and none that another task adds."""
+    for name, other in TASKS.items():
+        for tensor in other.stem_inputs:
+            for variant in manifest.stem.variants.values():
+                form = f"{tensor.dtype} {list(tensor.shape)}"
+                if other is task and tensor not in variant.inputs:
+                    raise ValueError(f"stem: for {name} it reads {tensor.name}, {form}, which is missing")
+                if other is not task and tensor.name in (read.name for read in variant.inputs):
+                    raise ValueError(f"stem: its input {tensor.name} is for {name}, not for {manifest.task}")
+
+
+def _check_segment(
+    where: str, facts: Variant, stem_outputs: dict[str, Tensor], task: Task, *, last: bool
+) -> None:
     """Check that a segment reads outputs of the stem, and outputs signals and new values of its inputs."""
+    has = {"logits": task.logits is not None, "gate": True, "forecast": task.one_label}
+    has["answer"] = task.answer is not None
+    signals = [name for name in SIGNALS if has[name]]
     for tensor in facts.inputs:
         if stem_outputs.get(tensor.name) != tensor:
             raise ValueError(
                 f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
             )
     for tensor in facts.outputs:
-        if tensor.name in SIGNALS:
+        if tensor.name in signals:
             continue
         read = stem_outputs.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
         if read is None:
             raise ValueError(
-                f"{where}: output {tensor.name!r}; expected {', '.join(SIGNALS)} or "
+                f"{where}: output {tensor.name!r}; expected {', '.join(signals)} or "
                 f"{NEXT}<a tensor of the stem>"
             )
         if (read.dtype, read.shape) != (tensor.dtype, tensor.shape):
             raise ValueError(f"{where}: output {tensor.name} differs from {read.name} in dtype or shape")
     outputs = {tensor.name for tensor in facts.outputs}
-    if "logits" not in outputs:
-        raise ValueError(f"{where}: it has no output 'logits'; every segment ends with an exit")
+    for name in ("logits", "answer"):
+        if name in signals and name not in outputs:
+            raise ValueError(f"{where}: it has no output {name!r}; every segment ends with an exit")
     if not last and f"{NEXT}hidden" not in outputs:
         raise ValueError(f"{where}: it has no output '{NEXT}hidden' for the segment after it")
 
@@ -190,7 +223,9 @@ def _check_forecast(where: str, facts: Variant, manifest: Manifest, *, ahead: in
             raise ValueError(f"{where}: forecast must be {list(right)}, found {list(tensor.shape)}")
 
 
-def _check_calibration(where: str, calibration: Calibration, manifest: Manifest) -> None:
+def _check_calibration(where: str, calibration: Calibration, manifest: Manifest, task: Task) -> None:
+    if not task.one_label:
+        raise ValueError(f"{where}: {manifest.task} has none; calibrations are for one label a row")
     for field in ("temperatures", "quantiles"):
         if len(getattr(calibration, field)) != len(manifest.segments):
             raise ValueError(f"{where}.{field}: expected {len(manifest.segments)} numbers, one a segment")
@@ -224,16 +259,32 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
                     _one_of(f"{where}.{side}[{index}].shape", size, AXES)
                 else:
                     _at_least(f"{where}.{side}[{index}].shape", size, 1)
-    if manifest.task == GENERATION:
-        return  # _check_decoder checks its outputs
-    for tensor in variant.outputs:
-        classes = len(manifest.labels)
-        if tensor.name == "logits" and tensor.shape != ("batch", classes):
-            raise ValueError(
-                f"{where}: logits must be [batch, {classes}], one a label, found {list(tensor.shape)}"
-            )
-        if tensor.name == "gate" and tensor.shape != ("batch",):
-            raise ValueError(f"{where}: gate must be [batch], found {list(tensor.shape)}")
+    task = TASKS[manifest.task]
+    for tensor in () if task.kind == GENERATION else variant.outputs:  # _check_decoder checks its outputs
+        _check_signal(where, tensor, manifest, {"logits": task.logits, "answer": task.answer})
+
+
+def _check_signal(
+    where: str, tensor: Tensor, manifest: Manifest, shapes: Mapping[str, tuple[int | str, ...] | None]
+) -> None:
+    """Check the shape of one signal; shapes: those of logits and answer as the task has them, see Task."""
+    expected = {**shapes, "gate": ("batch",)}.get(tensor.name)
+    if expected is None:
+        return
+    # All embeddings are as long as that of the first segment, as they are compared.
+    sizes: dict[int | str, int] = {"labels": len(manifest.labels), "size": max(2, manifest.answer_size)}
+    right = tuple(sizes.get(size, size) for size in expected)
+    if tensor.shape != right:
+        what: dict[int | str, str] = {
+            "labels": ", one a label",
+            "size": " or longer, as in all segments",
+        }
+        raise ValueError(
+            f"{where}: {tensor.name} must be [{', '.join(map(str, right))}]"
+            f"{what.get(expected[-1], '')}, found {list(tensor.shape)}"
+        )
+    if tensor.name == "answer" and tensor.dtype != "float32":
+        raise ValueError(f"{where}: answer must be float32, found {tensor.dtype}")
 
 
 def _check_decoder(manifest: Manifest) -> None:

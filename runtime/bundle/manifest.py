@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+# Kinds of task (Manifest.kind): classification of texts and that of images are one kind, all others are named
+# as their task.
+CLASSIFICATION = "classification"
 GENERATION = "text-generation"
-TASKS = ("text-classification", "image-classification", GENERATION)
+MULTI_LABEL, TOKENS = "multi-label-classification", "token-classification"
+REGRESSION, EMBEDDING = "regression", "sentence-embedding"
 CHANNELS = ("RGB", "BGR")
 RESAMPLING = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's names
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")  # numpy's names
 # A graph cannot have an output with the name of its own input: the new value of a segment's input "hidden" is
 # its output "next_hidden", which the segment after it reads as "hidden".
 NEXT = "next_"
-SIGNALS = ("logits", "gate", "forecast")
+SIGNALS = ("logits", "gate", "forecast", "answer")
 # A decoder's segment reads the cached keys and values of its block 3 as "past_k_3" and "past_v_3", and
 # outputs those of the new tokens as "new_k_3" and "new_v_3".
 PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
@@ -53,9 +58,9 @@ class Variant:
     """One precision of a segment: the file of its graph, and the graph's inputs and outputs.
 
     The stem's outputs have the names that segments read (hidden, mask, pool, evidence ...). A segment outputs
-    logits, gate if it has a policy, forecast if it has an error forecast (see rules.Signals), and
-    `next_<name>` for those of its inputs that it updates (hidden, evidence); the last segment outputs only
-    logits.
+    logits and answer as its task has them (see Task), gate if it has a policy, forecast if it has an error
+    forecast (see rules.Signals), and `next_<name>` for those of its inputs that it updates (hidden,
+    evidence); the last segment outputs only logits and answer.
     """
 
     file: str
@@ -126,6 +131,49 @@ class ImageInput:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the bundles of a task have.
+
+    inputs: the types that Manifest.input may have. least_labels: names that it needs; 0: it has none.
+    thresholds: whether each label has one. logits, answer: shapes of these outputs of every segment, None if
+    there is no such output; "labels" stands for the number of labels, "size" for any number from 2.
+    one_label: whether one label of a row is right, so that segments may have error forecasts, and operating
+    points calibrations. stem_inputs: tensors that the stem must read, and that no other task has.
+    """
+
+    kind: str
+    inputs: tuple[type[TextInput] | type[ImageInput], ...] = (TextInput, ImageInput)
+    least_labels: int = 0
+    thresholds: bool = False
+    logits: tuple[int | str, ...] | None = None
+    answer: tuple[int | str, ...] | None = None
+    one_label: bool = False
+    stem_inputs: tuple[Tensor, ...] = ()
+
+
+# 1 at the first token of each word, else 0, also at special tokens and padding.
+WORD_STARTS = Tensor("word_starts", "int64", ("batch", "seq"))
+_LABELS = ("batch", "labels")
+_DECISION = ("batch", 2)  # the least certain decision of a row and its nearest alternative: (m, 0), m >= 0
+TASKS: Mapping[str, Task] = {
+    "text-classification": Task(CLASSIFICATION, (TextInput,), 2, logits=_LABELS, one_label=True),
+    "image-classification": Task(CLASSIFICATION, (ImageInput,), 2, logits=_LABELS, one_label=True),
+    GENERATION: Task(GENERATION, (TextInput,)),
+    MULTI_LABEL: Task(MULTI_LABEL, least_labels=1, thresholds=True, logits=_DECISION, answer=_LABELS),
+    TOKENS: Task(
+        TOKENS,
+        (TextInput,),
+        least_labels=2,
+        logits=_DECISION,
+        answer=("batch", "seq", "labels"),
+        stem_inputs=(WORD_STARTS,),
+    ),
+    REGRESSION: Task(REGRESSION, answer=("batch", 1)),
+    EMBEDDING: Task(EMBEDDING, (TextInput,), answer=("batch", "size")),
+}
 
 
 @dataclass(frozen=True)
@@ -209,11 +257,12 @@ class Manifest:
     """The complete description of a bundle for the runtime.
 
     segments: in walking order; all offer the same variants, the first of which is the default ("fp32").
-    input: a TextInput or an ImageInput, which differ in their fields. vocab_size: 0 for images.
-    labels: empty for decoders. decoder: facts of decoders; left out of the file for classifiers.
-    rule: the rule if the caller names none. files: every file of the bundle but the manifest
-    itself. costs: by unit ("bops": bit operations, "ms": milliseconds of one row, measured on an engine), for
-    rules that choose between variants; left out of the file if there are none.
+    task: a name in TASKS. input: a TextInput or an ImageInput, which differ in their fields. vocab_size: 0
+    for images. labels: empty for tasks without labels. decoder: facts of decoders; left out of the
+    file for classifiers. rule: the rule if the caller names none. files: every file of the bundle but the
+    manifest itself. costs: by unit ("bops": bit operations, "ms": milliseconds of one row, measured on an
+    engine), for rules that choose between variants; left out of the file if there are none. thresholds: the
+    probability from which each label of several is given; left out of the file for other tasks.
     """
 
     format: int
@@ -231,6 +280,22 @@ class Manifest:
     provenance: dict[str, Any]
     costs: dict[str, StepCosts] = field(default_factory=dict)
     decoder: DecoderFacts | None = None
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The kind of the task: "classification" of texts or images, else the task itself."""
+        return TASKS[self.task].kind
+
+    @property
+    def classes(self) -> int:
+        """Size of the logits that a segment outputs for a row; 0 if it outputs none."""
+        return self._last_size("logits")
+
+    @property
+    def answer_size(self) -> int:
+        """Numbers of the output `answer` for a row, or for a token; 0 if there is no such output."""
+        return self._last_size("answer")
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -243,10 +308,15 @@ class Manifest:
         Raises ValueError for NaN.
         """
         facts = dataclasses.asdict(self)
-        for name in ("costs", "decoder"):
+        for name in ("costs", "decoder", "thresholds"):
             if not facts[name]:  # files without them stay as in earlier versions
                 del facts[name]
         for point in facts["points"]:
             if point["calibration"] is None:
                 del point["calibration"]
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _last_size(self, output: str) -> int:
+        tensors = (tensor for tensor in self.segments[0].first_graph.outputs if tensor.name == output)
+        sizes = (size for tensor in tensors for size in tensor.shape[-1:])
+        return next((size for size in sizes if isinstance(size, int)), 0)

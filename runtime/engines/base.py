@@ -121,8 +121,9 @@ class Engine(Protocol[S]):
     def begin(self, inputs: Mapping[str, Array]) -> S:
         """Run the stem on inputs, and return the state of the new rows.
 
-        inputs: input_ids, attention_mask (and token_type_ids), int64 [batch, seq], or pixel_values float32
-        [batch, 3, height, width]; for a decoder, input_ids [1, seq] of a prompt, whose sequence is the state.
+        inputs: input_ids, attention_mask (and token_type_ids, word_starts), int64 [batch, seq], or
+        pixel_values float32 [batch, 3, height, width]; for a decoder, input_ids [1, seq] of a prompt, whose
+        sequence is the state.
         """
         ...
 

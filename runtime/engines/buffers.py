@@ -12,6 +12,7 @@ import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Tensor, Variant
 from offramp.runtime.engines.base import Array, Rows
+from offramp.runtime.engines.tensors import row_signals
 from offramp.runtime.rules.base import RowSignals
 
 _IDLE_BYTES = 64 * 2**20
@@ -92,15 +93,13 @@ class Buffers:
         signal_arrays: dict[str, Any] = {}
         for tensor in facts.outputs:
             if tensor.name in SIGNALS:
-                signal_arrays[tensor.name] = np.empty(*self._form(tensor))
-                _bind(binding.bind_output, tensor.name, signal_arrays[tensor.name])
+                array = signal_arrays[tensor.name] = np.empty(*self._form(tensor))
+                _bind(binding.bind_output, tensor.name, array)
+                self.bytes += array.nbytes  # answers of all tokens are as large as a hidden state
             else:
                 new = self._array(tensor.name.removeprefix(NEXT), 1 - side)
                 _bind(binding.bind_output, tensor.name, new)
-        signals = RowSignals(
-            signal_arrays["logits"], signal_arrays.get("gate"), signal_arrays.get("forecast")
-        )
-        return make_run(self._ort, session, binding), signals
+        return make_run(self._ort, session, binding), row_signals(signal_arrays, self.rows)
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:
         """Copy rows of other buffers, one after another, to side 0 and the shared tensors.

@@ -20,6 +20,7 @@ from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Manifest, Tensor, Tex
 from offramp.runtime.engines.base import Array, Rows
 from offramp.runtime.engines.buffers import BufferPool, Run
 from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
+from offramp.runtime.engines.tensors import row_signals
 from offramp.runtime.errors import DeviceFailed, OutOfMemory
 from offramp.runtime.rules.base import RowSignals
 
@@ -171,7 +172,7 @@ class DeviceBuffers:
             tensor.name: self._host_view(region)
             for tensor, region in zip(self._layout.signals[segment], regions, strict=True)
         }
-        signals = RowSignals(views["logits"], views.get("gate"), views.get("forecast"))
+        signals = row_signals(views, self.rows)
         return lambda: download(target, source, size), signals
 
     def upload(self) -> None:

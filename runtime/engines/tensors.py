@@ -1,9 +1,14 @@
-"""Facts that engines take from a manifest: its tensors, and the stem that belongs to a variant."""
+"""Tensors of a walk: those of a manifest, the stem that belongs to a variant, and arrays of signals."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from offramp.runtime.bundle.manifest import NEXT, Manifest, Tensor, Variant
 from offramp.runtime.errors import BadBundle
+from offramp.runtime.rules.base import Floats, RowSignals
 
 
 def stem_graph(manifest: Manifest, variant: str) -> Variant:
@@ -33,3 +38,8 @@ def updated_tensors(manifest: Manifest) -> frozenset[str]:
             )
         updated = names
     return updated or frozenset({"hidden"})
+
+
+def row_signals(arrays: Mapping[str, Floats], rows: int) -> RowSignals:
+    """The signals of a segment from its outputs by name; logits of no class if it has none."""
+    return RowSignals(**{"logits": np.empty((rows, 0), np.float32), **arrays})

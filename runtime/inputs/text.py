@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import ImageInput, TextInput
+from offramp.runtime.bundle.manifest import EMBEDDING, TOKENS, WORD_STARTS, ImageInput, TextInput
 from offramp.runtime.errors import BadBundle, BadInput, ItemError
+from offramp.runtime.inputs.words import Word, words_of
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
-Item = object  # a text, a pair of texts, or an image (see Classifier); anything else becomes an ItemError
+Item = object  # a text, a pair of texts, or an image (see RowSession); anything else becomes an ItemError
 Text = str | tuple[str, str]
 Ids = NDArray[np.int64]
 # Batches are padded to multiples of this, so that rows of several batches are joined and buffers are reused.
@@ -25,6 +26,7 @@ LENGTH_STEP = 8
 # long lines. Text that is cut here is marked as truncated.
 _CHARACTERS_PER_TOKEN = 64
 LONG_TEXTS = ("cut", "windows")
+_SINGLE_TEXTS = (TOKENS, EMBEDDING)  # tasks that have no pairs of texts
 MAX_WINDOWS = 64  # of one text; what is longer is cut and marked as truncated
 
 
@@ -107,13 +109,16 @@ def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
 class TextRow:
     """One text as token ids and token types; truncated: whether it was cut to the longest input.
 
-    rest: further windows of a long text, see AnyRow.
+    rest: further windows of a long text, see AnyRow. words, text: where words are labelled, those of this
+    row, and the text in which their characters are counted; else empty.
     """
 
     ids: Sequence[int]
     types: Sequence[int]
     truncated: bool
     rest: tuple[TextRow, ...] = ()
+    words: tuple[Word, ...] = ()
+    text: str = ""
 
     @property
     def length(self) -> int:
@@ -126,7 +131,8 @@ class TextReader:
 
     long_texts: "cut" keeps the first tokens of a text that is longer than the network reads; "windows" reads
     all of it in windows of that length, each of which shares a quarter with the one before. Pairs have no
-    windows: they become an ItemError. The prefix of the manifest stands in the first window alone.
+    windows: they become an ItemError. The prefix of the manifest stands in the first window alone. If the
+    stem reads word_starts, rows have words. For tasks of single texts every pair becomes an ItemError.
     """
 
     def __init__(self, bundle: Bundle, long_texts: str = "cut") -> None:
@@ -135,7 +141,9 @@ class TextReader:
             raise BadBundle(f"{bundle.folder}: it reads images, not text")
         self._facts = manifest.input
         self._names = {tensor.name for tensor in manifest.stem.first_graph.inputs}
-        unknown = self._names - {"input_ids", "attention_mask", "token_type_ids"}
+        self._finds_words = WORD_STARTS.name in self._names
+        self._single_text = manifest.task if manifest.task in _SINGLE_TEXTS else ""
+        unknown = self._names - {"input_ids", "attention_mask", "token_type_ids", WORD_STARTS.name}
         if unknown:
             raise BadBundle(f"{bundle.folder}: stem input {sorted(unknown)[0]!r} cannot be made from text")
         self._tokenizer = open_tokenizer(bundle, self._facts)
@@ -154,7 +162,7 @@ class TextReader:
         """
         longest = _CHARACTERS_PER_TOKEN * self._facts.longest * (MAX_WINDOWS if self._windows else 1)
         rows: list[TextRow | ItemError | None] = [
-            _problem_of(number, item, longest) for number, item in enumerate(items)
+            _problem_of(number, item, longest, self._single_text) for number, item in enumerate(items)
         ]
         numbers = [number for number, row in enumerate(rows) if row is None]
         prefix, cuts = self._facts.prefix, [_cut(cast(Text, items[number]), longest) for number in numbers]
@@ -176,14 +184,12 @@ class TextReader:
                 )
                 rows[number] = ItemError(number, message)
             elif self._windows:
-                rest = [TextRow(e.ids, e.type_ids, False) for e in encoding.overflowing]
+                rest = [self._row(e, cut, False) for e in encoding.overflowing]
                 truncated = cut != items[number] or len(rest) >= MAX_WINDOWS
-                rows[number] = TextRow(
-                    encoding.ids, encoding.type_ids, truncated, tuple(rest[: MAX_WINDOWS - 1])
-                )
+                rows[number] = self._row(encoding, cut, truncated, tuple(rest[: MAX_WINDOWS - 1]))
             else:
                 truncated = cut != items[number] or bool(encoding.overflowing)
-                rows[number] = TextRow(encoding.ids, encoding.type_ids, truncated)
+                rows[number] = self._row(encoding, cut, truncated)
         return [row for row in rows if row is not None]
 
     def arrays(self, rows: Sequence[TextRow]) -> dict[str, Ids]:
@@ -203,7 +209,7 @@ class TextReader:
             for number, row in enumerate(rows):
                 length = len(row.ids)
                 ids[number, :length], types[number, :length], mask[number, :length] = row.ids, row.types, 1
-        return self._inputs(ids, mask, types)
+        return self._inputs(ids, mask, types, _starts(rows, ids) if self._finds_words else mask)
 
     def blank(self, rows: int, length: int) -> dict[str, Ids]:
         """The stem's inputs for rows of `length` padding tokens, int64 [rows, length].
@@ -212,11 +218,33 @@ class TextReader:
         """
         shape = (rows, min(length, self._facts.longest))
         ids = np.full(shape, self._facts.pad_id, dtype=np.int64)
-        return self._inputs(ids, np.ones_like(ids), np.zeros_like(ids))
+        return self._inputs(ids, np.ones_like(ids), np.zeros_like(ids), np.ones_like(ids))
 
-    def _inputs(self, ids: Ids, mask: Ids, types: Ids) -> dict[str, Ids]:
-        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    def _inputs(self, ids: Ids, mask: Ids, types: Ids, starts: Ids) -> dict[str, Ids]:
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": types,
+            WORD_STARTS.name: starts,
+        }
         return {name: arrays[name] for name in self._names}
+
+    def _row(
+        self, encoding: Encoding, text: Text, truncated: bool, rest: tuple[TextRow, ...] = ()
+    ) -> TextRow:
+        if not self._finds_words:
+            return TextRow(encoding.ids, encoding.type_ids, truncated, rest)
+        assert isinstance(text, str)  # pairs are refused before
+        words = tuple(words_of(encoding, text, len(self._facts.prefix)))
+        return TextRow(encoding.ids, encoding.type_ids, truncated, rest, words, text)
+
+
+def _starts(rows: Sequence[TextRow], ids: Ids) -> Ids:
+    """1 at the tokens that begin a word, else 0, int64 [batch, seq]; ids: of the rows."""
+    starts = np.zeros_like(ids)
+    for number, row in enumerate(rows):
+        starts[number, [word.token for word in row.words]] = 1
+    return starts
 
 
 def _cut(item: Text, longest: int) -> Text:
@@ -224,11 +252,17 @@ def _cut(item: Text, longest: int) -> Text:
     return item[:longest] if isinstance(item, str) else (item[0][:longest], item[1][:longest])
 
 
-def _problem_of(number: int, item: Item, longest: int) -> ItemError | None:
-    """The error for an item that is no text; None for an item that is."""
+def _problem_of(number: int, item: Item, longest: int, single_text: str) -> ItemError | None:
+    """The error for an item that is no text; None for an item that is.
+
+    single_text: the bundle's task if it has no pairs of texts.
+    """
+    is_pair = isinstance(item, tuple)
     parts = item if isinstance(item, tuple) else (item,)
-    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+    if len(parts) != 1 + is_pair or not all(isinstance(part, str) for part in parts):
         return ItemError(number, f"expected a string or a pair of strings, found {item!r:.60}")
+    if is_pair and single_text:
+        return ItemError(number, f"{single_text} reads one text, not a pair: {item!r:.60}")
     for part in parts:
         try:
             part[:longest].encode("utf-8")

@@ -26,7 +26,11 @@ class Signals(Protocol):
 
     @property
     def logits(self) -> Floats:
-        """Logits of the exit [rows, classes]."""
+        """Logits of the exit [rows, classes], of which rules read how certain it is.
+
+        Of tasks other than classification and text generation: two classes, the least certain decision of a
+        row and its nearest alternative; no class where nothing is decided (regression, embeddings).
+        """
         ...
 
     @property
@@ -48,6 +52,15 @@ class Signals(Protocol):
         """Hidden state after the segment [rows, hidden size]; None for classifiers."""
         ...
 
+    @property
+    def answer(self) -> Floats | None:
+        """All that the session's answer is made from [rows, ...]; None if that is the logits.
+
+        [rows, labels] one logit a label; [rows, tokens, labels] those of each token; [rows, 1] a number;
+        [rows, size] an embedding.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class RowSignals:
@@ -57,6 +70,7 @@ class RowSignals:
     gate: Floats | None = None
     forecast: Floats | None = None
     hidden: Floats | None = None
+    answer: Floats | None = None
 
 
 ExitTest = Callable[[Signals, int], bool]

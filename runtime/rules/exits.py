@@ -85,6 +85,34 @@ def patience_confident(
     return streak >= patience, streak[:, None].astype(np.float32)
 
 
+def settled(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
+    """Predicate of rule settled: rows exit whose answer changed by at most the threshold since the last exit.
+
+    A row does not leave at its first exit. memory: 1 once there was an exit (0 before any), and its answer.
+    See answer_change.
+    """
+    answer = signals.answer
+    if answer is None:
+        raise BadSetting(f"rule settled: segment {segment + 1} has no answer to compare; choose another rule")
+    exits = (memory[:, 0] > 0) & (answer_change(answer, memory[:, 1:]) <= threshold)
+    return exits, np.concatenate([np.ones_like(memory[:, :1]), answer], axis=1)
+
+
+def answer_change(answer: Floats, before: Floats) -> Floats:
+    """How much the answers of rows changed [rows]; both [rows, numbers].
+
+    The absolute difference of two numbers; 1 minus the cosine of two embeddings, which are several numbers
+    (1 if one of them is zero).
+    """
+    if answer.shape[-1] == 1:
+        difference: Floats = np.abs(answer - before)[..., 0]
+        return difference
+    lengths = np.sqrt((answer * answer).sum(axis=-1)) * np.sqrt((before * before).sum(axis=-1))
+    cosine = (answer * before).sum(axis=-1) / np.maximum(lengths, np.float32(1e-30))
+    change: Floats = 1 - cosine
+    return change
+
+
 def fixed(signals: Signals, memory: Floats, segment: int, *, exit: float) -> tuple[bool, Floats]:
     """Predicate of rule fixed: all rows exit at exit number `exit` (1-based)."""
     return segment + 1 >= exit, memory
@@ -136,19 +164,25 @@ class ExitRule:
         return plan, memory
 
 
-def simulate(rule: Rule, logits: Floats, gates: Floats | None) -> NDArray[np.int64]:
+def simulate(
+    rule: Rule, logits: Floats, gates: Floats | None, answers: Floats | None = None
+) -> NDArray[np.int64]:
     """Compute the exit (0-based segment) [rows] at which each row's walk ends, from the outputs of all exits.
 
     logits [rows, segments, classes]; gates [rows, segments] or [rows, segments - 1], P(exit) in 0..1, or
-    None. This is for rules that only exit: a rule that skips segments or changes precision changes later
-    signals.
+    None; answers [rows, segments, numbers] for rule settled, else None. This is for rules that only exit: a
+    rule that skips segments or changes precision changes later signals.
     """
     rows, segments = logits.shape[:2]
     plan: Plan = np.zeros((rows, segments), dtype=np.int8)
     memory: Floats = np.zeros((rows, rule.width), dtype=np.float32)
     for segment in range(segments - 1):
         walking = np.flatnonzero(plan[:, segment] >= 0)
-        signals = RowSignals(logits[walking, segment], None if gates is None else gates[walking, segment])
+        signals = RowSignals(
+            logits[walking, segment],
+            None if gates is None else gates[walking, segment],
+            answer=None if answers is None else answers[walking, segment],
+        )
         plan[walking], memory[walking] = rule(signals, memory[walking], plan[walking], segment)
     exits: NDArray[np.int64] = segments - 1 - (plan[:, ::-1] >= 0).argmax(axis=1)
     return exits

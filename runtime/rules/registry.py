@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
+from offramp.runtime.bundle.manifest import (
+    CLASSIFICATION,
+    EMBEDDING,
+    GENERATION,
+    MULTI_LABEL,
+    REGRESSION,
+    TOKENS,
+    RuleSpec,
+    StepCosts,
+)
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules import exits
 from offramp.runtime.rules.base import Bools, Floats, Rule
@@ -21,6 +30,11 @@ from offramp.runtime.rules.exits import ExitRule
 
 if TYPE_CHECKING:
     from offramp.runtime.rules.route import Routing
+
+# Kinds of task by what their exits give: labels of which one is right, decisions of some certainty, numbers.
+_LABELS, _DECISIONS = (CLASSIFICATION, GENERATION), (CLASSIFICATION, GENERATION, MULTI_LABEL, TOKENS)
+_NUMBERS = (REGRESSION, EMBEDDING)
+_ALL = (*_DECISIONS, *_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -37,19 +51,21 @@ class RuleKind:
     """The description of one rule in the register: its parameters, how it is made, and for which bundles.
 
     parameter: the parameter that --threshold sets, None if there is none. exits: the predicate of a rule that
-    only exits; for other rules None, and `make` makes the rule. whole: the parameter is a whole number from
-    1. width: how many numbers the rule remembers for each row. count: a second parameter, a whole number from
-    1. classifies, generates: the kinds of bundle that the rule is for.
+    only exits; for other rules None, and `make` makes the rule. tasks: the kinds of task that the rule is for
+    (Manifest.kind). reads: the signal that it reads, None if it reads none. whole: the parameter is a whole
+    number from 1. width: how many numbers the rule remembers for each row. remembers_answer: it remembers the
+    answer of the last exit beside them. count: a second parameter, a whole number from 1.
     """
 
     parameter: str | None
     exits: Callable[..., tuple[Bools | bool, Floats]] | None = None
+    tasks: tuple[str, ...] = _ALL
+    reads: str | None = "logits"
     whole: bool = False
     width: int = 0
+    remembers_answer: bool = False
     count: str | None = None
     make: Callable[[RuleSpec, BundleFacts], Rule] | None = None
-    classifies: bool = True
-    generates: bool = True
 
 
 def _quee(spec: RuleSpec, bundle: BundleFacts) -> Rule:
@@ -88,24 +104,27 @@ def _speculative(spec: RuleSpec, bundle: BundleFacts) -> Rule:
 
 
 RULES: Mapping[str, RuleKind] = {
-    "gate": RuleKind("threshold", exits.gate),
-    "max_probability": RuleKind("threshold", exits.max_probability),
-    "entropy": RuleKind("threshold", exits.entropy),
-    "margin": RuleKind("threshold", exits.margin),
-    "patience": RuleKind("patience", exits.patience, whole=True, width=2),
-    "patience_confident": RuleKind("threshold", exits.patience_confident, width=1, count="patience"),
-    "fixed": RuleKind("exit", exits.fixed, whole=True),
-    "never": RuleKind(None, exits.never),
-    "quee": RuleKind("price", make=_quee, generates=False),
-    "speculative": RuleKind(None, make=_speculative, classifies=False),
-    "skip": RuleKind("segments", make=_skip, classifies=False),
-    "route": RuleKind("price", make=_route, classifies=False),
+    "gate": RuleKind("threshold", exits.gate, reads="gate"),
+    "max_probability": RuleKind("threshold", exits.max_probability, _DECISIONS),
+    "entropy": RuleKind("threshold", exits.entropy, _DECISIONS),
+    "margin": RuleKind("threshold", exits.margin, _DECISIONS),
+    "patience": RuleKind("patience", exits.patience, _LABELS, whole=True, width=2),
+    "patience_confident": RuleKind(
+        "threshold", exits.patience_confident, _DECISIONS, width=1, count="patience"
+    ),
+    "settled": RuleKind("threshold", exits.settled, _NUMBERS, reads="answer", width=1, remembers_answer=True),
+    "fixed": RuleKind("exit", exits.fixed, reads=None, whole=True),
+    "never": RuleKind(None, exits.never, reads=None),
+    "quee": RuleKind("price", tasks=(CLASSIFICATION,), reads="forecast", make=_quee),
+    "speculative": RuleKind(None, tasks=(GENERATION,), make=_speculative),
+    "skip": RuleKind("segments", tasks=(GENERATION,), reads=None, make=_skip),
+    "route": RuleKind("price", tasks=(GENERATION,), reads=None, make=_route),
 }
 
 
-def rules_for(*, generates: bool) -> tuple[str, ...]:
-    """Names of the rules for bundles that generate text, or for those that classify."""
-    return tuple(name for name, kind in RULES.items() if (kind.generates if generates else kind.classifies))
+def rules_for(kind: str) -> tuple[str, ...]:
+    """Names of the rules for bundles of a kind of task (Manifest.kind), such as "classification"."""
+    return tuple(name for name, rule in RULES.items() if kind in rule.tasks)
 
 
 def main_parameter(name: str) -> str | None:
@@ -120,12 +139,13 @@ def bind(
     segments: int,
     costs: Mapping[str, StepCosts] | None = None,
     routing: Routing | None = None,
+    answer_size: int = 0,
 ) -> Rule:
     """Make the rule that a spec describes, for a walk of this many segments.
 
-    Raises BadSetting for a spec with unknown, missing or invalid parameters.
-     costs: those of the manifest, for
-    rules that choose between variants. routing: that of the bundle, for rule route.
+    Raises BadSetting for a spec with unknown, missing or invalid parameters. costs: those of the manifest,
+    for rules that choose between variants. routing: that of the bundle, for rule route. answer_size: numbers
+    of an answer (Manifest.answer_size), for rule settled.
     """
     parameter, kind = main_parameter(spec.name), RULES[spec.name]
     if kind.exits is None:
@@ -141,7 +161,9 @@ def bind(
         raise BadSetting(
             f"rule fixed: exit {parameters['exit']:g} does not exist; there are exits 1 to {segments}"
         )
-    return ExitRule(spec, kind.exits, kind.width, parameters)
+    if kind.remembers_answer and not answer_size:
+        raise BadSetting(f"rule {spec.name}: there are no answers that it can compare; choose another rule")
+    return ExitRule(spec, kind.exits, kind.width + (answer_size if kind.remembers_answer else 0), parameters)
 
 
 def _value(spec: RuleSpec, name: str, *, whole: bool) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import GENERATION, Manifest, RuleSpec
+from offramp.runtime.bundle.manifest import GENERATION, Manifest, RuleSpec, Segment
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.registry import RULES, bind, main_parameter, rules_for
 
-# The signal that a rule reads instead of logits, and the part of the network that computes it.
-SIGNAL_OF = {"gate": ("gate", "policy"), "quee": ("forecast", "error forecast")}
+# The part of the network that computes a signal which rules read.
+_SOURCES = {"logits": "exit", "gate": "policy", "forecast": "error forecast", "answer": "answer"}
 EXIT_KV = ("deferred", "propagate")  # what the cache holds of a token after its exit
 
 
@@ -70,7 +70,8 @@ def bind_for_bundle(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -
         from offramp.runtime.rules.route import read_routing  # here: other rules do not need it
 
         routing = read_routing(bundle)
-    return bind(spec, len(manifest.segments), manifest.costs, routing)
+    size = manifest.answer_size
+    return bind(spec, len(manifest.segments), manifest.costs, routing, answer_size=size)
 
 
 def points_to_measure(manifest: Manifest, names: str | None) -> list[str | None]:
@@ -91,31 +92,40 @@ def points_to_measure(manifest: Manifest, names: str | None) -> list[str | None]
 
 def _check_task(manifest: Manifest, spec: RuleSpec) -> None:
     """Check that the rule exists and is for bundles of this task."""
-    generates = manifest.task == GENERATION
-    known = rules_for(generates=generates)
+    known = rules_for(manifest.kind)
     if spec.name not in RULES:
         raise BadSetting(f"rule {spec.name!r} is not known; choose one of: {', '.join(known)}")
     if spec.name not in known:
-        verb = "generate text" if generates else "classify"
         raise BadSetting(
-            f"rule {spec.name!r} is not for bundles that {verb}; choose one of: {', '.join(known)}"
+            f"rule {spec.name}: it is not for {manifest.task}, the task of this bundle; choose one of: "
+            f"{', '.join(known)}"
         )
-    if generates and spec.name != "never" and len(manifest.segments) == 1:
+    if manifest.kind == GENERATION and spec.name != "never" and len(manifest.segments) == 1:
         raise BadSetting(f"rule {spec.name}: the bundle has one segment, so there is nothing to choose")
 
 
 def _check_signals(manifest: Manifest, spec: RuleSpec) -> None:
     """Check that the bundle computes the signal that the rule reads."""
-    generates = manifest.task == GENERATION
-    if generates and spec.name not in SIGNAL_OF:
-        return  # a decoder's head computes logits after any segment
-    signal, source = SIGNAL_OF.get(spec.name, ("logits", "exit"))
+    lacking = _lacking_segment(manifest, spec.name)
+    if lacking is not None:
+        signal = RULES[spec.name].reads
+        assert signal is not None  # or no segment would lack it
+        others = [name for name in rules_for(manifest.kind) if _lacking_segment(manifest, name) is None]
+        raise BadSetting(
+            f"rule {spec.name}: {lacking.name} has no {_SOURCES[signal]} in this bundle; choose one of: "
+            f"{', '.join(others)}"
+        )
+
+
+def _lacking_segment(manifest: Manifest, rule: str) -> Segment | None:
+    """The first segment without the signal that a rule reads; None if every segment but the last has it."""
+    signal = RULES[rule].reads
+    if signal is None or (manifest.kind == GENERATION and signal == "logits"):
+        return None  # a decoder's head computes logits after any segment
     for segment in manifest.segments[:-1]:
         if signal not in (tensor.name for tensor in segment.first_graph.outputs):
-            others = ", ".join(name for name in rules_for(generates=generates) if name not in SIGNAL_OF)
-            raise BadSetting(
-                f"rule {spec.name}: {segment.name} has no {source} in this bundle; choose one of: {others}"
-            )
+            return segment
+    return None
 
 
 def _check_exit_kv(manifest: Manifest, spec: RuleSpec, exit_kv: str) -> None:
@@ -124,7 +134,7 @@ def _check_exit_kv(manifest: Manifest, spec: RuleSpec, exit_kv: str) -> None:
     if exit_kv == EXIT_KV[0]:
         return
     if manifest.decoder is None:
-        raise BadSetting(f"exit_kv {exit_kv}: this bundle classifies, so it has no cache")
+        raise BadSetting(f"exit_kv {exit_kv}: a bundle of task {manifest.task} has no cache")
     if RULES[spec.name].exits is None or spec.name == "never":
         raise BadSetting(f"exit_kv {exit_kv}: with rule {spec.name} no token exits early; leave it out")
     if not manifest.decoder.cache_fills:

@@ -5,13 +5,16 @@ Training uses the outputs of its network, calibration those of the engine that w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.rules import RuleSpec, bind, normalised_entropy, simulate, softmax
+from offramp.runtime.rules import RuleSpec, bind, normalised_entropy, rules_for, simulate, softmax
+from offramp.runtime.rules.exits import answer_change
+from offramp.runtime.rules.quality import Quality, RightQuality
 
 # The parameter that is swept for each rule: a number of exits for patience, else a limit of a signal.
 SWEPT = {
@@ -21,6 +24,7 @@ SWEPT = {
     "margin": "threshold",
     "patience": "patience",
     "patience_confident": "threshold",
+    "settled": "threshold",
 }
 # Rules with a count as second parameter: both are swept, so that the points do not form a curve.
 COUNTED = {"patience_confident": "patience"}
@@ -32,25 +36,47 @@ LOSSES = (0.5, 1.0, 2.0)  # most accuracy points that points lose against full d
 
 @dataclass(frozen=True)
 class ExitTable:
-    """The outputs of every exit, and the labels, for rows that ran at full depth.
+    """The outputs of every exit for rows that ran at full depth, and how good they are.
 
-    logits [rows, exits, classes]; gates [rows, exits], P(exit) in 0..1 (that of the last exit is not read),
-    or None without policies; labels [rows].
+    logits [rows, exits, classes], those that rules read (no classes for rules that read answers); gates
+    [rows, exits], P(exit) in 0..1 (that of the last exit is not read), or None without policies; labels
+    [rows] of classification. answers [rows, exits, size]: what rule settled compares, or None. quality: that
+    of the answers; None for the share of rows with the right label.
     """
 
     logits: NDArray[np.float32]
     gates: NDArray[np.float32] | None
     labels: NDArray[np.int64]
+    answers: NDArray[np.float32] | None = None
+    quality: Quality | None = None
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """Whether the prediction of each exit is the label [rows, exits]."""
+        """Whether the prediction of each exit is the label [rows, exits]; for classification alone."""
         return np.asarray(self.logits.argmax(-1) == self.labels[:, None])
+
+    @cached_property
+    def measure(self) -> Quality:
+        """The quality by which points are chosen."""
+        return RightQuality(self.right) if self.quality is None else self.quality
+
+    def exits(self, rule: RuleSpec) -> NDArray[np.int64]:
+        """The exit (0-based) at which each row leaves by a rule that only exits [rows]."""
+        size = 0 if self.answers is None else self.answers.shape[-1]
+        bound = bind(rule, self.logits.shape[1], answer_size=size)
+        return simulate(bound, self.logits, self.gates, self.answers)
+
+    def score(self, exits: NDArray[np.int64]) -> float:
+        """The quality in percent if rows leave at `exits` [rows], 0-based."""
+        return self.measure.score(exits)
 
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """A rule at one setting with its measured accuracy and savings (percent) and mean exit (blocks)."""
+    """A rule at one setting with its measured accuracy and savings (percent) and mean exit (blocks).
+
+    accuracy: the quality of the answers, see ExitTable.quality.
+    """
 
     rule: RuleSpec
     accuracy: float
@@ -61,7 +87,8 @@ class MeasuredPoint:
     def figures(self, quality: str = "accuracy") -> dict[str, float]:
         """The measured values by name, rounded as they are written to files.
 
-        quality: the name of the share of right rows; "agreement" where right is what full depth answers.
+        quality: the name of the quality (ExitTable.measure.name), "agreement" where right is what full depth
+        answers.
         """
         names = ("accuracy", "mean_exit", "layers_saved", "macs_saved")
         values = {name: round(getattr(self, name), 3) for name in names}
@@ -86,11 +113,17 @@ class ExitMacs:
         mean_exit = float(self.blocks[exits].mean())
         return MeasuredPoint(
             rule,
-            accuracy=100 * float(table.right[rows, exits].mean()),
+            accuracy=table.score(exits),
             mean_exit=mean_exit,
             layers_saved=100 * (1 - mean_exit / float(self.blocks[-1])),
             macs_saved=100 * (1 - float(self.to_exit[rows, exits].sum() / self.full.sum())),
         )
+
+
+def swept_rules(kind: str) -> tuple[str, ...]:
+    """The rules that can be swept for a kind of task (Manifest.kind), those that need policies included."""
+    known = rules_for(kind)
+    return tuple(rule for rule in SWEPT if rule in known)
 
 
 def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
@@ -103,18 +136,9 @@ def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
     if rule == "patience":
         return list(counts)
     steps = STEPS // max(1, len(counts)) if rule in COUNTED else STEPS
-    if rule == "gate":
-        if table.gates is None:
-            raise ValueError("rule gate: there are no policies")
-        values = table.gates[:, :-1]
-    else:
-        ordered = np.sort(softmax(table.logits), -1)
-        if rule in ("entropy", "patience_confident"):
-            values = normalised_entropy(table.logits)
-        elif rule == "margin":
-            values = ordered[..., -1] - ordered[..., -2]
-        else:
-            values = ordered[..., -1]
+    values = _SIGNALS[rule](table)
+    if not values.size:  # no exit at which rows could leave early
+        return [0.0]
     thresholds = [float(value) for value in np.unique(np.quantile(values, np.linspace(0, 1, steps)))]
     if rule in COUNTED:
         return [
@@ -123,13 +147,53 @@ def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
     return list(thresholds)
 
 
+def _gates(table: ExitTable) -> NDArray[np.float32]:
+    if table.gates is None:
+        raise ValueError("rule gate: there are no policies")
+    return table.gates[:, :-1]
+
+
+def _entropies(table: ExitTable) -> NDArray[np.float32]:
+    return normalised_entropy(table.logits)
+
+
+def _margins(table: ExitTable) -> NDArray[np.float32]:
+    ordered = np.sort(softmax(table.logits), -1)
+    margins: NDArray[np.float32] = ordered[..., -1] - ordered[..., -2]
+    return margins
+
+
+def _top_probabilities(table: ExitTable) -> NDArray[np.float32]:
+    top: NDArray[np.float32] = softmax(table.logits).max(-1)
+    return top
+
+
+def _changes(table: ExitTable) -> NDArray[np.float32]:
+    """How much each early exit but the first changes the answer of the exit before it."""
+    if table.answers is None:
+        raise ValueError("rule settled: there are no answers to compare")
+    after, before = table.answers[:, 1:-1], table.answers[:, :-2]
+    size = after.shape[-1]
+    return answer_change(after.reshape(-1, size), before.reshape(-1, size))
+
+
+# The signal of every early exit that a rule compares with its threshold, from which thresholds are chosen.
+_SIGNALS: Mapping[str, Callable[[ExitTable], NDArray[np.float32]]] = {
+    "gate": _gates,
+    "max_probability": _top_probabilities,
+    "entropy": _entropies,
+    "margin": _margins,
+    "patience_confident": _entropies,
+    "settled": _changes,
+}
+
+
 def sweep(rule: str, values: Sequence[Setting], table: ExitTable, macs: ExitMacs) -> list[MeasuredPoint]:
     """Compute the point of a rule at every setting, the smallest mean exit first."""
     points = []
     for value in values:
         spec = RuleSpec(rule, dict(value) if isinstance(value, Mapping) else {SWEPT[rule]: value})
-        bound = bind(spec, table.logits.shape[1])
-        points.append(macs.point(spec, simulate(bound, table.logits, table.gates), table))
+        points.append(macs.point(spec, table.exits(spec), table))
     return sorted(points, key=lambda point: point.mean_exit)
 
 
@@ -147,7 +211,7 @@ def undominated_points(points: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
 
 def full_depth_point(table: ExitTable, macs: ExitMacs) -> MeasuredPoint:
     """Compute the point at which all rows leave at the last exit."""
-    exits = np.full(len(table.labels), table.logits.shape[1] - 1)
+    exits = np.full(len(table.logits), table.logits.shape[1] - 1)
     return macs.point(RuleSpec("never", {}), exits, table)
 
 

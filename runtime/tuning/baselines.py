@@ -24,12 +24,21 @@ import click
 import numpy as np
 
 from offramp.runtime import rules
-from offramp.runtime.bundle.manifest import Manifest, RuleSpec
+from offramp.runtime.bundle.manifest import (
+    CLASSIFICATION,
+    EMBEDDING,
+    MULTI_LABEL,
+    REGRESSION,
+    TOKENS,
+    Manifest,
+    RuleSpec,
+)
 from offramp.runtime.bundle.strict_json import build_value, parse_json
 from offramp.runtime.engines import threads as pools
 from offramp.runtime.errors import BadBundle, BundleNotFound, EngineUnavailable
 from offramp.runtime.tuning.figures import round_figure
-from offramp.runtime.tuning.timing import Batches, Candidate, LabelsAndExits, take_turns
+from offramp.runtime.tuning.right_answers import AnswerReader
+from offramp.runtime.tuning.timing import AnswersAndExits, Batches, Candidate, take_turns
 
 FORMAT = 1
 FILE_NAME = "baselines.json"
@@ -39,7 +48,7 @@ CURE = "write the folder again with ee-split --baselines DIR"
 
 @dataclass(frozen=True)
 class GraphFact:
-    """The entry of one graph in baselines.json; exit: number of the exit (1-based) whose logits it gives."""
+    """The entry of one graph in baselines.json; exit: number of the exit (1-based) whose answers it gives."""
 
     name: str
     kind: str
@@ -54,7 +63,7 @@ class GraphFact:
 class Baselines:
     """The content of baselines.json, format 1.
 
-    labels: in the order of the logits. graphs: in the order of the table.
+    labels: in the order of the logits; empty for tasks without. graphs: in the order of the table.
     """
 
     format: int
@@ -109,19 +118,20 @@ def open_baseline(
     inputs = {entry.name for entry in session.get_inputs()}
     stem_inputs = [tensor.name for tensor in manifest.stem.first_graph.inputs]
     known = {*stem_inputs, *({"threshold"} if nested else ())}
-    outputs = ["logits", "exit"] if nested else ["logits"]
+    reader = AnswerReader(manifest)
+    outputs = [reader.output, "exit"] if nested else [reader.output]
     if not inputs <= known or stem_inputs[0] not in inputs or (nested and "threshold" not in inputs):
         raise BadBundle(f"{path}: inputs {sorted(inputs)}, expected some of {sorted(known)}; {CURE}")
     shapes = {entry.name: entry.shape for entry in session.get_outputs()}
     if not set(outputs) <= set(shapes):
         raise BadBundle(f"{path}: outputs {sorted(shapes)}, expected {outputs}; {CURE}")
-    classes = shapes["logits"][-1:]
-    if isinstance(next(iter(classes), None), int) and classes != [len(manifest.labels)]:
-        raise BadBundle(f"{path}: {classes[0]} logits for {len(manifest.labels)} labels; {CURE}")
+    sizes, expected = shapes[reader.output][-1:], manifest.answer_size or manifest.classes
+    if isinstance(next(iter(sizes), None), int) and sizes != [expected]:
+        raise BadBundle(f"{path}: {sizes[0]} numbers of {reader.output}, the bundle has {expected}; {CURE}")
     constant = {"threshold": np.array(threshold, np.float32)} if nested else {}
     row_inputs = inputs - {"threshold"}
 
-    def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
+    def run(batches: Batches, rows: int, limit: int) -> Callable[[], AnswersAndExits]:
         try:
             results = [
                 (ids, session.run(outputs, {name: arrays[name] for name in row_inputs} | constant))
@@ -130,13 +140,14 @@ def open_baseline(
         except Exception as problem:  # as above
             raise BadBundle(f"{path}: ONNX Runtime cannot run it: {problem}; {CURE}") from problem
 
-        def read() -> LabelsAndExits:
-            labels, exits = np.zeros(rows, np.int64), np.full(rows, fact.exit, np.int64)
+        def read() -> AnswersAndExits:
+            row_outputs, exits = [np.zeros(0)] * rows, np.full(rows, fact.exit, np.int64)
             for ids, arrays in results:
-                labels[ids] = arrays[0].argmax(axis=-1)
+                for row, output in zip(ids.tolist(), arrays[0], strict=True):
+                    row_outputs[row] = output
                 if nested:
                     exits[ids] = arrays[1]
-            return labels, exits
+            return reader.decide(row_outputs, reader.places(batches, rows)), exits
 
         return read
 
@@ -181,16 +192,33 @@ except (OSError, IndexError):
         peak = 0
 print(peak)
 """
-WALK_SCRIPT = """
+# Expressions of the answer that a script prints, by kind of task: of a session, and of a graph whose output
+# for the text is `output`.
+_WALK_ANSWERS = {
+    CLASSIFICATION: "answer.label",
+    MULTI_LABEL: "sorted(answer.labels)",
+    TOKENS: "[token.label for token in answer.tokens]",
+    REGRESSION: "round(answer.value, 3)",
+    EMBEDDING: "len(answer.embedding)",
+}
+_GRAPH_ANSWERS = {
+    CLASSIFICATION: "labels[int(output.argmax())]",
+    MULTI_LABEL: "sorted(name for name, logit, threshold in zip(labels, output, thresholds) "
+    "if 1 / (1 + numpy.exp(-logit)) >= threshold)",
+    TOKENS: "[labels[number] for number, start in zip(output.argmax(-1), starts) if start]",
+    REGRESSION: "round(float(output[0]), 3)",
+    EMBEDDING: "len(output)",
+}
+_WALK_SCRIPT = """
 import json, sys
 bundle, options, item = json.loads(sys.argv[1])
 from offramp.runtime import load
-session = load(bundle, **options)
-print(ascii(session(*item).label), flush=True)
+answer = load(bundle, **options)(*item)
+print(ascii({answer}), flush=True)
 """
-GRAPH_SCRIPT = """
+_GRAPH_SCRIPT = """
 import json, sys
-file, tokenizer, longest, prefix, labels, threads, item = json.loads(sys.argv[1])
+file, tokenizer, longest, prefix, labels, thresholds, threads, item = json.loads(sys.argv[1])
 import numpy, onnxruntime
 from tokenizers import Tokenizer
 options = onnxruntime.SessionOptions()
@@ -200,14 +228,35 @@ tokenizer = Tokenizer.from_file(tokenizer)
 tokenizer.no_padding()
 tokenizer.enable_truncation(longest)
 encoding = tokenizer.encode(prefix + item[0], *item[1:])
-ids = {
+words = [
+    None if end <= len(prefix) else word
+    for word, (_, end) in zip(encoding.word_ids, encoding.offsets)
+]
+starts = [int(word is not None and word != before) for before, word in zip([None, *words], words)]
+ids = {{
     "input_ids": encoding.ids,
     "attention_mask": encoding.attention_mask,
     "token_type_ids": encoding.type_ids,
-}
-inputs = {entry.name: numpy.array([ids[entry.name]], numpy.int64) for entry in graph.get_inputs()}
-print(ascii(labels[int(graph.run(["logits"], inputs)[0][0].argmax())]), flush=True)
+    "word_starts": starts,
+}}
+inputs = {{entry.name: numpy.array([ids[entry.name]], numpy.int64) for entry in graph.get_inputs()}}
+output = graph.run(["{output}"], inputs)[0][0]
+print(ascii({answer}), flush=True)
 """
+
+
+def walk_script(kind: str) -> str:
+    """The script of a walk that answers one item; arguments: bundle, options of load(), parts of the item."""
+    return _WALK_SCRIPT.format(answer=_WALK_ANSWERS[kind])
+
+
+def graph_script(manifest: Manifest) -> str:
+    """The script of a single graph that answers one text.
+
+    Arguments: the graph, tokenizer, longest and prefix of the bundle, labels, thresholds, threads, parts of
+    the item.
+    """
+    return _GRAPH_SCRIPT.format(output=AnswerReader(manifest).output, answer=_GRAPH_ANSWERS[manifest.kind])
 
 
 def time_cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, int]:

@@ -17,40 +17,42 @@ import numpy as np
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import GENERATION, RuleSpec, TextInput
-from offramp.runtime.classifier import WINDOW, Classifier
 from offramp.runtime.decoding import Token
 from offramp.runtime.engines.threads import usable_cores
 from offramp.runtime.errors import BadSetting, OfframpError
 from offramp.runtime.generator import TextGenerator
-from offramp.runtime.inputs.text import items_to_rows, open_reader
-from offramp.runtime.loading import load_classifier, load_generator
+from offramp.runtime.inputs.text import AnyRow, items_to_rows, open_reader
+from offramp.runtime.loading import load_generator, load_row_session
+from offramp.runtime.row_session import WINDOW, RowSession
 from offramp.runtime.rules.resolve import points_to_measure
 from offramp.runtime.tuning import report as pages
 from offramp.runtime.tuning.baselines import (
-    GRAPH_SCRIPT,
     MONOLITH,
     NESTED,
-    WALK_SCRIPT,
     GraphFact,
     cold_load_options,
+    graph_script,
     nested_threshold,
     open_baseline,
     random_exits,
     read_baselines,
     time_cold_starts,
+    walk_script,
 )
 from offramp.runtime.tuning.figures import (
-    answer_accuracy,
     answer_figures,
+    answer_quality,
     macs_share,
     realised_saving,
     round_figure,
     row_figures,
 )
 from offramp.runtime.tuning.labelled import read_prompts, read_rows
+from offramp.runtime.tuning.right_answers import AnswerReader, Answers
 from offramp.runtime.tuning.timing import (
     Batches,
     Candidate,
+    RowTimings,
     time_answers,
     time_bulk,
     time_one_answer,
@@ -73,6 +75,9 @@ HELP = """Measure on this machine what early exit saves: accuracy, time and memo
 FILE is plain text, one text a line, or JSON lines with "text", for pairs "text_b", and on
 every line or on none "label": its name or its number. Without labels there is no accuracy.
 For images lines are paths relative to FILE's folder, or JSON with "image".
+Other tasks have their own labels (as ee-calibrate reads them), and in place of accuracy the F1
+of labels or entities or the rank correlation of numbers; embeddings are compared with those
+of full depth.
 Candidates, on one thread pool, take turns of a few rows:
   walk NAME        the bundle's operating point of that name
   walk full depth  every row to the last exit
@@ -133,13 +138,16 @@ def _measure_bundle(
     bundle = open_bundle(options["bundle"])
     if bundle.manifest.task != GENERATION:
         if rules is not None:
-            raise BadSetting(f"--rules is for generated text; {bundle.folder} classifies: say --points")
+            task = bundle.manifest.task
+            raise BadSetting(
+                f"--rules is for generated text; the task of {bundle.folder} is {task}: say --points"
+            )
         figures = measure_classifier(**options, rows=rows or ROWS)
         return figures, pages.classification_text(figures)
     for name in ("baselines", "points", "budget_ms"):
         if page or options[name] is not None:
             flag = "report" if page else name.replace("_", "-")
-            raise BadSetting(f"--{flag} is for bundles that classify; {bundle.folder} generates text")
+            raise BadSetting(f"--{flag} is not for generated text, the task of {bundle.folder}")
     shared = {name: options[name] for name in ("data", "rounds", "threads")}
     figures = measure_generation(
         bundle, rules=rules, max_new_tokens=max_new_tokens, rows=rows or PROMPTS, **shared
@@ -160,17 +168,20 @@ def measure_classifier(
     budget_ms: float | None = None,
     starts: int = 3,
 ) -> dict[str, Any]:
-    """Measure every figure of a bundle that classifies, as written to JSON; see figures.py for units.
+    """Measure every figure of a bundle that answers texts or images, as written to JSON.
 
-    rounds: over the rows. starts: new processes of each kind. Raises BadInput naming the line, and
-    what load() and read_baselines() raise.
+    See figures.py for units. The quality of the answers has the name of the task's metric; unless that is
+    accuracy, `about` states the name as "quality". rounds: over the rows. starts: new processes of each kind.
+    Raises BadInput naming the line, and what load() and read_baselines() raise.
     """
     if budget_ms is not None and not 0 < budget_ms < float("inf"):
         raise BadSetting(f"budget {budget_ms:g} ms: expected a number above 0")
     opened = open_bundle(bundle)
     manifest, reader = opened.manifest, open_reader(opened)
     text = manifest.input if isinstance(manifest.input, TextInput) else None
-    items, truth, rows_there = read_rows(data, manifest.labels, rows, images=text is None)
+    items, labels, rows_there = read_rows(
+        data, manifest.labels, rows, images=text is None, kind=manifest.kind
+    )
     started = time.perf_counter()
     encoded = [items_to_rows(reader, [item])[0] for item in items]
     tokenizing = (time.perf_counter() - started) / len(items)
@@ -190,6 +201,8 @@ def measure_classifier(
     reference = monolith.name if monolith is not None else FULL
     reference_median = float(np.median(timings[reference].seconds))
     budget = reference_median if budget_ms is None else budget_ms / 1e3
+    answers_of = AnswerReader(manifest)
+    wanted = _wanted(answers_of, labels, encoded, timings[FULL])
     lengths = [row.length for row in encoded]
     graphs = (manifest.stem, *manifest.segments)
     # Multiply-accumulates of a walk to each exit [rows, exits], those of the stem included.
@@ -198,10 +211,15 @@ def measure_classifier(
     for c in candidates:
         answers = timings[c.name]
         rule = None if c.rule is None else _rule_json(c.rule)
-        facts = {"name": c.name, "kind": c.kind, "variant": c.variant, "rule": rule, "bytes": c.bytes}
-        facts |= {"accuracy": answer_accuracy(answers, truth)} | row_figures(
-            answers, timings[reference], macs, budget
-        )
+        facts: dict[str, Any] = {
+            "name": c.name,
+            "kind": c.kind,
+            "variant": c.variant,
+            "rule": rule,
+            "bytes": c.bytes,
+        }
+        facts[answers_of.metric] = answer_quality(answers_of, answers, wanted)
+        facts |= row_figures(answers, timings[reference], macs, budget)
         bulk: dict[str, float | None] = {"rows_per_second": None, "realised_in_bulk": None}
         if c.bulk:
             share = macs_share(answers.exits[:, : len(in_bulk)], macs[: len(in_bulk)])
@@ -227,17 +245,30 @@ def measure_classifier(
         "budget_ms": round_figure(1e3 * budget),
         "left_out": running.left_out,
     }
+    if answers_of.metric != pages.ACCURACY:
+        about["quality"] = answers_of.metric
     scripts: dict[str, tuple[str, list[Any]]] = {}
     item = [items[0]] if isinstance(items[0], str) else list(items[0])
     scripts[candidates[0].name] = (
-        WALK_SCRIPT,
+        walk_script(manifest.kind),
         [str(bundle), cold_load_options(candidates[0], threads), item],
     )
     if monolith is not None and baselines is not None and text is not None:
         paths = [str(baselines / monolith.file), str(bundle / text.tokenizer), text.longest, text.prefix]
-        scripts[reference] = (GRAPH_SCRIPT, [*paths, manifest.labels, threads or usable_cores(), item])
+        decided = [manifest.labels, manifest.thresholds]
+        scripts[reference] = (graph_script(manifest), [*paths, *decided, threads or usable_cores(), item])
     cold = time_cold_starts(scripts, starts)
     return {"format": 1, "about": about, "candidates": results, "segments": segments, "cold_start": cold}
+
+
+def _wanted(
+    answers: AnswerReader, labels: Answers | None, rows: Sequence[AnyRow], full: RowTimings
+) -> Answers | None:
+    """The right answers of rows; None without labels. Those of a task without any are full depth's."""
+    if not answers.has_labels:
+        of_full: Answers = full.answers[0]
+        return of_full
+    return None if labels is None else answers.wanted(labels, rows)
 
 
 @dataclass(frozen=True)
@@ -248,7 +279,7 @@ class OpenCandidates:
     candidate that is not measured.
     """
 
-    full: Classifier
+    full: RowSession[Any]
     candidates: list[Candidate]
     monolith: GraphFact | None
     left_out: list[str]
@@ -273,10 +304,10 @@ def open_candidates(
     candidates: list[Candidate] = []
     for name in points_to_measure(manifest, points):
         session = stack.enter_context(
-            load_classifier(bundle.folder, point=name, threads=threads, share=False)
+            load_row_session(bundle.folder, point=name, threads=threads, share=False)
         )
         candidates.append(walk_candidate(session, f"walk {name}" if name else "walk", "walk"))
-    full = stack.enter_context(load_classifier(bundle.folder, rule="never", threads=threads, share=False))
+    full = stack.enter_context(load_row_session(bundle.folder, rule="never", threads=threads, share=False))
     first = candidates[0] if candidates else None
     candidates.append(walk_candidate(full, FULL, "full"))
     left_out = []
@@ -286,7 +317,7 @@ def open_candidates(
         exits = np.concatenate([first.run(single, 1, 1)()[1] for single in singles])
         rule = random_exits(np.bincount(exits - 1, minlength=len(manifest.segments)).tolist())
         session = stack.enter_context(
-            load_classifier(bundle.folder, rule="never", variant=first.variant, threads=threads, share=False)
+            load_row_session(bundle.folder, rule="never", variant=first.variant, threads=threads, share=False)
         )
         candidates.append(replace(walk_candidate(session, RANDOM, "random", rule), rule=rule.spec))
     for graph in graphs:
@@ -392,7 +423,7 @@ def _drafts(session: TextGenerator) -> dict[str, Any]:
     return {"drafts": {"offered": offered, "accepted": accepted, "rounds": stats.rounds}}
 
 
-def _environment(session: Classifier | TextGenerator) -> dict[str, str]:
+def _environment(session: RowSession[Any] | TextGenerator) -> dict[str, str]:
     """The machine, and the engine that actually runs."""
     engine = session.engine
     return {**pages.machine_facts(), "engine": engine.name, "device": engine.device, **engine.facts}

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import (
+    CLASSIFICATION,
     FILE_NAME,
     GENERATION,
     FileFact,
@@ -36,16 +37,18 @@ from offramp.runtime.bundle.manifest import (
     StepCosts,
 )
 from offramp.runtime.bundle.manifest import Calibration as AnswerCalibration
-from offramp.runtime.classifier import Classifier
 from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable, OfframpError
 from offramp.runtime.generator import TextGenerator
-from offramp.runtime.loading import load_classifier, load_generator
-from offramp.runtime.rules import Floats, bind, simulate
+from offramp.runtime.loading import load_generator, load_row_session
+from offramp.runtime.row_session import RowSession
+from offramp.runtime.rules import Floats, bind
+from offramp.runtime.rules.resolve import resolve_rule
 from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, list_routes
 from offramp.runtime.rules.skip import thinned_plan
-from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, choose_points
+from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, choose_points, swept_rules
 from offramp.runtime.tuning.calibration import measure_calibration
 from offramp.runtime.tuning.labelled import LabelledRows, read_pairs, read_perhaps_labelled
+from offramp.runtime.tuning.right_answers import RightAnswers, right_answers
 from offramp.runtime.tuning.step_costs import (
     has_forecast,
     measure_step_costs,
@@ -63,8 +66,13 @@ each of its variants into its manifest.
 FILE is JSON lines with "text" (and "text_b") and "label": the label's name or its number.
 For images "image", a path relative to FILE's folder, or FILE is a folder that holds a folder
 of images for each label, with the label's name.
+Several labels: "labels", a list of names or numbers. Labels of tokens: "tokens" and "tags" (or
+"ner_tags" or "labels"), or "text" and "entities", a list of objects with "start", "end" and
+"label". Regression: "label" is a number.
+Points state "accuracy", of labels or entities "f1", of numbers "spearman", all in percent.
 Without labels (plain lines of text too), and with --agreement, right is what full depth of the
-default variant answers, and points state "agreement" in place of "accuracy".
+default variant answers, and points state "agreement" instead: of embeddings always, as the mean
+cosine.
 Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
 of another variant carry its name, as in int8-default. "within" is against the full depth of
 the default variant, so that int8-within-0.5 loses at most 0.5 in all.
@@ -112,7 +120,7 @@ def calibrate_classifier(
     device: str | None = None,
     threads: int | None = None,
 ) -> Manifest:
-    """Calibrate the classifier in `folder` on the rows of `file`; writes and returns its new manifest.
+    """Calibrate the bundle in `folder` on the rows of `file`; writes and returns its new manifest.
 
     rule: see exit_points. Raises BadInput for the file, and what load() raises.
     """
@@ -158,23 +166,21 @@ def measure_points(
     coverage: float | None = None,
     agreement: bool = False,
 ) -> Calibration:
-    """Measure operating points of a bundle that classifies.
+    """Measure operating points of a bundle that answers texts or images.
 
     rule: that of the points; None for quee if the bundle has forecasts, else see exit_points. coverage: see
-    exit_points; BadSetting with rule quee. agreement: choose by the share of rows that answer as full depth
-    of the default variant does, even if rows have labels; always so for rows without labels.
+    exit_points; BadSetting with rule quee, and for tasks other than classification. agreement: choose by
+    agreement with full depth of the default variant, even if rows have labels; always so for rows without.
     """
     options = {"engine": engine, "device": device, "threads": threads, "share": False}
-    with load_classifier(folder, rule="never", **options) as session:
+    with load_row_session(folder, rule="never", **options) as session:
         manifest = session.manifest
+        _check_options(manifest, rule, coverage)
         images = isinstance(manifest.input, ImageInput)
-        rows, labelled = read_perhaps_labelled(file, session.labels, images=images)
-        if not labelled and not agreement:
+        rows, labelled = read_perhaps_labelled(file, session.labels, images=images, kind=manifest.kind)
+        right = right_answers(session, rows, agreement=agreement or not labelled)
+        if not labelled and not agreement and right.reader.has_labels:
             click.echo(f"{file} has no labels: points are chosen by agreement with full depth", err=True)
-        if agreement or not labelled:
-            trace, _ = session.at_full_depth(rows.items, manifest.variants[0])
-            rows = dataclasses.replace(rows, labels=trace.logits[:, -1].argmax(-1))
-        quality = "accuracy" if labelled and not agreement else "agreement"
         costs: dict[str, StepCosts] = {}
         if rule == "quee" or (rule is None and has_forecast(manifest)):
             require_forecast(manifest)
@@ -184,61 +190,71 @@ def measure_points(
                 )
             _, tokens = session.at_full_depth(rows.items)
             costs["ms"] = measure_step_costs(session, rows.items, tokens)
-            points = measure_walk_points(session, rows, tokens, costs["ms"])
+            points = measure_walk_points(session, rows, tokens, costs["ms"], right)
         else:
-            points = exit_points(session, rows, rule, coverage, quality)
+            points = exit_points(session, rows, rule, coverage, right)
         facts = {"rows": len(rows.items), **_engine_facts(session)}
     default = next(point for point in points if point.name == "default")
     return Calibration(points, default.rule, "calibrated", facts, costs, table=_point_table(points))
 
 
 def exit_points(
-    session: Classifier,
+    session: RowSession[Any],
     rows: LabelledRows,
     rule: str | None = None,
     coverage: float | None = None,
-    quality: str = "accuracy",
+    right: RightAnswers | None = None,
 ) -> tuple[OperatingPoint, ...]:
     """Choose operating points for every variant of a bundle by sweeping a rule over the outputs of all exits.
 
-    rule: None for the bundle's rule or, if it has none, gate with policies and max_probability without. A
-    variant that the session's engine cannot walk (int8 on TensorRT) keeps the points that the bundle has.
-    coverage: of the label sets of calibrated answers; None to measure no calibration. quality: see
-    MeasuredPoint.figures.
+    rule: None for the bundle's rule or, if it has none, gate with policies; without policies max_probability,
+    or settled for numbers and embeddings. A variant that the session's engine cannot walk (int8 on TensorRT)
+    keeps the points that the bundle has. coverage: of the label sets of calibrated answers; None to measure
+    no calibration. right: None for the labels of the rows.
     """
     manifest = session.manifest
     rule = rule or _sweepable_rule(manifest)
+    right = right or right_answers(session, rows)
     points: list[OperatingPoint] = []
     reference = None
     for variant in manifest.variants:
         try:
-            table, lengths = measure_exit_table(session, rows, variant)
+            table, lengths = measure_exit_table(session, rows, variant, right)
         except (BadSetting, EngineUnavailable) as problem:
             if reference is None:  # the default variant must be measured: the others are compared with it
                 raise
             click.echo(f"{variant} is not measured, its points stay as they were: {problem}", err=True)
             points += [point for point in manifest.points if point.variant == variant]
             continue
-        swept = rule or ("max_probability" if table.gates is None else "gate")
+        swept = rule or usual_rule(manifest, table)
         chosen = choose_points(swept, table, macs_to_exits(manifest, lengths), reference=reference)
         reference = chosen["full"].accuracy if reference is None else reference
         prefix = "" if variant == manifest.variants[0] else f"{variant}-"
         for name, point in chosen.items():
             calibration = None if coverage is None else _point_calibration(point.rule, table, coverage)
-            figures = point.figures(quality)
+            figures = point.figures(table.measure.name)
             place = (variant, rows.name, "dev")
             points.append(OperatingPoint(prefix + name, point.rule, *place, figures, calibration))
     return tuple(points)
 
 
 def measure_exit_table(
-    session: Classifier, rows: LabelledRows, variant: str
+    session: RowSession[Any], rows: LabelledRows, variant: str, right: RightAnswers | None = None
 ) -> tuple[ExitTable, NDArray[np.int64]]:
-    """Walk rows at full depth in one variant; gives outputs of every exit, and lengths [rows] in tokens."""
+    """Walk rows at full depth in one variant; gives outputs of every exit, and lengths [rows] in tokens.
+
+    right: None for the labels of the rows.
+    """
+    right = right or right_answers(session, rows)
     trace, lengths = session.at_full_depth(rows.items, variant)
     gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
     gates = np.nan_to_num(trace.gates, nan=1.0) if gated else None
-    return ExitTable(trace.logits, gates, rows.labels), lengths
+    kind = session.manifest.kind
+    labels = right.wanted if kind == CLASSIFICATION else np.full(len(lengths), -1)
+    answers = None
+    if "settled" in swept_rules(kind) and trace.answers is not None:
+        answers = np.array(trace.answers.tolist(), np.float32)  # [rows, exits, numbers]
+    return ExitTable(trace.logits, gates, labels, answers, right.quality(trace)), lengths
 
 
 def macs_to_exits(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> ExitMacs:
@@ -325,29 +341,47 @@ def _route_points(
     return tuple(points)
 
 
+def _check_options(manifest: Manifest, rule: str | None, coverage: float | None) -> None:
+    """Check that the bundle's task has the rule and the calibration that are asked for."""
+    if coverage is not None and manifest.kind != CLASSIFICATION:
+        raise BadSetting(
+            f"--coverage is for bundles that give one label; the task of this one is {manifest.task}"
+        )
+    if rule is not None and (rule != "quee" or manifest.kind != CLASSIFICATION):
+        resolve_rule(manifest, rule=RuleSpec(rule, {}))
+
+
 def _sweepable_rule(manifest: Manifest) -> str | None:
     """The name of the rule that the bundle was exported for, or None if it has none that can be swept."""
     names = (manifest.rule.name, *(point.rule.name for point in manifest.points))
     return next((name for name in names if name in SWEPT), None)
 
 
+def usual_rule(manifest: Manifest, table: ExitTable) -> str:
+    """The rule that is swept for a bundle without one: gate with policies, else the first of its task."""
+    if table.gates is not None:
+        return "gate"
+    return next(name for name in swept_rules(manifest.kind) if name != "gate")
+
+
 def _point_calibration(rule: RuleSpec, table: ExitTable, coverage: float) -> AnswerCalibration:
-    exits = simulate(bind(rule, table.logits.shape[1]), table.logits, table.gates)
-    return measure_calibration(table.logits, exits, table.labels, coverage)
+    return measure_calibration(table.logits, table.exits(rule), table.labels, coverage)
 
 
-def _engine_facts(session: Classifier | TextGenerator) -> dict[str, str]:
+def _engine_facts(session: RowSession[Any] | TextGenerator) -> dict[str, str]:
     return {"engine": session.engine.name, "device": session.engine.device, **session.engine.facts}
 
 
 def _point_table(points: Sequence[OperatingPoint]) -> str:
-    quality = "agreement" if "agreement" in points[0].measured else "accuracy"
+    quality = next(iter(points[0].measured))  # it is the first figure
     lines = [f"{'point':18}{'variant':8}{quality + ' %':>12}{'mean exit':>11}{'MACs saved %':>14}  rule"]
     for point in points:
         measured = point.measured
         parameters = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
+        # Points of a variant that was not measured may state another quality.
+        good = f"{measured[quality]:.2f}" if quality in measured else "-"
         lines.append(
-            f"{point.name:18}{point.variant:8}{measured[quality]:12.2f}{measured['mean_exit']:11.2f}"
+            f"{point.name:18}{point.variant:8}{good:>12}{measured['mean_exit']:11.2f}"
             f"{measured['macs_saved']:14.2f}  {point.rule.name} {parameters}".rstrip()
         )
     return "\n".join(lines)
@@ -407,7 +441,7 @@ def main(
             options["--agreement"] = agreement
             options["--engine"] = None if engine == "ort" else engine
             if flag := next((name for name, value in options.items() if value), None):
-                raise BadSetting(f"{flag} is for bundles that classify; {bundle} generates text")
+                raise BadSetting(f"{flag} is not for generated text, the task of {bundle}")
             calibration = measure_routes(folder, file, threads)
         else:
             calibration = measure_points(

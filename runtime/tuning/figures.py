@@ -1,6 +1,6 @@
 """Figures of ee-bench, computed from the timings of a candidate and those of the reference.
 
-Shares are 0..1, accuracy is in percent, and other units are part of the names.
+Shares are 0..1, the quality of answers is in percent, and other units are part of the names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from offramp.runtime.decoding import Token
+from offramp.runtime.tuning.right_answers import AnswerReader, Answers
 from offramp.runtime.tuning.timing import AnswerTimings, Ids, RowTimings, Seconds, time_ratio
 
 # Positions in an answer, from 1, at which a line of the depth histogram begins.
@@ -66,9 +67,15 @@ def realised_saving(time_share: float, share: float) -> float | None:
     return round_figure((1 - time_share) / (1 - share)) if share < 0.99 else None
 
 
-def answer_accuracy(timings: RowTimings, labels: Ids | None) -> float | None:
-    """The accuracy of a candidate in percent over rows and rounds; None without labels."""
-    return None if labels is None else round_figure(100 * (timings.labels == labels).mean())
+def answer_quality(reader: AnswerReader, timings: RowTimings, wanted: Answers | None) -> float | None:
+    """The quality of a candidate's answers in percent over rows and rounds; None without right answers.
+
+    wanted: the right answers [rows].
+    """
+    if wanted is None:
+        return None
+    answers = [[answer] for answer in timings.answers.ravel()]
+    return round_figure(reader.quality(answers, list(wanted) * len(timings.answers)).each[0])
 
 
 def answer_figures(timings: AnswerTimings, full: AnswerTimings) -> dict[str, Any]:

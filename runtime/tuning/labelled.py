@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle.manifest import CLASSIFICATION, TOKENS
 from offramp.runtime.errors import BadInput
 from offramp.runtime.inputs.lines import IMAGES, PROMPTS, TEXTS, Line, read_lines
 from offramp.runtime.inputs.text import Text
+from offramp.runtime.tuning.row_labels import LABELS, joined_words, label_array, label_number
 
 if TYPE_CHECKING:
     from offramp.runtime.inputs.chat import Message
@@ -26,104 +28,105 @@ MIN_PAIRS = 8  # prompts with completions
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows with labels: texts, pairs of texts or paths of images, and the numbers of their labels [rows].
+    """Rows with labels: texts, pairs of texts or paths of images, and what is right for them [rows].
 
-    name: of the file or folder, without its path.
+    labels: numbers of labels (classification), bool [rows, labels] (multi-label), numbers (regression), or
+    for each row a list of words with start, end and number of the label (tokens; dtype object); -1 for tasks
+    without labels. name: of the file or folder, without its path.
     """
 
     name: str
     items: tuple[Text, ...]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
 
 
-def read_labelled(file: Path, names: Sequence[str], *, images: bool = False) -> LabelledRows:
-    """Read labelled rows from JSON lines with "text" (and "text_b") and "label", a name of `names` or its
-    number.
+def read_labelled(
+    file: Path, names: Sequence[str], *, images: bool = False, kind: str = CLASSIFICATION
+) -> LabelledRows:
+    """Read labelled rows from JSON lines with "text" (and "text_b"), and labels as row_labels.py has them.
 
-    images: rows have "image", a path relative to the file's folder, instead of text; or `file` is a folder
-    that holds one folder of images for each label. Raises BadInput that names file, line and field.
+    images: rows have "image", a path relative to the file's folder, instead of text; or, to classify, `file`
+    is a folder that holds one folder of images for each label. kind: of the task, see Manifest.kind. Raises
+    BadInput that names file, line and field.
     """
+    labels_of = LABELS[kind]
+    fields = " and ".join(["image" if images else "text", *labels_of.fields[:1]])
     if file.is_dir():
-        if not images:
-            raise BadInput(f"{file}: a folder; give a file of JSON lines with text and label")
+        if not images or kind != CLASSIFICATION:
+            raise BadInput(f"{file}: a folder; give a file of JSON lines with {fields}")
         return _read_class_folders(file, names)
     items: list[Text] = []
-    labels: list[int] = []
+    labels: list[Any] = []
     try:
         with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     place = f"{file}, line {number}"
-                    row = _parse_row(line, place, ("image",) if images else ("text", "text_b"))
+                    row = _parse_row(line, place, ("image",) if images else ("text", "text_b"), kind)
                     items.append(_image_item(row["image"], file, place) if images else _text_item(row))
-                    labels.append(label_number(row.get("label"), names, place))
+                    label = labels_of.read(row, names, place)
+                    if label is None and labels_of.fields:
+                        raise BadInput(f'{place}: no "{labels_of.fields[0]}"; every row needs one')
+                    labels.append(label)
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInput(f"{file}: cannot be read as UTF-8 text: {problem}") from problem
     if not items:
-        raise BadInput(f"{file}: it is empty; give JSON lines with {'image' if images else 'text'} and label")
-    return LabelledRows(file.name, tuple(items), np.array(labels, np.int64))
+        raise BadInput(f"{file}: it is empty; give JSON lines with {fields}")
+    return LabelledRows(file.name, tuple(items), label_array(labels))
 
 
 def read_perhaps_labelled(
-    file: Path, names: Sequence[str], *, images: bool = False
+    file: Path, names: Sequence[str], *, images: bool = False, kind: str = CLASSIFICATION
 ) -> tuple[LabelledRows, bool]:
     """Read rows with labels (see read_labelled) or without any, also from plain lines.
 
-    Gives whether they have labels, too; without, all numbers are -1.
+    Gives whether they have labels, too; without, all labels are -1.
     """
-    if file.is_dir() or _has_labels(file):
-        return read_labelled(file, names, images=images), True
-    items, _, _ = read_rows(file, names, sys.maxsize, images=images)
+    if file.is_dir() or _has_labels(file, LABELS[kind].fields):
+        return read_labelled(file, names, images=images, kind=kind), True
+    items, _, _ = read_rows(file, names, sys.maxsize, images=images, kind=kind)
     return LabelledRows(file.name, tuple(items), np.full(len(items), -1)), False
 
 
-def _has_labels(file: Path) -> bool:
-    """Whether any line is a JSON object with "label"; False for a file that cannot be read."""
+def _has_labels(file: Path, fields: Sequence[str]) -> bool:
+    """Whether any line is a JSON object with one of the fields; False for a file that cannot be read."""
+    keys = [json.dumps(field).encode() for field in fields]
     try:
         with file.open("rb") as lines:
-            return any(b'"label"' in line and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" for line in lines)
+            return any(
+                any(key in line for key in keys) and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{"
+                for line in lines
+            )
     except OSError:
         return False
 
 
-def label_number(value: object, names: Sequence[str], place: str) -> int:
-    """The number of a label that is given by name or number; raises BadInput naming the place otherwise."""
-    # A number may be a name: labels from 1 to 5 are named so.
-    name = str(value).lower() if isinstance(value, bool) else str(value)
-    if isinstance(value, (str, int)) and name in names:
-        return names.index(name)
-    numbered = not all(known.lstrip("-").isdigit() for known in names)
-    if numbered and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
-        return value
-    if value is None:
-        raise BadInput(f'{place}: no "label"; every row needs one')
-    known = ", ".join(names[:20]) + (f" (or a number below {len(names)})" if numbered else "")
-    raise BadInput(f"{place}: label {value!r:.40} is not one of: {known}")
-
-
 def read_rows(
-    path: Path, names: Sequence[str], max_rows: int, *, images: bool = False
-) -> tuple[list[Text], NDArray[np.int64] | None, int]:
+    path: Path, names: Sequence[str], max_rows: int, *, images: bool = False, kind: str = CLASSIFICATION
+) -> tuple[list[Text], NDArray[Any] | None, int]:
     """Read the first rows of a file of plain or JSON lines, with or without labels.
 
-    Gives items, numbers of their labels (None without labels), and the number of rows in the file. images:
-    lines are paths relative to the file's folder, or JSON with "image". Empty lines are skipped. Raises
-    BadInput naming the line.
+    Gives items, their labels (see LabelledRows; None without labels), and the number of rows in the file.
+    images: lines are paths relative to the file's folder, or JSON with "image". kind: of the task. Empty
+    lines are skipped. Raises BadInput naming the line.
     """
     data, lines = _read_lines(path, IMAGES if images else TEXTS, "lines", "text")
     raw, plain = data.split(b"\n"), not data.decode("utf-8-sig", "replace").lstrip().startswith("{")
-    labels: list[int | None] = []
+    labels_of = LABELS[kind]
+    items: list[Text] = []
+    labels: list[Any] = []
     for line in lines[:max_rows]:
         place = f"{path}:{line.number}"
-        _raise_problem(line, place)
-        label = None if plain else json.loads(raw[line.number - 1].decode("utf-8-sig")).get("label")
-        if label is not None:
-            label = label_number(label, names, place)
-        labels.append(label)
-        if (label is None) != (labels[0] is None):
-            raise BadInput(f'{place}: "label" must be on every line or on none')
-    items = [str(path.parent / line.text) if images else line.item for line in lines[:max_rows]]
-    return items, None if labels[0] is None else np.array(labels, np.int64), len(lines)
+        row = {} if plain else _json_object(raw[line.number - 1])
+        if kind == TOKENS and "tokens" in row:
+            items.append(joined_words(row["tokens"], place))
+        else:
+            _raise_problem(line, place)
+            items.append(str(path.parent / line.text) if images else line.item)
+        labels.append(labels_of.read(row, names, place))
+        if (labels[-1] is None) != (labels[0] is None):
+            raise BadInput(f'{place}: "{labels_of.fields[0]}" must be on every line or on none')
+    return items, None if labels[0] is None else label_array(labels), len(lines)
 
 
 def read_prompts(
@@ -207,13 +210,24 @@ def _read_class_folders(folder: Path, names: Sequence[str]) -> LabelledRows:
     return LabelledRows(folder.name, tuple(items), np.array(labels, np.int64))
 
 
-def _parse_row(line: str, place: str, names: Sequence[str]) -> dict[str, Any]:
+def _json_object(raw: bytes) -> dict[str, Any]:
+    """The object of a JSON line; empty for any other line, which read_lines reports."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parse_row(line: str, place: str, names: Sequence[str], kind: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as problem:
         raise BadInput(f"{place}: not JSON: {problem}") from problem
     if not isinstance(row, dict):
         raise BadInput(f"{place}: expected a JSON object, found {type(row).__name__}")
+    if kind == TOKENS and "tokens" in row:
+        row = {**row, "text": joined_words(row["tokens"], place)}
     for name in names:
         value = row.get(name)
         if not (isinstance(value, str) and value.strip()) and not (name == "text_b" and value is None):

@@ -9,7 +9,7 @@ import io
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from importlib import import_module
@@ -20,11 +20,18 @@ from offramp.runtime.errors import BadSetting, EngineUnavailable
 
 Figures = Mapping[str, Any]
 _TIMES = ("mean ms", "p50 ms", "p95 ms", "p99 ms", "ratio (5..95 %)")
-COLUMNS = ("candidate", *_TIMES, "exit", "accuracy", "in time", "realised", "rows/s", "in bulk", "MB")
+ACCURACY = "accuracy"  # the quality of answers if the figures name no other one
+COLUMNS = ("candidate", *_TIMES, "exit", ACCURACY, "in time", "realised", "rows/s", "in bulk", "MB")
+QUALITIES = {
+    ACCURACY: "percent of the rows whose answer is the label",
+    "f1": "F1 in percent of the labels, or entities, of all rows together",
+    "spearman": "rank correlation (Spearman's) of answers and labels, in percent",
+    "cosine": "mean cosine of the answers and those of full depth, in percent",
+}
 LEGEND = {
     "ratio": "time over the reference's for the same row in the same round: median, 5th to 95th percentile",
     "exit": "mean number of the exit that answered, counted from 1",
-    "accuracy": "percent of the rows whose answer is the label",
+    ACCURACY: QUALITIES[ACCURACY],
     "in time": "percent of the rows that are answered within the budget",
     "realised": "share of the time saved over share of the multiply-accumulates saved",
     "rows/s": "rows per second in batches of rows of like length; in bulk: realised, of that time",
@@ -81,10 +88,28 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def quality_name(figures: Figures) -> str:
+    """The name of the quality of the answers, a name in QUALITIES."""
+    return str(figures["about"].get("quality", ACCURACY))
+
+
+def columns(figures: Figures) -> list[str]:
+    """The head of the table of candidates: COLUMNS with the name of the quality."""
+    return [quality_name(figures) if name == ACCURACY else name for name in COLUMNS]
+
+
+def legend(figures: Figures) -> dict[str, str]:
+    """What the columns mean, by name, in the order of LEGEND."""
+    quality = quality_name(figures)
+    return {
+        quality if name == ACCURACY else name: QUALITIES[quality] if name == ACCURACY else text
+        for name, text in LEGEND.items()
+    }
+
+
 def candidate_rows(figures: Figures) -> list[list[str]]:
-    """The table rows of a bundle that classifies: one row of texts for each candidate, in the order of
-    COLUMNS.
-    """
+    """The table rows of a bundle that answers texts or images: one for each candidate, see columns."""
+    quality = quality_name(figures)
     rows = []
     for candidate in figures["candidates"]:
         variant = "" if candidate["variant"] in candidate["name"] else f" ({candidate['variant']})"
@@ -94,7 +119,7 @@ def candidate_rows(figures: Figures) -> list[list[str]]:
                 *(f"{candidate[name]:.3f}" for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms")),
                 f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})",
                 f"{candidate['mean_exit']:.2f}",
-                _format_number(candidate["accuracy"], ".1f"),
+                _format_number(candidate[quality], ".1f"),
                 f"{100 * candidate['goodput']:.1f}",
                 _format_number(candidate["realised"], ".2f"),
                 _format_number(candidate["rows_per_second"], ".0f"),
@@ -106,9 +131,12 @@ def candidate_rows(figures: Figures) -> list[list[str]]:
 
 
 def classification_text(figures: Figures) -> str:
-    """The text with all figures of a bundle that classifies: candidates, segments, cold start, conditions."""
-    lines = align_columns([list(COLUMNS), *candidate_rows(figures)])
-    lines += ["", *(f"{name:9} {text}" for name, text in LEGEND.items())]
+    """The text with all figures of a bundle that answers texts or images.
+
+    Candidates, segments, cold start, conditions.
+    """
+    lines = align_columns([columns(figures), *candidate_rows(figures)])
+    lines += ["", *(f"{name:9} {text}" for name, text in legend(figures).items())]
     lines += [
         "",
         *align_columns([["segment", "ms"], *([s["name"], f"{s['ms']:.3f}"] for s in figures["segments"])]),
@@ -163,15 +191,17 @@ def conditions(figures: Figures) -> list[tuple[str, str]]:
 
 def html_page(figures: Figures) -> str:
     """The HTML page of all figures, without scripts or external resources."""
-    parts = []
+    parts, quality = [], quality_name(figures).capitalize()
     for number, (title, caption, draw) in enumerate(_PICTURES):
         svg = _picture_svg(draw, figures, f"p{number}")
-        body = svg or "<p>The rows have no labels, so there is no accuracy to show.</p>"
-        parts.append(f"<figure><h2>{title}</h2>{body}<figcaption>{caption}</figcaption></figure>")
+        body = svg or f"<p>The rows have no labels, so there is no {quality_name(figures)} to show.</p>"
+        parts.append(
+            f"<figure><h2>{title.format(quality=quality)}</h2>{body}<figcaption>{caption}</figcaption></figure>"
+        )
     about = figures["about"]
     intro = f"{about['cpu']}, {about['threads']} threads, {about['when']}. Reference: {about['reference']}."
-    legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in conditions(figures))
+    meanings = _html_list(legend(figures).items())
+    listed = _html_list(conditions(figures))
     cold = _html_table(
         [["fresh process", "seconds to the first answer", "peak MB"], *_cold_start_rows(figures)]
     )
@@ -186,8 +216,8 @@ def html_page(figures: Figures) -> str:
 <body>
 <h1>What early exit saves</h1>
 <p>{escape(intro)}</p>
-{_html_table([list(COLUMNS), *candidate_rows(figures)])}
-<details><summary>What the columns mean</summary><dl>{legend}</dl></details>
+{_html_table([columns(figures), *candidate_rows(figures)])}
+<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>
 <div class="pictures">{"".join(parts)}</div>
 <h2>Cold start</h2>
 {cold}
@@ -217,8 +247,9 @@ dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 
 
 def _draw_accuracy(axes: Any, figures: Figures) -> bool:
-    """Draw every candidate by mean time and accuracy; False without labels."""
-    known = [candidate for candidate in figures["candidates"] if candidate["accuracy"] is not None]
+    """Draw every candidate by mean time and quality; False without labels."""
+    quality = quality_name(figures)
+    known = [candidate for candidate in figures["candidates"] if candidate[quality] is not None]
     for candidate in known:
         look = {
             "color": _colour(figures, candidate),
@@ -226,10 +257,8 @@ def _draw_accuracy(axes: Any, figures: Figures) -> bool:
             "s": 45,
             "zorder": 3,
         }
-        axes.scatter(
-            [candidate["mean_ms"]], [candidate["accuracy"]], marker=_MARKERS[candidate["kind"]], **look
-        )
-    axes.set(xlabel="mean milliseconds, one by one", ylabel="accuracy, %")
+        axes.scatter([candidate["mean_ms"]], [candidate[quality]], marker=_MARKERS[candidate["kind"]], **look)
+    axes.set(xlabel="mean milliseconds, one by one", ylabel=f"{quality}, %")
     axes.set_xlim(left=0)
     return bool(known)
 
@@ -282,7 +311,7 @@ def _draw_latency(axes: Any, figures: Figures) -> bool:
 _WALKS = ("walk", "full", "random")
 _MARKERS = {"walk": "o", "full": "D", "random": "x", "monolith": "s", "nested": "^", "truncated": "v"}
 _PICTURES: Sequence[tuple[str, str, Callable[[Any, Figures], bool]]] = (
-    ("Accuracy against time", "Up and to the left is better.", _draw_accuracy),
+    ("{quality} against time", "Up and to the left is better.", _draw_accuracy),
     ("Where rows leave", "Rows at each exit, mean of the rounds.", _draw_exits),
     ("Time per segment", "Median of rows that go to the last exit.", _draw_segments),
     (
@@ -368,6 +397,10 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _html_list(pairs: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in pairs)
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:

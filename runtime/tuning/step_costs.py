@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle.manifest import Manifest, OperatingPoint, RuleSpec, StepCosts
-from offramp.runtime.classifier import Classifier
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.text import Text
+from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules import Floats, Plan, Rule, Signals, bind
 from offramp.runtime.rules.base import full_plan
 from offramp.runtime.rules.quee import walk_limits
 from offramp.runtime.rules.walk_points import WalkPoint, choose_walk_points
 from offramp.runtime.tuning.labelled import LabelledRows
+from offramp.runtime.tuning.right_answers import RightAnswers, right_answers
 from offramp.runtime.walker import Inputs, Trace, walk, walk_one
 
 TIMED_ROWS, WARM_UP_ROWS = 40, 4
@@ -68,7 +70,7 @@ class _KeepPlan:
         return plan, memory
 
 
-def measure_step_costs(session: Classifier, items: Sequence[Text], tokens: Tokens) -> StepCosts:
+def measure_step_costs(session: RowSession[Any], items: Sequence[Text], tokens: Tokens) -> StepCosts:
     """Measure milliseconds of every segment in every variant at batch 1, the decision of rule quee included.
 
     They are medians over rows of about median length. tokens: lengths of the items.
@@ -97,14 +99,19 @@ def measure_step_costs(session: Classifier, items: Sequence[Text], tokens: Token
 
 
 def measure_walk_points(
-    session: Classifier, rows: LabelledRows, tokens: Tokens, costs: StepCosts
+    session: RowSession[Any],
+    rows: LabelledRows,
+    tokens: Tokens,
+    costs: StepCosts,
+    right: RightAnswers | None = None,
 ) -> tuple[OperatingPoint, ...]:
     """Measure operating points of rule quee with these step costs, each by walking all rows at it.
 
     A point starts in the variant that it names. "within" and savings are relative to full depth in the
     default variant. "ms" is the time of a row in this walk, other load of the machine included. tokens:
-    lengths of the rows.
+    lengths of the rows. right: None for the labels of the rows.
     """
+    right = right or right_answers(session, rows)
     inputs = [_encode_item(session, item) for item in rows.items]
     starts = range(len(session.manifest.variants))
     never = RuleSpec("never", {})
@@ -116,9 +123,9 @@ def measure_walk_points(
     for spec in specs:
         for start in starts:
             trace = _walk_rows(session, inputs, spec, start, costs)
-            point = _walk_point(session, spec, start, trace, rows.labels, costs)
+            point = _walk_point(session, spec, start, trace, right, costs)
             points.append(point)
-            measured.append(_point_figures(session.manifest, point, trace, tokens))
+            measured.append(_point_figures(session.manifest, point, trace, tokens, right.name))
     chosen = choose_walk_points(points, points[0], "ms")
     numbers = {id(point): number for number, point in enumerate(points)}
     return tuple(
@@ -127,12 +134,12 @@ def measure_walk_points(
     )
 
 
-def _encode_item(session: Classifier, item: Text) -> Inputs:
+def _encode_item(session: RowSession[Any], item: Text) -> Inputs:
     return session.encode(item) if isinstance(item, str) else session.encode(*item)
 
 
 def _walk_rows(
-    session: Classifier, inputs: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts
+    session: RowSession[Any], inputs: Sequence[Inputs], spec: RuleSpec, start: int, costs: StepCosts
 ) -> Trace:
     """Walk the rows one by one from a starting variant."""
     manifest = session.manifest
@@ -157,35 +164,39 @@ def _exits(trace: Trace) -> NDArray[np.int64]:
 
 
 def _walk_point(
-    session: Classifier, spec: RuleSpec, start: int, trace: Trace, labels: NDArray[np.int64], costs: StepCosts
+    session: RowSession[Any], spec: RuleSpec, start: int, trace: Trace, right: RightAnswers, costs: StepCosts
 ) -> WalkPoint:
     """The figures of a walk; its cost is the sum of the step costs and not the measured time.
 
     Steps were timed in turns. Whole walks are minutes apart, so that a comparison of their measured times
     would include changes of the machine's load.
     """
-    rows, exits = np.arange(len(labels)), _exits(trace)
-    right = trace.logits[rows, exits].argmax(-1) == labels
+    exits = _exits(trace)
     blocks = np.array([segment.blocks[-1] for segment in session.manifest.segments])
     steps = np.array(list(costs.steps.values()))  # [variants, segments]
     ms = steps[np.maximum(trace.variants, 0), np.arange(len(blocks))]  # [rows, segments]
     return WalkPoint(
         spec,
         session.manifest.variants[start],
-        accuracy=100 * float(right.mean()),
+        accuracy=right.score(trace, exits),
         mean_exit=float(blocks[exits].mean()),
         cost=100 * float((ms * (trace.variants >= 0)).sum(1).mean() / steps[0].sum()),
         changed=100 * float(((trace.variants >= 0) & (trace.variants != start)).any(axis=1).mean()),
     )
 
 
-def _point_figures(manifest: Manifest, point: WalkPoint, trace: Trace, tokens: Tokens) -> dict[str, float]:
-    """The figures of a point in the manifest: milliseconds a row, the others in percent or blocks."""
+def _point_figures(
+    manifest: Manifest, point: WalkPoint, trace: Trace, tokens: Tokens, quality: str
+) -> dict[str, float]:
+    """The figures of a point in the manifest: milliseconds a row, the others in percent or blocks.
+
+    quality: the name of the quality of the answers.
+    """
     exits, graphs = _exits(trace), (manifest.stem, *manifest.segments)
     macs = np.array([[graph.macs.of(int(n)) for graph in graphs] for n in tokens]).cumsum(axis=1)
     share = macs[np.arange(len(tokens)), exits + 1].sum() / macs[:, -1].sum()
     figures = {
-        "accuracy": point.accuracy,
+        quality: point.accuracy,
         "mean_exit": point.mean_exit,
         "layers_saved": 100 * (1 - point.mean_exit / manifest.blocks),
         "macs_saved": 100 * (1 - float(share)),

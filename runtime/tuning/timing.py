@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 
 from offramp.runtime import rules
 from offramp.runtime.bundle.manifest import RuleSpec
-from offramp.runtime.classifier import Classifier
 from offramp.runtime.decoding import Token
+from offramp.runtime.row_session import RowSession
+from offramp.runtime.tuning.right_answers import AnswerReader, Answers
 from offramp.runtime.walker import Inputs, walk, walk_one
 
 Result = TypeVar("Result")
 Ids = NDArray[np.int64]
 Seconds = NDArray[np.float64]
 Batches = Sequence[tuple[Ids, Inputs]]  # row numbers and the stem's inputs for these rows
-LabelsAndExits = tuple[Ids, Ids]  # label number and 1-based exit of every row
+AnswersAndExits = tuple[Answers, Ids]  # answer and 1-based exit of every row
 ROWS_PER_TURN = 8
 
 
@@ -94,7 +95,7 @@ class Candidate:
     """A network that answers rows in a benchmark: a walk at an operating point, or a baseline.
 
     run(batches, rows, limit) answers the rows and is timed; at most `limit` rows are joined for a step. It
-    returns a function, called outside of the timed part, that reads labels and exits from the outputs.
+    returns a function, called outside of the timed part, that reads answers and exits from the outputs.
     bytes: size of its graph files. bulk: whether it takes batches of more than one row. rule: a walk's.
     """
 
@@ -102,21 +103,24 @@ class Candidate:
     kind: str
     variant: str
     bytes: int
-    run: Callable[[Batches, int, int], Callable[[], LabelsAndExits]]
+    run: Callable[[Batches, int, int], Callable[[], AnswersAndExits]]
     bulk: bool = True
     rule: RuleSpec | None = None
 
 
-def walk_candidate(session: Classifier, name: str, kind: str, rule: rules.Rule | None = None) -> Candidate:
+def walk_candidate(
+    session: RowSession[Any], name: str, kind: str, rule: rules.Rule | None = None
+) -> Candidate:
     """The walk of a session as a candidate, under the session's rule or under `rule`; without tokenizing."""
-    manifest = session.manifest
-    segments, classes = len(manifest.segments), len(manifest.labels)
+    manifest, reader = session.manifest, AnswerReader(session.manifest)
+    segments, classes = len(manifest.segments), manifest.classes
     variant = manifest.variants.index(session.variant)
-    bound = rules.bind(session.rule, segments, manifest.costs) if rule is None else rule
+    size = manifest.answer_size
+    bound = rules.bind(session.rule, segments, manifest.costs, answer_size=size) if rule is None else rule
     stem = manifest.stem.variants.get(session.variant) or manifest.stem.first_graph
     files = {stem.file, *(segment.variants[session.variant].file for segment in manifest.segments)}
 
-    def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
+    def run(batches: Batches, rows: int, limit: int) -> Callable[[], AnswersAndExits]:
         trace = walk(
             session.engine,
             bound,
@@ -128,23 +132,26 @@ def walk_candidate(session: Classifier, name: str, kind: str, rule: rules.Rule |
             limit=limit,
         )
 
-        def read() -> LabelsAndExits:
+        def read() -> AnswersAndExits:
             last = segments - 1 - (trace.variants[:, ::-1] >= 0).argmax(axis=1)  # [rows]
-            labels = trace.logits[np.arange(len(last)), last].argmax(axis=-1)
-            return labels.astype(np.int64), last.astype(np.int64) + 1
+            answers = reader.at_exits(trace, last, reader.places(batches, rows))
+            return answers, last.astype(np.int64) + 1
 
         return read
 
-    size = sum(manifest.files[file].bytes for file in files)
-    return Candidate(name, kind, session.variant, size, run, rule=session.rule)
+    total = sum(manifest.files[file].bytes for file in files)
+    return Candidate(name, kind, session.variant, total, run, rule=session.rule)
 
 
 @dataclass(frozen=True)
 class RowTimings:
-    """The timed answers of one candidate: seconds, label numbers and exits (1-based), each [rounds, rows]."""
+    """The timed answers of one candidate: seconds, answers and exits (1-based), each [rounds, rows].
+
+    answers: see AnswerReader (dtype object).
+    """
 
     seconds: Seconds
-    labels: Ids
+    answers: Answers
     exits: Ids
 
 
@@ -159,19 +166,19 @@ def time_rows(
     rows, order = len(singles), np.random.default_rng(0)
     shape = (rounds, rows)
     timings = {
-        candidate.name: RowTimings(np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        candidate.name: RowTimings(np.zeros(shape), np.empty(shape, object), np.zeros(shape, np.int64))
         for candidate in candidates
     }
 
     def answer(candidate: Candidate, turn: int, numbers: range) -> None:
-        run, answers = candidate.run, timings[candidate.name]
+        run, timing = candidate.run, timings[candidate.name]
         run(singles[numbers[0]], 1, 1)
         for row in numbers:
             started = time.perf_counter()
             read = run(singles[row], 1, 1)
-            answers.seconds[turn, row] = time.perf_counter() - started
-            labels, exits = read()
-            answers.labels[turn, row], answers.exits[turn, row] = labels[0], exits[0]
+            timing.seconds[turn, row] = time.perf_counter() - started
+            answers, exits = read()
+            timing.answers[turn, row], timing.exits[turn, row] = answers[0], exits[0]
 
     with _bar("one by one", rounds * rows) as advance:
         for number in range(rounds):
@@ -251,7 +258,7 @@ def time_one_answer(
     return tokens, stamps
 
 
-def time_segments(session: Classifier, singles: Sequence[Batches]) -> list[tuple[str, float]]:
+def time_segments(session: RowSession[Any], singles: Sequence[Batches]) -> list[tuple[str, float]]:
     """Measure the stem and every segment at full depth; gives names and median milliseconds over rows."""
     manifest, engine = session.manifest, session.engine
     never = rules.bind(RuleSpec("never", {}), len(manifest.segments))

@@ -119,9 +119,9 @@ class Graph:
         return Variant(path.name, tuple(inputs), tuple(outputs))
 
 
-def stem(path: Path) -> Variant:
-    g = Graph(0)
-    words = g.add("Gather", g.matrix(len(VOCABULARY), HIDDEN, 0.8), "input_ids")
+def embed(g: Graph, vocabulary: int) -> str:
+    """Hidden, mask and pool of a stem; gives 1 for each token that is not padding, float32 [batch, seq]."""
+    words = g.add("Gather", g.matrix(vocabulary, HIDDEN, 0.8), "input_ids")
     g.add(
         "Add", words, g.add("Gather", g.matrix(2, HIDDEN, 0.3), "token_type_ids"), to="hidden"
     )  # [batch, seq, hidden]
@@ -132,6 +132,12 @@ def stem(path: Path) -> Variant:
     g.add("Unsqueeze", low, g.ints(1, 2), to="mask")  # [batch, 1, 1, seq]
     share = g.add("Div", real, g.add("ReduceSum", real, g.ints(1), keepdims=1))
     g.add("Unsqueeze", share, g.ints(1), to="pool")  # [batch, 1, seq]
+    return real
+
+
+def stem(path: Path) -> Variant:
+    g = Graph(0)
+    real = embed(g, len(VOCABULARY))
     nothing = g.add(
         "Mul",
         g.add("ReduceSum", real, g.ints(1), keepdims=1),
@@ -141,9 +147,9 @@ def stem(path: Path) -> Variant:
     return g.save(path, TOKENS, [*FLOWS, *SHARED])
 
 
-def segment(path: Path, number: int, eight_bits: bool) -> Variant:
-    g, last = Graph(number + 1, eight_bits), number == len(BLOCKS) - 1
-    hidden = "hidden"
+def run_blocks(g: Graph, number: int) -> tuple[str, str]:
+    """The blocks of a segment; gives its hidden state [batch, seq, hidden], and pooled [batch, hidden]."""
+    hidden, last = "hidden", number == len(BLOCKS) - 1
     for block in BLOCKS[number]:
         end = "" if last or block != BLOCKS[number][-1] else "next_hidden"
         mixed = g.add("MatMul", hidden, g.add("Transpose", hidden, perm=[0, 2, 1]))
@@ -153,7 +159,12 @@ def segment(path: Path, number: int, eight_bits: bool) -> Variant:
         hidden = g.add(
             "Add", g.add("Mul", hidden, g.constant(np.float32(0.7))), g.add("Tanh", change), to=end
         )
-    pooled = g.add("Squeeze", g.add("MatMul", "pool", hidden), g.ints(1))  # [batch, hidden]
+    return hidden, g.add("Squeeze", g.add("MatMul", "pool", hidden), g.ints(1))
+
+
+def segment(path: Path, number: int, eight_bits: bool) -> Variant:
+    g, last = Graph(number + 1, eight_bits), number == len(BLOCKS) - 1
+    _, pooled = run_blocks(g, number)
     g.eight_bits = False  # the decision is taken in full precision
     g.add("MatMul", pooled, g.matrix(HIDDEN, CLASSES, 2.5), to="logits")
     if last:
@@ -183,7 +194,7 @@ def chain(bundle: Path, variant: str, exits: int) -> onnx.GraphProto:
     """The stem and the first segments as one graph: a segment's names get segment_XX/ in front."""
     ending = "" if variant == "fp32" else f"_{variant}"
     whole = onnx.load(bundle / "stem.onnx").graph
-    names = {tensor.name: tensor.name for tensor in (*FLOWS, *SHARED)}  # in a segment: in the chain
+    names = {entry.name: entry.name for entry in whole.output}  # in a segment: in the chain
     del whole.output[:]
     for number in range(exits):
         prefix = f"segment_{number:02d}/"
@@ -208,28 +219,36 @@ def save_baseline(graph: onnx.GraphProto, path: Path, outputs: list[onnx.ValueIn
     path.write_bytes(model.SerializeToString())
 
 
-def baselines(bundle: Path, folder: Path) -> None:
+def baselines(
+    bundle: Path,
+    folder: Path,
+    outputs: list[Tensor],
+    labels: tuple[str, ...],
+    kinds: tuple[str, ...] = ("monolith", "monolith_int8", "nested", "truncated_01"),
+) -> None:
     """Monolith in both variants, the first exit alone, and a graph that answers as the gate rule does.
 
     That one runs everything and picks: a stand-in for nested branches, with their inputs and outputs.
+    outputs: those of the last segment, the answer last, which alone the nested graph gives.
     """
     folder.mkdir(exist_ok=True)
     last = len(BLOCKS)
-    graphs = [
-        ("monolith", "monolith", "fp32", last),
-        ("monolith_int8", "monolith", "int8", last),
-        ("nested", "nested", "fp32", last),
-        ("truncated_01", "truncated", "fp32", 1),
-    ]
     float32, int64 = TensorProto.FLOAT, TensorProto.INT64
     listed = []
-    for name, kind, variant, number in graphs:
+    for name in kinds:
+        kind, _, ending = name.partition("_")
+        variant, number = (
+            ("int8" if ending == "int8" else "fp32"),
+            (int(ending) if kind == "truncated" else last),
+        )
         graph = chain(bundle, variant, number)
-        logits = f"segment_{number - 1:02d}/logits"
-        outputs = [helper.make_tensor_value_info("logits", float32, ["batch", CLASSES])]
+        given = outputs[-1:] if kind == "nested" else outputs
+        results = {tensor.name: f"segment_{number - 1:02d}/{tensor.name}" for tensor in given}
+        infos = [helper.make_tensor_value_info(t.name, float32, list(t.shape)) for t in given]
         if kind == "nested":
+            ((answer, result),) = results.items()
             graph.input.append(helper.make_tensor_value_info("threshold", float32, []))
-            outputs.append(helper.make_tensor_value_info("exit", int64, [1]))
+            infos.append(helper.make_tensor_value_info("exit", int64, [1]))
             numbers = [numpy_helper.from_array(np.array([k + 1], np.int64), f"exit_{k}") for k in range(last)]
             graph.initializer.extend(numbers)
             exit = f"exit_{last - 1}"
@@ -238,16 +257,18 @@ def baselines(bundle: Path, folder: Path) -> None:
                 graph.node.append(
                     helper.make_node("Greater", [f"segment_{k:02d}/gate", "threshold"], [leaves])
                 )
-                for value, choice in ((logits, f"segment_{k:02d}/logits"), (exit, f"exit_{k}")):
+                for value, choice in ((result, f"segment_{k:02d}/{answer}"), (exit, f"exit_{k}")):
                     graph.node.append(helper.make_node("Where", [leaves, choice, value], [f"{value}_{k}"]))
-                logits, exit = f"{logits}_{k}", f"{exit}_{k}"
+                result, exit = f"{result}_{k}", f"{exit}_{k}"
             graph.node.append(helper.make_node("Identity", [exit], ["exit"]))
-        graph.node.append(helper.make_node("Identity", [logits], ["logits"]))
-        save_baseline(graph, folder / f"{name}.onnx", outputs)
+            results[answer] = result
+        for output, result in results.items():
+            graph.node.append(helper.make_node("Identity", [result], [output]))
+        save_baseline(graph, folder / f"{name}.onnx", infos)
         data = (folder / f"{name}.onnx").read_bytes()
         facts = {"name": name, "kind": kind, "variant": variant, "file": f"{name}.onnx", "exit": number}
         listed.append(facts | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
-    value = {"format": 1, "labels": LABELS, "graphs": listed}
+    value = {"format": 1, "labels": labels, "graphs": listed}
     (folder / "baselines.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -293,5 +314,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).with_name("tiny_bundle"))
-    baselines(Path(__file__).with_name("tiny_bundle"), Path(__file__).with_name("tiny_baselines"))
+    here = Path(__file__).parent
+    main(here / "tiny_bundle")
+    baselines(here / "tiny_bundle", here / "tiny_baselines", [LOGITS], LABELS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from doubles import cuda_double, trt_double
 
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.engines import cuda, graphs, ort_cuda, trt
+from offramp.runtime.engines.base import EngineOptions, open_engine
 
 VERSIONS = (*trt_double.VERSIONS, "rtx")
 
@@ -32,6 +35,27 @@ def machine(
     patch.setattr(trt, "find_spec", lambda asked: object() if asked == name else None)
     patch.setattr(trt, "import_module", _importing({name: module}))
     return SimpleNamespace(cudart=cudart, trt=module)
+
+
+@contextmanager
+def opened(kind: str, bundle: Path, cache: Path) -> Iterator[Any]:
+    """An open engine in fp32: "ort", or on the doubles "ort-cuda", "trt-VERSION" and "trt-graphs".
+
+    cache: the folder of engines that TensorRT builds. At the end no call of CUDA may have gone wrong.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        name, _, version = kind.partition("-")
+        options, device = EngineOptions(name), None
+        if version:
+            device = machine(patch, cache, version if version in VERSIONS else "10.3.0")
+            options = EngineOptions(name, device="cuda", cuda_graphs=version.endswith("graphs"))
+            if name == "ort":
+                ort_on_cuda(patch, device.cudart)
+        engine = open_engine(open_bundle(bundle), "fp32", options)
+        yield engine
+        engine.close()
+        if device is not None:
+            assert device.cudart.faults == [] and device.cudart.default_stream_uses == 0
 
 
 def ort_on_cuda(patch: pytest.MonkeyPatch, cudart: cuda_double.Cudart) -> None:

@@ -326,9 +326,9 @@ def test_an_engine_that_is_not_there_is_one_line(
 def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -> None:
     result = run(saved, "--out", tmp_path / "bundle", "--segments", "auto")
     assert result.exit_code == 2 and "give --dev FILE" in result.stderr
-    dev.write_text('{"text": "good"}\n', encoding="utf-8")
+    dev.write_text('{"text": "good", "label": "positive"}\n{"text": "bad"}\n', encoding="utf-8")
     result = run(saved, "--out", tmp_path / "bundle", "--dev", dev)
-    assert result.exit_code == 2 and 'line 1: no "label"' in result.stderr
+    assert result.exit_code == 2 and 'line 2: no "label"' in result.stderr
     assert not (tmp_path / "bundle").exists()
 
 

@@ -8,27 +8,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_bundles
 
 from offramp.runtime import BadBundle, BundleNotFound, Classifier, EngineUnavailable, load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.inputs.text import items_to_rows, open_reader
+from offramp.runtime.loading import load_row_session
 from offramp.runtime.rules import RowSignals
 from offramp.runtime.tuning.baselines import (
-    GRAPH_SCRIPT,
-    WALK_SCRIPT,
     cold_load_options,
+    graph_script,
     nested_threshold,
     open_baseline,
     random_exits,
     read_baselines,
     time_cold_start,
     time_cold_starts,
+    walk_script,
 )
-from offramp.runtime.tuning.timing import LabelsAndExits, walk_candidate
+from offramp.runtime.tuning.timing import AnswersAndExits, walk_candidate
 
 DATA = Path(__file__).parents[1] / "data"
 TINY, BASELINES = DATA / "tiny_bundle", DATA / "tiny_baselines"
+TASKS = [tiny_bundles.MULTI_LABEL, tiny_bundles.TOKENS, tiny_bundles.REGRESSION, tiny_bundles.EMBEDDING]
 TEXTS = ["good film", "the plot was very bad", "a", "not at all warm and not good", "cold cold scene"]
 
 
@@ -45,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 def answers(
     session: Classifier, name: str, texts: list[str], threshold: float | None = None
-) -> LabelsAndExits:
+) -> AnswersAndExits:
     """What a graph of the tiny baselines answers, text by text."""
     fact = next(g for g in read_baselines(BASELINES, session.manifest).graphs if g.name == name)
     baseline = open_baseline(BASELINES, fact, session.manifest, threads=None, threshold=threshold)
@@ -91,6 +94,38 @@ def test_a_batch_is_answered_as_its_rows_are(session: Classifier) -> None:
     rows = items_to_rows(open_reader(open_bundle(TINY)), TEXTS)
     labels, _ = baseline.run(list(session.batches(rows, 2)), len(rows), 2)()
     assert labels.tolist() == answers(session, "monolith", TEXTS)[0].tolist()
+
+
+@pytest.mark.parametrize("bundle", TASKS, ids=lambda bundle: bundle.name)
+def test_a_graph_of_another_task_is_the_walk_to_its_exit(bundle: Path) -> None:
+    folder = tiny_bundles.baselines_of(bundle)
+    manifest = open_bundle(bundle).manifest
+    for fact in read_baselines(folder, manifest).graphs:
+        if fact.kind == "nested":
+            continue
+        rule = RuleSpec("fixed", {"exit": float(fact.exit)})
+        with load_row_session(bundle, rule=rule) as session:
+            rows = items_to_rows(open_reader(open_bundle(bundle)), TEXTS)
+            batches = list(session.batches(rows, 2))
+            graph = open_baseline(folder, fact, manifest, threads=None, threshold=None)
+            walked, walk_exits = walk_candidate(session, "walk", "walk").run(batches, len(rows), 2)()
+            answers, exits = graph.run(batches, len(rows), 2)()
+        assert exits.tolist() == walk_exits.tolist() == [fact.exit] * len(TEXTS)
+        for own, other in zip(answers, walked, strict=True):
+            assert np.asarray(own, np.float64) == pytest.approx(np.asarray(other, np.float64), abs=1e-5)
+
+
+def test_a_nested_graph_of_numbers_leaves_where_the_gate_does() -> None:
+    bundle, manifest = tiny_bundles.REGRESSION, open_bundle(tiny_bundles.REGRESSION).manifest
+    folder = tiny_bundles.baselines_of(bundle)
+    fact = next(graph for graph in read_baselines(folder, manifest).graphs if graph.kind == "nested")
+    with load_row_session(bundle, rule="gate", threshold=0.7) as session:
+        threshold = nested_threshold(manifest, session.rule)
+        graph = open_baseline(folder, fact, manifest, threads=None, threshold=threshold)
+        for text in TEXTS:
+            values, exits = graph.run([(np.zeros(1, np.int64), session.encode(text))], 1, 1)()
+            answer = session(text)
+            assert exits[0] == answer.exit and values[0] == pytest.approx(answer.value, abs=1e-5)
 
 
 def change(folder: Path, **facts: Any) -> None:
@@ -205,13 +240,13 @@ def test_random_exits_have_a_seed() -> None:
 def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> None:
     walk = walk_candidate(session, "walk", "walk")
     item = ["good film", "bad plot"]
-    facts = session.manifest.input
+    manifest, facts = session.manifest, session.manifest.input
     paths = [str(BASELINES / "monolith.onnx"), str(TINY / facts.tokenizer), facts.longest, facts.prefix]
     scripts = (
-        (WALK_SCRIPT, [str(TINY), cold_load_options(walk, 1), item]),
+        (walk_script(manifest.kind), [str(TINY), cold_load_options(walk, 1), item]),
         (
-            GRAPH_SCRIPT,
-            [*paths, session.labels, 1, item],
+            graph_script(manifest),
+            [*paths, session.labels, [], 1, item],
         ),
     )
     expected = repr(session(*item).label)
@@ -219,6 +254,19 @@ def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> Non
         answer, seconds, peak = time_cold_start(script, arguments)
         assert answer == expected
         assert seconds > 0 and 2**20 < peak < 2**30
+
+
+@pytest.mark.parametrize("bundle", TASKS, ids=lambda bundle: bundle.name)
+def test_other_tasks_start_in_fresh_processes_too(bundle: Path) -> None:
+    with load_row_session(bundle, rule="never") as session:
+        manifest, facts = session.manifest, session.manifest.input
+        options = cold_load_options(walk_candidate(session, "walk", "walk"), 1)
+    paths = [str(tiny_bundles.baselines_of(bundle) / "monolith.onnx"), str(bundle / facts.tokenizer)]
+    decided = [facts.longest, facts.prefix, manifest.labels, manifest.thresholds, 1]
+    item = ["a good films at paris"]
+    walked, _, _ = time_cold_start(walk_script(manifest.kind), [str(bundle), options, item])
+    answer, _, _ = time_cold_start(graph_script(manifest), [*paths, *decided, item])
+    assert walked == answer and answer not in ("", "[]")
 
 
 def test_a_parents_memory_is_not_the_childs() -> None:

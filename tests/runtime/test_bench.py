@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_bundles
 from click.testing import CliRunner
 
 from offramp.runtime import BadInput, BadSetting, load_classifier
@@ -23,6 +24,7 @@ from offramp.runtime.tuning.bench import (
     rule_options,
 )
 from offramp.runtime.tuning.bench import main as bench
+from offramp.runtime.tuning.report import classification_text, html_page
 
 DATA = Path(__file__).parents[1] / "data"
 TINY, BASELINES, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_baselines", DATA / "tiny_generator"
@@ -172,6 +174,43 @@ def test_full_depth_alone(tmp_path: Path) -> None:
     assert figures["about"]["left_out"] == [f"{RANDOM}: no operating point to draw like"]
 
 
+@pytest.mark.parametrize(
+    ("bundle", "metric", "label"),
+    [
+        (tiny_bundles.MULTI_LABEL, "f1", {"labels": ["joy"]}),
+        (tiny_bundles.TOKENS, "f1", {"entities": [{"start": 0, "end": 3, "label": "PER"}]}),
+        (tiny_bundles.REGRESSION, "spearman", {"label": 1.5}),
+        (tiny_bundles.EMBEDDING, "cosine", {}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
+def test_other_tasks_are_measured_by_their_metric(
+    tmp_path: Path, bundle: Path, metric: str, label: dict[str, Any]
+) -> None:
+    data = write(tmp_path / "data.jsonl", *({"text": f"ann {text}"} | label for text in TEXTS[:6]))
+    graphs = tiny_bundles.baselines_of(bundle)
+    figures = measure_classifier(bundle, data, baselines=graphs, rounds=1, starts=1)
+    assert figures["about"]["quality"] == metric
+    assert metric in classification_text(figures).splitlines()[0]
+    assert all(
+        "accuracy" not in candidate and candidate[metric] is not None for candidate in figures["candidates"]
+    )
+    full, monolith = named(figures, FULL), named(figures, "monolith")
+    assert full[metric] == pytest.approx(monolith[metric], abs=1e-3)
+    if metric == "cosine":  # right is full depth's own answer
+        assert full[metric] == pytest.approx(100) and named(figures, "truncated_01")[metric] < 100
+    assert [start["name"] for start in figures["cold_start"]] == ["walk default", "monolith"]
+    assert f"{metric.capitalize()} against time" in html_page(figures)
+
+
+def test_other_tasks_without_labels(tmp_path: Path) -> None:
+    data = tmp_path / "plain.txt"
+    data.write_text("good film\nann was at paris\n", encoding="utf-8")
+    figures = measure_classifier(tiny_bundles.TOKENS, data, rounds=1, starts=1)
+    assert all(candidate["f1"] is None for candidate in figures["candidates"])
+    assert "no f1 to show" in html_page(figures)
+
+
 def test_points_by_name() -> None:
     manifest = open_bundle(TINY).manifest
     assert points_to_measure(manifest, None) == ["default"]
@@ -236,11 +275,9 @@ def test_options_of_the_other_task_are_refused(tmp_path: Path) -> None:
         assert done.exit_code == 2
         return done.output
 
-    assert "--points is for bundles that classify" in error(GENERATOR, "--points", "default")
-    assert "--baselines is for bundles that classify" in error(GENERATOR, "--baselines", str(BASELINES))
-    assert "--report is for bundles that classify" in error(
-        GENERATOR, "--report", str(tmp_path / "page.html")
-    )
+    assert "--points is not for generated text" in error(GENERATOR, "--points", "default")
+    assert "--baselines is not for generated text" in error(GENERATOR, "--baselines", str(BASELINES))
+    assert "--report is not for generated text" in error(GENERATOR, "--report", str(tmp_path / "page.html"))
     assert "--rules is for generated text" in error(TINY, "--rules", "gate")
     assert "expected NAME or NAME:NUMBER" in error(GENERATOR, "--rules", "gate:high")
     data.write_text("\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_bundles
 from click.testing import CliRunner
 from doubles import gpu
 
@@ -17,6 +18,7 @@ from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
 from offramp.runtime.errors import BadManifest
+from offramp.runtime.loading import load_row_session
 from offramp.runtime.rules import bind
 from offramp.runtime.rules.route import ROUTER_FILE, list_routes
 from offramp.runtime.tuning.calibrate import exit_points, macs_to_exits, main, route_scores
@@ -182,6 +184,82 @@ def test_a_calibration_that_does_not_fit_is_refused(bundle: Path, dev: Path) -> 
             read_manifest(json.dumps(value), source="bad")
 
 
+TASK_ROWS: dict[str, list[dict[str, object]]] = {
+    "multi_label": [{"labels": ["joy", "anger"][: at % 3]} for at in range(len(TEXTS))],
+    "tokens": [{"entities": [{"start": 0, "end": 4, "label": ("PER", "LOC")[at % 2]}]} for at in range(7)],
+    "regression": [{"label": 0.5 * at} for at in range(len(TEXTS))],
+    "embedding": [{} for _ in TEXTS],
+}
+
+
+@pytest.fixture
+def task_bundle(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A bundle of one of the tiny tasks, and labelled rows for it."""
+    folder = tiny_bundles.TOKENS.parent / request.param
+    bundle = Path(shutil.copytree(folder, tmp_path / "bundle"))
+    rows = [{"text": text} | row for text, row in zip(TEXTS, TASK_ROWS[request.param], strict=True)]
+    file = tmp_path / "dev.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return bundle, file
+
+
+def all_tasks(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("task_bundle", names or tuple(TASK_ROWS), indirect=True)
+
+
+@all_tasks()
+def test_points_of_every_task_state_its_quality(task_bundle: tuple[Path, Path]) -> None:
+    bundle, dev = task_bundle
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 0, done.output
+    manifest = open_bundle(bundle).manifest
+    expected = {"regression": "spearman", "sentence-embedding": "agreement"}.get(manifest.task, "f1")
+    assert all(next(iter(point.measured)) == expected for point in manifest.points)
+    assert f"{expected} %" in done.stdout and "no labels" not in done.stderr
+    own = "settled" if expected != "f1" else "max_probability"
+    assert {point.rule.name for point in manifest.points} <= {own, "never"}
+    for point in manifest.points:
+        with load_row_session(bundle, point=point.name) as session:
+            depths = [session(text).depth for text in TEXTS]
+        assert np.mean(depths) == pytest.approx(point.measured["mean_exit"], abs=1e-3)
+
+
+@all_tasks()
+def test_every_task_can_be_calibrated_without_labels(task_bundle: tuple[Path, Path]) -> None:
+    bundle, dev = task_bundle
+    dev.write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 0, done.output
+    points = {point.name: point for point in open_bundle(bundle).manifest.points}
+    assert points["full"].measured["agreement"] == pytest.approx(100)
+    embeds = open_bundle(bundle).manifest.task == "sentence-embedding"  # it never has labels
+    assert ("no labels" in done.stderr) != embeds
+
+
+@all_tasks("multi_label", "regression")
+def test_coverage_is_for_single_labels(task_bundle: tuple[Path, Path]) -> None:
+    bundle, dev = task_bundle
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--coverage", "0.9"])
+    assert done.exit_code == 2 and "--coverage is for bundles that give one label" in done.output
+
+
+@all_tasks("tokens", "embedding")
+def test_a_rule_that_a_task_has_not_is_refused_by_name(task_bundle: tuple[Path, Path]) -> None:
+    bundle, dev = task_bundle
+    for rule in ("patience", "quee"):
+        done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--rule", rule])
+        assert done.exit_code == 2 and f"rule {rule}: it is not for " in done.output
+
+
+def test_numbers_with_policies_are_swept_by_their_gate(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundles.REGRESSION, tmp_path / "bundle"))
+    file = tmp_path / "dev.txt"
+    file.write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
+    assert CliRunner().invoke(main, [str(file), "--bundle", str(bundle), "--rule", "gate"]).exit_code == 0
+    points = {point.name: point for point in open_bundle(bundle).manifest.points}
+    assert points["trained"].rule == RuleSpec("gate", {"threshold": 0.5})
+
+
 def test_errors_leave_the_bundle_unchanged(bundle: Path, tmp_path: Path) -> None:
     before = (bundle / "manifest.json").read_bytes()
     bad = tmp_path / "bad.jsonl"
@@ -280,4 +358,4 @@ def test_bad_pairs_are_refused(tmp_path: Path, line: str, message: str) -> None:
     done = CliRunner().invoke(
         main, [str(tmp_path / "pairs.jsonl"), "--bundle", str(GENERATOR), "--rule", "gate"]
     )
-    assert done.exit_code == 2 and "--rule is for bundles that classify" in done.output
+    assert done.exit_code == 2 and "--rule is not for generated text" in done.output

@@ -1,13 +1,14 @@
-"""Checks of manifests: of bundles for images and of decoders here, of text classifiers in test_manifest."""
+"""Checks of manifests: of images, decoders and tasks beside labels here, of texts in test_manifest."""
 
 from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundles import GENERATOR
+from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import (
@@ -149,7 +150,7 @@ def test_wrong_graph_of_a_decoder_is_named(graphs: str, path: str, new: Any, mes
         ("decoder stop", [60], "decoder.stop: 60 is not in a vocabulary of 60"),
         ("decoder", None, "decoder: missing for task text-generation"),
         ("task", "text-classification", "decoder: there is none for task text-classification"),
-        ("labels", ["a", "b"], "labels: a decoder has none"),
+        ("labels", ["a", "b"], "labels: text-generation has none, found"),
         ("decoder cache_fills 1 blocks", [2], "cache_fills: their blocks must be those of the segments"),
     ],
 )
@@ -165,3 +166,87 @@ def test_wrong_decoder_field_is_named(path: str, new: Any, message: str) -> None
         place[last] = new
     with pytest.raises(BadManifest, match=message):
         read_manifest(json.dumps(facts), source="here")
+
+
+FORECAST = {"name": "forecast", "dtype": "float32", "shape": ["batch", 3]}
+STARTS = {"name": "word_starts", "dtype": "int64", "shape": ["batch", "seq"]}
+CALIBRATION = {"coverage": 0.9, "temperatures": [1.0] * 3, "quantiles": [0.5] * 3, "quantile": 0.5}
+FIRST, LAST, STEM = (f"{graph} variants fp32" for graph in ("segments 0", "segments 2", "stem"))
+
+
+@pytest.mark.parametrize(
+    ("bundle", "path", "new", "message"),
+    [
+        (MULTI_LABEL, "labels", [], "labels: multi-label-classification has 1 or more, found []"),
+        (MULTI_LABEL, "thresholds", [0.5], "thresholds: multi-label-classification has 3, one a label"),
+        (MULTI_LABEL, "thresholds", [0.5, 0.0, 0.5], "thresholds: they are probabilities above 0"),
+        (MULTI_LABEL, "thresholds", [0.5, 1.0, 0.5], "thresholds: they are probabilities above 0"),
+        (MULTI_LABEL, f"{FIRST} outputs 1 shape 1", 3, "logits must be [batch, 2], found ['batch', 3]"),
+        (MULTI_LABEL, f"{FIRST} outputs 2 shape 1", 4, "answer must be [batch, 3], one a label, found"),
+        (MULTI_LABEL, f"{FIRST} outputs 2 dtype", "float16", "answer must be float32, found float16"),
+        (MULTI_LABEL, f"{LAST} outputs 1", None, "segments[2]: it has no output 'answer'"),
+        (MULTI_LABEL, f"{LAST} outputs 0", None, "segments[2]: it has no output 'logits'"),
+        (MULTI_LABEL, f"{FIRST} outputs 2", FORECAST, "'forecast'; expected logits, gate, answer or next_<"),
+        (MULTI_LABEL, "points 0 calibration", CALIBRATION, "points[0].calibration: multi-label"),
+        (MULTI_LABEL, f"{STEM} inputs 2", STARTS, "stem: its input word_starts is for token-class"),
+        (TOKENS, "labels", ["O"], "labels: token-classification has 2 or more, found ['O']"),
+        (TOKENS, "thresholds", [0.5] * 5, "thresholds: token-classification has none, found [0.5,"),
+        (TOKENS, f"{STEM} inputs 3", None, "stem: for token-classification it reads word_starts, int64 ["),
+        (TOKENS, f"{STEM} inputs 3 dtype", "int32", "stem: for token-classification it reads word_starts"),
+        (TOKENS, f"{FIRST} outputs 1 shape 1", 5, "logits must be [batch, 2], found ['batch', 5]"),
+        (TOKENS, f"{FIRST} outputs 2 shape", ["batch", 5], "answer must be [batch, seq, 5], one a label"),
+        (REGRESSION, "labels", ["no", "yes"], "labels: regression has none, found ['no', 'yes']"),
+        (REGRESSION, f"{FIRST} outputs 1 shape", [], "answer must be [batch, 1], found []"),
+        (REGRESSION, f"{LAST} outputs 0 name", "logits", "output 'logits'; expected gate, answer or next_<"),
+        (EMBEDDING, f"{FIRST} outputs 1 shape 1", 1, "answer must be [batch, 2] or longer, as in all"),
+        (EMBEDDING, f"{LAST} outputs 0 shape 1", 9, "answer must be [batch, 8] or longer, as in all"),
+        (EMBEDDING, f"{LAST} outputs 0 shape 1", "seq", "answer must be [batch, 8] or longer, as in all"),
+        (CLASSIFIER, "thresholds", [0.5, 0.5], "thresholds: text-classification has none, found [0.5, 0.5]"),
+        (
+            CLASSIFIER,
+            f"{LAST} outputs 0 name",
+            "answer",
+            "output 'answer'; expected logits, gate, forecast or",
+        ),
+    ],
+)
+def test_wrong_field_of_a_task_is_named(bundle: Path, path: str, new: Any, message: str) -> None:
+    facts = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
+    for segment in (facts["stem"], *facts["segments"]):
+        segment["variants"].pop("int8", None)  # or it would not fit the changed graph
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split()]
+    place = facts
+    for key in parents:
+        place = place[key]
+    if new is None:
+        del place[last]
+    else:
+        place[last] = new
+    if bundle == CLASSIFIER:
+        facts["points"] = []
+    with pytest.raises(BadManifest) as problem:
+        read_manifest(json.dumps(facts), source="here")
+    assert message in str(problem.value)
+
+
+def test_tasks_that_read_no_images_are_named() -> None:
+    facts = json.loads(manifest().to_json())
+    facts |= {"task": "token-classification", "labels": ["O", "B-X"]}
+    read = {"name": "word_starts", "dtype": "int64", "shape": ["batch", "seq"]}
+    facts["stem"]["variants"]["fp32"]["inputs"].append(read)
+    outputs = facts["segments"][0]["variants"]["fp32"]["outputs"]
+    outputs.append({"name": "answer", "dtype": "float32", "shape": ["batch", "seq", 2]})
+    with pytest.raises(BadManifest, match=r"'token-classification'; expected .*'image-.*'regression'"):
+        read_manifest(json.dumps(facts), source="here")
+
+
+def test_regression_and_several_labels_read_images() -> None:
+    facts = json.loads(manifest().to_json())
+    outputs = facts["segments"][0]["variants"]["fp32"]["outputs"]
+    outputs[0] |= {"name": "answer", "shape": ["batch", 1]}
+    number = facts | {"task": "regression", "labels": []}
+    assert read_manifest(json.dumps(number), source="here").kind == "regression"
+    outputs[0] |= {"shape": ["batch", 2]}
+    outputs.append({"name": "logits", "dtype": "float32", "shape": ["batch", 2]})
+    several = facts | {"task": "multi-label-classification", "thresholds": [0.5, 0.5]}
+    assert read_manifest(json.dumps(several), source="here").thresholds == (0.5, 0.5)

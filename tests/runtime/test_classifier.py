@@ -20,8 +20,8 @@ from offramp.runtime import (
     load,
     load_classifier,
 )
-from offramp.runtime.classifier import WINDOW
 from offramp.runtime.inputs.text import MAX_WINDOWS
+from offramp.runtime.row_session import WINDOW
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def test_more_windows_than_the_most_are_marked_as_truncated(windowed: Classifier
 
 
 def test_windows_are_for_texts_alone() -> None:
-    with pytest.raises(BadSetting, match=r"long_texts windows: .* does not classify texts"):
+    with pytest.raises(BadSetting, match=r"long_texts windows: .* generates text, so it has no windows"):
         load(GENERATOR, long_texts="windows")
     with pytest.raises(BadSetting, match="long_texts 'wide': choose one of cut, windows"):
         load(CLASSIFIER, long_texts="wide")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tiny_bundles import CLASSIFIER
+from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS
 
-from offramp.runtime import cli, load_classifier
+from offramp.runtime import cli, load_classifier, load_row_session
 from offramp.runtime.engines import base
 from offramp.runtime.errors import ItemError
 from offramp.runtime.inputs import lines
@@ -169,6 +170,59 @@ def test_sets_of_a_calibrated_point_are_written(tmp_path: Path) -> None:
     assert "set" not in run(data=b"good film\n", bundle=bundle)[1][0]
     code, objects, errors = run("--sets", data=b"good film\n")
     assert (code, objects) == (cli.NOT_STARTED, []) and "ee-calibrate --coverage" in errors
+
+
+TASKS: dict[Path, list[str]] = {
+    MULTI_LABEL: ["labels", "scores"],
+    TOKENS: ["entities"],
+    REGRESSION: ["value"],
+    EMBEDDING: ["embedding"],
+}
+
+
+@pytest.mark.parametrize("bundle", TASKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("size", ["1", "4"])
+def test_answers_of_other_tasks_are_those_of_a_session(bundle: Path, size: str) -> None:
+    data = b"good film\n\n" + b"very " * 200 + b"\nann, paris\n"
+    code, objects, errors = run("--stats", "--batch-size", size, bundle=bundle, data=data)
+    assert code == cli.SOME_FAILED and len(objects) == 4 and "3 (" in errors
+    assert list(objects[0]) == [*TASKS[bundle], "exit", "depth", "ms"]
+    assert objects[1] == {"error": "empty line", "line": 2} and objects[2]["truncated"] is True
+    with load_row_session(bundle) as session:
+        answer = session("ann, paris")
+        assert objects[3]["exit"] == answer.exit
+        if size == "1":
+            assert {name: objects[3][name] for name in TASKS[bundle]} == answer.as_json()
+
+
+def test_json_of_other_tasks_has_the_types_of_its_fields() -> None:
+    (labels,), (tokens,), (number,), (vector,) = (run(bundle=path, data=b"ann\n")[1] for path in TASKS)
+    assert all(set(label) == {"label", "score"} for label in labels["labels"])
+    assert all(isinstance(score, float) for score in labels["scores"].values())
+    names = ["entity_group", "score", "word", "start", "end"]
+    assert [list(entity) for entity in tokens["entities"]] == [names] * len(tokens["entities"])
+    assert isinstance(number["value"], float)
+    assert vector["embedding"] == [round(value, 6) for value in vector["embedding"]]
+
+
+@pytest.mark.parametrize("bundle", [*TASKS, GENERATOR], ids=lambda path: path.name)
+def test_sets_are_refused_for_other_tasks(bundle: Path) -> None:
+    code, objects, errors = run("--sets", bundle=bundle, data=b"good\n")
+    assert (code, objects) == (cli.NOT_STARTED, [])
+    assert re.search(r"--sets: they are for bundles that classify, not for [\w-]+; leave it out", errors)
+
+
+@pytest.mark.parametrize("bundle", TASKS, ids=lambda path: path.name)
+def test_long_texts_of_other_tasks_are_walked_in_windows(bundle: Path) -> None:
+    code, (answer,), _ = run("--long", "windows", bundle=bundle, data=b"good " * 200 + b"\n")
+    assert code == cli.ALL_ANSWERED and answer["windows"] > 2 and "truncated" not in answer
+
+
+def test_a_pair_keeps_its_place_where_words_are_labelled() -> None:
+    data = b'{"text": "ann"}\n{"text": "ann", "text_b": "paris"}\n{"text": "paris"}\n'
+    code, objects, _ = run(bundle=TOKENS, data=data)
+    assert code == cli.SOME_FAILED and "entities" in objects[0] and "entities" in objects[2]
+    assert objects[1]["line"] == 2 and "not a pair" in objects[1]["error"]
 
 
 def test_stats_name_what_ran() -> None:

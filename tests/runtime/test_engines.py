@@ -126,23 +126,11 @@ class Fake:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    kind, _, version = request.param.partition("-")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "fake":
-            yield Fake()
-            return
-        options = EngineOptions(kind)
-        if request.param != "ort":
-            real = version if version in gpu.VERSIONS else "10.3.0"
-            machine = gpu.machine(patch, tmp_path_factory.mktemp("cache"), real)
-            options = EngineOptions(kind, device="cuda", cuda_graphs=version.endswith("graphs"))
-            if kind == "ort":
-                gpu.ort_on_cuda(patch, machine.cudart)
-        engine = open_engine(open_bundle(TINY), "fp32", options)
+    if request.param == "fake":
+        yield Fake()
+        return
+    with gpu.opened(request.param, TINY, tmp_path_factory.mktemp("cache")) as engine:
         yield engine
-        engine.close()
-        if request.param != "ort":
-            assert machine.cudart.faults == [] and machine.cudart.default_stream_uses == 0
 
 
 def batches(ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:

@@ -1,5 +1,7 @@
 """Rules that only exit: each predicate by hand, and simulation against a walk of one row after another."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ SPECS = [
     RuleSpec("margin", {"threshold": 0.4}),
     RuleSpec("patience", {"patience": 2}),
     RuleSpec("patience_confident", {"threshold": 0.6, "patience": 2}),
+    RuleSpec("settled", {"threshold": 0.4}),
     RuleSpec("fixed", {"exit": 3}),
     RuleSpec("never", {}),
 ]
@@ -107,15 +110,51 @@ def test_patience_confident_counts_confident_exits_of_any_label() -> None:
     assert last_exits(patience=2, threshold=0.1) == [3, 3, 3]
 
 
+def settled_exits(answers: list[Any], threshold: float) -> list[int]:
+    """The exits (0-based) of rows with these answers [rows, exits, numbers], and no logits."""
+    array = np.array(answers, np.float32)
+    rule = bind(RuleSpec("settled", {"threshold": threshold}), array.shape[1], answer_size=array.shape[2])
+    no_logits = np.zeros((*array.shape[:2], 0), np.float32)
+    return [int(exit) for exit in simulate(rule, no_logits, None, array)]
+
+
+def test_numbers_settle_by_their_difference() -> None:
+    falling = [[3.0], [2.0], [1.75], [1.75]]
+    assert settled_exits([falling], 0.25) == [2], "the threshold itself is near enough"
+    assert settled_exits([falling], 0.2) == [3]
+    assert settled_exits([falling], 1.0) == [1]
+    assert settled_exits([[[-1.0], [1.0], [-1.0], [1.0]]], 1.5) == [3], "the sign counts"
+
+
+def test_embeddings_settle_by_their_cosine() -> None:
+    turning = [[1.0, 0.0], [0.6, 0.8], [0.0, 2.0], [0.0, 1.0]]  # cosines of neighbours: 0.6, 0.8, 1
+    assert settled_exits([turning], 0.5) == [1]
+    assert settled_exits([turning], 0.3) == [2]
+    assert settled_exits([turning], 0.0) == [3]
+    assert settled_exits([[[0.0, 0.0]] * 3], 0.9) == [2], "nothing is like an embedding of zeros"
+
+
+def test_no_row_settles_at_its_first_exit() -> None:
+    assert settled_exits([[[0.0], [0.0], [0.0]], [[0.0], [5.0], [5.0]]], 100.0) == [1, 1]
+
+
+def test_settled_without_answer_is_refused() -> None:
+    rule = bind(RuleSpec("settled", {"threshold": 0.1}), 4, answer_size=1)
+    with pytest.raises(BadSetting, match="segment 2 has no answer to compare; choose another rule"):
+        rule(RowSignals(logits_of([0.5, 0.5])), np.zeros((1, 2), "f4"), np.zeros((1, 4), "i1"), 1)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_simulation_of_many_rows_equals_that_of_each_row(spec: RuleSpec) -> None:
     random = np.random.default_rng(1)
     logits = random.normal(0, 2, (60, 6, 3)).astype(np.float32)
     gates = random.random((60, 6)).astype(np.float32)
-    rule = bind(spec, 6)
-    single = [int(simulate(rule, logits[i : i + 1], gates[i : i + 1])[0]) for i in range(60)]
-    assert simulate(rule, logits, gates).tolist() == single
-    assert simulate(rule, logits, gates[:, :-1]).tolist() == single
+    answers = random.normal(0, 2, (60, 6, 4)).astype(np.float32)
+    rule = bind(spec, 6, answer_size=4)
+    rows = [slice(i, i + 1) for i in range(60)]
+    single = [int(simulate(rule, logits[row], gates[row], answers[row])[0]) for row in rows]
+    assert simulate(rule, logits, gates, answers).tolist() == single
+    assert simulate(rule, logits, gates[:, :-1], answers).tolist() == single
 
 
 def test_simulation_of_no_rows_and_of_one_segment() -> None:

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from tiny_bundles import CLASSIFIER
 
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.decoding import Token
-from offramp.runtime.tuning.figures import answer_accuracy, answer_figures, depths_by_position, row_figures
+from offramp.runtime.tuning.figures import answer_figures, answer_quality, depths_by_position, row_figures
+from offramp.runtime.tuning.right_answers import AnswerReader
 from offramp.runtime.tuning.timing import AnswerTimings, RowTimings
 
 
@@ -34,9 +37,10 @@ def test_nothing_saved_has_nothing_to_realise() -> None:
 
 
 def test_accuracy_needs_labels() -> None:
+    reader = AnswerReader(open_bundle(CLASSIFIER).manifest)
     own = RowTimings(np.ones((2, 2)), np.array([[0, 1], [1, 1]]), np.ones((2, 2), np.int64))
-    assert answer_accuracy(own, None) is None
-    assert answer_accuracy(own, np.array([0, 1])) == 75
+    assert answer_quality(reader, own, None) is None
+    assert answer_quality(reader, own, np.array([0, 1])) == 75
 
 
 def test_answer_figures_by_hand() -> None:

@@ -162,7 +162,7 @@ def test_stats_of_speculative_name_drafts_and_what_ran() -> None:
 
 def test_wrong_options_prevent_the_start() -> None:
     for options, message in (
-        (("--rule", "quee"), "is not for bundles that generate text"),
+        (("--rule", "quee"), "it is not for text-generation"),
         (("--exit-kv", "propagate", "--rule", "never"), "no token exits early"),
         (("--engine", "trt"), "run on engine ort alone"),
         (("one.txt", "two.txt"), "name one INPUT, not 2"),

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from offramp.runtime.bundle.manifest import EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 from offramp.runtime.errors import BadInput
-from offramp.runtime.tuning.labelled import label_number, read_labelled, read_rows
+from offramp.runtime.tuning.labelled import (
+    label_number,
+    read_labelled,
+    read_perhaps_labelled,
+    read_rows,
+)
 
 NAMES = ("negative", "positive")
 
@@ -134,3 +140,54 @@ def test_names_that_are_numbers_are_never_taken_for_places(tmp_path: Path) -> No
     with pytest.raises(BadInput, match=r"label 0 is not one of: 1, 2, 3$"):
         label_number(0, names, "here")
     assert label_number(True, ("false", "true"), "here") == 1
+
+
+def test_rows_of_other_tasks(tmp_path: Path) -> None:
+    several = read_labelled(written(tmp_path, {"text": "a", "labels": [1]}), NAMES, kind=MULTI_LABEL)
+    assert several.labels.tolist() == [[False, True]]
+    numbers = written(tmp_path, {"text": "a", "text_b": "b", "label": 2.5}, {"text": "c", "label": -1})
+    assert read_labelled(numbers, (), kind=REGRESSION).labels.tolist() == [2.5, -1.0]
+    rows, labelled = read_perhaps_labelled(numbers, (), kind=EMBEDDING)
+    assert rows.items == (("a", "b"), "c") and not labelled
+
+
+@pytest.mark.parametrize("form", ["labelled", "rows"])
+def test_words_with_tags_and_texts_with_entities(tmp_path: Path, form: str) -> None:
+    entities = [{"start": 4, "end": 9, "label": "LOC"}]
+    file = written(
+        tmp_path,
+        {"tokens": ["In", "Paris", "."], "tags": ["O", "B-LOC", 0]},
+        {"text": "Not Paris", "entities": entities},
+    )
+    names = ("O", "B-LOC", "I-LOC")
+    if form == "labelled":
+        rows, labelled = read_perhaps_labelled(file, names, kind=TOKENS)
+        assert labelled
+        items, labels = rows.items, rows.labels
+    else:
+        items, read, there = read_rows(file, names, 9, kind=TOKENS)
+        assert read is not None and there == 2
+        items, labels = tuple(items), read
+    assert items == ("In Paris .", "Not Paris")
+    assert labels.tolist() == [[(0, 2, 0), (3, 8, 1), (9, 10, 0)], [(0, 4, 0), (4, 9, 1)]]
+
+
+def test_words_without_tags_are_rows_without_labels(tmp_path: Path) -> None:
+    file = written(tmp_path, {"tokens": ["In", "Paris"]}, {"text": "Not Paris"})
+    rows, labelled = read_perhaps_labelled(file, ("O", "B-LOC"), kind=TOKENS)
+    assert not labelled and rows.items == ("In Paris", "Not Paris") and rows.labels.tolist() == [-1, -1]
+
+
+def test_errors_of_other_tasks_name_the_line(tmp_path: Path) -> None:
+    file = written(tmp_path, {"text": "a", "labels": ["positive"]}, {"text": "b"})
+    with pytest.raises(BadInput, match=r'dev\.jsonl, line 2: no "labels"; every row needs one'):
+        read_labelled(file, NAMES, kind=MULTI_LABEL)
+    with pytest.raises(BadInput, match=r'dev\.jsonl:2: "labels" must be on every line or on none'):
+        read_rows(file, NAMES, 9, kind=MULTI_LABEL)
+    with pytest.raises(BadInput, match="a folder; give a file of JSON lines with image and labels"):
+        read_labelled(tmp_path, NAMES, kind=MULTI_LABEL, images=True)
+    file = written(tmp_path, {"tokens": [], "tags": []})
+    with pytest.raises(BadInput, match=r'dev\.jsonl, line 1: "tokens" is not a list of words'):
+        read_labelled(file, NAMES, kind=TOKENS)
+    with pytest.raises(BadInput, match=r'dev\.jsonl:1: "tokens" is not a list of words'):
+        read_rows(file, NAMES, 9, kind=TOKENS)

@@ -9,20 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import CLASSIFIER, GENERATOR, texts
+from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS, texts
 
 from offramp.runtime import (
     BadBundle,
     BadSetting,
     BundleNotFound,
     Classifier,
+    Embedder,
+    MultiLabelClassifier,
+    Regressor,
     RuleSpec,
     TextGenerator,
+    TokenClassifier,
     load,
     load_classifier,
     load_generator,
+    load_row_session,
     loading,
 )
+from offramp.runtime.bundle.manifest import GENERATION, TASKS
 
 
 @pytest.fixture
@@ -39,6 +45,37 @@ def test_load_opens_the_kind_of_session_that_the_bundle_is_for() -> None:
     with load(CLASSIFIER) as classifier, load(GENERATOR) as generator:
         assert isinstance(classifier, Classifier) and isinstance(generator, TextGenerator)
         assert classifier.batch_size == loading.BATCH_SIZE
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (CLASSIFIER, Classifier),
+        (MULTI_LABEL, MultiLabelClassifier),
+        (TOKENS, TokenClassifier),
+        (REGRESSION, Regressor),
+        (EMBEDDING, Embedder),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_load_row_session_opens_all_tasks_but_generation(path: Path, kind: type) -> None:
+    with load_row_session(path, batch_size=3) as session:
+        assert type(session) is kind and session.batch_size == 3
+    if path != CLASSIFIER:
+        with pytest.raises(BadSetting, match=rf"{path.name}: this bundle .*; open it with load\(\)"):
+            load_classifier(path)
+        with pytest.raises(BadSetting, match=rf"{path.name}: this bundle .*; open it with load\(\)"):
+            load_generator(path)
+
+
+def test_load_row_session_refuses_a_generator() -> None:
+    with pytest.raises(BadSetting, match=r"this bundle generates text; open it with load\(\)"):
+        load_row_session(GENERATOR)
+
+
+def test_every_kind_of_task_has_a_session() -> None:
+    kinds = {task.kind for task in TASKS.values()}
+    assert {*loading.ROW_SESSIONS, GENERATION} == kinds
 
 
 def test_load_classifier_and_load_generator_refuse_the_other_task() -> None:
@@ -164,7 +201,7 @@ def test_threshold_alone_is_that_of_the_bundles_rule() -> None:
         ({"rule": "margin"}, r"needs threshold: give a threshold \(--threshold NUMBER\)"),
         ({"rule": "never", "threshold": 0.5}, "has no threshold"),
         ({"rule": "fixed", "threshold": 9}, "exits 1 to 3"),
-        ({"rule": "speculative"}, "is not for bundles that classify"),
+        ({"rule": "speculative"}, "rule speculative: it is not for text-classification"),
         ({"variant": "int4"}, "it offers: fp32, int8"),
         ({"engine": "tpu"}, "engine 'tpu' is not known; choose one of: ort, trt"),
         ({"device": "tpu"}, "device 'tpu' is not known; choose one of: cpu, cuda"),
@@ -174,7 +211,7 @@ def test_threshold_alone_is_that_of_the_bundles_rule() -> None:
         ({"threads": 0}, "threads 0: expected 1 or more"),
         ({"batch_size": 0}, "batch size 0: expected 1 or more"),
         ({"batch_size": 2**21}, "batch size 2097152: engine ort walks at most 1048576 rows together"),
-        ({"exit_kv": "propagate"}, "exit_kv propagate: this bundle classifies, so it has no cache"),
+        ({"exit_kv": "propagate"}, "exit_kv propagate: a bundle of task text-classification has no cache"),
         ({"exit_kv": "deep"}, "exit_kv 'deep': choose one of deferred, propagate"),
     ],
     ids=str,
@@ -189,7 +226,7 @@ def test_bad_options_for_a_classifier(options: dict[str, Any], message: str) -> 
     [
         ({"rule": "skip", "threshold": 1}, "segments 1 is not a whole number from 2 to 3"),
         ({"rule": "quick"}, "rule 'quick' is not known; choose one of: gate, .*speculative"),
-        ({"rule": "quee"}, "rule 'quee' is not for bundles that generate text"),
+        ({"rule": "quee"}, "rule quee: it is not for text-generation"),
         ({"rule": "route", "threshold": 0.1}, r"has no router; fit one with: ee-calibrate"),
         ({"rule": "speculative", "threshold": 1}, "rule speculative has no threshold"),
         ({"exit_kv": "deep"}, "exit_kv 'deep': choose one of deferred, propagate"),

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_bundles import CLASSIFIER, GENERATOR
+from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.manifest import (
@@ -219,10 +219,33 @@ def test_read_golden_bytes() -> None:
     assert read_manifest(GOLDEN, source="golden") == small()
 
 
-@pytest.mark.parametrize("tiny", [CLASSIFIER, GENERATOR])
+@pytest.mark.parametrize("tiny", [CLASSIFIER, GENERATOR, MULTI_LABEL, TOKENS, REGRESSION, EMBEDDING])
 def test_tiny_manifests_round_trip(tiny: Path) -> None:
     text = (tiny / FILE_NAME).read_text(encoding="utf-8")
     assert read_manifest(text, source="tiny").to_json() == text
+
+
+def test_thresholds_are_in_the_file_of_several_labels_alone() -> None:
+    several = json.loads((MULTI_LABEL / FILE_NAME).read_text(encoding="utf-8"))
+    assert len(several["thresholds"]) == len(several["labels"])
+    for other in (TOKENS, REGRESSION, EMBEDDING, CLASSIFIER):
+        assert "thresholds" not in json.loads((other / FILE_NAME).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("tiny", "kind", "classes", "answer_size"),
+    [
+        (CLASSIFIER, "classification", 2, 0),
+        (GENERATOR, "text-generation", 0, 0),
+        (MULTI_LABEL, "multi-label-classification", 2, 3),
+        (TOKENS, "token-classification", 2, 5),
+        (REGRESSION, "regression", 0, 1),
+        (EMBEDDING, "sentence-embedding", 0, 8),
+    ],
+)
+def test_kind_and_sizes_of_signals(tiny: Path, kind: str, classes: int, answer_size: int) -> None:
+    manifest = read_manifest((tiny / FILE_NAME).read_text(encoding="utf-8"), source="tiny")
+    assert (manifest.kind, manifest.classes, manifest.answer_size) == (kind, classes, answer_size)
 
 
 def test_macs_of_row() -> None:

@@ -8,11 +8,26 @@ from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules import RULES, RuleSpec, bind, main_parameter, rules_for
 
 
-def test_rules_for_each_task() -> None:
-    classifying, generating = rules_for(generates=False), rules_for(generates=True)
-    assert set(classifying) | set(generating) == set(RULES)
-    assert set(classifying) - set(generating) == {"quee"}
-    assert set(generating) - set(classifying) == {"speculative", "skip", "route"}
+def test_rules_of_labels_and_of_text() -> None:
+    classifying, generating = set(rules_for("classification")), set(rules_for("text-generation"))
+    assert classifying | generating == set(RULES) - {"settled"}
+    assert classifying - generating == {"quee"}
+    assert generating - classifying == {"speculative", "skip", "route"}
+
+
+def test_rules_of_tasks_without_one_label_a_row() -> None:
+    certain = {"gate", "max_probability", "entropy", "margin", "patience_confident", "fixed", "never"}
+    for task in ("multi-label-classification", "token-classification"):
+        assert set(rules_for(task)) == certain
+    for task in ("regression", "sentence-embedding"):
+        assert set(rules_for(task)) == {"settled", "gate", "fixed", "never"}
+
+
+def test_settled_remembers_an_answer_and_whether_there_was_one() -> None:
+    spec = RuleSpec("settled", {"threshold": 0.1})
+    assert [bind(spec, 4, answer_size=size).width for size in (1, 384)] == [2, 385]
+    with pytest.raises(BadSetting, match=r"rule settled: there are no answers .* choose another rule"):
+        bind(spec, 4)
 
 
 def test_main_parameter_of_each_rule() -> None:

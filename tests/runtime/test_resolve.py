@@ -1,17 +1,18 @@
-"""The resolver: from options and a manifest to a rule and a variant, for both kinds of bundle."""
+"""The resolver: from options and a manifest to a rule and a variant, for every kind of bundle."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundles import CLASSIFIER, GENERATOR
+from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import Manifest, OperatingPoint
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.rules import RuleSpec
+from offramp.runtime.rules import RULES, RuleSpec, rules_for
 from offramp.runtime.rules.resolve import bind_for_bundle, points_to_measure, resolve_rule
 
 
@@ -106,9 +107,9 @@ def test_rule_of_the_default_point_starts_in_its_variant() -> None:
         ({"point": "slow"}, r"operating point 'slow' .* it has: default, fast"),
         ({"rule": "luck"}, r"rule 'luck' is not known; choose one of: gate, .*quee"),
         ({"rule": "never", "threshold": 0.5}, "rule never has no threshold"),
-        ({"rule": "skip"}, r"rule 'skip' is not for bundles that classify; choose one of: gate, .*quee"),
-        ({"rule": "speculative"}, "rule 'speculative' is not for bundles that classify"),
-        ({"rule": RuleSpec("route", {"price": 0.1})}, "rule 'route' is not for bundles that classify"),
+        ({"rule": "skip"}, r"rule skip: it is not for text-classification, .*; choose one of: gate, .*quee"),
+        ({"rule": "speculative"}, "rule speculative: it is not for text-classification, the task of this"),
+        ({"rule": RuleSpec("route", {"price": 0.1})}, "rule route: it is not for text-classification"),
         ({"rule": "quee", "threshold": 0.1}, r"rule quee: segment_00 has no error forecast .* choose one of"),
     ],
 )
@@ -120,7 +121,7 @@ def test_bad_options_for_a_classifier(options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "quee"}, r"rule 'quee' is not for bundles that generate text; choose one of: .*route"),
+        ({"rule": "quee"}, r"rule quee: it is not for text-generation, .*; choose one of: .*route"),
         ({"rule": "luck"}, r"rule 'luck' is not known; choose one of: gate, .*route"),
         ({"rule": "speculative", "threshold": 0.5}, "rule speculative has no threshold"),
         ({"point": "default"}, "it has: none at all"),
@@ -136,6 +137,51 @@ def test_bad_options_for_a_generator(options: dict[str, Any], message: str) -> N
 def test_gate_without_policies_is_refused(manifest: Manifest) -> None:
     with pytest.raises(BadSetting, match=r"rule gate: \w+ has no policy in this bundle; choose one of: max_"):
         resolve_rule(without_output(manifest, "gate"), rule="gate")
+
+
+def manifest_of(bundle: Path) -> Manifest:
+    return open_bundle(bundle).manifest
+
+
+@pytest.mark.parametrize(
+    ("bundle", "rule", "message"),
+    [
+        (MULTI_LABEL, "patience", "rule patience: it is not for multi-label-classification, .*one of: gate,"),
+        (MULTI_LABEL, "settled", "rule settled: it is not for multi-label-classification"),
+        (TOKENS, "patience", "rule patience: it is not for token-classification, the task of this bundle"),
+        (TOKENS, "quee", "rule quee: it is not for token-classification"),
+        (REGRESSION, "entropy", "entropy: it is not for regression, .*: gate, settled, fixed, never$"),
+        (EMBEDDING, "patience", "rule patience: it is not for sentence-embedding, the task of this bundle"),
+        (EMBEDDING, "skip", "rule skip: it is not for sentence-embedding"),
+        (EMBEDDING, "gate", "rule gate: segment_00 has no policy .*: settled, fixed, never$"),
+    ],
+)
+def test_rule_that_a_task_lacks_is_refused(bundle: Path, rule: str, message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        resolve_rule(manifest_of(bundle), rule=rule, threshold=1.0)
+
+
+@pytest.mark.parametrize("bundle", [MULTI_LABEL, TOKENS, REGRESSION, EMBEDDING], ids=lambda path: path.name)
+def test_rules_that_a_task_has_are_bound(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    assert resolve_rule(opened.manifest) == (opened.manifest.rule, "fp32")
+    for name in rules_for(opened.manifest.kind):
+        if name == "gate" and bundle != REGRESSION:
+            continue  # they have no policy
+        spec = RuleSpec(name, {parameter: 1.0 for parameter in parameters_of(name)})
+        assert bind_for_bundle(opened, resolve_rule(opened.manifest, rule=spec)[0]).spec == spec
+
+
+def parameters_of(rule: str) -> list[str]:
+    return [name for name in (RULES[rule].parameter, RULES[rule].count) if name is not None]
+
+
+def test_settled_of_a_bundle_remembers_its_answers() -> None:
+    spec = RuleSpec("settled", {"threshold": 0.1})
+    assert bind_for_bundle(open_bundle(REGRESSION), spec).width == 1 + 1
+    assert bind_for_bundle(open_bundle(EMBEDDING), spec).width == 1 + manifest_of(EMBEDDING).answer_size
+    with pytest.raises(BadSetting, match=r"rule settled needs threshold: give a threshold"):
+        bind_for_bundle(open_bundle(REGRESSION), RuleSpec("settled", {}))
 
 
 def test_logits_are_needed_of_a_classifier_alone() -> None:
@@ -170,7 +216,7 @@ def test_bind_to_a_bundle() -> None:
     ("bundle", "spec", "exit_kv", "message"),
     [
         (CLASSIFIER, FIXED, "deep", "exit_kv 'deep': choose one of deferred, propagate"),
-        (CLASSIFIER, FIXED, "propagate", "exit_kv propagate: this bundle classifies, so it has no cache"),
+        (CLASSIFIER, FIXED, "propagate", "exit_kv propagate: a bundle of task text-classification has no"),
         (GENERATOR, FIXED, "deep", "exit_kv 'deep': choose one of deferred, propagate"),
         (GENERATOR, NEVER, "propagate", "with rule never no token exits early; leave it out"),
         (GENERATOR, RuleSpec("skip", {"segments": 2.0}), "propagate", "with rule skip no token exits early"),

@@ -10,7 +10,7 @@ from offramp.runtime.rules import RowSignals, RuleSpec, bind, normalised_entropy
 from offramp.runtime.rules.base import full_plan, never_exits
 from offramp.runtime.rules.route import Route, Router, Routing
 
-SEGMENTS, VARIANTS = 4, 2
+SEGMENTS, VARIANTS, ANSWER = 4, 2, 3
 COSTS = {"bops": StepCosts(8, {f"v{variant}": (1.0,) * SEGMENTS for variant in range(VARIANTS)})}
 ROUTER = Router(np.zeros(3), np.ones(3), np.zeros((3, 2)), np.zeros(2), np.array([4.0, 3.0]), 1.0, 1.0)
 ROUTING = Routing(ROUTER, (Route("full", frozenset(), 4), Route("skip to 3", frozenset({2}), 3)))
@@ -21,6 +21,7 @@ SPECS = [
     RuleSpec("margin", {"threshold": 0.4}),
     RuleSpec("patience", {"patience": 2}),
     RuleSpec("patience_confident", {"threshold": 0.6, "patience": 2}),
+    RuleSpec("settled", {"threshold": 0.5}),
     RuleSpec("fixed", {"exit": 3}),
     RuleSpec("never", {}),
     RuleSpec("quee", {"price": 0.1}),
@@ -38,12 +39,13 @@ def signals_of(rows: int, segment: int, seed: int = 0) -> RowSignals:
         random.normal(0, 3, (rows, 2)).astype(np.float32),
         random.random(rows).astype(np.float32),
         random.random((rows, paths)).astype(np.float32),
+        answer=random.normal(0, 1, (rows, ANSWER)).astype(np.float32),
     )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_rule_changes_no_argument_and_nothing_that_was_run(spec: RuleSpec) -> None:
-    rule = bind(spec, SEGMENTS, COSTS, ROUTING)
+    rule = bind(spec, SEGMENTS, COSTS, ROUTING, ANSWER)
     assert rule.spec == spec
     for segment in range(SEGMENTS - 1):
         memory, plan = np.zeros((5, rule.width), np.float32), np.zeros((5, SEGMENTS), np.int8)
@@ -55,7 +57,7 @@ def test_rule_changes_no_argument_and_nothing_that_was_run(spec: RuleSpec) -> No
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_exit_test_agrees_with_the_rule(spec: RuleSpec) -> None:
-    rule = bind(spec, SEGMENTS, COSTS, ROUTING)
+    rule = bind(spec, SEGMENTS, COSTS, ROUTING, ANSWER)
     if rule.exit_test is None:
         assert rule.width or spec.name == "quee"
         return
@@ -68,7 +70,7 @@ def test_exit_test_agrees_with_the_rule(spec: RuleSpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_first_plan_runs_all_segments_in_the_variant_unless_the_rule_skips(spec: RuleSpec) -> None:
-    plan = bind(spec, SEGMENTS, COSTS, ROUTING).first_plan(SEGMENTS, 1, np.zeros(3, np.float32))
+    plan = bind(spec, SEGMENTS, COSTS, ROUTING, ANSWER).first_plan(SEGMENTS, 1, np.zeros(3, np.float32))
     assert plan.shape == (1, SEGMENTS) and plan.dtype == np.int8
     skipped = [2] if spec.name in ("skip", "route") else []
     assert [int(value) for value in plan[0]] == [-1 if number in skipped else 1 for number in range(SEGMENTS)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from offramp.runtime.rules import RuleSpec
+from offramp.runtime.rules.quality import value_quality
 from offramp.runtime.rules.sweep import (
     SWEPT,
     ExitMacs,
@@ -17,6 +18,7 @@ from offramp.runtime.rules.sweep import (
     settings_to_try,
     shallowest_point,
     sweep,
+    swept_rules,
     undominated_points,
 )
 
@@ -26,7 +28,7 @@ def table() -> ExitTable:
     margins = np.array([[3, 3, 3], [2, 2, 2], [-0.5, 1, 1], [-1, -1, 1]], np.float32)
     logits = np.stack([np.zeros_like(margins), margins], -1)
     gates = np.array([[0.9, 0.9, 1], [0.8, 0.8, 1], [0.2, 0.7, 1], [0.3, 0.1, 1]], np.float32)
-    return ExitTable(logits, gates, np.ones(4, np.int64))
+    return ExitTable(logits, gates, np.ones(4, np.int64), answers=margins[..., None])
 
 
 def macs() -> ExitMacs:
@@ -55,6 +57,32 @@ def test_two_parameters_are_swept_together_and_undominated_points_are_a_curve() 
     edge = undominated_points(points)
     assert [p.accuracy for p in edge] == sorted({p.accuracy for p in edge})
     assert all(any(e.mean_exit <= p.mean_exit and e.accuracy >= p.accuracy for e in edge) for p in points)
+
+
+def test_points_are_chosen_by_the_quality_of_a_table() -> None:
+    values = np.array([[[0.0], [3], [3.1]], [[1], [1], [1.1]], [[5], [2], [2.1]]], np.float32)
+    quality = value_quality(values, values[:, -1, 0], name="agreement")
+    nothing = np.zeros((3, 3, 0), np.float32)
+    values_table = ExitTable(nothing, None, np.full(3, -1), values, quality)
+    costs = ExitMacs(np.tile([10.0, 20.0, 30.0], (3, 1)), np.full(3, 30.0), np.array([2, 4, 6]))
+    points = choose_points("settled", values_table, costs)
+    assert values_table.measure.name == "agreement" and points["full"].accuracy == pytest.approx(100)
+    # Row 1 does not change after the first exit; the others change by 3 and leave at the last.
+    assert values_table.exits(RuleSpec("settled", {"threshold": 0.0})).tolist() == [2, 1, 2]
+    assert points["default"].rule.name == "settled" and points["default"].accuracy == pytest.approx(100)
+    assert points["default"].mean_exit == 4  # all rows leave at the second exit, ranked as at the last
+
+
+def test_answers_without_a_second_early_exit_cannot_settle() -> None:
+    short = ExitTable(np.zeros((2, 2, 0), np.float32), None, np.full(2, -1), np.zeros((2, 2, 1), np.float32))
+    assert settings_to_try("settled", short) == [0.0]
+    assert short.exits(RuleSpec("settled", {"threshold": 0.0})).tolist() == [1, 1]
+
+
+def test_the_rules_that_are_swept_for_a_task() -> None:
+    assert set(swept_rules("classification")) == {*SWEPT} - {"settled"}
+    assert "patience" not in swept_rules("token-classification")
+    assert swept_rules("regression") == ("gate", "settled")
 
 
 def test_no_policies_no_gate() -> None:

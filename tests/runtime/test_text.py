@@ -102,7 +102,9 @@ def test_very_long_text_is_cut_before_tokenizing(reader: TextReader) -> None:
     assert row.truncated and row.ids == read(reader, "good")[0].ids
 
 
-@pytest.mark.parametrize("item", [3, None, b"good", ("a", 3), ("a", "b", "c"), ["a", "b"], "half \ud83d"])
+@pytest.mark.parametrize(
+    "item", [3, None, b"good", ("a", 3), ("a",), (), ("a", "b", "c"), ["a", "b"], "half \ud83d"]
+)
 def test_other_objects_become_item_errors(reader: TextReader, item: object) -> None:
     good, error, pair = reader.read(["good", item, ("good", "bad")])
     assert isinstance(good, TextRow) and isinstance(pair, TextRow)

@@ -14,9 +14,9 @@ from offramp.runtime.decoding import Token
 from offramp.runtime.inputs.text import items_to_rows, open_reader
 from offramp.runtime.tuning.timing import (
     ROWS_PER_TURN,
+    AnswersAndExits,
     Batches,
     Candidate,
-    LabelsAndExits,
     take_turns,
     time_answers,
     time_bulk,
@@ -32,7 +32,7 @@ TEXTS = ["good film", "the plot was very bad", "a", "not at all warm and not goo
 
 
 def scripted(name: str, log: list[str], exit: int = 1) -> Candidate:
-    def run(batches: Batches, rows: int, limit: int) -> Callable[[], LabelsAndExits]:
+    def run(batches: Batches, rows: int, limit: int) -> Callable[[], AnswersAndExits]:
         log.append(name)
         return lambda: (np.zeros(rows, np.int64), np.full(rows, exit, np.int64))
 

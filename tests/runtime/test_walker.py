@@ -140,10 +140,12 @@ class Tables:
     facts: Mapping[str, str] = {}
     max_rows = 1000
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, has_answers: bool = False) -> None:
         random, shape = np.random.default_rng(seed), (ROWS, SEGMENTS, VARIANTS)
         self.logits = random.normal(0, 2, (*shape, CLASSES)).astype("f4")
         self.gates = random.random(shape).astype("f4")
+        self.answers = random.normal(0, 2, (*shape, 2)).astype("f4") if has_answers else None
+        self.answer_memory = np.zeros((SEGMENTS, ROWS, 2), "f4")  # used again by each state, as engines do
         self.largest = self.steps = self.skips = 0
         self.open = 0  # states that are not dropped
 
@@ -155,11 +157,15 @@ class Tables:
         assert state.segment + 1 == segment, "a segment was run twice, backwards or without a skip"
         state.segment = segment
         signals = self.logits[state.ids, segment, variant], self.gates[state.ids, segment, variant]
+        answer = None
+        if self.answers is not None:
+            answer = self.answer_memory[segment, : state.rows]
+            answer[...] = self.answers[state.ids, segment, variant]
         if segment + 1 == SEGMENTS:
-            return RowSignals(*signals)
+            return RowSignals(*signals, answer=answer)
         width = VARIANTS * (1 + VARIANTS * (SEGMENTS - 1 - segment))
         forecast = np.random.default_rng(segment).random((ROWS, VARIANTS, width)).astype("f4")
-        return RowSignals(*signals, forecast[state.ids, variant])
+        return RowSignals(*signals, forecast[state.ids, variant], answer=answer)
 
     def skip(self, segment: int, state: State) -> None:
         assert state.segment + 1 == segment
@@ -274,6 +280,36 @@ def test_walk_writes_signals_of_what_was_run_alone() -> None:
     ran = trace.variants >= 0
     np.testing.assert_array_equal(trace.gates[ran], engine.gates[:, :, 0][ran])
     assert np.isnan(trace.gates[~ran]).all() and not trace.logits[~ran].any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_trace_has_copies_of_the_answers_of_what_was_run(size: int) -> None:
+    """With a rule that regroups rows; the engine writes the answers of a segment into the same memory."""
+    engine = Tables(9, has_answers=True)
+    trace = walk_rows(engine, Mixed(), np.arange(ROWS), size, np.full(ROWS, 8))
+    assert engine.answers is not None and trace.answers is not None
+    for row, segment in np.ndindex(ROWS, SEGMENTS):
+        variant, answer = trace.variants[row, segment], trace.answers[row, segment]
+        if variant < 0:
+            assert answer is None
+        else:
+            np.testing.assert_array_equal(answer, engine.answers[row, segment, variant])
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_trace_has_no_answers_of_an_engine_without_them(size: int) -> None:
+    assert walk_rows(Tables(9), NEVER, np.arange(ROWS), size, np.full(ROWS, 8)).answers is None
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_walk_of_rule_settled_exits_as_simulated(size: int) -> None:
+    engine = Tables(9, has_answers=True)
+    assert engine.answers is not None
+    rule = bind(RuleSpec("settled", {"threshold": 0.6}), SEGMENTS, answer_size=2)
+    trace = walk_rows(engine, rule, np.arange(ROWS), size, np.full(ROWS, 8))
+    exits = simulate(rule, engine.logits[:, :, 0], None, engine.answers[:, :, 0])
+    assert ((trace.variants >= 0).sum(axis=1) - 1).tolist() == exits.tolist()
+    assert set(exits.tolist()) == set(range(1, SEGMENTS)), "no row leaves at its first exit"
 
 
 def test_rows_that_change_their_variant_are_regrouped() -> None:

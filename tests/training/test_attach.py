@@ -196,15 +196,11 @@ def test_rows_of_rarer_labels_are_repeated(root: Path, tmp_path: Path) -> None:
     assert "training rows become" in done.output
 
 
-def test_a_head_of_another_task_is_refused(tmp_path: Path) -> None:
+def test_data_of_another_task_than_the_head_is_refused(tmp_path: Path) -> None:
     folder = tiny.classifier_folder(tmp_path / "model")
     facts = json.loads((folder / "config.json").read_text())
-    for change, message in (
-        ({"problem_type": "regression"}, "regression"),
-        ({"problem_type": "multi_label_classification"}, "several labels at once"),
-    ):
-        (folder / "config.json").write_text(json.dumps(facts | change))
-        done = CliRunner().invoke(
-            train, ["--model", str(folder), "--data", str(tiny.data_folder(tmp_path / "data")), "--out", "x"]
-        )
-        assert done.exit_code == 2 and message in done.output
+    (folder / "config.json").write_text(json.dumps(facts | {"problem_type": "multi_label_classification"}))
+    done = CliRunner().invoke(
+        train, ["--model", str(folder), "--data", str(tiny.data_folder(tmp_path / "data")), "--out", "x"]
+    )
+    assert done.exit_code == 2 and "multi-label-classification" in done.output

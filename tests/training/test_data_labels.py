@@ -80,7 +80,7 @@ def test_other_integers_are_numbered_in_order_and_keep_their_names(
 
 
 def test_numbers_to_predict_are_no_classes(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=r"train\.jsonl: 150 different whole numbers .* regression is not supp"):
+    with pytest.raises(BadData, match=r"train\.jsonl: 150 different whole numbers .* of the task regression"):
         load(tmp_path, {"train": [1000 + 7 * row for row in range(150)]})
 
 

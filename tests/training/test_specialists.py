@@ -18,6 +18,7 @@ import torch
 from offramp.models import EarlyExitNetwork
 from offramp.training.batches import EncodedText
 from offramp.training.loop import Run
+from offramp.training.losses import exit_losses, losses_of
 from offramp.training.recipes import cosee, joint, l2w_den
 from offramp.training.recipes.cosee import (
     CoseeSettings,
@@ -235,7 +236,7 @@ def test_a_recipe_trains_and_its_exits_are_not_those_of_joint(
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     recipe: ModuleType, settings: JointSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, dev, losses = encoded(40), encoded(16, 1), joint.exit_losses
+    rows, dev, losses = encoded(40), encoded(16, 1), exit_losses
     settings = replace(settings, epochs=3)
     final_weights = []
     for kills in ((), (2, 6, 4)):  # calls of exit_losses
@@ -250,8 +251,9 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
                     raise KeyboardInterrupt
                 return losses(*arguments)
 
-            for module in (joint, recipe):
-                monkeypatch.setattr(module, "exit_losses", interrupted)
+            monkeypatch.setattr(recipe, "exit_losses", interrupted)
+            in_warm_start = replace(losses_of(network), by_label=interrupted)
+            monkeypatch.setattr(joint, "losses_of", lambda network, losses=in_warm_start: losses)
             if kill:
                 with pytest.raises(KeyboardInterrupt):
                     recipe.train(run, rows, dev, settings, skip_warm_start=False)

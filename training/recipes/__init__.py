@@ -30,6 +30,9 @@ RECIPES: dict[str, str] = {
     "consistentee_lm": "offramp.training.recipes.consistentee_lm",
 }
 
+# Recipes for other tasks than one label a row; all others are for that alone.
+FOR_EVERY_TASK = ("offramp", "joint", "attach")
+
 
 def load_recipe(name: str) -> Recipe:
     """Import a recipe's module by its name; KeyError if the register has no such name."""

@@ -3,7 +3,8 @@
 Backbone and the model's own head are frozen: the last exit gives the model's logits. The network runs once
 on every row, and the other exits are trained on what it gave: an exit's probabilities are compared with those
 of the model (distillation, Hinton et al., arXiv 1503.02531), loss (1 - labels) * T^2 KL + labels * CE, the
-mean over exits. Operating points are chosen on dev by agreement with full depth, since no label is needed.
+mean over exits; other tasks have losses of their own, see training.losses. Operating points are chosen on dev
+by agreement with full depth, since no label is needed.
 
 With --unfreeze another phase trains everything, and all exits learn from the logits of the model as it was
 given: answers at full depth may change; training.json states the percentage of dev rows whose answer is
@@ -21,16 +22,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.runtime.errors import BadSetting
 from offramp.training.batches import Encoded
-from offramp.training.collect import collect, operating_points
-from offramp.training.data import NO_LABEL
-from offramp.training.features import compute_features, token_feature_bytes
+from offramp.training.collect import (
+    collect,
+    default_rule,
+    label_numbers,
+    operating_points,
+    set_value_scale,
+)
+from offramp.training.features import compute_features, feature_bytes
 from offramp.training.loop import Phase, Run
-from offramp.training.recipes.joint import EVERYTHING, exit_losses, loss_weights
+from offramp.training.losses import TaskLosses, losses_of
+from offramp.training.recipes.joint import EVERYTHING, loss_weights
 
 
 @dataclass(frozen=True)
@@ -72,27 +78,26 @@ def parts_of(settings: AttachSettings) -> ExitParts:
     return ExitParts(pooling="attention", head="mlp")
 
 
-def imitation_losses(logits: Tensor, target: Tensor, labels: Tensor, settings: AttachSettings) -> Tensor:
+def imitation_losses(
+    task: TaskLosses, given: Tensor, target: Tensor, labels: Tensor, settings: AttachSettings
+) -> Tensor:
     """The loss of every exit [batch, exits].
 
-    logits [batch, exits, classes]; target [batch, classes]: the model's logits; labels [batch], NO_LABEL
-    where there is none.
+    given [batch, exits, outputs]: what the exits give; target [batch, outputs]: what the model gives; labels
+    [batch, …]: as encoded rows hold them, of which some may be unknown.
     """
-    temperature = settings.temperature
-    soft = (logits.float() / temperature).log_softmax(-1)
-    wanted = (target.float() / temperature).log_softmax(-1)[:, None].expand_as(soft)
-    divergence = functional.kl_div(soft, wanted, reduction="none", log_target=True).sum(-1)
-    known = labels != NO_LABEL
-    share = settings.labels * known.float()[:, None]
-    by_label = exit_losses(logits, labels.clamp(min=0))
-    return (1 - share) * temperature**2 * divergence + share * by_label
+    known = task.known(labels)
+    losses = task.divergence(given, target[:, None], settings.temperature)
+    by_label = task.by_label(given[known], labels[known])
+    mixed = (1 - settings.labels) * losses[known] + settings.labels * by_label
+    return losses.masked_scatter(known[:, None].expand_as(losses), mixed)
 
 
 def rows_that_fit(run: Run[EarlyExitNetwork], rows: Encoded, settings: AttachSettings) -> Encoded:
     """The rows whose hidden states fit on disk: all, or as many as fit, drawn by the run's seed."""
-    sizes = token_feature_bytes(run.network, rows)
+    sizes = feature_bytes(run.network, rows)
     limit = settings.disk_gb * 1e9
-    if run.network.spec.pooling != "attention" or sizes.sum() <= limit:
+    if sizes.sum() <= limit:
         return rows
     order = np.random.default_rng(run.seed).permutation(len(rows))
     count = max(1, int(np.searchsorted(sizes[order].cumsum(), limit, side="right")))
@@ -118,8 +123,9 @@ def train(
     network, s = run.network, settings
     if not network.spec.own_head:
         raise BadSetting(
-            "recipe attach needs a model with a trained head, saved as *ForSequenceClassification or "
-            "*ForImageClassification; for a backbone without one say --recipe offramp"
+            "recipe attach needs a model with a trained head, saved as *ForSequenceClassification, "
+            "*ForTokenClassification or *ForImageClassification, or --task sentence-embedding; for a "
+            "backbone without a head say --recipe offramp"
         )
     if len(network.spec.exits) == 1:
         raise BadSetting("recipe attach trains the exits before the last: name earlier blocks in --exits")
@@ -127,42 +133,48 @@ def train(
     labels, device = torch.from_numpy(rows.label), run.accelerator.device
     early = tuple(f"exits.{number}." for number in range(len(network.spec.exits) - 1))
     features = compute_features(run, rows)
+    set_value_scale(network, features.full_depth.flatten())
+    task = losses_of(network)
 
     def exits_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        chosen = torch.from_numpy(index)
+        chosen = torch.from_numpy(label_numbers(rows, index))
         with torch.autocast(device.type, enabled=False):  # small layers: bf16 would only lose precision
-            logits = features.early_logits(network, index)
+            given = features.early_logits(network, index)
             target = features.full_depth[chosen].to(device)
-            losses = imitation_losses(logits, target, labels[chosen].to(device), s)
-        agrees = (logits.argmax(-1) == target.argmax(-1)[:, None]).float().mean(0)
-        return losses.mean(), {"agrees_first": float(agrees[0]), "agrees_last": float(agrees[-1])}
+            losses = imitation_losses(task, given, target, labels[chosen].to(device), s)
+        each = losses.detach().mean(0)
+        return losses.mean(), {"first": float(each[0]), "last": float(each[-1])}
 
     sizes = (s.epochs, s.batch_size, s.lr)
     run.fit(
         Phase("exits", early, rows.lengths, exits_loss, *sizes, weight_decay=s.weight_decay, shared=False)
     )
+    rule, decisions = default_rule(network), network.task.decisions
     if not s.unfreeze:
-        return operating_points(run, dev, "max_probability", agreement=True)
+        return operating_points(run, dev, rule, agreement=True)
 
     def dev_answers() -> Tensor:
-        return collect(network, dev, device=device, description="dev").logits[:, -1].argmax(-1)
+        given = collect(network, dev, device=device, description="dev").logits[:, -1]
+        return given if decisions is None else decisions(given, None)
 
     given = run.compute_once("dev_answers", dev_answers)  # before anything of the model changes
     run.fit(_everything(run, rows, features.full_depth, s))
-    results = operating_points(run, dev, "max_probability", agreement=True)
+    results = operating_points(run, dev, rule, agreement=True)
+    if decisions is None:  # numbers change by a little: none is the same
+        return results
     same = 100 * float((dev_answers() == given).float().mean())
     return results | {"dev": results["dev"] | {"same_as_given": round(same, 2)}}
 
 
 def _everything(run: Run[EarlyExitNetwork], rows: Encoded, target: Tensor, settings: AttachSettings) -> Phase:
     """The phase that trains backbone and all exits by the logits that the model gave before."""
-    s = settings
+    s, task = settings, losses_of(run.network)
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = rows.batch(index, run.accelerator.device)
-        logits = model(inputs).logits
-        wanted = target[torch.from_numpy(index)].to(logits.device)
-        each = imitation_losses(logits, wanted, labels, s).mean(0)
+        given = model(inputs).logits
+        wanted = target[torch.from_numpy(label_numbers(rows, index))].to(given.device)
+        each = imitation_losses(task, given, wanted, labels, s).mean(0)
         return (each * loss_weights(each, "linear")).sum(), {"last": float(each[-1].detach())}
 
     sizes = (s.unfreeze, s.unfreeze_batch, s.unfreeze_lr, s.lr)

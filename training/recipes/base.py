@@ -29,6 +29,7 @@ class ClassifierRecipe(Protocol[S]):
     checkpoint, passed as --init, replaces its first phase, or None if it starts from the pretrained backbone.
     """
 
+    __name__: str  # that of its module
     KIND: Literal["classifier"]
     NEEDS_LABELS: bool
     SETTINGS: type[S]

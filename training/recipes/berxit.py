@@ -24,7 +24,8 @@ from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Phase, Run
-from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses
+from offramp.training.losses import exit_losses
+from offramp.training.recipes.joint import EVERYTHING, JointSettings
 
 KIND: Literal["classifier"] = "classifier"
 NEEDS_LABELS = True

@@ -42,7 +42,8 @@ from offramp.runtime.rules import RuleSpec
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect, exit_costs, exit_table, operating_points
 from offramp.training.loop import Phase, Run
-from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, warm_start
+from offramp.training.losses import exit_losses
+from offramp.training.recipes.joint import EVERYTHING, JointSettings, warm_start
 
 ACTIONS = ("sampled", "oracle")
 EXPLORATIONS = ("bernoulli", "epsilon_greedy")

@@ -36,6 +36,7 @@ from offramp.models.policies.consistentee import POLICY_INPUTS
 from offramp.training.batches import Encoded
 from offramp.training.collect import operating_points
 from offramp.training.loop import Phase, Run
+from offramp.training.losses import exit_losses
 from offramp.training.recipes.consistentee import (
     easiness,
     exit_distribution,
@@ -46,7 +47,7 @@ from offramp.training.recipes.consistentee import (
     reinforce_loss,
     sample_exits,
 )
-from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, warm_start
+from offramp.training.recipes.joint import EVERYTHING, JointSettings, warm_start
 
 QUALITIES = ("ce", "correct", "agree")
 ESTIMATORS = ("expected", "sampled")

@@ -38,8 +38,9 @@ from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
 from offramp.training.collect import collect, operating_points
 from offramp.training.loop import Phase, Run
+from offramp.training.losses import exit_losses
 from offramp.training.recipes.deebert import fine_tune
-from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses
+from offramp.training.recipes.joint import EVERYTHING, JointSettings
 
 SIGNALS = ("max_probability", "entropy")  # also the names of the exit rules that read them
 THRESHOLDS = ("uniform", "quantile")

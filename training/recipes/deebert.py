@@ -27,7 +27,8 @@ from offramp.training.batches import Encoded
 from offramp.training.collect import collect, operating_points
 from offramp.training.frozen import exits_phase
 from offramp.training.loop import Run
-from offramp.training.recipes.joint import JointSettings, exit_losses, warm_start
+from offramp.training.losses import exit_losses
+from offramp.training.recipes.joint import JointSettings, warm_start
 
 
 @dataclass(frozen=True)

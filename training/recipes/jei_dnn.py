@@ -50,8 +50,9 @@ from offramp.training.batches import Encoded
 from offramp.training.collect import Collected, collect, exit_costs, operating_points
 from offramp.training.frozen import EarlyStopping, early_logits, exits_phase, reset_early_exits
 from offramp.training.loop import OPTIMIZERS, Phase, Run
+from offramp.training.losses import exit_losses
 from offramp.training.recipes.deebert import fine_tune
-from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses
+from offramp.training.recipes.joint import EVERYTHING, JointSettings
 
 WEIGHTINGS = ("as_run", "as_intended")
 BACKBONES = ("frozen", "tuned")

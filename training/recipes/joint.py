@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from offramp.models.network import GRADIENTS, EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
-from offramp.training.collect import operating_points
+from offramp.training.collect import default_rule, fit_thresholds, operating_points
 from offramp.training.loop import Phase, Run
+from offramp.training.losses import label_divergence, losses_of
 
 EVERYTHING = ("backbone", "exits", "pooler")
 WEIGHTS = ("linear", "uniform", "descending", "learned")
@@ -79,15 +79,6 @@ def parts_of(settings: JointSettings) -> ExitParts:
     return ExitParts()
 
 
-def exit_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of every exit [batch, exits]; logits [batch, exits, classes], labels [batch]."""
-    rows, exits, _ = logits.shape
-    repeated = labels[:, None].expand(rows, exits)
-    return functional.cross_entropy(logits.float().flatten(0, 1), repeated.flatten(), reduction="none").view(
-        rows, exits
-    )
-
-
 def loss_weights(losses: Tensor, kind: str) -> Tensor:
     """Weights of the exits' mean losses [exits], which sum to 1; losses [exits].
 
@@ -114,12 +105,9 @@ def joint_loss(losses: Tensor, kind: str = "linear") -> Tensor:
 def distillation_losses(logits: Tensor, temperature: float) -> Tensor:
     """The divergence of every exit from the last one [batch, exits], 0 for the last.
 
-    logits [batch, exits, classes]. It is KL at a temperature, times its square (Hinton et al., arXiv
-    1503.02531); no gradient flows into the last exit.
+    logits [batch, exits, classes]. No gradient flows into the last exit.
     """
-    soft = (logits.float() / temperature).log_softmax(-1)
-    target = soft[:, -1:].detach().expand_as(soft)
-    return temperature**2 * functional.kl_div(soft, target, reduction="none", log_target=True).sum(-1)
+    return label_divergence(logits, logits[:, -1:].detach(), temperature)
 
 
 def warm_start(
@@ -129,30 +117,35 @@ def warm_start(
     combine: Callable[[Tensor], Tensor] | None = None,
     name: str = "joint",
 ) -> None:
-    """Train backbone and exits by cross-entropy, in one or two phases that several recipes share.
+    """Train backbone and exits by the loss of the network's task, in one or two phases that recipes share.
 
     combine: computes the minimized scalar from the exits' losses [batch, exits]; None: the weighted mean of
     the settings.
     """
     s = settings
     combined = (lambda losses: joint_loss(losses, s.weights)) if combine is None else combine
+    task = losses_of(run.network)
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = train.batch(index, run.accelerator.device)
         logits = model(inputs, gradient=s.gradient).logits
-        losses = exit_losses(logits, labels)
+        known = task.known(labels)  # all but words without a label
+        logits, labels = logits[known], labels[known]
+        losses = task.by_label(logits, labels)
         figures = {
             "first": float(losses[:, 0].detach().mean()),
             "last": float(losses[:, -1].detach().mean()),
         }
         if s.distill:
-            early = (1 - s.distill) * losses + s.distill * distillation_losses(logits, s.temperature)
+            imitation = task.divergence(logits, logits[:, -1:].detach(), s.temperature)
+            early = (1 - s.distill) * losses + s.distill * imitation
             losses = torch.cat([early[:, :-1], losses[:, -1:]], 1)
         return combined(losses), figures
 
     def plain_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = train.batch(index, run.accelerator.device)
-        return exit_losses(model(inputs).logits[:, -1:], labels).mean(), {}
+        known = task.known(labels)
+        return task.by_label(model(inputs).logits[known][:, -1:], labels[known]).mean(), {}
 
     sizes = (s.batch_size, s.lr, s.heads_lr, s.warmup, s.weight_decay)
     if s.plain_epochs:
@@ -170,4 +163,5 @@ def train(
 ) -> dict[str, Any]:
     """Train backbone and exits (with --init: further); return dev figures and operating points."""
     warm_start(run, train, settings)
-    return operating_points(run, dev, "max_probability")
+    fit_thresholds(run, dev)
+    return operating_points(run, dev, default_rule(run.network))

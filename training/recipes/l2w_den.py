@@ -47,8 +47,9 @@ from offramp.training.batches import Encoded
 from offramp.training.checkpoint import read_json
 from offramp.training.collect import operating_points
 from offramp.training.loop import Phase, Run
+from offramp.training.losses import exit_losses
 from offramp.training.recipes.cosee import fine_tune_first, refuse_joint_losses
-from offramp.training.recipes.joint import EVERYTHING, JointSettings, exit_losses, loss_weights
+from offramp.training.recipes.joint import EVERYTHING, JointSettings, loss_weights
 
 CENTRES = ("row", "exit", "batch")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from offramp.models.network import EarlyExitNetwork, ExitParts
 from offramp.training.batches import Encoded
-from offramp.training.collect import operating_points
+from offramp.training.collect import default_rule, fit_thresholds, operating_points
 from offramp.training.loop import Run
 from offramp.training.recipes.joint import JointSettings, warm_start
 
@@ -49,4 +49,5 @@ def train(
 ) -> dict[str, Any]:
     """Train backbone and exits (with --init: further); return dev figures and operating points."""
     warm_start(run, train, settings)
-    return operating_points(run, dev, "max_probability")
+    fit_thresholds(run, dev)
+    return operating_points(run, dev, default_rule(run.network))
