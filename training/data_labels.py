@@ -58,7 +58,7 @@ def has_label(label: np.ndarray) -> np.ndarray:
     if label.dtype.kind == "f" and label.ndim == 1:
         return np.asarray(~np.isnan(label))
     present = np.asarray(label != NO_LABEL)
-    return present.any(1) if label.ndim == 2 else present
+    return np.asarray(present.any(1)) if label.ndim == 2 else present
 
 
 @dataclass(frozen=True)
