@@ -2,24 +2,37 @@
 
     python benchmarks/fine_tune.py MODEL DATA tuned/
     ee-train --recipe attach --model tuned/ --data TEXTS --out attached/
-    python benchmarks/attach.py attached/ [attached_unfrozen/ …] --data DATA --user-model tuned/
+    ee-split attached/ --out bundle/
+    python benchmarks/attach.py attached/ [others/ …] --data DATA --user-model tuned/ --bundle bundle/
 
-TEXTS holds train and dev as lines of text, so that no training sees a label; DATA is the labelled set.
+TEXTS holds train and dev as lines of text, so that no training sees a label; DATA is the labelled set. Other
+checkpoints, such as those of joint and deebert, are measured by the same means beside them. With --bundle,
+the bundle at full depth is compared with the user's model in transformers, on every row of test.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from transformers import AutoConfig
 
 from offramp.benchmarks.compare.exit_outputs import CheckpointOutputs, collect_outputs
-from offramp.runtime.rules import bind, simulate
+from offramp.models.own_head import classification_class
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.inputs.text import items_to_rows, open_reader
+from offramp.runtime.loading import load_classifier
 from offramp.runtime.rules.sweep import ExitTable, full_depth_point, settings_to_try, shallowest_point, sweep
+from offramp.training.checkpoint import load_checkpoint
 from offramp.training.collect import exit_costs
+from offramp.training.data import Columns
+from offramp.training.user_model import load_matching
 
 LOSSES = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # percent of dev rows that may differ from full depth
 RULE = "max_probability"
@@ -42,7 +55,7 @@ def attached_figures(outputs: CheckpointOutputs) -> dict[str, Any]:
         point = shallowest_point(swept, 100 - loss)
         if point is None:
             continue
-        exits = simulate(bind(point.rule, test.logits.shape[1]), test.logits, test.gates)
+        exits = test.exits(point.rule)
         right = test_costs.point(point.rule, exits, test)
         same = test_costs.point(point.rule, exits, test_agreement)
         points.append(
@@ -63,12 +76,48 @@ def attached_figures(outputs: CheckpointOutputs) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def compared_with_user_model(bundle: Path, user_model: Path, items: Sequence[Any]) -> dict[str, Any]:
+    """The largest difference of logits, and the percentage of equal labels, between bundle and transformers.
+
+    items: texts or paths of images. The model is run on the arrays that the bundle's reader makes.
+    """
+    config = AutoConfig.from_pretrained(user_model)
+    model = classification_class(config).from_pretrained(user_model, dtype=torch.float32).eval()
+    known = set(inspect.signature(model.forward).parameters)
+    with load_classifier(bundle, rule="never") as session:
+        trace, _ = session.at_full_depth(items)
+        rows = items_to_rows(open_reader(open_bundle(bundle)), items)
+        logits = torch.zeros(len(rows), len(session.labels))
+        for ids, arrays in session.batches(rows, session.batch_size):
+            inputs = {name: torch.from_numpy(array) for name, array in arrays.items() if name in known}
+            logits[torch.from_numpy(ids)] = model(**inputs).logits
+    ours = torch.from_numpy(trace.logits[:, -1])
+    return {
+        "rows": len(rows),
+        "largest_difference": float((ours - logits).abs().max()),
+        "labels_equal": 100 * float((ours.argmax(-1) == logits.argmax(-1)).float().mean()),
+    }
+
+
+def test_items(checkpoint: Path, data: str) -> list[Any]:
+    """The items of the test split as a session takes them."""
+    labels = load_checkpoint(checkpoint).network.spec.labels
+    rows = load_matching(data, Columns(), labels).split("test")
+    if rows.images is None:
+        return rows.text if rows.text_b is None else list(zip(rows.text, rows.text_b, strict=True))
+    return list(rows.images.files)
+
+
 @click.command()
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--data", required=True, help="The labelled data set.")
 @click.option("--user-model", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--bundle", type=click.Path(exists=True, path_type=Path), help="Of the first checkpoint.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for the figures.")
-def main(checkpoints: tuple[Path, ...], data: str, user_model: Path, json_file: Path | None) -> None:
+def main(
+    checkpoints: tuple[Path, ...], data: str, user_model: Path, bundle: Path | None, json_file: Path | None
+) -> None:
     """Measure checkpoints of recipe attach on test and print a table."""
     given = json.loads((user_model / "fine_tune.json").read_text(encoding="utf-8"))["accuracy"]
     methods = []
@@ -82,10 +131,18 @@ def main(checkpoints: tuple[Path, ...], data: str, user_model: Path, json_file: 
                 f"  at most {point['loss']} % of dev differ: {test['accuracy']:.2f} on test, "
                 f"{test['agreement']:.2f} agree, {test['macs_saved']:.1f} % saved"
             )
+    equality = None
+    if bundle is not None:
+        equality = compared_with_user_model(bundle, user_model, test_items(checkpoints[0], data))
+        click.echo(
+            f"bundle at full depth: largest difference of logits {equality['largest_difference']:.2g}, "
+            f"{equality['labels_equal']:.2f} % of {equality['rows']} labels equal"
+        )
     if json_file is not None:
         names = " ".join(folder.name for folder in checkpoints)
         command = f"benchmarks/attach.py {names} --data {Path(data).name} --user-model {user_model.name}"
         result = {"command": command, "data": Path(data).name, "user_model": given, "methods": methods}
+        result |= {} if equality is None else {"bundle": equality}
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

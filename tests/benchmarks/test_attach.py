@@ -10,6 +10,7 @@ import tiny
 from click.testing import CliRunner
 
 from offramp.benchmarks.attach import main
+from offramp.export.cli import main as split
 from offramp.training.cli import train
 
 pytestmark = pytest.mark.slow  # trains and evaluates
@@ -23,7 +24,11 @@ def test_points_state_accuracy_and_agreement_on_test(tmp_path: Path) -> None:
     words = ["--model", str(model), "--data", str(tmp_path / "traffic.txt"), "--precision", "fp32"]
     trained = CliRunner().invoke(train, [*words, "--set", "epochs=2", "--out", str(tmp_path / "attached")])
     assert trained.exit_code == 0, trained.output
+    bundle = tmp_path / "bundle"
+    written = CliRunner().invoke(split, [str(tmp_path / "attached"), "--out", str(bundle)])
+    assert written.exit_code == 0, written.output
     place = [str(tmp_path / "attached"), "--data", str(data), "--user-model", str(model)]
+    place += ["--bundle", str(bundle)]
     done = CliRunner().invoke(main, [*place, "--json", str(tmp_path / "result.json")])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "result.json").read_text())
@@ -32,3 +37,5 @@ def test_points_state_accuracy_and_agreement_on_test(tmp_path: Path) -> None:
     assert [point["loss"] for point in method["points"]] == [0.5, 1.0, 1.5, 2.0, 3.0, 5.0]
     assert all(point["dev"]["agreement"] >= 100 - point["loss"] for point in method["points"])
     assert "full depth" in done.output and "% saved" in done.output
+    assert result["bundle"]["labels_equal"] == 100 and result["bundle"]["largest_difference"] < 1e-4
+    assert result["bundle"]["rows"] == 32
