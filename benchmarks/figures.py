@@ -136,12 +136,58 @@ def attach_tables() -> list[str]:
         ]
         title = f"**{result['data']}**, test, model as given {result['user_model']:.2f} % ({file.name})"
         lines += [title, "", f"    python {result['command']}", "", *markdown_table(head, rows)]
+        if (same := result.get("bundle")) is not None:
+            lines += [
+                f"Bundle at full depth against the model in transformers, {same['rows']} rows of test: "
+                f"largest difference of logits {same['largest_difference']:.1e}, labels equal in "
+                f"{same['labels_equal']:.2f} %.",
+                "",
+            ]
     if lines:
         text = (
             "Exits of recipe `attach` learned from texts without labels, and points were "
             "chosen on dev by agreement with full depth; accuracy and agreement are of test, percent."
         )
         lines = ["**Exits on a fine-tuned model**", "", text, "", *lines]
+    return lines
+
+
+def task_tables() -> list[str]:
+    """One table for each task_DATA.json: what ee-bench measured of a bundle of a task beside one label."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("task_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        bench = result["bench"]
+        about, candidates = bench["about"], bench["candidates"]
+        quality, times = about["quality"], {c["name"]: c["mean_ms"] for c in candidates}
+        rows = [
+            [
+                c["name"] if c["variant"] in ("fp32", c["name"][-4:]) else f"{c['name']} ({c['variant']})",
+                two_decimals(c[quality]),
+                f"{c['mean_exit']:.2f}",
+                f"{100 * (1 - c['macs_share']):.1f}",
+                f"{c['mean_ms']:.2f}",
+                *(f"{times[graph] / c['mean_ms']:.2f}" if graph in times else "" for graph in GRAPHS[:2]),
+            ]
+            for c in candidates
+        ]
+        head = ("", f"{quality} %", "mean exit", "MACs saved", "ms", "x fp32", "x int8")
+        title = f"**{file.stem}** ({about['rows']} rows of test; {machine_text(about)})"
+        commands = [f"    {command}" for command in result["commands"]]
+        lines += [title, "", *commands, "", *markdown_table(head, rows)]
+    return ["**Tasks beside one label**, by `ee-bench` at batch 1", "", *lines] if lines else []
+
+
+def retrieval_tables() -> list[str]:
+    """One table for each retrieval_DATA.json: neighbours that early embeddings find."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("retrieval_*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        names = [name for name in result["settings"][0] if name != "setting"]
+        rows = [[row["setting"], *(f"{row[name]:.1f}" for name in names)] for row in result["settings"]]
+        title = f"**Retrieval, {file.stem}**: {result['queries']} queries, {result['corpus']} texts, percent"
+        head = ("", *(name.replace("_", " ") for name in names))
+        lines += [title, "", f"    python {result['command']}", "", *markdown_table(head, rows)]
     return lines
 
 
@@ -360,6 +406,8 @@ def measured_tables() -> list[str]:
         ),
         lossless_table(),
         attach_tables(),
+        task_tables(),
+        retrieval_tables(),
     )
     return [line for part in parts for line in part]
 

@@ -261,7 +261,8 @@ def measure_network(
             files[WITH] = "with.onnx"
             if random:
                 segments = (sessions[0].manifest.stem, *sessions[0].manifest.segments)
-                stem, *rest = [scratch / "bundle" / segment.variants["fp32"].file for segment in segments]
+                parts = [segment.variants["fp32"].graphs for segment in segments]
+                (stem,), *rest = [[scratch / "bundle" / graph.file for graph in part] for part in parts]
                 (scratch / "nested.onnx").write_bytes(nest_segments(stem, rest).SerializeToString())
                 files[NESTED] = "nested.onnx"
         options = onnxruntime.SessionOptions()

@@ -58,3 +58,23 @@ def test_drafts_by_bundle_and_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table = figures.lossless_table()
     assert table[0].endswith("(A CPU, 2026-11-28)")
     assert table[-2] == "| trained | exit 1, 2 drafts | 99 of 100 | 1.30 | 1.25 | exit 1: 50% |"
+
+
+def test_a_task_has_a_table_with_the_name_of_its_quality(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = {"variant": "fp32", "f1": 90.0, "mean_exit": 6.0, "macs_share": 0.5, "mean_ms": 2.0}
+    about = {"quality": "f1", "rows": 7, "cpu": "C", "threads": 2, "onnxruntime": "1", "when": "2026"}
+    candidates = [candidate | {"name": "walk"}, candidate | {"name": "monolith", "mean_ms": 4.0}]
+    result = {"commands": ["ee-bench"], "bench": {"about": about, "candidates": candidates}}
+    (tmp_path / "task_x.json").write_text(json.dumps(result))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    lines = "\n".join(figures.task_tables())
+    assert "f1 %" in lines and "| walk | 90.00 | 6.00 | 50.0 | 2.00 | 2.00 |  |" in lines
+
+
+def test_retrieval_has_a_table_of_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"command": "r", "queries": 2, "corpus": 3, "settings": [{"setting": "full", "recall": 99.5}]}
+    (tmp_path / "retrieval_x.json").write_text(json.dumps(result))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert "| full | 99.5 |" in "\n".join(figures.retrieval_tables())
