@@ -75,11 +75,11 @@ def embed(session: RowSession[Any], file: Path) -> Embedded:
 
 def nearest(queries: Floats, corpus: Floats) -> Ids:
     """Numbers of the NEAREST texts of the corpus for each query [queries, NEAREST]."""
-    found = [
+    neighbours = [
         np.argpartition(-(part @ corpus.T), NEAREST, axis=1)[:, :NEAREST]
         for part in np.array_split(queries, max(1, len(queries) // 500))
     ]
-    return np.concatenate(found)
+    return np.concatenate(neighbours)
 
 
 def recall(neighbours: Ids, right: Ids) -> float:
@@ -123,13 +123,13 @@ def measure(corpus: Embedded, dev: Embedded, test: Embedded) -> list[dict[str, A
 
     def line(name: str, query_exits: Ids, corpus_exits: Ids) -> dict[str, Any]:
         queries = test.at(query_exits)
-        found = nearest(queries, full)
+        to_full = nearest(queries, full)
         both = nearest(queries, corpus.at(corpus_exits))
-        same = [100 * float((corpus.labels[ids] == test.labels[:, None]).mean()) for ids in (found, both)]
+        same = [100 * float((corpus.labels[ids] == test.labels[:, None]).mean()) for ids in (to_full, both)]
         figures = {
             "saved": test.saved(query_exits),
             "cosine": test.table.score(query_exits),
-            "recall": recall(found, right),
+            "recall": recall(to_full, right),
             "recall_both": recall(both, right),
             "same_label": same[0],
             "same_label_both": same[1],

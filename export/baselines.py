@@ -64,8 +64,9 @@ def write_baselines(
             add(f"monolith {variant}", "monolith", variant, file, last)
         if can_nest(manifest):
             first = manifest.variants[0]
-            stem, *files = [s.variants[first].file for s in (manifest.stem, *manifest.segments)]
-            model = nest_segments(bundle / stem, [bundle / file for file in files])
+            parts = [segment.variants[first].graphs for segment in manifest.segments]
+            files = [[bundle / graph.file for graph in graphs] for graphs in parts]
+            model = nest_segments(bundle / manifest.stem.variants[first].file, files)
             (beside / "nested.onnx").write_bytes(model.SerializeToString())
             add("nested if", "nested", "fp32", "nested.onnx", last)
         for block, segment in zip(chosen, cut, strict=True):

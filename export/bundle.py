@@ -61,13 +61,19 @@ def write_bundle(
 
 
 def write_graphs(segment: Segment, folder: Path, options: ExportOptions, *, weights_only: bool) -> None:
-    """Write a segment's graphs into a folder, one for each variant in which the segment exists."""
-    first, *others = variants_of(segment, options.variants)
-    source = folder / file_name(segment.name, first)
-    to_onnx(segment, source)
-    for name in others:
-        target = folder / file_name(segment.name, name)
-        write_variant(name, source, target, weights_only=weights_only, reduce_range=options.reduce_range)
+    """Write a segment's graphs into a folder, one for each variant in which the segment exists.
+
+    A graph that segments share is written with the first of them.
+    """
+    for graph in segment.graphs:
+        first, *others = variants_of(graph, options.variants)
+        source = folder / file_name(graph.name, first)
+        if graph.name != segment.name and source.exists():
+            continue
+        to_onnx(graph, source)
+        for name in others:
+            target = folder / file_name(graph.name, name)
+            write_variant(name, source, target, weights_only=weights_only, reduce_range=options.reduce_range)
 
 
 def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> None:

@@ -22,6 +22,7 @@ from offramp.export.segments import (
     require_float32,
     total_macs,
 )
+from offramp.export.shared_blocks import cut_shared_blocks
 from offramp.models.forecasts import path_columns
 from offramp.models.macs import (
     MacTerms,
@@ -138,7 +139,12 @@ def _segment(
     last = blocks.stop == kept[-1]
     inputs = tuple(tensor for tensor in stem_outputs if not (last and tensor.name == "evidence"))
     reads = [tensor.name for tensor in inputs]
-    module = ClassifierSegment(network, blocks, exit_index, reads, exits_ahead, numbers, last=last).eval()
+
+    def make(names: Sequence[str], done: int) -> ClassifierSegment:
+        parts = blocks, exit_index, names, exits_ahead, numbers
+        return ClassifierSegment(network, *parts, last=last, done=done)
+
+    module = make(reads, 0).eval()
     outputs = _signals(network)
     inner = [n for n, end in enumerate(network.spec.exits) if blocks.start < end < blocks.stop]
     costs: list[MacTerms] = [exit_macs(network, exit_index), *(block_macs(network, at) for at in blocks)]
@@ -156,7 +162,9 @@ def _segment(
             outputs.append(Tensor("forecast", "float32", ("batch", paths)))
     outputs += _answers(network)
     numbered = tuple(block + 1 for block in blocks)
-    return Segment(name, module, inputs, tuple(outputs), numbered, total_macs(costs), network.longest)
+    macs = total_macs(costs)
+    segment = Segment(name, module, inputs, tuple(outputs), numbered, macs, network.longest)
+    return cut_shared_blocks(network, segment, make)
 
 
 def _signals(network: EarlyExitNetwork) -> list[Tensor]:

@@ -91,7 +91,8 @@ class ClassifierSegment(nn.Module):
 
     exits_ahead: later exits that are kept, counted from here (0: the next exit of the network). variants:
     numbers of the variants between which the forecast chooses. last: output the logits alone. In an ensemble
-    a segment also computes the exits that were dropped from it, since later exits read them.
+    a segment also computes the exits that were dropped from it, since later exits read them. done: the first
+    blocks, which other graphs have run; they are left out, and if none is left, hidden is no output.
     """
 
     def __init__(
@@ -104,15 +105,21 @@ class ClassifierSegment(nn.Module):
         variants: Sequence[int] = (),
         *,
         last: bool,
+        done: int = 0,
     ) -> None:
         super().__init__()
         self.family = network.family
         self.reads = tuple(reads)
+        self.done = done
         self.last = last
         self.rule_logits = network.rule_logits
         self.has_answer = network.spec.task != CLASSIFICATION
+        self.has_ensemble = network.spec.ensemble
         fold = network.family.folded
-        self.blocks = nn.ModuleList(fold(network.blocks[block]) for block in blocks)
+        self.blocks = nn.ModuleList(
+            fold(network.blocks[block]) if number >= done else nn.Identity()
+            for number, block in enumerate(blocks)
+        )
         first = 0 if blocks.start == 0 else network.spec.exits.index(blocks.start) + 1
         numbers = range(first, exit_index + 1) if network.spec.ensemble else (exit_index,)
         self.heads = nn.ModuleDict(
@@ -132,7 +139,8 @@ class ClassifierSegment(nn.Module):
         hidden, evidence = context.pop("hidden"), context.pop("evidence", None)
         logits, words = context.pop("ensemble", None), context.pop("words", None)
         for number, block in enumerate(self.blocks, 1):
-            hidden = self.family.run_block(block, hidden, context)  # [batch, seq, hidden]
+            if number > self.done:
+                hidden = self.family.run_block(block, hidden, context)  # [batch, seq, hidden]
             if str(number) in self.heads:
                 pooled, logits = self.heads[str(number)](hidden, context, logits)  # [batch, classes]
         assert logits is not None  # the last block has an exit
@@ -142,12 +150,12 @@ class ClassifierSegment(nn.Module):
         if self.last:
             return *signals, *answer
         forecast = () if self.forecast is None else (self.forecast(logits, pooled),)
-        flows: tuple[torch.Tensor, ...] = (hidden,)
+        flows: tuple[torch.Tensor, ...] = (hidden,) if self.done < len(self.blocks) else ()
         gate: tuple[torch.Tensor, ...] = ()
         if self.policy is not None:
             gate_logit, next_evidence = self.policy(pooled, logits, evidence)
             gate = (gate_logit.sigmoid(),)  # [batch]
-            flows = flows if evidence is None else (hidden, next_evidence)
-        if "ensemble" in self.reads:
+            flows = flows if evidence is None else (*flows, next_evidence)
+        if self.has_ensemble:
             flows = (*flows, logits)
         return *flows, *signals, *gate, *forecast, *answer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
-from offramp.export.segments import Exportable, Segment, SplitNetwork, file_name, variants_of
+from offramp.export.segments import Exportable, Segment, SplitNetwork, files_of, variants_of
 from offramp.runtime.bundle import manifest
 from offramp.runtime.bundle.manifest import DecoderFacts, Manifest, Variant
 
@@ -65,11 +66,14 @@ def _decoder_facts(
 
 def _entry(segment: Segment, variants: Sequence[str]) -> manifest.Segment:
     """A segment's entry in a manifest, with a file for each variant in which it is written."""
-    graphs = {
-        name: Variant(file_name(segment.name, name), segment.inputs, segment.outputs)
-        for name in variants_of(segment, variants)
-    }
+    graphs = {name: _variant(segment, name, variants) for name in variants_of(segment, variants)}
     return manifest.Segment(segment.name, segment.blocks, segment.macs, graphs)
+
+
+def _variant(segment: Segment, name: str, variants: Sequence[str]) -> Variant:
+    files = files_of(segment, name, variants)
+    *before, last = [Variant(file, graph.inputs, graph.outputs) for graph, file in files]
+    return replace(last, before=tuple(before))
 
 
 def exported_with() -> dict[str, str | None]:

@@ -21,14 +21,15 @@ LOGITS, GATE, ANSWER, EXIT, THRESHOLD = "logits", "gate", "answer", "exit", "thr
 MAX_DEPTH = 30  # every If is three messages deeper (node, attribute, graph), and protobuf reads at most 100
 
 
-def nest_segments(stem: Path, segments: Sequence[Path]) -> onnx.ModelProto:
+def nest_segments(stem: Path, segments: Sequence[Sequence[Path]]) -> onnx.ModelProto:
     """Join the graphs of stem and segments into one model with exits inside.
 
     Inputs: those of the stem, [1, seq], and threshold []. Outputs: logits [1, classes] or, if segments have
     one, the answer of one row, and exit [1]. stem, segments: fp32 graphs as to_onnx wrote them, in walking
-    order. A row exits at the first exit whose gate is above the threshold or, where segments have no policy,
-    whose top probability reaches it; exit is its 1-based number. Raises ValueError if nothing computes an
-    input of a segment, and for more than MAX_DEPTH segments.
+    order, for each segment those that it runs one after another. A row exits at the first exit whose gate is
+    above the threshold or, where segments have no policy, whose top probability reaches it; exit is its
+    1-based number. Raises ValueError if nothing computes an input of a segment, and for more than MAX_DEPTH
+    segments.
     """
     if len(segments) > MAX_DEPTH:
         raise ValueError(f"{len(segments)} segments cannot be nested, only {MAX_DEPTH}; keep fewer exits")
@@ -92,14 +93,17 @@ def _insert(
 
 
 def _add_segments(
-    graph: onnx.GraphProto, segments: Sequence[Path], number: int, values: Mapping[str, str]
+    graph: onnx.GraphProto, segments: Sequence[Sequence[Path]], number: int, values: Mapping[str, str]
 ) -> _Result:
     """Insert segment `number` (0-based) into `graph`, and after it an If with the later ones.
 
     values: the names of what was computed so far.
     """
     prefix = f"segment_{number:02}."
-    source = onnx.load(segments[number]).graph
+    *before, last = segments[number]
+    for at, file in enumerate(before):
+        values = {**values, **_insert(graph, onnx.load(file).graph, f"{prefix}before_{at}.", values)}
+    source = onnx.load(last).graph
     given = {output.name: output for output in source.output}
     name = answer_of(given)
     shape = _row_shape(given[name])

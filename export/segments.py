@@ -37,6 +37,10 @@ class Segment:
     The module takes and returns plain tensors in the order of `inputs` and `outputs`. blocks: 1-based, empty
     for stem and heads. macs: multiply-accumulates of one row, exit and policy included. longest: most tokens
     of a row. The module shares the network's parameters; only folded exits and policies are copies.
+
+    parts: where the segment begins with blocks whose weights other blocks have too (see shared_blocks), it is
+    written as several graphs, which run one after another; parts of other segments with the same name are the
+    same graph. always_first: all variants run the graph of the first variant.
     """
 
     name: str
@@ -46,6 +50,13 @@ class Segment:
     blocks: tuple[int, ...]
     macs: Macs
     longest: int
+    parts: tuple[Segment, ...] = ()
+    always_first: bool = False
+
+    @property
+    def graphs(self) -> tuple[Segment, ...]:
+        """What is written as one graph each, in the order in which they run: the parts, or the segment."""
+        return self.parts or (self,)
 
     def reads(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Take the segment's inputs from `values` by name, in the order of `inputs`."""
@@ -185,9 +196,17 @@ def file_name(segment: str, variant: str) -> str:
     return f"{segment}.onnx" if variant == "fp32" else f"{segment}_{variant}.onnx"
 
 
+def files_of(segment: Segment, variant: str, variants: Sequence[str]) -> list[tuple[Segment, str]]:
+    """The graphs that a segment runs in a variant, each with its file; variants: those of the bundle."""
+    return [
+        (graph, file_name(graph.name, variant if variant in variants_of(graph, variants) else variants[0]))
+        for graph in segment.graphs
+    ]
+
+
 def variants_of(segment: Segment, variants: Sequence[str]) -> list[str]:
     """The variants in which a segment is written: a stem only in the first, a head not in fp16."""
-    if segment.name == "stem":
+    if segment.name == "stem" or segment.always_first:
         return list(variants[:1])
     return [name for name in variants if segment.blocks or name != "fp16"]
 

@@ -15,10 +15,11 @@ def _loss_cell(loss: PrecisionLoss) -> str:
 
 
 def closing_table(manifest: Manifest, report: VerificationReport) -> str:
-    """The table that ee-split prints last, one line for each graph.
+    """The table that ee-split prints last, one line for each segment.
 
     Columns: blocks, MACs, bytes of each variant, largest difference from torch and, except for decoders, the
-    share of labels that each variant keeps or, without labels, the largest change of a number.
+    share of labels that each variant keeps or, without labels, the largest change of a number. A graph that
+    several segments run counts with the first of them.
     """
     variants = manifest.variants
     tokens = _tokens(manifest)
@@ -33,10 +34,15 @@ def closing_table(manifest: Manifest, report: VerificationReport) -> str:
     rows = [
         [*head, *(f"{name} bytes" for name in variants), "max abs diff", *(f"{n} {loss_name}" for n in kept)]
     ]
+    counted: dict[str, set[str]] = {name: set() for name in variants}  # files by variant
     for segment in segments:
         blocks = "-".join(map(str, sorted({*segment.blocks[:1], *segment.blocks[-1:]})))
-        files = [segment.variants[name].file if name in segment.variants else None for name in variants]
-        sizes = [f"{manifest.files[file].bytes:,}" if file else "" for file in files]
+        sizes = []
+        for name in variants:
+            graphs = segment.variants[name].graphs if name in segment.variants else ()
+            files = {graph.file for graph in graphs} - counted[name]
+            counted[name] |= files
+            sizes.append(f"{sum(manifest.files[file].bytes for file in files):,}" if graphs else "")
         macs = segment.macs.of(tokens) if decoder is None else segment.macs.token
         row = [segment.name, blocks, f"{macs:,.0f}", *sizes, f"{report.worst(segment.name):.1e}"]
         rows.append(row + [losses.get((segment.name, name), "") for name in kept])

@@ -88,8 +88,8 @@ def compile_bundle(
         raise BadSetting(f"{bundle.folder} generates text, which engine trt does not walk yet")
     graphs = [manifest.stem.variants[manifest.variants[0]]]
     for variant in (name for name in manifest.variants if name in variants):
-        graphs += [segment.variants[variant] for segment in manifest.segments]
-    for graph in graphs:
+        graphs += [graph for segment in manifest.segments for graph in segment.variants[variant].graphs]
+    for graph in dict.fromkeys(graphs):  # segments may share one
         yield compile_graph(trt, bundle.read(graph.file), graph, build_profiles(manifest), targets)
 
 

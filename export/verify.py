@@ -18,8 +18,7 @@ from offramp.export.segments import (
     Segment,
     SplitNetwork,
     Values,
-    file_name,
-    variants_of,
+    files_of,
 )
 from offramp.runtime.bundle.manifest import EXIT_HIDDEN, NEW, NEXT
 from offramp.runtime.engines.threads import share_global_pool
@@ -118,8 +117,8 @@ def verify(
         for values in walks["torch"]:
             _update(values, segment, segment.module(*segment.reads(values)))
         for name in variants:
-            written = name if name in variants_of(segment, variants) else variants[0]
-            _run_graph(segment, folder / file_name(segment.name, written), walks[name])
+            for graph, file in files_of(segment, name, variants):
+                _run_graph(graph, folder / file, walks[name])
         expected = [next(sample.expected) for sample in samples]
         for tensor in segment.outputs:
             scaled = _is_scaled(tensor.name, segment)

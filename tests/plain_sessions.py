@@ -33,10 +33,10 @@ def outputs(
     segments, tensors = list[Arrays](), dict(feeds)
     for segment, variant in zip((manifest.stem, *manifest.segments), ["fp32", *variants], strict=True):
         values: Arrays = {}
-        if variant:
+        for graph in segment.variants[variant].graphs if variant else ():
             options = onnxruntime.SessionOptions()
             threads.share_global_pool(options)
-            file = str(bundle / segment.variants[variant].file)
+            file = str(bundle / graph.file)
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             names = [node.name for node in session.get_outputs()]
             feed = {node.name: tensors[node.name] for node in session.get_inputs()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from offramp.runtime.bundle.manifest import (
     AXES,
@@ -147,7 +147,10 @@ def _check_graphs(manifest: Manifest, task: Task) -> None:
             raise ValueError(f"{where}.variants: all segments offer {list(manifest.variants)}, in that order")
         for field in ("token", "pair", "row"):
             _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
-        names = [tuple(sorted(t.name for t in (*v.inputs, *v.outputs))) for v in segment.variants.values()]
+        names = [
+            [sorted(tensor.name for tensor in (*graph.inputs, *graph.outputs)) for graph in variant.graphs]
+            for variant in segment.variants.values()
+        ]
         for variant, variant_names in zip(segment.variants, names, strict=True):
             if variant_names != names[0]:
                 raise ValueError(
@@ -157,6 +160,7 @@ def _check_graphs(manifest: Manifest, task: Task) -> None:
             _check_variant(f"{where}.variants[{name!r}]", graph, manifest)
         facts = segment.first_graph
         if segment is manifest.stem:
+            _check_nothing_before(where, segment)
             stem_outputs = {tensor.name: tensor for tensor in facts.outputs}
             if "hidden" not in stem_outputs:
                 raise ValueError("stem: it has no output 'hidden'")
@@ -187,28 +191,35 @@ def _check_segment(
     has = {"logits": task.logits is not None, "gate": True, "forecast": task.one_label}
     has["answer"] = task.answer is not None
     signals = [name for name in SIGNALS if has[name]]
-    for tensor in facts.inputs:
-        if stem_outputs.get(tensor.name) != tensor:
-            raise ValueError(
-                f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
-            )
-    for tensor in facts.outputs:
-        if tensor.name in signals:
-            continue
-        read = stem_outputs.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
-        if read is None:
-            raise ValueError(
-                f"{where}: output {tensor.name!r}; expected {', '.join(signals)} or "
-                f"{NEXT}<a tensor of the stem>"
-            )
-        if (read.dtype, read.shape) != (tensor.dtype, tensor.shape):
-            raise ValueError(f"{where}: output {tensor.name} differs from {read.name} in dtype or shape")
+    for number, graph in enumerate(facts.before):
+        _check_segment_tensors(f"{where}.before[{number}]", graph, stem_outputs, ())
+    _check_segment_tensors(where, facts, stem_outputs, signals)
     outputs = {tensor.name for tensor in facts.outputs}
     for name in ("logits", "answer"):
         if name in signals and name not in outputs:
             raise ValueError(f"{where}: it has no output {name!r}; every segment ends with an exit")
-    if not last and f"{NEXT}hidden" not in outputs:
+    if not last and "hidden" not in facts.updates:
         raise ValueError(f"{where}: it has no output '{NEXT}hidden' for the segment after it")
+
+
+def _check_segment_tensors(
+    where: str, graph: Variant, stem_outputs: dict[str, Tensor], signals: Sequence[str]
+) -> None:
+    """Check that a graph reads outputs of the stem, and outputs new values of them, or these signals."""
+    for tensor in graph.inputs:
+        if stem_outputs.get(tensor.name) != tensor:
+            raise ValueError(
+                f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
+            )
+    for tensor in graph.outputs:
+        if tensor.name in signals:
+            continue
+        read = stem_outputs.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
+        if read is None:
+            known = " or ".join([*([", ".join(signals)] if signals else []), f"{NEXT}<a tensor of the stem>"])
+            raise ValueError(f"{where}: output {tensor.name!r}; expected {known}")
+        if (read.dtype, read.shape) != (tensor.dtype, tensor.shape):
+            raise ValueError(f"{where}: output {tensor.name} differs from {read.name} in dtype or shape")
 
 
 def _check_forecast(where: str, facts: Variant, manifest: Manifest, *, ahead: int) -> None:
@@ -259,9 +270,23 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
                     _one_of(f"{where}.{side}[{index}].shape", size, AXES)
                 else:
                     _at_least(f"{where}.{side}[{index}].shape", size, 1)
+    for number, graph in enumerate(variant.before):
+        if graph.before:
+            raise ValueError(
+                f"{where}.before[{number}].before: it runs before another, so nothing runs before it"
+            )
+        _check_variant(f"{where}.before[{number}]", graph, manifest)
     task = TASKS[manifest.task]
     for tensor in () if task.kind == GENERATION else variant.outputs:  # _check_decoder checks its outputs
         _check_signal(where, tensor, manifest, {"logits": task.logits, "answer": task.answer})
+
+
+def _check_nothing_before(where: str, segment: Segment) -> None:
+    for name, variant in segment.variants.items():
+        if variant.before:
+            raise ValueError(
+                f"{where}.variants[{name!r}].before: graphs run before those of a classifier's segments alone"
+            )
 
 
 def _check_signal(
@@ -329,6 +354,7 @@ def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> N
     if manifest.variants[0] not in segment.variants:
         raise ValueError(f"{where}.variants: the default variant {manifest.variants[0]!r} is missing")
     first = segment.first_graph
+    _check_nothing_before(where, segment)
     for name, graph in segment.variants.items():
         _check_variant(f"{where}.variants[{name!r}]", graph, manifest)
         if (graph.inputs, graph.outputs) != (first.inputs, first.outputs):

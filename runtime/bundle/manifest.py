@@ -61,11 +61,27 @@ class Variant:
     logits and answer as its task has them (see Task), gate if it has a policy, forecast if it has an error
     forecast (see rules.Signals), and `next_<name>` for those of its inputs that it updates (hidden,
     evidence); the last segment outputs only logits and answer.
+
+    before: graphs that run first, one after another, each on the newest values of what it reads: blocks that
+    several segments run, so that a bundle holds their weights once. Each outputs new values alone, and the
+    graph of `file` reads what they gave. Left out of the file if there are none, as in most bundles.
     """
 
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    before: tuple[Variant, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[Variant, ...]:
+        """The graphs in the order in which they run; the last one gives the signals."""
+        return (*self.before, dataclasses.replace(self, before=())) if self.before else (self,)
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """Names of the tensors for which it outputs new values, once for each graph that does."""
+        outputs = (tensor.name for graph in self.graphs for tensor in graph.outputs)
+        return tuple(name.removeprefix(NEXT) for name in outputs if name.startswith(NEXT))
 
 
 @dataclass(frozen=True)
@@ -314,9 +330,22 @@ class Manifest:
         for point in facts["points"]:
             if point["calibration"] is None:
                 del point["calibration"]
+        for part in ("stem", "segments", "decoder"):
+            _drop_empty(facts.get(part), "before")
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _last_size(self, output: str) -> int:
         tensors = (tensor for tensor in self.segments[0].first_graph.outputs if tensor.name == output)
         sizes = (size for tensor in tensors for size in tensor.shape[-1:])
         return next((size for size in sizes if isinstance(size, int)), 0)
+
+
+def _drop_empty(value: Any, key: str) -> None:
+    """Remove this key from all objects inside of a value in which it holds nothing."""
+    if isinstance(value, dict):
+        if not value.get(key, True):
+            del value[key]
+        value = value.values()
+    if not isinstance(value, (str, int, float, type(None))):
+        for inner in value:
+            _drop_empty(inner, key)

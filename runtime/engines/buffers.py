@@ -12,7 +12,7 @@ import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Tensor, Variant
 from offramp.runtime.engines.base import Array, Rows
-from offramp.runtime.engines.tensors import row_signals
+from offramp.runtime.engines.tensors import SPARE, row_signals, sides_of
 from offramp.runtime.rules.base import RowSignals
 
 _IDLE_BYTES = 64 * 2**20
@@ -39,12 +39,25 @@ def make_run(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, 
     return partial(inner.run_with_iobinding, bound, options)
 
 
+def run_in_turn(runs: Sequence[Run]) -> Run:
+    """One function that calls several; the function itself if there is one."""
+    if len(runs) == 1:
+        return runs[0]
+
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run
+
+
 class Buffers:
     """The arrays of a walk of `rows` rows of `length` tokens, bound to the segments that use them.
 
     pairs: tensors that every segment reads and replaces (hidden, evidence): two arrays, one for each side of
-    a step. shared: the stem's other outputs (mask, pool, position_bias). inputs: the stem's inputs. bound:
-    runs by (segment, variant, side), each with its own memory for signals, so that a step copies nothing.
+    a step. spares: third arrays of those that several graphs of one segment replace. shared: the stem's other
+    outputs (mask, pool, position_bias). inputs: the stem's inputs. bound: runs by (segment, variant, side),
+    each with its own memory for signals, so that a step copies nothing.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Buffers:
         self.rows, self.length = rows, length
         self._ort, self._tensors = ort, tensors
         self.pairs: dict[str, tuple[Array, Array]] = {}
+        self.spares: dict[str, Array] = {}  # made by bind()
         self.shared: dict[str, Array] = {}
         self.inputs: dict[str, Array] = {}
         self.stem: Run | None = None
@@ -85,21 +99,27 @@ class Buffers:
             _bind(binding.bind_output, tensor.name, self._array(tensor.name, 0))
         return make_run(self._ort, session, binding)
 
-    def bind(self, session: Any, facts: Variant, side: int) -> Bound:
-        """Bind a segment that reads `side` (0 or 1) and writes the other; returns its run and its signals."""
-        binding = self._ort.IOBinding(session)
-        for tensor in facts.inputs:
-            _bind(binding.bind_input, tensor.name, self._array(tensor.name, side))
+    def bind(self, sessions: Sequence[Any], facts: Variant, side: int) -> Bound:
+        """Bind a segment that reads `side` (0 or 1) and writes the other; returns its run and its signals.
+
+        sessions: of facts.graphs.
+        """
+        runs: list[Run] = []
         signal_arrays: dict[str, Any] = {}
-        for tensor in facts.outputs:
-            if tensor.name in SIGNALS:
-                array = signal_arrays[tensor.name] = np.empty(*self._form(tensor))
+        for session, (graph, reads, writes) in zip(sessions, sides_of(facts, side), strict=True):
+            binding = self._ort.IOBinding(session)
+            for tensor in graph.inputs:
+                _bind(binding.bind_input, tensor.name, self._array(tensor.name, reads[tensor.name]))
+            for tensor in graph.outputs:
+                if tensor.name in SIGNALS:
+                    array = signal_arrays[tensor.name] = np.empty(*self._form(tensor))
+                    self.bytes += array.nbytes  # answers of all tokens are as large as a hidden state
+                else:
+                    name = tensor.name.removeprefix(NEXT)
+                    array = self._array(name, writes[name])
                 _bind(binding.bind_output, tensor.name, array)
-                self.bytes += array.nbytes  # answers of all tokens are as large as a hidden state
-            else:
-                new = self._array(tensor.name.removeprefix(NEXT), 1 - side)
-                _bind(binding.bind_output, tensor.name, new)
-        return make_run(self._ort, session, binding), row_signals(signal_arrays, self.rows)
+            runs.append(make_run(self._ort, session, binding))
+        return run_in_turn(runs), row_signals(signal_arrays, self.rows)
 
     def gather(self, sources: Sequence[tuple[Buffers, int, Rows | None]]) -> None:
         """Copy rows of other buffers, one after another, to side 0 and the shared tensors.
@@ -126,7 +146,14 @@ class Buffers:
 
     def _array(self, name: str, side: int) -> Array:
         pair = self.pairs.get(name)
-        return self.shared[name] if pair is None else pair[side]
+        if pair is None:
+            return self.shared[name]
+        if side != SPARE:
+            return pair[side]
+        if name not in self.spares:
+            self.spares[name] = np.zeros_like(pair[0])
+            self.bytes += pair[0].nbytes
+        return self.spares[name]
 
 
 def _bind(bind: Any, name: str, array: Array) -> None:

@@ -8,7 +8,7 @@ pinned host memory, and waits once. Rows that stay after others have exited are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,9 +18,9 @@ import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, SIGNALS, Manifest, Tensor, TextInput, Variant
 from offramp.runtime.engines.base import Array, Rows
-from offramp.runtime.engines.buffers import BufferPool, Run
+from offramp.runtime.engines.buffers import BufferPool, Run, run_in_turn
 from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
-from offramp.runtime.engines.tensors import row_signals
+from offramp.runtime.engines.tensors import Sides, row_signals, sides_of, updated_twice
 from offramp.runtime.errors import DeviceFailed, OutOfMemory
 from offramp.runtime.rules.base import RowSignals
 
@@ -58,13 +58,14 @@ class Layout:
     """The tensors of a bundle, grouped by their use in a walk.
 
     inputs: the stem's inputs. pairs: tensors that segments read and update. shared: other outputs of the
-    stem. signals: those of each segment.
+    stem. signals: those of each segment. spares: those pairs that several graphs of one segment update.
     """
 
     inputs: tuple[Tensor, ...]
     pairs: tuple[Tensor, ...]
     shared: tuple[Tensor, ...]
     signals: tuple[tuple[Tensor, ...], ...]
+    spares: tuple[Tensor, ...]
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, updated: frozenset[str], inputs: Sequence[Tensor]) -> Layout:
@@ -74,11 +75,13 @@ class Layout:
         """
         outputs = manifest.stem.variants[manifest.variants[0]].outputs
         segments = [next(iter(segment.variants.values())) for segment in manifest.segments]
+        twice = updated_twice(manifest)
         return cls(
             tuple(inputs),
             tuple(tensor for tensor in outputs if tensor.name in updated),
             tuple(tensor for tensor in outputs if tensor.name not in updated),
             tuple(tuple(t for t in graph.outputs if t.name in SIGNALS) for graph in segments),
+            tuple(tensor for tensor in outputs if tensor.name in twice),
         )
 
 
@@ -125,6 +128,7 @@ class DeviceBuffers:
         self._input_bytes = device.end
         pairs = [(device.add(tensor), device.add(tensor)) for tensor in layout.pairs]
         shared = [device.add(tensor) for tensor in layout.shared]
+        spares = {tensor.name: device.add(tensor) for tensor in layout.spares}
         # On the host every segment has its own memory for signals; on the device all share one.
         host = _Packer(rows, length, self._input_bytes)
         self._host_signals = [[host.add(tensor) for tensor in tensors] for tensors in layout.signals]
@@ -136,27 +140,31 @@ class DeviceBuffers:
         self.inputs: dict[str, Array] = {
             tensor.name: self._host_view(region) for tensor, region in zip(layout.inputs, inputs, strict=True)
         }
-        # Addresses on side 0 and 1, which are equal for inputs and shared tensors.
-        self._addresses = {
+        # Addresses on side 0 and 1, which are equal for inputs and shared tensors, and as SPARE.
+        self._addresses: dict[str, tuple[int, ...]] = {
             tensor.name: (base + region.start, base + region.start)
             for tensor, region in zip((*layout.inputs, *layout.shared), (*inputs, *shared), strict=True)
         } | {
-            tensor.name: (base + first.start, base + second.start)
+            tensor.name: tuple(
+                base + region.start
+                for region in (first, second, *([spares[tensor.name]] if tensor.name in spares else []))
+            )
             for tensor, (first, second) in zip(layout.pairs, pairs, strict=True)
         }
         self._signals_address = base + signals_start
 
-    def places(self, graph: Variant, segment: int, side: int) -> Places:
-        """Places of the inputs and outputs of a graph that reads `side`; segment -1 is the stem."""
+    def places(self, graph: Variant, segment: int, reads: Sides, writes: Sides) -> Places:
+        """Places of the inputs and outputs of a graph, on sides as in sides_of; segment -1 is the stem."""
         signals = self._signal_addresses(segment) if segment >= 0 else {}
         places = {}
         for tensor in (*graph.inputs, *graph.outputs):
             if tensor.name in SIGNALS:
                 address = signals[tensor.name]
             elif tensor.name.startswith(NEXT):
-                address = self._addresses[tensor.name.removeprefix(NEXT)][1 - side]
-            else:
-                address = self._addresses[tensor.name][side]
+                name = tensor.name.removeprefix(NEXT)
+                address = self._addresses[name][writes[name]]
+            else:  # the stem writes side 0
+                address = self._addresses[tensor.name][reads.get(tensor.name, 0)]
             places[tensor.name] = TensorPlace(address, numeric_shape(tensor, self.rows, self.length))
         return places
 
@@ -226,12 +234,15 @@ class DeviceState:
 class GraphOpener(Protocol):
     """Opens graphs and binds them to device addresses; the only part in which engines on a GPU differ."""
 
-    def open(self, steps: Sequence[Step]) -> None:
-        """Open the graphs of these (segment, variant) steps that are not open yet."""
+    def open(self, graphs: Sequence[Variant]) -> None:
+        """Open those of these graphs that are not open yet."""
         ...
 
-    def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
-        """Make a function that enqueues one run of an open graph, at these places, on the stream."""
+    def bind(self, graph: Variant, use: Hashable, places: Places, rows: int, length: int) -> Run:
+        """Make a function that enqueues one run of an open graph, at these places, on the stream.
+
+        use: for what the graph is run; most runs of one use are at the same places.
+        """
         ...
 
     @property
@@ -270,7 +281,8 @@ class DeviceEngine:
 
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
         """Open the stem and these segments (0-based) in one variant; see Engine.prepare."""
-        self._opener.open([STEM, *((segment, variant) for segment in segments)])
+        steps = [STEM, *((segment, variant) for segment in segments)]
+        self._opener.open([graph for step in steps for graph in self._graph(step).graphs])
 
     def begin(self, inputs: Mapping[str, Array]) -> DeviceState:
         """Run the stem on new rows, padded to a multiple of LENGTH_STEP; see Engine.begin."""
@@ -337,14 +349,17 @@ class DeviceEngine:
         """A function that enqueues the step on these buffers, and its signals, valid after a wait."""
         bound = buffers.bound.get((step, side))
         if bound is None:
-            self._opener.open([step])
-            segment = step[0]
-            places = buffers.places(self._graph(step), segment, side)
-            run = self._opener.bind(step, places, buffers.rows, buffers.length)
+            facts, segment = self._graph(step), step[0]
+            self._opener.open(facts.graphs)
+            runs: list[Run] = []
+            for number, (graph, reads, writes) in enumerate(sides_of(facts, side)):
+                places = buffers.places(graph, segment, reads, writes)
+                runs.append(self._opener.bind(graph, (step, number), places, buffers.rows, buffers.length))
             signals: RowSignals | None = None
             if segment >= 0:
                 copy, signals = buffers.signals(segment)
-                run = _both(run, copy)
+                runs.append(copy)
+            run = run_in_turn(runs)
             if self._opener.captures:
                 run = CapturedRun(self._cuda, run)
             bound = buffers.bound[step, side] = run, signals
@@ -375,14 +390,6 @@ class CapturedRun:
             (self._graph,) = graphs
             finalize(self, self._cuda.free_graph, self._graph).atexit = False
         self._cuda.launch(self._graph)
-
-
-def _both(first: Run, second: Run) -> Run:
-    def run() -> None:
-        first()
-        second()
-
-    return run
 
 
 def _aligned(size: int) -> int:

@@ -65,7 +65,7 @@ class OrtEngine:
         self._length = hidden.shape[1] if isinstance(hidden.shape[1], int) else 0
         self._stem: Any = None
         self._graphs = BundleGraphs(ort, bundle, "cpu", pool, early, share)
-        self._open: dict[Step, OpenGraph] = {}
+        self._open: dict[Step, list[OpenGraph]] = {}  # those that run one after another in a step
         forms = walk_tensors(manifest), updated_tensors(manifest), _names(self._stem_facts.inputs)
         self._buffer_pool = BufferPool(lambda rows, length: Buffers(ort, *forms, rows, length))
 
@@ -78,12 +78,16 @@ class OrtEngine:
     def prepare(self, variant: int, segments: Sequence[int]) -> None:
         """Open the stem and these segments (0-based) in one variant; see Engine.prepare."""
         steps = [step for step in (_STEM, *((s, variant) for s in segments)) if step not in self._open]
+        graphs = {step: self._facts(step).graphs for step in steps}
+        each = dict.fromkeys(graph for step in steps for graph in graphs[step])  # several steps may run one
         # While ONNX Runtime opens one file, a thread reads and hashes the next; bytes are freed as soon as
         # the graph is open, so that at most two files are in memory.
-        files = prefetch(steps, lambda step: self._graphs.read(self._facts(step)))
+        files = prefetch(each, self._graphs.read)
+        opened = {graph: self._graphs.open(*next(files)) for graph in each}
         for step in steps:
-            self._open[step] = self._graphs.open(*next(files))
-        self._stem = self._open[_STEM].session
+            self._open[step] = [opened[graph] for graph in graphs[step]]
+        (stem,) = self._open[_STEM]
+        self._stem = stem.session
 
     def begin(self, inputs: Mapping[str, Array]) -> OrtState:
         """Run the stem on new rows and return their state; see Engine.begin."""
@@ -145,7 +149,8 @@ class OrtEngine:
         step = (segment, variant)
         if step not in self._open:
             self.prepare(variant, [segment])
-        bound = buffers.bound[key] = buffers.bind(self._open[step].session, self._facts(step), side)
+        sessions = [graph.session for graph in self._open[step]]
+        bound = buffers.bound[key] = buffers.bind(sessions, self._facts(step), side)
         return bound
 
     def _facts(self, step: Step) -> Variant:
@@ -155,7 +160,8 @@ class OrtEngine:
         return self._bundle.manifest.segments[segment].variants[self._variants[variant]]
 
     def _broken(self, facts: Variant, problem: Exception) -> BadBundle:
-        return BadBundle(f"{self._bundle.folder / facts.file}: ONNX Runtime cannot run it: {problem}")
+        files = ", ".join(graph.file for graph in dict.fromkeys(facts.graphs))
+        return BadBundle(f"{self._bundle.folder / files}: ONNX Runtime cannot run it: {problem}")
 
 
 def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> Engine[Any]:

@@ -7,7 +7,7 @@ without a wait, and the host waits only for the signals of a segment.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import redirect_stdout
 from itertools import count
 from types import ModuleType
@@ -42,23 +42,22 @@ class OrtOpener:
         self,
         ort: ModuleType,
         graphs: BundleGraphs,
-        graph: Callable[[Step], Variant],
         bundle: Bundle,
         numbered: bool,
     ) -> None:
-        self._ort, self._graphs, self._graph, self._bundle = ort, graphs, graph, bundle
-        self._open: dict[Step, OpenGraph] = {}
+        self._ort, self._graphs, self._bundle = ort, graphs, bundle
+        self._open: dict[Variant, OpenGraph] = {}
         self._numbers = count(1) if numbered else None
 
-    def open(self, steps: Sequence[Step]) -> None:
-        """Open the graphs of these (segment, variant) steps that are not open yet."""
-        for step in steps:
-            if step not in self._open:
-                self._open[step] = self._graphs.open(*self._graphs.read(self._graph(step)))
+    def open(self, graphs: Sequence[Variant]) -> None:
+        """Open those of these graphs that are not open yet."""
+        for graph in graphs:
+            if graph not in self._open:
+                self._open[graph] = self._graphs.open(*self._graphs.read(graph))
 
-    def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
+    def bind(self, graph: Variant, use: Hashable, places: Places, rows: int, length: int) -> Run:
         """Make a function that enqueues one run of an open graph at these places; see GraphOpener.bind."""
-        graph, session = self._graph(step), self._open[step].session
+        session = self._open[graph].session
         binding = self._ort.IOBinding(session)
         for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
             for tensor in tensors:
@@ -115,7 +114,7 @@ class OrtCudaEngine(DeviceEngine):
         # Sessions run on this engine's stream: they cannot be shared with another engine.
         sessions = BundleGraphs(ort, bundle, self.device, pool, {}, False, providers)
         layout = Layout.from_manifest(manifest, updated_tensors(manifest), stem.inputs)
-        super().__init__(cuda, OrtOpener(ort, sessions, graph, bundle, cuda_graphs), layout, graph, manifest)
+        super().__init__(cuda, OrtOpener(ort, sessions, bundle, cuda_graphs), layout, graph, manifest)
         self._facts = {
             "onnxruntime": ort.__version__,
             "provider": providers[0][0],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from offramp.runtime.bundle.manifest import NEXT, Manifest, Tensor, Variant
 from offramp.runtime.errors import BadBundle
 from offramp.runtime.rules.base import Floats, RowSignals
+
+SPARE = 2  # the third place of a tensor that several graphs of one segment update; 0 and 1 are the sides
+Sides = Mapping[str, int]  # by the tensor's name
 
 
 def stem_graph(manifest: Manifest, variant: str) -> Variant:
@@ -30,14 +34,35 @@ def updated_tensors(manifest: Manifest) -> frozenset[str]:
     """
     updated: frozenset[str] | None = None
     for segment in manifest.segments[:-1]:
-        outputs = segment.first_graph.outputs
-        names = frozenset(t.name.removeprefix(NEXT) for t in outputs if t.name.startswith(NEXT))
+        names = frozenset(segment.first_graph.updates)
         if updated is not None and names != updated:
             raise BadBundle(
                 f"manifest: {segment.name} replaces {sorted(names)}, the segments before it {sorted(updated)}"
             )
         updated = names
     return updated or frozenset({"hidden"})
+
+
+def updated_twice(manifest: Manifest) -> frozenset[str]:
+    """Names of the tensors that several graphs of one segment replace, which therefore need SPARE."""
+    counts = [Counter(graph.updates) for segment in manifest.segments for graph in segment.variants.values()]
+    return frozenset(name for count in counts for name in count if count[name] > 1)
+
+
+def sides_of(facts: Variant, side: int) -> Iterator[tuple[Variant, Sides, Sides]]:
+    """The graphs of a segment, each with the sides on which it reads and writes the tensors that it updates.
+
+    The segment begins on `side` and ends on the other one, however many of its graphs update a tensor: the
+    last update writes the other side, and those before it write SPARE and the other side in turn.
+    """
+    left = Counter(facts.updates)
+    newest = dict.fromkeys(left, side)
+    for graph in facts.graphs:
+        reads = {tensor.name: newest.get(tensor.name, side) for tensor in graph.inputs}
+        for name in graph.updates:
+            left[name] -= 1
+            newest[name] = SPARE if left[name] % 2 else 1 - side
+        yield graph, reads, dict(newest)
 
 
 def row_signals(arrays: Mapping[str, Floats], rows: int) -> RowSignals:

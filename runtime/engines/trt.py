@@ -58,7 +58,7 @@ class TrtEngine(DeviceEngine):
         stem = manifest.stem.variants[manifest.variants[0]]
         inputs = [trt_versions.as_tensorrt_reads(trt, tensor) for tensor in stem.inputs]
         layout, graph = Layout.from_manifest(manifest, updated_tensors(manifest), inputs), _graph_of(manifest)
-        opener = TrtOpener(trt, cuda, bundle, cache, graph, options)
+        opener = TrtOpener(trt, cuda, bundle, cache, options)
         super().__init__(cuda, opener, layout, graph, manifest)
         self._trt_opener = opener
         self._facts = {
@@ -159,15 +159,14 @@ class TrtOpener:
         cuda: Cuda,
         bundle: Bundle,
         cache: EngineCache,
-        graph: Callable[[Step], Variant],
         options: EngineOptions,
     ) -> None:
-        self._trt, self._cuda, self._bundle, self._cache, self._graph = trt, cuda, bundle, cache, graph
+        self._trt, self._cuda, self._bundle, self._cache = trt, cuda, bundle, cache
         self._profiles, self.captures = build_profiles(bundle.manifest), options.cuda_graphs
         self._private = None if options.share else object()  # differs from every other opener's
         self._log = ErrorLog(trt)
-        self._engines: dict[Step, OpenEngine] = {}
-        self._contexts: dict[tuple[Step, int], _Context] = {}  # by step and profile
+        self._engines: dict[str, OpenEngine] = {}  # by the graph's file
+        self._contexts: dict[tuple[str, Hashable, int], _Context] = {}  # by file, use and profile
         self._captured_contexts: list[_Context] = []
         self._scratch: list[DeviceMemory] = []  # the last is in use; captured runs still use earlier ones
         self._built, self._seconds = 0, 0.0
@@ -178,17 +177,17 @@ class TrtOpener:
         others = len(self._engines) - self._built
         return f"{self._built} built in {self._seconds:.1f} s, {others} found built"
 
-    def open(self, steps: Sequence[Step]) -> None:
-        """Open the graphs of these (segment, variant) steps that are not open yet."""
-        missing = [step for step in steps if step not in self._engines]
-        for number, step in enumerate(missing, 1):
-            self._engines[step] = self._open(self._graph(step), f"{number} of {len(missing)}")
+    def open(self, graphs: Sequence[Variant]) -> None:
+        """Open those of these graphs that are not open yet."""
+        missing = {graph.file: graph for graph in graphs if graph.file not in self._engines}
+        for number, (file, graph) in enumerate(missing.items(), 1):
+            self._engines[file] = self._open(graph, f"{number} of {len(missing)}")
 
-    def bind(self, step: Step, places: Places, rows: int, length: int) -> Run:
+    def bind(self, graph: Variant, use: Hashable, places: Places, rows: int, length: int) -> Run:
         """Make a function that enqueues one run of an open graph at these places; see GraphOpener.bind."""
-        entry = self._context(step, find_profile(self._profiles, rows, length))
-        context, stream, graph = entry.context, self._cuda.stream, self._graph(step)
-        this_run, log = object(), self._engines[step].log
+        entry = self._context(graph.file, use, find_profile(self._profiles, rows, length))
+        context, stream = entry.context, self._cuda.stream
+        this_run, log = object(), self._engines[graph.file].log
 
         def run() -> None:
             if entry.owner is not this_run:
@@ -271,12 +270,12 @@ class TrtOpener:
             "driver": self._cuda.driver,
         }
 
-    def _context(self, step: Step, profile: int) -> _Context:
-        """The context of a step and profile; a new one for each run if runs are captured."""
-        entry = None if self.captures else self._contexts.get((step, profile))
+    def _context(self, file: str, use: Hashable, profile: int) -> _Context:
+        """The context of a file, use and profile; a new one for each run if runs are captured."""
+        entry = None if self.captures else self._contexts.get((file, use, profile))
         if entry is not None:
             return entry
-        file, opened = self._graph(step).file, self._engines[step]
+        opened = self._engines[file]
         context = trt_versions.create_context(self._trt, opened.engine)
         if context is None:
             raise OutOfMemory(f"{file}: TensorRT makes no context: {opened.log.take()}")
@@ -287,7 +286,7 @@ class TrtOpener:
         if self.captures:
             self._captured_contexts.append(entry)
         else:
-            self._contexts[step, profile] = entry
+            self._contexts[file, use, profile] = entry
         return entry
 
     def _lend(self, context: Any) -> None:

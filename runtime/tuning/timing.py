@@ -118,7 +118,8 @@ def walk_candidate(
     size = manifest.answer_size
     bound = rules.bind(session.rule, segments, manifest.costs, answer_size=size) if rule is None else rule
     stem = manifest.stem.variants.get(session.variant) or manifest.stem.first_graph
-    files = {stem.file, *(segment.variants[session.variant].file for segment in manifest.segments)}
+    graphs = [graph for segment in manifest.segments for graph in segment.variants[session.variant].graphs]
+    files = {graph.file for graph in (stem, *graphs)}
 
     def run(batches: Batches, rows: int, limit: int) -> Callable[[], AnswersAndExits]:
         trace = walk(

@@ -20,7 +20,7 @@ import torch
 from offramp.export.bundle import write_bundle
 from offramp.export.classifier import ExportableClassifier
 from offramp.export.options import ExportOptions
-from offramp.export.segments import SplitNetwork, file_name, variants_of
+from offramp.export.segments import SplitNetwork, files_of
 from offramp.export.verify import VerificationReport
 from offramp.models import EarlyExitNetwork
 from offramp.runtime import load
@@ -73,12 +73,12 @@ def walk(
     """The logits of every exit, by the graphs of a variant."""
     values = {name: value.numpy() for name, value in inputs.items()}
     logits = []
-    for segment in export.split:
-        known = variant if variant in variants_of(segment, VARIANTS) else VARIANTS[0]
-        session = open_graph(export.bundle / file_name(segment.name, known))
-        names = [tensor.name for tensor in segment.outputs]
+    parts = [part for segment in export.split for part in files_of(segment, variant, VARIANTS)]
+    for graph, file in parts:
+        session = open_graph(export.bundle / file)
+        names = [tensor.name for tensor in graph.outputs]
         outputs = dict(
-            zip(names, session.run(names, {t.name: values[t.name] for t in segment.inputs}), strict=True)
+            zip(names, session.run(names, {t.name: values[t.name] for t in graph.inputs}), strict=True)
         )
         values |= {name.removeprefix(NEXT): value for name, value in outputs.items()}
         logits += [outputs["logits"]] if "logits" in outputs else []

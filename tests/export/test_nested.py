@@ -38,6 +38,11 @@ def walk(paths: list[Path], open_graph: Callable[[Path], Any], inputs: dict[str,
     return outputs[1:]
 
 
+def nest(paths: list[Path]) -> onnx.ModelProto:
+    """The graphs of stem and segments as one model, each segment of one graph."""
+    return nest_segments(paths[0], [[path] for path in paths[1:]])
+
+
 def rows(family: str, count: int) -> list[dict[str, np.ndarray]]:
     whole = {name: value.numpy() for name, value in tiny.inputs(family, rows=count).items()}
     return [{name: value[at : at + 1] for name, value in whole.items()} for at in range(count)]
@@ -48,7 +53,7 @@ def test_rows_exit_where_the_walk_exits_with_its_logits(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     paths = files(exported(family))
-    onnx.save(nest_segments(paths[0], paths[1:]), tmp_path / "nested.onnx")
+    onnx.save(nest(paths), tmp_path / "nested.onnx")
     session = open_graph(tmp_path / "nested.onnx")
     names = [node.name for node in session.get_inputs()]
     for inputs in rows(family, 4):
@@ -73,7 +78,7 @@ def test_without_policies_the_top_probability_decides(
     for segment in split_classifier(tiny.network(policy=None)):
         paths.append(tmp_path / f"{segment.name}.onnx")
         to_onnx(segment, paths[-1])
-    onnx.save(nest_segments(paths[0], paths[1:]), tmp_path / "nested.onnx")
+    onnx.save(nest(paths), tmp_path / "nested.onnx")
     session = open_graph(tmp_path / "nested.onnx")
     inputs = rows("bert", 1)[0]
     table = np.stack([out["logits"] for out in walk(paths, open_graph, inputs)], 1)
@@ -91,7 +96,7 @@ def test_an_input_that_nothing_computes_is_named(exported: Callable[[str], Any],
     model.graph.input.append(helper.make_tensor_value_info("memory", TensorProto.FLOAT, ["batch"]))
     onnx.save(model, tmp_path / "segment_00.onnx")
     with pytest.raises(ValueError, match=r"segment_00.*'memory'"):
-        nest_segments(paths[0], [tmp_path / "segment_00.onnx", *paths[2:]])
+        nest_segments(paths[0], [[tmp_path / "segment_00.onnx"], *([path] for path in paths[2:])])
 
 
 def nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -108,7 +113,7 @@ def test_nodes_without_a_name_get_none(exported: Callable[[str], Any], tmp_path:
             node.name = ""
         paths.append(tmp_path / file.name)
         onnx.save(model, paths[-1])
-    assert {node.name for node in nodes(nest_segments(paths[0], paths[1:]).graph)} == {"", "segment_00.If"}
+    assert {node.name for node in nodes(nest(paths).graph)} == {"", "segment_00.If"}
 
 
 def test_weights_are_copied_once(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +126,7 @@ def test_weights_are_copied_once(exported: Callable[[str], Any], monkeypatch: py
 
     monkeypatch.setattr(nested.helper, "make_graph", make)
     paths = files(exported("bert"))
-    model = nest_segments(paths[0], paths[1:])
+    model = nest(paths)
     assert [len(graph.initializer) for graph in held] == [0] * len(held)
     (branch,) = [node for node in model.graph.node if node.op_type == "If"]
     inside = {a.name: len(a.g.initializer) for a in branch.attribute}

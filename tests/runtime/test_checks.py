@@ -250,3 +250,58 @@ def test_regression_and_several_labels_read_images() -> None:
     outputs.append({"name": "logits", "dtype": "float32", "shape": ["batch", 2]})
     several = facts | {"task": "multi-label-classification", "thresholds": [0.5, 0.5]}
     assert read_manifest(json.dumps(several), source="here").thresholds == (0.5, 0.5)
+
+
+def shared_facts() -> dict[str, Any]:
+    """The manifest of images with a block that runs before the segment's own graph."""
+    facts: dict[str, Any] = json.loads(manifest().to_json())
+    hidden = facts["segments"][0]["variants"]["fp32"]["inputs"][0]
+    block = {"file": "block_01.onnx", "inputs": [hidden], "outputs": [hidden | {"name": "next_hidden"}]}
+    facts["segments"][0]["variants"]["fp32"]["before"] = [block, block]
+    facts["files"]["block_01.onnx"] = {"sha256": "b" * 64, "bytes": 20}
+    return json.loads(json.dumps(facts))  # no object in two places
+
+
+def test_manifest_with_graphs_before_a_segments_own_round_trip() -> None:
+    text = json.dumps(shared_facts(), indent=1, ensure_ascii=False) + "\n"
+    variant = (again := read_manifest(text, source="here")).segments[0].first_graph
+    assert [graph.file for graph in variant.graphs] == ["block_01.onnx", "block_01.onnx", "segment_00.onnx"]
+    assert variant.graphs[-1].before == () and variant.updates == ("hidden", "hidden")
+    assert json.loads(again.to_json()) == shared_facts()
+    assert '"before"' not in manifest().to_json()
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "message"),
+    [
+        ("before 1 file", "other.onnx", "variants['fp32'].before[1].file: 'other.onnx' is not listed"),
+        ("before 0 file", "../x", "before[0].file: '../x' is not a plain file name"),
+        ("before 1 inputs 0 name", "state", "segments[0].before[1]: its input state"),
+        ("before 0 outputs 0 name", "gates", "segments[0].before[0]: output 'gates'; expected next_<a"),
+        ("before 0 outputs 0 dtype", "float16", "before[0]: output next_hidden differs from hidden in dtype"),
+        ("before 0 outputs 0 shape 2", 0, "before[0].outputs[0].shape: 0"),
+        ("before 0 before", [{"file": "x", "inputs": [], "outputs": []}], "before[0].before: it runs before"),
+        ("before 0 after", [], "before[0].after: unknown key"),
+        ("before", "block_01.onnx", "before: expected a list"),
+    ],
+)
+def test_wrong_graph_before_a_segments_own_is_named(path: str, new: Any, message: str) -> None:
+    facts = shared_facts()
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split()]
+    place = facts["segments"][0]["variants"]["fp32"]
+    for key in parents:
+        place = place[key]
+    place[last] = new
+    with pytest.raises(BadManifest) as problem:
+        read_manifest(json.dumps(facts), source="here")
+    assert message in str(problem.value)
+
+
+@pytest.mark.parametrize("bundle", [CLASSIFIER, GENERATOR])
+def test_only_segments_of_classifiers_have_graphs_before_their_own(bundle: Path) -> None:
+    facts = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
+    segment = facts["stem"] if bundle == CLASSIFIER else facts["segments"][0]
+    for variant in segment["variants"].values():
+        variant["before"] = [copy.deepcopy(variant)]
+    with pytest.raises(BadManifest, match=r"variants\['fp32'\]\.before: graphs run before those of a class"):
+        read_manifest(json.dumps(facts), source="here")

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def sessions(engine: Any) -> dict[tuple[int, int], Any]:
     """ONNX Runtime's sessions by (segment, variant)."""
-    return {step: graph.session for step, graph in engine._open.items()}
+    return {step: graph.session for step, (graph,) in engine._open.items()}
 
 
 def is_shared(left: Any, right: Any) -> bool:
@@ -135,8 +135,8 @@ def test_graphs_of_another_folder_manifest_or_pool_are_not_shared(engine: Any, f
     pools = engine._pool, dataclasses.replace(engine._pool, kind="another")
     openers = [graphs.BundleGraphs(onnxruntime, open_bundle(CLASSIFIER), "cpu", pool, {}) for pool in pools]
     stem = bundle.manifest.stem.first_graph
-    assert openers[0].read(stem)[1] is engine._open[-1, 0]
-    assert openers[1].read(stem)[1] is not engine._open[-1, 0]
+    assert openers[0].read(stem)[1] is engine._open[-1, 0][0]
+    assert openers[1].read(stem)[1] is not engine._open[-1, 0][0]
 
 
 def test_graph_that_no_engine_runs_is_freed(folder: Path) -> None:
