@@ -66,18 +66,22 @@ def label_divergence(logits: Tensor, target: Tensor, temperature: float) -> Tens
 
 
 def _binary_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labels of each label's binary cross-entropy; labels [batch, labels] of 0 and 1."""
+    """The sum over labels of each label's binary cross-entropy; labels [batch, labels] of 0 and 1.
+
+    With the mean, which is transformers' loss, the gradients of many labels are so small that the blocks
+    behind the first exits learned nothing (docs/log.md, 2026-11-29).
+    """
     wanted = labels[:, None].expand_as(logits).float()
-    return functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").mean(-1)
+    return functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").sum(-1)
 
 
 def _binary_divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """As label_divergence, the mean over labels that are each given or not."""
+    """As label_divergence, the sum over labels that are each given or not."""
     soft = logits.float() / temperature
     wanted = (target.float() / temperature).expand_as(soft)
     cross = functional.binary_cross_entropy_with_logits(soft, wanted.sigmoid(), reduction="none")
     least = functional.binary_cross_entropy_with_logits(wanted, wanted.sigmoid(), reduction="none")
-    return temperature**2 * (cross - least).mean(-1)
+    return temperature**2 * (cross - least).sum(-1)
 
 
 def _no_label(labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from offramp.benchmarks.compare.pages import markdown_table
 MACHINE = {"cpu": "A CPU", "when": "2026-11-28T12:00:00+00:00"}
 
 
+@pytest.mark.slow  # computes all tables
 @pytest.mark.parametrize("file", figures.DOCUMENTS, ids=lambda file: file.name)
 def test_the_tables_of_the_documents_are_those_of_the_result_files(file: Path) -> None:
     _, inside, _ = figures.split_at_marks(file.read_text(encoding="utf-8"))

@@ -136,6 +136,7 @@ def test_rows_that_exit_and_rows_that_stay_get_the_networks_answers(
     assert [answer.label for answer in answers] == [export.network.spec.labels[label] for label in labels]
 
 
+@pytest.mark.slow  # exports
 def test_distances_of_deberta_are_constants(exported: Callable[[str], Exported]) -> None:
     export = exported("deberta-v2")
     graph = onnx.load(export.bundle / "segment_01.onnx").graph

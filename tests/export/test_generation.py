@@ -21,6 +21,8 @@ from offramp.runtime.rules.speculative import SpeculativeRule
 from offramp.runtime.sequence import TokenSequence
 from offramp.runtime.walker import walk_one
 
+pytestmark = pytest.mark.slow  # exports decoders
+
 PROMPT = [5, 9, 30, 12, 44]
 EXITS = [1, 1, 3, 1, 2, 1, 3, 2, 2, 2, 3]
 

@@ -32,6 +32,8 @@ from offramp.runtime.engines.base import EngineOptions, open_engine
 from offramp.runtime.errors import BadBundle
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
+pytestmark = pytest.mark.slow  # exports in every variant
+
 VARIANTS = ("fp32", "int8")
 ENDS = (2, 5)  # a segment of two blocks and one of three; all blocks are one module
 SESSIONS = 1 + 1 + len(ENDS)  # stem, block, exits

@@ -13,10 +13,10 @@ from offramp.models.tasks import EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 from offramp.training.losses import losses_of
 
 
-def test_the_loss_of_several_labels_is_the_mean_of_their_binary_losses() -> None:
+def test_the_loss_of_several_labels_is_the_sum_of_their_binary_losses() -> None:
     losses = losses_of(tiny_tasks.network(MULTI_LABEL))
     logits, labels = torch.randn(4, 2, 3), torch.randint(0, 2, (4, 3)).float()
-    expected = functional.binary_cross_entropy_with_logits(logits[:, 1], labels, reduction="none").mean(1)
+    expected = functional.binary_cross_entropy_with_logits(logits[:, 1], labels, reduction="none").sum(1)
     torch.testing.assert_close(losses.by_label(logits, labels)[:, 1], expected)
 
 

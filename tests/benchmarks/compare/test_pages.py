@@ -152,6 +152,7 @@ def test_the_document_says_so_without_results() -> None:
     assert pages.NO_RESULTS in pages.comparison_document({})
 
 
+@pytest.mark.slow  # computes all tables
 def test_the_document_is_written_from_the_result_files() -> None:
     expected = pages.comparison_document(pages.read_comparisons(), pages.read_results("agreement"))
     assert pages.DOCUMENT.read_text(encoding="utf-8") == expected, "python benchmarks/compare/pages.py"
