@@ -95,24 +95,22 @@ def fixed(rows: Embedded, exit: int) -> Ids:
     return np.full(len(rows.labels), exit)
 
 
-def settings(dev: Embedded, last: int) -> list[tuple[str, float | int]]:
-    """Thresholds of rule settled with at least each saving on dev, and all exits but the last."""
+def settings(dev: Embedded, last: int) -> list[tuple[str, RuleSpec | int]]:
+    """Settings of rule settled with at least each saving on dev, and all exits but the last."""
     table = dev.table
     points = sweep("settled", settings_to_try("settled", table), table, dev.costs)
-    chosen: list[tuple[str, float | int]] = []
+    chosen: list[tuple[str, RuleSpec | int]] = []
     for saving in SAVINGS:
         enough = [point for point in points if point.macs_saved >= saving]
         if enough:
             best = max(enough, key=lambda point: point.accuracy)
-            chosen.append((f"settled, saves {saving:.0f} on dev", best.rule.parameters["threshold"]))
+            chosen.append((f"settled, saves {saving:.0f} on dev", best.rule))
     return chosen + [(f"exit {exit + 1}", exit) for exit in range(last)]
 
 
-def exits_of(rows: Embedded, setting: float | int) -> Ids:
-    """The exits of rows at a setting: a threshold of rule settled, or a number of an exit."""
-    if isinstance(setting, int):
-        return fixed(rows, setting)
-    return rows.table.exits(RuleSpec("settled", {"threshold": setting}))
+def exits_of(rows: Embedded, setting: RuleSpec | int) -> Ids:
+    """The exits of rows at a setting: a rule, or a number of an exit."""
+    return fixed(rows, setting) if isinstance(setting, int) else rows.table.exits(setting)
 
 
 def measure(corpus: Embedded, dev: Embedded, test: Embedded) -> list[dict[str, Any]]:

@@ -85,16 +85,20 @@ def patience_confident(
     return streak >= patience, streak[:, None].astype(np.float32)
 
 
-def settled(signals: Signals, memory: Floats, segment: int, *, threshold: float) -> tuple[Bools, Floats]:
+def settled(
+    signals: Signals, memory: Floats, segment: int, *, threshold: float, first: float = 2
+) -> tuple[Bools, Floats]:
     """Predicate of rule settled: rows exit whose answer changed by at most the threshold since the last exit.
 
-    A row does not leave at its first exit. memory: 1 once there was an exit (0 before any), and its answer.
-    See answer_change.
+    first: the first exit (1-based) at which rows may leave; answers of exits before it agree by chance. A row
+    does not leave at its own first exit. memory: 1 once there was an exit (0 before any), and its answer. See
+    answer_change.
     """
     answer = signals.answer
     if answer is None:
         raise BadSetting(f"rule settled: segment {segment + 1} has no answer to compare; choose another rule")
-    exits = (memory[:, 0] > 0) & (answer_change(answer, memory[:, 1:]) <= threshold)
+    change = answer_change(answer, memory[:, 1:])
+    exits = (memory[:, 0] > 0) & (change <= threshold) & (segment + 1 >= first)
     return exits, np.concatenate([np.ones_like(memory[:, :1]), answer], axis=1)
 
 

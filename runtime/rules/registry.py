@@ -54,7 +54,8 @@ class RuleKind:
     only exits; for other rules None, and `make` makes the rule. tasks: the kinds of task that the rule is for
     (Manifest.kind). reads: the signal that it reads, None if it reads none. whole: the parameter is a whole
     number from 1. width: how many numbers the rule remembers for each row. remembers_answer: it remembers the
-    answer of the last exit beside them. count: a second parameter, a whole number from 1.
+    answer of the last exit beside them. count: a second parameter, a whole number from 1; count_needed:
+    whether it has no default.
     """
 
     parameter: str | None
@@ -65,6 +66,7 @@ class RuleKind:
     width: int = 0
     remembers_answer: bool = False
     count: str | None = None
+    count_needed: bool = True
     make: Callable[[RuleSpec, BundleFacts], Rule] | None = None
 
 
@@ -112,7 +114,14 @@ RULES: Mapping[str, RuleKind] = {
     "patience_confident": RuleKind(
         "threshold", exits.patience_confident, _DECISIONS, width=1, count="patience"
     ),
-    "settled": RuleKind("threshold", exits.settled, _NUMBERS, reads="answer", width=1, remembers_answer=True),
+    "settled": RuleKind(
+        *("threshold", exits.settled, _NUMBERS),
+        reads="answer",
+        width=1,
+        remembers_answer=True,
+        count="first",
+        count_needed=False,
+    ),
     "fixed": RuleKind("exit", exits.fixed, reads=None, whole=True),
     "never": RuleKind(None, exits.never, reads=None),
     "quee": RuleKind("price", tasks=(CLASSIFICATION,), reads="forecast", make=_quee),
@@ -156,6 +165,8 @@ def bind(
     if unknown:
         takes = ("it has none", f"its parameter is {parameter}", f"its parameters are {' and '.join(names)}")
         raise BadSetting(f"rule {spec.name}: parameter {unknown[0]!r} is not known; {takes[len(names)]}")
+    if kind.count is not None and not kind.count_needed and kind.count not in spec.parameters:
+        names.remove(kind.count)
     parameters = {name: _value(spec, name, whole=kind.whole or name == kind.count) for name in names}
     if spec.name == "fixed" and parameters["exit"] > segments:
         raise BadSetting(

@@ -27,7 +27,7 @@ SWEPT = {
     "settled": "threshold",
 }
 # Rules with a count as second parameter: both are swept, so that the points do not form a curve.
-COUNTED = {"patience_confident": "patience"}
+COUNTED = {"patience_confident": "patience", "settled": "first"}
 Setting = float | Mapping[str, float]  # the swept parameter, or both parameters by name
 STEPS = 200  # number of thresholds that are tried for a rule
 LAYER_SAVINGS = (50.0, 57.0, 65.0)  # least percent of the layers that points save
@@ -132,7 +132,8 @@ def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
     Every rule gets the same number of settings, so that no rule has an advantage. If a rule has a count, the
     settings are divided among the counts.
     """
-    counts = [float(count) for count in range(1, table.logits.shape[1])]
+    least = 2 if rule == "settled" else 1  # there is nothing to compare at the first exit
+    counts = [float(count) for count in range(least, table.logits.shape[1])]
     if rule == "patience":
         return list(counts)
     steps = STEPS // max(1, len(counts)) if rule in COUNTED else STEPS

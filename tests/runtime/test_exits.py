@@ -110,6 +110,15 @@ def test_patience_confident_counts_confident_exits_of_any_label() -> None:
     assert last_exits(patience=2, threshold=0.1) == [3, 3, 3]
 
 
+def test_answers_settle_from_the_first_exit_that_counts_on() -> None:
+    equal = np.zeros((1, 4, 1), np.float32)
+    for first, exit in ((2, 1), (3, 2), (4, 3)):
+        rule = bind(RuleSpec("settled", {"threshold": 0.0, "first": first}), 4, answer_size=1)
+        assert simulate(rule, equal[..., :0], None, equal).tolist() == [exit]
+    with pytest.raises(BadSetting, match=r"first 1\.5 must be a whole number"):
+        bind(RuleSpec("settled", {"threshold": 0.0, "first": 1.5}), 4, answer_size=1)
+
+
 def settled_exits(answers: list[Any], threshold: float) -> list[int]:
     """The exits (0-based) of rows with these answers [rows, exits, numbers], and no logits."""
     array = np.array(answers, np.float32)
