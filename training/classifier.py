@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTraine
 
 from offramp.models.families import family_of
 from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, count_blocks, parse_exits
-from offramp.models.tasks import CLASSIFICATION, EMBEDDING, REGRESSION, TASKS
+from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TASKS
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
 from offramp.training.batches import Encoded, encode_rows, parse_augment
@@ -29,7 +29,7 @@ from offramp.training.checkpoint import (
     read_json,
     write_checkpoint,
 )
-from offramp.training.collect import QUALITY, collect, exit_table, set_value_scale
+from offramp.training.collect import QUALITY, collect, exit_table, label_logits, start_exits
 from offramp.training.data import NO_LABEL, Columns, balanced_index, has_label, load_data
 from offramp.training.loop import Run
 from offramp.training.options import BadModel, TrainConfig
@@ -181,7 +181,9 @@ class ClassifierTraining:
         skip_warm_start = self.config.init is not None
         own_head = run.network.spec.own_head
         if not own_head and self.data.task == REGRESSION:
-            set_value_scale(run.network, torch.from_numpy(train.label))
+            start_exits(run, torch.from_numpy(train.label))
+        if self.data.task == MULTI_LABEL and self.recipe.NEEDS_LABELS:
+            start_exits(run, label_logits(train.label))
         known = has_label(dev.label)
         if (
             own_head

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from offramp.models.exits import Exit
 from offramp.models.macs import exit_macs, segment_macs, stem_macs
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
 from offramp.models.tasks import (
@@ -222,13 +223,30 @@ def fit_thresholds(run: Run[EarlyExitNetwork], dev: Encoded) -> None:
     network.spec = dataclasses.replace(network.spec, thresholds=thresholds)
 
 
-def set_value_scale(network: EarlyExitNetwork, values: torch.Tensor) -> None:
-    """Let the exits of a regression learn values of mean 0 and spread 1; values [rows], NaN for none."""
-    if network.value_mean is None or network.value_spread is None:
-        return
-    known = values[~values.isnan()]
-    network.value_mean.copy_(known.mean())
-    network.value_spread.copy_(known.std(correction=0).clamp(min=1e-6))
+@torch.no_grad()
+def start_exits(run: Run[EarlyExitNetwork], answers: torch.Tensor) -> None:
+    """Start the exits of a new run from the mean answer: of several labels, and of values.
+
+    answers: logits of labels [rows, labels], or values [rows], NaN for none. The exits of a regression learn
+    values of mean 0 and spread 1. The biases of several labels, most of which are rare, begin at their mean
+    logits: at a learning rate of 1e-3 they would take thousands of steps there. A model's own head stays.
+    """
+    network = run.network
+    if network.value_mean is not None and network.value_spread is not None:
+        known = answers[~answers.isnan()]
+        network.value_mean.copy_(known.mean())
+        network.value_spread.copy_(known.std(correction=0).clamp(min=1e-6))
+    elif network.spec.task == MULTI_LABEL and run.position == {"phase": 0, "step": 0}:
+        for exit_head in network.exits:
+            if isinstance(exit_head, Exit):
+                exit_head.classify.bias.copy_(answers.float().mean(0))
+
+
+def label_logits(labels: np.ndarray) -> torch.Tensor:
+    """The logits of the frequencies of several labels [1, labels]; labels [rows, labels], -1 for none."""
+    known = labels[has_label(labels)]
+    share = torch.from_numpy((known.sum(0) + 1) / (len(known) + 2))  # no label is impossible
+    return share.logit()[None]
 
 
 def exit_costs(network: EarlyExitNetwork, lengths: np.ndarray) -> ExitMacs:

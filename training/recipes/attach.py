@@ -31,7 +31,7 @@ from offramp.training.collect import (
     default_rule,
     label_numbers,
     operating_points,
-    set_value_scale,
+    start_exits,
 )
 from offramp.training.features import compute_features, feature_bytes
 from offramp.training.loop import Phase, Run
@@ -133,7 +133,7 @@ def train(
     labels, device = torch.from_numpy(rows.label), run.accelerator.device
     early = tuple(f"exits.{number}." for number in range(len(network.spec.exits) - 1))
     features = compute_features(run, rows)
-    set_value_scale(network, features.full_depth.flatten())
+    start_exits(run, features.full_depth.squeeze(-1))
     task = losses_of(network)
 
     def exits_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
