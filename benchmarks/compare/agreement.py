@@ -108,8 +108,8 @@ def walk_bundle(session: Classifier, items: Sequence[Any], rule: Rule, start: in
     for item in tqdm(items, desc=what, unit="row", file=sys.stderr, mininterval=1.0):
         inputs = session.encode(*item) if isinstance(item, tuple) else session.encode(item)
         traces.append(walk(session.engine, rule, [(number, inputs)], variant=start, **sizes))
-    columns = (field.name for field in fields(Trace))
-    return Trace(*(np.concatenate([getattr(trace, name) for trace in traces]) for name in columns))
+    names = [field.name for field in fields(Trace) if getattr(traces[0], field.name) is not None]
+    return Trace(**{name: np.concatenate([getattr(trace, name) for trace in traces]) for name in names})
 
 
 def compare_walks(walk: Trace, other: Trace) -> dict[str, Any]:
