@@ -229,7 +229,8 @@ def start_exits(run: Run[EarlyExitNetwork], answers: torch.Tensor) -> None:
 
     answers: logits of labels [rows, labels], or values [rows], NaN for none. The exits of a regression learn
     values of mean 0 and spread 1. The biases of several labels, most of which are rare, begin at their mean
-    logits: at a learning rate of 1e-3 they would take thousands of steps there. A model's own head stays.
+    logits: from 0 the deep exits of a network learned nothing (docs/log.md, 2026-11-29). A model's own head
+    stays.
     """
     network = run.network
     if network.value_mean is not None and network.value_spread is not None:

@@ -68,8 +68,7 @@ def label_divergence(logits: Tensor, target: Tensor, temperature: float) -> Tens
 def _binary_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum over labels of each label's binary cross-entropy; labels [batch, labels] of 0 and 1.
 
-    With the mean, which is transformers' loss, the gradients of many labels are so small that the blocks
-    behind the first exits learned nothing (docs/log.md, 2026-11-29).
+    transformers takes the mean; the sum has the scale of the cross-entropy of one label.
     """
     wanted = labels[:, None].expand_as(logits).float()
     return functional.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").sum(-1)
