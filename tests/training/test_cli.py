@@ -15,7 +15,9 @@ import tiny
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from offramp.models import tasks
 from offramp.runtime.rules.sweep import SWEPT
+from offramp.training import cli
 from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import evaluate, train
 
@@ -164,3 +166,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offramp.training.cli.find_spec", lambda name: None)
     result = _run(train, "--model", "x", "--data", "y")
     assert result.exit_code == 2 and "offramp[train]" in result.output
+
+
+def test_the_tasks_of_the_command_are_those_of_networks() -> None:
+    assert tuple(tasks.TASKS) == cli.TASKS
