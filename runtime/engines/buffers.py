@@ -45,8 +45,8 @@ def run_in_turn(runs: Sequence[Run]) -> Run:
         return runs[0]
 
     def run() -> None:
-        for one in runs:
-            one()
+        for run_graph in runs:
+            run_graph()
 
     return run
 
