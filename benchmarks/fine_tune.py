@@ -60,6 +60,8 @@ def main(
     labels = label_names(splits["train"])
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if kind == "parquet":
+        # a column of {bytes, path} that does not say that it holds images is read as a plain struct
+        splits = splits.cast_column("image", datasets.Image())
         network: Any = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32, **names)
         processor: Any = AutoImageProcessor.from_pretrained(model)
         if image_size is not None:
