@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from offramp.export.fp16 import convert_nodes_to_fp16
+from offramp.export.int8 import to_token_products
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")  # the others are written from fp32
 BLOCK = 128  # weights that share a scale in int4
@@ -31,7 +31,7 @@ def to_fp16(source: Path, target: Path) -> float:
     several times faster; a CPU runs it slower than fp32.
     """
     model = onnx.load(source)
-    _products_of_blocks(source, model)
+    products_of_blocks(source, model)
     # Nodes that rewrites inserted have no types yet, and the conversion needs to know every float.
     halved = convert_nodes_to_fp16(onnx.shape_inference.infer_shapes(model, strict_mode=True), in_block)
     onnx.checker.check_model(halved, full_check=True)  # types too: a float16 beside a float32 is refused
@@ -44,22 +44,15 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
 
     Only products with weights inside blocks become int8: exit and policy, whose few operators decide where a
     row exits, stay fp32, and so do softmax, layer norm and attention's own products. Weights are int8 with a
-    scale a column; activations are quantized at run time with one scale a tensor. reduce_range: 7 bits for
-    weights; None: if needs_reduced_range() is true of this machine.
+    scale a column; activations are quantized at run time with a scale a token, so that a row's answer does
+    not depend on the rows beside it (see int8.py). reduce_range: 7 bits for weights; None: if
+    needs_reduced_range() is true of this machine.
     """
-    inside = _products_of_blocks(source, onnx.load(source))
+    model = onnx.load(source)
+    inside = set(products_of_blocks(source, model))
     reduced = needs_reduced_range() if reduce_range is None else reduce_range
-    with _quiet():
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=inside,
-            per_channel=True,
-            reduce_range=reduced,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},  # attention's products have no weight to quantize ahead
-        )
+    to_token_products(model, inside, reduced=reduced)
+    target.write_bytes(model.SerializeToString())
     return target.stat().st_size / source.stat().st_size
 
 
@@ -71,22 +64,24 @@ def to_int4(source: Path, target: Path) -> float:
     small caches. Its operator (MatMulNBits) is ONNX Runtime's own.
     """
     model = onnx.load(source)
-    return _quantize_weights(model, set(_products_of_blocks(source, model)), 4, BLOCK, source, target)
+    quantize_weights(model, set(products_of_blocks(source, model)), 4, BLOCK, target)
+    return target.stat().st_size / source.stat().st_size
 
 
 def to_small_weights(name: str, source: Path, target: Path) -> float:
     """Write a decoder's graph with int8 or int4 weights, and return its size as a share of the original's.
 
     source: a segment, cache fill, head or monolith. Weights alone are stored in 8 or 4 bits; activations are
-    quantized token by token, so that a token gets the same logits among others as alone, which to_int8's one
-    scale a tensor does not allow. Exits and policies stay fp32.
+    quantized token by token, in blocks of FINE, so that a token gets the same logits among others as alone.
+    Exits and policies stay fp32.
     """
     model = onnx.load(source)
     _store_transposed(model)
     products = {
         node.name for node in model.graph.node if node.op_type == "MatMul" and not node.name.startswith(KEPT)
     }
-    return _quantize_weights(model, products, BITS[name], FINE, source, target)
+    quantize_weights(model, products, BITS[name], FINE, target)
+    return target.stat().st_size / source.stat().st_size
 
 
 def _store_transposed(model: onnx.ModelProto) -> None:
@@ -104,20 +99,27 @@ def _store_transposed(model: onnx.ModelProto) -> None:
         model.graph.node.remove(node)
 
 
-def _quantize_weights(
-    model: onnx.ModelProto, products: set[str], bits: int, block: int, source: Path, target: Path
-) -> float:
-    """Write a graph with the weights of these products in few bits, and return its size as a share."""
+def quantize_weights(
+    model: onnx.ModelProto, products: set[str], bits: int, block: int, target: Path, accuracy_level: int = 4
+) -> None:
+    """Write a graph with the weights of these products in few bits, as operator MatMulNBits.
+
+    block: weights, and activations, that share a scale. accuracy_level: 4 for activations in 8 bits, 1 for
+    activations in float32.
+    """
     others = [node.name for node in model.graph.node if node.name not in products]
-    with _quiet():
+    with quiet():
         nbits = _nbits()
         config = nbits.DefaultWeightOnlyQuantConfig(
-            block_size=block, is_symmetric=True, accuracy_level=4, bits=bits, op_types_to_quantize=("MatMul",)
+            block_size=block,
+            is_symmetric=True,
+            accuracy_level=accuracy_level,
+            bits=bits,
+            op_types_to_quantize=("MatMul",),
         )
         quantizer = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
         quantizer.process()
     target.write_bytes(quantizer.model.model.SerializeToString())
-    return target.stat().st_size / source.stat().st_size
 
 
 def write_variant(
@@ -167,7 +169,7 @@ def in_block(name: str) -> bool:
     return "blocks." in name.rpartition("/")[0]
 
 
-def _products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
+def products_of_blocks(source: Path, model: onnx.ModelProto) -> list[str]:
     """Names of the products inside blocks."""
     inside = [
         node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and in_block(node.name)
@@ -191,7 +193,7 @@ def _nbits() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the quantizer's advice to pre-process: these graphs come optimized from the exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

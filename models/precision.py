@@ -1,8 +1,8 @@
 """Precisions: the bits of each, and a simulation in float32 of blocks that compute in it.
 
-int8 and int4 are what ONNX Runtime computes (dynamic quantization, MatMulNBits at accuracy level 4). int6 is
-int8's arithmetic with fewer levels; no engine here runs it, it is for experiments with a lossy precision.
-Rows are quantized one by one, as at batch 1: an engine takes one scale for all rows of a batch.
+int8 and int4 are what the graphs of these variants compute (export/int8.py; MatMulNBits at accuracy level
+4). int6 is int8's arithmetic with fewer levels; no engine here runs it, it is for experiments with a lossy
+precision.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +19,14 @@ from torch.nn import functional
 BLOCK = 128  # numbers that share a scale in int4
 
 
-def quantize_channels(weight: Tensor, bits: int) -> Tensor:
-    """Round a weight [out, in] to a symmetric grid of `bits` bits, with one scale for each output."""
-    levels = 2 ** (bits - 1) - 1
-    scale: Tensor = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / levels
-    rounded: Tensor = (weight / scale).round() * scale
-    return rounded
+def quantize_vectors(values: Tensor, bits: int) -> Tensor:
+    """Round vectors [..., in] to a symmetric grid of `bits` bits, with one scale for each vector.
 
-
-def quantize_rows(values: Tensor, bits: int) -> Tensor:
-    """Round activations [batch, ...] to an asymmetric grid of `bits` bits, with one scale for each row.
-
-    The grid contains zero.
+    A vector is the weights of one output, or the activations of one token.
     """
-    levels = 2**bits - 1
-    flat = values.flatten(1)
-    low, high = flat.amin(1).clamp(max=0.0), flat.amax(1).clamp(min=0.0)  # [batch]
-    shape = (-1, *[1] * (values.dim() - 1))
-    scale: Tensor = ((high - low) / levels).clamp(min=1e-12).view(shape)
-    zero = (-low.view(shape) / scale).round()
-    rounded: Tensor = ((values / scale).round() + zero).clamp(0, levels).sub(zero) * scale
+    levels = 2 ** (bits - 1) - 1
+    scale: Tensor = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
+    rounded: Tensor = (values / scale).round() * scale
     return rounded
 
 
@@ -68,8 +57,8 @@ class NumberFormat:
 
 PRECISIONS: Mapping[str, NumberFormat] = {
     "fp32": NumberFormat(),
-    "int8": NumberFormat(8, 8, lambda w: quantize_channels(w, 8), lambda x: quantize_rows(x, 8)),
-    "int6": NumberFormat(6, 6, lambda w: quantize_channels(w, 6), lambda x: quantize_rows(x, 6)),
+    "int8": NumberFormat(8, 8, partial(quantize_vectors, bits=8), partial(quantize_vectors, bits=8)),
+    "int6": NumberFormat(6, 6, partial(quantize_vectors, bits=6), partial(quantize_vectors, bits=6)),
     "int4": NumberFormat(4, 8, quantize_weight_blocks, quantize_activation_blocks),
 }
 

@@ -12,8 +12,7 @@ from offramp.models.precision import (
     PRECISIONS,
     in_precision,
     quantize_activation_blocks,
-    quantize_channels,
-    quantize_rows,
+    quantize_vectors,
     quantize_weight_blocks,
 )
 
@@ -21,22 +20,24 @@ from offramp.models.precision import (
 @pytest.mark.parametrize("bits", [6, 8])
 def test_weights_are_on_a_symmetric_grid_an_output(bits: int) -> None:
     weight = torch.randn(5, 40) * torch.tensor([[0.01], [1], [1], [5], [1]])
-    rounded = quantize_channels(weight, bits)
+    rounded = quantize_vectors(weight, bits)
     step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(rounded / step, (rounded / step).round(), atol=1e-3, rtol=0)
     assert ((rounded - weight).abs() <= step / 2 + 1e-6).all()
     torch.testing.assert_close(rounded.abs().amax(1), weight.abs().amax(1))
 
 
-def test_activations_keep_zero_exactly_and_are_scaled_by_row() -> None:
+def test_activations_keep_zero_exactly_and_are_scaled_by_token() -> None:
     values = torch.stack([torch.rand(3, 4) + 2, torch.randn(3, 4) * 10])
     values[:, 0, 0] = 0
-    rounded = quantize_rows(values, 8)
+    rounded = quantize_vectors(values, 8)
     assert (rounded[:, 0, 0] == 0).all()
     for row in range(2):
-        torch.testing.assert_close(rounded[row], quantize_rows(values[row : row + 1], 8)[0], atol=0, rtol=0)
-        step = (values[row].max().clamp(min=0) - values[row].min().clamp(max=0)) / 255
-        assert (rounded[row] - values[row]).abs().max() <= step
+        for token in range(3):
+            alone = quantize_vectors(values[row, token], 8)
+            torch.testing.assert_close(rounded[row, token], alone, atol=0, rtol=0)
+    assert ((rounded - values).abs() <= values.abs().amax(-1, keepdim=True) / 254 + 1e-6).all()
+    assert quantize_vectors(torch.zeros(2, 3), 8).eq(0).all()
 
 
 def test_the_last_int4_block_of_a_row_may_be_shorter() -> None:

@@ -1,0 +1,151 @@
+"""int8 graphs: a token's numbers depend on this token alone, and products are close to those in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from offramp.export.int8 import keep_layer_norms, round_weights, to_token_products
+from offramp.runtime.engines.threads import share_global_pool
+
+GENERATOR = np.random.default_rng(0)
+WEIGHTS = GENERATOR.standard_normal((32, 8), dtype=np.float32)
+BIAS = GENERATOR.standard_normal(8, dtype=np.float32)
+
+
+def product_graph(operator: str, stored: np.ndarray, rank: int, **facts: float) -> onnx.ModelProto:
+    """A graph of one product "blocks.0/product" of x with stored weights, plus a bias where it is a Gemm."""
+    inputs = ["x", "w", "b"] if operator == "Gemm" else ["x", "w"]
+    node = helper.make_node(operator, inputs, ["y"], name="blocks.0/product", **facts)
+    sizes: list[str | int] = [*[f"axis{n}" for n in range(rank - 1)], 32]
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, sizes)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [*sizes[:-1], 8])]
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(stored), "w"), numpy_helper.from_array(BIAS, "b")]
+    graph = helper.make_graph([node], "graph", values, outputs, tensors[: len(inputs) - 1])
+    return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    share_global_pool(options)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {"x": x})
+    return np.asarray(y)
+
+
+def test_weights_are_symmetric_with_a_scale_an_output() -> None:
+    integers, scales = round_weights(WEIGHTS, 127)
+    assert integers.dtype == np.int8 and (np.abs(integers.astype(int)).max(axis=0) == 127).all()
+    assert np.abs(integers * scales - WEIGHTS).max() <= scales.max() / 2 + 1e-7
+
+
+def test_an_output_without_weights_is_zero() -> None:
+    integers, scales = round_weights(np.zeros((3, 2), np.float32), 127)
+    assert not integers.any() and np.isfinite(scales).all()
+
+
+def test_a_product_is_that_of_its_rounded_factors() -> None:
+    model = product_graph("MatMul", WEIGHTS, 3)
+    to_token_products(model, {"blocks.0/product"}, reduced=False)
+    onnx.checker.check_model(model)
+    sizes = np.float32([[0.1], [1], [10], [100], [1000]])
+    x = GENERATOR.standard_normal((2, 5, 32), dtype=np.float32) * sizes
+    integers, scales = round_weights(WEIGHTS, 127)
+    steps = np.abs(x).max(axis=-1, keepdims=True) / 127
+    expected = (np.rint(x / steps) * steps) @ (integers * scales)
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-3 * float(steps.min()))
+
+
+def test_a_token_of_zeros_gives_zeros() -> None:
+    model = product_graph("MatMul", WEIGHTS, 3)
+    to_token_products(model, {"blocks.0/product"}, reduced=False)
+    x = GENERATOR.standard_normal((1, 3, 32), dtype=np.float32)
+    x[0, 1] = 0
+    y = run(model, x)
+    assert (y[0, 1] == 0).all() and np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_a_gemm_keeps_its_bias(transposed: int) -> None:
+    model = product_graph("Gemm", WEIGHTS.T if transposed else WEIGHTS, 2, transB=transposed)
+    to_token_products(model, {"blocks.0/product"}, reduced=False)
+    assert "MatMulIntegerToFloat" in [node.op_type for node in model.graph.node]
+    x = GENERATOR.standard_normal((4, 32), dtype=np.float32)
+    assert np.abs(run(model, x) - (x @ WEIGHTS + BIAS)).max() < 0.2
+
+
+def test_what_is_no_plain_product_stays() -> None:
+    model = product_graph("Gemm", WEIGHTS, 2, alpha=2.0)
+    to_token_products(model, {"blocks.0/product"}, reduced=False)
+    assert [node.op_type for node in model.graph.node] == ["Gemm"]
+    other = product_graph("MatMul", WEIGHTS, 3)
+    to_token_products(other, {"blocks.1/product"}, reduced=False)
+    assert [node.op_type for node in other.graph.node] == ["MatMul"]
+
+
+def test_queries_keys_and_values_are_quantized_once(exported: Callable[[str], Any]) -> None:
+    graph = onnx.load(exported("bert").folder / "segment_00_int8.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 6 and kinds.count("QuantizeLinear") == 4
+
+
+def block_inputs(rows: int, length: int) -> dict[str, np.ndarray]:
+    return {
+        "hidden": GENERATOR.standard_normal((rows, length, 32), dtype=np.float32),
+        "mask": np.zeros((rows, 1, 1, length), np.float32),
+        "pool": np.full((rows, 1, length), 1 / length, np.float32),
+    }
+
+
+def test_a_row_is_the_same_beside_a_larger_one_and_padded(
+    exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
+) -> None:
+    session = open_graph(exported("bert").folder / "segment_01_int8.onnx")
+    alone = block_inputs(1, 5)
+    among = block_inputs(4, 8)
+    among["hidden"] *= 100  # with one scale a tensor the small row would keep two levels
+    among["hidden"][2, :5] = alone["hidden"][0]
+    among["mask"][2, ..., 5:] = np.finfo(np.float32).min
+    among["pool"][2] = 0
+    among["pool"][2, :, :5] = alone["pool"][0]
+    names = [output.name for output in session.get_outputs()]
+    assert "logits" in names
+    for name in names:
+        (by_itself,), (beside,) = session.run([name], alone), session.run([name], among)
+        rows = beside[2:3, :5] if name == "next_hidden" else beside[2:3]
+        np.testing.assert_allclose(rows, by_itself, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_norms_are_not_fused_with_sums(exported: Callable[[str], Any], tmp_path: Path) -> None:
+    kinds = {}
+    for variant in ("", "_int8"):
+        options = onnxruntime.SessionOptions()
+        share_global_pool(options)
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3  # it warns that the file is for this machine
+        file = exported("bert").folder / f"segment_00{variant}.onnx"
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(tmp_path / "optimized.onnx").graph
+        kinds[variant] = [node.op_type for node in graph.node]
+    assert "SkipLayerNormalization" in kinds[""]  # else the rewrite is for nothing
+    assert kinds["_int8"].count("LayerNormalization") == 2
+
+
+def test_a_sum_that_no_layer_norm_reads_stays_an_add() -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["s"], name="one"),
+        helper.make_node("LayerNormalization", ["s", "g"], ["n"], name="norm"),
+        helper.make_node("Add", ["n", "x"], ["y"], name="two"),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
+    keep_layer_norms(model)
+    assert [node.op_type for node in model.graph.node] == ["Sum", "LayerNormalization", "Add"]
