@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 from offramp.runtime.errors import BadInput
 from offramp.runtime.generator import TextChunk, TextGenerator
 from offramp.runtime.inputs.lines import Line
+from offramp.runtime.output import Output
 
 OPTIONS = ("max_new_tokens", "stop")  # keys that a JSON line may have in addition to its prompt
 
 
 def write_answers(
-    session: TextGenerator, lines: Iterator[Line], out: IO[bytes], *, max_new_tokens: int, as_it_comes: bool
+    session: TextGenerator, lines: Iterator[Line], out: Output, *, max_new_tokens: int, as_it_comes: bool
 ) -> tuple[int, str]:
     """Answer prompts one after another; returns the number of lines with errors, and a report.
 
@@ -31,14 +31,14 @@ def write_answers(
             chunks = _collect(session.generate(prompt, **options), out if as_it_comes else None)
         except BadInput as problem:
             failed += 1
-            _write(out, {"error": str(problem), "line": line.number})
+            out.write({"error": str(problem), "line": line.number}, flush=True)
             continue
         token_chunks = [chunk for chunk in chunks if chunk.token >= 0]
         answers, tokens = answers + 1, tokens + len(token_chunks)
         depth += sum(chunk.depth for chunk in token_chunks)
         blocks_run += sum(chunk.blocks_run for chunk in token_chunks)
         if not as_it_comes:
-            _write(out, _answer(chunks, token_chunks))
+            out.write(_answer(chunks, token_chunks), flush=True)
     rate = tokens / max(time.perf_counter() - started, 1e-9)
     report = [f"answers    {answers}, {failed} with errors", f"tokens     {tokens} ({rate:.1f}/s)"]
     if tokens:
@@ -79,16 +79,15 @@ def _options(line: Line, max_new_tokens: int) -> tuple[Any, dict[str, Any]]:
     return prompt, {"max_new_tokens": count, "stop": stop}
 
 
-def _collect(chunks: Iterator[TextChunk], out: IO[bytes] | None) -> list[TextChunk]:
+def _collect(chunks: Iterator[TextChunk], out: Output | None) -> list[TextChunk]:
     """Collect all chunks, and write each to `out`, if given, as soon as it exists."""
     collected = []
     for chunk in chunks:
         collected.append(chunk)
         if out is not None:
-            out.write(chunk.text.encode("utf-8"))
-            out.flush()
+            out.write_text(chunk.text, flush=True)
     if out is not None:
-        out.write(b"\n")
+        out.write_text("\n", flush=True)
     return collected
 
 
@@ -103,8 +102,3 @@ def _answer(chunks: Sequence[TextChunk], token_chunks: Sequence[TextChunk]) -> d
         "first_ms": round(1e3 * chunks[0].seconds, 3),
         "tokens_per_s": round(tokens / max(seconds, 1e-9), 3),
     }
-
-
-def _write(out: IO[bytes], value: dict[str, Any]) -> None:
-    out.write(json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n")
-    out.flush()

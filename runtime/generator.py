@@ -11,9 +11,9 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import TextInput
 from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.base import Engine
-from offramp.runtime.errors import BadSetting, WrongTask
-from offramp.runtime.inputs.chat import Message, chat_prompt_function
-from offramp.runtime.inputs.text import open_tokenizer
+from offramp.runtime.errors import BadSetting, SessionForked, WrongTask
+from offramp.runtime.inputs.chat import ChatTemplate, Message
+from offramp.runtime.inputs.text import encode_prompt, open_tokenizer
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.speculative import SpeculativeRule
 from offramp.runtime.sequence import TokenSequence
@@ -53,7 +53,7 @@ class TextGenerator(Session[TokenSequence]):
         super().__init__(bundle, engine, rule, variant)
         assert isinstance(self.manifest.input, TextInput) and self.manifest.decoder is not None
         self._tokenizer = open_tokenizer(bundle, self.manifest.input)
-        self._chat_prompt = chat_prompt_function(bundle)
+        self._chat_prompt = ChatTemplate(bundle)
         self._stop_ids = frozenset(self.manifest.decoder.stop)
         self._longest = self.manifest.input.longest
 
@@ -86,10 +86,12 @@ class TextGenerator(Session[TokenSequence]):
         BadInput for other prompts and for prompts that are too long, BadSetting if there is no template,
         SessionClosed.
         """
-        if max_new_tokens < 1:
-            raise BadSetting(f"max_new_tokens {max_new_tokens}: expected 1 or more")
-        tokens = self.tokens(self.encode_prompt(prompt), max_new_tokens)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise BadSetting(f"max_new_tokens {max_new_tokens!r:.40}: expected a whole number, 1 or more")
         words = [stop] if isinstance(stop, str) else stop
+        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+            raise BadSetting(f"stop {stop!r:.40}: expected a string or a list of strings")
+        tokens = self.tokens(self.encode_prompt(prompt), max_new_tokens)
         return self._chunks(tokens, [word for word in words if word])
 
     def __call__(self, *items: object) -> NoReturn:
@@ -99,13 +101,13 @@ class TextGenerator(Session[TokenSequence]):
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Convert a prompt to token ids; raises the errors of generate."""
         if isinstance(prompt, str):
-            return list(self._tokenizer.encode(prompt).ids)
+            return encode_prompt(self._tokenizer, prompt)
         # A chat template writes special tokens at beginnings and ends itself.
-        return list(self._tokenizer.encode(self._chat_prompt(prompt), add_special_tokens=False).ids)
+        return encode_prompt(self._tokenizer, self._chat_prompt(prompt), special_tokens=False)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Convert a text that continues another text to token ids, without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return encode_prompt(self._tokenizer, text, special_tokens=False)
 
     def tokens(
         self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] | None = None
@@ -121,13 +123,23 @@ class TextGenerator(Session[TokenSequence]):
             max_new_tokens,
             stops,
         )
+        forks = self._forks
         while True:
             with self._lock:
                 self._check_open()
+                if self._forks != forks:
+                    raise SessionForked(
+                        "the process was forked while this text was generated; call generate again"
+                    )
                 token = next(tokens, None)
             if token is None:
                 return
             yield token
+
+    def close(self) -> None:
+        """Close the session, free its engine, and end the process of the chat template."""
+        super().close()
+        self._chat_prompt.close()
 
     def warm_up(self, lengths: Sequence[int] = (16,), batch: int = 1) -> None:
         """Run a prompt of each of these lengths (tokens) and a further token, to make later calls fast."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Generic, TypeVar
 
+from offramp.runtime.errors import SessionForked
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -89,6 +91,8 @@ class BackgroundTask(Generic[A, B]):
         self._thread.join()
         if self._problem is not None:
             raise self._problem
+        if not self._result:
+            raise SessionForked("the process was forked while a thread worked on this; call map again")
         return self._result.pop()
 
     def _run(self, work: Callable[[A], B], item: A) -> None:

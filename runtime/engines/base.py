@@ -21,6 +21,7 @@ Rows = NDArray[np.int64]
 ENGINES = {"ort": "offramp.runtime.engines.ort", "trt": "offramp.runtime.engines.trt"}
 DEVICES = ("cpu", "cuda")
 DEFAULT_DEVICE = {"ort": "cpu", "trt": "cuda"}
+MAX_THREADS = 1024
 PROVIDERS = ("cuda", "tensorrt")  # of ONNX Runtime on a GPU
 
 
@@ -39,7 +40,7 @@ class EngineOptions:
     device: str | None = None
     provider: str | None = None
     threads: int | None = None
-    global_pool: bool = True
+    global_pool: bool = False
     lazy: bool = False
     share: bool = True
     cuda_graphs: bool = False
@@ -54,8 +55,8 @@ class EngineOptions:
             )
         if self.device is not None and self.device not in DEVICES:
             raise BadSetting(f"device {self.device!r} is not known; choose one of: {', '.join(DEVICES)}")
-        if self.threads is not None and self.threads < 1:
-            raise BadSetting(f"threads {self.threads}: expected 1 or more")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise BadSetting(f"threads {self.threads}: expected 1 to {MAX_THREADS}")
         if self.real_device != "cuda" and (self.provider is not None or self.cuda_graphs):
             option = f"provider {self.provider}" if self.provider is not None else "cuda_graphs"
             raise BadSetting(f"{option} is for device cuda, not {self.device}: leave one of them out")
@@ -154,6 +155,13 @@ class Engine(Protocol[S]):
 
     def close(self) -> None:
         """Free everything; the engine cannot be used afterwards."""
+        ...
+
+    def after_fork(self) -> None:
+        """In a process that was forked, forget what has threads of the parent; steps open it again.
+
+        States from before the fork are lost. Raises SessionForked if the engine cannot go on in the child.
+        """
         ...
 
 

@@ -31,6 +31,7 @@ def make_run(ort: ModuleType, session: Any, binding: Any, entries: Mapping[str, 
     object below that layer, or the public method in a version without such an object.
     """
     options = ort.RunOptions()
+    options.log_severity_level = 4  # errors are raised; ONNX Runtime would also print them
     for key, value in (entries or {}).items():
         options.add_run_config_entry(key, value)
     inner, bound = getattr(session, "_sess", None), getattr(binding, "_iobinding", None)

@@ -21,7 +21,7 @@ from offramp.runtime.engines.base import Array, Rows
 from offramp.runtime.engines.buffers import BufferPool, Run, run_in_turn
 from offramp.runtime.engines.cuda import ALIGNMENT, Cuda
 from offramp.runtime.engines.tensors import Sides, row_signals, sides_of, updated_twice
-from offramp.runtime.errors import DeviceFailed, OutOfMemory
+from offramp.runtime.errors import DeviceFailed, OutOfMemory, SessionForked
 from offramp.runtime.rules.base import RowSignals
 
 Step = tuple[int, int]  # segment, variant
@@ -337,6 +337,13 @@ class DeviceEngine:
         self._buffer_pool.clear()
         self._opener.close()
         self._cuda.close()
+
+    def after_fork(self) -> None:
+        """Raise SessionForked: what CUDA has opened belongs to the parent; see Engine.after_fork."""
+        raise SessionForked(
+            "the process was forked after this session was opened on a GPU, which CUDA does not allow; call "
+            "load() in the child, or start it with multiprocessing's spawn"
+        )
 
     def _buffers(self, rows: int, length: int) -> DeviceBuffers:
         try:

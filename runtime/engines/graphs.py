@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import threading
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines.threads import Pool, apply_pool
 from offramp.runtime.errors import BadBundle, EngineUnavailable
+from offramp.runtime.forks import after_fork
 from offramp.runtime.pipeline import BackgroundTask
 
 CPU = "CPUExecutionProvider"
@@ -38,8 +40,10 @@ _ON_SIZES = {
 }
 _DTYPES = {"float": "float32", "double": "float64"}  # ORT's names where they differ from numpy's
 
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"  # a variable that ONNX Runtime reads while it is imported
+
 _arena = False  # whether this process has an arena that its sessions share
-_known: WeakValueDictionary[Hashable, OpenGraph] = WeakValueDictionary()
+_known: WeakValueDictionary[tuple[Hashable, ...], OpenGraph] = WeakValueDictionary()
 _guard = threading.Lock()  # for both
 
 
@@ -153,7 +157,8 @@ class BundleGraphs:
 def import_onnxruntime(extra: str) -> ModuleType:
     """Import the module onnxruntime; raises EngineUnavailable, which names the extra that installs it."""
     try:
-        ort = import_module("onnxruntime")
+        with _without_telemetry():
+            ort = import_module("onnxruntime")
     except ImportError as problem:
         raise EngineUnavailable(
             f"engine ort: onnxruntime cannot be imported ({problem}); pip install 'offramp[{extra}]'"
@@ -165,6 +170,29 @@ def import_onnxruntime(extra: str) -> ModuleType:
             f"onnxruntime-gpu, then pip install 'offramp[{extra}]'"
         )
     return ort
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Keep ONNX Runtime from sending usage data, unless the variable is set to something already.
+
+    From 1.29 on its import starts a thread for that. A process that is forked does not have the thread, and
+    hangs or aborts when it ends (measured with 1.29 to 1.32).
+    """
+    if _NO_TELEMETRY in os.environ:
+        yield
+        return
+    os.environ[_NO_TELEMETRY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_TELEMETRY]
+
+
+def cannot_run(folder: Path, name: str, facts: Variant, problem: Exception) -> BadBundle:
+    """The error for a segment (or stem, or head) of this name whose graph ONNX Runtime cannot run."""
+    files = ", ".join(graph.file for graph in dict.fromkeys(facts.graphs))
+    return BadBundle(f"{folder / files}: ONNX Runtime cannot run it ({name}): {problem}")
 
 
 def free_unused_memory() -> None:
@@ -240,3 +268,23 @@ def _check_interface(path: str, facts: Variant, session: Any) -> None:
                 raise BadBundle(
                     f"{path}: {side} {tensor.name} is {node.shape}, the manifest has {list(tensor.shape)}"
                 )
+
+
+def forget_threads() -> None:
+    """In a process that was forked, forget graphs with threads or on a GPU, which have to be opened again.
+
+    Their sessions are never freed: ONNX Runtime would wait for threads that do not exist. Engines call it
+    before they drop a graph, and the fork itself for graphs without an engine; a second call does nothing.
+    """
+    global _guard
+    _guard = threading.Lock()
+    for key, graph in list(_known.items()):
+        graph.lock = threading.Lock()
+        _, _, device, pool, *_ = key
+        if device != "cpu" or (isinstance(pool, Pool) and pool.has_workers):
+            if graph.session is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph.session))
+            del _known[key]
+
+
+after_fork(forget_threads)

@@ -16,10 +16,15 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Tensor, Variant
 from offramp.runtime.engines.base import Array, Engine, EngineOptions, Rows
 from offramp.runtime.engines.buffers import Bound, BufferPool, Buffers
-from offramp.runtime.engines.graphs import BundleGraphs, OpenGraph, import_onnxruntime
+from offramp.runtime.engines.graphs import (
+    BundleGraphs,
+    OpenGraph,
+    cannot_run,
+    forget_threads,
+    import_onnxruntime,
+)
 from offramp.runtime.engines.tensors import stem_graph, updated_tensors, walk_tensors
 from offramp.runtime.engines.threads import Pool, claim_pool
-from offramp.runtime.errors import BadBundle
 from offramp.runtime.pipeline import BackgroundTask, prefetch
 from offramp.runtime.rules.base import RowSignals
 
@@ -98,11 +103,13 @@ class OrtEngine:
             array[...] = inputs[name]
         run = buffers.stem
         if run is None:
+            if self._stem is None:  # after a fork
+                self.prepare(0, ())
             run = buffers.stem = buffers.bind_stem(self._stem, self._stem_facts)
         try:
             run()
         except Exception as problem:  # ORT's error types share no base of their own
-            raise self._broken(self._stem_facts, problem) from problem
+            raise cannot_run(self._bundle.folder, "stem", self._stem_facts, problem) from problem
         return OrtState(buffers, 0)
 
     def step(self, segment: int, variant: int, state: OrtState) -> RowSignals:
@@ -115,7 +122,9 @@ class OrtEngine:
         try:
             run()
         except Exception as problem:  # see begin()
-            raise self._broken(self._facts((segment, variant)), problem) from problem
+            facts = self._facts((segment, variant))
+            name = self._bundle.manifest.segments[segment].name
+            raise cannot_run(self._bundle.folder, name, facts, problem) from problem
         state.side = 1 - state.side
         return signals
 
@@ -144,6 +153,13 @@ class OrtEngine:
         self._open.clear()
         self._stem = None
 
+    def after_fork(self) -> None:
+        """Forget graphs that have threads, and what is bound to them; see Engine.after_fork."""
+        self._pool.check_forked()
+        if self._pool.has_workers:
+            forget_threads()
+            self.close()
+
     def _bind(self, key: tuple[int, int, int], buffers: Buffers) -> Bound:
         segment, variant, side = key
         step = (segment, variant)
@@ -158,10 +174,6 @@ class OrtEngine:
             return self._stem_facts
         segment, variant = step
         return self._bundle.manifest.segments[segment].variants[self._variants[variant]]
-
-    def _broken(self, facts: Variant, problem: Exception) -> BadBundle:
-        files = ", ".join(graph.file for graph in dict.fromkeys(facts.graphs))
-        return BadBundle(f"{self._bundle.folder / files}: ONNX Runtime cannot run it: {problem}")
 
 
 def open_engine(bundle: Bundle, variant: str, options: EngineOptions) -> Engine[Any]:

@@ -16,10 +16,16 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import EXIT_HIDDEN, GATE, NEXT, PAST, Segment, Tensor, TextInput, Variant
 from offramp.runtime.engines.base import Array, EngineOptions, Rows
 from offramp.runtime.engines.buffers import Run, make_run
-from offramp.runtime.engines.graphs import BundleGraphs, OpenGraph, free_unused_memory
+from offramp.runtime.engines.graphs import (
+    BundleGraphs,
+    OpenGraph,
+    cannot_run,
+    forget_threads,
+    free_unused_memory,
+)
 from offramp.runtime.engines.kv_cache import past_arrays, sequence_shape
 from offramp.runtime.engines.threads import Pool
-from offramp.runtime.errors import BadInput, BadSetting
+from offramp.runtime.errors import BadBundle, BadInput, BadSetting
 from offramp.runtime.rules.base import Floats
 from offramp.runtime.sequence import KEPT_TOKENS, SegmentOutput, TokenSequence, TokenSignals
 
@@ -41,6 +47,7 @@ class OrtDecoderEngine:
         manifest = bundle.manifest
         assert manifest.decoder is not None and isinstance(manifest.input, TextInput)
         self.ort, self.manifest, self.decoder = ort, manifest, manifest.decoder
+        self.folder = bundle.folder
         self.longest = manifest.input.longest
         self.positions = np.arange(self.longest)  # position ids, sliced for every step
         self.fill_graphs = {fill.blocks: fill for fill in manifest.decoder.cache_fills}
@@ -92,6 +99,13 @@ class OrtDecoderEngine:
     def close(self) -> None:
         """Free graphs that no other engine uses."""
         self._open.clear()
+
+    def after_fork(self) -> None:
+        """Forget graphs that have threads; see Engine.after_fork. Sequences from before the fork are lost."""
+        self._pool.check_forked()
+        if self._pool.has_workers:
+            forget_threads()
+            self.close()
 
     def graph_of(self, segment: Segment) -> Variant:
         """A segment's graph in the engine's variant, or in its only variant."""
@@ -243,7 +257,10 @@ class _BoundSteps:
             else:
                 self._valid[0, self._valid_places : start] = 1
             self._valid_places = start
-            self._stem()
+            try:
+                self._stem()
+            except Exception as problem:  # ORT's error types share no base of their own
+                raise self._broken(self._engine.manifest.stem, problem) from problem
             self._embedded_start, self._embedded_ids = start, list(ids)
         hidden: Floats = self._between[0][0]
         return hidden
@@ -265,7 +282,10 @@ class _BoundSteps:
         if self._pending[1] != segment:
             self.write_pending()
             self._pending = (segment, segment)
-        step.run()
+        try:
+            step.run()
+        except Exception as problem:  # see embed()
+            raise self._broken(self._segment(segment, fill), problem) from problem
         self._pending = (self._pending[0], segment + 1)
         self._output, self._output_segment = step.output, segment
         return step.output
@@ -308,18 +328,27 @@ class _BoundSteps:
         run, logits = bound
         if not in_place:
             self._head_input[0] = hidden
-        run()
+        try:
+            run()
+        except Exception as problem:  # see embed()
+            raise self._broken(self._head(draft), problem) from problem
         return logits
 
-    def _bind_head(self, hidden: Floats, draft: bool) -> tuple[Run, Floats]:
+    def _head(self, draft: bool) -> Segment:
         decoder = self._engine.decoder
-        head = decoder.draft if draft and decoder.draft is not None else decoder.head
+        return decoder.draft if draft and decoder.draft is not None else decoder.head
+
+    def _segment(self, number: int, fill: bool) -> Segment:
+        segment = self._engine.manifest.segments[number]
+        return self._engine.fill_graphs[segment.blocks] if fill else segment
+
+    def _bind_head(self, hidden: Floats, draft: bool) -> tuple[Run, Floats]:
+        head = self._head(draft)
         logits = self._array(self._engine.graph_of(head).outputs[0])
         return self._bind(head, {"hidden": hidden, "logits": logits}), logits[0]
 
     def _bind_segment(self, number: int, fill: bool) -> _BoundStep:
-        segment = self._engine.manifest.segments[number]
-        segment = self._engine.fill_graphs[segment.blocks] if fill else segment
+        segment = self._segment(number, fill)
         outputs = {tensor.name: tensor for tensor in self._engine.graph_of(segment).outputs}
         before, after = self._between[number : number + 2]
         arrays = {"hidden": before, f"{NEXT}hidden": after}
@@ -342,6 +371,9 @@ class _BoundSteps:
                 array = arrays[tensor.name]
                 bind(tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return make_run(self._engine.ort, session, binding)
+
+    def _broken(self, segment: Segment, problem: Exception) -> BadBundle:
+        return cannot_run(self._engine.folder, segment.name, self._engine.graph_of(segment), problem)
 
     def _array(self, tensor: Tensor) -> Any:
         return np.zeros(sequence_shape(tensor, self._tokens, self._places), tensor.dtype)

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
+from offramp.runtime.errors import BadSetting
+
 FORMATS = ("auto", "text", "json")
 # Keys of a JSON line; the first is required.
 TEXTS, IMAGES, PROMPTS = ("text", "text_b"), ("image",), ("prompt",)
@@ -41,9 +43,21 @@ class Line:
         return os.path.join(self.folder, self.text) if self.folder and self.text else self.text
 
     @property
+    def shown_name(self) -> str:
+        """The path of an image for an answer: bytes that are not UTF-8 are written as in a\\xff.jpg."""
+        return os.fsencode(self.name).decode("utf-8", "backslashreplace")
+
+    @property
     def item(self) -> str | tuple[str, str]:
         """The line as an item for Classifier.answers: a text, a pair of texts, or the path of an image."""
         return self.name if self.text_b is None else (self.text, self.text_b)
+
+
+def standard_input() -> IO[bytes]:
+    """Standard input as bytes; raises BadSetting if the process was started without one."""
+    if sys.stdin is None:
+        raise BadSetting("standard input is closed: name a file of lines")
+    return sys.stdin.buffer
 
 
 def read_images(sources: Sequence[str], form: str = "auto") -> Iterator[Line]:
@@ -63,7 +77,7 @@ def read_images(sources: Sequence[str], form: str = "auto") -> Iterator[Line]:
 def _images(sources: Sequence[str], form: str) -> Iterator[Line]:
     for number, source in enumerate(sources, 1):
         if source == "-":
-            yield from read_lines(sys.stdin.buffer, form, IMAGES)
+            yield from read_lines(standard_input(), form, IMAGES)
         elif source.lower().endswith(LISTS):
             with open(source, "rb") as stream:
                 for line in read_lines(stream, form, IMAGES):
@@ -125,7 +139,7 @@ def _json_line(number: int, text: str, names: Sequence[str]) -> Line:
             return Line(number, problem=f'"{name}": expected a string, found {what}')
         if isinstance(string, str) and not string.strip():
             return Line(number, problem=f'"{name}" is empty')
-        if isinstance(string, str) and not _is_unicode(string):
+        if isinstance(string, str) and not is_unicode(string):
             return Line(number, problem=f'"{name}": half of a surrogate pair, not Unicode text')
     if names == PROMPTS:
         return Line(number, strings[0], others={key: value[key] for key in value if key not in names})
@@ -142,7 +156,8 @@ def _skip_rest(stream: IO[bytes]) -> bool:
     return more
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, with which it cannot be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
