@@ -82,10 +82,14 @@ def compared_with_user_model(bundle: Path, user_model: Path, items: Sequence[Any
 
     items: texts or paths of images. The model is run on the arrays that the bundle's reader makes.
     """
-    config = AutoConfig.from_pretrained(user_model)
-    model = classification_class(config).from_pretrained(user_model, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(user_model, trust_remote_code=False)
+    model = (
+        classification_class(config)
+        .from_pretrained(user_model, dtype=torch.float32, trust_remote_code=False)
+        .eval()
+    )
     known = set(inspect.signature(model.forward).parameters)
-    with load_classifier(bundle, rule="never") as session:
+    with load_classifier(bundle, rule="never", global_pool=True) as session:
         trace, _ = session.at_full_depth(items)
         rows = items_to_rows(open_reader(open_bundle(bundle)), items)
         logits = torch.zeros(len(rows), len(session.labels))

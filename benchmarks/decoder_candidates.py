@@ -79,7 +79,9 @@ def open_in_process(scratch: Path, variant: str, names: Sequence[str]) -> Iterat
             if name == MONOLITH:
                 candidates[name] = DecoderMonolith(monolith_file(scratch, variant)).generate
                 continue
-            session = load_generator(scratch / name, rule="never", variant=variant, share=False)
+            session = load_generator(
+                scratch / name, rule="never", variant=variant, share=False, global_pool=True
+            )
             stack.enter_context(session)
             candidates[name] = partial(_ids, session)
         yield candidates

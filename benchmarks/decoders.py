@@ -99,13 +99,13 @@ def read_prompts(session: TextGenerator, texts: Path, count: int, tokens: int) -
 
 def read_short_prompts(scratch: Path, texts: Path, count: int) -> list[list[int]]:
     """Prompts of 24 token ids, from the first `count` texts that are long enough."""
-    with load_generator(scratch / "auto", rule="never") as session:
+    with load_generator(scratch / "auto", rule="never", global_pool=True) as session:
         return read_prompts(session, texts, count, 24)
 
 
 def generate_by_transformers(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     """Token ids that transformers generates greedily after each prompt; stop tokens are ignored."""
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     network.generation_config.eos_token_id = None
     answers = []
     with torch.no_grad():
@@ -330,7 +330,7 @@ def lossless(
     for bundle in bundles:
         with ExitStack() as stack:
             options: dict[str, Any] = {"variant": variant, "threads": threads}
-            full = stack.enter_context(load_generator(bundle, rule="never", **options))
+            full = stack.enter_context(load_generator(bundle, rule="never", **options, global_pool=True))
             prompts = read_prompts(full, texts, count, prompt)
             rules = {"speculative": RuleSpec("speculative", {})}
             for exit, drafts in pairs:
@@ -339,7 +339,9 @@ def lossless(
                     rules[f"{exit},{drafts}"] = RuleSpec("speculative", parameters)
             sessions = {"full": full}
             for name, rule in rules.items():
-                sessions[name] = stack.enter_context(load_generator(bundle, rule=rule, **options))
+                sessions[name] = stack.enter_context(
+                    load_generator(bundle, rule=rule, **options, global_pool=True)
+                )
             figures[Path(bundle).name] = {
                 "cuts": [segment.blocks[-1] for segment in full.manifest.segments],
                 "rules": lossless_figures(sessions, prompts, tokens),

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 BIN = Path(sys.executable).parent
-POINTS = "default,within-1.0,saves-57,int8-default,int8-within-1.0,int8-saves-57"
+POINTS = "default,dev-1.0,saves-57,int8-default,int8-dev-1.0,int8-saves-57"
 LEFT_OUT = ("percentiles_ms", "exits", "rule")
 COLUMNS = {
     "accuracy": "accuracy",

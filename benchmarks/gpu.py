@@ -117,15 +117,25 @@ def _open_sessions(
     """
     options: dict[str, Any] = {"rule": "never", "variant": variant, "share": False, "batch_size": 32}
     for cut in CUTS:
-        yield f"ort {cut}", stack.enter_context(load_classifier(work / cut, device=device, **options))
+        yield (
+            f"ort {cut}",
+            stack.enter_context(load_classifier(work / cut, device=device, **options, global_pool=True)),
+        )
         if device == "cuda":
-            captured = load_classifier(work / cut, device=device, cuda_graphs=True, **options)
+            captured = load_classifier(
+                work / cut, device=device, cuda_graphs=True, **options, global_pool=True
+            )
             yield f"ort {cut} graphs", stack.enter_context(captured)
     if device == "cuda":
         for name in ("trt thirds", "trt thirds graphs"):
             more: dict[str, Any] = {"engine": "trt", "cuda_graphs": name.endswith("graphs")}
             try:
-                yield name, stack.enter_context(load_classifier(work / "thirds", **more, **options))
+                yield (
+                    name,
+                    stack.enter_context(
+                        load_classifier(work / "thirds", **more, **options, global_pool=True)
+                    ),
+                )
             except OfframpError as problem:
                 left_out[name] = str(problem)
 
@@ -333,7 +343,11 @@ def torch_run(work: Path, variant: str, device: str, inputs: dict[str, Any]) -> 
     facts = json.loads((work / "ckpt" / "network.json").read_text(encoding="utf-8"))
     config = BertConfig(**_sizes(facts) | {"num_labels": 2})
     dtype = torch.float16 if variant == "fp16" else torch.float32
-    model = AutoModelForSequenceClassification.from_config(config).to(device, dtype).eval()
+    model = (
+        AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        .to(device, dtype)
+        .eval()
+    )
 
     @torch.inference_mode()
     def run() -> object:

@@ -112,7 +112,7 @@ def random_checkpoint(folder: Path, blocks: int, width: int) -> Path:
     spec = NetworkSpec(("negative", "positive"), tuple(range(1, blocks + 1)), policy="statistics")
     tokenizer = folder / "tokenizer.json"
     Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]")).save(str(tokenizer))
-    network = EarlyExitNetwork(AutoModel.from_config(config), spec).eval()
+    network = EarlyExitNetwork(AutoModel.from_config(config, trust_remote_code=False), spec).eval()
     with torch.no_grad():
         for number, policy in enumerate(network.policies):
             assert isinstance(policy, ConsistentEEPolicy) and policy.slope is not None
@@ -255,7 +255,8 @@ def measure_network(
     write_monolith(source, scratch / "with.onnx", exits=True)
     rows = []
     for variant in variants:
-        sessions = [load_classifier(scratch / "bundle", rule="never", variant=variant, share=False)]
+        walk = partial(load_classifier, rule="never", variant=variant, share=False, global_pool=True)
+        sessions = [walk(scratch / "bundle")]
         files = {ALONE: "alone.onnx" if variant == "fp32" else f"alone_{variant}.onnx"}
         if variant == "fp32":
             files[WITH] = "with.onnx"
@@ -272,7 +273,7 @@ def measure_network(
             kind: onnxruntime.InferenceSession(scratch / file, options, providers=["CPUExecutionProvider"])
             for kind, file in files.items()
         }
-        sessions.append(load_classifier(scratch / "bundle", rule="never", variant=variant, share=False))
+        sessions.append(walk(scratch / "bundle"))
         facts = dict(sessions[0].engine.facts)
         plain = {kind: graph for kind, graph in graphs.items() if kind != NESTED}
         for length in lengths:
@@ -369,7 +370,7 @@ def bulk(
     graphs = read_baselines(baselines, manifest).graphs
     with ExitStack() as stack:
         for variant in manifest.variants:
-            session = load_classifier(bundle, rule=FULL_WALK, variant=variant, share=False)
+            session = load_classifier(bundle, rule=FULL_WALK, variant=variant, share=False, global_pool=True)
             stack.enter_context(session)
             fact = next(graph for graph in graphs if (graph.kind, graph.variant) == (MONOLITH, variant))
             monolith = open_baseline(baselines, fact, manifest, threads=None, threshold=None)

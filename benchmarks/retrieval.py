@@ -29,7 +29,7 @@ from offramp.runtime.loading import load_row_session
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules.quality import embedding_quality
 from offramp.runtime.rules.sweep import ExitMacs, ExitTable, settings_to_try, sweep
-from offramp.runtime.tuning.calibrate import macs_to_exits
+from offramp.runtime.tuning.exit_tables import macs_to_exits
 
 NEAREST = 10
 SAVINGS = (30.0, 40.0, 50.0, 60.0, 70.0)  # percent of multiply-accumulates, at least
@@ -155,7 +155,7 @@ def table_of(lines: Sequence[dict[str, Any]]) -> str:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for the figures.")
 def main(bundle: Path, data: Path, json_file: Path | None) -> None:
     """Measure retrieval at every setting and print a table."""
-    with load_row_session(bundle, rule="never") as session:
+    with load_row_session(bundle, rule="never", global_pool=True) as session:
         corpus, dev, test = (embed(session, data / f"{name}.jsonl") for name in ("train", "dev", "test"))
     lines = measure(corpus, dev, test)
     click.echo(table_of(lines))

@@ -161,7 +161,7 @@ def print_memory(kind: str, scratch: str, variant: str, texts: str, context: str
     if kind == "segments":
         from offramp.runtime import load_generator
 
-        with load_generator(folder / "auto", rule="never", variant=variant) as session:
+        with load_generator(folder / "auto", rule="never", variant=variant, global_pool=True) as session:
             written = sum(1 for _ in session.tokens(ids, tokens, ()))
             resident, peak = resident_mb()
     else:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import Calibration, Manifest, RuleSpec
 from offramp.runtime.engines.base import Engine, State
 from offramp.runtime.inputs.text import AnyRow, Reader
-from offramp.runtime.row_session import RowSession, exits_of
+from offramp.runtime.row_session import RowAnswer, RowSession, exits_of, not_finite
 from offramp.runtime.rules.base import Floats, Rule, softmax
 from offramp.runtime.walker import Trace
+
+if TYPE_CHECKING:
+    from offramp.runtime.audit import AuditPlan
+    from offramp.runtime.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Answer:
 class Classifier(RowSession[Answer]):
     """A session that classifies texts or images; load() returns it.
 
-    calibration: that of the operating point at which the session walks, or None.
+    calibration: that of the operating point at which the session walks, or None; with a budget, that of its
+    cheapest point, None unless all of its points have one.
     """
 
     usage = "this bundle classifies: call the session, or map"
@@ -66,24 +73,45 @@ class Classifier(RowSession[Answer]):
         rule: Rule,
         variant: str,
         batch_size: int,
+        budget: Budget | None = None,
+        audit: AuditPlan | None = None,
     ) -> None:
-        super().__init__(bundle, engine, reader, rule, variant, batch_size)
-        self.calibration = find_calibration(self.manifest, self.rule, variant)
+        super().__init__(bundle, engine, reader, rule, variant, batch_size, budget, audit)
+        specs = [bound.spec for bound in self._rules]
+        self._calibrations = [find_calibration(self.manifest, spec, variant) for spec in specs]
+        self._temperatures = [
+            np.array(spec.score_temperatures, np.float32)[:, None] if spec.score_temperatures else None
+            for spec in specs
+        ]
+        walked = self._calibrations[:-1]  # the last rule is for rows that are set to full depth
+        self.calibration = None if None in walked else walked[0]
 
-    def _answer(self, trace: Trace, first: int, item: AnyRow) -> Answer:
+    def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
+        """See RowSession."""
+        assert isinstance(answer, Answer)
+        return np.array(self.manifest.labels.index(answer.label))
+
+    def _answer(self, trace: Trace, first: int, item: AnyRow, rule: int = 0) -> Answer:
         row, segments, walked = self._walked(trace, first, item)
         exit, depth, steps, seconds, truncated, windows = walked
-        probabilities = softmax(trace.logits[row].take(segments, 0))  # [steps, classes]
+        logits = trace.logits[row].take(segments, 0)  # [steps, classes]
+        temperatures = self._temperatures[rule]
+        if temperatures is not None:
+            logits /= temperatures[segments]
+        probabilities = softmax(logits)
         last = probabilities[-1] if windows == 1 else softmax(_mean_logits(trace, first, windows))
         label = int(last.argmax())
+        score = float(last[label])
+        if score != score:  # NaN, which argmax finds first
+            raise not_finite(exit)
         scores = probabilities[:, label].tolist()
         gates = trace.gates[row][segments].tolist()
         calibrated, label_set = None, None
         if windows == 1:
-            calibrated, label_set = self._calibrated(trace.logits[row, exit - 1], exit - 1, label)
+            calibrated, label_set = self._calibrated(trace.logits[row, exit - 1], exit - 1, label, rule)
         return Answer(
             label=self.manifest.labels[label],
-            score=float(last[label]),
+            score=score,
             exit=exit,
             depth=depth,
             steps=steps,
@@ -96,13 +124,14 @@ class Classifier(RowSession[Answer]):
         )
 
     def _calibrated(
-        self, logits: Floats, segment: int, label: int
+        self, logits: Floats, segment: int, label: int, rule: int
     ) -> tuple[float | None, tuple[str, ...] | None]:
         """The calibrated probability of a label, and the set of labels; logits [classes] of the exit."""
-        if self.calibration is None:
+        calibration = self._calibrations[rule]
+        if calibration is None:
             return None, None
-        probabilities = softmax(logits / np.float32(self.calibration.temperatures[segment]))
-        inside = 1.0 - probabilities <= self.calibration.quantiles[segment]
+        probabilities = softmax(logits / np.float32(calibration.temperatures[segment]))
+        inside = 1.0 - probabilities <= calibration.quantiles[segment]
         order = np.argsort(-probabilities, kind="stable").tolist()
         names = tuple(self.manifest.labels[number] for number in order if inside[number])
         return float(probabilities[label]), names

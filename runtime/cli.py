@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections import deque
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
+from offramp.runtime.termination import Terminated, Termination
+
 if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that --help is instant
-    from offramp.runtime.classifier import Answer, Classifier
-    from offramp.runtime.errors import ItemError
+    from offramp.runtime.classifier import Classifier
     from offramp.runtime.generator import TextGenerator
     from offramp.runtime.inputs.lines import Line
-    from offramp.runtime.inputs.text import Item
+    from offramp.runtime.output import Output
     from offramp.runtime.row_session import RowAnswer, RowSession
-    from offramp.runtime.run_stats import RunStats
     from offramp.runtime.session import Session
 
 # A test compares these with their sources.
-ENGINES, DEVICES, PROVIDERS, FORMATS, EXIT_KV, LONG_TEXTS = (
+ENGINES, DEVICES, PROVIDERS, FORMATS, EXIT_KV, LONG_TEXTS, STATISTICS, ON_DRIFT = (
     ("ort", "trt"),
     ("cpu", "cuda"),
     ("cuda", "tensorrt"),
     ("auto", "text", "json"),
     ("deferred", "propagate"),
     ("cut", "windows"),
+    ("mean", "p95"),
+    ("warn", "full-depth"),
 )
-AT_LEAST_1 = click.IntRange(min=1)
-ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+# The most rows that an engine walks together, and the longest sequence of a manifest.
+AT_LEAST_1 = click.IntRange(1, 1 << 20)
+THREADS = click.IntRange(1, 1024)
+ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
 HELP = """Answer every line of INPUT (a file, or - for standard input, the default) with one JSON line; with a
 bundle for images, answer every image file that is named.
@@ -101,12 +103,26 @@ the prompt; an operating point sets it), and those for labels except quee, for e
 Without --rule, --threshold or --point, the bundle's own rule is used.
 
 \b
+Options --budget-* and --audit watch the stream: see docs/budgets.md. Their warnings are on
+standard error, their reports among those of --stats.
+
+\b
 Exit codes:
   0    every line answered
-  1    some lines had errors (each is marked in the output), or the run broke off
-  2    could not start: wrong option, no or bad bundle, engine or device not available
+  1    some lines had errors (each is marked in the output), or the run broke off, as with a
+       full disk
+  2    wrong option, no or bad bundle, engine or device not available; in most cases before the
+       first answer, but a segment's file is opened when a row first reaches it
   130  interrupted (Ctrl-C)
   141  the reader of the output closed the pipe
+  143  ended by SIGTERM, after the rows that were being walked were answered and written
+Every line of the output is complete, whatever ended the run but kill -9 and a full disk.
+
+\b
+Jobs: --out FILE writes to FILE.<hash>.partial, which becomes FILE when all lines are answered.
+The same command with --resume continues after the answers that are there, also after kill -9,
+with the answers of a run that was not interrupted. The hash is of the bundle, the name of the
+input and the options: with others, or without --resume, the partial file is refused.
 """
 
 
@@ -120,6 +136,8 @@ class RunOptions:
     max_new_tokens: int
     stats: bool
     sets: bool = False
+    out: str | None = None
+    resume: bool = False
 
 
 @click.command(help=HELP)
@@ -148,7 +166,11 @@ class RunOptions:
 @click.option(
     "--batch-size", type=AT_LEAST_1, default=1, show_default=True, help="Rows walked together at most."
 )
-@click.option("--threads", type=AT_LEAST_1, help="Threads of the engine.  [default: one for each core]")
+@click.option(
+    "--threads",
+    type=THREADS,
+    help="Threads of the engine.  [default: one for each core that the process may use]",
+)
 @click.option(
     "--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="What INPUT is."
 )
@@ -183,7 +205,57 @@ class RunOptions:
     help="What becomes of texts that are longer than the network reads; see above.",
 )
 @click.option(
+    "--require-signature",
+    metavar="KEY",
+    help="File of the public key that must have signed the bundle; another bundle is not opened.",
+)
+@click.option(
+    "--budget-ms",
+    type=float,
+    metavar="MS",
+    help="Hold this time of an answer, by moving among the operating points of the rule (docs/budgets.md).",
+)
+@click.option(
+    "--budget-depth", type=float, metavar="SHARE", help="Hold this share of the blocks in the same way."
+)
+@click.option(
+    "--budget-of", type=click.Choice(STATISTICS), help="What of them is held over a window.  [default: mean]"
+)
+@click.option(
+    "--budget-window", type=AT_LEAST_1, metavar="ROWS", help="Rows over which it is held.  [default: 1000]"
+)
+@click.option(
+    "--max-risk",
+    type=float,
+    metavar="SHARE",
+    help="Let a budget use only points that guarantee a risk of at most this (ee-calibrate --risk).",
+)
+@click.option(
+    "--audit",
+    type=float,
+    metavar="SHARE",
+    help="Walk this share of the rows to the end as well, in the background, and warn if answers disagree "
+    "with full depth more than the point promises, or if rows leave at other exits than calibration rows.",
+)
+@click.option(
+    "--audit-limit", type=float, metavar="SHARE", help="Allow this disagreement in place of the point's."
+)
+@click.option(
+    "--on-drift",
+    type=click.Choice(ON_DRIFT),
+    help="What follows once the disagreement is above its limit: warn, or walk all rows to the end.  "
+    "[default: warn]",
+)
+@click.option(
     "--sets", is_flag=True, help="Add the calibrated probability and the set of labels to every answer."
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    help="Write the answers to a new file, which gets this name when all lines are answered.",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with the file of --out, if the same command was interrupted before."
 )
 @click.option(
     "--stats", is_flag=True, help="At the end, on standard error: exits, times, and what really ran."
@@ -197,31 +269,63 @@ def main(
     max_new_tokens: int,
     stats: bool,
     sets: bool,
+    out: str | None,
+    resume: bool,
     **load_options: Any,
 ) -> None:
     """Command ee-run; its help is HELP."""
-    options = RunOptions(batch_size, format, warm_up, max_new_tokens, stats, sets)
+    options = RunOptions(batch_size, format, warm_up, max_new_tokens, stats, sets, out, resume)
     try:
-        code = _run(sources or ("-",), bundle, options, load_options)
+        with Termination() as termination:
+            if resume:
+                _check_resume(out, load_options)
+            code = _run(sources or ("-",), bundle, options, load_options, termination)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Terminated:
+        code = TERMINATED
     except BrokenPipeError:
         # Buffered output cannot be written any more; without this the interpreter reports that when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from offramp.runtime.output import discard_standard_output
+
+        discard_standard_output()
         code = PIPE_CLOSED
     sys.exit(code)
 
 
-def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options: dict[str, Any]) -> int:
+def _check_resume(out: str | None, load_options: dict[str, Any]) -> None:
+    """Raise UsageError if answers cannot be those of a run that was not interrupted."""
+    if out is None:
+        raise click.UsageError("--resume continues the file of --out: name it, too")
+    for name in ("budget_ms", "budget_depth"):
+        if load_options[name] is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(
+                f"--resume: with {option} answers depend on the rows before; leave one of them out"
+            )
+    if load_options["on_drift"] == "full-depth":
+        raise click.UsageError(
+            "--resume: with --on-drift full-depth answers depend on the rows before; leave one of them out"
+        )
+
+
+def _run(
+    sources: Sequence[str],
+    bundle: str,
+    options: RunOptions,
+    load_options: dict[str, Any],
+    termination: Termination,
+) -> int:
     from offramp.runtime.bundle.manifest import CLASSIFICATION, GENERATION, ImageInput
-    from offramp.runtime.errors import BadSetting, OfframpError
+    from offramp.runtime.errors import BadBundle, BadSetting, EngineUnavailable, OfframpError, OutputFailed
     from offramp.runtime.inputs.lines import PROMPTS, TEXTS, read_images, read_lines
     from offramp.runtime.loading import load
+    from offramp.runtime.output import discard_standard_output
 
     started = False
     try:
         with ExitStack() as stack:
-            loaded = load(bundle, batch_size=options.batch_size, lazy=True, **load_options)
+            loaded = load(bundle, batch_size=options.batch_size, lazy=True, global_pool=True, **load_options)
             session: Session[Any] = stack.enter_context(loaded)
             generates = session.manifest.kind == GENERATION
             if options.sets and session.manifest.kind != CLASSIFICATION:
@@ -239,14 +343,28 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
             else:
                 stream = stack.enter_context(_open(sources[0]))
                 lines = read_lines(stream, options.format, PROMPTS if generates else TEXTS)
+            output = stack.enter_context(_open_output(session, sources, options, load_options))
             if options.warm_up:
                 session.warm_up(batch=options.batch_size)
             started = True
             if generates:
-                return _generate(cast("TextGenerator", loaded), lines, options)
-            return _answer_rows(cast("RowSession[RowAnswer]", loaded), lines, options)
+                failed = _generate(cast("TextGenerator", loaded), lines, output, options, termination)
+            else:
+                row_session = cast("RowSession[RowAnswer]", loaded)
+                failed = _answer_rows(row_session, lines, output, options, termination)
+            if termination.requested:
+                return TERMINATED
+            output.complete()
+            return SOME_FAILED if failed or output.failed else ALL_ANSWERED
     except BrokenPipeError:
         raise
+    except (BadBundle, EngineUnavailable, BadSetting) as problem:  # also when a row first reaches a file
+        click.echo(f"ee-run: {problem}", err=True)
+        return NOT_STARTED
+    except OutputFailed as problem:
+        if options.out is None:
+            discard_standard_output()
+        click.echo(f"ee-run: {problem}", err=True)
     except OfframpError as problem:
         click.echo(f"ee-run: {problem}", err=True)
     except OSError as problem:
@@ -256,29 +374,75 @@ def _run(sources: Sequence[str], bundle: str, options: RunOptions, load_options:
     return SOME_FAILED if started else NOT_STARTED
 
 
-def _generate(session: TextGenerator, lines: Iterator[Line], options: RunOptions) -> int:
+def _generate(
+    session: TextGenerator,
+    lines: Iterator[Line],
+    output: Output,
+    options: RunOptions,
+    termination: Termination,
+) -> int:
+    """Answer all prompts; returns the number of lines with errors."""
     from offramp.runtime.generate_cli import write_answers
 
-    out = sys.stdout.buffer
     failed, report = write_answers(
-        session, lines, out, max_new_tokens=options.max_new_tokens, as_it_comes=sys.stdout.isatty()
+        session,
+        termination.lines(output.skip(lines, 1)),
+        output,
+        max_new_tokens=options.max_new_tokens,
+        as_it_comes=options.out is None and sys.stdout.isatty(),
     )
-    out.flush()
     if options.stats:
         facts = [f"{name:10s} {value}" for name, value in _facts(session).items()]
         click.echo("\n".join([report, *facts]), err=True)
-    return SOME_FAILED if failed else ALL_ANSWERED
+    return failed
 
 
-def _answer_rows(session: RowSession[RowAnswer], lines: Iterator[Line], options: RunOptions) -> int:
+def _answer_rows(
+    session: RowSession[RowAnswer],
+    lines: Iterator[Line],
+    output: Output,
+    options: RunOptions,
+    termination: Termination,
+) -> int:
+    """Answer all rows; returns the number of lines with errors."""
+    import numpy as np
+
+    from offramp.runtime.answers_cli import window_of, write_answers
     from offramp.runtime.run_stats import RunStats
 
-    stats = RunStats()
-    _write_answers(session, lines, stats, each=options.batch_size == 1, sets=options.sets)
+    stats, left = RunStats(), output.skip(lines, window_of(options.batch_size))
+    # Rows for which the network computes infinity are errors, which numpy need not report, too.
+    with _warnings_as_lines(), np.errstate(invalid="ignore"):
+        write_answers(session, left, output, stats, termination, sets=options.sets)
+        reports = session.reports()  # finishes the audits, which may warn
     if options.stats:
-        manifest = session.manifest
-        click.echo(stats.report(len(manifest.segments), manifest.blocks, _facts(session)), err=True)
-    return SOME_FAILED if stats.failed else ALL_ANSWERED
+        manifest, facts = session.manifest, _facts(session) | reports
+        click.echo(stats.report(len(manifest.segments), manifest.blocks, facts), err=True)
+    return stats.failed
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print warnings about the rows that are walked as lines of this command, without a place in its code."""
+    from offramp.runtime.errors import RunWarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, RunWarning):
+            click.echo(f"ee-run: {message}", err=True)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RunWarning)
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _facts(session: Session[Any]) -> dict[str, str]:
@@ -290,75 +454,26 @@ def _facts(session: Session[Any]) -> dict[str, str]:
 
 
 def _open(source: str) -> AbstractContextManager[IO[bytes]]:
-    return nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")
+    from offramp.runtime.inputs.lines import standard_input
+
+    return nullcontext(standard_input()) if source == "-" else open(source, "rb")
 
 
-def _write_answers(
-    session: RowSession[RowAnswer], lines: Iterator[Line], stats: RunStats, *, each: bool, sets: bool
-) -> None:
-    """Write one JSON object for every line, in order; each: flush after every object."""
-    from offramp.runtime.bundle.manifest import ImageInput
+def _open_output(
+    session: Session[Any], sources: Sequence[str], options: RunOptions, load_options: dict[str, Any]
+) -> Output:
+    """Standard output, or the file of option --out."""
+    from offramp.runtime.output import FileOutput, job_name, standard_output
 
-    images = isinstance(session.manifest.input, ImageInput)
-    pending: deque[Line] = deque()  # lines that were read and are not written yet: two windows at most
-
-    def items() -> Iterator[Item]:
-        for line in lines:
-            if line.problem is not None and not pending:
-                _write(_error_object(line, line.problem, stats, images), flush=each)
-                continue
-            pending.append(line)
-            if line.problem is None:
-                yield line.item
-
-    for answer in session.answers(items()):
-        line = pending.popleft()
-        objects = [_object(line, answer, stats, images, sets=sets)]
-        while pending and pending[0].problem is not None:
-            line = pending.popleft()
-            objects.append(_error_object(line, str(line.problem), stats, images))
-        for number, value in enumerate(objects, 1):
-            _write(value, flush=number == len(objects) and (each or not pending))
-    sys.stdout.buffer.flush()
-
-
-def _object(
-    line: Line, answer: RowAnswer | ItemError, stats: RunStats, images: bool, *, sets: bool
-) -> dict[str, Any]:
-    """The JSON object of an answer."""
-    from offramp.runtime.errors import ItemError
-
-    if isinstance(answer, ItemError):
-        return _error_object(line, answer.message, stats, images)
-    stats.add(answer.exit, answer.depth, answer.seconds)
-    value: dict[str, Any] = {"file": line.name} if images else {}
-    value |= answer.as_json()
-    if sets:
-        value |= _sets(cast("Answer", answer))  # _run refused the option for other tasks
-    value |= {"exit": answer.exit, "depth": answer.depth, "ms": round(1e3 * answer.seconds, 3)}
-    if answer.windows > 1:
-        value["windows"] = answer.windows
-    return value | {"truncated": True} if answer.truncated or line.cut else value
-
-
-def _sets(answer: Answer) -> dict[str, Any]:
-    """The fields that option --sets adds; none for an answer without calibration, as of several windows."""
-    if answer.calibrated is None or answer.label_set is None:
-        return {}
-    return {"calibrated": round(answer.calibrated, 6), "set": list(answer.label_set)}
-
-
-def _error_object(line: Line, problem: str, stats: RunStats, images: bool) -> dict[str, Any]:
-    stats.failed += 1
-    return {"error": problem, "line": line.number} | ({"file": line.name} if images and line.name else {})
-
-
-def _write(value: dict[str, Any], *, flush: bool = False) -> None:
-    """Write a JSON line as bytes, so that the output is UTF-8 in every encoding of the terminal."""
-    out: IO[bytes] = sys.stdout.buffer
-    out.write(json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n")
-    if flush:
-        out.flush()
+    if options.out is None:
+        return standard_output()
+    chosen = {name: value for name, value in load_options.items() if name != "threads"}
+    answers = (options.batch_size, options.format, options.max_new_tokens, options.sets)
+    return FileOutput(
+        options.out,
+        job_name([repr(session.manifest), list(sources), chosen, answers]),
+        resume=options.resume,
+    )
 
 
 if __name__ == "__main__":

@@ -3,16 +3,20 @@
 OfframpError                     base of all others
 ├── BundleNotFound               FileNotFoundError   no bundle at that path, or a file of it is missing
 ├── BadBundle                    ValueError          a bundle that contradicts itself: hash, size, link, graph
-│   └── BadManifest              ValueError          its manifest.json is invalid; names the field
+│   ├── BadManifest              ValueError          its manifest.json is invalid; names the field
+│   └── BadSignature             ValueError          not signed, or not by the key that was required
 ├── BadInput                     ValueError          an item that cannot be answered
 ├── BadSetting                   ValueError          an option that is unknown, incomplete or contradictory
 │   └── WrongTask                AttributeError      a method that the session of this bundle does not have
 ├── EngineUnavailable            RuntimeError        the requested engine or device is not there
 ├── OutOfMemory                  MemoryError         the GPU has not enough memory; the session stays usable
 ├── DeviceFailed                 RuntimeError        the GPU failed in the middle of work: load() again
+├── OutputFailed                 OSError             the answers cannot be written: disk full, output closed
+├── SessionForked                RuntimeError        a process that was forked cannot go on with this session
 └── SessionClosed                RuntimeError        the session was used after close()
 
-Each also inherits the builtin error that fits, so that `except ValueError` works, too.
+Each also inherits the builtin error that fits, so that `except ValueError` works, too. RunWarning, a
+UserWarning, is the base of its warnings: BudgetExceeded and DriftWarning.
 """
 
 from __future__ import annotations
@@ -34,6 +38,10 @@ class BadBundle(OfframpError, ValueError):
 
 class BadManifest(BadBundle):
     """A manifest is invalid; the message names the field."""
+
+
+class BadSignature(BadBundle):
+    """A bundle has no signature, or not that of the required key; the message names both files."""
 
 
 class BadInput(OfframpError, ValueError):
@@ -60,8 +68,28 @@ class DeviceFailed(OfframpError, RuntimeError):
     """CUDA or TensorRT failed in the middle of work; the message holds its error text."""
 
 
+class OutputFailed(OfframpError, OSError):
+    """The answers cannot be written; the message names the output and what the system says."""
+
+
+class SessionForked(OfframpError, RuntimeError):
+    """The process was forked, and what was open before has no threads or no device in it; load() again."""
+
+
 class SessionClosed(OfframpError, RuntimeError):
     """The session was used after close()."""
+
+
+class RunWarning(UserWarning):
+    """Base of the warnings about a stream that a session walks; answers are given all the same."""
+
+
+class BudgetExceeded(RunWarning):
+    """A budget was not held over a window of rows; the message says by how much, and why."""
+
+
+class DriftWarning(RunWarning):
+    """The rows of a stream are not like those of the calibration; the message says what shows it."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import (
@@ -28,6 +28,8 @@ from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 
 if TYPE_CHECKING:
+    from offramp.runtime.audit import AuditPlan
+    from offramp.runtime.budget import Budget
     from offramp.runtime.classifier import Classifier
     from offramp.runtime.generator import TextGenerator
     from offramp.runtime.multi_label import MultiLabelClassifier
@@ -66,7 +68,7 @@ def load(
     device: str | None = None,
     variant: str | None = None,
     threads: int | None = None,
-    global_pool: bool = True,
+    global_pool: bool = False,
     rule: str | RuleSpec | None = None,
     threshold: float | None = None,
     point: str | None = None,
@@ -77,6 +79,16 @@ def load(
     cuda_graphs: bool = False,
     exit_kv: str = "deferred",
     long_texts: str = "cut",
+    require_signature: str | PathLike[str] | None = None,
+    budget_ms: float | None = None,
+    budget_depth: float | None = None,
+    budget_of: str | None = None,
+    budget_window: int | None = None,
+    max_risk: float | None = None,
+    audit: float | None = None,
+    audit_limit: float | None = None,
+    on_drift: str | None = None,
+    seed: int = 0,
 ) -> AnyRowSession | TextGenerator:
     """Open a bundle folder as a session: that of the bundle's task.
 
@@ -85,21 +97,31 @@ def load(
 
     Options that are not given come from the bundle's manifest. rule: a rule's name or a RuleSpec. threshold:
     the rule's main parameter (rule fixed: the exit; patience: the number of agreements). point: an operating
-    point of the manifest, which sets rule and variant. threads: None is one for each core. global_pool: run
-    all segments on one thread pool of the whole process, which is the fastest; from then on ONNX Runtime
-    refuses sessions of the application that do not set use_per_session_threads = False. With False (or
-    threads=1) other sessions of the process are not affected, at a cost of a few per cent. batch_size: most
-    rows that are walked together. lazy: open a segment when a row first reaches it; the first answers are
-    slower, and a segment that no row reaches costs neither time nor memory (see RowSession.warm_up). share:
-    share weights with sessions of this process on the same bundle, device and threads. device: None is cpu
-    for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or "tensorrt" (then the
-    device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph from the second run of a shape on.
-    exit_kv: for generated text, what the cache holds of a token after its exit. "deferred": the token waits
-    and runs the segments when a later token goes deeper, so that the cache is that of full depth;
+    point of the manifest, which sets rule and variant. threads: None is one for each core that the process
+    may use (affinity, CPU limits of containers). global_pool: run all segments on one thread pool of the
+    whole process, a few per cent faster; from then on ONNX Runtime refuses sessions of the application that
+    do not set use_per_session_threads = False, and the session does not survive a fork (docs/processes.md).
+    With False nothing else in the process changes; a pool that the process has already is used. batch_size:
+    most rows that are walked together. lazy: open a segment when a row first reaches it; the first answers
+    are slower, and a segment that no row reaches costs neither time nor memory (see RowSession.warm_up).
+    share: share weights with sessions of this process on the same bundle, device and threads. device: None is
+    cpu for engine ort, cuda for trt. provider: what ONNX Runtime uses on a GPU, "cuda" or "tensorrt" (then
+    the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph from the second run of a shape
+    on. exit_kv: for generated text, what the cache holds of a token after its exit. "deferred": the token
+    waits and runs the segments when a later token goes deeper, so that the cache is that of full depth;
     "propagate": keys and values are computed from the hidden state of its exit. long_texts: "cut" reads the
     beginning of a text that is longer than the network reads (its answer is marked truncated); "windows"
-    walks overlapping windows and joins their answers (see the answer of the task). Raises BundleNotFound,
-    BadBundle, EngineUnavailable, and BadSetting for options that are unknown or contradict each other.
+    walks overlapping windows and joins their answers (see the answer of the task). require_signature: file of
+    the public key that must have signed the bundle, else BadSignature. budget_ms, budget_depth: milliseconds
+    of an answer, or blocks run as a share of all, that a controller holds by moving among the points of one
+    rule and variant (docs/budgets.md). budget_of: "mean" (the default) or "p95". budget_window: rows over
+    which it is held, 1000. max_risk: only points that guarantee a risk of at most this are used. audit: share
+    of the rows that are walked to the end in the background, to see whether answers still agree with full
+    depth. audit_limit: the disagreement that is allowed; None for that of the point. on_drift: "warn" (the
+    default), or "full-depth": walk all rows to the end once the limit was passed. seed: of the rows that are
+    drawn for both. See budget_report and audit_report of RowSession. Warns with BudgetExceeded and
+    DriftWarning, once each. Raises BundleNotFound, BadBundle, EngineUnavailable, and BadSetting for options
+    that are unknown or contradict each other.
     """
     size = checked_batch_size(batch_size)
     if long_texts not in LONG_TEXTS:
@@ -115,10 +137,31 @@ def load(
         cuda_graphs=cuda_graphs,
         exit_kv=exit_kv,
     )
-    bundle = open_bundle(path)
+    of_budget = _given(
+        ms=budget_ms, depth=budget_depth, statistic=budget_of, window=budget_window, max_risk=max_risk
+    )
+    of_audit = _given(share=audit, limit=audit_limit, on_drift=on_drift)
+    bundle = open_bundle(path, require_signature)
+    if (of_budget or of_audit) and bundle.manifest.kind == GENERATION:
+        name = "a budget" if of_budget else "an audit"
+        raise BadSetting(f"{path} generates text: {name} is for bundles that give one answer for each row")
+    if of_budget and (point is not None or threshold is not None):
+        name = "threshold" if point is None else "point"
+        raise BadSetting(f"{name}: a budget moves among points; leave it out, or name rule and variant")
     spec, variant = resolve_rule(
         bundle.manifest, rule=rule, threshold=threshold, point=point, variant=variant
     )
+    budget, plan = None, None
+    if of_budget:
+        from offramp.runtime.budget import BudgetOptions, open_budget  # here: others do not need it
+
+        budget = open_budget(bundle.manifest, spec, variant, BudgetOptions(**of_budget, seed=seed))
+        spec = budget.points[0].rule
+    if of_audit:
+        from offramp.runtime.audit import AuditOptions, plan_audit  # here: others do not need it
+
+        limits = None if budget is None else [point.limit for point in budget.points]
+        plan = plan_audit(bundle.manifest, spec, variant, AuditOptions(**of_audit, seed=seed), limits)
     bound_rule = bind_for_bundle(bundle, spec, exit_kv)  # before graphs are opened, which takes seconds
     generates = bundle.manifest.kind == GENERATION
     if long_texts != "cut" and (generates or not isinstance(bundle.manifest.input, TextInput)):
@@ -126,7 +169,8 @@ def load(
         raise BadSetting(f"long_texts {long_texts}: {path} {what}, so it has no windows")
     if generates:
         return _open_generator(bundle, options, bound_rule, variant)
-    return _open_row_session(bundle, options, bound_rule, variant, size, long_texts)
+    watching = {"budget": budget, "audit": plan}
+    return _open_row_session(bundle, options, bound_rule, variant, size, long_texts, watching)
 
 
 def load_classifier(path: str | PathLike[str] = "bundle/", **options: object) -> Classifier:
@@ -149,7 +193,8 @@ def load_generator(path: str | PathLike[str] = "bundle/", **options: object) -> 
 
 def _load_kind(path: str | PathLike[str], kinds: tuple[str, ...], options: Mapping[str, object]) -> object:
     """Open a bundle whose task is of one of these kinds; raises BadSetting for others."""
-    kind = open_bundle(path).manifest.kind
+    key = cast("str | None", options.get("require_signature"))
+    kind = open_bundle(path, key).manifest.kind
     if kind not in kinds:
         does = ROW_SESSIONS[kind].does if kind in ROW_SESSIONS else "generates text"
         raise BadSetting(f"{path}: this bundle {does}; open it with load()")
@@ -170,7 +215,13 @@ def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant:
 
 
 def _open_row_session(
-    bundle: Bundle, options: EngineOptions, rule: Rule, variant: str, batch_size: int, long_texts: str
+    bundle: Bundle,
+    options: EngineOptions,
+    rule: Rule,
+    variant: str,
+    batch_size: int,
+    long_texts: str,
+    watching: Mapping[str, Budget | AuditPlan | None],
 ) -> AnyRowSession:
     kind = ROW_SESSIONS[bundle.manifest.kind]
     # Reading a vocabulary takes time, during which the engine mostly reads files.
@@ -189,9 +240,16 @@ def _open_row_session(
         make: Callable[..., AnyRowSession] = getattr(
             import_module(f"offramp.runtime.{kind.module}"), kind.name
         )
-        return make(bundle, engine, reader.result(), rule, variant, batch_size)
+        if watching["audit"] is not None and not options.lazy:  # audits walk the default variant
+            engine.prepare(0, range(len(bundle.manifest.segments)))
+        return make(bundle, engine, reader.result(), rule, variant, batch_size, **watching)
 
     return _or_close(engine, session)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _or_close(engine: Engine[S], make_session: Callable[[], T]) -> T:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.runtime.inputs.text import AnyRow
-from offramp.runtime.row_session import RowSession, exit_answers
+from offramp.runtime.row_session import RowAnswer, RowSession, exit_answers, not_finite
 from offramp.runtime.rules.quality import given_labels, sigmoid
 from offramp.runtime.walker import Trace
 
@@ -41,9 +42,16 @@ class MultiLabelClassifier(RowSession[MultiLabelAnswer]):
 
     usage = "this bundle gives several labels: call the session, or map"
 
-    def _answer(self, trace: Trace, first: int, item: AnyRow) -> MultiLabelAnswer:
+    def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
+        """See RowSession."""
+        assert isinstance(answer, MultiLabelAnswer)
+        return np.array([name in answer.labels for name in self.manifest.labels])
+
+    def _answer(self, trace: Trace, first: int, item: AnyRow, rule: int = 0) -> MultiLabelAnswer:
         _, _, walked = self._walked(trace, first, item)
         logits = np.mean(exit_answers(trace, first, item), axis=0)  # [labels]
+        if not np.isfinite(logits).all():
+            raise not_finite(walked[0])
         scores, given = sigmoid(logits), given_labels(logits, self.manifest.thresholds)
         names = self.manifest.labels
         order = np.argsort(-scores, kind="stable").tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,17 @@ from offramp.runtime.errors import BadInput, BadSetting, ItemError
 from offramp.runtime.inputs.text import AnyRow, Item, Reader, items_to_rows
 from offramp.runtime.pipeline import chunks, prefetch
 from offramp.runtime.rules.base import Floats, Rule
+from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.rules.registry import bind
+from offramp.runtime.rules.resolve import bind_for_bundle
 from offramp.runtime.session import Session
 from offramp.runtime.walker import Inputs, Trace, walk
 
+if TYPE_CHECKING:  # sessions without them do not need the modules
+    from offramp.runtime.audit import Audit, AuditPlan, AuditReport
+    from offramp.runtime.budget import Budget, BudgetReport
+
+MAX_BATCH = 1 << 20  # of a batch
 WINDOW = 8  # batches that map reads at once, to sort their rows by length
 
 
@@ -75,8 +82,13 @@ class RowSession(Session[State], Generic[A_co]):
     """A session that gives one answer for each text or image; load() returns one of its kinds.
 
     An image is a path, the bytes of a file, a PIL image, or an array uint8 [height, width, 3] in RGB.
-    batch_size: most rows that map walks together.
+    batch_size: most rows that map walks together. budget: what draws the rule of each row, if there is a
+    budget; rule is then that of its first point. audit: what the answers are compared with, if they are.
     """
+
+    # For a process that forks while the session is opened.
+    _budget: Budget | None = None
+    _audit: Audit[tuple[AnyRow, RowAnswer]] | None = None
 
     def __init__(
         self,
@@ -86,22 +98,38 @@ class RowSession(Session[State], Generic[A_co]):
         rule: Rule,
         variant: str,
         batch_size: int,
+        budget: Budget | None = None,
+        audit: AuditPlan | None = None,
     ) -> None:
         super().__init__(bundle, engine, rule, variant)
         self.batch_size = batch_size
         self._reader = reader
+        # All rules by which rows may be walked; the last one runs every segment.
+        self._rules = [rule]
+        if budget is not None:
+            self._rules = [bind_for_bundle(bundle, point.rule) for point in budget.points]
+        self._rules.append(self._full_depth())
+        self._number = 0  # of the rule without a budget
+        self._budget = budget
+        self._audit = None if audit is None else self._open_audit(audit)
+        self._is_watched = budget is not None or audit is not None
         self._depths = np.array([len(segment.blocks) for segment in self.manifest.segments])
         self._classes = self.manifest.classes
 
     def __call__(self, text: Item, text_b: str | None = None) -> A_co:
         """Answer one text (or pair) or image.
 
-        Raises BadInput for anything else, SessionClosed after close().
+        Raises BadInput for anything else and if the network gives no number (NaN), SessionClosed after
+        close().
         """
         (row,) = items_to_rows(self._reader, [text if text_b is None else (text, text_b)])
         size = self.batch_size if row.rest else 1
-        trace = self._trace([row, *row.rest], size, self._bound_rule, self._variant_number)
-        return self._answer(trace, 0, row)
+        number = self._number if self._budget is None else self._budget.draw()[0]
+        trace = self._trace([row, *row.rest], size, self._rules[number], self._variant_number)
+        answer = self._answer(trace, 0, row, number)
+        if self._is_watched:
+            self._watch(row, answer)
+        return answer
 
     def map(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[A_co]:
         """Answer many items (texts, pairs, images): an iterator over the answers, in the order of `items`.
@@ -122,6 +150,45 @@ class RowSession(Session[State], Generic[A_co]):
         """Answer many items as map does, but give an ItemError for each item that cannot be answered."""
         size = self.batch_size if batch_size is None else checked_batch_size(batch_size)
         return self._answers(iter(items), size)
+
+    def budget_report(self) -> BudgetReport:
+        """What the budget held so far; raises BadSetting for a session without one."""
+        if self._budget is None:
+            raise BadSetting("budget_report: there is no budget; load() with budget_ms or budget_depth")
+        return self._budget.report()
+
+    def audit_report(self) -> AuditReport:
+        """What the audit knows so far, after the audits of all rows drawn for it are finished.
+
+        Raises BadSetting for a session without an audit. Audits that wait when the session is closed are
+        dropped; ask before.
+        """
+        if self._audit is None:
+            raise BadSetting("audit_report: there is no audit; load() with audit, a share of the rows")
+        return self._audit.report()
+
+    def reports(self) -> dict[str, str]:
+        """The reports of budget and audit as text by name, for users; none of what the session lacks."""
+        reports = {}
+        if self._budget is not None:
+            reports["budget"] = str(self._budget.report())
+        if self._audit is not None:
+            reports["audit"] = str(self._audit.report())
+        return reports
+
+    def close(self) -> None:
+        """Close the session and free its engine; a second call does nothing. Audits that wait are dropped."""
+        if self._audit is not None:
+            self._audit.close()
+        super().close()
+
+    def after_fork(self) -> None:
+        """See Session; audits that wait are left to the parent process."""
+        if self._audit is not None:
+            self._audit.after_fork()
+        if self._budget is not None:
+            self._budget.after_fork()
+        super().after_fork()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -169,19 +236,55 @@ class RowSession(Session[State], Generic[A_co]):
             yield ids, self._reader.arrays([rows[number] for number in ids])
 
     def _answers(self, source: Iterator[Item], size: int) -> Iterator[A_co | ItemError]:
-        items = chunks(source, size * WINDOW if size > 1 else 1)
+        chunk = size * WINDOW if size > 1 else 1
+        if self._budget is not None:  # many decisions in each of its windows, but no smaller batches
+            chunk = min(chunk, max(size, self._budget.window // 32))
+        items = chunks(source, chunk)
         # The built-in map reads an item only when its result is needed, and works in this thread.
         windows = prefetch(items, self._read_window) if size > 1 else map(self._read_window, items)
+        index = -1
         for window in windows:
-            rows = [part for row in window if not isinstance(row, ItemError) for part in (row, *row.rest)]
-            trace = self._trace(rows, size, self._bound_rule, self._variant_number)
-            number = 0
+            good = [row for row in window if not isinstance(row, ItemError)]
+            if self._budget is None:
+                walked = self._walk_items(good, size, self._number)
+            else:
+                walked = self._walk_drawn(good, size, self._budget)
             for row in window:
+                index += 1
                 if isinstance(row, ItemError):
                     yield row
                     continue
-                yield self._answer(trace, number, row)
-                number += 1 + len(row.rest)
+                walk_of_row = next(walked)
+                try:
+                    answer = self._answer(*walk_of_row)
+                except BadInput as problem:  # see not_finite
+                    yield ItemError(index, str(problem))
+                    continue
+                if self._is_watched:
+                    self._watch(row, answer)
+                yield answer
+
+    def _walk_items(
+        self, items: list[AnyRow], size: int, rule: int
+    ) -> Iterator[tuple[Trace, int, AnyRow, int]]:
+        """Walk items by one rule (its number in _rules); gives the arguments of _answer for each."""
+        rows = [part for item in items for part in (item, *item.rest)]
+        trace = self._trace(rows, size, self._rules[rule], self._variant_number)
+        first = 0
+        for item in items:
+            yield trace, first, item, rule
+            first += 1 + len(item.rest)
+
+    def _walk_drawn(
+        self, items: list[AnyRow], size: int, budget: Budget
+    ) -> Iterator[tuple[Trace, int, AnyRow, int]]:
+        """Walk items by the rules that a budget draws, those of each rule together; see _walk_items."""
+        numbers = budget.draw(len(items))
+        drawn = {
+            rule: self._walk_items([i for i, n in zip(items, numbers, strict=True) if n == rule], size, rule)
+            for rule in set(numbers)
+        }
+        return (next(drawn[number]) for number in numbers)
 
     def _read_window(self, chunk: tuple[int, list[Item]]) -> list[AnyRow | ItemError]:
         """A row or an error for each item; chunk: the number of items before these, and the items."""
@@ -216,9 +319,52 @@ class RowSession(Session[State], Generic[A_co]):
     def _never(self) -> Rule:
         return bind(RuleSpec("never", {}), len(self.manifest.segments))
 
+    def _full_depth(self) -> Rule:
+        """The rule that runs every segment, as points of this variant have it."""
+        points = self.manifest.points
+        specs = (p.rule for p in points if (p.rule.name, p.variant) == ("never", self.variant))
+        spec = next(specs, None)
+        return self._never() if spec is None else bind(spec, len(self.manifest.segments))
+
+    def _watch(self, row: AnyRow, answer: RowAnswer) -> None:
+        """Let budget and audit count an answer."""
+        if self._budget is not None:
+            self._budget.observe(answer.seconds, answer.depth)
+        if self._audit is not None:
+            self._audit.observe((row, answer), answer.exit, answer.windows)
+
+    def _open_audit(self, plan: AuditPlan) -> Audit[tuple[AnyRow, RowAnswer]]:
+        from offramp.runtime.audit import Audit  # here: sessions without one do not need it
+
+        return Audit(plan, self._audited_loss, self._stay_at_full_depth)
+
+    def _audited_loss(self, audited: tuple[AnyRow, RowAnswer]) -> float:
+        """The disagreement (0..1) of an answer with full depth of the default variant."""
+        row, answer = audited
+        names, segments = self.manifest.variants, len(self.manifest.segments)
+        if answer.windows == 1 and answer.steps == tuple((s + 1, names[0]) for s in range(segments)):
+            return 0.0
+        trace = self._trace([row, *row.rest], self.batch_size if row.rest else 1, self._never(), 0)
+        full = self._answer(trace, 0, row, len(self._rules) - 1)
+        disagreement = DISAGREEMENTS[self.manifest.kind]
+        return disagreement(self._decision(answer), self._decision(full))
+
+    def _stay_at_full_depth(self) -> None:
+        """Walk rows to the end from here on."""
+        self._number = len(self._rules) - 1
+        if self._budget is not None:
+            self._budget.release(self._number)
+
     @abstractmethod
-    def _answer(self, trace: Trace, first: int, item: AnyRow) -> A_co:
-        """The answer to an item whose row, and windows if there are more, begin at row `first` of a trace."""
+    def _answer(self, trace: Trace, first: int, item: AnyRow, rule: int = 0) -> A_co:
+        """The answer to an item whose row, and windows if there are more, begin at row `first` of a trace.
+
+        rule: the number, in _rules, of the rule by which it was walked.
+        """
+
+    @abstractmethod
+    def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
+        """What DISAGREEMENTS compares of an answer."""
 
     def _walked(self, trace: Trace, first: int, item: AnyRow) -> tuple[int, NDArray[np.int64], Walked]:
         """The row of the window that left last, the segments (0-based) it ran, and the walk of the item."""
@@ -253,8 +399,15 @@ def exit_answers(trace: Trace, first: int, item: AnyRow) -> list[Floats]:
     return [trace.answers[first + number, exit] for number, exit in enumerate(exits)]
 
 
+def not_finite(exit: int) -> BadInput:
+    """The error for an item for which the network computes NaN or infinity; exit: where it left, 1-based."""
+    return BadInput(f"the network's output at exit {exit} is not finite (NaN or infinite): it is no answer")
+
+
 def checked_batch_size(size: int) -> int:
-    """Return the batch size; raises BadSetting if it is under 1."""
+    """Return the batch size; raises BadSetting if it is under 1 or beyond MAX_BATCH."""
     if size < 1:
         raise BadSetting(f"batch size {size}: expected 1 or more")
+    if size > MAX_BATCH:
+        raise BadSetting(f"batch size: expected {MAX_BATCH} or fewer")  # it may have millions of digits
     return size

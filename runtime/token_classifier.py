@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.runtime.inputs.text import AnyRow, TextRow
 from offramp.runtime.inputs.words import Word
-from offramp.runtime.row_session import RowSession, exit_answers
+from offramp.runtime.row_session import RowAnswer, RowSession, exit_answers, not_finite
 from offramp.runtime.rules.base import softmax
 from offramp.runtime.rules.entities import entity_spans
 from offramp.runtime.walker import Trace
@@ -70,7 +71,12 @@ class TokenClassifier(RowSession[TokenAnswer]):
 
     usage = "this bundle labels words: call the session, or map"
 
-    def _answer(self, trace: Trace, first: int, item: AnyRow) -> TokenAnswer:
+    def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
+        """See RowSession."""
+        assert isinstance(answer, TokenAnswer)
+        return np.array([self.manifest.labels.index(word.label) for word in answer.tokens], np.int64)
+
+    def _answer(self, trace: Trace, first: int, item: AnyRow, rule: int = 0) -> TokenAnswer:
         _, _, walked = self._walked(trace, first, item)
         row = cast(TextRow, item)
         answers = exit_answers(trace, first, item)
@@ -78,6 +84,8 @@ class TokenClassifier(RowSession[TokenAnswer]):
         words: tuple[LabelledWord, ...] = ()
         if places:
             probabilities = softmax(np.stack([answers[window][word.token] for window, word in places]))
+            if np.isnan(probabilities).any():
+                raise not_finite(walked[0])
             best = probabilities.argmax(-1).tolist()  # [words]
             words = tuple(
                 LabelledWord(word.start, word.end, self.manifest.labels[label], float(of_labels[label]))

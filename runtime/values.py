@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offramp.runtime.inputs.text import AnyRow
-from offramp.runtime.row_session import RowSession, exit_answers
+from offramp.runtime.row_session import RowAnswer, RowSession, exit_answers, not_finite
 from offramp.runtime.rules.base import Floats
 from offramp.runtime.walker import Trace
 
@@ -61,9 +63,17 @@ class Regressor(RowSession[RegressionAnswer]):
 
     usage = "this bundle gives a number: call the session, or map"
 
-    def _answer(self, trace: Trace, first: int, item: AnyRow) -> RegressionAnswer:
+    def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
+        """See RowSession."""
+        assert isinstance(answer, RegressionAnswer)
+        return np.array(answer.value)
+
+    def _answer(self, trace: Trace, first: int, item: AnyRow, rule: int = 0) -> RegressionAnswer:
         _, _, walked = self._walked(trace, first, item)
-        return RegressionAnswer(float(np.mean(exit_answers(trace, first, item))), *walked)
+        value = float(np.mean(exit_answers(trace, first, item)))
+        if not math.isfinite(value):
+            raise not_finite(walked[0])
+        return RegressionAnswer(value, *walked)
 
 
 class Embedder(RowSession[EmbeddingAnswer]):
@@ -71,9 +81,16 @@ class Embedder(RowSession[EmbeddingAnswer]):
 
     usage = "this bundle embeds texts: call the session, or map"
 
-    def _answer(self, trace: Trace, first: int, item: AnyRow) -> EmbeddingAnswer:
+    def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
+        """See RowSession."""
+        assert isinstance(answer, EmbeddingAnswer)
+        return answer.embedding
+
+    def _answer(self, trace: Trace, first: int, item: AnyRow, rule: int = 0) -> EmbeddingAnswer:
         _, _, walked = self._walked(trace, first, item)
         embeddings = exit_answers(trace, first, item)
+        if not all(np.isfinite(embedding).all() for embedding in embeddings):
+            raise not_finite(walked[0])
         if len(embeddings) == 1:
             return EmbeddingAnswer(embeddings[0], *walked)
         weights = np.array([part.length for part in (item, *item.rest)], np.float32)

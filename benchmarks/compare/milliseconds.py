@@ -62,7 +62,9 @@ class _Timed:
     def session(self, bundle: Path, variant: str) -> Classifier:
         """The session of a bundle in one variant, opened once."""
         if (bundle, variant) not in self.sessions:
-            self.sessions[bundle, variant] = load_classifier(bundle, rule="never", variant=variant)
+            self.sessions[bundle, variant] = load_classifier(
+                bundle, rule="never", variant=variant, global_pool=True
+            )
         return self.sessions[bundle, variant]
 
     def add_walk(self, label: str, bundle: Path, variant: str, spec: RuleSpec) -> None:

@@ -9,6 +9,7 @@ together, each data set with the same weight.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,14 +264,21 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
 
 def read_results(kind: str = "compare") -> list[dict[str, Any]]:
     """The content of all result files KIND_*.json, in the order of their names."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
+    return [read_result_file(file) for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
+
+
+def read_result_file(file: Path) -> dict[str, Any]:
+    """The content of a result file. Operating points of older files, within-1.0, get the name of today."""
+    text = re.sub(r"\bwithin-(?=\d)", "dev-", file.read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(text)
+    return result
 
 
 def read_comparisons() -> dict[str, list[dict[str, Any]]]:
     """The results of ee-compare by NAME of their files compare_NAME_DATA.json; "" for compare_DATA.json."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(RESULTS.glob("compare_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_result_file(file)
         name = file.stem.removeprefix("compare_").removesuffix(result["data"]).strip("_")
         groups.setdefault(name, []).append(result)
     return groups

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from offramp.runtime.bundle import fields
+from offramp.runtime.bundle.graph_checks import MAX_BYTES
 from offramp.runtime.bundle.manifest import (
     AXES,
     CHANNELS,
@@ -13,15 +15,19 @@ from offramp.runtime.bundle.manifest import (
     FORMAT,
     GATE,
     GENERATION,
+    GROUPS,
     NEW,
     NEXT,
     PAST,
     RESAMPLING,
     SIGNALS,
+    SIGNATURE_NAME,
     TASKS,
     Calibration,
+    Guarantee,
     ImageInput,
     Manifest,
+    RuleSpec,
     Segment,
     StepCosts,
     Task,
@@ -32,20 +38,21 @@ from offramp.runtime.bundle.manifest import (
 from offramp.runtime.bundle.strict_json import build_value, parse_json
 from offramp.runtime.errors import BadManifest
 
+_LONGEST_MESSAGE = 600  # characters
 _DECODER_STEM_INPUTS = {"input_ids", "position_ids", "past_valid"}
 
 
 def check_manifest(manifest: Manifest) -> None:
     """Raise ValueError if two fields of a manifest contradict each other; the message names the field."""
-    _one_of("format", manifest.format, (FORMAT,))
-    _one_of("task", manifest.task, TASKS)
+    fields.one_of("format", manifest.format, (FORMAT,))
+    fields.one_of("task", manifest.task, TASKS)
     task = TASKS[manifest.task]
     decoder = task.kind == GENERATION
     if decoder == (manifest.decoder is None):
         raise ValueError(f"decoder: {'missing' if decoder else 'there is none'} for task {manifest.task}")
     _check_labels(manifest, task)
-    for field in ("hidden_size", "blocks"):
-        _at_least(field, getattr(manifest, field), 1)
+    fields.within("hidden_size", manifest.hidden_size, 1, fields.LARGEST_SIZE)
+    fields.within("blocks", manifest.blocks, 1, fields.MOST_BLOCKS)
     if not manifest.segments:
         raise ValueError("segments: there is none")
     if manifest.stem.blocks:
@@ -57,29 +64,40 @@ def check_manifest(manifest: Manifest) -> None:
         or not all(s.blocks for s in manifest.segments)
     ):
         raise ValueError(f"segments: their blocks must be 1 to {manifest.blocks} in order, found {walked}")
-    _unique("segments", [segment.name for segment in (manifest.stem, *manifest.segments)])
+    fields.unique("segments", [segment.name for segment in (manifest.stem, *manifest.segments)])
     if decoder:
         _check_decoder(manifest)
     else:
         _check_graphs(manifest, task)
     for unit, costs in manifest.costs.items():
         _check_costs(f"costs[{unit!r}]", costs, manifest)
-    _unique("points", [point.name for point in manifest.points])
+    fields.unique("points", [point.name for point in manifest.points])
     for index, point in enumerate(manifest.points):
-        _one_of(f"points[{index}].variant", point.variant, manifest.variants)
+        fields.one_of(f"points[{index}].variant", point.variant, manifest.variants)
         if point.calibration is not None:
             _check_calibration(f"points[{index}].calibration", point.calibration, manifest, task)
+        if point.guarantee is not None:
+            _check_guarantee(f"points[{index}].guarantee", point.guarantee)
+        _check_temperatures(f"points[{index}].rule", point.rule, manifest, task)
+        _check_parameters(f"points[{index}].rule", point.rule)
+        rows = point.exit_rows
+        if rows and (len(rows) != len(manifest.segments) or min(rows) < 0):
+            raise ValueError(f"points[{index}].exit_rows: expected a number of rows from 0 for each segment")
+    _check_temperatures("rule", manifest.rule, manifest, task)
+    _check_parameters("rule", manifest.rule)
+    graphs = manifest.graph_files
     for name, fact in manifest.files.items():
-        _plain(f"files[{name!r}]", name)
-        _at_least(f"files[{name!r}].bytes", fact.bytes, 0)
+        fields.plain(f"files[{name!r}]", name)
+        largest = MAX_BYTES if name in graphs else fields.LARGEST_FILE
+        fields.within(f"files[{name!r}].bytes", fact.bytes, 0, largest)
         if len(fact.sha256) != 64 or set(fact.sha256) - set("0123456789abcdef"):
             raise ValueError(
                 f"files[{name!r}].sha256: expected 64 lower-case hex digits, found {fact.sha256!r}"
             )
-    if FILE_NAME in manifest.files:
-        raise ValueError(f"files: {FILE_NAME} cannot list itself")
+    if {FILE_NAME, SIGNATURE_NAME} & manifest.files.keys():
+        raise ValueError(f"files: {FILE_NAME} cannot list itself, nor {SIGNATURE_NAME}, which is made of it")
     reads = type(manifest.input)
-    _one_of("task", manifest.task, [name for name, known in TASKS.items() if reads in known.inputs])
+    fields.one_of("task", manifest.task, [name for name, known in TASKS.items() if reads in known.inputs])
     if isinstance(manifest.input, TextInput):
         _check_text(manifest.input, manifest)
     else:
@@ -88,7 +106,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 def _check_labels(manifest: Manifest, task: Task) -> None:
     """Check that there are as many names of labels, and thresholds, as the task has."""
-    _unique("labels", manifest.labels)
+    fields.unique("labels", manifest.labels)
     labels = len(manifest.labels)
     if labels < task.least_labels or (labels and not task.least_labels):
         count = f"{task.least_labels} or more" if task.least_labels else "none"
@@ -102,19 +120,20 @@ def _check_labels(manifest: Manifest, task: Task) -> None:
 
 
 def _check_text(text: TextInput, manifest: Manifest) -> None:
-    _at_least("vocab_size", manifest.vocab_size, 1)
-    _at_least("input.longest", text.longest, 1)
-    _at_least("input.pad_id", text.pad_id, 0)
-    _listed("input.tokenizer", text.tokenizer, manifest)
+    fields.within("vocab_size", manifest.vocab_size, 1, fields.LARGEST_SIZE)
+    fields.within("input.longest", text.longest, 1, fields.LONGEST_INPUT)
+    fields.within("input.pad_id", text.pad_id, 0, manifest.vocab_size - 1)
+    fields.within("input.prefix: its length", len(text.prefix), 0, fields.LONGEST_PREFIX)
+    fields.listed("input.tokenizer", text.tokenizer, manifest.files)
 
 
 def _check_images(image: ImageInput, manifest: Manifest) -> None:
-    _one_of("vocab_size", manifest.vocab_size, (0,))
-    _one_of("input.resample", image.resample, RESAMPLING)
-    _one_of("input.channels", image.channels, CHANNELS)
+    fields.one_of("vocab_size", manifest.vocab_size, (0,))
+    fields.one_of("input.resample", image.resample, RESAMPLING)
+    fields.one_of("input.channels", image.channels, CHANNELS)
     for field, sizes in (("height", [image.height]), ("width", [image.width]), ("resize", image.resize)):
         for size in sizes:
-            _at_least(f"input.{field}", size, 1)
+            fields.within(f"input.{field}", size, 1, fields.LARGEST_IMAGE)
     if len(image.resize) > 2:
         raise ValueError(f"input.resize: expected at most two sizes, found {list(image.resize)}")
     for field, numbers in (("mean", image.mean), ("std", image.std)):
@@ -146,13 +165,13 @@ def _check_graphs(manifest: Manifest, task: Task) -> None:
         if segment is not manifest.stem and tuple(segment.variants) != manifest.variants:
             raise ValueError(f"{where}.variants: all segments offer {list(manifest.variants)}, in that order")
         for field in ("token", "pair", "row"):
-            _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
-        names = [
-            [sorted(tensor.name for tensor in (*graph.inputs, *graph.outputs)) for graph in variant.graphs]
+            fields.within(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
+        tensors = [
+            [sorted(map(repr, (*graph.inputs, *graph.outputs))) for graph in variant.graphs]
             for variant in segment.variants.values()
         ]
-        for variant, variant_names in zip(segment.variants, names, strict=True):
-            if variant_names != names[0]:
+        for variant, variant_tensors in zip(segment.variants, tensors, strict=True):
+            if variant_tensors != tensors[0]:
                 raise ValueError(
                     f"{where}.variants[{variant!r}]: tensors other than those of the first variant"
                 )
@@ -247,8 +266,35 @@ def _check_calibration(where: str, calibration: Calibration, manifest: Manifest,
         raise ValueError(f"{where}: coverage and quantiles lie in 0..1")
 
 
+def _check_parameters(where: str, rule: RuleSpec) -> None:
+    for name, value in rule.parameters.items():
+        fields.within(f"{where}.parameters[{name!r:.80}]", abs(value), 0, fields.LARGEST_PARAMETER)
+
+
+def _check_temperatures(where: str, rule: RuleSpec, manifest: Manifest, task: Task) -> None:
+    for field in ("temperatures", "score_temperatures"):
+        values = getattr(rule, field)
+        if values and not task.one_label:
+            raise ValueError(f"{where}.{field}: {manifest.task} has none; they are for one label a row")
+        if values and (len(values) != len(manifest.segments) or min(values) <= 0):
+            raise ValueError(f"{where}.{field}: expected {len(manifest.segments)} above 0, one a segment")
+
+
+def _check_guarantee(where: str, guarantee: Guarantee) -> None:
+    fields.one_of(f"{where}.groups", guarantee.groups, GROUPS)
+    fields.within(f"{where}.rows", guarantee.rows, 1)
+    for field in ("limit", "confidence"):
+        if not 0 < getattr(guarantee, field) < 1:
+            raise ValueError(
+                f"{where}.{field}: it lies above 0 and below 1, found {getattr(guarantee, field)}"
+            )
+    for field in ("observed", "bound"):  # an increase of errors is below 0 where early answers are better
+        if not -1 <= getattr(guarantee, field) <= 1:
+            raise ValueError(f"{where}.{field}: it lies in -1..1, found {getattr(guarantee, field)}")
+
+
 def _check_costs(where: str, costs: StepCosts, manifest: Manifest) -> None:
-    _at_least(f"{where}.tokens", costs.tokens, 1)
+    fields.within(f"{where}.tokens", costs.tokens, 1)
     if tuple(costs.steps) != manifest.variants:
         raise ValueError(f"{where}.steps: expected {list(manifest.variants)}, found {list(costs.steps)}")
     for variant, steps in costs.steps.items():
@@ -260,16 +306,13 @@ def _check_costs(where: str, costs: StepCosts, manifest: Manifest) -> None:
 
 
 def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
-    _listed(f"{where}.file", variant.file, manifest)
+    fields.listed(f"{where}.file", variant.file, manifest.files)
+    axes = [axis for axis in AXES if axis != "past" or TASKS[manifest.task].kind == GENERATION]
     for side, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
-        _unique(f"{where}.{side}", [tensor.name for tensor in tensors])
+        fields.unique(f"{where}.{side}", [tensor.name for tensor in tensors])
         for index, tensor in enumerate(tensors):
-            _one_of(f"{where}.{side}[{index}].dtype", tensor.dtype, DTYPES)
-            for size in tensor.shape:
-                if isinstance(size, str):
-                    _one_of(f"{where}.{side}[{index}].shape", size, AXES)
-                else:
-                    _at_least(f"{where}.{side}[{index}].shape", size, 1)
+            fields.one_of(f"{where}.{side}[{index}].dtype", tensor.dtype, DTYPES)
+            fields.shape(f"{where}.{side}[{index}].shape", tensor.shape, axes)
     for number, graph in enumerate(variant.before):
         if graph.before:
             raise ValueError(
@@ -348,7 +391,7 @@ def _check_decoder(manifest: Manifest) -> None:
 def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> None:
     """Check MACs, variants and tensors of one segment, stem, cache fill or head."""
     for field in ("token", "pair", "row"):
-        _at_least(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
+        fields.within(f"{where}.macs.{field}", getattr(segment.macs, field), 0)
     if segment.blocks and tuple(segment.variants) != manifest.variants:
         raise ValueError(f"{where}.variants: all segments offer {list(manifest.variants)}, in that order")
     if manifest.variants[0] not in segment.variants:
@@ -424,34 +467,10 @@ def _output_names(segment: Segment) -> set[str]:
     return {tensor.name for tensor in segment.first_graph.outputs}
 
 
-def _plain(where: str, name: str) -> None:
-    """Check that a name is a plain file name, so that nothing in a manifest can point out of the folder."""
-    if not name or name in (".", "..") or any(c in name for c in "/\\:\0") or not name.isprintable():
-        raise ValueError(f"{where}: {name!r} is not a plain file name")
-
-
-def _listed(where: str, name: str, manifest: Manifest) -> None:
-    _plain(where, name)
-    if name not in manifest.files:
-        raise ValueError(f"{where}: {name!r} is not listed in files")
-
-
-def _one_of(where: str, value: object, known: Iterable[object]) -> None:
-    if value not in (known := list(known)):
-        raise ValueError(f"{where}: {value!r}; expected one of {', '.join(map(repr, known))}")
-
-
-def _at_least(where: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{where}: {value}; expected {least} or more")
-
-
-def _unique(where: str, names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen or not name:
-            raise ValueError(f"{where}: {name!r} is {'there twice' if name else 'empty'}")
-        seen.add(name)
+def _one_line(text: str) -> str:
+    """Text for a message: keys of a hostile manifest may be long, and control the terminal."""
+    shown = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
 
 
 def read_manifest(text: str, *, source: str) -> Manifest:
@@ -466,7 +485,9 @@ def read_manifest(text: str, *, source: str) -> Manifest:
             raise ValueError(f"format: {value['format']!r} is not known; this version reads format {FORMAT}")
         manifest: Manifest = build_value(Manifest, value, "manifest")
         check_manifest(manifest)
+    except RecursionError:
+        raise BadManifest(f"{source}: nested too deeply, so it is no manifest of offramp") from None
     except ValueError as problem:
         cure = "write the bundle again with ee-split, or use the offramp version that wrote it"
-        raise BadManifest(f"{source}: {problem}; {cure}") from problem
+        raise BadManifest(f"{source}: {_one_line(str(problem))}; {cure}") from problem
     return manifest

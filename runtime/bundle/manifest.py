@@ -14,6 +14,7 @@ from typing import Any
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"  # beside it if the bundle is signed (bundle.signature)
 # Kinds of task (Manifest.kind): classification of texts and that of images are one kind, all others are named
 # as their task.
 CLASSIFICATION = "classification"
@@ -33,6 +34,7 @@ PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
 # Outputs of a segment after which a token may exit: P(exit) of its policy, and the head's input if that is
 # not hidden itself.
 GATE, EXIT_HIDDEN = "gate", "exit_hidden"
+GROUPS = ("all", "class", "exit")  # of rows for which a guarantee's limit holds (Guarantee.groups)
 AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
 
 
@@ -194,10 +196,17 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class RuleSpec:
-    """A rule's name and its parameters; offramp.runtime.rules.bind makes the rule from it."""
+    """A rule's name and its parameters; offramp.runtime.rules.bind makes the rule from it.
+
+    temperatures [segments]: the logits of each exit are divided by its own before the rule reads how certain
+    they are. score_temperatures [segments]: the same for the probabilities that answers state. Both are left
+    out of the file if there are none.
+    """
 
     name: str
     parameters: dict[str, float]
+    temperatures: tuple[float, ...] = ()
+    score_temperatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,10 +237,36 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Guarantee:
+    """A bound on a risk of the answers at an operating point, for rows drawn as the calibration rows were.
+
+    risk: what is bounded: "disagreement", the share of rows whose answer is not that of full depth of the
+    default variant; "error_increase", the accuracy that is lost against that full depth; or "<name>_loss", 1
+    minus a quality. limit: the risk (a share) that was asked for. confidence: the probability, over the draw
+    of the calibration rows, with which the risk is at most the limit. rows: their number. observed: the mean
+    risk on them. bound: the upper bound of the risk at this confidence from the rows alone, were no other
+    setting tried; bound_name: how it is computed. groups: "all", or "class" or "exit" if the limit holds for
+    the rows of each predicted class, or of each exit.
+    """
+
+    risk: str
+    limit: float
+    confidence: float
+    rows: int
+    observed: float
+    bound: float
+    bound_name: str
+    groups: str = "all"
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """A named setting of a rule with the accuracy and cost measured for it on a split of a data set.
 
-    calibration: that of its answers; left out of the file if it was not measured.
+    calibration: that of its answers; left out of the file if it was not measured. guarantee: the risk that
+    its answers keep; without one, measured figures are those of the rows on which the point was chosen, and
+    promise nothing of other rows. exit_rows [segments]: how many of these rows left at each exit. Both are
+    left out of the file if there are none.
     """
 
     name: str
@@ -241,6 +276,8 @@ class OperatingPoint:
     split: str
     measured: dict[str, float]
     calibration: Calibration | None = None
+    guarantee: Guarantee | None = None
+    exit_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -314,6 +351,16 @@ class Manifest:
         return self._last_size("answer")
 
     @property
+    def graph_files(self) -> frozenset[str]:
+        """Names of all files that are graphs."""
+        parts = [self.stem, *self.segments]
+        if self.decoder is not None:
+            parts += [self.decoder.head, *self.decoder.cache_fills]
+            parts += [self.decoder.draft] if self.decoder.draft is not None else []
+        variants = (variant for part in parts for variant in part.variants.values())
+        return frozenset(graph.file for variant in variants for graph in (*variant.before, variant))
+
+    @property
     def variants(self) -> tuple[str, ...]:
         """Names of the variants that every segment has, the default first; plans hold indices of this."""
         return tuple(self.segments[0].variants)
@@ -328,8 +375,13 @@ class Manifest:
             if not facts[name]:  # files without them stay as in earlier versions
                 del facts[name]
         for point in facts["points"]:
-            if point["calibration"] is None:
-                del point["calibration"]
+            for name in ("calibration", "guarantee", "exit_rows"):
+                if not point[name]:
+                    del point[name]
+        for rule in (facts["rule"], *(point["rule"] for point in facts["points"])):
+            for name in ("temperatures", "score_temperatures"):
+                if not rule[name]:
+                    del rule[name]
         for part in ("stem", "segments", "decoder"):
             _drop_empty(facts.get(part), "before")
         return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

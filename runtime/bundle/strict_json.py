@@ -1,5 +1,8 @@
 """Read JSON into frozen dataclasses and refuse unknown, missing and duplicate keys, wrong types and NaN.
 
+Numbers that have no place in 64 bits, halves of surrogate pairs and values in values without end are refused,
+too: what was read can be computed with, printed and written again.
+
 Every ValueError names the field by its path, e.g. `manifest.segments[2].macs.token: expected a whole number,
 found '7'`.
 """
@@ -14,11 +17,16 @@ import types
 import typing
 from typing import Any
 
+_DEEPEST = 64  # values in values of a field of type Any
+_MOST_DIGITS = 1000  # the field's own limit is lower, and its message names the field
+
 
 def parse_json(text: str) -> Any:
     """Parse JSON text; raises ValueError for duplicate keys, NaN, infinities and very deep nesting."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        return json.loads(
+            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
+        )
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
     except json.JSONDecodeError as problem:
@@ -31,6 +39,7 @@ def build_value(kind: Any, value: Any, where: str) -> Any:
     where: path of the field for messages. Raises ValueError for a value of another type.
     """
     if kind is Any:
+        _check_any(value, where)
         return value
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, where)
@@ -40,6 +49,8 @@ def build_value(kind: Any, value: Any, where: str) -> Any:
         return tuple(build_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:  # only dict[str, X]
         _is(isinstance(value, dict), where, "an object", value)
+        for name in value:
+            _check_text(name, where)
         return {name: build_value(arguments[1], item, f"{where}[{name!r}]") for name, item in value.items()}
     if origin in (types.UnionType, typing.Union) and type(None) in arguments:  # only X | None
         return None if value is None else build_value(arguments[0], value, where)
@@ -51,14 +62,20 @@ def build_value(kind: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         fits = [member for member in arguments if isinstance(value, member) and not isinstance(value, bool)]
         _is(bool(fits), where, " or ".join(member.__name__ for member in arguments), value)
-        return value
+        return build_value(fits[0], value, where)
     if kind is float:
         _is(isinstance(value, (int, float)) and not isinstance(value, bool), where, "a number", value)
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where}: a whole number that is too large for a number") from None
     if kind is int:
         _is(isinstance(value, int) and not isinstance(value, bool), where, "a whole number", value)
+        _check_int(value, where)
         return value
     _is(isinstance(value, kind), where, "a string" if kind is str else kind.__name__, value)
+    if kind is str:
+        _check_text(value, where)
     return value
 
 
@@ -92,6 +109,37 @@ def _is(right: bool, where: str, expected: str, value: Any) -> None:
         raise ValueError(f"{where}: expected {expected}, found {str(value)[:60]!r}")
 
 
+def _check_int(value: int, where: str) -> None:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: a whole number of more than 64 bits")
+
+
+def _check_text(value: str, where: str) -> None:
+    """Raise ValueError for half of a surrogate pair: such text can be neither printed nor written."""
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a surrogate pair in {value!a:.60}") from None
+
+
+def _check_any(value: Any, where: str) -> None:
+    """Check the texts and the depth of a value of no certain type."""
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError(f"{where}: nested more than {_DEEPEST} deep")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item, where)
+            elif isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, (list, tuple)):
+                inner += item
+        level, depth = inner, depth + 1
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
@@ -110,3 +158,9 @@ def _float(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits} is too large for a number")
     return value
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits, {digits[:20]}...")
+    return int(digits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,14 +128,32 @@ def never(signals: Signals, memory: Floats, segment: int) -> tuple[bool, Floats]
     return False, memory
 
 
+class _ScaledSignals(NamedTuple):
+    """Signals of which a predicate of certainty reads the logits, at a temperature.
+
+    A tuple, as a walk of one row creates it after every segment.
+    """
+
+    logits: Floats
+    gate: Floats | None
+    answer: Floats | None
+    forecast: None = None
+    hidden: None = None
+
+
 @dataclass(frozen=True)
 class ExitRule:
-    """A rule that cuts the plan of the rows for which its predicate is true."""
+    """A rule that cuts the plan of the rows for which its predicate is true.
+
+    temperatures [segments], each an array of one number: the predicate reads the logits of a segment divided
+    by its own; none: as the segment gave them.
+    """
 
     spec: RuleSpec
     exits: Callable[..., tuple[Bools | bool, Floats]]
     width: int
     parameters: Mapping[str, float] = field(default_factory=dict)
+    temperatures: tuple[Floats, ...] = field(default=(), compare=False)
 
     @cached_property
     def exit_test(self) -> ExitTest | None:
@@ -152,6 +171,16 @@ class ExitRule:
                 return bool(probability.item() > threshold)
 
             return is_open
+        if self.temperatures:
+            exits, parameters, temperatures = self.exits, self.parameters, self.temperatures
+            return lambda signals, segment: bool(
+                exits(
+                    _ScaledSignals(signals.logits / temperatures[segment], None, None),
+                    _NO_MEMORY,
+                    segment,
+                    **parameters,
+                )[0]
+            )
         return lambda signals, segment: bool(self.exits(signals, _NO_MEMORY, segment, **self.parameters)[0])
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
@@ -159,6 +188,9 @@ class ExitRule:
         return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
+        if self.temperatures:
+            logits = signals.logits / self.temperatures[segment]
+            signals = _ScaledSignals(logits, signals.gate, signals.answer)
         exits, memory = self.exits(signals, memory, segment, **self.parameters)
         if exits is False:
             return plan, memory

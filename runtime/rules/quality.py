@@ -7,12 +7,13 @@ quality is an agreement.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.bundle.manifest import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TOKENS
 from offramp.runtime.rules.entities import UNLABELLED, entity_spans
 
 Floats = NDArray[np.floating]
@@ -33,6 +34,13 @@ class Quality(ABC):
     @abstractmethod
     def score(self, exits: Ids) -> float:
         """The quality in percent if each row leaves at its exit; exits [rows], 0-based."""
+
+    def interval(self, exits: Ids) -> tuple[float, float] | None:
+        """The interval at 95 % of the quality in percent on rows like these; None if it is no share of rows.
+
+        It is for the sampling of rows alone: of a setting that was chosen on the same rows it is too high.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -62,6 +70,11 @@ class RightQuality(Quality):
     def score(self, exits: Ids) -> float:
         """See Quality."""
         return 100 * float(self.right[np.arange(len(exits)), exits].mean())
+
+    def interval(self, exits: Ids) -> tuple[float, float] | None:
+        """See Quality."""
+        low, high = share_interval(int(self.right[np.arange(len(exits)), exits].sum()), len(exits))
+        return 100 * low, 100 * high
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,14 @@ class MeanQuality(Quality):
         return 100 * float(self.each_row[np.arange(len(exits)), exits].mean(dtype=np.float64))
 
 
+def share_interval(count: int, rows: int) -> tuple[float, float]:
+    """Wilson's interval at 95 % of a share of which `count` of `rows` rows were seen."""
+    square = 1.959964**2
+    centre = (count + square / 2) / (rows + square)
+    half = float(np.sqrt(square * (count * (rows - count) / rows + square / 4))) / (rows + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def label_quality(labels: Ids, wanted: Ids, *, name: str = "accuracy") -> Quality:
     """The share of right labels: labels [rows, exits] and wanted [rows] are numbers of labels."""
     return RightQuality(labels == wanted[:, None], name)
@@ -199,6 +220,23 @@ def embedding_quality(answers: Floats, full: Floats, *, name: str = "cosine") ->
     lengths = np.linalg.norm(answers, axis=-1) * np.linalg.norm(full, axis=-1)[:, None]
     products = np.einsum("res,rs->re", answers, full)
     return MeanQuality(products / np.maximum(lengths, 1e-12), name)
+
+
+def _cosine_loss(answer: Floats, full: Floats) -> float:
+    lengths = float(np.linalg.norm(answer) * np.linalg.norm(full))
+    return float(np.clip(1 - float(answer @ full) / max(lengths, 1e-12), 0, 1))
+
+
+# How much the answer of one row differs from that of full depth, in 0..1, by kind of task; answers as
+# tuning.right_answers has them. Labels: 1 if it is another one, or if any of several is; words: the share of
+# them whose label is another one; embeddings: 1 minus the cosine, at most 1. A number has none: it nearly
+# always differs a little, and in a unit of its own.
+DISAGREEMENTS: Mapping[str, Callable[[NDArray[np.generic], NDArray[np.generic]], float]] = {
+    CLASSIFICATION: lambda answer, full: float(answer != full),
+    MULTI_LABEL: lambda answer, full: float(np.any(answer != full)),
+    TOKENS: lambda answer, full: float(np.mean(answer != full)) if full.size else 0.0,
+    EMBEDDING: lambda answer, full: _cosine_loss(answer.astype(np.float64), full.astype(np.float64)),
+}
 
 
 def mean_ranks(values: Floats) -> NDArray[np.float64]:

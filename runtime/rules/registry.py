@@ -55,7 +55,8 @@ class RuleKind:
     (Manifest.kind). reads: the signal that it reads, None if it reads none. whole: the parameter is a whole
     number from 1. width: how many numbers the rule remembers for each row. remembers_answer: it remembers the
     answer of the last exit beside them. count: a second parameter, a whole number from 1; count_needed:
-    whether it has no default.
+    whether it has no default. certainty: it reads how probable the labels are, and so at the
+    temperatures of its spec.
     """
 
     parameter: str | None
@@ -67,6 +68,7 @@ class RuleKind:
     remembers_answer: bool = False
     count: str | None = None
     count_needed: bool = True
+    certainty: bool = False
     make: Callable[[RuleSpec, BundleFacts], Rule] | None = None
 
 
@@ -107,12 +109,12 @@ def _speculative(spec: RuleSpec, bundle: BundleFacts) -> Rule:
 
 RULES: Mapping[str, RuleKind] = {
     "gate": RuleKind("threshold", exits.gate, reads="gate"),
-    "max_probability": RuleKind("threshold", exits.max_probability, _DECISIONS),
-    "entropy": RuleKind("threshold", exits.entropy, _DECISIONS),
-    "margin": RuleKind("threshold", exits.margin, _DECISIONS),
+    "max_probability": RuleKind("threshold", exits.max_probability, _DECISIONS, certainty=True),
+    "entropy": RuleKind("threshold", exits.entropy, _DECISIONS, certainty=True),
+    "margin": RuleKind("threshold", exits.margin, _DECISIONS, certainty=True),
     "patience": RuleKind("patience", exits.patience, _LABELS, whole=True, width=2),
     "patience_confident": RuleKind(
-        "threshold", exits.patience_confident, _DECISIONS, width=1, count="patience"
+        *("threshold", exits.patience_confident, _DECISIONS), width=1, count="patience", certainty=True
     ),
     "settled": RuleKind(
         *("threshold", exits.settled, _NUMBERS),
@@ -159,6 +161,8 @@ def bind(
     parameter, kind = main_parameter(spec.name), RULES[spec.name]
     if kind.exits is None:
         assert kind.make is not None
+        if spec.temperatures:
+            raise BadSetting(f"rule {spec.name}: it has no temperatures; they are for rules that only exit")
         return kind.make(spec, BundleFacts(segments, costs or {}, routing))
     names = [name for name in (parameter, kind.count) if name is not None]
     unknown = sorted(set(spec.parameters) - set(names))
@@ -174,7 +178,25 @@ def bind(
         )
     if kind.remembers_answer and not answer_size:
         raise BadSetting(f"rule {spec.name}: there are no answers that it can compare; choose another rule")
-    return ExitRule(spec, kind.exits, kind.width + (answer_size if kind.remembers_answer else 0), parameters)
+    width = kind.width + (answer_size if kind.remembers_answer else 0)
+    return ExitRule(spec, kind.exits, width, parameters, _temperatures(spec, segments))
+
+
+def _temperatures(spec: RuleSpec, segments: int) -> tuple[Floats, ...]:
+    """Check the temperatures of the spec, and return those by which the rule divides logits, if it reads any.
+
+    The predicates of patience and of rules that read no logits decide the same at every temperature.
+    """
+    if not spec.temperatures:
+        return ()
+    if len(spec.temperatures) != segments:
+        count = len(spec.temperatures)
+        raise BadSetting(f"rule {spec.name}: {count} temperatures for {segments} segments; give one for each")
+    if not all(0 < temperature < math.inf for temperature in spec.temperatures):
+        raise BadSetting(f"rule {spec.name}: temperatures must be above 0: {list(spec.temperatures)}")
+    if not RULES[spec.name].certainty:
+        return ()
+    return tuple(np.array([temperature], np.float32) for temperature in spec.temperatures)
 
 
 def _value(spec: RuleSpec, name: str, *, whole: bool) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import GENERATION, Manifest, RuleSpec, Segment
 from offramp.runtime.errors import BadSetting
@@ -53,7 +55,7 @@ def resolve_rule(
         parameter = main_parameter(spec.name)
         if parameter is None:
             raise BadSetting(f"rule {spec.name} has no threshold")
-        spec = RuleSpec(spec.name, {**spec.parameters, parameter: float(threshold)})
+        spec = replace(spec, parameters={**spec.parameters, parameter: float(threshold)})
     _check_signals(manifest, spec)
     return spec, variant or _usual_variant(manifest, spec)
 

@@ -6,7 +6,7 @@ Training uses the outputs of its network, calibration those of the engine that w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,7 +31,7 @@ COUNTED = {"patience_confident": "patience", "settled": "first"}
 Setting = float | Mapping[str, float]  # the swept parameter, or both parameters by name
 STEPS = 200  # number of thresholds that are tried for a rule
 LAYER_SAVINGS = (50.0, 57.0, 65.0)  # least percent of the layers that points save
-LOSSES = (0.5, 1.0, 2.0)  # most accuracy points that points lose against full depth
+LOSSES = (0.5, 1.0, 2.0)  # most accuracy points that points lose against full depth on the rows of the sweep
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class ExitTable:
         """The quality by which points are chosen."""
         return RightQuality(self.right) if self.quality is None else self.quality
 
+    def at_temperatures(self, temperatures: Sequence[float]) -> ExitTable:
+        """The table with the logits of each exit divided by its own temperature; itself if there are none."""
+        if not len(temperatures):
+            return self
+        return replace(self, logits=self.logits / np.array(temperatures, np.float32)[:, None])
+
     def exits(self, rule: RuleSpec) -> NDArray[np.int64]:
         """The exit (0-based) at which each row leaves by a rule that only exits [rows]."""
         size = 0 if self.answers is None else self.answers.shape[-1]
@@ -75,7 +81,8 @@ class ExitTable:
 class MeasuredPoint:
     """A rule at one setting with its measured accuracy and savings (percent) and mean exit (blocks).
 
-    accuracy: the quality of the answers, see ExitTable.quality.
+    accuracy: the quality of the answers, see ExitTable.quality. interval: at 95 %, see Quality.interval.
+    exit_rows [exits]: how many rows left at each exit.
     """
 
     rule: RuleSpec
@@ -83,6 +90,8 @@ class MeasuredPoint:
     mean_exit: float
     layers_saved: float
     macs_saved: float
+    interval: tuple[float, float] | None = None
+    exit_rows: tuple[int, ...] = ()
 
     def figures(self, quality: str = "accuracy") -> dict[str, float]:
         """The measured values by name, rounded as they are written to files.
@@ -93,6 +102,13 @@ class MeasuredPoint:
         names = ("accuracy", "mean_exit", "layers_saved", "macs_saved")
         values = {name: round(getattr(self, name), 3) for name in names}
         return {quality: values.pop("accuracy"), **values}
+
+    def stated_figures(self, quality: str = "accuracy") -> dict[str, float]:
+        """The figures of an operating point: those of figures(), and the interval as "low" and "high"."""
+        if self.interval is None:
+            return self.figures(quality)
+        low, high = self.interval
+        return {**self.figures(quality), "low": round(low, 3), "high": round(high, 3)}
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,8 @@ class ExitMacs:
             mean_exit=mean_exit,
             layers_saved=100 * (1 - mean_exit / float(self.blocks[-1])),
             macs_saved=100 * (1 - float(self.to_exit[rows, exits].sum() / self.full.sum())),
+            interval=table.measure.interval(exits),
+            exit_rows=tuple(np.bincount(exits, minlength=len(self.blocks)).tolist()),
         )
 
 
@@ -146,6 +164,49 @@ def settings_to_try(rule: str, table: ExitTable) -> list[Setting]:
             {SWEPT[rule]: threshold, COUNTED[rule]: count} for count in counts for threshold in thresholds
         ]
     return list(thresholds)
+
+
+def fixed_settings(rule: str, exits: int) -> list[list[Setting]]:
+    """Settings of a rule that do not depend on any rows, in sequences from the safest to the cheapest.
+
+    exits: how many a network has. Risk control tests them (tuning.risk): its statement holds for settings and
+    an order that were fixed before the rows were seen, so that thresholds cannot be quantiles of the rows'
+    signals, as in settings_to_try. Along a sequence no row exits later. There is one sequence, or one for
+    each count of a rule with two parameters. Raises KeyError for a rule that is not in SWEPT.
+    """
+    counts = [float(count) for count in range(exits - 1, 0, -1)]
+    if rule == "patience":
+        return [list(counts)]
+    thresholds = _FIXED_THRESHOLDS[SAFE_SIDES[rule]]
+    if rule not in COUNTED:
+        return [list(thresholds)]
+    least = 2.0 if rule == "settled" else 1.0  # as in settings_to_try
+    return [
+        [{SWEPT[rule]: threshold, COUNTED[rule]: count} for threshold in thresholds]
+        for count in counts
+        if count >= least
+    ]
+
+
+# Thresholds are close together where networks are certain: at equal steps of the log-odds for signals that
+# are high where an exit is safe, and of the logarithm for those that are low there.
+_FIXED_THRESHOLDS: Mapping[str, list[float]] = {
+    "high": [float(1 / (1 + np.exp(-odds))) for odds in np.linspace(14, -5, 115)],
+    "low": [float(share) for share in np.geomspace(1e-6, 1, 115)],
+}
+SAFE_SIDES = {
+    "gate": "high",
+    "max_probability": "high",
+    "margin": "high",
+    "entropy": "low",
+    "patience_confident": "low",
+    "settled": "low",
+}
+
+
+def setting_rule(rule: str, value: Setting) -> RuleSpec:
+    """The rule at one setting."""
+    return RuleSpec(rule, dict(value) if isinstance(value, Mapping) else {SWEPT[rule]: value})
 
 
 def _gates(table: ExitTable) -> NDArray[np.float32]:
@@ -193,7 +254,7 @@ def sweep(rule: str, values: Sequence[Setting], table: ExitTable, macs: ExitMacs
     """Compute the point of a rule at every setting, the smallest mean exit first."""
     points = []
     for value in values:
-        spec = RuleSpec(rule, dict(value) if isinstance(value, Mapping) else {SWEPT[rule]: value})
+        spec = setting_rule(rule, value)
         points.append(macs.point(spec, table.exits(spec), table))
     return sorted(points, key=lambda point: point.mean_exit)
 
@@ -244,20 +305,21 @@ def accuracy_at(points: Sequence[MeasuredPoint], mean_exit: float) -> float | No
 def choose_points(
     rule: str, table: ExitTable, macs: ExitMacs, *, reference: float | None = None
 ) -> dict[str, MeasuredPoint]:
-    """Choose the operating points of a rule: "default", "full", "within-X", "saves-X", for gate "trained".
+    """Choose the operating points of a rule: "default", "full", "dev-X", "saves-X", for gate "trained".
 
-    within-X: the shallowest point that loses at most X accuracy points against `reference` (percent; None:
-    full depth in this table). saves-X: the most accurate point that saves at least X percent of the layers.
-    trained: P(exit) above 0.5. "default" is within-0.5, or full depth if there is no such point, so that a
-    deployment that was not tuned loses little accuracy.
+    dev-X: the shallowest point that loses, on the rows of this table, at most X accuracy points against
+    `reference` (percent; None: full depth in this table). As the best of many settings it may lose more on
+    other rows. saves-X: the most accurate point that saves at least X percent of the layers. trained: P(exit)
+    above 0.5. "default" is dev-0.5, or full depth if there is no such point, so that a deployment that was
+    not tuned loses little accuracy.
     """
     full = full_depth_point(table, macs)
     target = full.accuracy if reference is None else reference
     points = sweep(rule, settings_to_try(rule, table), table, macs)
-    within = {f"within-{loss}": shallowest_point(points, target - loss) for loss in LOSSES}
+    close = {f"dev-{loss}": shallowest_point(points, target - loss) for loss in LOSSES}
     saves = {f"saves-{saved:.0f}": most_accurate_point(points, saved) for saved in LAYER_SAVINGS}
-    chosen = {"default": within[f"within-{LOSSES[0]}"] or full, "full": full}
-    chosen |= {name: point for name, point in (within | saves).items() if point is not None}
+    chosen = {"default": close[f"dev-{LOSSES[0]}"] or full, "full": full}
+    chosen |= {name: point for name, point in (close | saves).items() if point is not None}
     if rule == "gate":
         # The published operating point, whose depth training sets by the weight of the cost.
         chosen["trained"] = sweep("gate", [0.5], table, macs)[0]

@@ -30,19 +30,19 @@ class WalkPoint:
 
 
 def choose_walk_points(points: Sequence[WalkPoint], full: WalkPoint, unit: str) -> dict[str, WalkPoint]:
-    """Choose the operating points "default", "full", "within-X" and "saves-X", in this order.
+    """Choose the operating points "default", "full", "dev-X" and "saves-X", in this order.
 
-    full: full depth in the default variant. within-X: the cheapest point that loses at most X accuracy points
-    against it. saves-X: the most accurate point that saves at least X percent of the cost. unit: unit of
-    the cost, "bops" or "ms". "default" is within-0.5, or full depth if there is no such point.
+    full: full depth in the default variant. dev-X: the cheapest point that loses at most X accuracy points
+    against it on these rows. saves-X: the most accurate point that saves at least X percent of the cost.
+    unit: unit of the cost, "bops" or "ms". "default" is dev-0.5, or full depth if there is no such point.
     """
     chosen: dict[str, WalkPoint] = {}
     for loss in LOSSES:
         accurate = [point for point in points if point.accuracy >= full.accuracy - loss]
         if accurate:
-            chosen[f"within-{loss}"] = min(accurate, key=lambda point: point.cost)
+            chosen[f"dev-{loss}"] = min(accurate, key=lambda point: point.cost)
     for saving in COST_SAVINGS[unit]:
         cheap = [point for point in points if point.cost <= 100 - saving]
         if cheap:
             chosen[f"saves-{saving:.0f}"] = max(cheap, key=lambda point: (point.accuracy, -point.cost))
-    return {"default": chosen.get(f"within-{LOSSES[0]}", full), "full": full, **chosen}
+    return {"default": chosen.get(f"dev-{LOSSES[0]}", full), "full": full, **chosen}

@@ -24,6 +24,7 @@ import click
 import numpy as np
 
 from offramp.runtime import rules
+from offramp.runtime.bundle.graph_checks import check_graph
 from offramp.runtime.bundle.manifest import (
     CLASSIFICATION,
     EMBEDDING,
@@ -110,6 +111,7 @@ def open_baseline(
         options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
     data = _read_verified(path, fact)
+    check_graph(data, str(path), branches=fact.kind == NESTED)
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # ORT's error types have no common base of their own
@@ -155,10 +157,16 @@ def open_baseline(
 
 
 def nested_threshold(manifest: Manifest, rule: RuleSpec | None) -> float | None:
-    """The threshold with which a nested graph makes the decisions of a rule, or None if there is none."""
+    """The threshold with which a nested graph makes the decisions of a rule, or None if there is none.
+
+    A nested graph reads probabilities of the logits as they are, so that there is none for a rule that reads
+    them at temperatures.
+    """
     outputs = manifest.segments[0].first_graph.outputs
     signal = "gate" if any(tensor.name == "gate" for tensor in outputs) else "max_probability"
-    return rule.parameters["threshold"] if rule is not None and rule.name == signal else None
+    if rule is None or rule.name != signal or (rule.temperatures and signal != "gate"):
+        return None
+    return rule.parameters["threshold"]
 
 
 def random_exits(histogram: Sequence[float], seed: int = 0) -> rules.ExitRule:
@@ -286,7 +294,13 @@ def cold_load_options(walk: Candidate, threads: int | None) -> dict[str, Any]:
     """
     assert walk.rule is not None
     value = walk.rule.parameters.get(rules.main_parameter(walk.rule.name) or "")
-    options = {"rule": walk.rule.name, "variant": walk.variant, "threads": threads, "lazy": True}
+    options = {
+        "rule": walk.rule.name,
+        "variant": walk.variant,
+        "threads": threads,
+        "lazy": True,
+        "global_pool": True,
+    }
     return options | ({} if value is None else {"threshold": value})
 
 

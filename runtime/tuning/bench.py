@@ -304,10 +304,12 @@ def open_candidates(
     candidates: list[Candidate] = []
     for name in points_to_measure(manifest, points):
         session = stack.enter_context(
-            load_row_session(bundle.folder, point=name, threads=threads, share=False)
+            load_row_session(bundle.folder, point=name, threads=threads, share=False, global_pool=True)
         )
         candidates.append(walk_candidate(session, f"walk {name}" if name else "walk", "walk"))
-    full = stack.enter_context(load_row_session(bundle.folder, rule="never", threads=threads, share=False))
+    full = stack.enter_context(
+        load_row_session(bundle.folder, rule="never", threads=threads, share=False, global_pool=True)
+    )
     first = candidates[0] if candidates else None
     candidates.append(walk_candidate(full, FULL, "full"))
     left_out = []
@@ -317,7 +319,14 @@ def open_candidates(
         exits = np.concatenate([first.run(single, 1, 1)()[1] for single in singles])
         rule = random_exits(np.bincount(exits - 1, minlength=len(manifest.segments)).tolist())
         session = stack.enter_context(
-            load_row_session(bundle.folder, rule="never", variant=first.variant, threads=threads, share=False)
+            load_row_session(
+                bundle.folder,
+                rule="never",
+                variant=first.variant,
+                threads=threads,
+                share=False,
+                global_pool=True,
+            )
         )
         candidates.append(replace(walk_candidate(session, RANDOM, "random", rule), rule=rule.spec))
     for graph in graphs:
@@ -356,7 +365,9 @@ def measure_generation(
     with ExitStack() as stack:
         sessions: dict[str, TextGenerator] = {}
         for name, options in rule_options(rules, bundle).items():
-            session = load_generator(bundle.folder, variant=variant, threads=threads, **options)
+            session = load_generator(
+                bundle.folder, variant=variant, threads=threads, global_pool=True, **options
+            )
             sessions[name] = stack.enter_context(session)
         full = sessions[FULL_DEPTH]
         prompts, rows_there = read_prompts(data, rows, full.encode_prompt)

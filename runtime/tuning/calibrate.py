@@ -14,50 +14,18 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import (
-    CLASSIFICATION,
-    FILE_NAME,
-    GENERATION,
-    FileFact,
-    ImageInput,
-    Manifest,
-    OperatingPoint,
-    RuleSpec,
-    StepCosts,
-)
-from offramp.runtime.bundle.manifest import Calibration as AnswerCalibration
-from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable, OfframpError
-from offramp.runtime.generator import TextGenerator
-from offramp.runtime.loading import load_generator, load_row_session
-from offramp.runtime.row_session import RowSession
-from offramp.runtime.rules import Floats, bind
-from offramp.runtime.rules.resolve import resolve_rule
-from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, list_routes
-from offramp.runtime.rules.skip import thinned_plan
-from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, choose_points, swept_rules
-from offramp.runtime.tuning.calibration import measure_calibration
-from offramp.runtime.tuning.labelled import LabelledRows, read_pairs, read_perhaps_labelled
-from offramp.runtime.tuning.right_answers import RightAnswers, right_answers
-from offramp.runtime.tuning.step_costs import (
-    has_forecast,
-    measure_step_costs,
-    measure_walk_points,
-    require_forecast,
-)
-from offramp.runtime.walker import walk_one
-
-ROUTE_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # mean depths of route points, as shares of all blocks
+from offramp.runtime.bundle.manifest import FILE_NAME, GENERATION, FileFact, Manifest
+from offramp.runtime.errors import BadSetting, OfframpError
+from offramp.runtime.rules.sweep import SWEPT
+from offramp.runtime.tuning.guarantees import ALL, CLASS, DISAGREEMENT, EXIT, RISKS, RiskOptions
+from offramp.runtime.tuning.measure_points import Calibration, measure_points
+from offramp.runtime.tuning.measure_routes import measure_routes
 
 HELP = """Measure a bundle on the rows of FILE (a dev set, never the test set) and write operating points for
 each of its variants into its manifest.
@@ -73,16 +41,35 @@ Points state "accuracy", of labels or entities "f1", of numbers "spearman", all 
 Without labels (plain lines of text too), and with --agreement, right is what full depth of the
 default variant answers, and points state "agreement" instead: of embeddings always, as the mean
 cosine.
-Points of the default variant are called default, full, within-0.5, saves-57 and so on; those
-of another variant carry its name, as in int8-default. "within" is against the full depth of
-the default variant, so that int8-within-0.5 loses at most 0.5 in all.
+Points of the default variant are called default, full, dev-0.5, saves-57 and so on; those
+of another variant carry its name, as in int8-default. dev-0.5 loses at most 0.5 on the rows of
+FILE, against the full depth of the default variant, so that int8-dev-0.5 does in all. As the
+best of many settings on these rows it may lose more on others: "low" and "high" are the
+interval at 95 % of its quality, and --risk finds points that promise something.
 For a bundle of recipe quee, steps are timed, and points of rule quee that charge these
 milliseconds are written; a point's variant is the one in which rows start. Nothing else
 should run on the machine meanwhile.
-With --coverage, each point of an exit rule also gets a temperature for each exit, so that an
-answer states a probability that holds, and the limits of sets of labels that contain the
-right one with this probability (ee-run --sets). They hold for rows like those of FILE; as
-the points are chosen on the same rows, give enough of them, some hundred at least.
+For one label a row, temperatures are fitted for each exit: one at which rules that read
+probabilities (max_probability, entropy, margin, patience_confident) see how probably full depth
+gives the same answer, so that one threshold is equally safe at every exit; and with labels one at
+which scores of answers say how often they are right. With --coverage, each point of an exit rule
+also gets the limits of sets of labels that contain the right one with this probability (ee-run
+--sets). All hold for rows like those of FILE; as the points are chosen on the same rows, give
+enough of them, some hundred at least.
+
+\b
+With --risk FILE must be rows that neither trained the network nor chose anything of it, drawn
+as those that it will meet; the rows of the points are recognised and refused. Of settings that
+are fixed before the rows are read, from the safest on, the cheapest is taken whose risk is at
+most --risk with probability --confidence (Learn-then-Test); too few rows are refused with the
+number that is needed. Points risk-0.01 (int8-risk-0.01 ...) state it as "guarantee"; measured
+points stay. The point default of each variant becomes that of the first --risk.
+  disagreement  share of rows whose answer is not that of full depth of the default variant, or
+                of words whose label is not; of embeddings 1 minus the cosine. Needs no labels
+  accuracy      accuracy lost against this full depth; one label a row
+  quality       share of wrong answers (one label a row), or 1 minus the cosine of embeddings
+With --per class or exit the risk is kept within each of these groups; one with less than a
+tenth of the rows counts as if it had a tenth.
 
 \b
 Bundles that generate text: FILE is JSON lines with "prompt" and "completion". The effect on
@@ -92,23 +79,6 @@ routes by the prompt, and points route-95 to route-60 (percent of the blocks) ar
 \b
 Exit codes: 0 written, 2 the bundle or the file cannot be used.
 """
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The results of a calibration, before they are written into the bundle.
-
-    points: all points of the new manifest. rule: its rule. facts: its provenance under provenance_key. costs,
-    files: added to those of the manifest. table: for the user.
-    """
-
-    points: tuple[OperatingPoint, ...]
-    rule: RuleSpec
-    provenance_key: str
-    facts: Mapping[str, Any]
-    costs: Mapping[str, StepCosts] = field(default_factory=dict)
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    table: str = ""
 
 
 def calibrate_classifier(
@@ -148,257 +118,17 @@ def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration
     )
     text = new.to_json()
     read_manifest(text, source=str(folder / FILE_NAME))  # the new manifest must be readable
-    for name, data in {**calibration.files, FILE_NAME: text.encode("utf-8")}.items():
-        beside = folder.with_name(f".{folder.name}.{name}.new")
-        beside.write_bytes(data)
-        os.replace(beside, folder / name)
+    contents = {**calibration.files, FILE_NAME: text.encode("utf-8")}
+    beside = {name: folder.with_name(f".{folder.name}.{name}.new") for name in contents}
+    try:
+        for name, data in contents.items():
+            beside[name].write_bytes(data)
+        for name, path in beside.items():  # after all of them are written, as a full disk must change nothing
+            os.replace(path, folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
     return new
-
-
-def measure_points(
-    folder: Path,
-    file: Path,
-    *,
-    rule: str | None = None,
-    engine: str = "ort",
-    device: str | None = None,
-    threads: int | None = None,
-    coverage: float | None = None,
-    agreement: bool = False,
-) -> Calibration:
-    """Measure operating points of a bundle that answers texts or images.
-
-    rule: that of the points; None for quee if the bundle has forecasts, else see exit_points. coverage: see
-    exit_points; BadSetting with rule quee, and for tasks other than classification. agreement: choose by
-    agreement with full depth of the default variant, even if rows have labels; always so for rows without.
-    """
-    options = {"engine": engine, "device": device, "threads": threads, "share": False}
-    with load_row_session(folder, rule="never", **options) as session:
-        manifest = session.manifest
-        _check_options(manifest, rule, coverage)
-        images = isinstance(manifest.input, ImageInput)
-        rows, labelled = read_perhaps_labelled(file, session.labels, images=images, kind=manifest.kind)
-        right = right_answers(session, rows, agreement=agreement or not labelled)
-        if not labelled and not agreement and right.reader.has_labels:
-            click.echo(f"{file} has no labels: points are chosen by agreement with full depth", err=True)
-        costs: dict[str, StepCosts] = {}
-        if rule == "quee" or (rule is None and has_forecast(manifest)):
-            require_forecast(manifest)
-            if coverage is not None:
-                raise BadSetting(
-                    "--coverage is for rules that only exit: name one with --rule, such as max_probability"
-                )
-            _, tokens = session.at_full_depth(rows.items)
-            costs["ms"] = measure_step_costs(session, rows.items, tokens)
-            points = measure_walk_points(session, rows, tokens, costs["ms"], right)
-        else:
-            points = exit_points(session, rows, rule, coverage, right)
-        facts = {"rows": len(rows.items), **_engine_facts(session)}
-    default = next(point for point in points if point.name == "default")
-    return Calibration(points, default.rule, "calibrated", facts, costs, table=_point_table(points))
-
-
-def exit_points(
-    session: RowSession[Any],
-    rows: LabelledRows,
-    rule: str | None = None,
-    coverage: float | None = None,
-    right: RightAnswers | None = None,
-) -> tuple[OperatingPoint, ...]:
-    """Choose operating points for every variant of a bundle by sweeping a rule over the outputs of all exits.
-
-    rule: None for the bundle's rule or, if it has none, gate with policies; without policies max_probability,
-    or settled for numbers and embeddings. A variant that the session's engine cannot walk (int8 on TensorRT)
-    keeps the points that the bundle has. coverage: of the label sets of calibrated answers; None to measure
-    no calibration. right: None for the labels of the rows.
-    """
-    manifest = session.manifest
-    rule = rule or _sweepable_rule(manifest)
-    right = right or right_answers(session, rows)
-    points: list[OperatingPoint] = []
-    reference = None
-    for variant in manifest.variants:
-        try:
-            table, lengths = measure_exit_table(session, rows, variant, right)
-        except (BadSetting, EngineUnavailable) as problem:
-            if reference is None:  # the default variant must be measured: the others are compared with it
-                raise
-            click.echo(f"{variant} is not measured, its points stay as they were: {problem}", err=True)
-            points += [point for point in manifest.points if point.variant == variant]
-            continue
-        swept = rule or usual_rule(manifest, table)
-        chosen = choose_points(swept, table, macs_to_exits(manifest, lengths), reference=reference)
-        reference = chosen["full"].accuracy if reference is None else reference
-        prefix = "" if variant == manifest.variants[0] else f"{variant}-"
-        for name, point in chosen.items():
-            calibration = None if coverage is None else _point_calibration(point.rule, table, coverage)
-            figures = point.figures(table.measure.name)
-            place = (variant, rows.name, "dev")
-            points.append(OperatingPoint(prefix + name, point.rule, *place, figures, calibration))
-    return tuple(points)
-
-
-def measure_exit_table(
-    session: RowSession[Any], rows: LabelledRows, variant: str, right: RightAnswers | None = None
-) -> tuple[ExitTable, NDArray[np.int64]]:
-    """Walk rows at full depth in one variant; gives outputs of every exit, and lengths [rows] in tokens.
-
-    right: None for the labels of the rows.
-    """
-    right = right or right_answers(session, rows)
-    trace, lengths = session.at_full_depth(rows.items, variant)
-    gated = np.isfinite(trace.gates[:, :-1]).all() and trace.gates.shape[1] > 1
-    gates = np.nan_to_num(trace.gates, nan=1.0) if gated else None
-    kind = session.manifest.kind
-    labels = right.wanted if kind == CLASSIFICATION else np.full(len(lengths), -1)
-    answers = None
-    if "settled" in swept_rules(kind) and trace.answers is not None:
-        answers = np.array(trace.answers.tolist(), np.float32)  # [rows, exits, numbers]
-    return ExitTable(trace.logits, gates, labels, answers, right.quality(trace)), lengths
-
-
-def macs_to_exits(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> ExitMacs:
-    """The multiply-accumulates up to every exit by the manifest, for rows of these lengths [rows] in tokens.
-
-    Exits and policies are included in the segments, so `full` is that of the full walk.
-    """
-    tokens = [int(length) for length in lengths]
-    macs = np.array([[segment.macs.of(n) for segment in manifest.segments] for n in tokens])
-    to_exit = np.array([manifest.stem.macs.of(n) for n in tokens])[:, None] + macs.cumsum(1)
-    blocks = np.array([segment.blocks[-1] for segment in manifest.segments])
-    return ExitMacs(to_exit, to_exit[:, -1], blocks)
-
-
-def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Calibration:
-    """Fit the router of a bundle that generates text, and measure its route points.
-
-    Each completion is run by every route, after its prompt at full depth. The router is fitted on half of the
-    rows; on the other half prices are chosen and points are measured, both by log-likelihood.
-    """
-    with load_generator(folder, rule="never", threads=threads, share=False) as session:
-        manifest, routes = session.manifest, list_routes(session.manifest)
-        rows = read_pairs(file, session.longest, session.encode_prompt, session.encode_continuation)
-        if len(routes) == 1:
-            raise BadInput(f"{folder}: no route skips any of the {len(manifest.segments)} segments")
-        scored = [route_scores(session, routes, *row) for row in rows]
-        facts = {"rows": len(rows), **_engine_facts(session)}
-        variant = session.variant
-    features = np.array([hidden for hidden, _ in scored], np.float64)  # [rows, hidden]
-    scores = np.array([row for _, row in scored])  # [rows, routes]
-    half = len(rows) // 2
-    router = fit_router(
-        features[:half], scores[:half], np.array([route.blocks for route in routes], np.float64)
-    )
-    points = _route_points(router, features[half:], scores[half:], variant, file.stem)
-    kept = tuple(point for point in manifest.points if point.rule.name != "route")
-    files, table = {ROUTER_FILE: router.to_bytes()}, _route_table(routes, scores, points, router)
-    return Calibration((*kept, *points), manifest.rule, "routed", facts, files=files, table=table)
-
-
-def route_scores(
-    session: TextGenerator, routes: Sequence[Route], prompt: list[int], completion: list[int]
-) -> tuple[Floats, list[float]]:
-    """Score a completion by each route; gives the hidden state [hidden] that the router reads, and the
-    scores.
-
-    A score is the mean log-likelihood in nats of the tokens after the first, which the prompt predicts.
-    """
-    engine, segments = session.engine, len(session.manifest.segments)
-    variant = session.manifest.variants.index(session.variant)
-    never = bind(RuleSpec("never", {}), segments)
-    sequence = engine.begin({"input_ids": np.array([prompt], np.int64)})
-    prompt_hidden = walk_one(engine, never, sequence, [variant] * segments)[0].signals.hidden
-    assert prompt_hidden is not None  # decoders always give it
-    hidden = prompt_hidden[-1].copy()
-    sequence.rows = len(completion) - 1
-    scores = []
-    for route in routes:
-        sequence.truncate(len(prompt))
-        sequence.feed(completion[:-1])
-        plan = thinned_plan(segments, variant, route.skipped)[0].tolist()
-        logits = walk_one(engine, never, sequence, plan)[-1].signals.logits  # [tokens, vocabulary]
-        top = logits.max(1)
-        predicted = logits[np.arange(len(logits)), completion[1:]]
-        scores.append(float((predicted - top - np.log(np.exp(logits - top[:, None]).sum(1))).mean()))
-    engine.drop(sequence)
-    return hidden, scores
-
-
-def _route_points(
-    router: Router, features: np.ndarray, scores: np.ndarray, variant: str, data: str
-) -> tuple[OperatingPoint, ...]:
-    full, rows, points = float(router.costs.max()), np.arange(len(scores)), []
-    for share in ROUTE_SHARES:
-        price = router.price_for_cost(features, share * full)
-        routes = router.choose_routes(features, price)
-        measured = {
-            "depth": float(router.costs[routes].mean()),
-            "nats": -float(scores[rows, routes].mean()),
-            "nats_full": -float(scores[:, 0].mean()),
-        }
-        spec = RuleSpec("route", {"price": price})
-        points.append(OperatingPoint(f"route-{round(100 * share)}", spec, variant, data, "dev", measured))
-    return tuple(points)
-
-
-def _check_options(manifest: Manifest, rule: str | None, coverage: float | None) -> None:
-    """Check that the bundle's task has the rule and the calibration that are asked for."""
-    if coverage is not None and manifest.kind != CLASSIFICATION:
-        raise BadSetting(
-            f"--coverage is for bundles that give one label; the task of this one is {manifest.task}"
-        )
-    if rule is not None and (rule != "quee" or manifest.kind != CLASSIFICATION):
-        resolve_rule(manifest, rule=RuleSpec(rule, {}))
-
-
-def _sweepable_rule(manifest: Manifest) -> str | None:
-    """The name of the rule that the bundle was exported for, or None if it has none that can be swept."""
-    names = (manifest.rule.name, *(point.rule.name for point in manifest.points))
-    return next((name for name in names if name in SWEPT), None)
-
-
-def usual_rule(manifest: Manifest, table: ExitTable) -> str:
-    """The rule that is swept for a bundle without one: gate with policies, else the first of its task."""
-    if table.gates is not None:
-        return "gate"
-    return next(name for name in swept_rules(manifest.kind) if name != "gate")
-
-
-def _point_calibration(rule: RuleSpec, table: ExitTable, coverage: float) -> AnswerCalibration:
-    return measure_calibration(table.logits, table.exits(rule), table.labels, coverage)
-
-
-def _engine_facts(session: RowSession[Any] | TextGenerator) -> dict[str, str]:
-    return {"engine": session.engine.name, "device": session.engine.device, **session.engine.facts}
-
-
-def _point_table(points: Sequence[OperatingPoint]) -> str:
-    quality = next(iter(points[0].measured))  # it is the first figure
-    lines = [f"{'point':18}{'variant':8}{quality + ' %':>12}{'mean exit':>11}{'MACs saved %':>14}  rule"]
-    for point in points:
-        measured = point.measured
-        parameters = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
-        # Points of a variant that was not measured may state another quality.
-        good = f"{measured[quality]:.2f}" if quality in measured else "-"
-        lines.append(
-            f"{point.name:18}{point.variant:8}{good:>12}{measured['mean_exit']:11.2f}"
-            f"{measured['macs_saved']:14.2f}  {point.rule.name} {parameters}".rstrip()
-        )
-    return "\n".join(lines)
-
-
-def _route_table(
-    routes: Sequence[Route], scores: np.ndarray, points: Sequence[OperatingPoint], router: Router
-) -> str:
-    lines = [f"{'route':14}{'blocks':>7}{'nats a token':>14}"]
-    for route, score in zip(routes, scores.mean(0), strict=True):
-        lines.append(f"{route.name:14}{route.blocks:7d}{-score:14.4f}")
-    lines += ["", f"{'point':14}{'depth':>7}{'nats a token':>14}{'full depth':>12}"]
-    for point in points:
-        nats = point.measured
-        lines.append(f"{point.name:14}{nats['depth']:7.2f}{nats['nats']:14.4f}{nats['nats_full']:12.4f}")
-    error = f"error of the router's forecasts, 1 without any knowledge: {router.error:.3f}"
-    return "\n".join([*lines, "", error])
 
 
 @click.command(help=HELP, context_settings={"show_default": True})
@@ -420,6 +150,29 @@ def _route_table(
     "every point [default: no calibration].",
 )
 @click.option(
+    "--risk",
+    "risks",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    multiple=True,
+    help="Instead of measuring points, find those that keep this risk, such as 0.01; may be given several "
+    "times, the first is that of point default.",
+)
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    default=0.95,
+    help="Of --risk: the probability, over the draw of the rows, with which it is kept.",
+)
+@click.option(
+    "--risk-of", type=click.Choice(tuple(RISKS)), default=DISAGREEMENT, help="Which risk; see above."
+)
+@click.option(
+    "--per",
+    type=click.Choice([ALL, CLASS, EXIT]),
+    default=ALL,
+    help="Keep the risk over all rows, or also among the rows of each answered class, or of each exit.",
+)
+@click.option(
     "--agreement", is_flag=True, help="Choose points by agreement with full depth, though rows have labels."
 )
 def main(
@@ -430,15 +183,23 @@ def main(
     device: str | None,
     threads: int | None,
     coverage: float | None,
+    risks: tuple[float, ...],
+    confidence: float,
+    risk_of: str,
+    per: str,
     agreement: bool,
 ) -> None:
     """Run ee-calibrate: measure a bundle and write its new manifest."""
     folder = Path(bundle)
     try:
+        if not risks and (risk_of, per) != (DISAGREEMENT, ALL):
+            raise BadSetting(
+                "--risk-of and --per say more of a risk: give it with --risk, such as --risk 0.01"
+            )
         manifest = open_bundle(folder).manifest
         if manifest.task == GENERATION:
             options: dict[str, object] = {"--rule": rule, "--device": device, "--coverage": coverage}
-            options["--agreement"] = agreement
+            options |= {"--agreement": agreement, "--risk": risks}
             options["--engine"] = None if engine == "ort" else engine
             if flag := next((name for name, value in options.items() if value), None):
                 raise BadSetting(f"{flag} is not for generated text, the task of {bundle}")
@@ -452,10 +213,15 @@ def main(
                 threads=threads,
                 coverage=coverage,
                 agreement=agreement,
+                risk=RiskOptions(risks, confidence, risk_of, per) if risks else None,
             )
         write_calibration(folder, manifest, calibration)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)
+        sys.exit(2)
+    except OSError as problem:
+        place = problem.filename or folder
+        click.echo(f"ee-calibrate: {place}: {problem.strerror or problem}; nothing was calibrated", err=True)
         sys.exit(2)
     click.echo(calibration.table)
 

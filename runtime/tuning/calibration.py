@@ -79,6 +79,16 @@ def fit_temperatures(logits: Floats, labels: Ids) -> Floats:
     return np.array([fit_temperature(logits[:, index], labels) for index in range(logits.shape[1])])
 
 
+def stable_temperatures(logits: Floats, labels: Ids) -> tuple[float, ...]:
+    """A temperature for each exit, as fit_temperatures, but 1 for an exit that answers every row right.
+
+    The likelihood of such an exit rises towards a temperature of 0, at which it would be certain of anything.
+    """
+    wrong = (logits.argmax(-1) != labels[:, None]).any(0)
+    fitted = (fit_temperature(logits[:, exit], labels) if wrong[exit] else 1.0 for exit in range(len(wrong)))
+    return tuple(round(temperature, 4) for temperature in fitted)
+
+
 def conformal_quantile(logits: Floats, labels: Ids, coverage: float = COVERAGE) -> float:
     """The greatest score 1 - P of labels in a conformal set, for sets that contain a new row's label with
     probability `coverage`.
@@ -116,12 +126,15 @@ def exit_quantiles(logits: Floats, exits: Ids, labels: Ids, coverage: float = CO
     return np.array(quantiles)
 
 
-def measure_calibration(logits: Floats, exits: Ids, labels: Ids, coverage: float) -> Calibration:
-    """Measure temperatures and quantiles of a walk's answers: logits [rows, exits, classes], exits [rows].
+def measure_calibration(
+    logits: Floats, exits: Ids, labels: Ids, coverage: float, temperatures: Floats | None = None
+) -> Calibration:
+    """Measure quantiles of a walk's answers: logits [rows, exits, classes], exits [rows].
 
-    An infinite quantile, of too few rows, is stored as 1: such a set holds every label.
+    temperatures [exits]: None to fit them on the rows, too. An infinite quantile, of too few rows, is stored
+    as 1: such a set holds every label.
     """
-    temperatures = fit_temperatures(logits, labels)
+    temperatures = fit_temperatures(logits, labels) if temperatures is None else temperatures
     scaled = logits / temperatures[None, :, None]
     each = np.minimum(exit_quantiles(scaled, exits, labels, coverage), 1.0)
     every = min(conformal_quantile(answer_logits(scaled, exits), labels, coverage), 1.0)
@@ -133,23 +146,50 @@ def calibration_figures(
 ) -> dict[str, float]:
     """Figures of the calibration of a rule's answers on test: calibration errors and conformal sets.
 
-    Calibration error raw and at the temperatures of dev, mean size and coverage of the sets; errors and
-    coverage in percent. dev, test: logits [rows, exits, classes]; exits [rows] (0-based) that the rule
-    chooses. There is one temperature for each exit, fitted on all rows of dev. Quantiles are fitted on the
-    answers on dev: one, and for the figures *_per_exit one for each exit.
+    Calibration error raw and at the temperatures of dev, mean size of the sets raw and at the temperatures,
+    and their coverage; errors and coverage in percent. dev, test: logits [rows, exits, classes]; exits [rows]
+    (0-based) that the rule chooses. There is one temperature for each exit, fitted on all rows
+    of dev. Quantiles are fitted on the answers on dev: one, and for the figures *_per_exit one for each exit.
     """
     temperatures = fit_temperatures(dev, dev_labels)[None, :, None]
     dev_answers = answer_logits(dev / temperatures, dev_exits)
     test_answers = answer_logits(test / temperatures, test_exits)
     sets = conformal_sets(test_answers, conformal_quantile(dev_answers, dev_labels))
+    raw_answers = answer_logits(test, test_exits)
+    raw_sets = conformal_sets(raw_answers, conformal_quantile(answer_logits(dev, dev_exits), dev_labels))
     quantiles = exit_quantiles(dev / temperatures, dev_exits, dev_labels)
     exit_sets = conformal_sets(test_answers, quantiles[test_exits])
     rows = np.arange(len(test_labels))
     return {
-        "ece_raw": 100 * calibration_error(answer_logits(test, test_exits), test_labels),
+        "ece_raw": 100 * calibration_error(raw_answers, test_labels),
         "ece": 100 * calibration_error(test_answers, test_labels),
+        "set_size_raw": float(raw_sets.sum(1).mean()),
         "set_size": float(sets.sum(1).mean()),
         "coverage": 100 * float(sets[rows, test_labels].mean()),
         "set_size_per_exit": float(exit_sets.sum(1).mean()),
         "coverage_per_exit": 100 * float(exit_sets[rows, test_labels].mean()),
+    }
+
+
+def score_figures(logits: Floats, exits: Ids, labels: Ids) -> dict[str, float]:
+    """Calibration error (percent) and mean size of label sets, raw and at temperatures, of a walk's answers.
+
+    Each half of the rows is measured at temperatures and quantiles that the other half gives, and the two are
+    averaged by their rows, since figures of the fitted rows themselves would flatter. logits [rows, exits,
+    classes], exits and labels [rows]. Empty for fewer than 2 rows.
+    """
+    if len(labels) < 2:
+        return {}
+    order = np.random.default_rng(0).permutation(len(labels))  # files are often sorted by label
+    halves = np.array_split(order, 2)
+    figures = [
+        calibration_figures(
+            *(logits[other], exits[other], labels[other]), *(logits[half], exits[half], labels[half])
+        )
+        for half, other in (halves, halves[::-1])
+    ]
+    weights = [len(half) / len(labels) for half in halves]
+    return {
+        name: round(sum(w * each[name] for w, each in zip(weights, figures, strict=True)), 3)
+        for name in ("ece_raw", "ece", "set_size_raw", "set_size")
     }

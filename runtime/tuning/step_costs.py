@@ -107,7 +107,7 @@ def measure_walk_points(
 ) -> tuple[OperatingPoint, ...]:
     """Measure operating points of rule quee with these step costs, each by walking all rows at it.
 
-    A point starts in the variant that it names. "within" and savings are relative to full depth in the
+    A point starts in the variant that it names. "dev-X" and savings are relative to full depth in the
     default variant. "ms" is the time of a row in this walk, other load of the machine included. tokens:
     lengths of the rows. right: None for the labels of the rows.
     """

@@ -202,7 +202,7 @@ def test_another_graph_under_its_name_is_refused(folder: Path, session: Classifi
     fact = session.manifest.files[file]
     change(folder, sha256=fact.sha256, bytes=fact.bytes)
     baseline = read_baselines(folder, session.manifest).graphs[0]
-    with pytest.raises(BadBundle, match=r"monolith\.onnx: (inputs|outputs|ONNX Runtime cannot open)"):
+    with pytest.raises(BadBundle, match=r"monolith\.onnx: (inputs|outputs|not a graph)"):
         open_baseline(folder, baseline, session.manifest, threads=None, threshold=None)
 
 

@@ -151,6 +151,12 @@ def test_facts_segments_and_cold_starts(figures: dict[str, Any]) -> None:
     assert all(candidate["peak_bytes"] > 2**20 for candidate in figures["cold_start"])
 
 
+@pytest.fixture
+def no_cold_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the new processes, which take longer than all the rest; test_baselines starts some."""
+    monkeypatch.setattr("offramp.runtime.tuning.bench.time_cold_starts", lambda scripts, starts: [])
+
+
 def test_without_labels_graphs_or_a_gate(tmp_path: Path) -> None:
     data = tmp_path / "plain.txt"
     data.write_text("good film\n\nbad plot\nwarm\n", encoding="utf-8")
@@ -167,6 +173,7 @@ def test_without_labels_graphs_or_a_gate(tmp_path: Path) -> None:
     assert beside["about"]["left_out"][0].startswith("nested: ")
 
 
+@pytest.mark.usefixtures("no_cold_starts")
 def test_full_depth_alone(tmp_path: Path) -> None:
     data = write(tmp_path / "data", {"text": "good", "text_b": "bad", "label": 1})
     figures = measure_classifier(TINY, data, points="full", rounds=1, starts=1)
@@ -174,6 +181,7 @@ def test_full_depth_alone(tmp_path: Path) -> None:
     assert figures["about"]["left_out"] == [f"{RANDOM}: no operating point to draw like"]
 
 
+@pytest.mark.usefixtures("no_cold_starts")
 @pytest.mark.parametrize(
     ("bundle", "metric", "label"),
     [
@@ -199,10 +207,11 @@ def test_other_tasks_are_measured_by_their_metric(
     assert full[metric] == pytest.approx(monolith[metric], abs=1e-3)
     if metric == "cosine":  # right is full depth's own answer
         assert full[metric] == pytest.approx(100) and named(figures, "truncated_01")[metric] < 100
-    assert [start["name"] for start in figures["cold_start"]] == ["walk default", "monolith"]
-    assert f"{metric.capitalize()} against time" in html_page(figures)
+    if metric == "spearman":  # pictures take longer than the rest
+        assert "Spearman against time" in html_page(figures)
 
 
+@pytest.mark.usefixtures("no_cold_starts")
 def test_other_tasks_without_labels(tmp_path: Path) -> None:
     data = tmp_path / "plain.txt"
     data.write_text("good film\nann was at paris\n", encoding="utf-8")

@@ -19,10 +19,13 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
 from offramp.runtime.errors import BadManifest
 from offramp.runtime.loading import load_row_session
-from offramp.runtime.rules import bind
+from offramp.runtime.rules import bind, softmax
 from offramp.runtime.rules.route import ROUTER_FILE, list_routes
-from offramp.runtime.tuning.calibrate import exit_points, macs_to_exits, main, route_scores
+from offramp.runtime.tuning.calibrate import main
+from offramp.runtime.tuning.exit_tables import macs_to_exits
 from offramp.runtime.tuning.labelled import read_labelled
+from offramp.runtime.tuning.measure_points import exit_points
+from offramp.runtime.tuning.measure_routes import route_scores
 from offramp.runtime.walker import walk_one
 
 DATA = Path(__file__).parent.parent / "data"
@@ -106,9 +109,9 @@ def test_a_bundle_keeps_its_own_rule_though_it_has_policies(bundle: Path, dev: P
 def test_other_variants_are_compared_with_full_depth_of_the_default(dev: Path) -> None:
     with load_classifier(TINY, rule="never") as session:
         points = exit_points(session, read_labelled(dev, session.labels))
-    by_name = {point.name: point.measured["accuracy"] for point in points}
+    by_name = {point.name: point.measured["accuracy"] for point in points.points}
     for name, accuracy in by_name.items():
-        if "within-" in name:
+        if "dev-" in name:
             assert accuracy >= by_name["full"] - float(name.rpartition("-")[2]) - 1e-3
 
 
@@ -359,3 +362,59 @@ def test_bad_pairs_are_refused(tmp_path: Path, line: str, message: str) -> None:
         main, [str(tmp_path / "pairs.jsonl"), "--bundle", str(GENERATOR), "--rule", "gate"]
     )
     assert done.exit_code == 2 and "--rule is not for generated text" in done.output
+
+
+def test_scores_at_a_point_are_calibrated_and_its_rule_reads_them(bundle: Path, dev: Path) -> None:
+    words = [str(dev), "--bundle", str(bundle), "--rule", "max_probability"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    point = next(p for p in open_bundle(bundle).manifest.points if p.rule.name == "max_probability")
+    temperatures, read = point.rule.score_temperatures, point.rule.temperatures
+    assert len(temperatures) == len(read) == len(point.exit_rows) and temperatures != read
+    with load_classifier(bundle, point=point.name) as session:
+        trace, _ = session.at_full_depth(TEXTS, point.variant)
+        for row, answer in enumerate([*session.map(TEXTS), *map(session, TEXTS)]):
+            scores, certainties = (
+                softmax(trace.logits[row % len(TEXTS)] / np.array(each)[:, None]).max(-1)
+                for each in (temperatures, read)
+            )
+            assert answer.score == pytest.approx(scores[answer.exit - 1], abs=1e-4)
+            threshold = point.rule.parameters["threshold"]
+            assert certainties[answer.exit - 1] >= threshold - 1e-5 or answer.exit == len(scores)
+            assert max(certainties[: answer.exit - 1], default=0) < threshold + 1e-5
+            assert answer.signals[-1][0] == answer.score
+    with load_classifier(bundle, rule=RuleSpec("max_probability", point.rule.parameters)) as raw:
+        assert raw("good film").score != pytest.approx(answer.score, abs=1e-6)
+
+
+def test_scores_are_calibrated_by_labels_alone(bundle: Path, dev: Path) -> None:
+    words = [str(dev), "--bundle", str(bundle), "--rule", "margin"]
+    for more, labelled in ((["--agreement"], False), ([], True)):
+        done = CliRunner().invoke(main, [*words, *more])
+        assert done.exit_code == 0 and ("calibration error" in done.stdout) == labelled
+        rules = [point.rule for point in open_bundle(bundle).manifest.points]
+        assert all((rule.score_temperatures != ()) == labelled for rule in rules)
+        # Whether full depth gives the same answer is known without labels.
+        assert all((rule.temperatures != ()) == (rule.name == "margin") for rule in rules)
+
+
+def test_the_threshold_of_a_call_keeps_the_temperatures_of_the_bundles_rule(bundle: Path, dev: Path) -> None:
+    words = [str(dev), "--bundle", str(bundle), "--rule", "entropy"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    rule = open_bundle(bundle).manifest.rule
+    with load_classifier(bundle, threshold=0.25) as session:
+        assert session.rule.temperatures == rule.temperatures != ()
+
+
+@pytest.mark.parametrize("name", ["write_bytes", "replace"])
+def test_a_disk_that_refuses_leaves_the_bundle_as_it_was(
+    bundle: Path, dev: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(bundle / "manifest.json"))
+
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    monkeypatch.setattr(*((Path, "write_bytes", full) if name == "write_bytes" else ("os.replace", full)))
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 2 and "No space left on device; nothing was calibrated" in done.output
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "dev.jsonl"}

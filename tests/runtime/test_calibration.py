@@ -18,6 +18,8 @@ from offramp.runtime.tuning.calibration import (
     fit_temperatures,
     measure_calibration,
     negative_log_likelihood,
+    score_figures,
+    stable_temperatures,
 )
 
 
@@ -122,3 +124,29 @@ def test_the_calibration_of_a_walk_can_be_stored() -> None:
 def test_answers_are_the_logits_of_each_rows_exit() -> None:
     logits = np.arange(12.0).reshape(2, 3, 2)
     assert answer_logits(logits, np.array([2, 0])).tolist() == [[4.0, 5.0], [6.0, 7.0]]
+
+
+def test_an_exit_that_is_always_right_keeps_its_probabilities() -> None:
+    labels = np.array([0, 0, 0, 1])
+    exits = np.stack([logits_of(0.9, 0.8, 0.9, 0.1), logits_of(*[0.99] * 4)], axis=1)
+    assert stable_temperatures(exits, labels) == (1.0, pytest.approx(4.1827, rel=1e-3))
+
+
+def test_figures_of_scores_are_of_rows_that_did_not_fit_them() -> None:
+    random = np.random.default_rng(0)
+    truth = random.normal(0, 1, (4000, 1, 3)).astype(np.float32)
+    chances = np.exp(truth[:, 0]) / np.exp(truth[:, 0]).sum(-1, keepdims=True)
+    drawn = np.array([random.choice(3, p=row / row.sum()) for row in chances.astype(float)])
+    figures = score_figures(3 * truth, np.zeros(4000, np.int64), drawn)
+    assert figures["ece_raw"] > 15 and figures["ece"] < 4
+    assert 1 < figures["set_size"] < 3
+    assert score_figures(truth[:1], np.zeros(1, np.int64), drawn[:1]) == {}
+
+
+def test_rows_that_are_sorted_by_label_have_the_same_figures() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 1000)
+    logits = (2.0 * np.eye(2)[labels] + random.normal(0, 1, (1000, 2)))[:, None].astype(np.float32)
+    exits, order = np.zeros(1000, np.int64), np.argsort(labels, kind="stable")
+    mixed, ordered = score_figures(logits, exits, labels), score_figures(logits[order], exits, labels[order])
+    assert ordered["ece"] == pytest.approx(mixed["ece"], abs=3)

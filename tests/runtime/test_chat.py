@@ -14,7 +14,7 @@ from tiny_bundles import GENERATOR
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.bundle.manifest import FileFact
 from offramp.runtime.errors import BadBundle, BadInput, BadSetting, EngineUnavailable
-from offramp.runtime.inputs.chat import TEMPLATE, chat_prompt_function
+from offramp.runtime.inputs.chat import TEMPLATE, ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "the film"}, {"role": "user", "content": "was good"}]
 
@@ -31,21 +31,21 @@ def bundle_with(folder: Path, template: bytes | None, **provenance: Any) -> Bund
 
 def test_prompt_of_the_tiny_generator() -> None:
     pytest.importorskip("jinja2")
-    assert chat_prompt_function(open_bundle(GENERATOR))(MESSAGES) == "the film was good the"
+    assert ChatTemplate(open_bundle(GENERATOR))(MESSAGES) == "the film was good the"
 
 
 def test_template_may_use_special_tokens_and_the_generation_prompt(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     template = b"{{ bos_token }}{{ messages|length }}{% if add_generation_prompt %}!{% endif %}"
     bundle = bundle_with(tmp_path, template, special_tokens={"bos_token": "<s>"})
-    assert chat_prompt_function(bundle)(MESSAGES) == "<s>2!"
+    assert ChatTemplate(bundle)(MESSAGES) == "<s>2!"
 
 
 def test_template_refuses_messages(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     bundle = bundle_with(tmp_path, b"{{ raise_exception('no ' + messages[0]['role']) }}")
     with pytest.raises(BadInput, match="the chat template refuses these messages: no user"):
-        chat_prompt_function(bundle)(MESSAGES)
+        ChatTemplate(bundle)(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -61,22 +61,22 @@ def test_template_refuses_messages(tmp_path: Path) -> None:
 )
 def test_other_objects_are_refused(messages: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        chat_prompt_function(open_bundle(GENERATOR))(messages)
+        ChatTemplate(open_bundle(GENERATOR))(messages)
 
 
 def test_bundle_without_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="has no chat template: give the prompt as one text"):
-        chat_prompt_function(bundle_with(tmp_path, None))(MESSAGES)
+        ChatTemplate(bundle_with(tmp_path, None))(MESSAGES)
 
 
 @pytest.mark.parametrize("template", [b"{% if %}", b"\xff"])
 def test_damaged_template_is_refused(tmp_path: Path, template: bytes) -> None:
     pytest.importorskip("jinja2")
     with pytest.raises(BadBundle, match=r"chat_template\.jinja: not a chat template"):
-        chat_prompt_function(bundle_with(tmp_path, template))(MESSAGES)
+        ChatTemplate(bundle_with(tmp_path, template))(MESSAGES)
 
 
 def test_missing_jinja2_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2.exceptions", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(EngineUnavailable, match=r"pip install 'offramp\[chat\]'"):
-        chat_prompt_function(open_bundle(GENERATOR))(MESSAGES)
+        ChatTemplate(open_bundle(GENERATOR))(MESSAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,64 @@ def test_only_segments_of_classifiers_have_graphs_before_their_own(bundle: Path)
         variant["before"] = [copy.deepcopy(variant)]
     with pytest.raises(BadManifest, match=r"variants\['fp32'\]\.before: graphs run before those of a class"):
         read_manifest(json.dumps(facts), source="here")
+
+
+def pointed(**fields: object) -> dict[str, Any]:
+    """The manifest with one operating point, whose fields are these."""
+    value: dict[str, Any] = json.loads(manifest().to_json())
+    rule = {"name": "never", "parameters": {}}
+    point = {"name": "p", "rule": rule, "variant": "fp32", "data": "d", "split": "dev", "measured": {}}
+    value["points"] = [point | fields]
+    return value
+
+
+GUARANTEE = {
+    "risk": "disagreement",
+    "limit": 0.01,
+    "confidence": 0.95,
+    "rows": 500,
+    "observed": 0.002,
+    "bound": 0.009,
+    "bound_name": "clopper-pearson",
+    "groups": "all",
+}
+
+
+def test_a_point_with_a_guarantee_round_trips_and_others_stay_as_they_were() -> None:
+    plain = json.dumps(pointed())
+    text = read_manifest(plain, source="here").to_json()
+    assert json.loads(text) == json.loads(plain), "nothing is added to a point of an older bundle"
+    warm = {"name": "never", "parameters": {}, "temperatures": [1.5], "score_temperatures": [2.5]}
+    full = pointed(rule=warm, guarantee=GUARANTEE, exit_rows=[500])
+    again = read_manifest(json.dumps(full), source="here")
+    assert again.points[0].guarantee is not None and again.points[0].guarantee.rows == 500
+    rule = again.points[0].rule
+    assert (rule.temperatures, rule.score_temperatures) == ((1.5,), (2.5,))
+    assert again.points[0].exit_rows == (500,)
+    assert json.loads(again.to_json()) == full
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"guarantee": GUARANTEE | {"limit": 1.0}}, "guarantee.limit"),
+        ({"guarantee": GUARANTEE | {"confidence": 0}}, "guarantee.confidence"),
+        ({"guarantee": GUARANTEE | {"rows": 0}}, "guarantee.rows"),
+        ({"guarantee": GUARANTEE | {"bound": 1.5}}, "guarantee.bound"),
+        ({"guarantee": GUARANTEE | {"observed": -2}}, "guarantee.observed"),
+        ({"guarantee": GUARANTEE | {"groups": "label"}}, "guarantee.groups"),
+        ({"exit_rows": [1, 2]}, "exit_rows"),
+        ({"exit_rows": [-1]}, "exit_rows"),
+        ({"rule": {"name": "never", "parameters": {}, "temperatures": [1.0, 1.0]}}, "rule.temperatures"),
+        ({"rule": {"name": "never", "parameters": {}, "temperatures": [0.0]}}, "rule.temperatures"),
+        ({"rule": {"name": "never", "parameters": {}, "score_temperatures": [-1]}}, "score_temperatures"),
+    ],
+)
+def test_what_a_point_states_must_be_possible(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(BadManifest, match=re.escape(named)):
+        read_manifest(json.dumps(pointed(**fields)), source="here")
+
+
+def test_a_point_with_a_name_of_earlier_versions_loads() -> None:
+    value = pointed(name="within-0.5")
+    assert read_manifest(json.dumps(value), source="here").points[0].name == "within-0.5"

@@ -289,6 +289,15 @@ def test_warm_up_of_sizes_under_one_is_refused(session: Classifier, sizes: dict[
         session.warm_up(**sizes)
 
 
+def test_batch_size_beyond_any_memory_is_refused(session: Classifier) -> None:
+    for work in (
+        lambda: session.map(["good"], 10**19),
+        lambda: load_classifier(CLASSIFIER, batch_size=10**9999),
+    ):
+        with pytest.raises(BadSetting, match=r"expected 1048576 or fewer"):
+            list(work())  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_batch_size_under_one_is_refused(session: Classifier, size: int) -> None:
     with pytest.raises(BadSetting, match=f"batch size {size}: expected 1 or more"):

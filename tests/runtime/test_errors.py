@@ -8,12 +8,15 @@ BUILTINS = {
     "BundleNotFound": FileNotFoundError,
     "BadBundle": ValueError,
     "BadManifest": errors.BadBundle,
+    "BadSignature": errors.BadBundle,
     "BadInput": ValueError,
     "BadSetting": ValueError,
     "WrongTask": AttributeError,
     "EngineUnavailable": RuntimeError,
     "OutOfMemory": MemoryError,
     "DeviceFailed": RuntimeError,
+    "OutputFailed": OSError,
+    "SessionForked": RuntimeError,
     "SessionClosed": RuntimeError,
 }
 

@@ -170,3 +170,38 @@ def test_simulation_of_no_rows_and_of_one_segment() -> None:
     rule = bind(RuleSpec("never", {}), 3)
     assert simulate(rule, np.zeros((0, 3, 2), np.float32), None).shape == (0,)
     assert simulate(rule, np.zeros((2, 1, 2), np.float32), None).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        RuleSpec("max_probability", {"threshold": 0.8}, (2.0, 0.5, 1.5, 1.0)),
+        RuleSpec("entropy", {"threshold": 0.6}, (2.0, 0.5, 1.5, 1.0)),
+        RuleSpec("margin", {"threshold": 0.5}, (2.0, 0.5, 1.5, 1.0)),
+        RuleSpec("patience_confident", {"threshold": 0.6, "patience": 2}, (2.0, 0.5, 1.5, 1.0)),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_a_rule_reads_probabilities_at_its_temperatures(spec: RuleSpec) -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (200, 4, 3)).astype(np.float32)
+    scaled = logits / np.array(spec.temperatures, np.float32)[:, None]
+    plain = simulate(bind(RuleSpec(spec.name, spec.parameters), 4), scaled, None)
+    expected = plain.tolist()
+    assert simulate(bind(spec, 4), logits, None).tolist() == expected
+    raw = simulate(bind(RuleSpec(spec.name, spec.parameters), 4), logits, None)
+    assert raw.tolist() != expected, "or the temperatures of this test change nothing"
+    exit_test = bind(spec, 4).exit_test
+    if exit_test is not None:  # one row decides as many do
+        for row, exit in zip(logits, expected, strict=True):
+            tests = (exit_test(RowSignals(row[None, segment]), segment) for segment in range(3))
+            assert next((segment for segment, is_exit in enumerate(tests) if is_exit), 3) == exit
+
+
+@pytest.mark.parametrize(
+    "spec", [RuleSpec("gate", {"threshold": 0.5}), RuleSpec("patience", {"patience": 1})]
+)
+def test_rules_that_read_no_certainty_decide_the_same_at_every_temperature(spec: RuleSpec) -> None:
+    random = np.random.default_rng(0)
+    logits, gates = random.normal(0, 2, (50, 4, 3)).astype(np.float32), random.random((50, 4), np.float32)
+    warm = bind(RuleSpec(spec.name, spec.parameters, (3.0,) * 4), 4)
+    assert simulate(warm, logits, gates).tolist() == simulate(bind(spec, 4), logits, gates).tolist()

@@ -14,6 +14,7 @@ from tiny_bundles import GENERATOR
 from offramp.runtime import TextGenerator, cli, load_generator
 from offramp.runtime.generate_cli import write_answers
 from offramp.runtime.inputs.lines import PROMPTS, read_lines
+from offramp.runtime.output import Output
 
 PROMPT = "the film was good and"
 KEYS = ["text", "tokens", "depth", "blocks_run", "ms", "first_ms", "tokens_per_s"]
@@ -40,7 +41,7 @@ def answers(
     data = "".join(json.dumps(value) + "\n" for value in values).encode()
     lines = read_lines(io.BytesIO(data), "json", PROMPTS)
     failed, report = write_answers(
-        session, lines, out, max_new_tokens=max_new_tokens, as_it_comes=as_it_comes
+        session, lines, Output(out), max_new_tokens=max_new_tokens, as_it_comes=as_it_comes
     )
     text = out.getvalue().decode()
     return [text] if as_it_comes else [json.loads(line) for line in text.splitlines()], failed, report
@@ -122,8 +123,8 @@ def test_text_as_it_comes_is_flushed_after_every_token(session: TextGenerator) -
 
     terminal = Terminal()
     lines = read_lines(io.BytesIO(PROMPT.encode()), "text", PROMPTS)
-    write_answers(session, lines, terminal, max_new_tokens=6, as_it_comes=True)
-    assert len(lengths) == 6 and len(set(lengths)) > 2 and lengths == sorted(lengths)
+    write_answers(session, lines, Output(terminal), max_new_tokens=6, as_it_comes=True)
+    assert len(lengths) == 7 and len(set(lengths)) > 2 and lengths == sorted(lengths)
 
 
 def test_answer_is_written_before_the_next_prompt_is_read(session: TextGenerator) -> None:
@@ -134,7 +135,7 @@ def test_answer_is_written_before_the_next_prompt_is_read(session: TextGenerator
             written.append(out.getvalue().count(b"\n"))
             yield line
 
-    write_answers(session, lines(), out, max_new_tokens=2, as_it_comes=False)
+    write_answers(session, lines(), Output(out), max_new_tokens=2, as_it_comes=False)
     assert written == [0, 1] and out.getvalue().count(b"\n") == 2
 
 

@@ -153,7 +153,7 @@ def test_prompt_may_be_messages(session: TextGenerator) -> None:
 
 
 def test_bad_prompts_and_sizes_are_refused(session: TextGenerator) -> None:
-    with pytest.raises(BadSetting, match="max_new_tokens 0: expected 1 or more"):
+    with pytest.raises(BadSetting, match="max_new_tokens 0: expected a whole number, 1 or more"):
         session.generate(PROMPT, 0)
     with pytest.raises(BadSetting, match="length 0: expected 1 or more"):
         session.warm_up([4, 0])

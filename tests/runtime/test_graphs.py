@@ -61,7 +61,7 @@ def test_changed_graph_is_refused(folder: Path) -> None:
 
 
 def test_file_that_is_no_graph_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadBundle, match=r"segment_02\.onnx: ONNX Runtime cannot open it"):
+    with pytest.raises(BadBundle, match=r"segment_02\.onnx: not a graph as bundles hold them"):
         open_ort(with_file(folder, "segment_02.onnx", b"no graph"))
 
 

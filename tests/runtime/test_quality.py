@@ -7,11 +7,13 @@ import pytest
 
 from offramp.runtime.rules.quality import (
     AGREEMENT,
+    DISAGREEMENTS,
     embedding_quality,
     given_labels,
     label_quality,
     mean_ranks,
     multi_label_quality,
+    share_interval,
     sigmoid,
     token_quality,
     value_quality,
@@ -91,3 +93,34 @@ def test_a_quality_by_full_depth_is_an_agreement() -> None:
     answers = np.array([[[0.2], [0.1]], [[0.3], [0.4]]])
     quality = value_quality(answers, answers[:, -1, 0], name=AGREEMENT)
     assert quality.name == "agreement" and quality.each[-1] == 100
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    # by Wilson's formula at z = 1.959964, computed apart
+    assert share_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-5)
+    quality = label_quality(np.array([[0], [1]]), np.array([0, 0]))
+    assert quality.interval(np.array([0, 0])) == pytest.approx(
+        [100 * share for share in share_interval(1, 2)]
+    )
+    assert value_quality(np.zeros((2, 1)), np.zeros(2)).interval(np.array([0, 0])) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "full", "loss"),
+    [
+        ("classification", 1, 1, 0),
+        ("classification", 1, 2, 1),
+        ("multi-label-classification", [True, False], [True, False], 0),
+        ("multi-label-classification", [True, False], [True, True], 1),
+        ("token-classification", [0, 1, 2, 2], [0, 1, 2, 0], 0.25),
+        ("token-classification", [], [], 0),
+        ("sentence-embedding", [2.0, 0.0], [1.0, 0.0], 0),
+        ("sentence-embedding", [0.6, 0.8], [1.0, 0.0], 0.4),
+        ("sentence-embedding", [-1.0, 0.0], [1.0, 0.0], 1),
+    ],
+)
+def test_how_much_an_answer_differs_from_full_depth(
+    kind: str, answer: object, full: object, loss: float
+) -> None:
+    assert DISAGREEMENTS[kind](np.array(answer), np.array(full)) == pytest.approx(loss)

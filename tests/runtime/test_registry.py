@@ -73,3 +73,17 @@ def test_unknown_rule_lists_the_known() -> None:
 def test_bad_spec_is_refused(spec: RuleSpec, message: str) -> None:
     with pytest.raises(BadSetting, match=message):
         bind(spec, 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (RuleSpec("margin", {"threshold": 0.5}, (1.0,)), "1 temperatures for 4 segments"),
+        (RuleSpec("margin", {"threshold": 0.5}, (1.0, 0.0, 1.0, 1.0)), "must be above 0"),
+        (RuleSpec("margin", {"threshold": 0.5}, (1.0, math.nan, 1.0, 1.0)), "must be above 0"),
+        (RuleSpec("speculative", {}, (1.0,) * 4), "it has no temperatures"),
+    ],
+)
+def test_temperatures_that_do_not_fit_are_refused(spec: RuleSpec, message: str) -> None:
+    with pytest.raises(BadSetting, match=message):
+        bind(spec, 4)

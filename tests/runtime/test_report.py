@@ -43,6 +43,12 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
 
 
+@pytest.fixture(scope="module")
+def page(figures: dict[str, Any]) -> str:
+    """The page of these figures: drawing its pictures takes most of a second."""
+    return report.html_page(figures)
+
+
 def test_the_table_has_every_candidate_segment_and_fact(figures: dict[str, Any]) -> None:
     lines = report.classification_text(figures).splitlines()
     assert lines[0].split()[0] == "candidate"
@@ -63,32 +69,31 @@ def test_a_missing_value_is_a_dash(figures: dict[str, Any]) -> None:
     assert "no labels" in report.html_page(changed)
 
 
-def test_the_page_is_complete_in_itself(figures: dict[str, Any]) -> None:
-    page = Page(report.html_page(figures))
-    names = [tag for tag, _ in page.tags]
+def test_the_page_is_complete_in_itself(figures: dict[str, Any], page: str) -> None:
+    parsed = Page(page)
+    names = [tag for tag, _ in parsed.tags]
     assert names.count("svg") == names.count("figure") == 4
     assert not {"script", "link", "img", "iframe", "image"} & set(names)
-    for tag, attributes in page.tags:
+    for tag, attributes in parsed.tags:
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href", "clip-path", "fill"):
                 assert "//" not in str(value), f"{tag} {name} loads {value}"
-    text = "".join(page.words)
+    text = "".join(parsed.words)
     assert "@import" not in text and "url(http" not in text
     assert all(candidate["name"] in text for candidate in figures["candidates"])
 
 
-def test_pictures_do_not_share_ids(figures: dict[str, Any]) -> None:
-    page = Page(report.html_page(figures))
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+def test_pictures_do_not_share_ids(page: str) -> None:
+    tags = Page(page).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids)) > 100
-    links = [str(a["xlink:href"]) for _, a in page.tags if "xlink:href" in a]
+    links = [str(a["xlink:href"]) for _, a in tags if "xlink:href" in a]
     assert links and {link.removeprefix("#") for link in links} <= set(ids)
 
 
-def test_ink_follows_the_page(figures: dict[str, Any]) -> None:
-    text = report.html_page(figures)
-    assert "currentColor" in text and report._INK not in text
-    assert "prefers-color-scheme: dark" in text
+def test_ink_follows_the_page(page: str) -> None:
+    assert "currentColor" in page and report._INK not in page
+    assert "prefers-color-scheme: dark" in page
 
 
 def test_names_are_escaped_everywhere(figures: dict[str, Any]) -> None:

@@ -13,8 +13,10 @@ from offramp.runtime.rules.sweep import (
     ExitTable,
     accuracy_at,
     choose_points,
+    fixed_settings,
     full_depth_point,
     most_accurate_point,
+    setting_rule,
     settings_to_try,
     shallowest_point,
     sweep,
@@ -102,17 +104,17 @@ def test_choices() -> None:
     assert shallowest_point(points, 101) is None and most_accurate_point(points, 101) is None
 
 
-def test_points_by_name_and_the_reference_of_within() -> None:
+def test_points_by_name_and_the_reference_of_dev_x() -> None:
     points = choose_points("gate", table(), macs())
-    assert next(iter(points)) == "default" and points["default"] == points["within-0.5"]
+    assert next(iter(points)) == "default" and points["default"] == points["dev-0.5"]
     assert points["full"].rule == RuleSpec("never", {}) and points["full"].accuracy == 100
     assert points["trained"].rule == RuleSpec("gate", {"threshold": 0.5})
     lenient = choose_points("gate", table(), macs(), reference=75.5)
     assert lenient["default"].mean_exit < points["default"].mean_exit
-    # No point reaches the reference: the default is full depth, and there is no point within-X.
+    # No point reaches the reference: the default is full depth, and there is no point dev-X.
     hopeless = choose_points("max_probability", table(), macs(), reference=200)
     assert hopeless["default"] == full_depth_point(table(), macs())
-    assert not any(name.startswith("within") for name in hopeless) and "trained" not in hopeless
+    assert not any(name.startswith("dev") for name in hopeless) and "trained" not in hopeless
 
 
 def test_accuracy_between_points() -> None:
@@ -121,3 +123,33 @@ def test_accuracy_between_points() -> None:
     assert accuracy_at(points, last.mean_exit + 1) is None
     at_first = accuracy_at(points, first.mean_exit)
     assert at_first == pytest.approx(np.mean([p.accuracy for p in points if p.mean_exit == first.mean_exit]))
+
+
+@pytest.mark.parametrize("rule", sorted(SWEPT))
+def test_fixed_settings_go_from_the_safest_to_the_cheapest(rule: str) -> None:
+    sequences = fixed_settings(rule, 3)
+    assert sequences == fixed_settings(rule, 3) and sum(map(len, sequences)) > 1
+    for sequence in sequences:
+        exits = np.array([table().exits(setting_rule(rule, setting)) for setting in sequence])
+        assert np.all(np.diff(exits, axis=0) <= 0), "no row exits later at a cheaper setting"
+    specs = [setting_rule(rule, setting) for sequence in sequences for setting in sequence]
+    assert len({tuple(spec.parameters.items()) for spec in specs}) == len(specs)
+    safest, cheapest = (
+        table().exits(setting_rule(rule, setting)) for setting in (sequences[0][0], sequences[-1][-1])
+    )
+    # Answers of this table change by 0 or by more than 1, beyond all thresholds of settled.
+    assert cheapest.sum() < safest.sum() or rule == "settled"
+
+
+def test_points_state_an_interval_and_the_exits_of_their_rows() -> None:
+    point = sweep("gate", [0.5], table(), macs())[0]
+    assert point.exit_rows == (2, 1, 1)
+    # Wilson's interval of 4 of 4: 4 / (4 + 1.96 squared) to 1
+    assert point.stated_figures()["low"] == pytest.approx(100 * 4 / (4 + 1.959964**2), abs=1e-3)
+    assert point.stated_figures()["high"] == 100 and "low" not in point.figures()
+
+
+def test_a_table_at_temperatures() -> None:
+    scaled = table().at_temperatures((1.0, 2.0, 4.0))
+    assert scaled.logits[0, :, 1].tolist() == [3.0, 1.5, 0.75] and scaled.logits.dtype == np.float32
+    assert table().at_temperatures(()).logits[0, 1, 1] == 3.0

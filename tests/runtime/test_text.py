@@ -120,7 +120,7 @@ def test_empty_text_has_tokens(reader: TextReader) -> None:
 
 def test_tokenizer_larger_than_the_embeddings_is_refused() -> None:
     bundle = open_bundle(CLASSIFIER)
-    with pytest.raises(BadBundle, match=r"tokenizer\.json: .* the network has embeddings for 3"):
+    with pytest.raises(BadBundle, match=r"tokenizer\.json: .* beyond the network's 3 embeddings"):
         TextReader(Bundle(CLASSIFIER, dataclasses.replace(bundle.manifest, vocab_size=3)))
 
 
