@@ -2,6 +2,7 @@
 #   make demo    train, split and walk a real model; prints what it measured
 #   make test    the tests, without those marked slow, gpu or trt
 #   make test-all   the slow ones too, as CI does
+#   make fuzz    5 minutes of coverage-guided fuzzing of all that reads bytes of others
 #   make check   ruff, mypy --strict, and whether the tree in docs/structure.md is the tree
 #   make bench   what early exit saves on this machine; writes the figures of README.md and docs/measured.md
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROOMS := benchmarks export models runtime training
 
-.PHONY: demo test test-all check bench figures tree clean
+.PHONY: demo test test-all fuzz check bench figures tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.product
@@ -43,6 +44,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) -m 'not gpu and not trt'
+
+fuzz: $(VENV)/.dev
+	-$(BIN)/python -m pip install --quiet --group fuzz
+	$(BIN)/python tests/fuzz.py --seconds 300
 
 check: $(VENV)/.dev build/types
 	$(BIN)/ruff check

@@ -43,7 +43,7 @@ from offramp.runtime.loading import load_row_session
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.rules.sweep import choose_points
-from offramp.runtime.tuning.calibrate import macs_to_exits, measure_exit_table, usual_rule
+from offramp.runtime.tuning.exit_tables import macs_to_exits, measure_exit_table, usual_rule
 from offramp.runtime.tuning.labelled import read_perhaps_labelled
 from offramp.runtime.tuning.right_answers import right_answers
 from offramp.runtime.walker import Inputs, walk_one
@@ -119,8 +119,10 @@ def choose_exits(
         for folder, cuts in zip(folders, ("each", str(source.network.block_count)), strict=True):
             _write_to_time(source, source.split(cuts, ("fp32",)), folder, ("fp32",), None)
         with (
-            load_row_session(folders[0], rule="never", engine=engine, device=device) as every,
-            load_row_session(folders[1], rule="never", engine=engine, device=device) as one,
+            load_row_session(
+                folders[0], rule="never", engine=engine, device=device, global_pool=True
+            ) as every,
+            load_row_session(folders[1], rule="never", engine=engine, device=device, global_pool=True) as one,
         ):
             images, kind = source.network.family.vision is not None, every.manifest.kind
             rows, labelled = read_perhaps_labelled(dev, every.labels, images=images, kind=kind)

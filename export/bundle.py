@@ -20,7 +20,7 @@ from offramp.export.segments import Exportable, Segment, SplitNetwork, file_name
 from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import VerificationReport, verify
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import FILE_NAME, FileFact, Manifest
+from offramp.runtime.bundle.manifest import FILE_NAME, SIGNATURE_NAME, FileFact, Manifest
 
 
 class BadTarget(ValueError):
@@ -90,7 +90,7 @@ def check_target(folder: Path, *, overwrite: bool, listing: str = FILE_NAME) -> 
     try:
         listed = json.loads((folder / listing).read_text(encoding="utf-8"))
         files = listed["files"] if "files" in listed else [graph["file"] for graph in listed["graphs"]]
-        known = {listing, *files}
+        known = {listing, SIGNATURE_NAME, *files}  # a signature of files that are replaced holds no more
     except (OSError, ValueError, KeyError, TypeError):
         raise BadTarget(f"{folder} exists and has no {listing} that we wrote; {cure}") from None
     others = sorted({entry.name for entry in folder.iterdir()} - known)
@@ -126,6 +126,8 @@ def replace_folder(folder: Path, *, overwrite: bool = False, listing: str = FILE
             folder.rename(old)
         new.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # the second renaming failed
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -269,7 +269,7 @@ def _write(
     from offramp.export.monolith import write_monolith
     from offramp.export.table import closing_table
     from offramp.export.verify import NotVerified
-    from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
+    from offramp.runtime.errors import BadBundle, BadInput, BadSetting, EngineUnavailable
     from offramp.runtime.tuning.calibrate import calibrate_classifier
 
     def measure(folder: Path) -> Manifest:
@@ -286,7 +286,7 @@ def _write(
             texts=texts,
             measure=None if options.dev is None else measure,
         )
-    except NotVerified as problem:
+    except (NotVerified, BadBundle) as problem:
         raise VerificationFailed(f"{problem}; no bundle was written") from None
     except BadInput as problem:
         file = f"--dev {options.dev}" if options.texts is None else f"--texts {options.texts}"

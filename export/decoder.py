@@ -345,12 +345,22 @@ def open_decoder(folder: Path) -> ExportableDecoder:
     Raises ValueError, or what transformers raises, for a folder without such a model or its tokenizer.json;
     UnsupportedFamily; BadCheckpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from offramp.training.pretrained import load_pretrained_config
 
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"it has no {TOKENIZER}: save it with a fast tokenizer of transformers")
-    decoder_family_of(AutoConfig.from_pretrained(folder).model_type)  # before weights are read
-    network = DecoderNetwork(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    decoder_family_of(load_pretrained_config(folder).model_type)  # before weights are read
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as problem:  # files that do not fit make transformers raise nearly anything
+        raise ValueError(f"its weights cannot be loaded: {type(problem).__name__}: {problem}") from problem
+    network = DecoderNetwork(model)
     load_exits(network, folder)
     training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
     return ExportableDecoder(network.float(), folder, training)

@@ -26,7 +26,9 @@ def median_token_seconds(bundles: list[Path], variant: str) -> list[float]:
     """Median seconds a token of each bundle at full depth, head included."""
     with ExitStack() as sessions:
         opened = [
-            sessions.enter_context(load_generator(bundle, variant=variant, rule="never", share=False))
+            sessions.enter_context(
+                load_generator(bundle, variant=variant, rule="never", share=False, global_pool=True)
+            )
             for bundle in bundles
         ]
         prompt = min(PROMPT, opened[0].longest // 2)

@@ -1,7 +1,8 @@
 """ee-verify: check a bundle's files, and compile its graphs for TensorRT ahead of time, without a GPU.
 
 \b
-    ee-verify bundle/              # compare every file with the manifest
+    ee-verify bundle/              # compare every file with the manifest, and check its graphs (SECURITY.md)
+    ee-verify bundle/ --key FILE   # and verify that this key signed it
     ee-verify bundle/ --trt        # and compile its graphs with TensorRT-RTX
 
 TensorRT itself does not start without a GPU; TensorRT-RTX compiles on the CPU. It has the same parser and API
@@ -104,16 +105,19 @@ def _capability(trt: Any, target: str) -> Any:
 
 @click.command(help=__doc__, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path), default=Path("bundle/"))
+@click.option("--key", type=click.Path(path_type=Path), help="Public key that must have signed the bundle.")
 @click.option("--trt", is_flag=True, help="Compile its graphs with TensorRT-RTX, which must be installed.")
 @click.option("--variant", help="Variant to compile. [default: those of fp32 and fp16 that it has]")
 @click.option("--target", "targets", multiple=True, default=TARGETS, help="Compute capability, such as 8.6.")
-def main(bundle: Path, trt: bool, variant: str | None, targets: tuple[str, ...]) -> None:
+def main(bundle: Path, key: Path | None, trt: bool, variant: str | None, targets: tuple[str, ...]) -> None:
     """Command ee-verify: check the files of a bundle and, with --trt, compile its graphs."""
     refused = 0
     try:
-        opened = open_bundle(bundle)
+        opened = open_bundle(bundle, key)
         opened.verify()
         click.echo(f"{bundle}: {len(opened.manifest.files)} files as the manifest says")
+        if key is not None:
+            click.echo(f"{bundle}: signed by {key}")
         if trt and variant not in (None, *opened.manifest.variants):
             raise click.UsageError(f"--variant {variant}: it offers {', '.join(opened.manifest.variants)}")
         for result in (

@@ -73,14 +73,14 @@ def pool_tokens(
 class OwnPool(nn.Module):
     """The pooling before a model's own head, as transformers' classification model does it.
 
-    reads: a name in READS, see HeadLayout.
+    reads: a name in READS, prefix: tokens before the patches; see HeadLayout.
     """
 
-    def __init__(self, reads: str) -> None:
+    def __init__(self, reads: str, prefix: int = 1) -> None:
         super().__init__()
         if reads not in READS:
             raise ValueError(f"reads {reads!r}; choose one of {', '.join(READS)}")
-        self.reads = reads
+        self.reads, self.prefix = reads, prefix
 
     def forward(self, hidden: Tensor, mask: Tensor | None, norm: nn.Module | None) -> Tensor:
         """Pool hidden [batch, seq, hidden] into [batch, hidden], or twice as wide for two vectors.
@@ -95,10 +95,10 @@ class OwnPool(nn.Module):
         if self.reads == "tokens":
             return normed
         if self.reads == "patches":
-            patches: Tensor = normed[:, 1:].mean(1)
+            patches: Tensor = normed[:, self.prefix :].mean(1)
             return patches
         if self.reads == "first_and_patches":
-            return torch.cat([normed[:, 0], normed[:, 1:].mean(1)], dim=1)
+            return torch.cat([normed[:, 0], normed[:, self.prefix :].mean(1)], dim=1)
         if mask is None:
             return normed.mean(1)
         weights = mask.squeeze(1).softmax(-1)  # [batch, 1, seq], equal for all real tokens, 0 for others

@@ -55,7 +55,7 @@ def stem_macs(network: EarlyExitNetwork) -> RowMacs:
     row = 0
     if vision is not None:  # all rows have one length, and the first tokens are no patches
         kernels = [m.weight.numel() for m in network.backbone.modules() if isinstance(m, nn.Conv2d)]
-        row = (network.longest - vision.prefix) * sum(kernels)
+        row = (network.longest - vision.prefix(network.config)) * sum(kernels)
     return RowMacs(token=linear_weights(projection) if projection is not None else 0, row=row)
 
 

@@ -264,7 +264,7 @@ class EarlyExitNetwork(nn.Module):
             if self.task.per_token:
                 context["words"] = words_mask(inputs["word_starts"])
         elif mean:
-            context["pool"] = patch_weights(hidden, self.family.vision.prefix)
+            context["pool"] = patch_weights(hidden, self.family.vision.prefix(self.config))
         context.update(self.family.context(self.backbone, hidden))
         return hidden, context
 

@@ -28,15 +28,16 @@ class OwnHead(nn.Module):
     """A model's own head as the last exit: the layers that transformers' classification model applies.
 
     reads: what it pools, see OwnPool. layers: linear layers, norms and activations in order; dropout is
-    applied before the last one. It has no standardization, joins no ensemble, and shares no pooler.
+    applied before the last one. prefix: tokens before the patches. The head has no standardization, joins no
+    ensemble, and shares no pooler.
     """
 
     attention = None  # own_pool takes its place
     decay = None
 
-    def __init__(self, reads: str, layers: Sequence[nn.Module], dropout: float) -> None:
+    def __init__(self, reads: str, layers: Sequence[nn.Module], dropout: float, prefix: int = 1) -> None:
         super().__init__()
-        self.own_pool = OwnPool(reads)
+        self.own_pool = OwnPool(reads, prefix)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
 
@@ -74,7 +75,7 @@ def own_head_of(model: PreTrainedModel, dropout: float, *, per_token: bool = Fal
             except AttributeError as problem:
                 raise NoOwnHead(f"{type(model).__name__} has no layer {path}") from problem
         layers.append(layer)
-    return OwnHead(layout.reads, layers, dropout)
+    return OwnHead(layout.reads, layers, dropout, layout.prefix)
 
 
 def _layout(config: PreTrainedConfig, per_token: bool) -> HeadLayout | None:
@@ -89,7 +90,7 @@ def empty_own_head(config: PreTrainedConfig, dropout: float, *, per_token: bool 
     config = copy.deepcopy(config)
     config.architectures = config.architectures or []  # transformers expects a list
     with torch.device("meta"):  # the backbone of this model is thrown away, so it takes no memory
-        model = classification_class(config, per_token=per_token).from_config(config)
+        model = classification_class(config, per_token=per_token).from_config(config, trust_remote_code=False)
     return own_head_of(model, dropout, per_token=per_token).to_empty(device="cpu")
 
 

@@ -5,6 +5,7 @@ The prompt and the first token of an answer run every segment with every rule.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def _decode(
     prompt_hidden = steps[0].signals.hidden
     last_hidden = None if prompt_hidden is None else prompt_hidden[-1]
     plan: list[int] = rule.first_plan(segments, variant, last_hidden)[0].tolist()
-    tokens = [Token(int(steps[-1].signals.logits[-1].argmax()), manifest.blocks, manifest.blocks)]
+    tokens = [Token(_best_id(steps[-1].signals.logits[-1]), manifest.blocks, manifest.blocks)]
     count, longest = 0, sequence.runner.longest
     while True:
         for token in tokens:
@@ -104,7 +105,7 @@ def _next_token(
     blocks_before, blocks = sequence.blocks_run, sequence.runner.blocks
     sequence.feed([token])
     steps = walk_one(engine, rule, sequence, plan)
-    next_id = int(steps[-1].signals.logits[-1].argmax())
+    next_id = _best_id(steps[-1].signals.logits[-1])
     depth = sum(blocks[step.segment] for step in steps)
     return Token(next_id, depth, sequence.blocks_run - blocks_before)
 
@@ -174,12 +175,12 @@ class _Round:
         """Ids that the full depth predicts after each token from position `start` on, while drafts agree."""
         ids: list[int] = []
         for number, row in enumerate(logits):
-            id = int(row.argmax())
+            id = _best_id(row)
             if len(logits) > 1 and _margin(row, id) < self._close:
                 token = self._sequence.ids[start + number]
                 self._sequence.truncate(start + number)
                 self._sequence.feed([token])
-                return [*ids, int(self._verify(0, 1)[0].argmax())]
+                return [*ids, _best_id(self._verify(0, 1)[0])]
             ids.append(id)
             if number + 1 == len(logits) or id != drafts[number][0]:
                 break
@@ -197,9 +198,17 @@ class _Round:
         return signals
 
 
+def _best_id(logits: Floats) -> int:
+    """The most probable id; logits [ids]. Raises BadInput if there is none, as argmax finds a NaN first."""
+    id = int(logits.argmax())
+    if not math.isfinite(logits[id]):
+        raise BadInput("the network's logits are not finite (NaN or infinite), so they name no token")
+    return id
+
+
 def _most_probable(logits: Floats) -> tuple[int, float]:
     """The most probable id and its probability; logits [ids]."""
-    id = int(logits.argmax())
+    id = _best_id(logits)
     return id, 1 / float(np.exp(logits - logits[id]).sum())
 
 

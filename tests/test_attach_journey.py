@@ -53,6 +53,6 @@ def test_points_state_how_often_they_agree_with_full_depth(root: Path) -> None:
     measured = {point["name"]: point["measured"] for point in manifest["points"]}
     assert measured["full"]["agreement"] == 100
     for name, figures in measured.items():
-        if name.startswith("within-"):
-            assert figures["agreement"] >= 100 - float(name.removeprefix("within-"))
+        if name.startswith("dev-"):
+            assert figures["agreement"] >= 100 - float(name.removeprefix("dev-"))
     assert "accuracy" not in measured["full"]

@@ -35,13 +35,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.bundle",
         "runtime.errors",
         "runtime.inputs.images",
+        "runtime.inputs.tokenizer_checks",
         "runtime.inputs.words",
     ),
-    "export": ("models", "training.checkpoint", "runtime"),
+    "export": ("models", "training.checkpoint", "training.pretrained", "runtime"),
     "benchmarks": ("runtime", "models", "training", "export"),
 }
 # All that the runtime may import of others: its dependencies in pyproject, and the modules of its engines.
 RUNTIME_IMPORTS = {"numpy", "click", "tokenizers", "PIL", "jinja2", "onnxruntime", "tensorrt", "tensorrt_rtx"}
+RUNTIME_IMPORTS.add("cryptography")  # of the extra sign
 HEAVY = ("torch", "transformers", "onnx", "datasets")
 
 MAX_LINES = 500
@@ -97,6 +99,7 @@ PURPOSE = {
     "docs": "how to, and what was tried and measured",
     "docs/add-a-family.md": "how a family of encoders is added, with an example that a test runs",
     "docs/add-a-method.md": "how a method is added: one file and one line, with an example that a test runs",
+    "docs/budgets.md": "budgets of time and depth, and audits of the answers; a test runs every block",
     "docs/tasks.md": "several labels, labels of words, numbers, embeddings; a test runs every block",
     "docs/your-model.md": "how a fine-tuned model gets exits; a test runs every block",
     "docs/cli.md": "every command: input, exit codes, rules, operating points, options",
@@ -107,10 +110,13 @@ PURPOSE = {
     "docs/jetson.md": "running on a Jetson",
     "docs/log.md": "a dated log of what was tried, negative results too",
     "docs/measured.md": "every candidate and every figure, written by `make figures`",
+    "docs/processes.md": "servers, workers, threads, containers, stopping ee-run; a test runs its files",
+    "docs/operating-points.md": "measured and guaranteed points: what a guarantee says, and whether it holds",
     "docs/papers.md": "the published systems element by element, and what of them is built",
     "docs/structure.md": "rooms, doors, what to read in which order, every file",
     "tests": "one test file a source file, under the same names",
     "tests/data": "tiny bundles, checked in, with their generators",
+    "tests/hostile": "what an attacker would write: bundles, inputs, templates; threats of SECURITY.md",
     "tests/doubles": "CUDA and TensorRT on host memory, for tests of the GPU engines",
 }
 BEGIN, END = "<!-- tree: make tree -->", "<!-- end of tree -->"

@@ -269,14 +269,15 @@ def image_folder(folder: Path, train: int = 48, dev: int = 24, test: int = 24) -
 @torch.no_grad()
 def greedy(network: DecoderNetwork, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     """The `count` likeliest tokens after each prompt at full depth, one after another, without a cache."""
-    answers = []
-    for prompt in prompts:
-        ids = list(prompt)
+    answers: dict[int, list[int]] = {}  # by the number of the prompt; those of one length run together
+    for length in {len(prompt) for prompt in prompts}:
+        numbers = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([list(prompts[number]) for number in numbers])
         for _ in range(count):
-            last_state = network(torch.tensor([ids]))[-1][0, -1]
-            ids.append(int(network.head(last_state).argmax()))
-        answers.append(ids[len(prompt) :])
-    return answers
+            last_state = network(ids)[-1][:, -1]
+            ids = torch.cat([ids, network.head(last_state).argmax(-1, keepdim=True)], dim=1)
+        answers |= dict(zip(numbers, ids[:, length:].tolist(), strict=True))
+    return [answers[number] for number in range(len(prompts))]
 
 
 def hub_tokenizer() -> PreTrainedTokenizerFast:

@@ -58,6 +58,7 @@ IMAGES: dict[str, Make] = makers(
     {
         "beit": {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
         "clip_vision_model": {},
+        "dinov2_with_registers": {"mlp_ratio": 2, "layerscale_value": 0.5, "num_register_tokens": 3},
         "siglip_vision_model": {"vision_use_head": False},
         "vit_msn": {},
     },

@@ -10,14 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from tokenizers import Tokenizer
+from transformers import AutoModel, PreTrainedConfig
 
 from offramp.models.controllers import load_controllers
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
+from offramp.runtime.bundle.strict_json import build_value
 from offramp.runtime.inputs.images import ImageInput
+from offramp.runtime.inputs.tokenizer_checks import check_tokenizer, tokenizer_reason
+from offramp.training.pretrained import check_config, first_line
 
 WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "weights.safetensors",
@@ -26,6 +31,7 @@ WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "tokenizer.json",
 )
 EXITS = "exits.safetensors"  # beside a language model as transformers saves it
+FORMAT = 1
 
 
 class BadCheckpoint(ValueError):
@@ -89,7 +95,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     save_file(state, folder / WEIGHTS)
     input_key = "text" if isinstance(checkpoint.input, TextFacts) else "image"
     description = {
-        "format": 1,
+        "format": FORMAT,
         "backbone": network.config.to_dict(),
         "network": dataclasses.asdict(network.spec),
         input_key: dataclasses.asdict(checkpoint.input),
@@ -101,32 +107,90 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read a checkpoint folder; raises BadCheckpoint naming the file that is missing or wrong."""
+    """Read a checkpoint folder; raises BadCheckpoint, which names the file and the field that are wrong.
+
+    Everything is compared with the header of the weights before memory is taken for them.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadCheckpoint(f"{folder}: no such folder; train one with: ee-train --out {folder}")
     for name in (WEIGHTS, NETWORK, TRAINING):
         _require_file(folder / name)
-    description = read_json(folder / NETWORK)
+    file = folder / NETWORK
+    description = read_json(file)
+    if (written := description.get("format")) != FORMAT:
+        raise BadCheckpoint(f"{file}: format: {written!r:.40}; this version reads format {FORMAT}")
+    kind = "image" if "image" in description else "text"
     try:
-        spec = _with_tuples(description["network"])
-        backbone = dict(description["backbone"])
-        config = AutoConfig.for_model(backbone.pop("model_type"), **backbone)
-        network_input: TextFacts | ImageInput
-        if "image" in description:
-            network_input = ImageInput(**_with_tuples(description["image"]))
-        else:
-            network_input = TextFacts(**description["text"])
-        network = EarlyExitNetwork(AutoModel.from_config(config), NetworkSpec(**spec))
-    except (KeyError, TypeError) as problem:
-        raise BadCheckpoint(f"{folder / NETWORK}: field missing or unknown: {problem}") from problem
+        unknown = description.keys() - {"format", "backbone", "network", kind}
+        if unknown or not description.keys() >= {"backbone", "network", kind}:
+            raise ValueError(f"expected backbone, network and {kind}, found {', '.join(description)[:200]}")
+        spec = build_value(NetworkSpec, description["network"], "network")
+        network_input: TextFacts | ImageInput = build_value(
+            ImageInput if kind == "image" else TextFacts, description[kind], kind
+        )
+        if isinstance(network_input, TextFacts) and not 1 <= network_input.longest <= 2**31:
+            raise ValueError(f"text.longest: {network_input.longest}; expected 1 or more")
+        config = check_config(description["backbone"], "backbone")
+        network = _network_of(config, spec, folder / WEIGHTS)
+    except BadCheckpoint:
+        raise
+    except ValueError as problem:
+        raise BadCheckpoint(f"{file}: {first_line(problem)}") from problem
     try:
         network.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as problem:
-        raise BadCheckpoint(f"{folder / WEIGHTS} does not fit {NETWORK}: {problem}") from problem
+        raise BadCheckpoint(f"{folder / WEIGHTS} does not fit {NETWORK}: {first_line(problem)}") from problem
     network.eval()
-    tokenizer = None if "image" in description else _require_file(folder / TOKENIZER)
+    tokenizer = None
+    if isinstance(network_input, TextFacts):
+        if not 0 <= network_input.pad_id < network.vocab_size:
+            raise BadCheckpoint(f"{file}: text.pad_id: {network_input.pad_id} of {network.vocab_size} ids")
+        tokenizer = _checked_tokenizer(_require_file(folder / TOKENIZER), network.vocab_size)
     return Checkpoint(network, network_input, tokenizer, read_json(folder / TRAINING))
+
+
+def _network_of(config: PreTrainedConfig, spec: NetworkSpec, weights: Path) -> EarlyExitNetwork:
+    """The network without its weights, whose shapes are compared with those of a file first."""
+
+    def build() -> EarlyExitNetwork:
+        return EarlyExitNetwork(AutoModel.from_config(config, trust_remote_code=False), spec)
+
+    try:
+        with safe_open(weights, "pt") as tensors:
+            stored = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as problem:
+        raise BadCheckpoint(f"{weights}: not safetensors: {first_line(problem)}") from problem
+    try:
+        with torch.device("meta"):  # takes no memory, however large the numbers are
+            expected = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+    except Exception as problem:  # transformers checks little, so nearly anything can be raised
+        raise ValueError(
+            f"backbone and network: {type(problem).__name__}: {first_line(problem)}"
+        ) from problem
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise BadCheckpoint(
+                f"{weights} does not fit {NETWORK}: {name} is {_shape(stored.get(name))} in the file, and by "
+                f"{NETWORK} {_shape(expected.get(name))}"
+            )
+    return build()
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _checked_tokenizer(file: Path, vocab_size: int) -> Path:
+    """The file, if it is a tokenizer that can be used; raises BadCheckpoint."""
+    try:
+        text = file.read_text("utf-8")
+        check_tokenizer(text, vocab_size)
+        Tokenizer.from_str(text)
+    except BaseException as problem:  # a panic of the library is no Exception
+        reason = tokenizer_reason(problem)
+        raise BadCheckpoint(f"{file}: not a tokenizer that can be used: {reason}") from problem
+    return file
 
 
 def save_exits(network: DecoderNetwork, folder: Path) -> None:
@@ -157,13 +221,8 @@ def load_exits(network: DecoderNetwork, folder: str | Path) -> None:
         missing = [name for name in mismatch.missing_keys if not name.startswith("model.")]
         if missing or mismatch.unexpected_keys:
             raise ValueError(f"{[*missing, *mismatch.unexpected_keys][0]} is missing or unknown")
-    except (SafetensorError, RuntimeError, ValueError, IndexError) as problem:
-        raise BadCheckpoint(f"{file} does not fit the model beside it: {problem}") from problem
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with tuples in place of lists, since JSON has no tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, IndexError, KeyError) as problem:
+        raise BadCheckpoint(f"{file} does not fit the model beside it: {first_line(problem)}") from problem
 
 
 def _require_file(file: Path) -> Path:
@@ -183,19 +242,31 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raises BadCheckpoint naming the file and the line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise BadCheckpoint(f"{path}: not valid JSON: {problem}") from problem
+    except RecursionError:
+        raise BadCheckpoint(f"{path}: not valid JSON: nested too deeply") from None
+    except ValueError as problem:
+        raise BadCheckpoint(f"{path}: not valid JSON: {first_line(problem)}") from problem
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; an old folder of that name is removed only after the new one is in place."""
+    """Rename `new` to `folder`; an old folder of that name is removed only after the new one is in place.
+
+    If the renaming fails, the old folder has its name again.
+    """
     # Hidden and with a suffix of offramp, so that it is no backup of a user.
     old = folder.with_name(f".{folder.name}.replaced-by-ee-train")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # an earlier run was killed between the two renames below
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

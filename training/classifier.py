@@ -18,6 +18,7 @@ from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, cou
 from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TASKS
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
+from offramp.runtime.inputs.tokenizer_checks import check_tokenizer, tokenizer_reason
 from offramp.training.batches import Encoded, encode_rows, parse_augment
 from offramp.training.checkpoint import (
     NETWORK,
@@ -33,12 +34,14 @@ from offramp.training.collect import QUALITY, collect, exit_table, label_logits,
 from offramp.training.data import NO_LABEL, Columns, balanced_index, has_label, load_data
 from offramp.training.loop import Run
 from offramp.training.options import BadModel, TrainConfig
+from offramp.training.pretrained import first_line
 from offramp.training.recipes import FOR_EVERY_TASK
 from offramp.training.recipes.base import ClassifierRecipe, Settings
 from offramp.training.user_model import UserModel, load_user_model, match_labels, own_task, without_labels
 
 # ImageNet's mean and standard deviation, for models without a preprocessor.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ANY_VOCABULARY = 2**31
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 
 
@@ -260,7 +263,7 @@ def new_network(
         facts["embedding_pooling"] = user.head.own_pool.reads
     torch.manual_seed(seed)
     vision = family_of(user.backbone.config.model_type).vision
-    if parts.pooling == "cls" and vision is not None and vision.prefix == 0:
+    if parts.pooling == "cls" and vision is not None and vision.prefix(user.backbone.config) == 0:
         raise BadSetting(f"--pooling cls: {user.name} has no token before its patches; say mean or attention")
     try:
         spec = NetworkSpec(labels, blocks, **dataclasses.asdict(parts) | facts)
@@ -294,7 +297,7 @@ def load_initial_checkpoint(folder: str, policy: str | None, seed: int) -> Check
         torch.manual_seed(seed)
         config = checkpoint.network.config
         new_spec = dataclasses.replace(spec, policy=policy, forecast=())
-        network = EarlyExitNetwork(AutoModel.from_config(config), new_spec)
+        network = EarlyExitNetwork(AutoModel.from_config(config, trust_remote_code=False), new_spec)
         without_policies = {name: value for name, value in old.items() if not name.startswith("policies")}
         network.load_state_dict(without_policies, strict=False)
         checkpoint.network = network
@@ -310,14 +313,19 @@ def load_tokenizer(model: str) -> tuple[Tokenizer, TextFacts]:
     prefix.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as problem:
-        raise BadModel(f"{model}: no tokenizer found: {str(problem).splitlines()[0]}") from problem
+        tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except BaseException as problem:  # a panic of the library is no Exception
+        reason = tokenizer_reason(problem)
+        raise BadModel(f"{model}: no tokenizer that can be read: {reason}") from problem
     if not tokenizer.is_fast:
         raise BadModel(f"{model}: its tokenizer has no tokenizer.json form, which the runtime needs")
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
+    try:
+        check_tokenizer(backend.to_str(), ANY_VOCABULARY)  # that the ids fit the embeddings is checked later
+    except ValueError as problem:
+        raise BadModel(f"{model}: its tokenizer cannot be used: {problem}") from problem
     longest = int(min(tokenizer.model_max_length, 2**31))  # "no limit" is a number too large for a file
     return backend, TextFacts(prefix="", pad_id=int(tokenizer.pad_token_id or 0), longest=longest)
 
@@ -339,13 +347,22 @@ def image_input(
         height, width, (height, width), "bicubic", "RGB", 1 / 255, IMAGENET_MEAN, IMAGENET_STD
     )
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(model)
+        processor: Any = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as problem:
-        reason = str(problem).strip().splitlines()[0]
         print(
-            f"{model}: no preprocessor, taking the usual: {default} ({reason})", file=messages or sys.stderr
+            f"{model}: no preprocessor, taking the usual: {default} ({first_line(problem)})",
+            file=messages or sys.stderr,
         )
         return default
+    try:
+        return _image_facts(processor, height, width, no_crop=no_crop)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:
+        what = f"{type(problem).__name__}: {first_line(problem)}"
+        raise BadModel(f"{model}: its preprocessor_config.json cannot be used: {what}") from problem
+
+
+def _image_facts(processor: Any, height: int, width: int, *, no_crop: bool) -> ImageInput:
+    """The facts of an image processor for images of this size; raises nearly anything for odd values."""
     resize: tuple[int, ...] = (height, width) if no_crop else ()
     if processor.do_resize and not no_crop:
         resize = _resize_before_crop(processor, height, width)

@@ -130,7 +130,7 @@ def _why_nothing(entries: list[Path]) -> str:
 def _read_hub(source: str) -> dict[str, NamedTable]:
     name, _, configuration = source.partition(":")
     try:
-        hub_splits = datasets.load_dataset(name, configuration or None)
+        hub_splits = datasets.load_dataset(name, configuration or None, trust_remote_code=False)
     except Exception as problem:
         raise BadData(
             f"{source}: neither a file nor a folder here, and the hub did not give it: {_root_cause(problem)}"
@@ -176,7 +176,9 @@ def _read_lines(file: Path, columns: Columns, tell: Tell) -> Table:
 
 def _read_parquet(file: Path, columns: Columns, tell: Tell) -> Table:
     try:
-        table: Table = datasets.load_dataset("parquet", data_files=str(file), split="train")
+        table: Table = datasets.load_dataset(
+            "parquet", data_files=str(file), split="train", trust_remote_code=False
+        )
     except Exception as problem:  # datasets wraps any error of its readers
         raise BadData(f"{file}: cannot be read: {_root_cause(problem)}") from problem
     return table

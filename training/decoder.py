@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.families import UnsupportedFamily, decoder_family_of
 from offramp.models.network import parse_exits
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.inputs.tokenizer_checks import tokenizer_reason
 from offramp.training.checkpoint import TRAINING, load_exits, save_exits, write_json
 from offramp.training.lm_data import load_token_rows
 from offramp.training.loop import Run
 from offramp.training.options import BadModel, TrainConfig
+from offramp.training.pretrained import load_pretrained_config
 from offramp.training.recipes.base import DecoderRecipe, Settings
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -79,12 +81,17 @@ def load_decoder(model: str) -> tuple[DecoderNetwork, PreTrainedTokenizerBase]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        decoder_family_of(AutoConfig.from_pretrained(model).model_type)  # before weights are read
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as problem:
-        kind = "" if isinstance(problem, UnsupportedFamily) else "neither a model folder here nor given: "
-        raise BadModel(f"{model}: {kind}{str(problem).splitlines()[0]}") from problem
+        decoder_family_of(load_pretrained_config(model).model_type)  # before weights are read
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except BaseException as problem:  # files that do not fit raise nearly anything, a panic is no Exception
+        reason = tokenizer_reason(problem)
+        missing = isinstance(problem, OSError)
+        kind = "neither a model folder here nor given: " if missing else "it cannot be loaded: "
+        kind = "" if isinstance(problem, UnsupportedFamily) else kind
+        raise BadModel(f"{model}: {kind}{reason}") from problem
     if tokenizer.eos_token_id is None:
         raise BadModel(f"{model}: its tokenizer has no end-of-text token, which ends every text")
     network = DecoderNetwork(loaded)

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from offramp.models.own_head import OWN_HEAD_LAYERS
 from offramp.training.batches import shuffled_batches
-from offramp.training.checkpoint import read_json, write_json
+from offramp.training.checkpoint import BadCheckpoint, read_json, write_json
+from offramp.training.pretrained import first_line
 
 # (model, row numbers [batch]) -> loss, figures for the log; the model is the network, or accelerate's wrapper
 # of it if several processes train
@@ -243,13 +245,19 @@ class Run(Generic[N]):
 
     def _read_state(self) -> None:
         state = read_json(self.folder / "state.json")
-        tensors = load_file(self.folder / str(state["tensors"]))
-        self.network.load_state_dict(_with_prefix("weights/", tensors))
-        self._optimizer_state = _with_prefix("optimizer/", tensors)
-        torch.set_rng_state(tensors["random/cpu"])
-        if "random/cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random/cuda"])
-        self.position = {"phase": int(state["phase"]), "step": int(state["step"])}
+        try:
+            tensors = load_file(self.folder / Path(str(state["tensors"])).name)
+            self.network.load_state_dict(_with_prefix("weights/", tensors))
+            self._optimizer_state = _with_prefix("optimizer/", tensors)
+            torch.set_rng_state(tensors["random/cpu"])
+            if "random/cuda" in tensors and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors["random/cuda"])
+            self.position = {"phase": int(state["phase"]), "step": int(state["step"])}
+        except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+            raise BadCheckpoint(
+                f"{self.folder / 'state.json'}: the run cannot go on from this state: "
+                f"{first_line(problem)}; remove {self.folder} to begin again"
+            ) from problem
 
 
 def best_precision() -> str:

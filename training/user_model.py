@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from offramp.models.families import UnsupportedFamily, family_of
@@ -22,6 +22,7 @@ from offramp.models.own_head import NoOwnHead, OwnHead, classification_class, ow
 from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 from offramp.training.data import NO_LABEL, BadData, Columns, Dataset, Rows, Word, load_data
 from offramp.training.options import BadModel
+from offramp.training.pretrained import first_line, load_pretrained_config
 
 DROPOUT = 0.1
 # Poolings of sentence-transformers, and what they read as OwnPool names it.
@@ -45,7 +46,7 @@ class UserModel:
 def load_config(model: str) -> PreTrainedConfig:
     """Read the configuration of a model, a hub name or a folder, of a supported family; raises BadModel."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+        config = load_pretrained_config(model)
         family_of(config.model_type)
     except UnsupportedFamily as problem:
         raise BadModel(f"{model}: {problem}") from problem
@@ -72,6 +73,12 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
     transformers.utils.logging.set_verbosity_error()  # notes on unused weights would hide our messages
     transformers.utils.logging.disable_progress_bar()
     config = load_config(model)
+    if getattr(config, "auto_map", None):
+        print(
+            f"{model}: its own code (auto_map) is not run; transformers' class for {config.model_type} "
+            "reads it",
+            file=sys.stderr,
+        )
     torch.manual_seed(seed)
     own, per_token = task_of_head(config), task == TOKENS
     if own is not None and own != task:
@@ -79,20 +86,28 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
     try:
         if task == EMBEDDING:
             pooling, unit = sentence_pooling(model)
-            backbone = AutoModel.from_pretrained(model, dtype=torch.float32)
+            backbone = _backbone(model)
             return UserModel(model, backbone, OwnHead(pooling, (), DROPOUT), unit=unit)
         if own != task:
-            return UserModel(model, AutoModel.from_pretrained(model, dtype=torch.float32))
+            return UserModel(model, _backbone(model))
         loaded: tuple[Any, dict[str, Any]] = classification_class(
             config, per_token=per_token
-        ).from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        ).from_pretrained(
+            model,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
         classifier, report = loaded
         head = own_head_of(classifier, DROPOUT, per_token=per_token)
     except NoOwnHead as problem:
         raise BadModel(
             f"{model}: {problem}; load its backbone alone with transformers and save that"
         ) from problem
-    except (OSError, ValueError) as problem:
+    except BadModel:
+        raise
+    except Exception as problem:  # files that do not fit make transformers raise nearly anything
         raise _not_loaded(model, problem) from problem
     if missing := sorted(report["missing_keys"]):
         raise BadModel(
@@ -104,9 +119,19 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
     return UserModel(model, classifier.base_model, head, labels)
 
 
+def _backbone(model: str) -> PreTrainedModel:
+    """The base model of a hub name or a folder; weights are read from safetensors, never from pickles."""
+    loaded: PreTrainedModel = AutoModel.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
+    return loaded
+
+
 def _not_loaded(model: str, problem: Exception) -> BadModel:
-    reason = str(problem).splitlines()[0]
-    return BadModel(f"{model}: neither a model folder here nor given by the hub: {reason}")
+    if isinstance(problem, OSError):
+        return BadModel(f"{model}: neither a model folder here nor given by the hub: {first_line(problem)}")
+    kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+    return BadModel(f"{model}: it cannot be loaded: {kind}{first_line(problem)}")
 
 
 def sentence_pooling(model: str) -> tuple[str, bool]:
@@ -123,13 +148,26 @@ def sentence_pooling(model: str) -> tuple[str, bool]:
             file=sys.stderr,
         )
         return "mean", True
+    try:
+        return _pooling_of(model, listing)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as problem:
+        raise BadModel(f"{listing}: {type(problem).__name__}: {first_line(problem)}") from problem
+
+
+def _pooling_of(model: str, listing: str) -> tuple[str, bool]:
+    """See sentence_pooling; listing: the path of modules.json. Raises nearly anything for other contents."""
     modules = json.loads(Path(listing).read_text("utf-8"))
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if unknown := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise BadModel(f"{listing}: module {unknown[0]} is not supported; only pooling and normalizing are")
-    (folder,) = (module["path"] for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling")
-    file = cached_file(model, f"{folder}/config.json")
-    assert file is not None
+    (folder,) = (
+        str(module["path"]) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"
+    )
+    if ".." in Path(folder).parts or Path(folder).is_absolute():
+        raise BadModel(f"{listing}: path {folder[:60]!r} leads out of the model's folder")
+    file = cached_file(model, f"{folder}/config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        raise BadModel(f"{listing}: it names {folder[:60]!r}, which has no config.json")
     modes = {name for name, on in json.loads(Path(file).read_text("utf-8")).items() if on is True}
     for mode, reads in SENTENCE_POOLINGS.items():
         if mode in modes:

@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "vit_msn": vit.VIT,
     "deit": vit.DEIT,
     "dinov2": vit.DINOV2,
+    "dinov2_with_registers": vit.DINOV2,
     "beit": beit.BEIT,
     "siglip_vision_model": towers.SIGLIP,
     "clip_vision_model": towers.CLIP,

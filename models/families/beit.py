@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offramp.models.families.family import Context, Family, HeadLayout, Vision, blocks_at
+from offramp.models.families.family import Context, Family, HeadLayout, Vision, blocks_at, prefix_of
 from offramp.models.families.vit import image_shape, image_tokens, pair, patch_shape
 
 if TYPE_CHECKING:
@@ -172,6 +172,6 @@ BEIT = Family(
     run_block=_run_block,
     longest=_longest,
     exit_norm=_exit_norm,
-    vision=Vision(prefix=1, shape=image_shape, patch=patch_shape, resize=_resize),
+    vision=Vision(prefix=prefix_of(1), shape=image_shape, patch=patch_shape, resize=_resize),
     head=_head,
 )

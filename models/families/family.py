@@ -100,15 +100,20 @@ READS = ("first", "mean", "patches", "first_and_patches", "tokens")
 class HeadLayout:
     """What the trained head of a family's classification model reads, and where that model keeps its layers.
 
-    reads: of the last block's normed output the "first" token, the "mean" of the tokens, the mean of all but
-    the first ("patches"), the first followed by that mean ("first_and_patches"), or each token ("tokens").
-    layers: in order, paths
-    of modules of the model ("backbone." stands for the prefix of its backbone) and activations; dropout is
-    left out.
+    reads: of the last block's normed output the "first" token, the "mean" of the tokens, the mean of the
+    patches ("patches"), the first followed by that mean ("first_and_patches"), or each token ("tokens").
+    layers: in order, paths of modules of the model ("backbone." stands for the prefix of its backbone) and
+    activations; dropout is left out. prefix: tokens before the patches.
     """
 
     reads: str
     layers: tuple[str | nn.Module, ...]
+    prefix: int = 1
+
+
+def prefix_of(tokens: int) -> Callable[[PreTrainedConfig], int]:
+    """A function that gives this number of tokens before the patches for every configuration."""
+    return lambda config: tokens
 
 
 def head_on_first(*layers: str | nn.Module) -> Callable[[PreTrainedConfig], HeadLayout]:
@@ -125,12 +130,12 @@ def one_layer_on_tokens(config: PreTrainedConfig) -> HeadLayout:
 class Vision:
     """The part of a family's adapter for images; all images have the same number of tokens.
 
-    prefix: tokens before the patches. shape: configuration -> (channels, height, width) of an image.
-    patch: configuration -> (height, width) of a patch. resize: (backbone, size) changes the backbone in place
-    so that it reads square images of that size, a multiple of the patch.
+    prefix: configuration -> tokens before the patches. shape: configuration -> (channels, height, width) of
+    an image. patch: configuration -> (height, width) of a patch. resize: (backbone, size) changes the
+    backbone in place so that it reads square images of that size, a multiple of the patch.
     """
 
-    prefix: int
+    prefix: Callable[[PreTrainedConfig], int]
     shape: Callable[[PreTrainedConfig], tuple[int, int, int]]
     patch: Callable[[PreTrainedConfig], tuple[int, int]]
     resize: Callable[[nn.Module, int], None]

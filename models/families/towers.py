@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.family import Context, Family, Vision, blocks_at, module_at
+from offramp.models.families.family import Context, Family, Vision, blocks_at, module_at, prefix_of
 from offramp.models.families.vit import image_shape, image_tokens, pair, patch_shape
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _family(prefix: int, embed: Callable[[nn.Module, Mapping[str, Tensor]], Tens
         run_block=_run_block,
         longest=partial(image_tokens, prefix),
         exit_norm=module_at("post_layernorm"),
-        vision=Vision(prefix, image_shape, patch_shape, partial(_resize, prefix)),
+        vision=Vision(prefix_of(prefix), image_shape, patch_shape, partial(_resize, prefix)),
     )
 
 

@@ -27,13 +27,14 @@ class PatchEmbeddings(Protocol):
 class Embeddings(Protocol):
     """The members of a vision backbone's embeddings: patches, learned tokens, positions [1, seq, hidden].
 
-    image_size exists in some families alone.
+    image_size exists in some families alone, and so does register_tokens [1, registers, hidden].
     """
 
     patch_embeddings: PatchEmbeddings
     position_embeddings: nn.Parameter
     dropout: nn.Module
     image_size: tuple[int, int]
+    register_tokens: nn.Parameter
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """The position embeddings for images of this size, interpolated [1, seq, hidden]."""
@@ -51,7 +52,11 @@ def _embed(learned: tuple[str, ...], backbone: nn.Module, inputs: Mapping[str, T
     prefix = [getattr(embeddings, name).expand(rows, -1, -1) for name in learned]
     hidden = torch.cat([*prefix, patches], dim=1)  # [batch, seq, hidden]
     # Positions are not interpolated here: resize() did that once, so that no graph does.
-    return embeddings.dropout(hidden + embeddings.position_embeddings)  # type: ignore[no-any-return]
+    hidden = hidden + embeddings.position_embeddings
+    if hasattr(embeddings, "register_tokens"):  # they come after the learned tokens and have no position
+        registers = embeddings.register_tokens.expand(rows, -1, -1)
+        hidden = torch.cat([hidden[:, : len(learned)], registers, hidden[:, len(learned) :]], dim=1)
+    return embeddings.dropout(hidden)  # type: ignore[no-any-return]
 
 
 def _blocks(backbone: nn.Module) -> nn.ModuleList:
@@ -88,15 +93,25 @@ def image_tokens(prefix: int, config: PreTrainedConfig) -> int:
     return prefix + (height // patch[0]) * (width // patch[1])
 
 
+def _prefix(learned: tuple[str, ...], config: PreTrainedConfig) -> int:
+    """The number of tokens before the patches: learned ones with a position, and registers."""
+    return len(learned) + getattr(config, "num_register_tokens", 0)
+
+
+def _tokens(learned: tuple[str, ...], config: PreTrainedConfig) -> int:
+    """The number of tokens of an image."""
+    return image_tokens(_prefix(learned, config), config)
+
+
 @torch.no_grad()
-def _resize(prefix: int, backbone: nn.Module, size: int) -> None:
+def _resize(learned: tuple[str, ...], backbone: nn.Module, size: int) -> None:
     """Interpolate position embeddings for square images of another size, bicubic, as transformers does."""
     embeddings, config = _embeddings(backbone), cast("PreTrainedModel", backbone).config
     if pair(config.image_size) == (size, size):
         return
     height, width = patch_shape(config)
     patches = (size // height) * (size // width)
-    hidden = torch.zeros(1, prefix + patches, config.hidden_size)
+    hidden = torch.zeros(1, len(learned) + patches, config.hidden_size)
     positions = embeddings.interpolate_pos_encoding(hidden, size, size)  # [1, seq, hidden]
     embeddings.position_embeddings = nn.Parameter(positions.clone())
     # transformers checks its input against these sizes, and builds a checkpoint's backbone from them.
@@ -118,22 +133,21 @@ _ONE_LAYER = head_on_first("classifier")
 
 def _family(*learned: str, head: Callable[[PreTrainedConfig], HeadLayout] = _ONE_LAYER) -> Family:
     """The adapter of one family; learned: attributes of the embeddings with tokens before the patches."""
-    prefix = len(learned)
     return Family(
         inputs=("pixel_values",),
         embed=partial(_embed, learned),
         blocks=_blocks,
         run_block=_run_block,
-        longest=partial(image_tokens, prefix),
+        longest=partial(_tokens, learned),
         exit_norm=_exit_norm,
-        vision=Vision(prefix=prefix, shape=image_shape, patch=patch_shape, resize=partial(_resize, prefix)),
+        vision=Vision(partial(_prefix, learned), image_shape, patch_shape, partial(_resize, learned)),
         head=head,
     )
 
 
 def _dinov2_head(config: PreTrainedConfig) -> HeadLayout:
     """A linear layer on the first token followed by the mean of the patches."""
-    return HeadLayout("first_and_patches", ("classifier",))
+    return HeadLayout("first_and_patches", ("classifier",), _prefix(("cls_token",), config))
 
 
 VIT = _family("cls_token")

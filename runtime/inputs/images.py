@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,36 +26,55 @@ if TYPE_CHECKING:
     from offramp.runtime.bundle.files import Bundle
 
 Pixels = NDArray[np.uint8]
+# Formats of pictures alone. Pillow reads others, too: some by starting a program (EPS: Ghostscript), some
+# that hold anything, and some that it cannot recognise, so that any file may be one.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "MPO", "JPEG2000", "AVIF", "ICO", "DIB")
+_ALWAYS_LOADED = FORMATS[:5]  # Pillow imports its readers of the others only when they are needed
+MAX_PIXELS = 89_478_485  # of a file, and of what it is resized to; Pillow warns beyond
 PIXELS = "pixel_values"
+_SIXTEEN_BITS = ("PNG", "PPM")  # older versions of Pillow open such a file with numbers of 32 bits
+_ORIENTATION = 0x0112  # the tag of EXIF
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def open_picture(picture: Any) -> Image:
     """Open a picture as a PIL image in RGB.
 
     picture: a path, the bytes of a file, a PIL image, or an array uint8 [height, width] (grey) or [height,
-    width, 3] (RGB). The rotation that a camera wrote into a file is applied; an image that is already open
-    stays as it is. Raises BadInput for other values, EngineUnavailable if Pillow is not installed.
+    width, 3] (RGB). A path has to be a regular file, in a format of FORMATS. The rotation that a camera wrote
+    into a file is applied; an image that is already open stays as it is. Grey of 16 bits becomes grey of 8.
+    Raises BadInput for other values, for images of more than MAX_PIXELS, and for numbers of an unknown range;
+    EngineUnavailable if Pillow is not installed.
     """
     images = _pillow("PIL.Image")
     try:
         if isinstance(picture, np.ndarray):
             return _of_array(picture, images)
         if isinstance(picture, images.Image):
-            return picture.convert("RGB")  # type: ignore[no-any-return]
+            return _to_rgb(picture, images)
         if not isinstance(picture, (str, bytes, bytearray, os.PathLike)):
             raise BadInput(f"expected a path, bytes, a PIL image or an array, found {picture!r:.60}")
-        source = io.BytesIO(picture) if isinstance(picture, (bytes, bytearray)) else picture
-        with images.open(source) as opened:
-            turned: Image = _pillow("PIL.ImageOps").exif_transpose(opened)
-            return turned.convert("RGB")
-    except BadInput:
+        with _bytes_of(picture) as source, _decoder(source) as opened:
+            _check_size(opened.size)
+            return _to_rgb(_upright(opened, images), images)
+    except BadInput as problem:
+        if isinstance(picture, (str, os.PathLike)):
+            raise BadInput(f"{os.fspath(picture)!r}: {problem}") from None
         raise
     except FileNotFoundError:
         raise BadInput(f"no such image file: {os.fspath(picture)!r}") from None
     except Exception as problem:  # a broken file makes Pillow raise nearly anything
         name = repr(os.fspath(picture)) if isinstance(picture, (str, os.PathLike)) else "the bytes"
         unknown = isinstance(problem, images.UnidentifiedImageError)
-        what = "no format that Pillow knows" if unknown else f"{type(problem).__name__}: {problem}"
+        what = f"no format of {', '.join(FORMATS)}" if unknown else f"{type(problem).__name__}: {problem}"
         raise BadInput(f"{name} cannot be read as an image: {' '.join(what.split())}") from problem
 
 
@@ -63,6 +83,7 @@ def picture_pixels(picture: Any, facts: ImageInput) -> Pixels:
     image = open_picture(picture)
     if facts.resize:
         wide, high = _target(image.size, facts.resize)
+        _check_size((wide, high), f" after it is resized from {image.width} x {image.height}")
         filters = _pillow("PIL.Image").Resampling
         image = image.resize((wide, high), filters[facts.resample.upper()])
     return _centre(np.asarray(image), facts.height, facts.width)
@@ -125,6 +146,59 @@ class ImageReader:
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
         """The stem's input for black images; `length` is ignored, as every image has the same length."""
         return {PIXELS: np.zeros((rows, 3, self._facts.height, self._facts.width), np.float32)}
+
+
+def _bytes_of(picture: str | bytes | bytearray | os.PathLike[str]) -> BinaryIO:
+    """The bytes of a picture, or of a regular file; raises BadInput for a pipe or a device by that name."""
+    if isinstance(picture, (bytes, bytearray)):
+        return io.BytesIO(picture)
+    # Not blocking, and looked at after it is open: it might be replaced between a look and the opening.
+    handle = os.open(picture, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return open(handle, "rb")
+    os.close(handle)
+    raise BadInput("not a regular file, so it cannot be read as an image")
+
+
+def _decoder(source: BinaryIO) -> Image:
+    """Open an image by its first bytes as one of FORMATS; nothing is decoded yet."""
+    images = _pillow("PIL.Image")
+    try:
+        return images.open(source, formats=_ALWAYS_LOADED)  # type: ignore[no-any-return]
+    except images.UnidentifiedImageError:
+        images.init()
+        others = [name for name in FORMATS if name in images.OPEN and name not in _ALWAYS_LOADED]
+        return images.open(source, formats=others)  # type: ignore[no-any-return]
+
+
+def _check_size(size: tuple[int, int], what: str = "") -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadInput(f"{size[0]} x {size[1]} pixels{what}, over {MAX_PIXELS}; make it smaller")
+
+
+def _upright(image: Image, images: Any) -> Image:
+    """The image turned as the camera that took it says; damaged facts of a camera turn nothing."""
+    image.load()  # a TIFF turns itself here, and drops the tag
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # facts of a camera are not the picture, and Pillow raises nearly anything
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(images.Transpose[turn])
+
+
+def _to_rgb(image: Image, images: Any) -> Image:
+    """The image in RGB, 8 bits a channel.
+
+    Pillow itself cuts whole numbers over 255 and fractions, so that an image turns white or black.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        grey = np.asarray(image)
+        return images.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")  # type: ignore[no-any-return]
+    if image.mode in ("I", "F"):
+        kind = "whole numbers of 32 bits" if image.mode == "I" else "fractions"
+        raise BadInput(f"pixels that are {kind}, of an unknown range; save it with 8 bits a channel")
+    return image.convert("RGB")
 
 
 def _target(size: tuple[int, int], resize: Sequence[int]) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import EMBEDDING, TOKENS, WORD_STARTS, ImageInput, TextInput
 from offramp.runtime.errors import BadBundle, BadInput, ItemError
+from offramp.runtime.inputs.lines import is_unicode
+from offramp.runtime.inputs.tokenizer_checks import LARGEST_FILE, check_tokenizer, tokenizer_reason
 from offramp.runtime.inputs.words import Word, words_of
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ Ids = NDArray[np.int64]
 LENGTH_STEP = 8
 # Characters for each token of the longest input that are kept before tokenizing: a limit on memory for very
 # long lines. Text that is cut here is marked as truncated.
-_CHARACTERS_PER_TOKEN = 64
+CHARACTERS_PER_TOKEN = 64
 LONG_TEXTS = ("cut", "windows")
 _SINGLE_TEXTS = (TOKENS, EMBEDDING)  # tasks that have no pairs of texts
 MAX_WINDOWS = 64  # of one text; what is longer is cut and marked as truncated
@@ -94,15 +96,33 @@ def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
     """Open the bundle's tokenizer, without padding and truncation; raises BadBundle if it cannot be read."""
     from tokenizers import Tokenizer  # here: `import offramp.runtime` stays light
 
-    data = bundle.read(facts.tokenizer)
+    path, fact = bundle.folder / facts.tokenizer, bundle.manifest.files.get(facts.tokenizer)
+    if fact is not None and fact.bytes > LARGEST_FILE:
+        raise BadBundle(f"{path}: {fact.bytes} bytes; a tokenizer has at most {LARGEST_FILE}")
     try:
-        tokenizer: Tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as problem:  # tokenizers raises bare Exception
-        path = bundle.folder / facts.tokenizer
-        raise BadBundle(f"{path}: not a tokenizer that `tokenizers` reads: {problem}") from problem
+        text = bundle.read(facts.tokenizer).decode("utf-8")
+        check_tokenizer(text, bundle.manifest.vocab_size)
+        tokenizer: Tokenizer = Tokenizer.from_str(text)
+    except BadBundle:
+        raise
+    except ValueError as problem:  # of the check and of the encoding
+        raise BadBundle(f"{path}: not a tokenizer that can be used: {problem}") from problem
+    except BaseException as problem:
+        reason = tokenizer_reason(problem)
+        raise BadBundle(f"{path}: not a tokenizer that `tokenizers` reads: {reason}") from problem
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Convert a prompt to token ids; raises BadInput if that is not possible."""
+    if not is_unicode(text):
+        raise BadInput(f"half of a surrogate pair, not Unicode text: {text!r:.60}")
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+    except BaseException as problem:
+        raise BadInput(f"the tokenizer fails at {text!r:.60}: {tokenizer_reason(problem)}") from problem
 
 
 @dataclass(frozen=True)
@@ -147,10 +167,6 @@ class TextReader:
         if unknown:
             raise BadBundle(f"{bundle.folder}: stem input {sorted(unknown)[0]!r} cannot be made from text")
         self._tokenizer = open_tokenizer(bundle, self._facts)
-        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        if size > manifest.vocab_size:
-            path = bundle.folder / self._facts.tokenizer
-            raise BadBundle(f"{path}: {size} tokens, the network has embeddings for {manifest.vocab_size}")
         self._windows = long_texts == "windows"
         overlap = self._facts.longest // 4 if self._windows else 0
         self._tokenizer.enable_truncation(self._facts.longest, stride=overlap)
@@ -160,22 +176,25 @@ class TextReader:
 
         The prefix is put before the first text of a pair, as in training.
         """
-        longest = _CHARACTERS_PER_TOKEN * self._facts.longest * (MAX_WINDOWS if self._windows else 1)
+        longest = CHARACTERS_PER_TOKEN * self._facts.longest * (MAX_WINDOWS if self._windows else 1)
         rows: list[TextRow | ItemError | None] = [
             _problem_of(number, item, longest, self._single_text) for number, item in enumerate(items)
         ]
         numbers = [number for number, row in enumerate(rows) if row is None]
         prefix, cuts = self._facts.prefix, [_cut(cast(Text, items[number]), longest) for number in numbers]
         texts = [prefix + cut if isinstance(cut, str) else (prefix + cut[0], cut[1]) for cut in cuts]
-        if len(texts) == 1:  # encode_batch would use another thread pool
-            text = texts[0]
-            encodings = [
-                self._tokenizer.encode(text) if isinstance(text, str) else self._tokenizer.encode(*text)
-            ]
-        else:
-            encodings = self._tokenizer.encode_batch(texts)
+        try:
+            if len(texts) == 1:  # encode_batch would use another thread pool
+                encodings: list[Encoding | str] = [self._encode(texts[0])]
+            else:
+                encodings = list(self._tokenizer.encode_batch(texts))
+        except BaseException as problem:
+            tokenizer_reason(problem)
+            encodings = [self._encode_alone(text) for text in texts]  # one text must not cost the others
         for number, cut, encoding in zip(numbers, cuts, encodings, strict=True):
-            if not encoding.ids:
+            if isinstance(encoding, str):
+                rows[number] = ItemError(number, f"the tokenizer fails at {items[number]!r:.60}: {encoding}")
+            elif not encoding.ids:
                 message = f"the tokenizer finds no token in {items[number]!r:.60}"
                 rows[number] = ItemError(number, message)
             elif self._windows and encoding.overflowing and not isinstance(cut, str):
@@ -191,6 +210,16 @@ class TextReader:
                 truncated = cut != items[number] or bool(encoding.overflowing)
                 rows[number] = self._row(encoding, cut, truncated)
         return [row for row in rows if row is not None]
+
+    def _encode(self, text: Text) -> Encoding:
+        return self._tokenizer.encode(text) if isinstance(text, str) else self._tokenizer.encode(*text)
+
+    def _encode_alone(self, text: Text) -> Encoding | str:
+        """The encoding of one text, or why there is none."""
+        try:
+            return self._encode(text)
+        except BaseException as problem:
+            return tokenizer_reason(problem)
 
     def arrays(self, rows: Sequence[TextRow]) -> dict[str, Ids]:
         """Convert rows to the stem's inputs, int64 [batch, seq].
@@ -264,8 +293,6 @@ def _problem_of(number: int, item: Item, longest: int, single_text: str) -> Item
     if is_pair and single_text:
         return ItemError(number, f"{single_text} reads one text, not a pair: {item!r:.60}")
     for part in parts:
-        try:
-            part[:longest].encode("utf-8")
-        except UnicodeEncodeError:
+        if not is_unicode(part[:longest]):
             return ItemError(number, f"half of a surrogate pair, not Unicode text: {part!r:.60}")
     return None

@@ -1,4 +1,4 @@
-"""Every family through the real exporter: graphs of all sizes are the network, in fp32, and run in int8."""
+"""Every family through the real exporter: graphs are the network at all sizes, run in int8, and compile."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from offramp.export.bundle import write_bundle
 from offramp.export.classifier import ExportableClassifier
 from offramp.export.options import ExportOptions
 from offramp.export.segments import SplitNetwork, files_of
+from offramp.export.trt_compile import compile_bundle
 from offramp.export.verify import VerificationReport
 from offramp.models import EarlyExitNetwork
 from offramp.runtime import load
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.engines.threads import share_global_pool
 from offramp.runtime.inputs.images import ImageInput
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
-VARIANTS = ("fp32", "int8")
+VARIANTS = ("fp32", "int8", "fp16")
 TEXT = [*sorted(tiny_families.TEXT), "deberta-v2, convolution", "albert, one group of two layers"]
-IMAGES = [*sorted(tiny_families.IMAGES), *tiny_families.IMAGE_FORMS]
+IMAGES = ["deit", "vit", *sorted(tiny_families.IMAGES), *tiny_families.IMAGE_FORMS]  # DINOv2: test_verify
 SIZES = ((1, 1), (2, 9), (3, 33))  # rows and tokens; graphs are traced at other ones
 FAST: tuple[str, ...] = ()  # each export takes seconds; tests/export exports BERT and others by default
 
@@ -110,6 +112,17 @@ def test_every_seam_holds(name: str, exported: Callable[[str], Exported]) -> Non
     report = exported(name).report
     assert report.first_bad is None and report.differences
     assert all(loss.agreement > 0.8 for loss in report.losses)
+
+
+@pytest.mark.parametrize("name", tiny.with_slow([*TEXT, *IMAGES], *FAST))
+def test_every_graph_compiles_for_tensorrt(name: str, exported: Callable[[str], Exported]) -> None:
+    """With TensorRT-RTX, under the profiles with which engine trt builds; test_trt_compile has the others."""
+    bundle = open_bundle(exported(name).bundle)
+    segments = bundle.manifest.segments
+    graphs = {graph for s in segments for name in ("fp32", "fp16") for graph in s.variants[name].graphs}
+    results = list(compile_bundle(bundle))
+    assert {result.graph: result.problem for result in results if result.size is None} == {}
+    assert {result.graph for result in results} == {"stem.onnx", *(graph.file for graph in graphs)}
 
 
 def whole_row(ids: torch.Tensor) -> dict[str, torch.Tensor]:

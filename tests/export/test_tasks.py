@@ -1,7 +1,8 @@
-"""Segments of the tasks beside classification are the network, and their monolith gives the same answers."""
+"""Segments of the tasks beside classification are the network, as their monolith is, and they compile."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,15 @@ import tiny
 import tiny_tasks
 import torch
 
-from offramp.export.classifier import split_classifier
+from offramp.export.bundle import write_bundle
+from offramp.export.classifier import ExportableClassifier, split_classifier
 from offramp.export.monolith import join_segments
+from offramp.export.options import ExportOptions
+from offramp.export.trt_compile import compile_bundle
 from offramp.models.tasks import EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import NEXT
+from offramp.training.checkpoint import Checkpoint, TextFacts
 
 
 def inputs(task: str, family: str = "bert") -> dict[str, torch.Tensor]:
@@ -88,3 +94,18 @@ def test_a_graph_with_all_exits_gives_all_answers(task: str) -> None:
     answers = dict(zip([tensor.name for tensor in whole.outputs], outputs, strict=True))["answer"]
     expected = torch.stack([outputs["answer"] for outputs in walk(split, dict(values))], 1)
     torch.testing.assert_close(answers, expected)
+
+
+@pytest.mark.slow  # exports
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("task", tiny_tasks.NAMES)
+def test_every_graph_compiles_for_tensorrt(task: str, family: str, tmp_path: Path) -> None:
+    """Exits that read each token, attend to tokens or are a model's own; test_families_export has labels."""
+    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    facts = TextFacts("", tiny.CONFIGS[family]().pad_token_id, 64)
+    network = tiny_tasks.network(task, family)
+    source = ExportableClassifier(Checkpoint(network, facts, tmp_path / "tokenizer.json"))
+    write_bundle(source, source.split("each"), tmp_path / "bundle", ExportOptions(("fp32", "fp16")))
+    results = list(compile_bundle(open_bundle(tmp_path / "bundle")))
+    assert {result.graph: result.problem for result in results if result.size is None} == {}
+    assert len(results) == 1 + 3 * 2, "the stem, and three segments in two precisions"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import tiny
 import torch
 
 from offramp.export.classifier import split_classifier
+from offramp.export.segments import Segment
 from offramp.export.to_onnx import OPSET, eager_attention, to_onnx
-from offramp.runtime.bundle.manifest import NEXT
+from offramp.runtime.bundle.manifest import NEXT, Macs, Tensor
 
 SIZES = [(1, 1), (1, 16), (3, 7), (2, 64)]
 
@@ -106,10 +108,17 @@ def test_exporting_is_quiet(
     assert (printed.out, printed.err, caplog.records) == ("", "", [])
 
 
+class FirstToken(torch.nn.Module):
+    """Gives the first token of a hidden state [batch, seq, 4]."""
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(hidden[:, :1] for hidden in tensors)
+
+
 def test_a_graph_that_is_not_the_segment_is_refused(tmp_path: Path) -> None:
-    stem = split_classifier(tiny.network("distilbert", policy=None)).stem
-    module = stem.module
-    module.forward = lambda *tensors: tuple(value[:, :1] for value in module.named(*tensors).values())  # type: ignore[method-assign, operator, union-attr]
-    with pytest.raises(RuntimeError, match="stem: exported as"):
-        to_onnx(stem, tmp_path / "stem.onnx")
-    assert not (tmp_path / "stem.onnx").exists()
+    hidden = Tensor("hidden", "float32", ("batch", "seq", 4))
+    outputs = (replace(hidden, name="next_hidden"),)  # of all tokens
+    segment = Segment("segment_00", FirstToken(), (hidden,), outputs, (1,), Macs(0, 0, 0), 64)
+    with pytest.raises(RuntimeError, match="segment_00: exported as"):
+        to_onnx(segment, tmp_path / "segment_00.onnx")
+    assert not (tmp_path / "segment_00.onnx").exists()

@@ -102,7 +102,7 @@ def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) ->
     assert "segment_02.onnx: " in whole.output and "bytes" in whole.output
     bundle = tmp_path / "bundle"
     shutil.copytree(TINY, bundle)
-    (bundle / first_graph().file).write_bytes(changed(vendor_op))
+    (bundle / first_graph().file).write_bytes(changed(mixed_types))
     damaged = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
     assert damaged.exit_code == 2 and first_graph().file in damaged.output
     # As if it had been exported so.

@@ -14,7 +14,11 @@ from offramp.models import family_of
 from offramp.models.macs import segment_macs, stem_macs
 
 FAMILIES = [*sorted(tiny.VISION), *sorted(tiny_families.IMAGES), *tiny_families.IMAGE_FORMS]
-PREFIX = {"deit": 2, "siglip_vision_model": 0}  # tokens before the patches, where it is not one
+PREFIX = {
+    "deit": 2,
+    "dinov2_with_registers": 4,
+    "siglip_vision_model": 0,
+}  # tokens before the patches, where it is not one
 RESIZES_ALWAYS = ("dinov2", "beit")  # the others interpolate when they are asked to
 
 

@@ -71,7 +71,7 @@ def test_full_depth_gives_the_models_own_logits_and_early_exits_agree(root: Path
     assert load_checkpoint(root / "ckpt").network.spec.labels == ("bad", "good")
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", tiny.with_slow(["mean", "cls"], "mean"))
 def test_exits_that_pool_without_weights_learn_from_vectors_in_memory(root: Path, pooling: str) -> None:
     run(root, pooling, "--pooling", pooling)
     own, exits = answers(root / pooling)

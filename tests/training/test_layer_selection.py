@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from offramp.training.recipes.layer_selection import (
 from offramp.training.token_exits import may_exit_early
 
 
+@cache
 def answer_rows(count: int) -> TokenRows:
     """Random prompts and three greedy tokens of the full network: skipping blocks changes them."""
     random = np.random.default_rng(0)
@@ -160,7 +162,7 @@ def test_ordinary_fine_tuning_comes_first_if_asked_for(tmp_path: Path) -> None:
     assert figures["depth"] == 1
 
 
-@pytest.mark.parametrize("selection", ["menu", "stochastic"])
+@pytest.mark.parametrize("selection", tiny.with_slow(["menu", "stochastic"], "menu"))
 def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path, selection: str) -> None:
     settings = {"selection": selection, "blocks_run": "2", "lr": 0.01, "full_epochs": 1}
     if selection == "menu":

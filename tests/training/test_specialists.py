@@ -211,11 +211,13 @@ def test_the_weight_network_learns(tmp_path: Path) -> None:
 # Both
 
 
-RECIPES: list[tuple[ModuleType, JointSettings]] = [
+OTHER_COSEE = CoseeSettings(**FAST, signal="entropy", thresholds="quantile", gradient="equilibrium")
+OTHER_L2W = L2wDenSettings(**FAST, centre="batch", meta_interval=3, weights="linear", plain_epochs=1)
+RECIPES = [
     (cosee, CoseeSettings(**FAST)),
-    (cosee, CoseeSettings(**FAST, signal="entropy", thresholds="quantile", gradient="equilibrium")),
+    pytest.param(cosee, OTHER_COSEE, marks=pytest.mark.slow),
     (l2w_den, L2wDenSettings(**FAST, meta_lr=0.001)),
-    (l2w_den, L2wDenSettings(**FAST, centre="batch", meta_interval=3, weights="linear", plain_epochs=1)),
+    pytest.param(l2w_den, OTHER_L2W, marks=pytest.mark.slow),
 ]
 
 
