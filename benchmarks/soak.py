@@ -61,7 +61,7 @@ class Soak:
         chance = random.Random(0)
         self.texts = [" ".join(chance.choices(WORDS, k=chance.randint(1, 120))) for _ in range(TEXTS)]
         self.bundle = bundle
-        with load_classifier(bundle, threads=1, share=False) as plain:
+        with load_classifier(bundle, share=False) as plain:
             self.expected = [(answer.label, answer.exit, answer.score) for answer in map(plain, self.texts)]
         self.session = load_classifier(bundle)
         self.over = threading.Event()

@@ -117,7 +117,7 @@ def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(
         (lambda value: value["costs"]["bops"]["steps"].pop("int8"), r"costs\['bops'\]\.steps"),
         (lambda value: value["costs"]["bops"]["steps"]["int8"].pop(), "one a segment"),
         (lambda value: value["costs"]["bops"].update(tokens=0), "tokens"),
-        (lambda value: _forecast(value)["shape"].__setitem__(1, 7), "forecast must be"),
+        (lambda value: [_set_columns(graph, 7) for graph in _forecasts(value)], "forecast must be"),
     ]:
         value = json.loads(text)
         change(value)
@@ -125,9 +125,14 @@ def test_a_manifest_whose_costs_or_forecasts_do_not_fit_is_refused(
             read_manifest(json.dumps(value), source="bad")
 
 
-def _forecast(manifest: dict[str, Any]) -> dict[str, Any]:
-    outputs = manifest["segments"][0]["variants"]["fp32"]["outputs"]
-    return next(tensor for tensor in outputs if tensor["name"] == "forecast")
+def _set_columns(tensor: dict[str, Any], columns: int) -> None:
+    tensor["shape"][1] = columns
+
+
+def _forecasts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Output `forecast` of the first segment in each variant."""
+    outputs = (graph["outputs"] for graph in manifest["segments"][0]["variants"].values())
+    return [tensor for tensors in outputs for tensor in tensors if tensor["name"] == "forecast"]
 
 
 def test_variants_without_a_forecast_are_refused(split_with_forecasts: tuple[Any, Any, Path]) -> None:

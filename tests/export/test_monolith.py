@@ -76,7 +76,7 @@ def test_int8_is_made_by_the_segments_quantizer(
     files = monolith.write_monolith(export.source, tmp_path / "one.onnx", ExportOptions(("fp32", "int8")))
     assert files == {"fp32": tmp_path / "one.onnx", "int8": tmp_path / "one_int8.onnx"}
     graph = onnx.load(files["int8"]).graph
-    assert len([node for node in graph.node if node.op_type == "MatMulInteger"]) == 6
+    assert len([node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]) == 6
     assert sorted(tmp_path.iterdir()) == sorted(files.values())
 
 

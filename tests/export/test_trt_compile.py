@@ -97,20 +97,20 @@ def test_a_profile_that_contradicts_the_graph_is_refused() -> None:
 
 
 def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) -> None:
-    whole = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt"])
+    whole = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt", "--target", "8.6"])
     assert whole.exit_code == 0, whole.output
     assert "segment_02.onnx: " in whole.output and "bytes" in whole.output
     bundle = tmp_path / "bundle"
     shutil.copytree(TINY, bundle)
     (bundle / first_graph().file).write_bytes(changed(mixed_types))
-    damaged = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
+    damaged = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt", "--target", "8.6"])
     assert damaged.exit_code == 2 and first_graph().file in damaged.output
     # As if it had been exported so.
     data, manifest = (bundle / first_graph().file).read_bytes(), bundle / "manifest.json"
     facts = json.loads(manifest.read_text())
     facts["files"][first_graph().file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest.write_text(json.dumps(facts))
-    refused = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt"])
+    refused = CliRunner().invoke(trt_compile.main, [str(bundle), "--trt", "--target", "8.6"])
     assert refused.exit_code == 1 and f"{first_graph().file}: refused" in refused.output
 
 

@@ -352,7 +352,7 @@ def test_a_long_text_is_audited_by_its_joined_windows(guaranteed: Path) -> None:
 
 
 def test_many_threads_lose_no_row(guaranteed: Path, no_warnings: None) -> None:
-    with load_classifier(guaranteed, point="gate-3", audit=0.5, threads=1) as session:
+    with load_classifier(guaranteed, point="gate-3", audit=0.5) as session:
         items = texts(40, seed=13)
         threads = [threading.Thread(target=lambda: [session(item) for item in items]) for _ in range(4)]
         for thread in threads:

@@ -19,7 +19,7 @@ from offramp.training.cli import train
 from offramp.training.data import NO_LABEL, Dataset, Rows
 from offramp.training.user_model import match_labels
 
-SETTINGS = ("epochs=30", "batch_size=8", "lr=0.01")
+SETTINGS = ("epochs=15", "batch_size=8", "lr=0.02")
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def train_command(folder: Path, out: Path, recipe_name: str, begin: Path | None,
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize("backbone", ["frozen", "tuned"])
+@pytest.mark.parametrize("backbone", tiny.with_slow(["frozen", "tuned"], "frozen"))
 def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -> None:
     optimizer = "sgd" if backbone == "frozen" else "adamw"
     train_command(folder, tmp_path / "deebert", "deebert", None, *FAST, "exit_epochs=2")
@@ -218,7 +218,7 @@ def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -
 def test_a_training_from_the_start_fine_tunes_the_last_exit_alone(folder: Path, tmp_path: Path) -> None:
     """Its backbone is that of recipe deebert with the same seed, and the published optimizer learns."""
     train_command(folder, tmp_path / "deebert", "deebert", None, *FAST, "exit_epochs=1")
-    train_command(folder, tmp_path / "jei", "jei_dnn", None, *FAST, "turn_steps=300", "warm_epochs=10")
+    train_command(folder, tmp_path / "jei", "jei_dnn", None, *FAST, "turn_steps=160", "warm_epochs=10")
     teacher, jei = (load_file(tmp_path / name / "weights.safetensors") for name in ("deebert", "jei"))
     same = [name for name in teacher if name.startswith(("backbone.", "exits.2."))]
     assert same and all(teacher[name].equal(jei[name]) for name in same)
