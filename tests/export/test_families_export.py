@@ -130,22 +130,33 @@ def whole_row(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
-@pytest.mark.parametrize("name", tiny.with_slow(TEXT, *FAST))
-def test_rows_that_exit_and_rows_that_stay_get_the_networks_answers(
-    name: str, exported: Callable[[str], Exported]
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+@pytest.mark.parametrize("name", tiny.with_slow([*TEXT, *IMAGES], *FAST))
+def test_rows_that_exit_and_rows_that_stay_get_their_answers(
+    name: str, variant: str, exported: Callable[[str], Exported], open_graph: Callable[[Path], Any]
 ) -> None:
-    export, tokenizer = exported(name), tiny.tokenizer()
-    texts = [str(row["text"]) for row in tiny.rows(12)]
-    rows = [torch.tensor([tokenizer.encode(text).ids]) for text in texts]
+    """In fp32 those of the network, in int8 those of its graphs, run one after another for each row alone."""
+    export = exported(name)
+    items: list[Any] = [tiny.image(number % 2, seed=number) for number in range(12)]
+    if name in TEXT:
+        items = [str(row["text"]) for row in tiny.rows(12)]
+    with load(export.bundle, variant=variant, rule="never") as session:
+        encoded = [session.encode(item) for item in items]
+    rows = [{key: torch.from_numpy(value) for key, value in arrays.items()} for arrays in encoded]
+    if name in TEXT:
+        rows = [whole_row(row["input_ids"]) for row in rows]
     with torch.no_grad():
-        logits = torch.cat([export.network(whole_row(ids)).logits for ids in rows])
-    first = logits[:, 0].softmax(-1).amax(-1)  # [texts]
+        logits = torch.cat([export.network(row).logits for row in rows])
+    if variant == "int8":
+        walks = [np.stack(walk(export, variant, row, open_graph), 1) for row in rows]
+        logits = torch.from_numpy(np.concatenate(walks))
+    first = logits[:, 0].softmax(-1).amax(-1)  # [rows]
     threshold = float(first.sort().values[5:7].mean())  # between two rows, so that half of them exit
     depths = torch.where(first >= threshold, 1, 2)
-    with load(export.bundle, rule="max_probability", threshold=threshold) as session:
-        answers = list(session.map(texts, batch_size=4))
+    with load(export.bundle, variant=variant, rule="max_probability", threshold=threshold) as session:
+        answers = list(session.map(items, batch_size=4))
     assert [answer.depth for answer in answers] == depths.tolist()
-    labels = logits[range(len(texts)), depths - 1].argmax(-1)
+    labels = logits[range(len(rows)), depths - 1].argmax(-1)
     assert [answer.label for answer in answers] == [export.network.spec.labels[label] for label in labels]
 
 
