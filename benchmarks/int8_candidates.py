@@ -16,12 +16,18 @@ from onnxruntime.quantization import (
     CalibrationMethod,
     QuantFormat,
     QuantType,
-    quantize_dynamic,
     quantize_static,
 )
 
 from offramp.export.int8 import keep_layer_norms
-from offramp.export.precision import needs_reduced_range, products_of_blocks, quantize_weights, quiet, to_int8
+from offramp.export.precision import (
+    needs_reduced_range,
+    products_of_blocks,
+    quantize_weights,
+    quiet,
+    to_int8,
+    to_one_scale_int8,
+)
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import NEXT
 from offramp.runtime.engines.threads import share_global_pool
@@ -33,17 +39,7 @@ CONSTANT_WEIGHTS = {"MatMulConstBOnly": True}  # attention's own products have n
 
 def one_scale(source: Path, target: Path, feeds: Feeds) -> None:
     """ONNX Runtime's dynamic quantization: one scale for a tensor, measured at run time."""
-    with quiet():
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=products_of_blocks(source, onnx.load(source)),
-            per_channel=True,
-            reduce_range=needs_reduced_range(),
-            weight_type=QuantType.QInt8,
-            extra_options=CONSTANT_WEIGHTS,
-        )
+    to_one_scale_int8(source, target)
 
 
 def one_scale_plain_norms(source: Path, target: Path, feeds: Feeds) -> None:

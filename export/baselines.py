@@ -60,7 +60,8 @@ def write_baselines(
         add("monolith", "monolith", "fp32", "monolith.onnx", last)
         for variant in manifest.variants[1:]:
             file = f"monolith_{variant}.onnx"
-            write_variant(variant, beside / "monolith.onnx", beside / file, reduce_range=options.reduce_range)
+            graph, reduced = beside / "monolith.onnx", options.reduce_range
+            write_variant(variant, graph, beside / file, reduce_range=reduced, baseline=True)
             add(f"monolith {variant}", "monolith", variant, file, last)
         if can_nest(manifest):
             first = manifest.variants[0]

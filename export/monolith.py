@@ -108,8 +108,9 @@ def write_monolith(
 
     fp32 is written at `path`, other variants beside it as <stem>_<variant><suffix>; decoders have no fp16.
     Inputs and outputs: see join_segments. exits: with every exit and policy inside. Exporter and code for
-    variants are those of the segments. The file at `path` is replaced last and at once, so that a new file
-    there means that all are written. Raises BadTarget if something other than a file is there.
+    variants are those of the segments, but for int8: see to_one_scale_int8. The file at `path` is replaced
+    last and at once, so that a new file there means that all are written. Raises BadTarget if something other
+    than a file is there.
     """
     options = options or ExportOptions()
     names = [
@@ -130,6 +131,7 @@ def write_monolith(
                 Path(scratch) / f"{name}.onnx",
                 weights_only=source.weights_only,
                 reduce_range=options.reduce_range,
+                baseline=True,
             )
         for name, place in places.items():
             shutil.move(Path(scratch) / f"{name}.onnx", place)  # no rename where a link led to another disk

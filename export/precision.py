@@ -56,6 +56,30 @@ def to_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> 
     return target.stat().st_size / source.stat().st_size
 
 
+def to_one_scale_int8(source: Path, target: Path, *, reduce_range: bool | None = None) -> float:
+    """Write the int8 form that ONNX Runtime's dynamic quantization gives; see to_int8 for what becomes int8.
+
+    Activations have one scale a tensor, so that an answer depends on the rows beside it, but a step is
+    faster than with a scale a token. It is what a user's own int8 graph is, so single graphs with which a
+    walk is compared are written so.
+    """
+    reduced = needs_reduced_range() if reduce_range is None else reduce_range
+    with quiet():
+        from onnxruntime.quantization import QuantType, quantize_dynamic  # here: bundles do not need it
+
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_quantize=products_of_blocks(source, onnx.load(source)),
+            per_channel=True,
+            reduce_range=reduced,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},  # attention's products have no weight to quantize ahead
+        )
+    return target.stat().st_size / source.stat().st_size
+
+
 def to_int4(source: Path, target: Path) -> float:
     """Write the int4 form of a graph that to_onnx wrote, and return its size as a share of the original's.
 
@@ -129,17 +153,19 @@ def write_variant(
     *,
     weights_only: bool = False,
     reduce_range: bool | None = None,
+    baseline: bool = False,
 ) -> float:
     """Write a graph in a variant other than fp32, and return its size as a share of the original's.
 
-    weights_only: int8 and int4 as to_small_weights writes them. reduce_range: see to_int8.
+    weights_only: int8 and int4 as to_small_weights writes them. reduce_range: see to_int8. baseline: int8 as
+    to_one_scale_int8 writes it, for a graph with which walks are compared.
     """
     if name == "fp16":
         return to_fp16(source, target)
     if weights_only and name in BITS:
         return to_small_weights(name, source, target)
     if name == "int8":
-        return to_int8(source, target, reduce_range=reduce_range)
+        return (to_one_scale_int8 if baseline else to_int8)(source, target, reduce_range=reduce_range)
     if name == "int4":
         return to_int4(source, target)
     raise ValueError(f"variant {name!r}; choose one of {', '.join(VARIANTS[1:])}")

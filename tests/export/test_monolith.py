@@ -64,7 +64,7 @@ def test_no_policy_in_the_graph_none_in_its_macs(policy: str) -> None:
     assert join_segments(truncate(network, 3)).macs == whole.macs
 
 
-def test_int8_is_made_by_the_segments_quantizer(
+def test_int8_has_one_scale_a_tensor_as_a_users_own_graph(
     exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = exported("bert")
@@ -76,7 +76,7 @@ def test_int8_is_made_by_the_segments_quantizer(
     files = monolith.write_monolith(export.source, tmp_path / "one.onnx", ExportOptions(("fp32", "int8")))
     assert files == {"fp32": tmp_path / "one.onnx", "int8": tmp_path / "one_int8.onnx"}
     graph = onnx.load(files["int8"]).graph
-    assert len([node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]) == 6
+    assert len([node for node in graph.node if node.op_type == "MatMulInteger"]) == 6
     assert sorted(tmp_path.iterdir()) == sorted(files.values())
 
 
