@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # sessions without them do not need the modules
     from offramp.runtime.audit import Audit, AuditPlan, AuditReport
     from offramp.runtime.budget import Budget, BudgetReport
 
-MAX_BATCH = 1 << 20  # of a batch
+MAX_BATCH = 1 << 20  # rows that may be walked together
 WINDOW = 8  # batches that map reads at once, to sort their rows by length
 
 
