@@ -323,10 +323,10 @@ def walk_in_order(session: Classifier, texts: Sequence[str], numbers: np.ndarray
 def differences(alone: Sequence[Walked], among: Sequence[Walked]) -> dict[str, Any]:
     """How many rows have another label, exit, or score in any bit, and the largest change of a score."""
     pairs = list(zip(alone, among, strict=True))
-    changes = [abs(one[2] - other[2]) for one, other in pairs]
+    changes = [abs(first[2] - second[2]) for first, second in pairs]
     return {
-        "label": sum(one[0] != other[0] for one, other in pairs),
-        "exit": sum(one[1] != other[1] for one, other in pairs),
+        "label": sum(first[0] != second[0] for first, second in pairs),
+        "exit": sum(first[1] != second[1] for first, second in pairs),
         "score in any bit": sum(change > 0 for change in changes),
         "largest change of a score": f"{max(changes):.2g}",
     }
