@@ -18,6 +18,7 @@ MICROSOFT = "com.microsoft"
 LEVELS = {False: 127, True: 63}  # the largest integer of a weight, by `reduced`
 STEPS = 127  # the integer of a token's largest magnitude
 ZERO = 128  # the unsigned integer that stands for 0: ONNX Runtime multiplies uint8 by int8, 10 times as fast
+GELU_DEPTH = 0.17  # GELU is nowhere below -0.16998
 
 
 def to_token_products(model: onnx.ModelProto, names: Collection[str], *, reduced: bool) -> None:
@@ -25,16 +26,25 @@ def to_token_products(model: onnx.ModelProto, names: Collection[str], *, reduced
 
     names: nodes MatMul or Gemm that may be replaced; those without constant weights [in, out] stay as they
     are. Weights become int8, symmetric, with a scale an output. reduced: weights have 7 bits; see
-    precision.needs_reduced_range. Products that read the same tensor share its integers.
+    precision.needs_reduced_range. Products that read the same tensor, as queries, keys and values do, become
+    one product: each operator costs some microseconds, which is much of the time of a short text.
 
     A token is what the last axis holds: activations are x / max|x|, in steps of 1 / 127, and the product is
     multiplied by max|x| afterwards. A token of zeros has no quotient, and its product is 0 whatever its
     integers are.
     """
     writer = _Writer(model, reduced)
-    for node in list(model.graph.node):
+    groups: dict[str, list[onnx.NodeProto]] = {}  # products by the tensor that they read
+    for node in model.graph.node:
         if node.name in names and writer.weights_of(node) is not None:
-            writer.replace(node)
+            groups.setdefault(node.input[0], []).append(node)
+    written = set()
+    for node in list(model.graph.node):
+        if node.output[0] in written:
+            continue
+        group = groups.get(node.input[0], []) if node.input else []
+        if node in group:
+            written.update(writer.replace(group))
         else:
             writer.nodes.append(node)
     writer.finish()
@@ -66,6 +76,12 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self._model, self._levels = model, LEVELS[reduced]
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._makers: dict[str, onnx.NodeProto] = {}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            self._makers.update(dict.fromkeys(node.output, node))
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
         self._quantized: dict[str, tuple[str, str]] = {}  # tensor -> its integers, and its scales a token
 
     def weights_of(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
@@ -76,28 +92,47 @@ class _Writer:
         if stored is None or not plain or len(stored.dims) != 2:
             return None
         weights = numpy_helper.to_array(stored)
-        return weights.T if facts.get("transB") else weights
+        weights = weights.T if facts.get("transB") else weights
+        if len(node.input) > 2 and self._bias(node.input[2], weights.shape[1]) is None:
+            return None
+        return weights
 
-    def replace(self, node: onnx.NodeProto) -> None:
-        """Append the nodes that compute what a product computes, with integers."""
-        weights = self.weights_of(node)
-        assert weights is not None
-        integers, scales = round_weights(weights, self._levels)
-        activations, magnitudes = self._quantize(node.input[0])
+    def replace(self, group: Sequence[onnx.NodeProto]) -> set[str]:
+        """Append the nodes that compute what a group of products of one tensor computes, with integers.
+
+        Biases that are added to all of them are added to the one product. Gives the outputs of the nodes that
+        are replaced: the products and the sums with these biases.
+        """
+        first = group[0]
+        weights = [array for node in group if (array := self.weights_of(node)) is not None]
+        rounded = [round_weights(array, self._levels) for array in weights]
+        activations, magnitudes = self._quantize(first.input[0])
         inputs = [
             activations,
-            self._constant(f"{node.name}_weights", integers),
+            self._constant(f"{first.name}_weights", np.concatenate([part[0] for part in rounded], 1)),
             self._constant("int8_one", np.float32(1)),
-            self._constant(f"{node.name}_scales", scales / np.float32(STEPS)),
+            self._constant(
+                f"{first.name}_scales", np.concatenate([part[1] for part in rounded]) / np.float32(STEPS)
+            ),
             self._constant("int8_zero", np.uint8(ZERO)),
         ]
-        product = f"{node.name}_product"
-        self._append("MatMulIntegerToFloat", inputs, product, node.name, domain=MICROSOFT)
-        bias = node.input[2] if len(node.input) > 2 else ""  # of a Gemm
-        scaled = f"{node.name}_scaled" if bias else node.output[0]
-        self._append("Mul", [product, magnitudes], scaled, f"{node.name}_scale")
-        if bias:
-            self._append("Add", [scaled, bias], node.output[0], f"{node.name}_bias")
+        product, scaled = f"{first.name}_product", f"{first.name}_scaled"
+        self._append("MatMulIntegerToFloat", inputs, product, first.name, domain=MICROSOFT)
+        self._append("Mul", [product, magnitudes], scaled, f"{first.name}_scale")
+        sums = [self._sum_with_bias(node, array.shape[1]) for node, array in zip(group, weights, strict=True)]
+        biases = [bias for bias, _ in sums if bias is not None]
+        outputs = [node.output[0] for node in group]
+        if len(biases) == len(group):
+            bias = self._constant(f"{first.name}_bias", np.concatenate(biases))
+            self._append("Add", [scaled, bias], f"{first.name}_sum", f"{first.name}_bias")
+            scaled, outputs = f"{first.name}_sum", [node.output[0] for _, node in sums]
+        if len(group) == 1:
+            self.nodes[-1].output[0] = outputs[0]
+        else:
+            sizes = np.array([array.shape[1] for array in weights], np.int64)
+            inputs = [scaled, self._constant(f"{first.name}_sizes", sizes)]
+            self.nodes.append(helper.make_node("Split", inputs, outputs, name=f"{first.name}_split", axis=-1))
+        return set(outputs) | {node.output[0] for node in group}
 
     def finish(self) -> None:
         """Put the nodes into the graph, and remove initializers that no node reads."""
@@ -111,6 +146,25 @@ class _Writer:
         if MICROSOFT not in {entry.domain for entry in self._model.opset_import}:
             self._model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
 
+    def _bias(self, name: str, outputs: int) -> NDArray[np.float32] | None:
+        """The stored bias [out] of this name; None if there is none of this size."""
+        stored = self._stored.get(name)
+        return None if stored is None or list(stored.dims) != [outputs] else numpy_helper.to_array(stored)
+
+    def _sum_with_bias(
+        self, product: onnx.NodeProto, outputs: int
+    ) -> tuple[NDArray[np.float32] | None, onnx.NodeProto]:
+        """The bias [out] that is added to a product, if any, and the node that gives the sum."""
+        if len(product.input) > 2:  # a Gemm
+            return self._bias(product.input[2], outputs), product
+        readers = self._readers.get(product.output[0], [])
+        if len(readers) == 1 and readers[0].op_type == "Add":
+            for name in readers[0].input:
+                bias = self._bias(name, outputs)
+                if bias is not None:
+                    return bias, readers[0]
+        return None, product
+
     def _quantize(self, tensor: str) -> tuple[str, str]:
         """Names of the integers of a tensor, and of each token's largest magnitude [..., 1]."""
         if tensor not in self._quantized:
@@ -120,12 +174,28 @@ class _Writer:
             step = self._constant("int8_step", np.float32(1 / STEPS))
             zero = self._constant("int8_zero", np.uint8(ZERO))
             last = self._constant("int8_axis", np.array([-1], np.int64))
-            self._append("Abs", [tensor], sizes)
-            self._append("ReduceMax", [sizes, last], largest)
+            if self._is_gelu(tensor):  # widest tensor of a block: a small operator instead of a pass over it
+                lowest = self._constant("int8_gelu_depth", np.float32(GELU_DEPTH))
+                self._append("ReduceMax", [tensor, last], sizes)
+                self._append("Max", [sizes, lowest], largest)
+            else:
+                self._append("Abs", [tensor], sizes)
+                self._append("ReduceMax", [sizes, last], largest)
             self._append("Div", [tensor, largest], share)
             self._append("QuantizeLinear", [share, step, zero], integers)
             self._quantized[tensor] = integers, largest
         return self._quantized[tensor]
+
+    def _is_gelu(self, tensor: str) -> bool:
+        """Whether a tensor is (x * (1 + erf(x / sqrt 2))) * 0.5, as rewrite.GeluHalfLast writes it."""
+        nodes = []
+        for kind, at in (("Mul", 0), ("Mul", 1), ("Add", 0), ("Erf", 0), ("Div", 0)):
+            node = self._makers.get(tensor)
+            if node is None or node.op_type != kind:
+                return False
+            nodes.append(node)
+            tensor = node.input[at]
+        return bool(tensor == nodes[1].input[0])
 
     def _append(
         self, operator: str, inputs: Sequence[str], output: str, name: str | None = None, domain: str = ""

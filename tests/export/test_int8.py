@@ -33,13 +33,17 @@ def product_graph(operator: str, stored: np.ndarray, rank: int, **facts: float) 
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    (y,) = run_all(model, x)
+    return y
+
+
+def run_all(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     share_global_pool(options)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    (y,) = session.run(None, {"x": x})
-    return np.asarray(y)
+    return [np.asarray(output) for output in session.run(None, {"x": x})]
 
 
 def test_weights_are_symmetric_with_a_scale_an_output() -> None:
@@ -92,10 +96,72 @@ def test_what_is_no_plain_product_stays() -> None:
     assert [node.op_type for node in other.graph.node] == ["MatMul"]
 
 
-def test_queries_keys_and_values_are_quantized_once(exported: Callable[[str], Any]) -> None:
+def test_queries_keys_and_values_are_one_product(exported: Callable[[str], Any]) -> None:
     graph = onnx.load(exported("bert").folder / "segment_00_int8.onnx").graph
     kinds = [node.op_type for node in graph.node]
-    assert kinds.count("MatMulIntegerToFloat") == 6 and kinds.count("QuantizeLinear") == 4
+    assert kinds.count("MatMulIntegerToFloat") == kinds.count("QuantizeLinear") == 4
+    (split,) = [node for node in graph.node if node.op_type == "Split"]
+    assert len(split.output) == 3
+
+
+@pytest.mark.parametrize("biases", [2, 1, 0])
+def test_products_of_one_tensor_keep_their_own_numbers(biases: int) -> None:
+    other = GENERATOR.standard_normal((32, 5), dtype=np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["xw" if biases else "y"], name="blocks.0/first"),
+        helper.make_node("MatMul", ["x", "v"], ["xv" if biases > 1 else "z"], name="blocks.0/second"),
+        helper.make_node("Add", ["xw", "b"], ["y"]),
+        helper.make_node("Add", ["c", "xv"], ["z"]),
+    ][: 2 + biases]
+    sizes = ["rows", "tokens"]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [*sizes, size])
+        for name, size in (("x", 32), ("y", 8), ("z", 5))
+    ]
+    shift = GENERATOR.standard_normal(5, dtype=np.float32)
+    stored = {"w": WEIGHTS, "v": other, "b": BIAS, "c": shift}
+    tensors = [numpy_helper.from_array(array, name) for name, array in stored.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "graph", values[:1], values[1:], tensors),
+        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 18)],
+    )
+    to_token_products(model, {"blocks.0/first", "blocks.0/second"}, reduced=False)
+    assert [node.op_type for node in model.graph.node].count("MatMulIntegerToFloat") == 1
+    x = GENERATOR.standard_normal((2, 3, 32), dtype=np.float32)
+    y, z = run_all(model, x)
+    assert np.abs(y - (x @ WEIGHTS + BIAS * (biases > 0))).max() < 0.2
+    assert np.abs(z - (x @ other + shift * (biases > 1))).max() < 0.2
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_a_product_of_gelu_needs_no_magnitudes(size: float) -> None:
+    x = np.linspace(-size, size, 32, dtype=np.float32)[None, None]
+    kinds = {}
+    for name, divided in (("gelu", "x"), ("no gelu", "one")):
+        nodes = [
+            helper.make_node("Div", [divided, "root"], ["scaled"]),
+            helper.make_node("Erf", ["scaled"], ["erf"]),
+            helper.make_node("Add", ["erf", "one"], ["share"]),
+            helper.make_node("Mul", ["x", "share"], ["twice"]),
+            helper.make_node("Mul", ["twice", "half"], ["g"]),
+            helper.make_node("MatMul", ["g", "w"], ["y"], name="blocks.0/product"),
+        ]
+        values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", 32])]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", 8])]
+        numbers = {"w": WEIGHTS, "root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+        tensors = [numpy_helper.from_array(np.asarray(array), key) for key, array in numbers.items()]
+        model = helper.make_model(
+            helper.make_graph(nodes, "graph", values, outputs, tensors),
+            ir_version=10,
+            opset_imports=[helper.make_opsetid("", 18)],
+        )
+        expected = run(model, x)
+        to_token_products(model, {"blocks.0/product"}, reduced=False)
+        kinds[name] = [node.op_type for node in model.graph.node]
+        largest = max(np.abs(x).max(), 0.17)
+        assert np.abs(run(model, x) - expected).max() < 0.06 * largest
+    assert "Abs" not in kinds["gelu"] and "Abs" in kinds["no gelu"]
 
 
 def block_inputs(rows: int, length: int) -> dict[str, np.ndarray]:
