@@ -215,3 +215,25 @@ def test_a_sum_that_no_layer_norm_reads_stays_an_add() -> None:
     model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
     keep_layer_norms(model)
     assert [node.op_type for node in model.graph.node] == ["Sum", "LayerNormalization", "Add"]
+
+
+def test_a_bias_joins_the_sum_that_a_layer_norm_reads() -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "b"], ["s"]),
+        helper.make_node("Add", ["x", "c"], ["kept"]),
+        helper.make_node("Add", ["s", "kept"], ["t"]),
+        helper.make_node("LayerNormalization", ["t", "g"], ["n"]),
+        helper.make_node("Mul", ["n", "kept"], ["y"]),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "graph", [], []))
+    keep_layer_norms(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds == ["Add", "Sum", "LayerNormalization", "Mul"]
+    assert list(model.graph.node[1].input) == ["x", "b", "kept"]
+
+
+def test_keys_are_transposed_inside_their_product(exported: Callable[[str], Any]) -> None:
+    graph = onnx.load(exported("bert").folder / "segment_00_int8.onnx").graph
+    (product,) = [node for node in graph.node if node.op_type == "FusedMatMul"]
+    orders = [list(node.attribute[0].ints) for node in graph.node if node.op_type == "Transpose"]
+    assert product.attribute[0].name == "transB" and orders == [[0, 2, 1, 3]] * 4

@@ -156,4 +156,4 @@ def test_hostile_baseline_is_refused(tmp_path: Path) -> None:
     rehash_baselines(folder, "nested.onnx", loop())
     (fact,) = [fact for fact in read_baselines(folder, manifest).graphs if fact.file == "nested.onnx"]
     with pytest.raises(BadBundle, match=r"nested\.onnx: .*'Loop' is not allowed"):
-        open_baseline(folder, fact, manifest, threads=1, threshold=0.5)
+        open_baseline(folder, fact, manifest, threads=None, threshold=0.5)

@@ -38,7 +38,7 @@ FACTS = ImageInput(20, 20, (20,), "bilinear", "RGB", 1 / 255, (0.5,) * 3, (0.5,)
 
 def run(data: bytes, *options: str, bundle: Path = CLASSIFIER) -> tuple[int, list[dict[str, Any]]]:
     """Exit code and objects of ee-run, which must end by itself and write one object a line."""
-    result = CliRunner().invoke(cli.main, ["--bundle", str(bundle), "--threads", "1", *options], input=data)
+    result = CliRunner().invoke(cli.main, ["--bundle", str(bundle), *options], input=data)
     assert isinstance(result.exception, (SystemExit, type(None))), result.exception
     return result.exit_code, [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -313,7 +313,7 @@ def test_bad_lines_do_not_wait_without_a_limit() -> None:
             waiting[0] = max(waiting[0], read - written)
             yield line
 
-    with load_row_session(CLASSIFIER, batch_size=batch, threads=1) as session:
+    with load_row_session(CLASSIFIER, batch_size=batch) as session:
         write_answers(session, lines(), Counted(io.BytesIO()), RunStats(), Termination(), sets=False)
     assert written == read == count + 2
     assert waiting[0] <= 3 * window_of(batch)
