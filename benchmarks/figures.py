@@ -22,6 +22,7 @@ from offramp.benchmarks.compare.pages import (
     read_results,
     summary_table,
 )
+from offramp.benchmarks.int8 import int8_tables
 from offramp.benchmarks.risk import risk_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,6 +416,7 @@ def measured_tables() -> list[str]:
         attach_tables(),
         task_tables(),
         retrieval_tables(),
+        int8_tables(),
     )
     return [line for part in parts for line in part]
 

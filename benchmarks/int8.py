@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from offramp.benchmarks.compare.pages import RESULTS, markdown_table, read_result_file
 from offramp.benchmarks.int8_candidates import CANDIDATES, SAME_GRAPHS, TODAY, TOKEN, Feed, segment_feeds
 from offramp.benchmarks.overhead import (
     pooled_ratio,
@@ -52,6 +53,7 @@ from offramp.runtime.tuning.timing import time_in_turns
 FP32 = "fp32"
 FOLDER = click.Path(exists=True, path_type=Path)
 SHOWN = {"show_default": True}
+SHARES = ("label", "exit", "label at full depth", "accuracy", "accuracy at full depth")
 Walked = tuple[str, int, float]  # label, exit, score
 
 
@@ -150,6 +152,45 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         values = (value[0] if isinstance(value, list) else value for value in row.values())
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     Console(width=170).print(table)
+
+
+def _results(kind: str) -> list[dict[str, Any]]:
+    return [read_result_file(file) for file in sorted(RESULTS.glob(f"{kind}*.json"))]
+
+
+def int8_tables() -> list[str]:
+    """Markdown lines of the tables of docs/measured.md; a table without its result file is left out."""
+    lines: list[str] = []
+    for result in _results("int8_speed"):
+        cells = list(dict.fromkeys((r["network"], r["batch"], r["length"]) for r in result["rows"]))
+        times = {(r["candidate"], r["network"], r["batch"], r["length"]): r for r in result["rows"]}
+        names = list(dict.fromkeys(row["candidate"] for row in result["rows"]))
+        rows = []
+        for network, batch, length in cells:
+            ratios = [times[name, network, batch, length] for name in names]
+            shown = [f"{row['times_today'][0]:.2f} ({row['times_fp32'][0]:.2f})" for row in ratios]
+            rows.append([network, str(batch), str(length), *shown])
+        text = "Speed over that of one scale for a tensor (over fp32's), full depth, one thread pool"
+        about = result["machine"]
+        lines += [f"{text}; {about['cpu']}, {about['when'][:10]}:", ""]
+        lines += markdown_table(["network", "rows", "tokens", *names], rows)
+    for result in _results("int8_accuracy"):
+        rows = [
+            [
+                row["candidate"],
+                *(f"{100 * row[name]:.1f}" for name in SHARES),
+                f"{row['logit difference']:.3f}",
+            ]
+            for row in result["candidates"]
+        ]
+        lines += [f"{result['data']}, {result['rows']} rows one by one, percent as in fp32:", ""]
+        lines += markdown_table(["candidate", *SHARES, "difference of logits"], rows)
+    for result in _results("int8_batches"):
+        rows = [[str(value) for value in row.values()] for row in result["differences"]]
+        lines += [f"Of {result['rows']} rows, those that differ from batch 1:", ""]
+        lines += markdown_table(list(result["differences"][0]), rows)
+    title = "**Ways to write int8** (`benchmarks/int8.py`; `token` is what `ee-split` writes)"
+    return [title, "", *lines] if lines else []
 
 
 @click.group(help=__doc__)
