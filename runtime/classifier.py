@@ -76,15 +76,18 @@ class Classifier(RowSession[Answer]):
         budget: Budget | None = None,
         audit: AuditPlan | None = None,
     ) -> None:
+        self._calibrations: list[Calibration | None] = []  # of each rule
+        self._temperatures: list[Floats | None] = []  # of each rule [segments, 1]
         super().__init__(bundle, engine, reader, rule, variant, batch_size, budget, audit)
-        specs = [bound.spec for bound in self._rules]
-        self._calibrations = [find_calibration(self.manifest, spec, variant) for spec in specs]
-        self._temperatures = [
-            np.array(spec.score_temperatures, np.float32)[:, None] if spec.score_temperatures else None
-            for spec in specs
-        ]
-        walked = self._calibrations[:-1]  # the last rule is for rows that are set to full depth
+        walked = self._calibrations[: self._full_number]  # not of rows that are set to full depth
         self.calibration = None if None in walked else walked[0]
+
+    def _add_rule(self, rule: Rule, variant: str) -> int:
+        """See RowSession."""
+        scale = rule.spec.score_temperatures
+        self._calibrations.append(find_calibration(self.manifest, rule.spec, variant))
+        self._temperatures.append(np.array(scale, np.float32)[:, None] if scale else None)
+        return super()._add_rule(rule, variant)
 
     def _decision(self, answer: RowAnswer) -> NDArray[np.generic]:
         """See RowSession."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -19,9 +20,9 @@ from offramp.runtime.pipeline import chunks, prefetch
 from offramp.runtime.rules.base import Floats, Rule
 from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.rules.registry import bind
-from offramp.runtime.rules.resolve import bind_for_bundle
+from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 from offramp.runtime.session import Session
-from offramp.runtime.walker import Inputs, Trace, walk
+from offramp.runtime.walker import Inputs, Trace, Walk, empty_trace, walk
 
 if TYPE_CHECKING:  # sessions without them do not need the modules
     from offramp.runtime.audit import Audit, AuditPlan, AuditReport
@@ -103,12 +104,14 @@ class RowSession(Session[State], Generic[A_co]):
     ) -> None:
         super().__init__(bundle, engine, rule, variant)
         self.batch_size = batch_size
+        self._bundle = bundle
         self._reader = reader
-        # All rules by which rows may be walked; the last one runs every segment.
-        self._rules = [rule]
-        if budget is not None:
-            self._rules = [bind_for_bundle(bundle, point.rule) for point in budget.points]
-        self._rules.append(self._full_depth())
+        self._points: dict[str, tuple[int, int]] = {}  # of add_point
+        self._rules: list[Rule] = []  # all rules by which rows may be walked
+        first = [rule] if budget is None else [bind_for_bundle(bundle, p.rule) for p in budget.points]
+        for bound in first:
+            self._add_rule(bound, variant)
+        self._full_number = self._add_rule(self._full_depth(), variant)
         self._number = 0  # of the rule without a budget
         self._budget = budget
         self._audit = None if audit is None else self._open_audit(audit)
@@ -124,12 +127,9 @@ class RowSession(Session[State], Generic[A_co]):
         """
         (row,) = items_to_rows(self._reader, [text if text_b is None else (text, text_b)])
         size = self.batch_size if row.rest else 1
-        number = self._number if self._budget is None else self._budget.draw()[0]
+        number, _ = self.draw()
         trace = self._trace([row, *row.rest], size, self._rules[number], self._variant_number)
-        answer = self._answer(trace, 0, row, number)
-        if self._is_watched:
-            self._watch(row, answer)
-        return answer
+        return self.finish(trace, 0, row, number)
 
     def map(self, items: Iterable[Item], batch_size: int | None = None) -> Iterator[A_co]:
         """Answer many items (texts, pairs, images): an iterator over the answers, in the order of `items`.
@@ -228,6 +228,51 @@ class RowSession(Session[State], Generic[A_co]):
         trace = self._trace(rows, self.batch_size, self._never(), number)
         return trace, np.array([row.length for row in rows], np.int64)
 
+    def read(self, items: Sequence[Item]) -> list[AnyRow | ItemError]:
+        """Convert each item to a row, or to an ItemError if it cannot be read."""
+        return self._reader.read(items)
+
+    def add_point(self, point: str) -> tuple[int, int]:
+        """Let single rows be walked at an operating point; gives the numbers of its rule and its variant.
+
+        The numbers are for a Scheduler. Raises BadSetting if the bundle has no such point.
+        """
+        if point not in self._points:
+            spec, variant = resolve_rule(self.manifest, point=point)
+            number = self._add_rule(bind_for_bundle(self._bundle, spec), variant)
+            self._points[point] = number, self.manifest.variants.index(variant)
+        return self._points[point]
+
+    def draw(self) -> tuple[int, int]:
+        """The numbers of the rule and the variant by which the next row is walked; see add_point."""
+        number = self._number if self._budget is None else self._budget.draw()[0]
+        return number, self._variant_number
+
+    def open_walk(self, rows: int, limit: int) -> tuple[Walk[State], Trace]:
+        """A walk that rows can join at any time, and its record of `rows` rows; limit: most rows of a step.
+
+        Both are used inside `walking` alone.
+        """
+        trace = empty_trace(rows, len(self.manifest.segments), self._classes)
+        return Walk(self.engine, self._rules, trace, limit), trace
+
+    @contextmanager
+    def walking(self) -> Iterator[None]:
+        """Context in which the engine is the caller's alone; raises SessionClosed after close()."""
+        with self._lock:
+            self._check_open()
+            yield
+
+    def finish(self, trace: Trace, first: int, row: AnyRow, rule: int) -> A_co:
+        """The answer to a row, whose windows begin at row `first` of a trace; budget and audit count it.
+
+        rule: the number of the rule by which it was walked. Raises BadInput if the network gives no number.
+        """
+        answer = self._answer(trace, first, row, rule)
+        if self._is_watched:
+            self._watch(row, answer)
+        return answer
+
     def batches(self, rows: Sequence[AnyRow], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
         """Batches of rows of similar length, the shortest first: row numbers, and the stem's inputs."""
         order = np.argsort([row.length for row in rows], kind="stable")
@@ -256,12 +301,10 @@ class RowSession(Session[State], Generic[A_co]):
                     continue
                 walk_of_row = next(walked)
                 try:
-                    answer = self._answer(*walk_of_row)
+                    answer = self.finish(*walk_of_row)
                 except BadInput as problem:  # see not_finite
                     yield ItemError(index, str(problem))
                     continue
-                if self._is_watched:
-                    self._watch(row, answer)
                 yield answer
 
     def _walk_items(
@@ -316,6 +359,11 @@ class RowSession(Session[State], Generic[A_co]):
                 limit=limit,
             )
 
+    def _add_rule(self, rule: Rule, variant: str) -> int:
+        """Add a rule by which rows are walked that start in a variant; gives its number."""
+        self._rules.append(rule)
+        return len(self._rules) - 1
+
     def _never(self) -> Rule:
         return bind(RuleSpec("never", {}), len(self.manifest.segments))
 
@@ -345,13 +393,13 @@ class RowSession(Session[State], Generic[A_co]):
         if answer.windows == 1 and answer.steps == tuple((s + 1, names[0]) for s in range(segments)):
             return 0.0
         trace = self._trace([row, *row.rest], self.batch_size if row.rest else 1, self._never(), 0)
-        full = self._answer(trace, 0, row, len(self._rules) - 1)
+        full = self._answer(trace, 0, row, self._full_number)
         disagreement = DISAGREEMENTS[self.manifest.kind]
         return disagreement(self._decision(answer), self._decision(full))
 
     def _stay_at_full_depth(self) -> None:
         """Walk rows to the end from here on."""
-        self._number = len(self._rules) - 1
+        self._number = self._full_number
         if self._budget is not None:
             self._budget.release(self._number)
 

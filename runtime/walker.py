@@ -2,9 +2,9 @@
 
 Rows that wait for the same (segment, variant, length) form one queue and are run together. After each step
 the rule rewrites their plans: rows without remaining segments are done, the others join their next queue.
-This mechanism does batching, compaction after exits and regrouping. A single row, or the tokens of one
-sequence, is walked alone, without queues. The walker does not depend on ONNX, text or tasks: it only passes
-states to the engine.
+This mechanism does batching, compaction after exits and regrouping, for rows of one call and of many. A
+single row, or the tokens of one sequence, is walked alone, without queues. The walker does not depend on
+ONNX, text or tasks: it only passes states to the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.engines.base import Array, Engine, S
-from offramp.runtime.rules.base import Floats, Plan, Rule, Signals, never_exits
+from offramp.runtime.rules.base import Floats, Plan, RowSignals, Rule, Signals, never_exits
 
 QueueKey = tuple[int, int, int]  # segment, variant, length: equal for rows that are run together
 Inputs = Mapping[str, Array]
@@ -50,6 +50,12 @@ class Trace:
     seconds: NDArray[np.float64]
     answers: NDArray[Any] | None = None
 
+    def clear(self, rows: slice) -> None:
+        """Make rows as they are before a walk, for further ones."""
+        self.variants[rows], self.gates[rows] = -1, math.nan
+        if self.answers is not None:
+            self.answers[rows] = None
+
     def keep_answers(self, ids: Sequence[int], segment: int, answers: Floats) -> None:
         """Copy the answers of some rows at a segment, [ids, ...], which the engine will overwrite."""
         if self.answers is None:
@@ -60,13 +66,22 @@ class Trace:
 
 @dataclass
 class _Group(Generic[S]):
-    """Rows that are run together: their numbers in the trace, plans, memories, and start times."""
+    """Rows that are run together: their numbers in the trace, plans, memories, start times, and rules.
+
+    rules: numbers of the rows' rules; None: the first for all. Of one walk all groups have them, or none.
+    """
 
     state: S
     ids: NDArray[np.int64]
     plan: Plan
     memory: Floats
     started: NDArray[np.float64]
+    rules: NDArray[np.int64] | None
+
+    def take(self, state: S, rows: NDArray[np.int64]) -> _Group[S]:
+        """The group of some of the rows; state: theirs."""
+        rules = None if self.rules is None else self.rules[rows]
+        return _Group(state, self.ids[rows], self.plan[rows], self.memory[rows], self.started[rows], rules)
 
 
 def walk_one(engine: Engine[S], rule: Rule, state: S, plan: Sequence[int]) -> list[Step]:
@@ -135,31 +150,174 @@ def walk(
     queues are run from the first segment on, so that all rows that can join a queue have joined it. Every row
     is run in the end.
     """
-    trace = _empty_trace(rows, segments, classes)
-    pending = iter(batches)
-    queues: dict[QueueKey, list[_Group[S]]] = {}
+    trace = empty_trace(rows, segments, classes)
+    under_way, pending = Walk(engine, [rule], trace, limit), iter(batches)
     while True:
-        full = [key for key, queue in queues.items() if len(queue[0].ids) >= limit or _length(queue) >= limit]
-        if full:
-            key = max(full)
-        elif (batch := next(pending, None)) is not None:
+        key = under_way.full_queue()
+        if key is None and (batch := next(pending, None)) is not None:
             if limit == 1 and len(batch[0]) == 1:
                 _walk_row(engine, rule, int(batch[0][0]), batch[1], variant, trace)
-                continue
-            group = _begin(engine, rule, *batch, segments, variant)
-            key = (0, variant, group.state.length)
-            queues.setdefault(key, []).append(group)
+            else:
+                under_way.begin(*batch, variant)
             continue
-        elif queues:
-            key = min(queues)
-        else:
+        key = under_way.first_queue() if key is None else key
+        if key is None:
             return trace
-        group = _pop_group(engine, queues, key, limit)
-        for next_key, next_group in _run_group(engine, rule, group, key, trace):
-            queues.setdefault(next_key, []).append(next_group)
+        under_way.run(key)
 
 
-def _empty_trace(rows: int, segments: int, classes: int) -> Trace:
+class Walk(Generic[S]):
+    """Rows on their way through the segments; further rows can join at any time.
+
+    rules: those that rows can have; a row's is given by its number in them. trace: what is written of every
+    row. limit: most rows that are joined for a step. Whoever walks calls begin for new rows and run for one
+    queue after the other. Not safe for several threads.
+    """
+
+    def __init__(self, engine: Engine[S], rules: Sequence[Rule], trace: Trace, limit: int) -> None:
+        self._engine, self._rules, self._trace, self._limit = engine, rules, trace, limit
+        self._queues: dict[QueueKey, list[_Group[S]]] = {}
+
+    def begin(
+        self,
+        ids: NDArray[np.int64],
+        inputs: Inputs,
+        variant: int = 0,
+        *,
+        plans: Plan | None = None,
+        rules: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Run the stem for a batch, and let its rows wait for their first segment.
+
+        ids: row numbers. variant: that in which rows start; plans [rows, segments] takes its place. rules:
+        numbers of the rows' rules [rows]; None: the first rule for all. Every plan must have a segment.
+        """
+        started = np.full(len(ids), time.perf_counter())
+        if plans is None:
+            segments = self._trace.variants.shape[1]
+            plans = np.repeat(self._rules[0].first_plan(segments, variant), len(ids), axis=0)
+        width = max([rule.width for rule in self._rules])
+        state = self._engine.begin(inputs)
+        memory = np.zeros((len(ids), width), np.float32)
+        self._queue(_Group(state, ids, plans, memory, started, rules), -1, state.length)
+
+    def first_plan(self, rule: int, variant: int) -> Plan:
+        """The plan [1, segments] with which a row of a rule starts in a variant; rule: its number."""
+        return self._rules[rule].first_plan(self._trace.variants.shape[1], variant)
+
+    def full_queue(self) -> QueueKey | None:
+        """The deepest queue that has enough rows for a step, if any."""
+        full = [
+            key
+            for key, queue in self._queues.items()
+            if len(queue[0].ids) >= self._limit or _length(queue) >= self._limit
+        ]
+        return max(full) if full else None
+
+    def first_queue(self) -> QueueKey | None:
+        """The queue of the earliest segment, None if no row waits."""
+        return min(self._queues, default=None)
+
+    def oldest_queue(self) -> QueueKey | None:
+        """The queue of the row that began first, None if no row waits."""
+        begun = {key: min(group.started.min() for group in queue) for key, queue in self._queues.items()}
+        return min(begun, key=begun.__getitem__, default=None)
+
+    def waiting(self) -> NDArray[np.int64]:
+        """Numbers of the rows that wait for a segment, in no order."""
+        groups = [group.ids for queue in self._queues.values() for group in queue]
+        return np.concatenate(groups) if groups else np.zeros(0, np.int64)
+
+    def drop(self, ids: NDArray[np.int64]) -> None:
+        """Forget rows that wait; numbers of others are ignored."""
+        for key, queue in list(self._queues.items()):
+            kept = []
+            for group in queue:
+                stays = np.flatnonzero(~np.isin(group.ids, ids))
+                if len(stays) == len(group.ids):
+                    kept.append(group)
+                    continue
+                if len(stays):
+                    kept.append(group.take(self._engine.take(group.state, stays), stays))
+                self._engine.drop(group.state)
+            if kept:
+                self._queues[key] = kept
+            else:
+                del self._queues[key]
+
+    def run(self, key: QueueKey) -> NDArray[np.int64]:
+        """Run one segment for rows of a queue, up to the limit; returns the numbers of those that are done.
+
+        If the engine raises an error, these rows are forgotten.
+        """
+        group = _pop_group(self._engine, self._queues, key, self._limit)
+        segment, variant, length = key
+        trace, ids = self._trace, group.ids
+        try:
+            signals = self._engine.step(segment, variant, group.state)
+        except BaseException:
+            self._engine.drop(group.state)
+            raise
+        trace.variants[ids, segment] = variant
+        trace.logits[ids, segment] = signals.logits
+        if signals.gate is not None:
+            trace.gates[ids, segment] = signals.gate
+        if signals.answer is not None:
+            trace.keep_answers(ids.tolist(), segment, signals.answer)
+        if segment + 1 == group.plan.shape[1]:
+            trace.seconds[ids] = time.perf_counter() - group.started
+            self._engine.drop(group.state)
+            return ids
+        self._apply_rules(group, signals, segment)
+        return self._queue(group, segment, length)
+
+    def _apply_rules(self, group: _Group[S], signals: Signals, segment: int) -> None:
+        """Rewrite the plans and memories of a group after a segment."""
+        if group.rules is None:
+            group.plan, group.memory = self._rules[0](signals, group.memory, group.plan, segment)
+            return
+        plan, memory = group.plan.copy(), group.memory.copy()
+        for number in np.unique(group.rules).tolist():
+            rule, rows = self._rules[number], np.flatnonzero(group.rules == number)
+            plan[rows], memory[rows, : rule.width] = rule(
+                rows_of_signals(signals, rows), memory[rows, : rule.width], group.plan[rows], segment
+            )
+        group.plan, group.memory = plan, memory
+
+    def _queue(self, group: _Group[S], segment: int, length: int) -> NDArray[np.int64]:
+        """Let the rows of a group wait for their next segments after one; returns those that have none."""
+        ids = group.ids
+        ahead = group.plan[:, segment + 1 :] >= 0  # [rows, segments still ahead]
+        next_segments = segment + 1 + ahead.argmax(axis=1)  # meaningless for rows that are done
+        done = np.logical_not(ahead.any(axis=1))
+        self._trace.seconds[ids[done]] = time.perf_counter() - group.started[done]
+        # One number for (segment, variant): rows with the same next step are found at once; -1: done.
+        next_variants = np.take_along_axis(group.plan, next_segments[:, None], axis=1)[:, 0]
+        codes = np.where(done, -1, next_segments * 128 + next_variants)
+        for code in np.unique(codes).tolist():
+            if code < 0:
+                continue
+            next_segment, next_variant = divmod(code, 128)
+            rows = np.flatnonzero(codes == code)
+            is_whole = len(rows) == len(ids)
+            state = group.state if is_whole else self._engine.take(group.state, rows)
+            for skipped in range(segment + 1, next_segment):
+                self._engine.skip(skipped, state)
+            rest = group if is_whole else group.take(state, rows)
+            self._queues.setdefault((next_segment, next_variant, length), []).append(rest)
+            if is_whole:
+                return ids[:0]
+        self._engine.drop(group.state)
+        return ids[done]
+
+
+def rows_of_signals(signals: Signals, rows: NDArray[np.int64]) -> RowSignals:
+    """The signals of some rows of a step."""
+    optional = (signals.gate, signals.forecast, signals.hidden, signals.answer)
+    return RowSignals(signals.logits[rows], *(None if part is None else part[rows] for part in optional))
+
+
+def empty_trace(rows: int, segments: int, classes: int) -> Trace:
     """A trace before any step; uses fill() because np.full is slower."""
     variants, gates = np.empty((rows, segments), np.int8), np.empty((rows, segments), np.float32)
     variants.fill(-1)
@@ -184,15 +342,6 @@ def _walk_row(engine: Engine[S], rule: Rule, row: int, inputs: Inputs, variant: 
             assert signals.answer is not None  # every segment of a bundle gives one, or none does
             trace.keep_answers([row], segment, signals.answer)
     engine.drop(state)
-
-
-def _begin(
-    engine: Engine[S], rule: Rule, ids: NDArray[np.int64], inputs: Inputs, segments: int, variant: int
-) -> _Group[S]:
-    """Run the stem of a batch."""
-    started = np.full(len(ids), time.perf_counter())
-    plan = np.repeat(rule.first_plan(segments, variant), len(ids), axis=0)
-    return _Group(engine.begin(inputs), ids, plan, np.zeros((len(ids), rule.width), np.float32), started)
 
 
 def _length(queue: list[_Group[S]]) -> int:
@@ -222,56 +371,15 @@ def _pop_group(
         del queues[key]
     if len(chosen) == 1:
         return chosen[0]
+    rules = [group.rules for group in chosen if group.rules is not None]
     joined = _Group(
         engine.join([group.state for group in chosen]),
         np.concatenate([group.ids for group in chosen]),
         np.concatenate([group.plan for group in chosen]),
         np.concatenate([group.memory for group in chosen]),
         np.concatenate([group.started for group in chosen]),
+        np.concatenate(rules) if rules else None,
     )
     for group in chosen:
         engine.drop(group.state)
     return joined
-
-
-def _run_group(
-    engine: Engine[S], rule: Rule, group: _Group[S], key: QueueKey, trace: Trace
-) -> list[tuple[QueueKey, _Group[S]]]:
-    """Run one segment for a group; returns groups of the rows that go on, with the keys of their queues."""
-    segment, variant, length = key
-    signals = engine.step(segment, variant, group.state)
-    ids = group.ids
-    trace.variants[ids, segment] = variant
-    trace.logits[ids, segment] = signals.logits
-    if signals.gate is not None:
-        trace.gates[ids, segment] = signals.gate
-    if signals.answer is not None:
-        trace.keep_answers(ids.tolist(), segment, signals.answer)
-    if segment + 1 == group.plan.shape[1]:
-        trace.seconds[ids] = time.perf_counter() - group.started
-        engine.drop(group.state)
-        return []
-    plan, memory = rule(signals, group.memory, group.plan, segment)
-    ahead = plan[:, segment + 1 :] >= 0  # [rows, segments still ahead]
-    next_segments = segment + 1 + ahead.argmax(axis=1)  # meaningless for rows that are done
-    done = np.logical_not(ahead.any(axis=1))
-    trace.seconds[ids[done]] = time.perf_counter() - group.started[done]
-    # One number for (segment, variant), so that rows with the same next step are found at once; -1: done.
-    next_variants = np.take_along_axis(plan, next_segments[:, None], axis=1)[:, 0]
-    codes = np.where(done, -1, next_segments * 128 + next_variants)
-    onward: list[tuple[QueueKey, _Group[S]]] = []
-    for code in np.unique(codes).tolist():
-        if code < 0:
-            continue
-        next_segment, next_variant = divmod(code, 128)
-        kept_rows = np.flatnonzero(codes == code)
-        is_whole = len(kept_rows) == len(ids)
-        state = group.state if is_whole else engine.take(group.state, kept_rows)
-        for skipped in range(segment + 1, next_segment):
-            engine.skip(skipped, state)
-        rest = _Group(state, ids[kept_rows], plan[kept_rows], memory[kept_rows], group.started[kept_rows])
-        onward.append(((next_segment, next_variant, length), rest))
-        if is_whole:
-            return onward
-    engine.drop(group.state)
-    return onward

@@ -10,7 +10,7 @@ import pytest
 from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.rules import RowSignals, Signals, bind, simulate
 from offramp.runtime.rules.base import full_plan
-from offramp.runtime.walker import Trace, walk, walk_one
+from offramp.runtime.walker import Trace, Walk, empty_trace, walk, walk_one
 
 ROWS, SEGMENTS, CLASSES, VARIANTS = 53, 5, 3, 3
 
@@ -373,3 +373,84 @@ def test_every_row_has_its_time(size: int) -> None:
 def test_walk_of_no_rows() -> None:
     trace = walk(Tables(0), NEVER, [], rows=0, segments=SEGMENTS, classes=CLASSES)
     assert trace.variants.shape == (0, SEGMENTS)
+
+
+def joining_walk(engine: Tables, rules: Sequence[Any], limit: int = 4) -> tuple[Walk[Any], Trace]:
+    trace = empty_trace(ROWS, SEGMENTS, CLASSES)
+    return Walk(engine, rules, trace, limit), trace  # type: ignore[type-var]
+
+
+def begin(walk: Walk[Any], rows: Sequence[int], rules: Sequence[int] | None = None, length: int = 8) -> None:
+    ids = np.array(rows)
+    plans = np.zeros((len(rows), SEGMENTS), np.int8)
+    numbers = None if rules is None else np.array(rules)
+    walk.begin(ids, {"rows": ids, "length": length}, plans=plans, rules=numbers)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 64])
+def test_rows_that_join_at_any_time_are_walked_as_alone(limit: int) -> None:
+    engine, rules = Tables(3), [*EXIT_RULES, Mixed()]
+    under_way, trace = joining_walk(engine, rules, limit)
+    random, order = np.random.default_rng(0), np.random.default_rng(1).permutation(ROWS)
+    numbers, done = np.arange(ROWS) % len(rules), list[int]()
+    while len(done) < ROWS:
+        if len(order) and (random.random() < 0.4 or under_way.oldest_queue() is None):
+            rows, order = order[:3], order[3:]
+            begin(under_way, rows.tolist(), numbers[rows].tolist())
+            continue
+        key = under_way.full_queue() or under_way.oldest_queue()
+        if key is not None:
+            done += under_way.run(key).tolist()
+    assert sorted(done) == list(range(ROWS)) and engine.open == 0 and not len(under_way.waiting())
+    for row in range(ROWS):
+        alone = walk_rows(engine, rules[numbers[row]], np.array([row]), 1, np.full(ROWS, 8))
+        assert np.array_equal(trace.variants[row], alone.variants[0])
+        assert np.array_equal(trace.gates[row], alone.gates[0], equal_nan=True)
+
+
+def test_a_plan_ends_a_row_before_its_rule_does() -> None:
+    engine = Tables(3)
+    under_way, trace = joining_walk(engine, [NEVER])
+    ids, plans = np.arange(2), np.zeros((2, SEGMENTS), np.int8)
+    plans[0, 2:] = -1
+    under_way.begin(ids, {"rows": ids, "length": 8}, plans=plans)
+    done = list[list[int]]()
+    while (key := under_way.oldest_queue()) is not None:
+        done.append(under_way.run(key).tolist())
+    assert done == [[], [0], [], [], [1]]
+    assert (trace.variants >= 0).sum(axis=1).tolist()[:2] == [2, SEGMENTS]
+
+
+def test_the_oldest_row_is_first() -> None:
+    under_way, _ = joining_walk(Tables(3), [NEVER])
+    begin(under_way, [0], length=24)
+    begin(under_way, [1], length=8)
+    for segment in range(2):
+        assert under_way.oldest_queue() == (segment, 0, 24)
+        under_way.run((segment, 0, 24))
+    assert under_way.first_queue() == (0, 0, 8) and under_way.full_queue() is None
+
+
+def test_dropped_rows_are_not_run_further() -> None:
+    engine = Tables(3)
+    under_way, trace = joining_walk(engine, [NEVER])
+    begin(under_way, [0, 1, 2])
+    begin(under_way, [3], length=16)
+    under_way.drop(np.array([1, 3, 50]))
+    assert sorted(under_way.waiting().tolist()) == [0, 2] and engine.open == 1
+    while (key := under_way.oldest_queue()) is not None:
+        under_way.run(key)
+    assert (trace.variants >= 0).sum(axis=1).tolist()[:4] == [SEGMENTS, 0, SEGMENTS, 0] and engine.open == 0
+
+
+def test_rows_of_a_step_that_fails_are_forgotten_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Tables(3)
+    under_way, _ = joining_walk(engine, [NEVER])
+    begin(under_way, [0, 1])
+    begin(under_way, [2], length=16)
+    with monkeypatch.context() as patched:
+        patched.setattr(Tables, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            under_way.run((0, 0, 8))
+    assert under_way.waiting().tolist() == [2] and engine.open == 1
+    assert under_way.run((0, 0, 16)).tolist() == [] and under_way.waiting().tolist() == [2]

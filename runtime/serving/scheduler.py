@@ -1,0 +1,289 @@
+"""One walk for the rows of all requests: a thread runs the steps, and rows join and leave it one by one."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from offramp.runtime.engines.base import State
+from offramp.runtime.errors import BadSetting, OfframpError, SessionClosed
+from offramp.runtime.inputs.text import LENGTH_STEP, MAX_WINDOWS, AnyRow
+from offramp.runtime.row_session import RowAnswer, RowSession
+from offramp.runtime.rules.base import Plan
+from offramp.runtime.walker import Trace, Walk
+
+A = TypeVar("A", bound=RowAnswer)
+LEAST_ROWS = 1 + MAX_WINDOWS  # a long text is walked as that many rows
+NEWEST = 0.05  # weight of the newest pause between two answers in their mean
+
+
+class QueueFull(OfframpError, RuntimeError):
+    """Too many rows wait; retry_after: seconds after which there is probably room."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} rows wait already; try again in {retry_after:.1f} seconds")
+        self.retry_after = retry_after
+
+
+class DeadlinePassed(OfframpError, TimeoutError):
+    """A row was not answered in time; it is not walked further."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How a row is walked: the numbers of its rule and of its first variant, and most segments that are run.
+
+    The numbers come from RowSession.draw and add_point. segments: None for all.
+    """
+
+    rule: int
+    variant: int
+    segments: int | None = None
+
+
+@dataclass(eq=False)
+class _Item(Generic[A]):
+    """A row and its windows. slots: its rows of the trace, once it is begun; left: how many are not done."""
+
+    row: AnyRow
+    options: RowOptions
+    deadline: float
+    arrived: float
+    future: Future[A] = field(default_factory=Future)
+    slots: range = range(0)
+    left: int = 0
+
+    @property
+    def rows(self) -> list[AnyRow]:
+        """The row and its further windows."""
+        return [self.row, *self.row.rest]
+
+    def has_ended(self, now: float) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.deadline <= now or self.future.cancelled()
+
+
+class Scheduler(Generic[A]):
+    """Walks the rows of all requests in one thread.
+
+    Rows that wait for the same segment share a step, whichever request they belong to; the row that began
+    first goes on first. rows: most rows, windows included, that are under way at once. queue: most items that
+    are accepted and not answered. limit: most rows of a step; None: the session's batch size. observe: called
+    in the thread with each answer and the seconds since its row was submitted. Raises BadSetting for sizes
+    out of range.
+    """
+
+    def __init__(
+        self,
+        session: RowSession[A],
+        *,
+        rows: int = 256,
+        queue: int = 1024,
+        limit: int | None = None,
+        observe: Callable[[A, float], None] | None = None,
+    ) -> None:
+        limit = session.batch_size if limit is None else limit
+        for name, size, least in (("rows", rows, LEAST_ROWS), ("queue", queue, 1), ("limit", limit, 1)):
+            if size < least:
+                raise BadSetting(f"{name} {size}: expected {least} or more")
+        self._session, self._queue, self._limit, self._observe = session, queue, limit, observe
+        walk, trace = session.open_walk(rows, limit)
+        self._walk: Walk[State] = walk
+        self._trace: Trace = trace
+        self._owners: list[_Item[A] | None] = [None] * rows  # of each row of the trace
+        self._changed = threading.Condition()
+        self._arrived: deque[_Item[A]] = deque()
+        self._accepted = 0  # items that are not answered
+        self._closing = False
+        self._under_way: set[_Item[A]] = set()
+        self._pause, self._last_answer = 0.0, math.nan
+        self._thread = threading.Thread(target=self._run, name="offramp walker", daemon=True)
+        self._thread.start()
+
+    @property
+    def accepted(self) -> int:
+        """Items that are accepted and not answered yet."""
+        return self._accepted
+
+    @property
+    def under_way(self) -> int:
+        """Items whose walk has begun."""
+        return len(self._under_way)
+
+    def submit(self, row: AnyRow, options: RowOptions, timeout: float | None = None) -> Future[A]:
+        """Let a row join the walk; its answer is the result of the future.
+
+        timeout: seconds after which the row is given up with DeadlinePassed. A future that is cancelled frees
+        its place. The future raises BadInput if the network gives no number, and the errors of the engine.
+        Raises QueueFull, and SessionClosed after close().
+        """
+        now = time.perf_counter()
+        item = _Item[A](row, options, math.inf if timeout is None else now + timeout, now)
+        with self._changed:
+            if self._closing:
+                raise SessionClosed("the scheduler is closed: no further rows are accepted")
+            if self._accepted >= self._queue:
+                raise QueueFull(self._accepted, max(0.1, self._accepted * self._pause))
+            self._accepted += 1
+            self._arrived.append(item)
+            self._changed.notify()
+        return item.future
+
+    def close(self, *, finish: bool = True) -> None:
+        """Refuse further rows, and wait until those that were accepted are answered, or given up.
+
+        finish: whether they are answered; else their futures are cancelled.
+        """
+        with self._changed:
+            self._closing = True
+            if not finish:
+                for item in (*self._arrived, *self._under_way):
+                    item.future.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """What the thread does: begin rows that came, run a step, and give answers."""
+        while self._wait():
+            try:
+                with self._session.walking():
+                    self._give_up()
+                    self._begin()
+                    key = self._walk.full_queue() or self._walk.oldest_queue()
+                    done = [] if key is None else self._walk.run(key).tolist()
+            except Exception as problem:
+                self._fail(problem)
+            else:
+                self._finish(done)
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False once the scheduler is closed and all is done."""
+        with self._changed:
+            while not self._arrived and not self._under_way:
+                if self._closing:
+                    return False
+                self._last_answer = math.nan  # a pause in which nobody asked tells nothing
+                self._changed.wait()
+        return True
+
+    def _give_up(self) -> None:
+        """Forget rows for which nobody waits."""
+        now = time.perf_counter()
+        for item in [item for item in self._under_way if item.has_ended(now)]:
+            self._walk.drop(np.array(item.slots))
+            self._free(item)
+            self._end(item, DeadlinePassed("the row was not answered in time"))
+
+    def _begin(self) -> None:
+        """Run the stem for rows that came, as far as there is room, those of one length together."""
+        now = time.perf_counter()
+        same_length: dict[int, list[_Item[A]]] = {}
+        while self._arrived:
+            item = self._arrived[0]
+            if item.has_ended(now):
+                self._arrived.popleft()
+                self._end(item, DeadlinePassed("the row was not begun in time"))
+                continue
+            if not self._allocate(item):
+                break
+            self._arrived.popleft()
+            length = -(-max(row.length for row in item.rows) // LENGTH_STEP)
+            same_length.setdefault(length, []).append(item)
+            if sum(len(item.slots) for item in same_length[length]) >= self._limit:
+                self._begin_rows(same_length.pop(length))
+        for items in same_length.values():
+            self._begin_rows(items)
+
+    def _begin_rows(self, items: list[_Item[A]]) -> None:
+        rows = [row for item in items for row in item.rows]
+        slots = np.concatenate([np.array(item.slots) for item in items])
+        plans = np.concatenate([self._plan(item.options, len(item.slots)) for item in items])
+        rules = np.repeat([item.options.rule for item in items], [len(item.slots) for item in items])
+        for ids, inputs in self._session.batches(rows, self._limit):
+            self._walk.begin(slots[ids], inputs, plans=plans[ids], rules=rules[ids])
+
+    def _plan(self, options: RowOptions, rows: int) -> Plan:
+        """The plan with which the rows of an item start [rows, segments]."""
+        plan = self._walk.first_plan(options.rule, options.variant)
+        if options.segments is not None:
+            plan = plan.copy()
+            plan[:, options.segments :] = -1
+        return np.repeat(plan, rows, axis=0)
+
+    def _allocate(self, item: _Item[A]) -> bool:
+        """Give an item rows of the trace, one behind the other; False if there is no such place now."""
+        count, free = len(item.rows), 0
+        for slot, owner in enumerate(self._owners):
+            free = free + 1 if owner is None else 0
+            if free == count:
+                item.slots, item.left = range(slot - count + 1, slot + 1), count
+                self._owners[item.slots.start : item.slots.stop] = [item] * count
+                self._under_way.add(item)
+                return True
+        return False
+
+    def _free(self, item: _Item[A]) -> None:
+        """Take the rows of an item out of the trace."""
+        rows = slice(item.slots.start, item.slots.stop)
+        self._owners[rows] = [None] * len(item.slots)
+        self._trace.clear(rows)
+        self._under_way.discard(item)
+
+    def _finish(self, slots: Iterable[int]) -> None:
+        """Answer the items whose last rows are done."""
+        for slot in slots:
+            item = self._owners[slot]
+            assert item is not None
+            item.left -= 1
+            if item.left:
+                continue
+            problem: Exception | None = None
+            answer: A | None = None
+            try:
+                answer = self._session.finish(self._trace, item.slots.start, item.row, item.options.rule)
+            except Exception as raised:  # BadInput: no number
+                problem = raised
+            self._free(item)
+            self._end(item, problem, answer)
+
+    def _fail(self, problem: Exception) -> None:
+        """Give an error to the items whose rows were lost by it, and to all if the session is closed."""
+        waiting = set(self._walk.waiting().tolist())
+        is_closed = isinstance(problem, SessionClosed)
+        for item in list(self._under_way):
+            if is_closed or len(waiting.intersection(item.slots)) < item.left:
+                self._walk.drop(np.array(item.slots))
+                self._free(item)
+                self._end(item, problem)
+        if is_closed:
+            with self._changed:
+                self._closing = True
+                arrived = list(self._arrived)
+                self._arrived.clear()
+            for item in arrived:
+                self._end(item, problem)
+
+    def _end(self, item: _Item[A], problem: Exception | None, answer: A | None = None) -> None:
+        """Give an item's answer, or its error, to whoever waits for it."""
+        now = time.perf_counter()
+        with self._changed:
+            self._accepted -= 1
+        if self._last_answer == self._last_answer:
+            self._pause += NEWEST * (now - self._last_answer - self._pause)
+        self._last_answer = now
+        if not item.future.set_running_or_notify_cancel():
+            return
+        if answer is None:
+            item.future.set_exception(problem)
+            return
+        if self._observe is not None:
+            self._observe(answer, now - item.arrived)
+        item.future.set_result(answer)
