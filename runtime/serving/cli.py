@@ -1,0 +1,225 @@
+"""Command ee-serve: answer over HTTP with one or several bundles."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from socket import socket
+    from types import FrameType
+
+    from offramp.runtime.serving.models import Models
+
+# A test compares these with their sources.
+ENGINES, DEVICES, LONG_TEXTS = ("ort", "trt"), ("cpu", "cuda"), ("cut", "windows")
+ENDED, NOT_STARTED = 0, 2
+LOOPBACK = "127.0.0.1"
+
+HELP = """Answer requests over HTTP with each BUNDLE, a folder, or NAME=FOLDER to give it another name
+in requests than that of its folder. Requests that name no model are for the first.
+
+\b
+    ee-serve bundle/
+    curl localhost:8000/v1/classify -H 'Content-Type: application/json' \\
+         -d '{"input": "a stirring, funny film"}'
+
+\b
+POST /v1/classify    {"input": TEXT or a list of them}; a text, {"text": …, "text_b": …} or
+                     {"image": base64}. Optional: "model", "point" (an operating point),
+                     "max_risk" (the cheapest point that guarantees it), "max_depth" (blocks),
+                     "timeout_ms". Answers: {"model": …, "results": [objects as of ee-run]}
+POST /v1/embeddings  as OpenAI's API has it, for bundles that embed texts
+GET  /v1/models      the bundles, with labels and operating points
+GET  /healthz /readyz /metrics (Prometheus) /docs /openapi.json
+
+\b
+Rows of all requests share the steps of one walk: rows that wait for the same segment run
+together, and each row is answered at its own exit. A row's answer does not depend on the others.
+
+\b
+Errors are {"error": {"message": …, "type": …}}:
+  400  the request or an item of it cannot be answered; in a list, the item's result is an error
+  401  no API key, or a wrong one        413  too many bytes
+  404  no such model                     429  too many rows wait; see Retry-After
+  504  not answered in time              503  the server is closing
+
+\b
+SIGTERM and Ctrl-C: what was accepted is answered, further requests are refused, and the
+command ends. SIGHUP: bundles whose manifest has changed are opened anew; requests that are
+under way are answered by the bundle of before.
+
+\b
+Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or address cannot be used.
+"""
+
+
+@click.command(help=HELP)
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True)
+@click.option("--host", default=LOOPBACK, show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-keys",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File of API keys, one a line. Requests must have one: Authorization: Bearer KEY.",
+)
+@click.option(
+    "--without-keys",
+    is_flag=True,
+    help="Listen at an address other than loopback without API keys, as behind a proxy that checks them.",
+)
+@click.option("--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="As in ee-run.")
+@click.option("--device", type=click.Choice(DEVICES), help="As in ee-run.")
+@click.option("--variant", help="As in ee-run.")
+@click.option("--point", metavar="NAME", help="Operating point of requests that name none.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="As in ee-run.")
+@click.option(
+    "--long",
+    "long_texts",
+    type=click.Choice(LONG_TEXTS),
+    default="cut",
+    show_default=True,
+    help="As in ee-run.",
+)
+@click.option(
+    "--require-signature",
+    metavar="KEY",
+    type=click.Path(),
+    help="Public key that must have signed each bundle.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Most rows of a step."
+)
+@click.option("--queue", type=click.IntRange(1), default=1024, show_default=True, help="Most rows that wait.")
+@click.option("--max-bytes", type=click.IntRange(1), default=1 << 20, show_default=True, help="Of a request.")
+@click.option("--max-items", type=click.IntRange(1), default=256, show_default=True, help="Of a request.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds."
+)
+@click.option("--quiet", is_flag=True, help="No log of requests.")
+def main(bundles: tuple[str, ...], **options: Any) -> None:
+    """See HELP."""
+    try:
+        import uvicorn
+
+        from offramp.runtime.serving.app import create_app
+        from offramp.runtime.serving.metrics import Metrics
+        from offramp.runtime.serving.models import Models, names_of
+        from offramp.runtime.serving.protection import ServerLimits
+    except ImportError as problem:
+        _refuse(f"ee-serve needs the extra serve ({problem.name} is missing): pip install 'offramp[serve]'")
+    from offramp.runtime.errors import OfframpError
+
+    keys = _keys(options["api_keys"])
+    if not keys and not options["without_keys"] and not _is_loopback(options["host"]):
+        _refuse(
+            f"--host {options['host']}: everybody who reaches it could ask; give --api-keys FILE, or "
+            "--without-keys if something before it checks who asks"
+        )
+    metrics = Metrics()
+    loading = (
+        "engine",
+        "device",
+        "variant",
+        "point",
+        "threads",
+        "long_texts",
+        "require_signature",
+        "batch_size",
+    )
+    try:
+        models = Models(
+            names_of(bundles),
+            {name: options[name] for name in loading} | {"global_pool": options["engine"] == "ort"},
+            {"queue": options["queue"]},
+            metrics.answered,
+        )
+        models.open()
+    except OfframpError as problem:
+        _refuse(str(problem))
+    limits = ServerLimits(
+        keys, options["max_bytes"], options["max_items"], options["timeout"], not options["quiet"]
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        create_app(models, limits, metrics),
+        host=options["host"],
+        port=options["port"],
+        access_log=False,
+        log_config=None,
+        server_header=False,
+    )
+    _reload_at_hangup(models)
+    try:
+        sockets = [config.bind_socket()]
+    except SystemExit:
+        models.close(finish=False)
+        _refuse(f"--port {options['port']}: cannot listen at {options['host']}:{options['port']}")
+    port = sockets[0].getsockname()[1]
+    address = f"{', '.join(models.folders)}: http://{options['host']}:{port}/docs"
+
+    class Server(uvicorn.Server):
+        """Tells its address once connections are taken."""
+
+        async def startup(self, sockets: list[socket] | None = None) -> None:
+            await super().startup(sockets)
+            click.echo(address, err=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it has ended
+        signal.signal(number, lambda *_: None)
+    Server(config).run(sockets)
+    raise SystemExit(ENDED)
+
+
+def _keys(file: Path | None) -> frozenset[str]:
+    if file is None:
+        return frozenset()
+    keys = frozenset(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not keys:
+        _refuse(f"--api-keys {file}: it has no key; write one a line")
+    if short := [key for key in keys if len(key) < 16]:
+        _refuse(f"--api-keys {file}: a key has {len(short[0])} characters; 16 or more cannot be guessed")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _reload_at_hangup(models: Models) -> None:
+    """Open changed bundles anew at SIGHUP, where the system has it."""
+    if not hasattr(signal, "SIGHUP"):
+        return
+
+    def reload() -> None:
+        try:
+            for name in models.reload():
+                click.echo(f"{name}: opened anew", err=True)
+        except Exception as problem:
+            click.echo(f"reload: {problem}", err=True)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=reload, name="offramp reload").start()
+
+    signal.signal(signal.SIGHUP, handle)
+
+
+def _refuse(message: str) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    raise SystemExit(NOT_STARTED)
+
+
+if __name__ == "__main__":
+    main()

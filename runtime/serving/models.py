@@ -1,0 +1,203 @@
+"""The bundles that a server answers with: session, scheduler, and what a request may ask of each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from offramp.runtime.bundle.manifest import FILE_NAME, Manifest, OperatingPoint
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.loading import load
+from offramp.runtime.row_session import RowAnswer, RowSession
+from offramp.runtime.serving.scheduler import RowOptions, Scheduler
+
+Observer = Callable[[str, RowAnswer, float], None]  # name of the model, answer, seconds since it was asked
+
+
+class UnknownModel(BadSetting):
+    """A request names a model that the server does not have."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks of the walk of its rows; None: the server's own setting.
+
+    point: an operating point. max_risk: the cheapest point whose guarantee is at most this. max_depth: most
+    blocks that are run. timeout: seconds in which the answer must be there.
+    """
+
+    point: str | None = None
+    max_risk: float | None = None
+    max_depth: int | None = None
+    timeout: float | None = None
+
+
+@dataclass
+class ServedModel:
+    """A bundle that is open: its name in requests, session and scheduler."""
+
+    name: str
+    folder: Path
+    session: RowSession[Any]
+    scheduler: Scheduler[Any]
+    tag: str  # what changes when the bundle does: the hash of its manifest
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle."""
+        return self.session.manifest
+
+    def options(self, wanted: Wanted) -> RowOptions:
+        """How rows are walked of which this is asked.
+
+        Raises BadSetting for points and limits that the bundle does not have.
+        """
+        if wanted.point is not None and wanted.max_risk is not None:
+            raise BadSetting("point and max_risk: give one of them")
+        point = wanted.point
+        if wanted.max_risk is not None:
+            point = cheapest_point(self.manifest, wanted.max_risk).name
+        rule, variant = self.session.draw() if point is None else self.session.add_point(point)
+        return RowOptions(rule, variant, self._segments(wanted.max_depth))
+
+    def _segments(self, max_depth: int | None) -> int | None:
+        """The number of segments whose blocks are at most max_depth."""
+        if max_depth is None:
+            return None
+        depths = list(accumulate(len(segment.blocks) for segment in self.manifest.segments))
+        if max_depth < depths[0]:
+            raise BadSetting(
+                f"max_depth {max_depth}: the first exit of this bundle is after {depths[0]} blocks"
+            )
+        return sum(depth <= max_depth for depth in depths)
+
+    def close(self, *, finish: bool = True) -> None:
+        """Close the scheduler, which answers what it accepted if `finish`, and then the session."""
+        self.scheduler.close(finish=finish)
+        self.session.close()
+
+
+def cheapest_point(manifest: Manifest, max_risk: float) -> OperatingPoint:
+    """The point of least depth that guarantees a risk of at most this; raises BadSetting if there is none."""
+    promised = [p for p in manifest.points if p.guarantee is not None and p.guarantee.limit <= max_risk]
+    if not promised:
+        limits = sorted({p.guarantee.limit for p in manifest.points if p.guarantee is not None})
+        known = ", ".join(f"{limit:g}" for limit in limits) or "none"
+        raise BadSetting(
+            f"max_risk {max_risk:g}: the risks that points of this bundle guarantee: {known}; "
+            "ee-calibrate --risk makes such points"
+        )
+    return min(promised, key=lambda point: point.measured.get("mean_exit", float(manifest.blocks)))
+
+
+@dataclass
+class Models:
+    """All bundles of a server, by name; the first is the one of requests that name none.
+
+    options: options of load() for every bundle. scheduling: keyword arguments of Scheduler. observe: told of
+    every answer.
+    """
+
+    folders: Mapping[str, Path]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheduling: Mapping[str, int] = field(default_factory=dict)
+    observe: Observer | None = None
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # of reload
+        self._models: dict[str, ServedModel] = {}
+
+    def open(self) -> None:
+        """Open every bundle and run its segments once; raises the errors of load()."""
+        try:
+            for name in self.folders:
+                self._models[name] = self._open(name)
+        except BaseException:
+            self.close(finish=False)
+            raise
+
+    def get(self, name: str | None) -> ServedModel:
+        """The model of this name, None for the first; raises UnknownModel."""
+        if name is None:
+            name = next(iter(self.folders))
+        try:
+            return self._models[name]
+        except KeyError:
+            raise UnknownModel(f"model {name!r}: this server has {', '.join(self.folders)}") from None
+
+    def all(self) -> Sequence[ServedModel]:
+        """Every model that is open."""
+        return list(self._models.values())
+
+    def reload(self) -> list[str]:
+        """Open bundles anew whose manifest has changed; gives their names.
+
+        Rows that were accepted before are answered by the bundle of before. If a bundle cannot be opened, the
+        one of before stays, and the error is raised when the others are done.
+        """
+        changed, problem = list[str](), None
+        with self._lock:
+            for name, before in list(self._models.items()):
+                try:
+                    if manifest_tag(before.folder) == before.tag:
+                        continue
+                    self._models[name] = self._open(name)
+                except Exception as raised:
+                    problem = raised
+                    continue
+                changed.append(name)
+                before.close()
+        if problem is not None:
+            raise problem
+        return changed
+
+    def close(self, *, finish: bool = True) -> None:
+        """Close every model; finish: after the rows that were accepted are answered."""
+        for model in self._models.values():
+            model.close(finish=finish)
+        self._models.clear()
+
+    def _open(self, name: str) -> ServedModel:
+        folder = self.folders[name]
+        tag = manifest_tag(folder)
+        session = load(folder, **self.options)
+        if not isinstance(session, RowSession):
+            session.close()
+            raise BadSetting(
+                f"{folder} generates text; ee-serve answers with bundles that give one answer a row"
+            )
+        try:
+            session.warm_up()
+            observe = self.observe
+            told = None if observe is None else partial(observe, name)
+            return ServedModel(
+                name, folder, session, Scheduler(session, observe=told, **self.scheduling), tag
+            )
+        except BaseException:
+            session.close()
+            raise
+
+
+def manifest_tag(folder: Path) -> str:
+    """The hash of a bundle's manifest, which names the hashes of all its files; "" if there is none."""
+    file = folder / FILE_NAME
+    return sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def names_of(places: Sequence[str]) -> dict[str, Path]:
+    """Names of bundles, from NAME=FOLDER or from their folders' names; raises BadSetting if two are equal."""
+    folders: dict[str, Path] = {}
+    for place in places:
+        name, _, folder = place.rpartition("=")
+        path = Path(folder)
+        name = name or path.resolve().name
+        if name in folders:
+            raise BadSetting(f"{place}: the name {name!r} is taken by {folders[name]}; write NAME={folder}")
+        folders[name] = path
+    return folders

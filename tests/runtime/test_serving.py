@@ -1,0 +1,419 @@
+"""ee-serve over real connections: what requests get, and how bad ones are refused."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, bundle_with_points, texts
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+
+from offramp.runtime import load  # noqa: E402
+from offramp.runtime.errors import BadBundle, BadSetting  # noqa: E402
+from offramp.runtime.serving.app import create_app  # noqa: E402
+from offramp.runtime.serving.metrics import Metrics  # noqa: E402
+from offramp.runtime.serving.models import Models, names_of  # noqa: E402
+from offramp.runtime.serving.protection import ServerLimits  # noqa: E402
+
+CLASSIFY, KEY = "/v1/classify", "a-key-of-sixteen-or-more"
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+class Server:
+    """A server in a thread of this process."""
+
+    def __init__(self, models: Models, limits: ServerLimits, metrics: Metrics) -> None:
+        self.models = models
+        config = uvicorn.Config(
+            create_app(models, limits, metrics), port=0, log_config=None, access_log=False
+        )
+        self._server = uvicorn.Server(config)
+        self._socket = config.bind_socket()
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+
+    def ask(
+        self, path: str, value: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any, Mapping[str, str]]:
+        """Status, JSON (or text) and headers of an answer; a value is posted, bytes as they are."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            if value is None:
+                connection.request("GET", path, headers=dict(headers or {}))
+            else:
+                body = value if isinstance(value, bytes) else json.dumps(value).encode()
+                kind = {"Content-Type": "application/json"}
+                connection.request("POST", path, body, kind | dict(headers or {}))
+            reply = connection.getresponse()
+            data, found = reply.read(), {key.lower(): text for key, text in reply.getheaders()}
+        is_json = found.get("content-type", "").startswith("application/json")
+        return reply.status, json.loads(data) if is_json else data.decode(), found
+
+    def results(self, value: Any) -> Any:
+        """The results of a request that is answered."""
+        status, answer, _ = self.ask(CLASSIFY, value)
+        assert status == 200, answer
+        return answer["results"]
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def serving(
+    *folders: str | Path, scheduling: Mapping[str, int] | None = None, **limits: Any
+) -> Iterator[Server]:
+    metrics = Metrics()
+    models = Models(names_of([str(f) for f in folders]), {}, scheduling or {}, metrics.answered)
+    models.open()
+    server = Server(models, ServerLimits(**{"log": False, **limits}), metrics)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    points = bundle_with_points(tmp_path_factory.mktemp("points"), guaranteed=True)
+    with serving(CLASSIFIER, f"points={points}", f"vectors={EMBEDDING}", body=200_000, items=64) as opened:
+        yield opened
+
+
+class Gate:
+    """Holds the engine of a model between two steps, until it is opened."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine = server.models.get(None).session.engine
+        self._open, step = threading.Event(), engine.step
+
+        def held(segment: int, variant: int, state: Any) -> Any:
+            assert self._open.wait(20)
+            return step(segment, variant, state)
+
+        monkeypatch.setattr(engine, "step", held)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def wait_until(is_so: Any) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_text_is_answered_as_by_the_session(server: Server) -> None:
+    with load(CLASSIFIER) as session:
+        expected = session("a warm and good film")
+    (result,) = server.results({"input": "a warm and good film"})
+    assert (result["label"], result["exit"], result["depth"]) == (
+        expected.label,
+        expected.exit,
+        expected.depth,
+    )
+    assert result["score"] == pytest.approx(expected.score, abs=1e-5) and result["ms"] > 0
+
+
+def test_a_list_is_answered_in_its_order(server: Server) -> None:
+    given = texts(40)
+    with load(CLASSIFIER) as session:
+        expected = [answer.label for answer in session.map(given)]
+    assert [result["label"] for result in server.results({"input": given})] == expected
+
+
+def test_pairs_are_read_together(server: Server) -> None:
+    with load(CLASSIFIER) as session:
+        expected = session("good film", "bad plot")
+    results = server.results({"input": [{"text": "good film", "text_b": "bad plot"}, {"text": "good film"}]})
+    assert results[0]["score"] == pytest.approx(expected.score, abs=1e-5)
+    assert results[1]["score"] != results[0]["score"]
+
+
+def test_requests_at_the_same_time_get_their_own_answers(server: Server) -> None:
+    given = texts(60, seed=2)
+    with load(CLASSIFIER) as session:
+        expected = [session(text).label for text in given]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: server.results({"input": text})[0]["label"], given))
+    assert found == expected
+
+
+def test_a_bad_item_of_a_list_keeps_its_place(server: Server) -> None:
+    results = server.results({"input": ["good film", "\udc00", "bad film"]})
+    assert "label" in results[0] and "label" in results[2]
+    assert list(results[1]) == ["error"]
+
+
+def test_rows_are_walked_at_the_point_of_their_request(server: Server) -> None:
+    given = texts(40)
+    depths = {
+        point: sum(r["depth"] for r in server.results({"model": "points", "input": given, "point": point}))
+        for point in ("gate-1", "gate-3")
+    }
+    assert depths["gate-1"] != depths["gate-3"]
+
+
+def test_the_risk_of_a_request_chooses_the_cheapest_point_that_keeps_it(server: Server) -> None:
+    points = {p.name: p for p in server.models.get("points").manifest.points if p.guarantee is not None}
+    cheapest = min(points.values(), key=lambda point: point.measured["mean_exit"])
+    assert cheapest.guarantee is not None
+    given = texts(40)
+    by_risk = server.results({"model": "points", "input": given, "max_risk": cheapest.guarantee.limit})
+    by_point = server.results({"model": "points", "input": given, "point": cheapest.name})
+    assert [r["exit"] for r in by_risk] == [r["exit"] for r in by_point]
+
+
+def test_the_depth_of_a_request_is_kept(server: Server) -> None:
+    given = texts(30)
+    asked = {"model": "points", "point": "gate-3", "input": given}
+    unlimited = [result["depth"] for result in server.results(asked)]
+    assert set(unlimited) >= {1, 4}
+    for most, reached in ((1, 1), (2, 1), (3, 3), (9, 4)):  # exits are after blocks 1, 3 and 4
+        depths = [result["depth"] for result in server.results(asked | {"max_depth": most})]
+        assert depths == [min(depth, reached) for depth in unlimited]
+
+
+BAD_REQUESTS: dict[str, tuple[Any, str]] = {
+    "no JSON": (b"{", "JSON"),
+    "10^5 deep": (b'{"input":' + b"[" * 10**5, "JSON|parsing"),
+    "no object": ([1], "valid dictionary"),
+    "no input": ({}, "input: Field required"),
+    "unknown field": ({"input": "a", "imput": "b"}, "imput: Extra inputs are not permitted"),
+    "a number as text": ({"input": 3}, "input"),
+    "an empty list": ({"input": []}, "input"),
+    "too many items": ({"input": ["a"] * 65}, "65 items; this server takes 64"),
+    "half of a surrogate pair": ({"input": "\ud800"}, "surrogate"),
+    "unknown point": ({"input": "a", "point": "other"}, "operating point 'other' is not in this bundle"),
+    "a risk without guarantee": ({"input": "a", "max_risk": 0.1}, "points of this bundle guarantee: none"),
+    "point and risk": ({"input": "a", "point": "x", "max_risk": 0.1}, "give one of them"),
+    "risk beyond 1": ({"input": "a", "max_risk": 2}, "max_risk"),
+    "depth 0": ({"input": "a", "max_depth": 0}, "max_depth"),
+    "time 0": ({"input": "a", "timeout_ms": 0}, "timeout_ms"),
+    "an image for a text": ({"input": {"image": "AAAA"}}, "reads texts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_by_name(server: Server, name: str) -> None:
+    value, reason = BAD_REQUESTS[name]
+    status, answer, _ = server.ask(CLASSIFY, value)
+    assert status == 400 and answer["error"]["type"] == "bad_request"
+    assert any(part in answer["error"]["message"] for part in reason.split("|")), answer
+
+
+def test_unknown_models_and_paths_are_not_found(server: Server) -> None:
+    status, answer, _ = server.ask(CLASSIFY, {"input": "a", "model": "other"})
+    assert status == 404 and "this server has tiny_bundle, points, vectors" in answer["error"]["message"]
+    assert server.ask("/v2/classify")[0] == 404
+    assert server.ask(CLASSIFY)[0] == 405
+
+
+def test_a_request_of_too_many_bytes_is_refused(server: Server) -> None:
+    status, answer, _ = server.ask(CLASSIFY, {"input": "a" * 200_001})
+    assert status == 413 and "more than 200000 bytes" in answer["error"]["message"]
+    chunks = (b"a" * 50_000 for _ in range(5))  # without a length
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("POST", CLASSIFY, chunks, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 413
+
+
+def test_embeddings_have_the_form_of_openais_api(server: Server) -> None:
+    with load(EMBEDDING) as session:
+        expected = session("good film").embedding
+    status, answer, _ = server.ask("/v1/embeddings", {"model": "vectors", "input": ["good film", "bad"]})
+    assert status == 200 and answer["object"] == "list" and answer["usage"]["prompt_tokens"] > 0
+    assert [entry["index"] for entry in answer["data"]] == [0, 1]
+    np.testing.assert_allclose(answer["data"][0]["embedding"], expected, atol=1e-5)
+    coded = {"model": "vectors", "input": "good film", "encoding_format": "base64"}
+    data = server.ask("/v1/embeddings", coded)[1]["data"][0]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(data), "<f4"), expected, atol=1e-5)
+
+
+def test_embeddings_of_a_classifier_are_refused(server: Server) -> None:
+    status, answer, _ = server.ask("/v1/embeddings", {"input": "good film"})
+    assert status == 400 and "its task is" in answer["error"]["message"]
+
+
+def test_models_are_described(server: Server) -> None:
+    _, answer, _ = server.ask("/v1/models")
+    first, points, _ = answer["data"]
+    assert (first["id"], first["labels"]) == ("tiny_bundle", ["negative", "positive"])
+    assert points["points"][0].keys() >= {"name", "rule", "variant", "measured", "risk", "confidence"}
+
+
+def test_probes_and_descriptions_answer(server: Server) -> None:
+    assert [server.ask(path)[0] for path in ("/healthz", "/readyz", "/docs", "/openapi.json")] == [200] * 4
+    assert CLASSIFY in server.ask("/openapi.json")[1]["paths"]
+
+
+def test_metrics_count_answers_refusals_and_requests() -> None:
+    with serving(CLASSIFIER) as server:
+        exits = [result["exit"] for result in server.results({"input": texts(30)})]
+        server.ask(CLASSIFY, {})
+        server.ask("/nowhere/else")
+        text = server.ask("/metrics")[1]
+    for exit in set(exits):
+        assert f'offramp_answers_total{{exit="{exit}",model="tiny_bundle"}} {exits.count(exit):.1f}' in text
+    assert 'offramp_refused_total{reason="bad_request"} 1.0' in text
+    assert 'offramp_request_seconds_count{path="/v1/classify",status="200"} 1.0' in text
+    assert 'path="other",status="404"' in text and "nowhere" not in text
+
+
+def test_requests_need_one_of_the_keys() -> None:
+    with serving(CLASSIFIER, keys=frozenset({KEY, "another-key-of-a-user"})) as server:
+        asked = {"input": "good film"}
+        assert server.ask(CLASSIFY, asked)[0] == 401
+        assert server.ask(CLASSIFY, asked, {"Authorization": "Bearer a-key-of-nobody-else"})[0] == 401
+        assert server.ask(CLASSIFY, asked, {"Authorization": f"Bearer {KEY}"})[0] == 200
+        assert server.ask(CLASSIFY, asked, {"X-Api-Key": KEY})[0] == 200
+        assert server.ask("/metrics")[0] == 401 and server.ask("/healthz")[0] == 200
+
+
+def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(CLASSIFIER, scheduling={"queue": 4}) as server, ThreadPoolExecutor(2) as pool:
+        gate = Gate(server, monkeypatch)
+        first = pool.submit(server.results, {"input": ["good film"] * 3})
+        wait_until(lambda: server.models.get(None).scheduler.accepted == 3)
+        status, answer, headers = server.ask(CLASSIFY, {"input": ["good film"] * 2})
+        assert status == 429 and answer["error"]["type"] == "queue_full"
+        assert int(headers["retry-after"]) >= 1
+        gate.open()
+        assert len(first.result()) == 3
+        wait_until(lambda: server.models.get(None).scheduler.accepted == 0)
+        assert len(server.results({"input": ["good film"] * 4})) == 4
+
+
+def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(CLASSIFIER) as server, ThreadPoolExecutor(2) as pool:
+        gate = Gate(server, monkeypatch)
+        late = pool.submit(server.ask, CLASSIFY, {"input": "good film", "timeout_ms": 30})
+        time.sleep(0.05)
+        gate.open()
+        status, answer, _ = late.result()
+        assert status == 504 and answer["error"]["type"] == "deadline_passed"
+
+
+def test_rows_of_a_caller_that_goes_away_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(CLASSIFIER) as server:
+        gate, scheduler = Gate(server, monkeypatch), server.models.get(None).scheduler
+        body = json.dumps({"input": texts(20)}).encode()
+        head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: scheduler.accepted == 20)
+        time.sleep(0.1)  # the server sees that the connection is closed
+        gate.open()
+        wait_until(lambda: scheduler.accepted == 0)
+        assert 'status="200"' not in server.ask("/metrics")[1], "somebody was answered"
+
+
+def test_a_changed_bundle_is_opened_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(CLASSIFIER, folder)
+    with serving(folder) as server:
+        assert server.models.reload() == []
+        before = server.models.get(None).session
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["labels"] = ["bad", "good"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert server.models.reload() == ["bundle"]
+        assert server.results({"input": "good film"})[0]["label"] in ("bad", "good")
+        with pytest.raises(Exception, match="closed"):
+            before("good film")
+
+
+def test_a_bundle_that_became_bad_leaves_the_one_of_before(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(CLASSIFIER, folder)
+    with serving(folder) as server:
+        (folder / "manifest.json").write_text("{")
+        with pytest.raises(BadBundle):
+            server.models.reload()
+        assert server.results({"input": "good film"})[0]["label"]
+
+
+def test_names_of_bundles() -> None:
+    assert names_of(["a/b", "c=d/e"]) == {"b": Path("a/b"), "c": Path("d/e")}
+    with pytest.raises(BadSetting, match="the name 'b' is taken by a/b; write NAME=x/b"):
+        names_of(["a/b", "x/b"])
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "offramp.runtime.serving.cli", *words]
+    return subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no bundle": (["nowhere/"], "nowhere"),
+    "a decoder": ([str(GENERATOR)], "generates text"),
+    "any address without keys": (
+        [str(CLASSIFIER), "--host", "0.0.0.0"],
+        "give --api-keys FILE, or --without-keys",
+    ),
+    "a point that is not there": ([str(CLASSIFIER), "--point", "other"], "operating point 'other'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_server_that_cannot_start_says_why(name: str) -> None:
+    words, reason = REFUSED[name]
+    process = start(*words, "--port", "0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and reason in errors and "Traceback" not in errors
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = start(str(CLASSIFIER), "--port", str(taken.getsockname()[1]))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "cannot listen at" in errors and "Traceback" not in errors
+
+
+@posix
+def test_sigterm_answers_what_was_accepted_and_ends() -> None:
+    process = start(str(CLASSIFIER), "--port", "0")
+    assert process.stderr is not None
+    address = process.stderr.readline()
+    port = int(address.rpartition(":")[2].partition("/")[0])
+    answers = list[int]()
+
+    def ask() -> None:
+        body = json.dumps({"input": texts(200)})
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+            connection.request("POST", CLASSIFY, body, {"Content-Type": "application/json"})
+            answers.append(len(json.loads(connection.getresponse().read())["results"]))
+
+    caller = threading.Thread(target=ask)
+    caller.start()
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    caller.join()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and answers == [200] and "Traceback" not in errors
