@@ -59,14 +59,22 @@ def scale_a_token_fused_norms(source: Path, target: Path, feeds: Feeds) -> None:
     """A scale a token, with sums that ONNX Runtime fuses into layer norms, as in the fp32 graph."""
     to_int8(source, target)
     model = onnx.load(target)
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "Sum":
             node.op_type = "Add"
+            while len(node.input) > 2:  # the bias of a product
+                both = f"{node.output[0]}_{len(node.input)}"
+                nodes.append(helper.make_node("Add", list(node.input[:2]), [both], both))
+                node.input[:] = [both, *node.input[2:]]
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, target)
 
 
 def scale_a_token_plain_operators(source: Path, target: Path, feeds: Feeds) -> None:
-    """A scale a token, of ONNX's own operators alone: MatMulInteger, Cast, Mul."""
+    """A scale a token, its products of ONNX's own operators: MatMulInteger, Cast, Mul."""
     to_int8(source, target)
     model = onnx.load(target)
     nodes: list[onnx.NodeProto] = []

@@ -63,6 +63,11 @@ class TextGenerator(Session[TokenSequence]):
         return self._longest
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens of the bundle at which an answer ends."""
+        return self._stop_ids
+
+    @property
     def bound_rule(self) -> Rule:
         """The rule of the session; rule speculative keeps its statistics in it."""
         return self._bound_rule

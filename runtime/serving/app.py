@@ -21,8 +21,10 @@ from starlette.exceptions import HTTPException
 from offramp.runtime.bundle.manifest import EMBEDDING, ImageInput
 from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionClosed
 from offramp.runtime.row_session import RowAnswer
+from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models, ServedModel, UnknownModel, Wanted
+from offramp.runtime.serving.openai import add_text_routes
 from offramp.runtime.serving.protection import Protection, ServerLimits
 from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull
 
@@ -94,7 +96,7 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
     @app.post("/v1/classify", summary="Answer texts, pairs of texts or images")
     async def classify(body: ClassifyRequest, request: Request) -> JSONResponse:
         given = body.input if isinstance(body.input, list) else [body.input]
-        model = models.get(body.model)
+        model = models.rows(body.model)
         items = [_item(entry, model) for entry in given]
         answers, _ = await _answers(model, items, body, request, limits)
         results = [_result(answer) for answer in answers]
@@ -104,7 +106,7 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
 
     @app.post("/v1/embeddings", summary="Embed texts, as OpenAI's API does")
     async def embed(body: EmbeddingRequest, request: Request) -> JSONResponse:
-        model = models.get(body.model)
+        model = models.rows(body.model)
         if model.manifest.kind != EMBEDDING:
             raise BadSetting(f"model {model.name}: its task is {model.manifest.task}; ask /v1/classify")
         texts = body.input if isinstance(body.input, list) else [body.input]
@@ -116,6 +118,8 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
             data.append({"object": "embedding", "index": index, "embedding": _numbers(answer, body)})
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "model": model.name, "data": data, "usage": usage})
+
+    add_text_routes(app, models)
 
     @app.get("/v1/models", summary="The bundles that are served")
     async def list_models() -> JSONResponse:
@@ -242,7 +246,7 @@ def _numbers(answer: Any, body: EmbeddingRequest) -> list[float] | str:
     return numbers
 
 
-def _description(model: ServedModel) -> dict[str, Any]:
+def _description(model: ServedModel | ServedGenerator) -> dict[str, Any]:
     """What /v1/models tells of a bundle."""
     manifest = model.manifest
     points = [

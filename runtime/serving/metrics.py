@@ -8,10 +8,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from offramp.runtime.row_session import RowAnswer
+from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.models import ServedModel
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-KNOWN_PATHS = ("/v1/classify", "/v1/embeddings", "/v1/models", "/healthz", "/readyz", "/metrics")
+KNOWN_PATHS = (
+    *("/v1/classify", "/v1/embeddings", "/v1/completions", "/v1/chat/completions", "/v1/models"),
+    *("/healthz", "/readyz", "/metrics"),
+)
 
 
 class Metrics:
@@ -60,10 +64,10 @@ class Metrics:
         """Count a request; unknown paths are counted as one, or a caller could fill the memory with names."""
         self._requests.labels(path if path in KNOWN_PATHS else "other", str(status)).observe(seconds)
 
-    def text(self, models: Sequence[ServedModel]) -> tuple[bytes, str]:
+    def text(self, models: Sequence[ServedModel | ServedGenerator]) -> tuple[bytes, str]:
         """All figures, and the type of this text."""
         for model in models:
-            self._accepted.labels(model.name).set(model.scheduler.accepted)
-            self._under_way.labels(model.name).set(model.scheduler.under_way)
+            self._accepted.labels(model.name).set(model.accepted)
+            self._under_way.labels(model.name).set(model.under_way)
             self._depth.labels(model.name).set(model.manifest.blocks)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST

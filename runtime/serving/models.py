@@ -13,9 +13,11 @@ from typing import Any
 
 from offramp.runtime.bundle.manifest import FILE_NAME, Manifest, OperatingPoint
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.generator import TextGenerator
 from offramp.runtime.loading import load
 from offramp.runtime.row_session import RowAnswer, RowSession
-from offramp.runtime.serving.scheduler import RowOptions, Scheduler
+from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.scheduler import QUEUE, RowOptions, Scheduler
 
 Observer = Callable[[str, RowAnswer, float], None]  # name of the model, answer, seconds since it was asked
 
@@ -52,6 +54,16 @@ class ServedModel:
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
         return self.session.manifest
+
+    @property
+    def accepted(self) -> int:
+        """Rows that are accepted and not answered."""
+        return self.scheduler.accepted
+
+    @property
+    def under_way(self) -> int:
+        """Rows whose walk has begun."""
+        return self.scheduler.under_way
 
     def options(self, wanted: Wanted) -> RowOptions:
         """How rows are walked of which this is asked.
@@ -111,7 +123,7 @@ class Models:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()  # of reload
-        self._models: dict[str, ServedModel] = {}
+        self._models: dict[str, ServedModel | ServedGenerator] = {}
 
     def open(self) -> None:
         """Open every bundle and run its segments once; raises the errors of load()."""
@@ -122,7 +134,7 @@ class Models:
             self.close(finish=False)
             raise
 
-    def get(self, name: str | None) -> ServedModel:
+    def get(self, name: str | None) -> ServedModel | ServedGenerator:
         """The model of this name, None for the first; raises UnknownModel."""
         if name is None:
             name = next(iter(self.folders))
@@ -131,7 +143,21 @@ class Models:
         except KeyError:
             raise UnknownModel(f"model {name!r}: this server has {', '.join(self.folders)}") from None
 
-    def all(self) -> Sequence[ServedModel]:
+    def rows(self, name: str | None) -> ServedModel:
+        """The model of this name, which must give one answer for each row; raises BadSetting if not."""
+        model = self.get(name)
+        if isinstance(model, ServedModel):
+            return model
+        raise BadSetting(f"model {model.name} generates text: ask /v1/completions or /v1/chat/completions")
+
+    def text(self, name: str | None) -> ServedGenerator:
+        """The model of this name, which must generate text; raises BadSetting if not."""
+        model = self.get(name)
+        if isinstance(model, ServedGenerator):
+            return model
+        raise BadSetting(f"model {model.name}: its task is {model.manifest.task}; ask /v1/classify")
+
+    def all(self) -> Sequence[ServedModel | ServedGenerator]:
         """Every model that is open."""
         return list(self._models.values())
 
@@ -163,21 +189,17 @@ class Models:
             model.close(finish=finish)
         self._models.clear()
 
-    def _open(self, name: str) -> ServedModel:
+    def _open(self, name: str) -> ServedModel | ServedGenerator:
         folder = self.folders[name]
         tag = manifest_tag(folder)
         session = load(folder, **self.options)
-        if not isinstance(session, RowSession):
-            session.close()
-            raise BadSetting(
-                f"{folder} generates text; ee-serve answers with bundles that give one answer a row"
-            )
         try:
             session.warm_up()
-            observe = self.observe
-            told = None if observe is None else partial(observe, name)
+            if isinstance(session, TextGenerator):
+                return ServedGenerator(name, folder, session, self.scheduling.get("queue", QUEUE), tag)
+            observe = None if self.observe is None else partial(self.observe, name)
             return ServedModel(
-                name, folder, session, Scheduler(session, observe=told, **self.scheduling), tag
+                name, folder, session, Scheduler(session, observe=observe, **self.scheduling), tag
             )
         except BaseException:
             session.close()

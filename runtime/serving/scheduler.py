@@ -21,6 +21,7 @@ from offramp.runtime.rules.base import Plan
 from offramp.runtime.walker import Trace, Walk
 
 A = TypeVar("A", bound=RowAnswer)
+QUEUE = 1024  # items that are accepted and not answered, at most
 LEAST_ROWS = 1 + MAX_WINDOWS  # a long text is walked as that many rows
 NEWEST = 0.05  # weight of the newest pause between two answers in their mean
 
@@ -86,7 +87,7 @@ class Scheduler(Generic[A]):
         session: RowSession[A],
         *,
         rows: int = 256,
-        queue: int = 1024,
+        queue: int = QUEUE,
         limit: int | None = None,
         observe: Callable[[A, float], None] | None = None,
     ) -> None:

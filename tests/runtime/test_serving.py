@@ -13,86 +13,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, bundle_with_points, texts
+from serving import CLASSIFY, Server, serving
+from tiny_bundles import CLASSIFIER, EMBEDDING, bundle_with_points, texts
 
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
+from offramp.runtime import load
+from offramp.runtime.errors import BadBundle, BadSetting
+from offramp.runtime.serving.models import names_of
 
-from offramp.runtime import load  # noqa: E402
-from offramp.runtime.errors import BadBundle, BadSetting  # noqa: E402
-from offramp.runtime.serving.app import create_app  # noqa: E402
-from offramp.runtime.serving.metrics import Metrics  # noqa: E402
-from offramp.runtime.serving.models import Models, names_of  # noqa: E402
-from offramp.runtime.serving.protection import ServerLimits  # noqa: E402
-
-CLASSIFY, KEY = "/v1/classify", "a-key-of-sixteen-or-more"
+KEY = "a-key-of-sixteen-or-more"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
-
-
-class Server:
-    """A server in a thread of this process."""
-
-    def __init__(self, models: Models, limits: ServerLimits, metrics: Metrics) -> None:
-        self.models = models
-        config = uvicorn.Config(
-            create_app(models, limits, metrics), port=0, log_config=None, access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._socket = config.bind_socket()
-        self.port: int = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
-
-    def ask(
-        self, path: str, value: Any = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, Any, Mapping[str, str]]:
-        """Status, JSON (or text) and headers of an answer; a value is posted, bytes as they are."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with contextlib.closing(connection):
-            if value is None:
-                connection.request("GET", path, headers=dict(headers or {}))
-            else:
-                body = value if isinstance(value, bytes) else json.dumps(value).encode()
-                kind = {"Content-Type": "application/json"}
-                connection.request("POST", path, body, kind | dict(headers or {}))
-            reply = connection.getresponse()
-            data, found = reply.read(), {key.lower(): text for key, text in reply.getheaders()}
-        is_json = found.get("content-type", "").startswith("application/json")
-        return reply.status, json.loads(data) if is_json else data.decode(), found
-
-    def results(self, value: Any) -> Any:
-        """The results of a request that is answered."""
-        status, answer, _ = self.ask(CLASSIFY, value)
-        assert status == 200, answer
-        return answer["results"]
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-
-@contextlib.contextmanager
-def serving(
-    *folders: str | Path, scheduling: Mapping[str, int] | None = None, **limits: Any
-) -> Iterator[Server]:
-    metrics = Metrics()
-    models = Models(names_of([str(f) for f in folders]), {}, scheduling or {}, metrics.answered)
-    models.open()
-    server = Server(models, ServerLimits(**{"log": False, **limits}), metrics)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +42,7 @@ class Gate:
     """Holds the engine of a model between two steps, until it is opened."""
 
     def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        engine = server.models.get(None).session.engine
+        engine = server.models.rows(None).session.engine
         self._open, step = threading.Event(), engine.step
 
         def held(segment: int, variant: int, state: Any) -> Any:
@@ -178,7 +114,7 @@ def test_rows_are_walked_at_the_point_of_their_request(server: Server) -> None:
 
 
 def test_the_risk_of_a_request_chooses_the_cheapest_point_that_keeps_it(server: Server) -> None:
-    points = {p.name: p for p in server.models.get("points").manifest.points if p.guarantee is not None}
+    points = {p.name: p for p in server.models.rows("points").manifest.points if p.guarantee is not None}
     cheapest = min(points.values(), key=lambda point: point.measured["mean_exit"])
     assert cheapest.guarantee is not None
     given = texts(40)
@@ -298,13 +234,13 @@ def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.Mon
     with serving(CLASSIFIER, scheduling={"queue": 4}) as server, ThreadPoolExecutor(2) as pool:
         gate = Gate(server, monkeypatch)
         first = pool.submit(server.results, {"input": ["good film"] * 3})
-        wait_until(lambda: server.models.get(None).scheduler.accepted == 3)
+        wait_until(lambda: server.models.rows(None).scheduler.accepted == 3)
         status, answer, headers = server.ask(CLASSIFY, {"input": ["good film"] * 2})
         assert status == 429 and answer["error"]["type"] == "queue_full"
         assert int(headers["retry-after"]) >= 1
         gate.open()
         assert len(first.result()) == 3
-        wait_until(lambda: server.models.get(None).scheduler.accepted == 0)
+        wait_until(lambda: server.models.rows(None).scheduler.accepted == 0)
         assert len(server.results({"input": ["good film"] * 4})) == 4
 
 
@@ -320,7 +256,7 @@ def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_caller_that_goes_away_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER) as server:
-        gate, scheduler = Gate(server, monkeypatch), server.models.get(None).scheduler
+        gate, scheduler = Gate(server, monkeypatch), server.models.rows(None).scheduler
         body = json.dumps({"input": texts(20)}).encode()
         head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -337,7 +273,7 @@ def test_a_changed_bundle_is_opened_anew(tmp_path: Path) -> None:
     shutil.copytree(CLASSIFIER, folder)
     with serving(folder) as server:
         assert server.models.reload() == []
-        before = server.models.get(None).session
+        before = server.models.rows(None).session
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["labels"] = ["bad", "good"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -370,7 +306,6 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no bundle": (["nowhere/"], "nowhere"),
-    "a decoder": ([str(GENERATOR)], "generates text"),
     "any address without keys": (
         [str(CLASSIFIER), "--host", "0.0.0.0"],
         "give --api-keys FILE, or --without-keys",

@@ -1,0 +1,198 @@
+"""Routes for text, in the form of OpenAI's API: completions and chat, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from offramp.runtime.errors import BadSetting
+from offramp.runtime.generator import MAX_NEW_TOKENS, TextChunk
+from offramp.runtime.inputs.chat import Message
+from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.models import Models
+
+
+class TextFields(BaseModel):
+    """What both kinds of requests have. Answers are the most probable text: nothing is drawn at random."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(None, description="Name of the bundle; the first if left out.")
+    max_tokens: int | None = Field(None, ge=1)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    temperature: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0, as it always is.")
+    top_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    n: Literal[1] | None = None
+    seed: int | None = Field(None, description="Without effect, as nothing is drawn.")
+    user: str | None = None
+
+
+class CompletionRequest(TextFields):
+    """A prompt that is continued."""
+
+    prompt: str
+
+
+class ChatMessage(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class ChatRequest(TextFields):
+    """A chat whose next message is written."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kind of answer is written: names of objects, and the field of a choice with its text."""
+
+    prefix: str
+    whole: str
+    part: str
+    is_chat: bool
+
+    def choice(
+        self, text: str | None, reason: str | None, *, streamed: bool, first: bool = False
+    ) -> dict[str, Any]:
+        """The one choice of an answer or of a part of it."""
+        if not self.is_chat:
+            return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": reason}
+        content = {} if text is None else {"content": text}
+        role = {"role": "assistant"} if first or not streamed else {}
+        return {"index": 0, "delta" if streamed else "message": role | content, "finish_reason": reason}
+
+
+COMPLETION = Form("cmpl", "text_completion", "text_completion", False)
+CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", True)
+
+
+def add_text_routes(app: FastAPI, models: Models) -> None:
+    """Add the routes for text to an application."""
+
+    @app.post("/v1/completions", summary="Continue a prompt, as OpenAI's API does", response_model=None)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await _reply(models.text(body.model), COMPLETION, body, body.prompt, body.max_tokens)
+
+    @app.post("/v1/chat/completions", summary="Answer a chat, as OpenAI's API does", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        most = body.max_completion_tokens or body.max_tokens
+        return await _reply(models.text(body.model), CHAT, body, messages, most)
+
+
+async def _reply(
+    model: ServedGenerator, form: Form, body: TextFields, prompt: str | Sequence[Message], most: int | None
+) -> Response:
+    """A text as one answer, or as server-sent events."""
+    for option in body.stream_options or {}:
+        if option != "include_usage":
+            raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
+    answer = _Answer(model, form, prompt, most or MAX_NEW_TOKENS, body)
+    chunks = model.chunks(prompt, answer.most, answer.stop)
+    first = await anext(chunks, None)  # errors become a status code, which needs that nothing was sent
+    if body.stream:
+        return StreamingResponse(answer.events(first, chunks), media_type="text/event-stream")
+    async with aclosing(chunks):  # type: ignore[type-var]
+        if first is not None:
+            answer.add(first)
+        async for chunk in chunks:
+            answer.add(chunk)
+    return JSONResponse(answer.whole())
+
+
+class _Answer:
+    """An answer that is being written."""
+
+    def __init__(
+        self, model: ServedGenerator, form: Form, prompt: str | Sequence[Message], most: int, body: TextFields
+    ) -> None:
+        self.most = most
+        self.stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self._model, self._form = model, form
+        self._prompt_tokens = len(model.session.encode_prompt(prompt))
+        self._with_usage = bool((body.stream_options or {}).get("include_usage"))
+        self._facts = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self._chunks: list[TextChunk] = []
+
+    def add(self, chunk: TextChunk) -> None:
+        """Add a chunk."""
+        self._chunks.append(chunk)
+
+    def whole(self) -> dict[str, Any]:
+        """The JSON object of the whole answer."""
+        text = "".join(chunk.text for chunk in self._chunks)
+        choice = self._form.choice(text, self._reason(), streamed=False)
+        return self._object(self._form.whole, [choice]) | {"usage": self._usage(), "offramp": self._walk()}
+
+    async def events(self, first: TextChunk | None, chunks: AsyncIterator[TextChunk]) -> AsyncIterator[str]:
+        """Server-sent events: a part for each chunk with text, and the reason for the end."""
+        async with aclosing(chunks):  # type: ignore[type-var]
+            chunk = first
+            is_first = True
+            while chunk is not None:
+                self.add(chunk)
+                if chunk.text or is_first:
+                    yield self._part(self._form.choice(chunk.text, None, streamed=True, first=is_first))
+                    is_first = False
+                chunk = await anext(chunks, None)
+        yield self._part(self._form.choice(None, self._reason(), streamed=True, first=is_first))
+        if self._with_usage:
+            yield _event(self._object(self._form.part, []) | {"usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    def _part(self, choice: dict[str, Any]) -> str:
+        return _event(self._object(self._form.part, [choice]))
+
+    def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._facts, "object": kind, "model": self._model.name, "choices": choices}
+
+    @property
+    def _tokens(self) -> list[TextChunk]:
+        return [chunk for chunk in self._chunks if chunk.token >= 0]
+
+    def _reason(self) -> str:
+        """Why the text ended: "stop" at a stop token or string, else "length"."""
+        tokens = self._tokens
+        room = self._model.session.longest - self._prompt_tokens
+        is_stopped = bool(tokens) and tokens[-1].token in self._model.session.stop_ids
+        return "stop" if is_stopped or len(tokens) < min(self.most, room) else "length"
+
+    def _usage(self) -> dict[str, int]:
+        written = len(self._tokens)
+        counts = {"prompt_tokens": self._prompt_tokens, "completion_tokens": written}
+        return counts | {"total_tokens": self._prompt_tokens + written}
+
+    def _walk(self) -> dict[str, float]:
+        """How the text was walked, as ee-run states it."""
+        tokens = self._tokens
+        if not tokens:
+            return {}
+        return {
+            "depth": round(sum(chunk.depth for chunk in tokens) / len(tokens), 3),
+            "blocks_run": round(sum(chunk.blocks_run for chunk in tokens) / len(tokens), 3),
+            "ms": round(1e3 * self._chunks[-1].seconds, 3),
+            "first_ms": round(1e3 * self._chunks[0].seconds, 3),
+        }
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"

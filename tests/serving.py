@@ -1,0 +1,83 @@
+"""A server of ee-serve in a thread of this process, for tests that ask it over real connections."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+
+from offramp.runtime.serving.app import create_app  # noqa: E402
+from offramp.runtime.serving.metrics import Metrics  # noqa: E402
+from offramp.runtime.serving.models import Models, names_of  # noqa: E402
+from offramp.runtime.serving.protection import ServerLimits  # noqa: E402
+
+CLASSIFY = "/v1/classify"
+
+
+class Server:
+    """A server in a thread of this process."""
+
+    def __init__(self, models: Models, limits: ServerLimits, metrics: Metrics) -> None:
+        self.models = models
+        config = uvicorn.Config(
+            create_app(models, limits, metrics), port=0, log_config=None, access_log=False
+        )
+        self._server = uvicorn.Server(config)
+        self._socket = config.bind_socket()
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+
+    def ask(
+        self, path: str, value: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any, Mapping[str, str]]:
+        """Status, JSON (or text) and headers of an answer; a value is posted, bytes as they are."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            if value is None:
+                connection.request("GET", path, headers=dict(headers or {}))
+            else:
+                body = value if isinstance(value, bytes) else json.dumps(value).encode()
+                kind = {"Content-Type": "application/json"}
+                connection.request("POST", path, body, kind | dict(headers or {}))
+            reply = connection.getresponse()
+            data, found = reply.read(), {key.lower(): text for key, text in reply.getheaders()}
+        is_json = found.get("content-type", "").startswith("application/json")
+        return reply.status, json.loads(data) if is_json else data.decode(), found
+
+    def results(self, value: Any) -> Any:
+        """The results of a request that is answered."""
+        status, answer, _ = self.ask(CLASSIFY, value)
+        assert status == 200, answer
+        return answer["results"]
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def serving(
+    *folders: str | Path, scheduling: Mapping[str, int] | None = None, **limits: Any
+) -> Iterator[Server]:
+    metrics = Metrics()
+    models = Models(names_of([str(f) for f in folders]), {}, scheduling or {}, metrics.answered)
+    models.open()
+    server = Server(models, ServerLimits(**{"log": False, **limits}), metrics)
+    try:
+        yield server
+    finally:
+        server.stop()
