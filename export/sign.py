@@ -23,6 +23,7 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME, SIGNATURE_NAME
 from offramp.runtime.bundle.signature import import_cryptography, read_key_file
 from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
+from offramp.runtime.hub.resolve import require_folder
 
 PUBLIC = ".pub"  # end of the name of a public key's file
 
@@ -101,7 +102,7 @@ def main(bundle: Path | None, key: Path | None, new_key: Path | None) -> None:
         if new_key is not None:
             click.echo(f"{new_key}: secret, keep it; {write_keys(new_key)}: public, give it to your users")
         elif bundle is not None and key is not None:
-            sign_bundle(bundle, key)
+            sign_bundle(require_folder(bundle, "ee-sign"), key)
             click.echo(f"{bundle}: signed with {key}")
     except OfframpError as problem:
         click.echo(f"ee-sign: {problem}", err=True)

@@ -29,6 +29,7 @@ from offramp.runtime.bundle.manifest import GENERATION, Variant
 from offramp.runtime.engines.trt import VARIANTS
 from offramp.runtime.engines.trt_build import ErrorLog, Profile, build_engine, build_profiles
 from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
+from offramp.runtime.hub.resolve import resolve_bundle
 
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities: Ampere, Ada, Blackwell
 CURE = "pip install tensorrt-rtx-cu13 (dev machines only: 97 MB; it needs no GPU)"
@@ -113,7 +114,7 @@ def main(bundle: Path, key: Path | None, trt: bool, variant: str | None, targets
     """Command ee-verify: check the files of a bundle and, with --trt, compile its graphs."""
     refused = 0
     try:
-        opened = open_bundle(bundle, key)
+        opened = open_bundle(resolve_bundle(bundle, command=True), key)
         opened.verify()
         click.echo(f"{bundle}: {len(opened.manifest.files)} files as the manifest says")
         if key is not None:

@@ -142,7 +142,13 @@ class RunOptions:
 
 @click.command(help=HELP)
 @click.argument("sources", metavar="[INPUT]...", nargs=-1)
-@click.option("--bundle", default="bundle/", metavar="DIR", show_default=True, help="The bundle to walk.")
+@click.option(
+    "--bundle",
+    default="bundle/",
+    metavar="DIR",
+    show_default=True,
+    help="The bundle to walk: a folder, or hub:user/name or user/name@revision of a model hub (docs/hub.md).",
+)
 @click.option(
     "--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="What runs the graphs."
 )
@@ -318,6 +324,7 @@ def _run(
 ) -> int:
     from offramp.runtime.bundle.manifest import CLASSIFICATION, GENERATION, ImageInput
     from offramp.runtime.errors import BadBundle, BadSetting, EngineUnavailable, OfframpError, OutputFailed
+    from offramp.runtime.hub.resolve import resolve_bundle
     from offramp.runtime.inputs.lines import PROMPTS, TEXTS, read_images, read_lines
     from offramp.runtime.loading import load
     from offramp.runtime.output import discard_standard_output
@@ -325,7 +332,9 @@ def _run(
     started = False
     try:
         with ExitStack() as stack:
-            loaded = load(bundle, batch_size=options.batch_size, lazy=True, global_pool=True, **load_options)
+            with _warnings_as_lines():
+                folder = resolve_bundle(bundle, command=True)
+            loaded = load(folder, batch_size=options.batch_size, lazy=True, global_pool=True, **load_options)
             session: Session[Any] = stack.enter_context(loaded)
             generates = session.manifest.kind == GENERATION
             if options.sets and session.manifest.kind != CLASSIFICATION:

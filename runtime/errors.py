@@ -16,7 +16,7 @@ OfframpError                     base of all others
 └── SessionClosed                RuntimeError        the session was used after close()
 
 Each also inherits the builtin error that fits, so that `except ValueError` works, too. RunWarning, a
-UserWarning, is the base of its warnings: BudgetExceeded and DriftWarning.
+UserWarning, is the base of its warnings: BudgetExceeded, DriftWarning and, of hub, OfflineWarning.
 """
 
 from __future__ import annotations

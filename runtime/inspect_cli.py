@@ -166,10 +166,12 @@ def main(bundle: Path, key: Path | None, as_json: bool) -> None:
     """Command ee-inspect; its help is the docstring of this module."""
     from offramp.runtime.bundle.files import open_bundle, read_signature
     from offramp.runtime.errors import OfframpError
+    from offramp.runtime.hub.resolve import resolve_bundle
 
     try:
-        opened = open_bundle(bundle, key)
-        unverified = NONE if read_signature(bundle) is None else NOT_VERIFIED
+        folder = Path(resolve_bundle(bundle, command=True))
+        opened = open_bundle(folder, key)
+        unverified = NONE if read_signature(folder) is None else NOT_VERIFIED
         facts = inspect(opened, unverified if key is None else VALID)
     except OfframpError as problem:
         click.echo(f"ee-inspect: {problem}", err=True)

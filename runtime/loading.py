@@ -21,6 +21,7 @@ from offramp.runtime.bundle.manifest import (
 )
 from offramp.runtime.engines.base import Engine, EngineOptions, S, open_engine
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.hub.resolve import resolve_bundle
 from offramp.runtime.inputs.text import LONG_TEXTS, open_reader
 from offramp.runtime.pipeline import BackgroundTask
 from offramp.runtime.row_session import RowAnswer, RowSession, checked_batch_size
@@ -90,10 +91,11 @@ def load(
     on_drift: str | None = None,
     seed: int = 0,
 ) -> AnyRowSession | TextGenerator:
-    """Open a bundle folder as a session: that of the bundle's task.
+    """Open a bundle as a session: that of the bundle's task.
 
     A Classifier, MultiLabelClassifier, TokenClassifier, Regressor or Embedder, or a TextGenerator for a
-    decoder's bundle.
+    decoder's bundle. path: the bundle's folder, or "hub:user/name" or "hub:user/name@revision" for a bundle
+    on a model hub, which is pulled into a cache (docs/hub.md).
 
     Options that are not given come from the bundle's manifest. rule: a rule's name or a RuleSpec. threshold:
     the rule's main parameter (rule fixed: the exit; patience: the number of agreements). point: an operating
@@ -141,7 +143,7 @@ def load(
         ms=budget_ms, depth=budget_depth, statistic=budget_of, window=budget_window, max_risk=max_risk
     )
     of_audit = _given(share=audit, limit=audit_limit, on_drift=on_drift)
-    bundle = open_bundle(path, require_signature)
+    bundle = open_bundle(resolve_bundle(path), require_signature)
     if (of_budget or of_audit) and bundle.manifest.kind == GENERATION:
         name = "a budget" if of_budget else "an audit"
         raise BadSetting(f"{path} generates text: {name} is for bundles that give one answer for each row")
@@ -193,12 +195,12 @@ def load_generator(path: str | PathLike[str] = "bundle/", **options: object) -> 
 
 def _load_kind(path: str | PathLike[str], kinds: tuple[str, ...], options: Mapping[str, object]) -> object:
     """Open a bundle whose task is of one of these kinds; raises BadSetting for others."""
-    key = cast("str | None", options.get("require_signature"))
-    kind = open_bundle(path, key).manifest.kind
+    key, folder = cast("str | None", options.get("require_signature")), resolve_bundle(path)
+    kind = open_bundle(folder, key).manifest.kind
     if kind not in kinds:
         does = ROW_SESSIONS[kind].does if kind in ROW_SESSIONS else "generates text"
         raise BadSetting(f"{path}: this bundle {does}; open it with load()")
-    return cast(Callable[..., object], load)(path, **options)
+    return cast(Callable[..., object], load)(folder, **options)
 
 
 def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant: str) -> TextGenerator:

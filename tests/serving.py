@@ -54,9 +54,9 @@ class Server:
                 kind = {"Content-Type": "application/json"}
                 connection.request("POST", path, body, kind | dict(headers or {}))
             reply = connection.getresponse()
-            data, found = reply.read(), {key.lower(): text for key, text in reply.getheaders()}
-        is_json = found.get("content-type", "").startswith("application/json")
-        return reply.status, json.loads(data) if is_json else data.decode(), found
+            data, replies = reply.read(), {key.lower(): text for key, text in reply.getheaders()}
+        is_json = replies.get("content-type", "").startswith("application/json")
+        return reply.status, json.loads(data) if is_json else data.decode(), replies
 
     def results(self, value: Any) -> Any:
         """The results of a request that is answered."""

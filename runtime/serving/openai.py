@@ -22,7 +22,7 @@ from offramp.runtime.serving.models import Models
 
 
 class TextFields(BaseModel):
-    """What both kinds of requests have. Answers are the most probable text: nothing is drawn at random."""
+    """What both kinds of requests have. Answers are greedy: nothing is drawn at random."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -95,19 +95,23 @@ def add_text_routes(app: FastAPI, models: Models) -> None:
     @app.post("/v1/chat/completions", summary="Answer a chat, as OpenAI's API does", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        most = body.max_completion_tokens or body.max_tokens
-        return await _reply(models.text(body.model), CHAT, body, messages, most)
+        max_new_tokens = body.max_completion_tokens or body.max_tokens
+        return await _reply(models.text(body.model), CHAT, body, messages, max_new_tokens)
 
 
 async def _reply(
-    model: ServedGenerator, form: Form, body: TextFields, prompt: str | Sequence[Message], most: int | None
+    model: ServedGenerator,
+    form: Form,
+    body: TextFields,
+    prompt: str | Sequence[Message],
+    max_new_tokens: int | None,
 ) -> Response:
     """A text as one answer, or as server-sent events."""
     for option in body.stream_options or {}:
         if option != "include_usage":
             raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
-    answer = _Answer(model, form, prompt, most or MAX_NEW_TOKENS, body)
-    chunks = model.chunks(prompt, answer.most, answer.stop)
+    answer = _Answer(model, form, prompt, max_new_tokens or MAX_NEW_TOKENS, body)
+    chunks = model.chunks(prompt, answer.max_new_tokens, answer.stop)
     first = await anext(chunks, None)  # errors become a status code, which needs that nothing was sent
     if body.stream:
         return StreamingResponse(answer.events(first, chunks), media_type="text/event-stream")
@@ -123,9 +127,14 @@ class _Answer:
     """An answer that is being written."""
 
     def __init__(
-        self, model: ServedGenerator, form: Form, prompt: str | Sequence[Message], most: int, body: TextFields
+        self,
+        model: ServedGenerator,
+        form: Form,
+        prompt: str | Sequence[Message],
+        max_new_tokens: int,
+        body: TextFields,
     ) -> None:
-        self.most = most
+        self.max_new_tokens = max_new_tokens
         self.stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self._model, self._form = model, form
         self._prompt_tokens = len(model.session.encode_prompt(prompt))
@@ -174,7 +183,7 @@ class _Answer:
         tokens = self._tokens
         room = self._model.session.longest - self._prompt_tokens
         is_stopped = bool(tokens) and tokens[-1].token in self._model.session.stop_ids
-        return "stop" if is_stopped or len(tokens) < min(self.most, room) else "length"
+        return "stop" if is_stopped or len(tokens) < min(self.max_new_tokens, room) else "length"
 
     def _usage(self) -> dict[str, int]:
         written = len(self._tokens)

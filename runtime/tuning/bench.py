@@ -21,6 +21,7 @@ from offramp.runtime.decoding import Token
 from offramp.runtime.engines.threads import usable_cores
 from offramp.runtime.errors import BadSetting, OfframpError
 from offramp.runtime.generator import TextGenerator
+from offramp.runtime.hub.resolve import resolve_bundle
 from offramp.runtime.inputs.text import AnyRow, items_to_rows, open_reader
 from offramp.runtime.loading import load_generator, load_row_session
 from offramp.runtime.row_session import WINDOW, RowSession
@@ -135,6 +136,7 @@ def _measure_bundle(
     page: bool, rules: str | None, max_new_tokens: int, rows: int | None, **options: Any
 ) -> tuple[dict[str, Any], str]:
     """Measure a bundle by its task; gives figures and their text. page: whether a page is to be written."""
+    options["bundle"] = Path(resolve_bundle(options["bundle"], command=True))
     bundle = open_bundle(options["bundle"])
     if bundle.manifest.task != GENERATION:
         if rules is not None:

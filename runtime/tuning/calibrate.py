@@ -22,6 +22,7 @@ from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME, GENERATION, FileFact, Manifest
 from offramp.runtime.errors import BadSetting, OfframpError
+from offramp.runtime.hub.resolve import require_folder
 from offramp.runtime.rules.sweep import SWEPT
 from offramp.runtime.tuning.guarantees import ALL, CLASS, DISAGREEMENT, EXIT, RISKS, RiskOptions
 from offramp.runtime.tuning.measure_points import Calibration, measure_points
@@ -192,6 +193,7 @@ def main(
     """Run ee-calibrate: measure a bundle and write its new manifest."""
     folder = Path(bundle)
     try:
+        folder = require_folder(bundle, "ee-calibrate")
         if not risks and (risk_of, per) != (DISAGREEMENT, ALL):
             raise BadSetting(
                 "--risk-of and --per say more of a risk: give it with --risk, such as --risk 0.01"

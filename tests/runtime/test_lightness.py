@@ -36,8 +36,10 @@ def test_importing_the_rules() -> None:
 def test_importing_every_module_of_the_room() -> None:
     code = """
 import importlib, pkgutil, offramp.runtime
+of_extras = {'offramp.runtime.serving.' + name for name in ('app', 'metrics', 'openai')}
 for module in pkgutil.walk_packages(offramp.runtime.__path__, 'offramp.runtime.'):
-    importlib.import_module(module.name)
+    if module.name not in of_extras:
+        importlib.import_module(module.name)
 """
     assert loaded(code) <= LIGHT
 

@@ -95,12 +95,12 @@ def test_answers_are_those_of_the_session(session: Classifier, limit: int) -> No
 
 def test_rows_of_many_callers_get_their_own_answers(session: Classifier) -> None:
     expected = {text: session(text).label for text in TEXTS}
-    scheduler, found = Scheduler(session), dict[str, str]()
+    scheduler, replies = Scheduler(session), dict[str, str]()
 
     def call(mine: list[str]) -> None:
         for text in mine:
             (future,) = submit(scheduler, session, [text])
-            found[text] = future.result(10).label
+            replies[text] = future.result(10).label
 
     callers = [threading.Thread(target=call, args=(TEXTS[start::8],)) for start in range(8)]
     for caller in callers:
@@ -108,7 +108,7 @@ def test_rows_of_many_callers_get_their_own_answers(session: Classifier) -> None
     for caller in callers:
         caller.join()
     scheduler.close()
-    assert found == expected
+    assert replies == expected
 
 
 def test_rows_that_wait_together_share_steps(session: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_each_row_is_walked_at_its_own_point(tmp_path: Path) -> None:
             point: [scheduler.submit(row, RowOptions(*session.add_point(point))) for row in rows]
             for point in expected
         }
-        exits = {point: [future.result(10).exit for future in found] for point, found in futures.items()}
+        exits = {point: [future.result(10).exit for future in replies] for point, replies in futures.items()}
         full = {future.result(10).exit for future in submit(scheduler, session, TEXTS[:5])}
         scheduler.close()
     assert exits == expected and exits["gate-1"] != exits["gate-3"]
@@ -172,7 +172,7 @@ def test_most_segments_of_a_row_end_its_walk(session: Classifier) -> None:
     scheduler = Scheduler(session)
     (row,) = rows_of(session, ["good film"])
     rule, variant = session.draw()
-    exits = [scheduler.submit(row, RowOptions(rule, variant, most)).result(10).exit for most in (1, 2, 9)]
+    exits = [scheduler.submit(row, RowOptions(rule, variant, limit)).result(10).exit for limit in (1, 2, 9)]
     scheduler.close()
     assert exits[0] == 1 and exits[1] <= 2 and exits[2] == session("good film").exit
 

@@ -94,8 +94,8 @@ def test_requests_at_the_same_time_get_their_own_answers(server: Server) -> None
     with load(CLASSIFIER) as session:
         expected = [session(text).label for text in given]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: server.results({"input": text})[0]["label"], given))
-    assert found == expected
+        replies = list(pool.map(lambda text: server.results({"input": text})[0]["label"], given))
+    assert replies == expected
 
 
 def test_a_bad_item_of_a_list_keeps_its_place(server: Server) -> None:
@@ -128,8 +128,8 @@ def test_the_depth_of_a_request_is_kept(server: Server) -> None:
     asked = {"model": "points", "point": "gate-3", "input": given}
     unlimited = [result["depth"] for result in server.results(asked)]
     assert set(unlimited) >= {1, 4}
-    for most, reached in ((1, 1), (2, 1), (3, 3), (9, 4)):  # exits are after blocks 1, 3 and 4
-        depths = [result["depth"] for result in server.results(asked | {"max_depth": most})]
+    for limit, reached in ((1, 1), (2, 1), (3, 3), (9, 4)):  # exits are after blocks 1, 3 and 4
+        depths = [result["depth"] for result in server.results(asked | {"max_depth": limit})]
         assert depths == [min(depth, reached) for depth in unlimited]
 
 
@@ -352,3 +352,5 @@ def test_sigterm_answers_what_was_accepted_and_ends() -> None:
     caller.join()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and answers == [200] and "Traceback" not in errors
+    assert '"path": "/v1/classify", "status": 200' in errors
+    assert not any(text in errors for text in texts(200) if len(text) > 20), "a text of a request in the log"

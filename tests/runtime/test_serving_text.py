@@ -120,8 +120,8 @@ def test_texts_at_the_same_time_are_each_their_own(server: Server, expected: str
         return text
 
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(ask, range(12)))
-    assert set(found[1::2]) == {expected} and len(set(found[::2])) == 1
+        replies = list(pool.map(ask, range(12)))
+    assert set(replies[1::2]) == {expected} and len(set(replies[::2])) == 1
 
 
 def test_a_full_queue_answers_429() -> None:

@@ -1,0 +1,1 @@
+"""Bundles on a model hub: references to them, pulling into a cache, pushing with a model card."""
