@@ -107,7 +107,7 @@ PURPOSE = {
     "docs/budgets.md": "budgets of time and depth, and audits of the answers; a test runs every block",
     "docs/tasks.md": "several labels, labels of words, numbers, embeddings; a test runs every block",
     "docs/your-model.md": "how a fine-tuned model gets exits; a test runs every block",
-    "docs/bundle-format.md": "what a bundle holds: files, every field of the manifest, rules as formulas; enough to write a walker",
+    "docs/bundle-format.md": "files, fields of the manifest, rules as formulas: enough to write a walker",
     "docs/cli.md": "every command: input, exit codes, rules, operating points, options",
     "docs/comparison.md": "every method by data set and over all, written by a benchmark",
     "docs/decoders.md": "language models: early exit per token, routes, and the lossless mode",
