@@ -70,10 +70,10 @@ build/types:
 # pip 25.1 is the first that installs dependency groups; a fresh venv may hold an older one.
 $(VENV)/.product: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "offramp needs Python 3.10 or newer, and '$(PYTHON)' is not; name another: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "installing offramp[train,export,cpu] into $(VENV): some minutes the first time"
+	@echo "installing offramp[train,export,cpu,serve] into $(VENV): some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[train,export,cpu]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,export,cpu,serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.product

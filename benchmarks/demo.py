@@ -8,6 +8,7 @@ It prints each command before it runs it, so that users can repeat it.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -95,9 +96,9 @@ def main(out: str, epochs: int) -> None:
     run_command("ee-run", "--bundle", f"{out}/bundle", "--stats", f"{out}/examples.txt")
     print_comparison(folder, data)
     minutes = (time.monotonic() - started) / 60
-    click.echo(
-        f"\nThe demo took {minutes:.1f} minutes. Try: ee-run --bundle {out}/bundle, and type a sentence."
-    )
+    program = os.path.relpath(Path(sys.executable).parent / "ee-serve")
+    click.echo(f"\nThe demo took {minutes:.1f} minutes. See it walk while you type:\n")
+    click.echo(f"    {program} {out}/bundle --open")
 
 
 def print_comparison(folder: Path, data: Path) -> None:

@@ -160,6 +160,42 @@ def attach_tables() -> list[str]:
     return lines
 
 
+def attach_times_table() -> list[str]:
+    """Times of attached exits beside the user's own model as one graph, from ms_attached_DATA.json."""
+    head = ("data", "rows", "point", "accuracy", "less the model as given", "mean exit", "x fp32", "x int8")
+    rows, about = [], None
+    for file in sorted(RESULTS.glob("ms_attached_*.json")):
+        result = read_result_file(file)
+        about = result["about"]
+        named = {candidate["name"]: candidate for candidate in result["candidates"]}
+        given, small = named["monolith"], named["monolith int8"]
+        for walk in (
+            c for c in result["candidates"] if c["kind"] == "walk" and c["name"] != "walk full depth"
+        ):
+            rows.append(
+                [
+                    *(
+                        about["data"].partition("/")[0],
+                        str(about["rows"]),
+                        walk["name"].removeprefix("walk "),
+                    ),
+                    f"{walk['accuracy']:.2f}",
+                    f"{walk['accuracy'] - given['accuracy']:+.2f}",
+                    f"{walk['mean_exit']:.2f}",
+                    f"{given['mean_ms'] / walk['mean_ms']:.2f}",
+                    f"{small['mean_ms'] / walk['mean_ms']:.2f}",
+                ]
+            )
+    if about is None:
+        return []
+    title = f"**Attached exits beside the model as one graph**, batch 1 ({machine_text(about)})"
+    text = (
+        "Points were chosen on labelled dev; x: time of the model as one graph, in fp32 and in int8 with one "
+        "scale, over the walk's. Made by ee-split --baselines --dev and ee-bench --rows 600."
+    )
+    return [title, "", text, "", *markdown_table(head, rows)]
+
+
 def task_tables() -> list[str]:
     """One table for each task_DATA.json: what ee-bench measured of a bundle of a task beside one label."""
     lines: list[str] = []
@@ -414,6 +450,7 @@ def measured_tables() -> list[str]:
         ),
         lossless_table(),
         attach_tables(),
+        attach_times_table(),
         task_tables(),
         retrieval_tables(),
         int8_tables(),

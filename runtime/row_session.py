@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.rules.registry import bind
 from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 from offramp.runtime.session import Session
-from offramp.runtime.walker import Inputs, Trace, Walk, empty_trace, walk
+from offramp.runtime.walker import Inputs, Trace, Walk, empty_trace, walk, walk_one
 
 if TYPE_CHECKING:  # sessions without them do not need the modules
     from offramp.runtime.audit import Audit, AuditPlan, AuditReport
@@ -77,6 +78,16 @@ class RowAnswer(Protocol):
 # plain tuple, as a walk of one row must not cost more microseconds.
 Walked = tuple[int, int, tuple[tuple[int, str], ...], float, bool, int]
 A_co = TypeVar("A_co", bound=RowAnswer, covariant=True)
+
+
+class ExitRecord(NamedTuple):
+    """What an exit gave: segment (1-based), logits, P(exit) or None, ms of the segment (and the stem)."""
+
+    segment: int
+    variant: str
+    logits: tuple[float, ...]
+    gate: float | None
+    ms: float
 
 
 class RowSession(Session[State], Generic[A_co]):
@@ -243,6 +254,14 @@ class RowSession(Session[State], Generic[A_co]):
             self._points[point] = number, self.manifest.variants.index(variant)
         return self._points[point]
 
+    def full_depth(self, variant: str) -> tuple[int, int]:
+        """The numbers of the rule that runs every segment in a variant; see add_point."""
+        name = f"full depth in {variant}"  # no point has a name with blanks
+        if name not in self._points:
+            rule = self._add_rule(self._never(), variant)
+            self._points[name] = rule, self.manifest.variants.index(variant)
+        return self._points[name]
+
     def draw(self) -> tuple[int, int]:
         """The numbers of the rule and the variant by which the next row is walked; see add_point."""
         number = self._number if self._budget is None else self._budget.draw()[0]
@@ -272,6 +291,25 @@ class RowSession(Session[State], Generic[A_co]):
         if self._is_watched:
             self._watch(row, answer)
         return answer
+
+    def steps(self, row: AnyRow, rule: int, variant: int) -> list[ExitRecord]:
+        """Walk a row alone, and return what each exit gave; rule, variant: numbers, see add_point.
+
+        Windows of a long text behind the first are not walked.
+        """
+        inputs, bound = self._reader.arrays([row]), self._rules[rule]
+        with self.walking():
+            before = time.perf_counter()
+            state = self.engine.begin(inputs)
+            plan = bound.first_plan(len(self.manifest.segments), variant)[0].tolist()
+            records = []
+            for segment, number, signals, ended in walk_one(self.engine, bound, state, plan):
+                gate = None if signals.gate is None else float(signals.gate[0])
+                name, logits = self.manifest.variants[number], tuple(signals.logits[0].tolist())
+                records.append(ExitRecord(segment + 1, name, logits, gate, 1e3 * (ended - before)))
+                before = ended
+            self.engine.drop(state)
+        return records
 
     def batches(self, rows: Sequence[AnyRow], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
         """Batches of rows of similar length, the shortest first: row numbers, and the stem's inputs."""

@@ -465,8 +465,9 @@ def test_pyproject_lists_exactly_the_folders() -> None:
     settings = pyproject()["tool"]["setuptools"]
     inits = [file for file in sources(*rooms()) if file.name == "__init__.py"]
     folders = {".".join(["offramp", *file.parent.relative_to(ROOT).parts]) for file in inits}
+    folders.add("offramp.web")  # files of the page, not Python
     assert set(settings["packages"]) == folders
-    assert settings["package-dir"] == {f"offramp.{room}": room for room in rooms()}
+    assert settings["package-dir"] == {f"offramp.{room}": room for room in (*rooms(), "web")}
     assert not (ROOT / "__init__.py").exists()
     assert not (ROOT / "offramp").exists(), "offramp is a namespace: it has no folder"
 

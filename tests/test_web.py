@@ -395,16 +395,29 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 @pytest.mark.slow
 @needs_browser
 def test_page_shows_a_walk_by_keyboard_on_desktop_and_phone(site: str, tmp_path: Path) -> None:
+    use_page(site, tmp_path / "site" / "bundle")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_page_of_a_server_shows_what_the_server_walks(tmp_path: Path) -> None:
+    serving = pytest.importorskip("serving")
+    bundle = bundle_with_points(tmp_path, guaranteed=True)
+    with serving.serving(bundle) as server:
+        use_page(f"http://127.0.0.1:{server.port}/demo", bundle)
+
+
+def use_page(address: str, bundle: Path) -> None:
+    """Use the page at an address by keyboard, and compare what it shows with the answers of a bundle."""
     text = "the film was not at all good"
     assert BROWSER is not None
-    done = node("tests/page.mjs", BROWSER, site, text)
+    done = node("tests/page.mjs", BROWSER, address, text)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["errors"] == []
-    assert report["requests"] == [site.removeprefix("http://").rstrip("/")]
+    assert report["requests"] == [address.split("/")[2]]
     assert report["overflow"] == {"desktop": False, "phone": False}
     assert report["focused"] == "point"
-    bundle = tmp_path / "site" / "bundle"
     for state in ("typed", "deepest", "shallowest"):
         shown = report[state]
         with closing(load_classifier(bundle, point=shown["point"])) as session:

@@ -2,14 +2,15 @@
  * The page: texts walk through a bundle while they are typed, and the full depth of the network follows.
  *
  * Address: ?bundle=FOLDER chooses the bundle (default bundle/), ?point=NAME the operating point, ?text=TEXT
- * what is in the box at first.
+ * what is in the box at first. ?server lets the server of the page walk (ee-serve), ?model=NAME names its bundle.
  */
-import { WalkerError, openBundle, urlSource } from "./walker.js";
+import { WalkerError } from "./errors.js";
 
 const TYPING = 120; // milliseconds without a key before a text is walked
 const RESTING = 400; // and before its full depth is computed
 
 const query = new URLSearchParams(location.search);
+const isRemote = query.has("server");
 const $ = (id) => document.getElementById(id);
 
 let bundle; // the opened bundle
@@ -19,8 +20,20 @@ let running = new AbortController(); // ends the walk that is no longer wanted
 
 start().catch(showProblem);
 
+/** A bundle whose graphs run in this page. */
+async function openHere() {
+  const { openBundle, urlSource } = await import("./walker.js");
+  return openBundle(urlSource(query.get("bundle") ?? "bundle/"));
+}
+
+/** A bundle that the server walks; the libraries of vendor/ are not needed. */
+async function openOnServer() {
+  const { openRemote } = await import("./remote.js");
+  return openRemote(query.get("model"));
+}
+
 async function start() {
-  bundle = await openBundle(urlSource(query.get("bundle") ?? "bundle/"));
+  bundle = await (isRemote ? openOnServer() : openHere());
   const { manifest } = bundle;
   const name = manifest.provenance?.backbone;
   document.title = `Early exit: ${manifest.labels.length} labels, ${manifest.blocks} blocks`;
@@ -28,7 +41,7 @@ async function start() {
     `A network of ${manifest.blocks} blocks${typeof name === "string" ? ` (${name})` : ""} in ` +
     `${manifest.segments.length} segments, each with an exit; it answers with one of ` +
     `${manifest.labels.length} labels. Each text runs only as many segments as it needs. ` +
-    "Nothing leaves this page.";
+    (isRemote ? "The server walks them." : "Nothing leaves this page.");
   const point = manifest.points.find((entry) => entry.name === (query.get("point") ?? "default"));
   makeVariants(point?.variant ?? bundle.setting().variant);
   makeSegments();

@@ -10,9 +10,10 @@
  */
 import * as ort from "onnxruntime-web";
 
-import { BadBundle, BadInput, BadSetting, NotSupported } from "./errors.js";
-import { LONGEST_MANIFEST, MANIFEST, NEXT, graphsOf, readManifest, stemOf, variantsOf } from "./manifest.js";
-import { RULE_NAMES, argmax, makeRule, softmax } from "./rules.js";
+import { BadBundle, BadInput, NotSupported } from "./errors.js";
+import { LONGEST_MANIFEST, MANIFEST, NEXT, graphsOf, readManifest, stemOf } from "./manifest.js";
+import { RULE_NAMES, makeRule, softmax } from "./rules.js";
+import { Settings } from "./settings.js";
 import { sha256 } from "./sha256.js";
 import { TextReader } from "./text.js";
 
@@ -41,25 +42,15 @@ export async function openBundle(source, { threads = 1 } = {}) {
 }
 
 /** An opened bundle; openBundle() makes it. */
-export class Bundle {
+export class Bundle extends Settings {
   #source;
   #reader;
   #sessions = new Map(); // file -> promise of an opened graph
   #last = Promise.resolve(); // the walk before: one runs at a time
 
   constructor(source, manifest) {
+    super(manifest);
     this.#source = source;
-    this.manifest = manifest;
-  }
-
-  /** Names of the variants, the default first. */
-  get variants() {
-    return variantsOf(this.manifest);
-  }
-
-  /** Operating points that this walker can run, in the order of the manifest. */
-  get points() {
-    return this.manifest.points.filter((point) => RULE_NAMES.includes(point.rule.name));
   }
 
   /** Read the tokenizer; openBundle() does it. */
@@ -86,47 +77,8 @@ export class Bundle {
    * NotSupported if ONNX Runtime cannot open a graph.
    */
   async prepare(variant = this.variants[0], { onBytes } = {}) {
-    this.#checkVariant(variant);
+    this.checkVariant(variant);
     for (const file of this.#files(variant)) await this.#open(file, onBytes);
-  }
-
-  /**
-   * Find the rule and the variant that options select: {spec, variant}.
-   *
-   * point: name of an operating point. rule: {name, parameters, ...}, instead of a point. Without both, the
-   * bundle's own rule. variant: only without a point. Raises BadSetting.
-   */
-  setting({ point, rule, variant } = {}) {
-    if (point !== undefined) {
-      const found = this.manifest.points.find((entry) => entry.name === point);
-      if (!found) {
-        const names = this.manifest.points.map((entry) => entry.name).join(", ") || "none";
-        throw new BadSetting(
-          `operating point ${JSON.stringify(point)} is not in this bundle; it has: ${names}`,
-        );
-      }
-      if (rule !== undefined || (variant !== undefined && variant !== found.variant)) {
-        throw new BadSetting(`point ${point} sets rule and variant (${found.variant}); give no others`);
-      }
-      return { spec: found.rule, variant: found.variant };
-    }
-    const spec = rule ?? this.manifest.rule;
-    if (variant !== undefined) this.#checkVariant(variant);
-    return { spec: { parameters: {}, ...spec }, variant: variant ?? this.#usualVariant(spec) };
-  }
-
-  /** Check that a setting can be walked here; raises NotSupported or BadSetting. */
-  check(options) {
-    makeRule(this.setting(options).spec, this.manifest);
-  }
-
-  /** The setting that runs every segment in a variant, with the temperatures that its point has. */
-  fullDepth(variant = this.variants[0]) {
-    this.#checkVariant(variant);
-    const point = this.manifest.points.find(
-      (entry) => entry.rule.name === "never" && entry.variant === variant,
-    );
-    return { rule: point?.rule ?? { name: "never", parameters: {} }, variant };
   }
 
   /**
@@ -198,24 +150,7 @@ export class Bundle {
     }
     const logits = Array.from(signals.get("logits").data);
     const gate = signals.get("gate")?.data[0] ?? null;
-    const isLast = place === this.manifest.segments.length - 1;
-    const reading = isLast ? { exits: true } : test({ logits, gate }, place + 1);
-    const probabilities = softmax(logits, spec.score_temperatures?.[place]);
-    const best = argmax(probabilities);
-    return {
-      segment: place + 1,
-      name: segment.name,
-      blocks: segment.blocks,
-      variant,
-      logits,
-      gate,
-      probabilities,
-      label: this.manifest.labels[best],
-      score: logits.some(Number.isNaN) ? NaN : probabilities[best],
-      ms,
-      exits: reading.exits,
-      reading: reading.what === undefined ? null : reading,
-    };
+    return this.stepOf(place, variant, { logits, gate }, ms, spec, test);
   }
 
   /** Run one graph: read its inputs, store new values and signals; returns milliseconds. */
@@ -301,20 +236,6 @@ export class Bundle {
     );
   }
 
-  #checkVariant(variant) {
-    if (!this.variants.includes(variant)) {
-      throw new BadSetting(
-        `variant ${JSON.stringify(variant)} is not in this bundle; it has: ${this.variants.join(", ")}`,
-      );
-    }
-  }
-
-  #usualVariant(spec) {
-    const point = this.manifest.points.find(
-      (entry) => entry.name === "default" && entry.rule.name === spec.name,
-    );
-    return point?.variant ?? this.variants[0];
-  }
 }
 
 /** An input of the stem for one row that is not padded, [1, tokens]. */

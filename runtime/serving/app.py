@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from offramp.runtime.bundle.manifest import EMBEDDING, ImageInput
 from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionClosed
 from offramp.runtime.row_session import RowAnswer
+from offramp.runtime.serving.demo import add_demo_routes
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models, ServedModel, UnknownModel, Wanted
@@ -120,6 +121,7 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         return JSONResponse({"object": "list", "model": model.name, "data": data, "usage": usage})
 
     add_text_routes(app, models)
+    add_demo_routes(app, models)
 
     @app.get("/v1/models", summary="The bundles that are served")
     async def list_models() -> JSONResponse:

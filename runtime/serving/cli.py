@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,8 +24,8 @@ ENGINES, DEVICES, LONG_TEXTS = ("ort", "trt"), ("cpu", "cuda"), ("cut", "windows
 ENDED, NOT_STARTED = 0, 2
 LOOPBACK = "127.0.0.1"
 
-HELP = """Answer requests over HTTP with each BUNDLE, a folder, or NAME=FOLDER to give it another name
-in requests than that of its folder. Requests that name no model are for the first.
+HELP = """Answer requests over HTTP with each BUNDLE: a folder, or hub:user/name of a model hub; NAME=BUNDLE
+gives it another name in requests than that of its folder. Requests that name no model are for the first.
 
 \b
     ee-serve bundle/
@@ -103,6 +104,7 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds."
 )
+@click.option("--open", "open_page", is_flag=True, help="Open the page /demo in the web browser.")
 @click.option("--quiet", is_flag=True, help="No log of requests.")
 def main(bundles: tuple[str, ...], **options: Any) -> None:
     """See HELP."""
@@ -165,14 +167,16 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         models.close(finish=False)
         _refuse(f"--port {options['port']}: cannot listen at {options['host']}:{options['port']}")
     port = sockets[0].getsockname()[1]
-    address = f"{', '.join(models.folders)}: http://{options['host']}:{port}/docs"
+    address = f"http://{options['host']}:{port}"
 
     class Server(uvicorn.Server):
         """Tells its address once connections are taken."""
 
         async def startup(self, sockets: list[socket] | None = None) -> None:
             await super().startup(sockets)
-            click.echo(address, err=True)
+            click.echo(f"{', '.join(models.folders)}: {address}/docs and {address}/demo", err=True)
+            if options["open_page"]:
+                webbrowser.open(f"{address}/demo")
 
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it has ended
         signal.signal(number, lambda *_: None)

@@ -13,7 +13,7 @@ from offramp.runtime.serving.models import ServedModel
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 KNOWN_PATHS = (
-    *("/v1/classify", "/v1/embeddings", "/v1/completions", "/v1/chat/completions", "/v1/models"),
+    *("/v1/classify", "/v1/embeddings", "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/walk"),
     *("/healthz", "/readyz", "/metrics"),
 )
 

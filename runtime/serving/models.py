@@ -14,6 +14,8 @@ from typing import Any
 from offramp.runtime.bundle.manifest import FILE_NAME, Manifest, OperatingPoint
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.generator import TextGenerator
+from offramp.runtime.hub.reference import PREFIX
+from offramp.runtime.hub.resolve import resolve_bundle
 from offramp.runtime.loading import load
 from offramp.runtime.row_session import RowAnswer, RowSession
 from offramp.runtime.serving.generation import ServedGenerator
@@ -213,13 +215,22 @@ def manifest_tag(folder: Path) -> str:
 
 
 def names_of(places: Sequence[str]) -> dict[str, Path]:
-    """Names of bundles, from NAME=FOLDER or from their folders' names; raises BadSetting if two are equal."""
+    """Names and folders of bundles, each NAME=BUNDLE or a bundle: a folder, or one on a model hub.
+
+    A bundle without a name has that of its folder, or of its repository. Raises BadSetting if two names are
+    equal, and what resolve_bundle raises.
+    """
     folders: dict[str, Path] = {}
     for place in places:
-        name, _, folder = place.rpartition("=")
-        path = Path(folder)
-        name = name or path.resolve().name
+        name, _, reference = place.rpartition("=")
+        folder = Path(resolve_bundle(reference, command=True))
+        if not name:
+            is_pulled = folder != Path(reference)
+            last = reference.removeprefix(PREFIX).partition("@")[0].rpartition("/")[2]
+            name = last if is_pulled else folder.resolve().name
         if name in folders:
-            raise BadSetting(f"{place}: the name {name!r} is taken by {folders[name]}; write NAME={folder}")
-        folders[name] = path
+            raise BadSetting(
+                f"{place}: the name {name!r} is taken by {folders[name]}; write NAME={reference}"
+            )
+        folders[name] = folder
     return folders

@@ -36,7 +36,7 @@ def test_importing_the_rules() -> None:
 def test_importing_every_module_of_the_room() -> None:
     code = """
 import importlib, pkgutil, offramp.runtime
-of_extras = {'offramp.runtime.serving.' + name for name in ('app', 'metrics', 'openai')}
+of_extras = {'offramp.runtime.serving.' + name for name in ('app', 'demo', 'metrics', 'openai')}
 for module in pkgutil.walk_packages(offramp.runtime.__path__, 'offramp.runtime.'):
     if module.name not in of_extras:
         importlib.import_module(module.name)

@@ -207,6 +207,33 @@ def test_probes_and_descriptions_answer(server: Server) -> None:
     assert CLASSIFY in server.ask("/openapi.json")[1]["paths"]
 
 
+def test_one_text_is_walked_with_every_step(server: Server) -> None:
+    with load(CLASSIFIER) as session:
+        expected = session("a warm and good film")
+        full, _ = session.at_full_depth(["a warm and good film"])
+    _, answer, _ = server.ask("/v1/walk", {"input": "a warm and good film"})
+    steps = answer["steps"]
+    assert [(step["segment"], step["variant"]) for step in steps] == list(expected.steps)
+    np.testing.assert_allclose(steps[-1]["logits"], full.logits[0, expected.exit - 1], atol=1e-4)
+    assert all(step["ms"] > 0 for step in steps) and 0 <= steps[0]["gate"] <= 1
+    deep = server.ask("/v1/walk", {"input": "a warm and good film", "full_depth": "fp32"})[1]["steps"]
+    np.testing.assert_allclose([step["logits"] for step in deep], full.logits[0], atol=1e-4)
+    assert server.ask("/v1/walk", {"input": "a", "full_depth": "fp8"})[0] == 400
+    assert server.ask("/v1/walk", {"input": "a", "model": "vectors"})[0] == 400
+
+
+def test_the_page_is_served_with_a_policy_and_nothing_beside_it(server: Server) -> None:
+    status, _, headers = server.ask("/demo")
+    assert status == 307 and headers["location"] == "/demo/index.html?server=1"
+    status, text, headers = server.ask("/demo/index.html?server=1")
+    assert status == 200 and "page.js" in text
+    assert "script-src 'self' 'sha256-" in headers["content-security-policy"]
+    assert server.ask("/demo/page.js")[2]["content-type"].startswith("text/javascript")
+    assert server.ask("/demo/manifest.json?model=points")[1]["labels"] == ["negative", "positive"]
+    for name in ("package.json", "..%2fREADME.md", "%2e%2e/pyproject.toml", "tests/page.mjs", "run.mjs"):
+        assert server.ask(f"/demo/{name}")[0] == 404
+
+
 def test_metrics_count_answers_refusals_and_requests() -> None:
     with serving(CLASSIFIER) as server:
         exits = [result["exit"] for result in server.results({"input": texts(30)})]
@@ -293,10 +320,13 @@ def test_a_bundle_that_became_bad_leaves_the_one_of_before(tmp_path: Path) -> No
         assert server.results({"input": "good film"})[0]["label"]
 
 
-def test_names_of_bundles() -> None:
-    assert names_of(["a/b", "c=d/e"]) == {"b": Path("a/b"), "c": Path("d/e")}
-    with pytest.raises(BadSetting, match="the name 'b' is taken by a/b; write NAME=x/b"):
-        names_of(["a/b", "x/b"])
+def test_names_of_bundles(tmp_path: Path) -> None:
+    first, second, other = (tmp_path / name for name in ("a/b", "d/e", "x/b"))
+    for folder in (first, second, other):
+        folder.mkdir(parents=True)
+    assert names_of([str(first), f"c={second}"]) == {"b": first, "c": second}
+    with pytest.raises(BadSetting, match=f"the name 'b' is taken by {first}; write NAME={other}"):
+        names_of([str(first), str(other)])
 
 
 def start(*words: str) -> subprocess.Popen[str]:
@@ -336,7 +366,7 @@ def test_sigterm_answers_what_was_accepted_and_ends() -> None:
     process = start(str(CLASSIFIER), "--port", "0")
     assert process.stderr is not None
     address = process.stderr.readline()
-    port = int(address.rpartition(":")[2].partition("/")[0])
+    port = int(address.split("http://127.0.0.1:")[1].partition("/")[0])
     answers = list[int]()
 
     def ask() -> None:
