@@ -34,6 +34,7 @@ async function openOnServer() {
 
 async function start() {
   bundle = await (isRemote ? openOnServer() : openHere());
+  if (isRemote) document.querySelector("h1").textContent = "Early exit, as you type";
   const { manifest } = bundle;
   const name = manifest.provenance?.backbone;
   document.title = `Early exit: ${manifest.labels.length} labels, ${manifest.blocks} blocks`;
