@@ -272,7 +272,9 @@ def accuracy(
         about = agreement(FP32, right, right, np.asarray(labels))
     show(f"{network.name}, {len(items)} rows at batch 1: share as in fp32", [about, *rows])
     figures = {"machine": machine_facts(), "network": network.name, "rows": len(items)}
-    write_figures(json_file, figures | {"data": f"{data.parent.name}/{data.name}", "candidates": [about, *rows]})
+    write_figures(
+        json_file, figures | {"data": f"{data.parent.name}/{data.name}", "candidates": [about, *rows]}
+    )
 
 
 def of_commonest_length(encoded: Sequence[Feed]) -> list[Feed]:

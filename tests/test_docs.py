@@ -53,7 +53,7 @@ def help_text(command: str) -> str:
 def documented() -> dict[str, str]:
     """Command -> its help text in docs/cli.md."""
     block = COMMANDS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    return dict(re.findall(r"^### (ee-\w+)\n\n```\n(.*?)\n```$", block, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^### (ee[-\w]*)\n\n```\n(.*?)\n```$", block, re.MULTILINE | re.DOTALL))
 
 
 def reading_list(title: str) -> list[str]:
