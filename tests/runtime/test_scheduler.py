@@ -317,7 +317,20 @@ def test_closing_the_session_ends_every_row(session: Classifier, monkeypatch: py
     closing.join()
     done, waiting = wait_for(futures, 10)
     assert len(done) == 5 and not waiting
-    assert any(isinstance(future.exception(), SessionClosed) for future in futures)
+    # A row that was done before the session closed has its answer.
+    assert all(isinstance(future.exception(), (SessionClosed, type(None))) for future in futures)
+    scheduler.close()
+
+
+def test_rows_of_a_closed_session_get_its_error(session: Classifier) -> None:
+    scheduler = Scheduler(session)
+    rows = rows_of(session, TEXTS[:2])
+    wanted = options(session)
+    session.close()
+    with pytest.raises(SessionClosed, match="the session is closed"):
+        scheduler.submit(rows[0], wanted).result(10)
+    with pytest.raises(SessionClosed):
+        scheduler.submit(rows[1], wanted).result(10)
     scheduler.close()
 
 
