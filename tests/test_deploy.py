@@ -1,0 +1,77 @@
+"""deploy/: images and the manifest name what exists: extras, options, paths, the user of the image."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from documents import ROOT
+
+from offramp.runtime.serving.cli import main
+
+DEPLOY = ROOT / "deploy"
+IMAGES = sorted(DEPLOY.glob("Dockerfile*"))
+OPTIONS = {option for parameter in main.params for option in parameter.opts if option.startswith("--")}
+
+
+def words_of(image: Path, instruction: str) -> list[str]:
+    """The words of ENTRYPOINT or CMD."""
+    text = image.read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^{instruction} (\[.*\])$", text, re.MULTILINE)
+    words: list[str] = json.loads(line)
+    return words
+
+
+def check_options(words: list[str]) -> None:
+    """Parse the words as ee-serve does, without running it."""
+    main.make_context(
+        "ee-serve", [word for word in words if "/run/secrets" not in word and word != "--api-keys"]
+    )
+    assert {word for word in words if word.startswith("--")} <= OPTIONS
+
+
+def container() -> dict[str, Any]:
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")))
+    assert [document["kind"] for document in documents] == [
+        "Deployment",
+        "Service",
+        "HorizontalPodAutoscaler",
+    ]
+    (only,) = documents[0]["spec"]["template"]["spec"]["containers"]
+    return dict(only)
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda file: file.name)
+def test_an_image_starts_the_server_with_options_that_it_has(image: Path) -> None:
+    program, *words = [*words_of(image, "ENTRYPOINT"), *words_of(image, "CMD")]
+    assert program == "ee-serve"
+    check_options(words)
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda file: file.name)
+def test_an_image_installs_extras_that_exist(image: Path) -> None:
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (extras,) = re.findall(r"/source\[([\w,]+)\]", image.read_text(encoding="utf-8"))
+    assert all(re.search(rf"^{extra} = \[", settings, re.MULTILINE) for extra in extras.split(","))
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda file: file.name)
+def test_an_image_names_no_host_of_a_registry(image: Path) -> None:
+    bases = re.findall(r"^FROM (\S+)", image.read_text(encoding="utf-8"), re.MULTILINE)
+    assert bases and not [base for base in bases if "." in base.split("/")[0].split(":")[0]]
+
+
+def test_the_manifest_starts_the_server_with_options_that_it_has() -> None:
+    check_options(shlex.split(" ".join(container()["args"])))
+
+
+def test_the_manifest_asks_the_probes_that_the_server_has() -> None:
+    probes = {
+        name: container()[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")
+    }
+    assert probes == {"startup": "/readyz", "readiness": "/readyz", "liveness": "/healthz"}
