@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from offramp.runtime.serving.app import create_app  # noqa: E402
+from offramp.runtime.serving.cli import bind  # noqa: E402
 from offramp.runtime.serving.metrics import Metrics  # noqa: E402
 from offramp.runtime.serving.models import Models, names_of  # noqa: E402
 from offramp.runtime.serving.protection import ServerLimits  # noqa: E402
@@ -34,7 +35,7 @@ class Server:
             create_app(models, limits, metrics), port=0, log_config=None, access_log=False
         )
         self._server = uvicorn.Server(config)
-        self._socket = config.bind_socket()
+        self._socket = bind("127.0.0.1", 0)
         self.port: int = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
         self._thread.start()

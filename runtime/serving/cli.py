@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import signal
+import socket
 import sys
 import threading
 import webbrowser
@@ -14,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from socket import socket
     from types import FrameType
 
     from offramp.runtime.serving.models import Models
@@ -154,25 +155,23 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     config = uvicorn.Config(
         create_app(models, limits, metrics),
-        host=options["host"],
-        port=options["port"],
         access_log=False,
         log_config=None,
         server_header=False,
     )
     _reload_at_hangup(models)
     try:
-        sockets = [config.bind_socket()]
-    except SystemExit:
+        listening = bind(options["host"], options["port"])
+    except OSError as problem:
         models.close(finish=False)
-        _refuse(f"--port {options['port']}: cannot listen at {options['host']}:{options['port']}")
-    port = sockets[0].getsockname()[1]
+        _refuse(f"cannot listen at {options['host']}:{options['port']}: {problem.strerror or problem}")
+    port = listening.getsockname()[1]
     address = f"http://{options['host']}:{port}"
 
     class Server(uvicorn.Server):
         """Tells its address once connections are taken."""
 
-        async def startup(self, sockets: list[socket] | None = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             click.echo(f"{', '.join(models.folders)}: {address}/docs and {address}/demo", err=True)
             if options["open_page"]:
@@ -180,8 +179,28 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it has ended
         signal.signal(number, lambda *_: None)
-    Server(config).run(sockets)
+    Server(config).run([listening])
     raise SystemExit(ENDED)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 is a free one.
+
+    It names its protocol: only then asyncio sends small answers at once (TCP_NODELAY). Otherwise the body of
+    an answer waits some 40 ms for the caller to confirm its head.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 def _keys(file: Path | None) -> frozenset[str]:

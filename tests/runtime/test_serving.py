@@ -25,6 +25,7 @@ from tiny_bundles import CLASSIFIER, EMBEDDING, bundle_with_points, texts
 
 from offramp.runtime import load
 from offramp.runtime.errors import BadBundle, BadSetting
+from offramp.runtime.serving.cli import bind
 from offramp.runtime.serving.models import names_of
 
 KEY = "a-key-of-sixteen-or-more"
@@ -318,6 +319,12 @@ def test_a_bundle_that_became_bad_leaves_the_one_of_before(tmp_path: Path) -> No
         with pytest.raises(BadBundle):
             server.models.reload()
         assert server.results({"input": "good film"})[0]["label"]
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    """asyncio sets TCP_NODELAY only for sockets that name their protocol; else a body waits for 40 ms."""
+    with bind("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def test_names_of_bundles(tmp_path: Path) -> None:
