@@ -29,9 +29,7 @@ from offramp.runtime.serving.openai import add_text_routes
 from offramp.runtime.serving.protection import Protection, ServerLimits
 from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull
 
-INLINE_CHARACTERS = (
-    20_000  # more text than this is tokenized in another thread, so that others are not held up
-)
+INLINE_CHARACTERS = 20_000  # more text than this is tokenized in another thread, so that no request waits
 
 
 class _Strict(BaseModel):
@@ -99,7 +97,7 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         given = body.input if isinstance(body.input, list) else [body.input]
         model = models.rows(body.model)
         items = [_item(entry, model) for entry in given]
-        answers, _ = await _answers(model, items, body, request, limits)
+        answers, _ = await _answers(models, items, body, request, limits)
         results = [_result(answer) for answer in answers]
         if not isinstance(body.input, list) and isinstance(answers[0], ItemError):
             raise BadInput(answers[0].message)
@@ -111,7 +109,7 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         if model.manifest.kind != EMBEDDING:
             raise BadSetting(f"model {model.name}: its task is {model.manifest.task}; ask /v1/classify")
         texts = body.input if isinstance(body.input, list) else [body.input]
-        answers, tokens = await _answers(model, texts, body, request, limits)
+        answers, tokens = await _answers(models, texts, body, request, limits)
         data = []
         for index, answer in enumerate(answers):
             if isinstance(answer, ItemError):
@@ -128,12 +126,15 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         return JSONResponse({"object": "list", "data": [_description(model) for model in models.all()]})
 
     @app.get("/healthz", summary="Whether the server runs", response_class=PlainTextResponse)
-    async def healthy() -> str:
-        return "ok"
+    async def healthy() -> Response:
+        is_alive = all(model.is_alive for model in models.all())
+        return PlainTextResponse(
+            "ok" if is_alive else "a thread has ended: start anew", 200 if is_alive else 503
+        )
 
     @app.get("/readyz", summary="Whether requests are answered", response_class=PlainTextResponse)
     async def ready() -> Response:
-        is_ready = bool(models.all())
+        is_ready = bool(models.all()) and all(model.is_alive for model in models.all())
         return PlainTextResponse("ready" if is_ready else "not ready", 200 if is_ready else 503)
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)
@@ -145,12 +146,26 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
 
 
 async def _answers(
-    model: ServedModel, items: Sequence[Any], body: WalkFields, request: Request, limits: ServerLimits
+    models: Models, items: Sequence[Any], body: WalkFields, request: Request, limits: ServerLimits
 ) -> tuple[list[RowAnswer | ItemError], int]:
     """The answers to the items of a request, in order, and the number of their tokens.
 
-    Rows of a caller that goes away are dropped. Raises QueueFull if there is no room for all of them.
+    Rows of a caller that goes away are dropped. Raises QueueFull if there is no room for all of them. If the
+    bundle is replaced before its rows are accepted, the new one answers.
     """
+    while True:
+        model = models.rows(body.model)
+        try:
+            return await _answers_of(model, items, body, request, limits)
+        except SessionClosed:
+            if models.rows(body.model) is model:
+                raise
+
+
+async def _answers_of(
+    model: ServedModel, items: Sequence[Any], body: WalkFields, request: Request, limits: ServerLimits
+) -> tuple[list[RowAnswer | ItemError], int]:
+    """See _answers; raises SessionClosed if the bundle was closed."""
     if len(items) > limits.items:
         raise BadSetting(f"input: {len(items)} items; this server takes {limits.items} in a request")
     timeout = limits.timeout if body.timeout_ms is None else body.timeout_ms / 1e3

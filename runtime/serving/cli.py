@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from offramp.runtime.cli import DEVICES, ENGINES, LONG_TEXTS, THREADS
+
 if TYPE_CHECKING:
     from types import FrameType
 
     from offramp.runtime.serving.models import Models
 
-# A test compares these with their sources.
-ENGINES, DEVICES, LONG_TEXTS = ("ort", "trt"), ("cpu", "cuda"), ("cut", "windows")
 ENDED, NOT_STARTED = 0, 2
 LOOPBACK = "127.0.0.1"
 
@@ -39,7 +39,11 @@ POST /v1/classify    {"input": TEXT or a list of them}; a text, {"text": …, "t
                      "max_risk" (the cheapest point that guarantees it), "max_depth" (blocks),
                      "timeout_ms". Answers: {"model": …, "results": [objects as of ee-run]}
 POST /v1/embeddings  as OpenAI's API has it, for bundles that embed texts
+POST /v1/completions, /v1/chat/completions
+                     as OpenAI's API has them, for bundles that generate text; also streamed
+POST /v1/walk        one text alone, with what every exit gave
 GET  /v1/models      the bundles, with labels and operating points
+GET  /demo           a page that shows how far each text walks while it is typed
 GET  /healthz /readyz /metrics (Prometheus) /docs /openapi.json
 
 \b
@@ -81,7 +85,7 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
 @click.option("--device", type=click.Choice(DEVICES), help="As in ee-run.")
 @click.option("--variant", help="As in ee-run.")
 @click.option("--point", metavar="NAME", help="Operating point of requests that name none.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="As in ee-run.")
+@click.option("--threads", type=THREADS, help="As in ee-run.")
 @click.option(
     "--long",
     "long_texts",
@@ -166,7 +170,8 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         models.close(finish=False)
         _refuse(f"cannot listen at {options['host']}:{options['port']}: {problem.strerror or problem}")
     port = listening.getsockname()[1]
-    address = f"http://{options['host']}:{port}"
+    shown = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+    address = f"http://{shown}:{port}"
 
     class Server(uvicorn.Server):
         """Tells its address once connections are taken."""
@@ -206,7 +211,11 @@ def bind(host: str, port: int) -> socket.socket:
 def _keys(file: Path | None) -> frozenset[str]:
     if file is None:
         return frozenset()
-    keys = frozenset(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        _refuse(f"--api-keys {file}: it cannot be read as text: {problem}")
+    keys = frozenset(line.strip() for line in lines if line.strip())
     if not keys:
         _refuse(f"--api-keys {file}: it has no key; write one a line")
     if short := [key for key in keys if len(key) < 16]:

@@ -82,11 +82,6 @@ def _walk(model: ServedModel, body: WalkRequest) -> dict[str, Any]:
     (row,) = session.read([body.input])
     if isinstance(row, ItemError):
         raise BadInput(row.message)
-    numbers = session.draw()
-    if body.point is not None:
-        numbers = session.add_point(body.point)
-    if body.full_depth is not None:
-        numbers = session.full_depth(body.full_depth)
-    records: list[ExitRecord] = session.steps(row, *numbers)
+    records: list[ExitRecord] = session.steps(row, *model.numbers(body.point, body.full_depth))
     steps = [record._asdict() for record in records]
     return {"model": model.name, "tokens": row.length, "truncated": row.truncated, "steps": steps}

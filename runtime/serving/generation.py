@@ -43,6 +43,11 @@ class ServedGenerator:
         return self.session.manifest
 
     @property
+    def is_alive(self) -> bool:
+        """Whether texts are still generated."""
+        return not self._closing
+
+    @property
     def under_way(self) -> int:
         """Texts that are generated now."""
         return min(self.accepted, TEXTS)

@@ -18,6 +18,7 @@ from offramp.runtime.hub.reference import PREFIX
 from offramp.runtime.hub.resolve import resolve_bundle
 from offramp.runtime.loading import load
 from offramp.runtime.row_session import RowAnswer, RowSession
+from offramp.runtime.rules.registry import RULES
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.scheduler import QUEUE, RowOptions, Scheduler
 
@@ -33,13 +34,12 @@ class Wanted:
     """What a request asks of the walk of its rows; None: the server's own setting.
 
     point: an operating point. max_risk: the cheapest point whose guarantee is at most this. max_depth: most
-    blocks that are run. timeout: seconds in which the answer must be there.
+    blocks that are run.
     """
 
     point: str | None = None
     max_risk: float | None = None
     max_depth: int | None = None
-    timeout: float | None = None
 
 
 @dataclass
@@ -52,10 +52,18 @@ class ServedModel:
     scheduler: Scheduler[Any]
     tag: str  # what changes when the bundle does: the hash of its manifest
 
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # requests of several threads may ask for the same new point
+
     @property
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
         return self.session.manifest
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether rows are still walked."""
+        return self.scheduler.is_alive
 
     @property
     def accepted(self) -> int:
@@ -77,13 +85,29 @@ class ServedModel:
         point = wanted.point
         if wanted.max_risk is not None:
             point = cheapest_point(self.manifest, wanted.max_risk).name
-        rule, variant = self.session.draw() if point is None else self.session.add_point(point)
-        return RowOptions(rule, variant, self._segments(wanted.max_depth))
+        rule, variant = self.numbers(point)
+        return RowOptions(rule, variant, self._segments(wanted.max_depth, point))
 
-    def _segments(self, max_depth: int | None) -> int | None:
+    def numbers(self, point: str | None, full_depth: str | None = None) -> tuple[int, int]:
+        """The numbers of rule and variant of a point, or of every segment in a variant; see RowSession.
+
+        Without both they are those of the server's own setting. Raises BadSetting for unknown names.
+        """
+        with self._lock:
+            if full_depth is not None:
+                return self.session.full_depth(full_depth)
+            return self.session.draw() if point is None else self.session.add_point(point)
+
+    def _segments(self, max_depth: int | None, point: str | None) -> int | None:
         """The number of segments whose blocks are at most max_depth."""
         if max_depth is None:
             return None
+        rules = {entry.name: entry.rule.name for entry in self.manifest.points}
+        rule = self.session.rule.name if point is None else rules[point]
+        if RULES[rule].exits is None:
+            raise BadSetting(
+                f"max_depth: rule {rule} plans how deep a row goes by itself; name another point"
+            )
         depths = list(accumulate(len(segment.blocks) for segment in self.manifest.segments))
         if max_depth < depths[0]:
             raise BadSetting(

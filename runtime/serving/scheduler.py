@@ -110,6 +110,11 @@ class Scheduler(Generic[A]):
         self._thread.start()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread walks rows; False after close(), or if an error ended it."""
+        return self._thread.is_alive()
+
+    @property
     def accepted(self) -> int:
         """Items that are accepted and not answered yet."""
         return self._accepted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import json
 import shutil
@@ -20,13 +21,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from serving import CLASSIFY, Server, serving
 from tiny_bundles import CLASSIFIER, EMBEDDING, bundle_with_points, texts
 
 from offramp.runtime import load
+from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.errors import BadBundle, BadSetting
-from offramp.runtime.serving.cli import bind
-from offramp.runtime.serving.models import names_of
+from offramp.runtime.serving.cli import bind, main
+from offramp.runtime.serving.models import ServedModel, Wanted, names_of
 
 KEY = "a-key-of-sixteen-or-more"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -311,6 +314,41 @@ def test_a_changed_bundle_is_opened_anew(tmp_path: Path) -> None:
             before("good film")
 
 
+def test_a_request_that_meets_a_closed_bundle_is_answered_by_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(CLASSIFIER) as server:
+        before, after = server.models.rows(None), server.models._open("tiny_bundle")
+        before.scheduler.close()
+        submit = before.scheduler.submit
+
+        def replaced(*arguments: Any) -> Any:
+            server.models._models["tiny_bundle"] = after
+            return submit(*arguments)
+
+        monkeypatch.setattr(before.scheduler, "submit", replaced)
+        assert server.results({"input": "good film"})[0]["label"]
+        before.close()
+
+
+def test_a_server_without_its_walker_is_neither_healthy_nor_ready() -> None:
+    with serving(CLASSIFIER) as server:
+        server.models.rows(None).scheduler.close()
+        assert [server.ask(path)[0] for path in ("/healthz", "/readyz")] == [503, 503]
+
+
+def test_a_rule_that_plans_its_depth_refuses_another_limit(server: Server) -> None:
+    model = server.models.rows("points")
+    assert isinstance(model, ServedModel)
+    planned = dataclasses.replace(model.manifest.points[0], name="planned", rule=RuleSpec("quee", {}))
+    manifest = dataclasses.replace(model.manifest, points=(*model.manifest.points, planned))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(model.session, "manifest", manifest)
+        patched.setattr(model, "numbers", lambda point: (0, 0))
+        with pytest.raises(BadSetting, match="rule quee plans how deep a row goes by itself"):
+            model.options(Wanted(point="planned", max_depth=3))
+
+
 def test_a_bundle_that_became_bad_leaves_the_one_of_before(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(CLASSIFIER, folder)
@@ -366,6 +404,14 @@ def test_a_port_that_is_taken_is_refused() -> None:
         process = start(str(CLASSIFIER), "--port", str(taken.getsockname()[1]))
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "cannot listen at" in errors and "Traceback" not in errors
+
+
+def test_a_file_without_usable_keys_is_refused(tmp_path: Path) -> None:
+    for text, reason in ((b"", "it has no key"), (b"short\n", "5 characters"), (b"\xff\xfe\x00", "as text")):
+        file = tmp_path / "keys"
+        file.write_bytes(text)
+        result = CliRunner().invoke(main, [str(CLASSIFIER), "--api-keys", str(file)])
+        assert result.exit_code == 2 and reason in result.stderr
 
 
 @posix
