@@ -86,11 +86,13 @@ def transpose_in_products(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    moved = set()
+    given, moved = {output.name for output in model.graph.output}, set()
     for node in model.graph.node:
         order = [list(fact.ints) for fact in node.attribute if fact.name == "perm"]
         products = readers.get(node.output[0], [])
         if node.op_type != "Transpose" or order != [[0, 2, 3, 1]] or len(products) != 1:
+            continue
+        if node.output[0] in given:
             continue
         if products[0].op_type == "MatMul" and products[0].input[1] == node.output[0]:
             node.attribute[0].ints[:] = [0, 2, 1, 3]
@@ -115,6 +117,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self._model, self._levels = model, LEVELS[reduced]
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._given = {output.name for output in model.graph.output}
         self._makers: dict[str, onnx.NodeProto] = {}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
@@ -197,7 +200,8 @@ class _Writer:
         if len(product.input) > 2:  # a Gemm
             return self._bias(product.input[2], outputs), product
         readers = self._readers.get(product.output[0], [])
-        if len(readers) == 1 and readers[0].op_type == "Add":
+        is_read_alone = len(readers) == 1 and product.output[0] not in self._given
+        if is_read_alone and readers[0].op_type == "Add":
             for name in readers[0].input:
                 bias = self._bias(name, outputs)
                 if bias is not None:

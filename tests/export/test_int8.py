@@ -134,6 +134,28 @@ def test_products_of_one_tensor_keep_their_own_numbers(biases: int) -> None:
     assert np.abs(z - (x @ other + shift * (biases > 1))).max() < 0.2
 
 
+def test_a_product_that_the_graph_gives_keeps_its_name() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], name="blocks.0/product"),
+        helper.make_node("Add", ["p", "b"], ["y"]),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", size])
+        for name, size in (("x", 32), ("p", 8), ("y", 8))
+    ]
+    tensors = [numpy_helper.from_array(array, name) for name, array in (("w", WEIGHTS), ("b", BIAS))]
+    model = helper.make_model(
+        helper.make_graph(nodes, "graph", values[:1], values[1:], tensors),
+        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 18)],
+    )
+    to_token_products(model, {"blocks.0/product"}, reduced=False)
+    x = GENERATOR.standard_normal((1, 3, 32), dtype=np.float32)
+    product, total = run_all(model, x)
+    np.testing.assert_allclose(total, product + BIAS, atol=1e-5)
+    assert np.abs(product - x @ WEIGHTS).max() < 0.2
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
 def test_a_product_of_gelu_needs_no_magnitudes(size: float) -> None:
     x = np.linspace(-size, size, 32, dtype=np.float32)[None, None]
