@@ -1,14 +1,14 @@
 """Load on loopback: ee-serve with exits beside the same server on one segment, and a plain server.
 
     ee-split CKPT --out exits/ --baselines graphs/ --dev dev.jsonl
-    ee-split CKPT --out whole/ --segments 12          # all blocks in one segment
-    python benchmarks/serving.py exits/ --whole whole/ --baselines graphs/ --data test.jsonl
+    ee-split CKPT --out monolith/ --segments 12          # all blocks in one segment
+    python benchmarks/serving.py exits/ --monolith monolith/ --baselines graphs/ --data test.jsonl
 
-"exits": ee-serve with exits/ at --point. "whole": ee-serve with whole/, which has no early exits. "plain":
-the single graph of graphs/ behind FastAPI and ONNX Runtime, as a user would write it (PLAIN_SERVER), without
-offramp. Each server is a process with all cores; the client, which takes its share of them, is the same for
-all. Closed: as many connections as asked for, each with its next request behind its answer; capacity is what
-the most connections reach. Open: requests arrive at random (Poisson) at shares of the plain server's
+"exits": ee-serve with exits/ at --point. "monolith": ee-serve with monolith/, which has no early exits.
+"plain": the single graph of graphs/ behind FastAPI and ONNX Runtime, as a user would write it (PLAIN_SERVER),
+without offramp. Each server is a process with all cores; the client, which takes its share of them, is the
+same for all. Closed: as many connections as asked for, each with its next request behind its answer; capacity
+is what the most connections reach. Open: requests arrive at random (Poisson) at shares of the plain server's
 capacity, whether or not those before are answered; goodput is the answers in time, each second. Servers take
 turns, so that a change of the machine meets all. Overload: twice the capacity of a server: what it refuses,
 and whether anything was answered wrongly.
@@ -152,7 +152,7 @@ async def open_load(
     opened: list[Connection] = []
     tasks = []
 
-    async def one(number: int, begun: float) -> None:
+    async def request(number: int, begun: float) -> None:
         connection = idle.pop() if idle else Connection(port)
         if connection not in opened:
             opened.append(connection)
@@ -165,7 +165,7 @@ async def open_load(
         begun = started + arrival
         if (pause := begun - time.perf_counter()) > 0:
             await asyncio.sleep(pause)
-        tasks.append(asyncio.create_task(one(number, begun)))
+        tasks.append(asyncio.create_task(request(number, begun)))
     await asyncio.gather(*tasks)
     load.seconds = time.perf_counter() - started
     for connection in opened:
@@ -244,7 +244,7 @@ def summary(load: Load, limit: float) -> dict[str, float | int]:
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
-@click.option("--whole", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--monolith", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--baselines", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--point", default="default", help="Operating point of exits/.")
@@ -257,7 +257,7 @@ def summary(load: Load, limit: float) -> dict[str, float | int]:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     bundle: Path,
-    whole: Path,
+    monolith: Path,
     baselines: Path,
     data: Path,
     point: str,
@@ -276,10 +276,18 @@ def main(
         raise click.ClickException(f"{data}: rows need labels, so that accuracy can be stated")
     bodies = [json.dumps({"input": item}).encode() for item in items]
     program = str(Path(sys.executable).parent / "ee-serve")
-    ports = {name: FIRST_PORT + number for number, name in enumerate(("exits", "whole", "plain"))}
+    ports = {name: FIRST_PORT + number for number, name in enumerate(("exits", "monolith", "plain"))}
     commands = {
         "exits": [program, str(bundle), "--point", point, "--port", str(ports["exits"]), "--quiet"],
-        "whole": [program, str(whole), "--variant", variant, "--port", str(ports["whole"]), "--quiet"],
+        "monolith": [
+            program,
+            str(monolith),
+            "--variant",
+            variant,
+            "--port",
+            str(ports["monolith"]),
+            "--quiet",
+        ],
         "plain": plain_command(bundle, baselines, ports["plain"], variant),
     }
     figures: list[dict[str, Any]] = []

@@ -66,8 +66,8 @@ class Form:
     """How a kind of answer is written: names of objects, and the field of a choice with its text."""
 
     prefix: str
-    whole: str
-    part: str
+    answer_object: str
+    chunk_object: str
     is_chat: bool
 
     def choice(
@@ -120,7 +120,7 @@ async def _reply(
             answer.add(first)
         async for chunk in chunks:
             answer.add(chunk)
-    return JSONResponse(answer.whole())
+    return JSONResponse(answer.as_json())
 
 
 class _Answer:
@@ -146,11 +146,14 @@ class _Answer:
         """Add a chunk."""
         self._chunks.append(chunk)
 
-    def whole(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The JSON object of the whole answer."""
         text = "".join(chunk.text for chunk in self._chunks)
         choice = self._form.choice(text, self._reason(), streamed=False)
-        return self._object(self._form.whole, [choice]) | {"usage": self._usage(), "offramp": self._walk()}
+        return self._object(self._form.answer_object, [choice]) | {
+            "usage": self._usage(),
+            "offramp": self._walk(),
+        }
 
     async def events(self, first: TextChunk | None, chunks: AsyncIterator[TextChunk]) -> AsyncIterator[str]:
         """Server-sent events: a part for each chunk with text, and the reason for the end."""
@@ -160,16 +163,18 @@ class _Answer:
             while chunk is not None:
                 self.add(chunk)
                 if chunk.text or is_first:
-                    yield self._part(self._form.choice(chunk.text, None, streamed=True, first=is_first))
+                    yield self._chunk_event(
+                        self._form.choice(chunk.text, None, streamed=True, first=is_first)
+                    )
                     is_first = False
                 chunk = await anext(chunks, None)
-        yield self._part(self._form.choice(None, self._reason(), streamed=True, first=is_first))
+        yield self._chunk_event(self._form.choice(None, self._reason(), streamed=True, first=is_first))
         if self._with_usage:
-            yield _event(self._object(self._form.part, []) | {"usage": self._usage()})
+            yield _event(self._object(self._form.chunk_object, []) | {"usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    def _part(self, choice: dict[str, Any]) -> str:
-        return _event(self._object(self._form.part, [choice]))
+    def _chunk_event(self, choice: dict[str, Any]) -> str:
+        return _event(self._object(self._form.chunk_object, [choice]))
 
     def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {**self._facts, "object": kind, "model": self._model.name, "choices": choices}
