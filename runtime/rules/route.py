@@ -128,14 +128,26 @@ def fit_router(features: np.ndarray, scores: np.ndarray, costs: np.ndarray) -> R
     bias = relative.mean(0)
     relative = relative - bias
     left, values, right = np.linalg.svd(inputs, full_matrices=False)
+    # The features are centred, so at most rows - 1 directions hold anything; what rounding leaves of the
+    # others would count as a fit. As many features as rows fit every score: then the residual of a row and
+    # the share of it that the row itself does not decide are both tiny, and their quotient alone is the error
+    # of the row left out. So both are computed as sums of positive terms; 1 minus a sum near 1 is rounding.
+    rank = int((values > values[0] * max(inputs.shape) * np.finfo(np.float64).eps).sum())
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    found = left.T @ relative
+    if rank == len(inputs) - 1:
+        beyond, unexplained = np.zeros(len(inputs)), np.zeros_like(relative)
+    else:
+        beyond = np.maximum(1 - 1 / len(inputs) - (left**2).sum(1), 0)  # the bias is fitted too
+        unexplained = relative - left @ found
     errors = []
     for strength in STRENGTHS:
-        shrinkage = values**2 / (values**2 + strength)
-        forecast = left @ (shrinkage[:, None] * (left.T @ relative))
-        leverage = (left**2) @ shrinkage + 1 / len(inputs)  # the bias is fitted too
-        errors.append(float((((relative - forecast) / np.maximum(1 - leverage, 1e-3)[:, None]) ** 2).mean()))
+        shrunk = strength / (values**2 + strength)
+        residuals = unexplained + left @ (shrunk[:, None] * found)
+        own = np.maximum(beyond + left**2 @ shrunk, np.finfo(np.float64).tiny)
+        errors.append(float(((residuals / own[:, None]) ** 2).mean()))
     strength = STRENGTHS[int(np.argmin(errors))]
-    weights = right.T @ ((values / (values**2 + strength))[:, None] * (left.T @ relative))
+    weights = right.T @ ((values / (values**2 + strength))[:, None] * found)
     error_of_means = float(((relative / (1 - 1 / len(inputs))) ** 2).mean())
     error = min(errors) / error_of_means if error_of_means > 0 else 1.0
     return Router(shift, scale, weights, bias, np.asarray(costs, np.float64), strength, error)

@@ -70,21 +70,35 @@ def test_router_ignores_random_features() -> None:
     assert router.strength >= 100
 
 
-def test_error_of_router_is_that_of_rows_left_out() -> None:
-    features, scores = scored_texts(30, 4)
+@pytest.mark.parametrize(
+    ("rows", "width", "repeated"), [(30, 12, 1), (20, 12, 2), (12, 12, 1), (48, 576, 1)], ids=str
+)
+def test_error_of_router_is_that_of_rows_left_out(rows: int, width: int, repeated: int) -> None:
+    random = np.random.default_rng(4)
+    features, scores = (
+        np.tile(random.normal(size=(rows, width)), (1, repeated)),
+        random.normal(size=(rows, 3)),
+    )
+    features[:, 3] += scores[:, 1]
     router = fit_router(features, scores, COSTS)
     relative = scores - scores.mean(1, keepdims=True)
     residuals = []
     inputs = (features - router.shift) / router.scale
-    for row in range(30):
-        kept = np.arange(30) != row
-        x, y = np.c_[inputs[kept], np.ones(29)], relative[kept]
-        ridge = router.strength * np.diag([*np.ones(12), 0.0])
+    for row in range(rows):
+        kept = np.arange(rows) != row
+        x, y = np.c_[inputs[kept], np.ones(rows - 1)], relative[kept]
+        ridge = router.strength * np.diag([*np.ones(width * repeated), 0.0])
         forecast = np.r_[inputs[row], 1] @ np.linalg.solve(x.T @ x + ridge, x.T @ y)
         residuals.append(relative[row] - forecast)
-    residuals_of_means = (relative - relative.mean(0)) * 30 / 29
+    residuals_of_means = (relative - relative.mean(0)) * rows / (rows - 1)
     expected = np.square(residuals).mean() / np.square(residuals_of_means).mean()
     assert router.error == pytest.approx(expected, rel=1e-6)
+
+
+def test_error_of_router_on_noise_with_more_features_than_rows_is_not_small() -> None:
+    random = np.random.default_rng(0)
+    router = fit_router(random.normal(size=(48, 576)), random.normal(size=(48, 3)), COSTS)
+    assert router.error > 0.9
 
 
 def test_cheaper_route_wins_a_tie() -> None:
