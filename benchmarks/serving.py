@@ -8,10 +8,11 @@
 "plain": the single graph of graphs/ behind FastAPI and ONNX Runtime, as a user would write it (PLAIN_SERVER),
 without offramp. Each server is a process with all cores; the client, which takes its share of them, is the
 same for all. Closed: as many connections as asked for, each with its next request behind its answer; capacity
-is what the most connections reach. Open: requests arrive at random (Poisson) at shares of the plain server's
-capacity, whether or not those before are answered; goodput is the answers in time, each second. Servers take
-turns, so that a change of the machine meets all. Overload: twice the capacity of a server: what it refuses,
-and whether anything was answered wrongly.
+is what the best number of connections reaches. Open: requests arrive at random (Poisson), whether or not
+those before are answered, at shares of the plain server's capacity ("equal": the same load for all) and of
+the server's own ("own"); goodput is the answers in time, each second. Servers take turns, so that a change of
+the machine meets all. Overload: twice the capacity of a server, 3 times as long as a turn: what it refuses,
+whether anything was answered wrongly or twice, and its resident memory before and afterwards.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Load:
     ms: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: int = 0
+    twice: int = 0
 
     def add(self, other: Load) -> None:
         """Join the result of another turn."""
@@ -85,6 +87,7 @@ class Load:
         self.ms += other.ms
         self.statuses += other.statuses
         self.wrong += other.wrong
+        self.twice += other.twice
 
 
 class Connection:
@@ -109,10 +112,17 @@ class Connection:
         )
         return int(head.split(b" ", 2)[1]), await reader.readexactly(length)
 
-    def close(self) -> None:
-        """Close the connection."""
-        if self._streams is not None:
-            self._streams[1].close()
+    async def close(self) -> int:
+        """Close the connection; returns 1 if bytes came that no request asked for, else 0."""
+        if self._streams is None:
+            return 0
+        reader, writer = self._streams
+        try:
+            extra = await asyncio.wait_for(reader.read(1), 0.02)
+        except (asyncio.TimeoutError, OSError):
+            extra = b""
+        writer.close()
+        return len(extra)
 
 
 async def timed(connection: Connection, body: bytes, expected: str | None, load: Load, begun: float) -> None:
@@ -134,7 +144,7 @@ async def closed_load(port: int, bodies: Sequence[bytes], connections: int, seco
         connection = Connection(port)
         while (begun := time.perf_counter()) < end:
             await timed(connection, bodies[next(number) % len(bodies)], None, load, begun)
-        connection.close()
+        load.twice += await connection.close()
 
     started = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(connections)))
@@ -168,14 +178,13 @@ async def open_load(
         tasks.append(asyncio.create_task(request(number, begun)))
     await asyncio.gather(*tasks)
     load.seconds = time.perf_counter() - started
-    for connection in opened:
-        connection.close()
+    load.twice = sum(await asyncio.gather(*(connection.close() for connection in opened)))
     return load
 
 
 @contextmanager
 def running(name: str, command: Sequence[str], port: int, body: bytes) -> Iterator[int]:
-    """A server process; gives its port once it answers."""
+    """A server process; gives its process id once it answers."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(600):
@@ -188,15 +197,21 @@ def running(name: str, command: Sequence[str], port: int, body: bytes) -> Iterat
                     time.sleep(0.1)
             else:
                 raise click.ClickException(f"{name}: no answer within a minute")
-            yield port
+            yield process.pid
         finally:
             process.terminate()
+
+
+def resident_mb(process: int) -> float:
+    """Resident memory of a process in megabytes."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
 async def _ask_once(port: int, body: bytes) -> bytes:
     connection = Connection(port)
     _, answer = await connection.ask(body)
-    connection.close()
+    await connection.close()
     return answer
 
 
@@ -205,7 +220,7 @@ async def labels_of(port: int, bodies: Sequence[bytes]) -> list[str | None]:
     connection, labels = Connection(port), list[str | None]()
     for body in bodies:
         labels.append(json.loads((await connection.ask(body))[1])["results"][0]["label"])
-    connection.close()
+    await connection.close()
     return labels
 
 
@@ -239,6 +254,7 @@ def summary(load: Load, limit: float) -> dict[str, float | int]:
         "refused": load.statuses[429],
         "failed": sum(n for status, n in load.statuses.items() if status not in (200, 429)),
         "wrong": load.wrong,
+        "twice": load.twice,
     }
 
 
@@ -298,19 +314,18 @@ def main(
         for name, load in loads.items():
             figures.append({"server": name, "load": kind, "size": size} | summary(load, limit_ms))
 
-    def in_turn(run: Any) -> dict[str, Load]:
-        loads = {name: Load() for name in commands}
+    def in_turn(run: Any, names: Sequence[str] = tuple(commands)) -> dict[str, Load]:
+        loads = {name: Load() for name in names}
         for turn in range(TURNS):
-            order = list(commands) if turn % 2 == 0 else list(commands)[::-1]
-            for name in order:
-                with running(name, commands[name], ports[name], bodies[0]) as port:
-                    asyncio.run(closed_load(port, bodies, 4, 1.0))  # warm
-                    loads[name].add(asyncio.run(run(name, port, turn)))
+            for name in names if turn % 2 == 0 else names[::-1]:
+                with running(name, commands[name], ports[name], bodies[0]):
+                    asyncio.run(closed_load(ports[name], bodies, 4, 1.0))  # warm
+                    loads[name].add(asyncio.run(run(name, ports[name], turn)))
         return loads
 
     for name, command in commands.items():
-        with running(name, command, ports[name], bodies[0]) as port:
-            expected[name] = asyncio.run(labels_of(port, bodies))
+        with running(name, command, ports[name], bodies[0]):
+            expected[name] = asyncio.run(labels_of(ports[name], bodies))
             right = [
                 manifest.labels[number] == label for number, label in zip(truth, expected[name], strict=True)
             ]
@@ -320,29 +335,40 @@ def main(
         cell(
             "closed", count, in_turn(lambda name, port, turn, n=count: closed_load(port, bodies, n, seconds))
         )
-    plain = max(row["answers_per_s"] for row in figures if row["server"] == "plain")
-    for share in (float(part) for part in shares.split(",")):
-        click.echo(f"{share:g} of {plain:.1f} requests a second", err=True)
-        rate = share * plain
-        cell(
-            "open",
-            share,
-            in_turn(
-                lambda name, port, turn, r=rate: open_load(port, bodies, expected[name], r, seconds, turn)
-            ),
-        )
+    capacity = {
+        name: max(row["answers_per_s"] for row in figures if row["server"] == name) for name in commands
+    }
+    for kind, names in (("equal", tuple(commands)), ("own", ("exits", "monolith"))):
+        for share in (float(part) for part in shares.split(",")):
+            rates = {name: share * capacity["plain" if kind == "equal" else name] for name in names}
+            click.echo(f"{kind} load, {share:g} of capacity", err=True)
+            cell(
+                kind,
+                share,
+                in_turn(
+                    lambda name, port, turn, rates=rates: open_load(
+                        port, bodies, expected[name], rates[name], seconds, turn
+                    ),
+                    names,
+                ),
+            )
     for name in commands:
-        capacity = max(row["answers_per_s"] for row in figures if row["server"] == name)
         click.echo(f"{name}: overload", err=True)
-        with running(name, commands[name], ports[name], bodies[0]) as port:
-            load = asyncio.run(open_load(port, bodies, expected[name], 2 * capacity, seconds, 0))
-        figures.append({"server": name, "load": "overload", "size": 2.0} | summary(load, limit_ms))
+        with running(name, commands[name], ports[name], bodies[0]) as process:
+            asyncio.run(closed_load(ports[name], bodies, 64, seconds))  # memory settles
+            before = resident_mb(process)
+            rate = 2 * capacity[name]
+            load = asyncio.run(open_load(ports[name], bodies, expected[name], rate, 3 * seconds, 0))
+            after = resident_mb(process)
+        memory = {"mb_before": before, "mb_after": after}
+        figures.append({"server": name, "load": "overload", "size": 2.0} | summary(load, limit_ms) | memory)
     table = Table(title=f"{bundle.name}, {point}; accuracy {accuracy}; goodput within {limit_ms:g} ms")
-    for column in figures[0]:
+    columns = list(figures[-1])  # of overload, which has memory too
+    for column in columns:
         table.add_column(column, justify="right")
     for row in figures:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=170).print(table)
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console(width=180).print(table)
     about = {
         "bundle": bundle.name,
         "point": point,
