@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import EMBEDDING, TOKENS, WORD_STARTS, ImageInput, TextInput
 from offramp.runtime.errors import BadBundle, BadInput, ItemError
+from offramp.runtime.forks import after_fork
 from offramp.runtime.inputs.lines import is_unicode
 from offramp.runtime.inputs.tokenizer_checks import LARGEST_FILE, check_tokenizer, tokenizer_reason
 from offramp.runtime.inputs.words import Word, words_of
@@ -29,6 +33,9 @@ LENGTH_STEP = 8
 CHARACTERS_PER_TOKEN = 64
 LONG_TEXTS = ("cut", "windows")
 _SINGLE_TEXTS = (TOKENS, EMBEDDING)  # tasks that have no pairs of texts
+# Tokenizers that sessions of this process use, by hash of their file and settings.
+_tokenizers: WeakValueDictionary[tuple[object, ...], Tokenizer] = WeakValueDictionary()
+_tokenizers_lock = threading.Lock()
 MAX_WINDOWS = 64  # of one text; what is longer is cut and marked as truncated
 
 
@@ -92,16 +99,28 @@ def items_to_rows(reader: Reader[R], items: Sequence[Item]) -> list[R]:
     return rows
 
 
-def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
-    """Open the bundle's tokenizer, without padding and truncation; raises BadBundle if it cannot be read."""
+def open_tokenizer(bundle: Bundle, facts: TextInput, overlap: int | None = None) -> Tokenizer:
+    """Open the bundle's tokenizer, without padding; raises BadBundle if it cannot be read.
+
+    overlap: cut texts into windows of the longest input, which share this many tokens; None: do not cut.
+    Sessions of one process that open the same file in the same way share the tokenizer: one of 30,000 entries
+    takes 35 MB and some tenths of a second to read. Nobody changes its settings afterwards.
+    """
     from tokenizers import Tokenizer  # here: `import offramp.runtime` stays light
 
     path, fact = bundle.folder / facts.tokenizer, bundle.manifest.files.get(facts.tokenizer)
     if fact is not None and fact.bytes > LARGEST_FILE:
         raise BadBundle(f"{path}: {fact.bytes} bytes; a tokenizer has at most {LARGEST_FILE}")
+    vocab_size, longest = bundle.manifest.vocab_size, None if overlap is None else facts.longest
     try:
-        text = bundle.read(facts.tokenizer).decode("utf-8")
-        check_tokenizer(text, bundle.manifest.vocab_size)
+        data = bundle.read(facts.tokenizer)
+        key = hashlib.sha256(data).hexdigest(), vocab_size, longest, overlap
+        with _tokenizers_lock:
+            known = _tokenizers.get(key)
+        if known is not None:
+            return known
+        text = data.decode("utf-8")
+        check_tokenizer(text, vocab_size)
         tokenizer: Tokenizer = Tokenizer.from_str(text)
     except BadBundle:
         raise
@@ -111,8 +130,20 @@ def open_tokenizer(bundle: Bundle, facts: TextInput) -> Tokenizer:
         reason = tokenizer_reason(problem)
         raise BadBundle(f"{path}: not a tokenizer that `tokenizers` reads: {reason}") from problem
     tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    if longest is None or overlap is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(longest, stride=overlap)
+    with _tokenizers_lock:
+        return _tokenizers.setdefault(key, tokenizer)
+
+
+def _forget_lock() -> None:
+    global _tokenizers_lock
+    _tokenizers_lock = threading.Lock()  # another thread may have held it when the process was forked
+
+
+after_fork(_forget_lock)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -166,10 +197,9 @@ class TextReader:
         unknown = self._names - {"input_ids", "attention_mask", "token_type_ids", WORD_STARTS.name}
         if unknown:
             raise BadBundle(f"{bundle.folder}: stem input {sorted(unknown)[0]!r} cannot be made from text")
-        self._tokenizer = open_tokenizer(bundle, self._facts)
         self._windows = long_texts == "windows"
         overlap = self._facts.longest // 4 if self._windows else 0
-        self._tokenizer.enable_truncation(self._facts.longest, stride=overlap)
+        self._tokenizer = open_tokenizer(bundle, self._facts, overlap)
 
     def read(self, items: Sequence[Item]) -> list[TextRow | ItemError]:
         """Convert texts and pairs to rows of ids, each at most the manifest's longest input; see Reader.read.

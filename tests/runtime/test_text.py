@@ -156,3 +156,17 @@ def test_open_tokenizer_neither_pads_nor_truncates() -> None:
     tokenizer = open_tokenizer(bundle, bundle.manifest.input)
     short, long = tokenizer.encode_batch(["good", "good " * 500])
     assert len(short.ids) < 10 and len(long.ids) > 500
+
+
+def test_sessions_of_one_file_share_the_tokenizer() -> None:
+    bundle = open_bundle(CLASSIFIER)
+    assert TextReader(bundle)._tokenizer is TextReader(bundle)._tokenizer
+
+
+def test_readers_that_cut_texts_in_other_ways_have_their_own_tokenizers() -> None:
+    bundle = open_bundle(CLASSIFIER)
+    text = "good " * 500
+    cut, windows = TextReader(bundle), TextReader(bundle, "windows")
+    (row,), (first,) = cut.read([text]), windows.read([text])
+    assert isinstance(row, TextRow) and isinstance(first, TextRow)
+    assert row.truncated and not row.rest and len(first.rest) > 1
