@@ -3,8 +3,8 @@
     python benchmarks/figures.py            # make bench ends with it; make figures
 
 Each file holds two marks; only the text between them is written: one table of five rows in README.md, the
-tables of all benchmarks in docs/measured.md, and those of risk.py in docs/operating-points.md. Every table of
-times names the machine and the date of its measurement.
+tables of all benchmarks in docs/measured.md, those of risk.py in docs/operating-points.md and those of
+fleet.py in docs/fleet.md. Every table of times names the machine and the date of its measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from offramp.benchmarks.compare.pages import (
     read_results,
     summary_table,
 )
+from offramp.benchmarks.fleet_pages import fleet_tables
 from offramp.benchmarks.int8 import int8_tables
 from offramp.benchmarks.risk import risk_tables
 
@@ -471,6 +472,7 @@ DOCUMENTS = {
     ROOT / "README.md": headline_table,
     ROOT / "docs" / "measured.md": measured_tables,
     ROOT / "docs" / "operating-points.md": risk_tables,
+    ROOT / "docs" / "fleet.md": fleet_tables,
 }
 
 

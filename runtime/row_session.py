@@ -23,7 +23,7 @@ from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.rules.registry import bind
 from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 from offramp.runtime.session import Session
-from offramp.runtime.walker import Inputs, Trace, Walk, empty_trace, walk, walk_one
+from offramp.runtime.walker import Batch, Inputs, Trace, Walk, empty_trace, walk, walk_one
 
 if TYPE_CHECKING:  # sessions without them do not need the modules
     from offramp.runtime.audit import Audit, AuditPlan, AuditReport
@@ -311,12 +311,12 @@ class RowSession(Session[State], Generic[A_co]):
             self.engine.drop(state)
         return records
 
-    def batches(self, rows: Sequence[AnyRow], size: int) -> Iterator[tuple[NDArray[np.int64], Inputs]]:
-        """Batches of rows of similar length, the shortest first: row numbers, and the stem's inputs."""
+    def batches(self, rows: Sequence[AnyRow], size: int, pad_alone: bool = False) -> Iterator[Batch]:
+        """Batches of similar length, the shortest first: row numbers, stem inputs; see Reader.arrays."""
         order = np.argsort([row.length for row in rows], kind="stable")
         for start in range(0, len(rows), size):
             ids = order[start : start + size]
-            yield ids, self._reader.arrays([rows[number] for number in ids])
+            yield ids, self._reader.arrays([rows[number] for number in ids], pad_alone)
 
     def _answers(self, source: Iterator[Item], size: int) -> Iterator[A_co | ItemError]:
         chunk = size * WINDOW if size > 1 else 1
@@ -378,7 +378,7 @@ class RowSession(Session[State], Generic[A_co]):
 
     def _walk(
         self,
-        batches: Iterable[tuple[NDArray[np.int64], Inputs]],
+        batches: Iterable[Batch],
         rows: int,
         limit: int,
         rule: Rule,

@@ -23,6 +23,7 @@ from offramp.runtime.rules.base import Floats, Plan, RowSignals, Rule, Signals, 
 
 QueueKey = tuple[int, int, int]  # segment, variant, length: equal for rows that are run together
 Inputs = Mapping[str, Array]
+Batch = tuple[NDArray[np.int64], Inputs]  # row numbers, and the stem's inputs
 
 
 class Step(NamedTuple):
@@ -134,7 +135,7 @@ def _last_segment(plan: Sequence[int]) -> int:
 def walk(
     engine: Engine[S],
     rule: Rule,
-    batches: Iterable[tuple[NDArray[np.int64], Inputs]],
+    batches: Iterable[Batch],
     *,
     rows: int,
     segments: int,

@@ -139,8 +139,8 @@ class ImageReader:
                 rows.append(ItemError(number, str(problem)))
         return rows
 
-    def arrays(self, rows: Sequence[ImageRow]) -> dict[str, NDArray[Any]]:
-        """Stack rows to the stem's input, float32 [batch, 3, height, width]."""
+    def arrays(self, rows: Sequence[ImageRow], pad_alone: bool = False) -> dict[str, NDArray[Any]]:
+        """Stack rows to the stem's input, float32 [batch, 3, height, width]; images need no padding."""
         return {PIXELS: normalize_pixels(np.stack([row.pixels for row in rows]), self._facts)}
 
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:

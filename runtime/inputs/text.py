@@ -68,8 +68,11 @@ class Reader(Protocol[R]):
         """Convert each item to a row, or to an ItemError if it cannot be read."""
         ...
 
-    def arrays(self, rows: Sequence[R]) -> dict[str, NDArray[Any]]:
-        """Convert rows of this reader to the stem's inputs by name."""
+    def arrays(self, rows: Sequence[R], pad_alone: bool = False) -> dict[str, NDArray[Any]]:
+        """Convert rows of this reader to the stem's inputs by name.
+
+        pad_alone: pad a single row too, so that it can join rows of other batches.
+        """
         ...
 
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:
@@ -251,12 +254,12 @@ class TextReader:
         except BaseException as problem:
             return tokenizer_reason(problem)
 
-    def arrays(self, rows: Sequence[TextRow]) -> dict[str, Ids]:
+    def arrays(self, rows: Sequence[TextRow], pad_alone: bool = False) -> dict[str, Ids]:
         """Convert rows to the stem's inputs, int64 [batch, seq].
 
-        Several rows are padded to a multiple of LENGTH_STEP, a single row is not padded.
+        Several rows are padded to a multiple of LENGTH_STEP; a single row only if pad_alone, see Reader.
         """
-        if len(rows) == 1:
+        if len(rows) == 1 and not pad_alone:
             ids = np.array([rows[0].ids], dtype=np.int64)  # [1, seq]
             types, mask = np.array([rows[0].types], dtype=np.int64), np.ones_like(ids)
         else:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,9 @@ A = TypeVar("A", bound=RowAnswer)
 QUEUE = 1024  # items that are accepted and not answered, at most
 LEAST_ROWS = 1 + MAX_WINDOWS  # a long text is walked as that many rows
 NEWEST = 0.05  # weight of the newest pause between two answers in their mean
+# Background items, at most: those that wait, those under way while nobody waits for an answer, and those
+# under way else, when each of their steps may delay an answer.
+BACKGROUND_QUEUE, BACKGROUND_IDLE, BACKGROUND_BUSY = 64, 8, 1
 
 
 class QueueFull(OfframpError, RuntimeError):
@@ -42,22 +45,28 @@ class DeadlinePassed(OfframpError, TimeoutError):
 class RowOptions:
     """How a row is walked: the numbers of its rule and of its first variant, and most segments that are run.
 
-    The numbers come from RowSession.draw and add_point. segments: None for all.
+    The numbers come from RowSession.draw and add_point. segments: None for all. ended: told once of the row
+    and its answer, after whoever waits got it, or None if the row was refused or given up.
     """
 
     rule: int
     variant: int
     segments: int | None = None
+    ended: Callable[[AnyRow, Any | None], None] | None = None
 
 
 @dataclass(eq=False)
 class _Item(Generic[A]):
-    """A row and its windows. slots: its rows of the trace, once it is begun; left: how many are not done."""
+    """A row and its windows. slots: its rows of the trace, once it is begun; left: how many are not done.
+
+    background: whether nobody waits for its answer.
+    """
 
     row: AnyRow
     options: RowOptions
     deadline: float
     arrived: float
+    background: bool = False
     future: Future[A] = field(default_factory=Future)
     slots: range = range(0)
     left: int = 0
@@ -102,6 +111,8 @@ class Scheduler(Generic[A]):
         self._owners: list[_Item[A] | None] = [None] * rows  # of each row of the trace
         self._changed = threading.Condition()
         self._arrived: deque[_Item[A]] = deque()
+        self._background: deque[_Item[A]] = deque()
+        self._background_under_way = 0
         self._accepted = 0  # items that are not answered
         self._closing = False
         self._under_way: set[_Item[A]] = set()
@@ -121,8 +132,8 @@ class Scheduler(Generic[A]):
 
     @property
     def under_way(self) -> int:
-        """Items whose walk has begun."""
-        return len(self._under_way)
+        """Items whose walk has begun, without those of the background."""
+        return len(self._under_way) - self._background_under_way
 
     def submit(self, row: AnyRow, options: RowOptions, timeout: float | None = None) -> Future[A]:
         """Let a row join the walk; its answer is the result of the future.
@@ -133,27 +144,46 @@ class Scheduler(Generic[A]):
         """
         now = time.perf_counter()
         item = _Item[A](row, options, math.inf if timeout is None else now + timeout, now)
+        try:
+            with self._changed:
+                if self._closing:
+                    raise SessionClosed("the scheduler is closed: no further rows are accepted")
+                if self._accepted >= self._queue:
+                    raise QueueFull(self._accepted, max(0.1, self._accepted * self._pause))
+                self._accepted += 1
+                self._arrived.append(item)
+                self._changed.notify()
+        except OfframpError:
+            if options.ended is not None:
+                options.ended(row, None)
+            raise
+        return item.future
+
+    def submit_background(self, row: AnyRow, options: RowOptions) -> Future[A] | None:
+        """Let a row join the walk whenever no row of a caller waits to be begun; None if too many wait.
+
+        It counts neither as accepted nor for `observe`. close() cancels its future.
+        """
+        item = _Item[A](row, options, math.inf, time.perf_counter(), background=True)
         with self._changed:
-            if self._closing:
-                raise SessionClosed("the scheduler is closed: no further rows are accepted")
-            if self._accepted >= self._queue:
-                raise QueueFull(self._accepted, max(0.1, self._accepted * self._pause))
-            self._accepted += 1
-            self._arrived.append(item)
+            if self._closing or len(self._background) >= BACKGROUND_QUEUE:
+                return None
+            self._background.append(item)
             self._changed.notify()
         return item.future
 
     def close(self, *, finish: bool = True) -> None:
         """Refuse further rows, and wait until those that were accepted are answered, or given up.
 
-        finish: whether they are answered; else their futures are cancelled.
+        finish: whether they are answered; else their futures are cancelled, as those of the background are.
         """
         with self._changed:
             self._closing = True
-            if not finish:
-                for item in (*self._arrived, *self._under_way):
-                    item.future.cancel()
+            items = [*self._arrived, *self._background, *self._under_way]
             self._changed.notify()
+        for item in items:  # without the lock, as callbacks of a future may submit rows
+            if item.background or not finish:
+                item.future.cancel()
         self._thread.join()
 
     def _run(self) -> None:
@@ -173,7 +203,7 @@ class Scheduler(Generic[A]):
     def _wait(self) -> bool:
         """Wait until there is something to do; False once the scheduler is closed and all is done."""
         with self._changed:
-            while not self._arrived and not self._under_way:
+            while not self._arrived and not self._under_way and not self._background:
                 if self._closing:
                     return False
                 self._last_answer = math.nan  # a pause in which nobody asked tells nothing
@@ -207,13 +237,30 @@ class Scheduler(Generic[A]):
                 self._begin_rows(same_length.pop(length))
         for items in same_length.values():
             self._begin_rows(items)
+        if not self._arrived:
+            self._begin_background()
+
+    def _begin_background(self) -> None:
+        """Run the stem for rows for which nobody waits, as far as they may hold rows of the trace."""
+        while self._background:
+            item = self._background[0]
+            if item.future.cancelled():
+                self._background.popleft()
+                self._end(item, None)
+                continue
+            limit = BACKGROUND_BUSY if self.under_way else BACKGROUND_IDLE
+            if self._background_under_way >= limit or not self._allocate(item):
+                return
+            self._background.popleft()
+            self._begin_rows([item])
 
     def _begin_rows(self, items: list[_Item[A]]) -> None:
         rows = [row for item in items for row in item.rows]
         slots = np.concatenate([np.array(item.slots) for item in items])
         plans = np.concatenate([self._plan(item.options, len(item.slots)) for item in items])
         rules = np.repeat([item.options.rule for item in items], [len(item.slots) for item in items])
-        for ids, inputs in self._session.batches(rows, self._limit):
+        others = self._walk.first_queue() is not None  # without them a row alone has nobody to join
+        for ids, inputs in self._session.batches(rows, self._limit, others):
             self._walk.begin(slots[ids], inputs, plans=plans[ids], rules=rules[ids])
 
     def _plan(self, options: RowOptions, rows: int) -> Plan:
@@ -233,6 +280,7 @@ class Scheduler(Generic[A]):
                 item.slots, item.left = range(slot - count + 1, slot + 1), count
                 self._owners[item.slots.start : item.slots.stop] = [item] * count
                 self._under_way.add(item)
+                self._background_under_way += item.background
                 return True
         return False
 
@@ -242,6 +290,7 @@ class Scheduler(Generic[A]):
         self._owners[rows] = [None] * len(item.slots)
         self._trace.clear(rows)
         self._under_way.discard(item)
+        self._background_under_way -= item.background
 
     def _finish(self, slots: Iterable[int]) -> None:
         """Answer the items whose last rows are done."""
@@ -272,24 +321,27 @@ class Scheduler(Generic[A]):
         if is_closed:
             with self._changed:
                 self._closing = True
-                arrived = list(self._arrived)
+                arrived = [*self._arrived, *self._background]
                 self._arrived.clear()
+                self._background.clear()
             for item in arrived:
                 self._end(item, problem)
 
     def _end(self, item: _Item[A], problem: Exception | None, answer: A | None = None) -> None:
         """Give an item's answer, or its error, to whoever waits for it."""
         now = time.perf_counter()
-        with self._changed:
-            self._accepted -= 1
-        if self._last_answer == self._last_answer:
-            self._pause += NEWEST * (now - self._last_answer - self._pause)
-        self._last_answer = now
-        if not item.future.set_running_or_notify_cancel():
-            return
-        if answer is None:
+        if not item.background:
+            with self._changed:
+                self._accepted -= 1
+            if self._last_answer == self._last_answer:
+                self._pause += NEWEST * (now - self._last_answer - self._pause)
+            self._last_answer = now
+        is_wanted = item.future.set_running_or_notify_cancel()
+        if is_wanted and answer is None:
             item.future.set_exception(problem)
-            return
-        if self._observe is not None:
-            self._observe(answer, now - item.arrived)
-        item.future.set_result(answer)
+        elif is_wanted and answer is not None:
+            if self._observe is not None and not item.background:
+                self._observe(answer, now - item.arrived)
+            item.future.set_result(answer)
+        if item.options.ended is not None:
+            item.options.ended(item.row, answer if is_wanted else None)
