@@ -22,6 +22,7 @@ from offramp.runtime.serving.cli import bind  # noqa: E402
 from offramp.runtime.serving.metrics import Metrics  # noqa: E402
 from offramp.runtime.serving.models import Models, names_of  # noqa: E402
 from offramp.runtime.serving.protection import ServerLimits  # noqa: E402
+from offramp.runtime.serving.settings import WatchOptions  # noqa: E402
 
 CLASSIFY = "/v1/classify"
 
@@ -72,10 +73,21 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    *folders: str | Path, scheduling: Mapping[str, int] | None = None, **limits: Any
+    *folders: str | Path,
+    scheduling: Mapping[str, int] | None = None,
+    watch: WatchOptions | None = None,
+    options: Mapping[str, Any] | None = None,
+    **limits: Any,
 ) -> Iterator[Server]:
+    """A server of some bundles. options: of load(). watch: budgets and audits. limits: of ServerLimits."""
     metrics = Metrics()
-    models = Models(names_of([str(f) for f in folders]), {}, scheduling or {}, metrics.answered)
+    models = Models(
+        names_of([str(f) for f in folders]),
+        options or {},
+        scheduling or {},
+        metrics.answered,
+        watch or WatchOptions(),
+    )
     models.open()
     server = Server(models, ServerLimits(**{"log": False, **limits}), metrics)
     try:

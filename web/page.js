@@ -29,7 +29,25 @@ async function openHere() {
 /** A bundle that the server walks; the libraries of vendor/ are not needed. */
 async function openOnServer() {
   const { openRemote } = await import("./remote.js");
-  return openRemote(query.get("model"));
+  return openRemote(query.get("model"), askForKey);
+}
+
+/** Show the field for an API key, and give what is typed; wasRefused: whether the server refused one before. */
+function askForKey(wasRefused) {
+  $("loading").hidden = true;
+  $("sign-in").hidden = false;
+  $("key-refused").hidden = !wasRefused;
+  $("api-key").value = "";
+  $("api-key").focus();
+  return new Promise((resolve) => {
+    const take = (event) => {
+      event.preventDefault();
+      $("sign-in").hidden = true;
+      $("loading").hidden = false;
+      resolve($("api-key").value.trim());
+    };
+    $("sign-in").addEventListener("submit", take, { once: true });
+  });
 }
 
 async function start() {

@@ -4,21 +4,36 @@ import { readManifest } from "./manifest.js";
 import { makeRule } from "./rules.js";
 import { Settings } from "./settings.js";
 
-/** Open the bundle of a server; model: its name there, null for the first. */
-export async function openRemote(model = null) {
+const KEY = /^[\x21-\x7e]+$/; // what a header can carry
+
+/**
+ * Open the bundle of a server; model: its name there, null for the first.
+ *
+ * askForKey gives an API key, and is called until the server takes it; its argument is whether one was refused
+ * before. The key stays in the memory of this page.
+ */
+export async function openRemote(model = null, askForKey = null) {
   const place = `manifest.json${model === null ? "" : `?model=${encodeURIComponent(model)}`}`;
-  const reply = await fetch(place);
+  let key = null;
+  let reply = await fetch(place);
+  while (reply.status === 401 && askForKey !== null) {
+    key = await askForKey(key !== null);
+    if (KEY.test(key)) reply = await fetch(place, { headers: headersOf(key) });
+  }
   if (!reply.ok) throw new NotSupported(await reasonOf(reply));
-  return new RemoteBundle(readManifest(await reply.text(), "the server's bundle"), model);
+  return new RemoteBundle(readManifest(await reply.text(), "the server's bundle"), model, key);
 }
 
 /** Has the methods of Bundle in walker.js that the page uses. */
 export class RemoteBundle extends Settings {
   #model;
+  #key;
 
-  constructor(manifest, model) {
+  /** key: an API key that is sent with every request; null for none. */
+  constructor(manifest, model, key = null) {
     super(manifest);
     this.#model = model;
+    this.#key = key;
   }
 
   /** Bytes that have to be read before a walk: none, the server has them. */
@@ -39,7 +54,7 @@ export class RemoteBundle extends Settings {
     else if (spec.name === "never") body.full_depth = variant;
     const reply = await fetch("../v1/walk", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", ...headersOf(this.#key) },
       body: JSON.stringify(body),
       signal,
     });
@@ -66,6 +81,10 @@ export class RemoteBundle extends Settings {
       steps,
     };
   }
+}
+
+function headersOf(key) {
+  return key === null ? {} : { Authorization: `Bearer ${key}` };
 }
 
 /** Why a server refused a request. */

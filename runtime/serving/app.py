@@ -24,10 +24,11 @@ from offramp.runtime.row_session import RowAnswer
 from offramp.runtime.serving.demo import add_demo_routes
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.metrics import Metrics
-from offramp.runtime.serving.models import Models, ServedModel, UnknownModel, Wanted
+from offramp.runtime.serving.models import Models, ServedModel, UnknownModel, manifest_time
 from offramp.runtime.serving.openai import add_text_routes
 from offramp.runtime.serving.protection import Protection, ServerLimits
 from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull
+from offramp.runtime.serving.settings import TooManyBudgets, Wanted
 
 INLINE_CHARACTERS = 20_000  # more text than this is tokenized in another thread, so that no request waits
 
@@ -59,6 +60,12 @@ class WalkFields(_Strict):
     point: str | None = Field(None, description="Operating point of the bundle.")
     max_risk: float | None = Field(None, gt=0, lt=1, description="Cheapest point that guarantees this risk.")
     max_depth: int | None = Field(None, ge=1, description="Most blocks that are run.")
+    budget_ms: float | None = Field(
+        None, gt=0, description="Milliseconds of an answer, held over all rows that ask for the same."
+    )
+    budget_depth: float | None = Field(
+        None, gt=0, le=1, description="Share of the blocks, held over all rows that ask for the same."
+    )
     timeout_ms: float | None = Field(None, gt=0, description="Time in which the answer must be there.")
 
 
@@ -73,6 +80,7 @@ class EmbeddingRequest(WalkFields):
 
     input: str | Annotated[list[str], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="Numbers of a vector: as many as it has.")
     user: str | None = None
 
 
@@ -108,6 +116,12 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         model = models.rows(body.model)
         if model.manifest.kind != EMBEDDING:
             raise BadSetting(f"model {model.name}: its task is {model.manifest.task}; ask /v1/classify")
+        size = model.manifest.answer_size
+        if body.dimensions not in (None, size):
+            raise BadSetting(
+                f"dimensions {body.dimensions}: vectors of model {model.name} have {size} numbers and are "
+                "not shortened; leave it out"
+            )
         texts = body.input if isinstance(body.input, list) else [body.input]
         answers, tokens = await _answers(models, texts, body, request, limits)
         data = []
@@ -124,6 +138,10 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
     @app.get("/v1/models", summary="The bundles that are served")
     async def list_models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [_description(model) for model in models.all()]})
+
+    @app.get("/v1/models/{name:path}", summary="One of them")
+    async def describe_model(name: str) -> JSONResponse:
+        return JSONResponse(_description(models.get(name)))
 
     @app.get("/healthz", summary="Whether the server runs", response_class=PlainTextResponse)
     async def healthy() -> Response:
@@ -169,7 +187,7 @@ async def _answers_of(
     if len(items) > limits.items:
         raise BadSetting(f"input: {len(items)} items; this server takes {limits.items} in a request")
     timeout = limits.timeout if body.timeout_ms is None else body.timeout_ms / 1e3
-    wanted = Wanted(body.point, body.max_risk, body.max_depth)
+    wanted = Wanted(body.point, body.max_risk, body.max_depth, body.budget_ms, body.budget_depth)
     if sum(len(item) for item in items if isinstance(item, str)) > INLINE_CHARACTERS or _has_images(model):
         rows = await run_in_threadpool(model.session.read, items)
     else:
@@ -192,7 +210,8 @@ async def _answers_of(
         if isinstance(result, BaseException):
             raise result
         answers.append(result)
-    return answers, sum(row.length for row in rows if not isinstance(row, ItemError))
+    read = (part for row in rows if not isinstance(row, ItemError) for part in (row, *row.rest))
+    return answers, sum(part.length for part in read)
 
 
 async def _results(
@@ -272,7 +291,17 @@ def _description(model: ServedModel | ServedGenerator) -> dict[str, Any]:
         for p in manifest.points
     ]
     facts = {"task": manifest.task, "labels": list(manifest.labels), "blocks": manifest.blocks}
-    return {"id": model.name, "object": "model", "owned_by": "offramp", **facts, "points": points}
+    about = {
+        "id": model.name,
+        "object": "model",
+        "created": manifest_time(model.folder),
+        "owned_by": "offramp",
+    }
+    return {**about, **facts, "points": points}
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, -int(-seconds // 1)))}
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
@@ -285,8 +314,9 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(OfframpError)
     async def ours(_: Request, problem: OfframpError) -> JSONResponse:
         if isinstance(problem, QueueFull):
-            seconds = str(max(1, -int(-problem.retry_after // 1)))
-            return reply(429, "queue_full", str(problem), {"Retry-After": seconds})
+            return reply(429, "queue_full", str(problem), _retry_after(problem.retry_after))
+        if isinstance(problem, TooManyBudgets):
+            return reply(429, "too_many_budgets", str(problem), _retry_after(problem.retry_after))
         if isinstance(problem, DeadlinePassed):
             return reply(504, "deadline_passed", str(problem))
         if isinstance(problem, SessionClosed):

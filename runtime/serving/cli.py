@@ -9,13 +9,14 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from offramp.runtime.cli import DEVICES, ENGINES, LONG_TEXTS, THREADS
+from offramp.runtime.cli import DEVICES, ENGINES, LONG_TEXTS, ON_DRIFT, STATISTICS, THREADS
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ENDED, NOT_STARTED = 0, 2
 LOOPBACK = "127.0.0.1"
+BUDGET_OPTIONS = ("budget_ms", "budget_depth", "budget_of", "budget_window", "max_risk")
 
 HELP = """Answer requests over HTTP with each BUNDLE: a folder, or hub:user/name of a model hub; NAME=BUNDLE
 gives it another name in requests than that of its folder. Requests that name no model are for the first.
@@ -37,12 +39,14 @@ gives it another name in requests than that of its folder. Requests that name no
 POST /v1/classify    {"input": TEXT or a list of them}; a text, {"text": …, "text_b": …} or
                      {"image": base64}. Optional: "model", "point" (an operating point),
                      "max_risk" (the cheapest point that guarantees it), "max_depth" (blocks),
-                     "timeout_ms". Answers: {"model": …, "results": [objects as of ee-run]}
+                     "budget_ms" or "budget_depth" (held over all rows that ask for the same;
+                     with "max_risk": by points that guarantee it), "timeout_ms".
+                     Answers: {"model": …, "results": [objects as of ee-run]}
 POST /v1/embeddings  as OpenAI's API has it, for bundles that embed texts
 POST /v1/completions, /v1/chat/completions
                      as OpenAI's API has them, for bundles that generate text; also streamed
 POST /v1/walk        one text alone, with what every exit gave
-GET  /v1/models      the bundles, with labels and operating points
+GET  /v1/models      the bundles, with labels and operating points; /v1/models/NAME: one of them
 GET  /demo           a page that shows how far each text walks while it is typed
 GET  /healthz /readyz /metrics (Prometheus) /docs /openapi.json
 
@@ -54,13 +58,18 @@ together, and each row is answered at its own exit. A row's answer does not depe
 Errors are {"error": {"message": …, "type": …}}:
   400  the request or an item of it cannot be answered; in a list, the item's result is an error
   401  no API key, or a wrong one        413  too many bytes
-  404  no such model                     429  too many rows wait; see Retry-After
+  404  no such model                     429  too many rows wait, or too many budgets
+                                              are named; see Retry-After
   504  not answered in time              503  the server is closing
 
 \b
 SIGTERM and Ctrl-C: what was accepted is answered, further requests are refused, and the
 command ends. SIGHUP: bundles whose manifest has changed are opened anew; requests that are
-under way are answered by the bundle of before.
+under way are answered by the bundle of before. A bundle of a model hub stays at the commit that was
+pulled at the start; start anew for a later one.
+
+Options --budget-* and --audit watch the rows of each bundle (docs/budgets.md): what they find is in
+/metrics, and their warnings are lines of the log.
 
 \b
 Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or address cannot be used.
@@ -84,7 +93,54 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
 @click.option("--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="As in ee-run.")
 @click.option("--device", type=click.Choice(DEVICES), help="As in ee-run.")
 @click.option("--variant", help="As in ee-run.")
-@click.option("--point", metavar="NAME", help="Operating point of requests that name none.")
+@click.option("--point", metavar="NAME", help="Operating point of requests that name no setting.")
+@click.option(
+    "--budget-ms",
+    type=float,
+    metavar="MS",
+    help="Hold this time of an answer over rows whose request names no setting, by moving among points.",
+)
+@click.option(
+    "--budget-depth", type=float, metavar="SHARE", help="Hold this share of the blocks in the same way."
+)
+@click.option(
+    "--budget-of",
+    type=click.Choice(STATISTICS),
+    default=STATISTICS[0],
+    show_default=True,
+    help="What budgets hold over a window, those of requests, too.",
+)
+@click.option(
+    "--budget-window",
+    type=click.IntRange(1),
+    default=1000,
+    metavar="ROWS",
+    show_default=True,
+    help="Rows over which they hold it.",
+)
+@click.option(
+    "--max-risk",
+    type=float,
+    metavar="SHARE",
+    help="Let --budget-ms and --budget-depth use only points that guarantee a risk of at most this.",
+)
+@click.option(
+    "--audit",
+    type=float,
+    metavar="SHARE",
+    help="Walk this share of the rows to the end as well, after they were answered, and warn if answers "
+    "disagree with full depth more than their point promises, or if rows leave at other exits than "
+    "calibration rows.",
+)
+@click.option(
+    "--audit-limit", type=float, metavar="SHARE", help="Allow this disagreement in place of the points'."
+)
+@click.option(
+    "--on-drift",
+    type=click.Choice(ON_DRIFT),
+    help="What follows once the disagreement is above its limit: warn, or walk all rows of that setting to "
+    "the end.  [default: warn]",
+)
 @click.option("--threads", type=THREADS, help="As in ee-run.")
 @click.option(
     "--long",
@@ -120,9 +176,11 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         from offramp.runtime.serving.metrics import Metrics
         from offramp.runtime.serving.models import Models, names_of
         from offramp.runtime.serving.protection import ServerLimits
+        from offramp.runtime.serving.settings import WatchOptions
     except ImportError as problem:
         _refuse(f"ee-serve needs the extra serve ({problem.name} is missing): pip install 'offramp[serve]'")
-    from offramp.runtime.errors import OfframpError
+    from offramp.runtime.audit import AuditOptions
+    from offramp.runtime.errors import OfframpError, RunWarning
 
     keys = _keys(options["api_keys"])
     if not keys and not options["without_keys"] and not _is_loopback(options["host"]):
@@ -141,12 +199,21 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         "require_signature",
         "batch_size",
     )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
+        of_budget = {name: options[name] for name in BUDGET_OPTIONS}
+        of_audit = (options["audit"], options["audit_limit"], options["on_drift"])
+        audit = None
+        if of_audit != (None, None, None):
+            audit = AuditOptions(*of_audit[:2], options["on_drift"] or ON_DRIFT[0])
         models = Models(
             names_of(bundles),
             {name: options[name] for name in loading} | {"global_pool": options["engine"] == "ort"},
             {"queue": options["queue"]},
             metrics.answered,
+            WatchOptions(**of_budget, audit=audit),
         )
         models.open()
     except OfframpError as problem:
@@ -154,9 +221,6 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
     limits = ServerLimits(
         keys, options["max_bytes"], options["max_items"], options["timeout"], not options["quiet"]
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     config = uvicorn.Config(
         create_app(models, limits, metrics),
         access_log=False,
@@ -184,6 +248,7 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it has ended
         signal.signal(number, lambda *_: None)
+    warnings.simplefilter("error", RunWarning)  # of budgets, which Setting writes to the log
     Server(config).run([listening])
     raise SystemExit(ENDED)
 

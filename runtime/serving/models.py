@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from offramp.runtime.bundle.manifest import FILE_NAME, Manifest, OperatingPoint
+from offramp.runtime.bundle.manifest import FILE_NAME, Manifest
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.hub.reference import PREFIX
@@ -20,7 +19,9 @@ from offramp.runtime.loading import load
 from offramp.runtime.row_session import RowAnswer, RowSession
 from offramp.runtime.rules.registry import RULES
 from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.savings import Savings
 from offramp.runtime.serving.scheduler import QUEUE, RowOptions, Scheduler
+from offramp.runtime.serving.settings import Settings, Wanted, WatchOptions
 
 Observer = Callable[[str, RowAnswer, float], None]  # name of the model, answer, seconds since it was asked
 
@@ -29,31 +30,17 @@ class UnknownModel(BadSetting):
     """A request names a model that the server does not have."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a request asks of the walk of its rows; None: the server's own setting.
-
-    point: an operating point. max_risk: the cheapest point whose guarantee is at most this. max_depth: most
-    blocks that are run.
-    """
-
-    point: str | None = None
-    max_risk: float | None = None
-    max_depth: int | None = None
-
-
 @dataclass
 class ServedModel:
-    """A bundle that is open: its name in requests, session and scheduler."""
+    """A bundle that is open: its name in requests, session and scheduler, and what was saved with it."""
 
     name: str
     folder: Path
     session: RowSession[Any]
     scheduler: Scheduler[Any]
     tag: str  # what changes when the bundle does: the hash of its manifest
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()  # requests of several threads may ask for the same new point
+    settings: Settings
+    savings: Savings
 
     @property
     def manifest(self) -> Manifest:
@@ -76,34 +63,26 @@ class ServedModel:
         return self.scheduler.under_way
 
     def options(self, wanted: Wanted) -> RowOptions:
-        """How rows are walked of which this is asked.
+        """How a row is walked of which this is asked; the scheduler must get it.
 
-        Raises BadSetting for points and limits that the bundle does not have.
+        Raises BadSetting for points, limits and budgets that the bundle does not have, and TooManyBudgets.
         """
-        if wanted.point is not None and wanted.max_risk is not None:
-            raise BadSetting("point and max_risk: give one of them")
-        point = wanted.point
-        if wanted.max_risk is not None:
-            point = cheapest_point(self.manifest, wanted.max_risk).name
-        rule, variant = self.numbers(point)
-        return RowOptions(rule, variant, self._segments(wanted.max_depth, point))
+        setting = self.settings.find(wanted)
+        return setting.options(self._segments(wanted.max_depth, setting.spec.name))
 
     def numbers(self, point: str | None, full_depth: str | None = None) -> tuple[int, int]:
         """The numbers of rule and variant of a point, or of every segment in a variant; see RowSession.
 
         Without both they are those of the server's own setting. Raises BadSetting for unknown names.
         """
-        with self._lock:
-            if full_depth is not None:
-                return self.session.full_depth(full_depth)
-            return self.session.draw() if point is None else self.session.add_point(point)
+        if full_depth is not None:
+            return self.settings.full_depth(full_depth)
+        return self.settings.find(Wanted(point)).draw()
 
-    def _segments(self, max_depth: int | None, point: str | None) -> int | None:
-        """The number of segments whose blocks are at most max_depth."""
+    def _segments(self, max_depth: int | None, rule: str) -> int | None:
+        """The number of segments whose blocks are at most max_depth, for rows of a rule."""
         if max_depth is None:
             return None
-        rules = {entry.name: entry.rule.name for entry in self.manifest.points}
-        rule = self.session.rule.name if point is None else rules[point]
         if RULES[rule].exits is None:
             raise BadSetting(
                 f"max_depth: rule {rule} plans how deep a row goes by itself; name another point"
@@ -121,31 +100,19 @@ class ServedModel:
         self.session.close()
 
 
-def cheapest_point(manifest: Manifest, max_risk: float) -> OperatingPoint:
-    """The point of least depth that guarantees a risk of at most this; raises BadSetting if there is none."""
-    promised = [p for p in manifest.points if p.guarantee is not None and p.guarantee.limit <= max_risk]
-    if not promised:
-        limits = sorted({p.guarantee.limit for p in manifest.points if p.guarantee is not None})
-        known = ", ".join(f"{limit:g}" for limit in limits) or "none"
-        raise BadSetting(
-            f"max_risk {max_risk:g}: the risks that points of this bundle guarantee: {known}; "
-            "ee-calibrate --risk makes such points"
-        )
-    return min(promised, key=lambda point: point.measured.get("mean_exit", float(manifest.blocks)))
-
-
 @dataclass
 class Models:
     """All bundles of a server, by name; the first is the one of requests that name none.
 
     options: options of load() for every bundle. scheduling: keyword arguments of Scheduler. observe: told of
-    every answer.
+    every answer. watch: budgets and audits of every bundle.
     """
 
     folders: Mapping[str, Path]
     options: Mapping[str, Any] = field(default_factory=dict)
     scheduling: Mapping[str, int] = field(default_factory=dict)
     observe: Observer | None = None
+    watch: WatchOptions = field(default_factory=WatchOptions)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()  # of reload
@@ -222,20 +189,50 @@ class Models:
         try:
             session.warm_up()
             if isinstance(session, TextGenerator):
+                if self.watch.has_budget or self.watch.audit is not None:
+                    what = "a budget" if self.watch.has_budget else "an audit"
+                    raise BadSetting(
+                        f"model {name} generates text: {what} is for bundles that give one answer for each "
+                        "row; serve it by another ee-serve"
+                    )
                 return ServedGenerator(name, folder, session, self.scheduling.get("queue", QUEUE), tag)
-            observe = None if self.observe is None else partial(self.observe, name)
-            return ServedModel(
-                name, folder, session, Scheduler(session, observe=observe, **self.scheduling), tag
-            )
+            return self._serve(name, folder, session, tag)
         except BaseException:
             session.close()
             raise
+
+    def _serve(self, name: str, folder: Path, session: RowSession[Any], tag: str) -> ServedModel:
+        """Let the rows of a session be walked; raises BadSetting if budget or audit do not suit it."""
+        savings = Savings(session.manifest)
+
+        def observe(answer: RowAnswer, seconds: float) -> None:
+            savings.add(answer)
+            if self.observe is not None:
+                self.observe(name, answer, seconds)
+
+        scheduler = Scheduler(session, observe=observe, **self.scheduling)
+        try:
+            settings = Settings(name, session, scheduler, self.watch, self.options.get("point"))
+        except BaseException as problem:
+            scheduler.close(finish=False)
+            if isinstance(problem, BadSetting):
+                raise BadSetting(f"model {name}: {problem}") from None
+            raise
+        return ServedModel(name, folder, session, scheduler, tag, settings, savings)
 
 
 def manifest_tag(folder: Path) -> str:
     """The hash of a bundle's manifest, which names the hashes of all its files; "" if there is none."""
     file = folder / FILE_NAME
     return sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def manifest_time(folder: Path) -> int:
+    """When a bundle was written, in seconds since 1970; 0 if there is no manifest."""
+    try:
+        return int((folder / FILE_NAME).stat().st_mtime)
+    except OSError:
+        return 0
 
 
 def names_of(places: Sequence[str]) -> dict[str, Path]:

@@ -174,7 +174,8 @@ class _Answer:
         yield "data: [DONE]\n\n"
 
     def _chunk_event(self, choice: dict[str, Any]) -> str:
-        return _event(self._object(self._form.chunk_object, [choice]))
+        usage = {"usage": None} if self._with_usage else {}  # the last event has it
+        return _event(self._object(self._form.chunk_object, [choice]) | usage)
 
     def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {**self._facts, "object": kind, "model": self._model.name, "choices": choices}

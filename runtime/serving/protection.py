@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("offramp.serve")
 Refusal = tuple[int, str, str]  # status, type and message of an error
 OPEN_PATHS = ("/healthz", "/readyz")  # probes of an orchestrator have no key
+# A browser cannot send a key with the page of /demo, which asks for one; what the page shows needs the key.
+OPEN_PAGE = re.compile(r"/demo(/[a-z0-9-]+\.(html|js|css))?")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Protection:
         return 413, "too_large", f"the request has more than {limit} bytes, which is the limit of this server"
 
     def _is_allowed(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
-        if not self._limits.keys or path in OPEN_PATHS:
+        if not self._limits.keys or path in OPEN_PATHS or OPEN_PAGE.fullmatch(path):
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")

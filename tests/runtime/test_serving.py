@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from documents import ROOT
 from serving import CLASSIFY, Server, serving
 from tiny_bundles import CLASSIFIER, EMBEDDING, bundle_with_points, texts
 
@@ -261,6 +262,41 @@ def test_requests_need_one_of_the_keys() -> None:
         assert server.ask("/metrics")[0] == 401 and server.ask("/healthz")[0] == 200
 
 
+def test_the_page_needs_no_key_but_what_it_shows_does() -> None:
+    with serving(CLASSIFIER, keys=frozenset({KEY})) as server:
+        pages = ("/demo", "/demo/index.html?server=1", "/demo/page.js", "/demo/style.css")
+        assert [server.ask(path)[0] for path in pages] == [307, 200, 200, 200]
+        others = ("/demo/manifest.json", "/demo/x/page.js", "/demo/..%2fv1/models.js", "/demo.html", "/docs")
+        assert [server.ask(path)[0] for path in others] == [401] * len(others)
+        assert server.ask("/v1/walk", {"input": "good film"})[0] == 401
+        assert server.ask("/demo/manifest.json", headers={"Authorization": f"Bearer {KEY}"})[0] == 200
+
+
+PAGE_WITH_KEYS = """
+const [address, ...keys] = process.argv.slice(1);
+const ask = globalThis.fetch;
+globalThis.fetch = (place, options) => ask(new URL(place, address), options); // as the page does
+const { openRemote } = await import("./remote.js");
+const refused = [];
+const bundle = await openRemote(null, async (wasRefused) => (refused.push(wasRefused), keys.shift()));
+const { label } = await bundle.walk("a warm and good film", {});
+console.log(JSON.stringify({ refused, left: keys.length, label }));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
+def test_the_page_asks_for_a_key_until_the_server_takes_it() -> None:
+    with load(CLASSIFIER) as session:
+        expected = session("a warm and good film").label
+    with serving(CLASSIFIER, keys=frozenset({KEY})) as server:
+        address = f"http://127.0.0.1:{server.port}/demo/index.html"
+        words = ["node", "--input-type=module", "-e", PAGE_WITH_KEYS]
+        given = [address, "not-the-key-of-anyone", "clé \u2026", KEY, "left"]
+        done = subprocess.run(words + given, cwd=ROOT / "web", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"refused": [False, True, True], "left": 1, "label": expected}
+
+
 def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER, scheduling={"queue": 4}) as server, ThreadPoolExecutor(2) as pool:
         gate = Gate(server, monkeypatch)
@@ -276,12 +312,10 @@ def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.Mon
 
 
 def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(CLASSIFIER) as server, ThreadPoolExecutor(2) as pool:
+    with serving(CLASSIFIER) as server:
         gate = Gate(server, monkeypatch)
-        late = pool.submit(server.ask, CLASSIFY, {"input": "good film", "timeout_ms": 30})
-        time.sleep(0.05)
+        status, answer, _ = server.ask(CLASSIFY, {"input": "good film", "timeout_ms": 30})
         gate.open()
-        status, answer, _ = late.result()
         assert status == 504 and answer["error"]["type"] == "deadline_passed"
 
 
@@ -344,7 +378,7 @@ def test_a_rule_that_plans_its_depth_refuses_another_limit(server: Server) -> No
     manifest = dataclasses.replace(model.manifest, points=(*model.manifest.points, planned))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(model.session, "manifest", manifest)
-        patched.setattr(model, "numbers", lambda point: (0, 0))
+        patched.setattr(model.session, "add_point", lambda point: (0, 0))
         with pytest.raises(BadSetting, match="rule quee plans how deep a row goes by itself"):
             model.options(Wanted(point="planned", max_depth=3))
 
