@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
+from offramp.runtime.bulk_cli import RunCommand
 from offramp.runtime.termination import Terminated, Termination
 
 if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that --help is instant
@@ -140,7 +141,7 @@ class RunOptions:
     resume: bool = False
 
 
-@click.command(help=HELP)
+@click.command(help=HELP, cls=RunCommand)
 @click.argument("sources", metavar="[INPUT]...", nargs=-1)
 @click.option(
     "--bundle",
@@ -262,6 +263,12 @@ class RunOptions:
 )
 @click.option(
     "--resume", is_flag=True, help="Go on with the file of --out, if the same command was interrupted before."
+)
+@click.option(
+    "--ray",
+    is_flag=True,
+    expose_value=False,
+    help="Answer many rows with Ray, with options of its own: see ee-run --ray --help.",
 )
 @click.option(
     "--stats", is_flag=True, help="At the end, on standard error: exits, times, and what really ran."
