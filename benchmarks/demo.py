@@ -8,7 +8,6 @@ It prints each command before it runs it, so that users can repeat it.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import numpy as np
 
 from offramp.benchmarks.fetch import fetch_minilm, write_rotten_tomatoes
 from offramp.runtime.bundle.manifest import Manifest
+from offramp.runtime.progress import format_seconds
+from offramp.runtime.summary import Summary, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -95,10 +96,10 @@ def main(out: str, epochs: int) -> None:
     examples.write_text("\n".join(EXAMPLES) + "\n", encoding="utf-8")
     run_command("ee-run", "--bundle", f"{out}/bundle", "--stats", f"{out}/examples.txt")
     print_comparison(folder, data)
-    minutes = (time.monotonic() - started) / 60
-    program = os.path.relpath(Path(sys.executable).parent / "ee-serve")
-    click.echo(f"\nThe demo took {minutes:.1f} minutes. See it walk while you type:\n")
-    click.echo(f"    {program} {out}/bundle --open")
+    rows = [("bundle", f"{out}/bundle"), ("time", format_seconds(time.monotonic() - started))]
+    serve = ("ee-serve", f"{out}/bundle", "--open")
+    click.echo()
+    show(Summary("The demo is done", rows, {}, serve, "See it walk while you type:"), sys.stdout)
 
 
 def print_comparison(folder: Path, data: Path) -> None:

@@ -29,10 +29,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
-from offramp.export.bundle import write_graphs, write_manifest
+from offramp.export.bundle import write_files, write_graphs, write_manifest
 from offramp.export.classifier import ExportableClassifier
 from offramp.export.decoder import ExportableDecoder
 from offramp.export.describe import build_manifest
@@ -40,6 +38,7 @@ from offramp.export.options import ExportOptions
 from offramp.export.segments import Exportable, SplitNetwork, file_name, variants_of
 from offramp.export.table import aligned
 from offramp.runtime.loading import load_row_session
+from offramp.runtime.progress import track
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.rules.sweep import choose_points
@@ -224,7 +223,7 @@ def choose_segment_count(
             _write_to_time(source, split, folder, variants, folders[0])
         openings = [(variant, order) for variant in variants for order in (1, -1) * PAIRS]
         seconds: dict[str, list[list[float]]] = {variant: [] for variant in variants}
-        for variant, order in track(openings, "timing seams", console=Console(stderr=True)):
+        for variant, order in track(openings, "timing seams", unit="opening"):
             # The bundle that is opened first gets worse memory and is several percent slower: each bundle is
             # opened first equally often.
             seconds[variant].append(_token_seconds(folders[::order], variant)[::order])
@@ -277,15 +276,15 @@ def _write_to_time(
     """
     options = ExportOptions(("fp32", *(name for name in variants if name != "fp32")))
     folder.mkdir()
-    console, label = Console(stderr=True), f"exporting {len(split.segments)} segments to time"
-    for segment in track(list(split), label, console=console):
+    label = f"exporting {len(split.segments)} segments to time"
+    for segment in track(list(split), label, unit="graph"):
         if segment.blocks or other in (None, folder):
             write_graphs(segment, folder, options, weights_only=source.weights_only)
         else:
             for name in variants_of(segment, options.variants):
-                shutil.copyfile(other / file_name(segment.name, name), folder / file_name(segment.name, name))
-    for name, path in source.files.items():
-        shutil.copyfile(path, folder / name)
+                for file in other.glob(file_name(segment.name, name) + "*"):  # with its file of weights
+                    shutil.copyfile(file, folder / file.name)
+    write_files(source, folder)
     write_manifest(folder, build_manifest(source, split, options.variants))
 
 

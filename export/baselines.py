@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from offramp.export.bundle import file_fact, replace_folder
 from offramp.export.classifier import ExportableClassifier, truncate
 from offramp.export.monolith import join_segments, whole_network
@@ -19,6 +16,7 @@ from offramp.export.options import ExportOptions
 from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
 from offramp.runtime.bundle.manifest import Manifest
+from offramp.runtime.progress import track
 from offramp.runtime.tuning.baselines import FILE_NAME, FORMAT, Baselines, GraphFact, read_baselines
 
 MAX_TRUNCATED = 4  # truncated graphs where the caller names no blocks
@@ -53,9 +51,7 @@ def write_baselines(
         def add(name: str, kind: str, variant: str, file: str, exit: int) -> None:
             facts.append(GraphFact(name, kind, variant, file, exit, **asdict(file_fact(beside / file))))
 
-        for segment in track(
-            [whole_network(source), *cut], "exporting baselines", console=Console(stderr=True)
-        ):
+        for segment in track([whole_network(source), *cut], "exporting baselines", unit="graph"):
             to_onnx(segment, beside / f"{segment.name}.onnx")
         add("monolith", "monolith", "fp32", "monolith.onnx", last)
         for variant in manifest.variants[1:]:

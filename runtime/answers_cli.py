@@ -44,7 +44,7 @@ def write_answers(
     def items() -> Iterator[Item]:
         for line in termination.lines(lines):
             if line.problem is not None and window == 1:
-                output.write(_error_object(line, line.problem, stats, images), flush=True)
+                output.write_answer(_error_object(line, line.problem, stats, images), 0, flush=True)
                 continue
             pending.append(line)
             # In a window a bad line is an item, too, so that windows are the same lines in every run.
@@ -54,11 +54,12 @@ def write_answers(
     for number, answer in enumerate(answers, 1):
         line = pending.popleft()
         if line.problem is not None:
-            value = _error_object(line, line.problem, stats, images)
+            value, depth = _error_object(line, line.problem, stats, images), 0
         else:
             value = _object(line, answer, stats, images, sets=sets)
+            depth = 0 if isinstance(answer, ItemError) else answer.depth
         is_last = number % window == 0
-        output.write(value, flush=is_last or not pending)
+        output.write_answer(value, depth / session.manifest.blocks, flush=is_last or not pending)
         if is_last and termination.requested:
             break
     output.flush()

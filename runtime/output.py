@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from types import ModuleType, TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from offramp.runtime.errors import BadSetting, OutputFailed
+from offramp.runtime.summary import can_write, may_colour
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +28,9 @@ except ImportError:  # Windows, where two runs into one file are not noticed
     fcntl = None
 
 _ERROR = b'{"error": '  # how a line begins that holds an error and no answer
+_BAR = 12  # characters of the bar of a terminal
+_CELLS, _ASCII_CELLS = ("━", "─"), ("#", "-")  # of blocks that were run, and that were saved
+_GREEN, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 class Output:
@@ -41,6 +46,12 @@ class Output:
     def write(self, value: Mapping[str, Any], *, flush: bool = False) -> None:
         """Write an object as one JSON line, in UTF-8 whatever the encoding of the terminal."""
         self.write_text(json.dumps(value, ensure_ascii=False) + "\n", flush=flush)
+
+    def write_answer(self, value: Mapping[str, Any], depth: float, *, flush: bool = False) -> None:
+        """Write the object of an answer as write() does; depth: the share of the blocks that it needed, 0..1,
+        or 0 for an error. A terminal shows it, too.
+        """
+        self.write(value, flush=flush)
 
     def write_text(self, text: str, *, flush: bool = False) -> None:
         """Write text as UTF-8."""
@@ -80,11 +91,40 @@ class Output:
         return OutputFailed(f"{self.name}: the answers cannot be written: {reason}")
 
 
+class TerminalOutput(Output):
+    """Writes to a terminal, and before each answer a bar of the blocks that it needed.
+
+    colour: draw the bar in colour. ascii_only: draw it with # and - for terminals without UTF-8.
+    """
+
+    def __init__(self, stream: IO[bytes], *, colour: bool, ascii_only: bool) -> None:
+        super().__init__(stream)
+        self._colour, self._cells = colour, _ASCII_CELLS if ascii_only else _CELLS
+
+    def write_answer(self, value: Mapping[str, Any], depth: float, *, flush: bool = False) -> None:
+        """Write a bar and the object of an answer; before an error stand blanks in place of the bar."""
+        run, saved = self._cells
+        count = min(_BAR, math.ceil(_BAR * depth - 1e-9))
+        bar, rest = run * count, saved * (_BAR - count)
+        if depth <= 0:
+            bar, rest = "", " " * _BAR
+        elif self._colour:
+            bar, rest = f"{_GREEN}{bar}{_RESET}", f"{_DIM}{rest}{_RESET}" if rest else ""
+        self.write_text(f"{bar}{rest} ")
+        self.write(value, flush=flush)
+
+
 def standard_output() -> Output:
     """Standard output; raises OutputFailed if the process was started without one."""
     if sys.stdout is None:
         raise OutputFailed("standard output is closed: give a place for the answers, as in > answers.jsonl")
-    return Output(sys.stdout.buffer)
+    if not sys.stdout.isatty():
+        return Output(sys.stdout.buffer)
+    # Bytes are written without click, which translates colours for old consoles of Windows.
+    colour = may_colour(sys.stdout) and sys.platform != "win32"
+    return TerminalOutput(
+        sys.stdout.buffer, colour=colour, ascii_only=not can_write("".join(_CELLS), sys.stdout)
+    )
 
 
 def discard_standard_output() -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from offramp.runtime.inputs.images import BadInput, ImageInput, normalize_pixels, picture_pixels
 from offramp.runtime.inputs.words import Word as TokenizerWord
 from offramp.runtime.inputs.words import words_of
+from offramp.runtime.progress import track
 from offramp.runtime.rules.entities import OUTSIDE, inner_labels, word_labels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.data import NO_LABEL, BadData, Rows, Word
@@ -306,7 +306,7 @@ def encode_images(
             decoded = np.memmap(file, np.uint8, "w+", shape=shape)
     else:
         decoded = np.empty(shape, np.uint8)
-    files = tqdm(rows.images.files, desc=description, unit="image", file=sys.stderr, mininterval=1.0)
+    files = track(rows.images.files, description, unit="image")
     for row, image_file in enumerate(files):
         try:
             decoded[row] = picture_pixels(image_file, image)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +13,8 @@ from typing import Any
 
 import click
 
+from offramp.runtime.progress import format_seconds
+from offramp.runtime.summary import CommandOutput, Summary, free_path, output_options
 from offramp.training.recipes import RECIPES
 
 # A test compares them with models.tasks, whose import is slow.
@@ -148,14 +152,25 @@ class TrainCliError(click.ClickException):
 @click.option("--text-b-column", default="text_b", help="Column of the second text, if the data has one.")
 @click.option("--label-column", default="label", help="Column of the label.")
 @click.option("--image-column", default="image", help="Column of the image, where there is no text.")
+@output_options
 def train(
-    overwrite: bool, out: Path, unfreeze: int | None, settings: tuple[str, ...], **options: Any
+    overwrite: bool,
+    out: Path,
+    unfreeze: int | None,
+    settings: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Train a network with exits and write a checkpoint folder.
 
     Killed and started again with the same command, it resumes. Settings of the recipes: --set with a wrong
     name lists them.
+
+    Progress goes to stderr. At the end stdout gets what was measured on the dev split: as a panel on a
+    terminal, else, and with --json, as one JSON object.
     """
+    output = CommandOutput(quiet, as_json)
     _require_extra()
     from offramp.training.options import TrainConfig
     from offramp.training.train import train as run_training
@@ -165,10 +180,34 @@ def train(
     if out.exists() and not (out / "training.json").is_file() and any(out.iterdir()):
         raise TrainCliError(f"{out} exists and is not a checkpoint; choose another --out")
     # With --overwrite the old checkpoint stays until the new one is complete.
-    with _plain_errors():
+    started = time.monotonic()
+    with _plain_errors(), output.progress():
         words = settings if unfreeze is None else (*settings, f"unfreeze={unfreeze}")
         training = run_training(TrainConfig(out=out, settings=words, **options))
-    click.echo(json.dumps({"checkpoint": str(out), **training.get("dev", {})}))
+    facts = {"checkpoint": str(out), **training.get("dev", {})}
+    output.finish(training_summary(out, training, time.monotonic() - started), json.dumps(facts))
+
+
+def training_summary(out: Path, training: Mapping[str, Any], seconds: float) -> Summary:
+    """What ee-train writes at its end; training: the content of training.json."""
+    dev: Mapping[str, Any] = training.get("dev", {})
+    counts = training["data"]["rows"]
+    rows = [("checkpoint", str(out)), ("recipe", str(training["recipe"]))]
+    rows.append(("rows", ", ".join(f"{count} {split}" for split, count in counts.items())))
+    points = {point["name"]: point["measured"] for point in training.get("operating_points", ())}
+    default = points.get("default", {})
+    quality = next(iter(default), "")  # it is the first figure
+    if isinstance(full := dev.get("full_depth"), (int, float)):
+        rows.append(("full depth", f"{full:.2f} % {quality}".rstrip() + " on dev"))
+    if isinstance(given := dev.get("same_as_given"), (int, float)):
+        rows.append(("as before", f"{given:.2f} % of dev answered as by the given model"))
+    if "macs_saved" in default:
+        saved = f"{default['macs_saved']:.1f} % of the computation saved"
+        rows.append(("early exit", f"{default[quality]:.2f} % {quality} on dev, {saved}"))
+    rows.append(("time", format_seconds(seconds)))
+    facts = {"checkpoint": str(out), **dev}
+    target = free_path(out.with_name("bundle"))
+    return Summary("Training finished", rows, facts, ("ee-split", str(out), "--out", str(target)))
 
 
 @click.command(context_settings=HELP)

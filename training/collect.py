@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from offramp.models.exits import Exit
 from offramp.models.macs import exit_macs, segment_macs, stem_macs
@@ -27,6 +25,7 @@ from offramp.models.tasks import (
     threshold_logits,
     top_margin,
 )
+from offramp.runtime.progress import track
 from offramp.runtime.rules import RuleSpec
 from offramp.runtime.rules.quality import (
     AGREEMENT,
@@ -98,7 +97,7 @@ def collect(
     rows = rows.plain
     order, logits, pooled, gate_logits = [], [], [], []
     batches = list(sorted_batches(rows.lengths, batch_size))
-    for index in tqdm(batches, desc=description, unit="batch", file=sys.stderr, mininterval=1.0):
+    for index in track(batches, description, unit="batch"):
         inputs, _ = rows.batch(index, device)
         outputs = network(inputs)
         logits.append(outputs.logits.float().cpu())

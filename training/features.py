@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from offramp.models.families.family import additive_mask
 from offramp.models.network import EarlyExitNetwork
+from offramp.runtime.progress import track
 from offramp.training.batches import Encoded, EncodedTokens, sorted_batches
 from offramp.training.collect import label_numbers
 from offramp.training.loop import Run
@@ -158,7 +157,7 @@ def _run(
     network.eval()
     device, kept = run.accelerator.device, list[Tensor]()
     batches = list(sorted_batches(rows.lengths, batch_size))
-    for index in tqdm(batches, desc="features", unit="batch", file=sys.stderr, mininterval=1.0):
+    for index in track(batches, "features", unit="batch"):
         inputs, _ = rows.batch(index, device)
         hidden, context = network.stem(inputs)
         begins_word = inputs["word_starts"].bool() if network.task.per_token else None

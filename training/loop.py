@@ -18,9 +18,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from offramp.models.own_head import OWN_HEAD_LAYERS
+from offramp.runtime.progress import progress
 from offramp.training.batches import shuffled_batches
 from offramp.training.checkpoint import BadCheckpoint, read_json, write_json
 from offramp.training.pretrained import first_line
@@ -169,34 +169,27 @@ class Run(Generic[N]):
         self._optimizer_state = {}
         self.network.train()
         last_save, smooth_loss = time.monotonic(), None
-        bar = tqdm(
-            total=total,
-            initial=self.position["step"],
-            desc=phase.name,
-            disable=not self.is_main_process,
-            unit="step",
-            mininterval=1.0,
-        )
-        for step in range(self.position["step"], total):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, total, phase)
-            with self.accelerator.autocast():
-                loss, figures = phase.loss(model, batches[step * world + rank])
-            self.accelerator.backward(loss)
-            torch.nn.utils.clip_grad_norm_([p for _, p in trained], phase.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            self.position["step"] = step + 1
-            value = float(loss.detach())
-            smooth_loss = value if smooth_loss is None else 0.98 * smooth_loss + 0.02 * value
-            bar.update()
-            if step % 20 == 0 or step + 1 == total:
-                bar.set_postfix(loss=f"{smooth_loss:.4f}")
-                self.log(phase=phase.name, step=step + 1, of=total, loss=round(value, 6), **figures)
-            if time.monotonic() - last_save > self.save_every and step + 1 < total:
-                self._write_state(optimizer, trained)
-                last_save = time.monotonic()
-        bar.close()
+        done, shown = self.position["step"], self.is_main_process
+        with progress(phase.name, total, done=done, shown=shown) as bar:
+            for step in range(done, total):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * _schedule(step, total, phase)
+                with self.accelerator.autocast():
+                    loss, figures = phase.loss(model, batches[step * world + rank])
+                self.accelerator.backward(loss)
+                torch.nn.utils.clip_grad_norm_([p for _, p in trained], phase.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                self.position["step"] = step + 1
+                value = float(loss.detach())
+                smooth_loss = value if smooth_loss is None else 0.98 * smooth_loss + 0.02 * value
+                if step % 20 == 0 or step + 1 == total:
+                    bar.note = f"loss {smooth_loss:.4f}"
+                    self.log(phase=phase.name, step=step + 1, of=total, loss=round(value, 6), **figures)
+                if time.monotonic() - last_save > self.save_every and step + 1 < total:
+                    self._write_state(optimizer, trained)
+                    last_save = time.monotonic()
+                bar.advance()
         self.network.eval()
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)

@@ -6,7 +6,6 @@ from it, without running the network again.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from offramp.models.families.family import Context
 from offramp.models.forecasts import COMPACT, STATISTICS, softmax_statistics
 from offramp.models.network import EarlyExitNetwork
 from offramp.models.precision import in_precision
+from offramp.runtime.progress import track
 from offramp.training.batches import Encoded
 from offramp.training.walk_tree import Numbers, WalkTree, grow_tree
 
@@ -122,7 +121,7 @@ def collect_outcomes(
     inputs = np.zeros((len(rows), len(tree), columns), np.float32)
     wrong = np.zeros((len(rows), len(tree)), np.bool_)
     batches = equal_length_batches(rows.lengths)
-    for index in tqdm(batches, desc=description, unit="batch", file=sys.stderr, mininterval=1.0):
+    for index in track(batches, description, unit="batch"):
         batch, labels = rows.batch(index, device)
         hidden, context = network.stem(batch)
         # Depth first, so that few hidden states are held at a time.

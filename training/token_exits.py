@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from offramp.models.decoder import DecoderNetwork
+from offramp.runtime.progress import track
 from offramp.training.lm_data import IGNORED, TokenRows
 
 
@@ -110,7 +110,7 @@ def collect_tokens(
     network.eval()
     states, cosines, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     losses, predictions, margins = list[Tensor](), list[Tensor](), list[Tensor]()
-    for start in tqdm(range(0, len(index), batch_size), desc="outputs of exits", mininterval=1.0):
+    for start in track(range(0, len(index), batch_size), "outputs of exits", unit="batch"):
         ids, batch_targets = rows.batch(index[start : start + batch_size], network.model.device)
         where = may_exit_early(batch_targets)
         batch_states, batch_cosines = states_at_exits(network, ids, where, exits)

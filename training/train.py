@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +14,7 @@ from torch import nn
 
 from offramp.models.tasks import EMBEDDING
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.progress import note
 from offramp.training.checkpoint import read_json, replace_folder, write_json
 from offramp.training.classifier import ClassifierTraining
 from offramp.training.decoder import DecoderTraining
@@ -80,10 +80,9 @@ def default_recipe(config: TrainConfig) -> str:
     own = None if config.model is None else own_task(config.model)
     if own is None or config.task not in (None, own):
         return "offramp"
-    print(
+    note(
         f"{config.model} holds a fine-tuned model ({own}): recipe attach adds exits and keeps its answers; "
-        "to train everything anew say --recipe offramp",
-        file=sys.stderr,
+        "to train everything anew say --recipe offramp"
     )
     return "attach"
 
@@ -102,7 +101,7 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
     run = Run(network, config.partial, seed=config.seed, precision=precision, save_every=save_every)
     if run.position != {"phase": 0, "step": 0}:
         place = f"phase {run.position['phase'] + 1}, step {run.position['step']}"
-        print(f"going on from {run.folder}: {place}", file=sys.stderr)
+        note(f"going on from {run.folder}: {place}")
     results = training.run_recipe(run)
     run.log(finished=facts["recipe"])  # the log exists even if every phase was skipped
     facts |= {

@@ -26,21 +26,13 @@ from offramp.benchmarks.compare.pages import (
     seeds_text,
     verdict_rows,
 )
+from offramp.runtime.tuning.report import page_style
 
 # Each line has its own dash too, so that lines are distinct without colour.
 COLOURS = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
 DASHES = ("-", "--", "-.", ":")
 _INK = "#010203"  # replaced by the page's own colour of text
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-       max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-svg { width: 100%; height: auto } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left }
-"""
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 AXES = {
     "macs": "multiply-accumulates saved, %",
     "bops": "bit operations spent, % (logarithmic)",
@@ -53,7 +45,10 @@ def html_page(result: Mapping[str, Any]) -> str:
     """The HTML page of one comparison: pictures of the frontiers and all tables."""
     title = f"{result['data']}: methods compared"
     axes = [axis for axis in AXES if axis != "ms" or "milliseconds" in result]
-    pictures = "".join(f"<figure>{frontier_svg(result, axis)}</figure>" for axis in axes)
+    pictures = "".join(
+        f"<figure><h2>Accuracy against {AXES[axis].split(',')[0]}</h2>{frontier_svg(result, axis)}</figure>"
+        for axis in axes
+    )
     legend = "".join(f"<li>{html.escape(line)}</li>" for line in LEGEND[2:].split("\n- "))
     parts = [
         _table(f"Scores against {result['reference']}", VERDICT_HEAD, verdict_rows(result)),
@@ -69,10 +64,11 @@ def html_page(result: Mapping[str, Any]) -> str:
         words = f"Within {about['max_drop']:g} points of full depth of {about['full_depth_of']}, on dev"
         parts.append(_table(words, NEAR_HEAD, near_rows(result)))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(seeds_text(result))}; settings chosen on dev, test "
-        f"read once.</p>{pictures}{''.join(parts)}</body></html>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_VIEWPORT}\n'
+        f"<title>{html.escape(title)}</title>\n<style>{page_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(seeds_text(result))}; settings chosen on dev, test "
+        f'read once.</p>\n<div class="pictures">{pictures}</div>\n{"".join(parts)}\n</main>\n</body>\n'
+        "</html>\n"
     )
 
 
@@ -102,8 +98,20 @@ def frontier_svg(result: Mapping[str, Any], axis: str) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare"}):
-        figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    with plt.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "compare",
+            "text.color": _INK,
+            "axes.labelcolor": _INK,
+            "axes.edgecolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+        }
+    ):
+        # So small that text can be read where a phone shows the picture.
+        figure, axes = plt.subplots(figsize=(4.8, 4.6), layout="constrained")
+        axes.spines[["top", "right"]].set_visible(False)
         for number, name in enumerate(result["methods"]):
             line = frontier_of(result, name, axis)
             if line is not None:
@@ -123,15 +131,14 @@ def frontier_svg(result: Mapping[str, Any], axis: str) -> str:
         axes.set(xlabel=AXES[axis], ylabel="accuracy, %")
         if axis == "bops":
             axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            ticks = [percent for percent in (1, 2, 5, 10, 20, 50, 100) if low <= percent <= high]
+            axes.set_xticks(ticks, [str(percent) for percent in ticks])
+            axes.minorticks_off()
         axes.grid(alpha=0.25)
-        legend = axes.legend(loc="best", fontsize="x-small", frameon=False)
-        for label in [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label]:
-            label.set_color(_INK)
-        for text in legend.get_texts():
-            text.set_color(_INK)
-        for spine in axes.spines.values():
-            spine.set_color(_INK)
-        axes.tick_params(colors=_INK)
+        # Below the picture: inside it would cover lines.
+        look = {"frameon": False, "fontsize": 8, "handlelength": 1.6, "columnspacing": 1.0}
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, **look)
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from offramp.runtime.progress import note
+from offramp.runtime.summary import TYPED, CommandOutput, Summary, output_options
+
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -133,6 +136,7 @@ def _operations(
 @click.option("--revision", metavar="BRANCH", help="Branch that gets the commit.  [default: main]")
 @click.option("--message", default=MESSAGE, show_default=True, help="Message of the commit.")
 @click.option("--card", is_flag=True, help="Replace the README.md that is there by a new model card.")
+@output_options
 def main(
     bundle: Path,
     repository: str,
@@ -141,6 +145,8 @@ def main(
     revision: str | None,
     message: str,
     card: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Command ee-push; its help is the docstring of this module."""
     from offramp.runtime.errors import OfframpError
@@ -151,15 +157,22 @@ def main(
     name, at, branch = repository.removeprefix(PREFIX).partition("@")
     if at and revision is not None:
         raise click.UsageError(f"{repository} and --revision both name a branch: leave one of them out")
+    output = CommandOutput(quiet, as_json)
     try:
         reference = HubReference(name, branch if at else revision or MAIN)
-        click.echo(f"checking {bundle}, then uploading it to {reference}", err=True)
-        pushed = push_bundle(bundle, reference, create=create, private=private, card=card, message=message)
+        with output.progress():
+            note(f"checking {bundle}, then uploading it to {reference}")
+            pushed = push_bundle(
+                bundle, reference, create=create, private=private, card=card, message=message
+            )
     except OfframpError as problem:
         click.echo(f"ee-push: {problem}", err=True)
         sys.exit(2)
-    click.echo(pushed.url)
-    click.echo(f"ee-run --bundle {PREFIX}{name}@{pushed.commit} input.txt")
+    source = f"{PREFIX}{name}@{pushed.commit}"
+    rows = [("bundle", str(bundle)), ("address", pushed.url), ("commit", pushed.commit)]
+    facts = {"bundle": str(bundle), "repository": name, "url": pushed.url, "commit": pushed.commit}
+    summary = Summary("Bundle pushed", rows, facts, ("ee-run", "--bundle", source), TYPED)
+    output.finish(summary, f"{pushed.url}\nee-run --bundle {source} input.txt")
 
 
 if __name__ == "__main__":

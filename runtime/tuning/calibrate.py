@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,13 +21,24 @@ import click
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import FILE_NAME, GENERATION, FileFact, Manifest
+from offramp.runtime.bundle.manifest import (
+    FILE_NAME,
+    GENERATION,
+    FileFact,
+    ImageInput,
+    Manifest,
+    OperatingPoint,
+)
 from offramp.runtime.errors import BadSetting, OfframpError
 from offramp.runtime.hub.resolve import require_folder
+from offramp.runtime.progress import announce
 from offramp.runtime.rules.sweep import SWEPT
+from offramp.runtime.summary import TYPED, CommandOutput, Summary, output_options
 from offramp.runtime.tuning.guarantees import ALL, CLASS, DISAGREEMENT, EXIT, RISKS, RiskOptions
 from offramp.runtime.tuning.measure_points import Calibration, measure_points
 from offramp.runtime.tuning.measure_routes import measure_routes
+
+SHOWN = ("full", "default")  # points whose figures the summary has, if the bundle has them
 
 HELP = """Measure a bundle on the rows of FILE (a dev set, never the test set) and write operating points for
 each of its variants into its manifest.
@@ -176,6 +188,7 @@ def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration
 @click.option(
     "--agreement", is_flag=True, help="Choose points by agreement with full depth, though rows have labels."
 )
+@output_options
 def main(
     file: Path,
     bundle: str,
@@ -189,9 +202,11 @@ def main(
     risk_of: str,
     per: str,
     agreement: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Run ee-calibrate: measure a bundle and write its new manifest."""
-    folder = Path(bundle)
+    folder, output = Path(bundle), CommandOutput(quiet, as_json)
     try:
         folder = require_folder(bundle, "ee-calibrate")
         if not risks and (risk_of, per) != (DISAGREEMENT, ALL):
@@ -205,19 +220,21 @@ def main(
             options["--engine"] = None if engine == "ort" else engine
             if flag := next((name for name, value in options.items() if value), None):
                 raise BadSetting(f"{flag} is not for generated text, the task of {bundle}")
-            calibration = measure_routes(folder, file, threads)
+            with output.progress(), announce("measuring routes"):
+                calibration = measure_routes(folder, file, threads)
         else:
-            calibration = measure_points(
-                *(folder, file),
-                rule=rule,
-                engine=engine,
-                device=device,
-                threads=threads,
-                coverage=coverage,
-                agreement=agreement,
-                risk=RiskOptions(risks, confidence, risk_of, per) if risks else None,
-            )
-        write_calibration(folder, manifest, calibration)
+            with output.progress(), announce("measuring operating points"):
+                calibration = measure_points(
+                    *(folder, file),
+                    rule=rule,
+                    engine=engine,
+                    device=device,
+                    threads=threads,
+                    coverage=coverage,
+                    agreement=agreement,
+                    risk=RiskOptions(risks, confidence, risk_of, per) if risks else None,
+                )
+        manifest = write_calibration(folder, manifest, calibration)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)
         sys.exit(2)
@@ -225,7 +242,45 @@ def main(
         place = problem.filename or folder
         click.echo(f"ee-calibrate: {place}: {problem.strerror or problem}; nothing was calibrated", err=True)
         sys.exit(2)
-    click.echo(calibration.table)
+    output.table(calibration.table)
+    output.finish(calibration_summary(bundle, file, manifest, calibration))
+
+
+def calibration_summary(bundle: str, file: Path, manifest: Manifest, calibration: Calibration) -> Summary:
+    """What ee-calibrate writes at its end; manifest: the new one."""
+    count, written = calibration.facts["rows"], json.loads(manifest.to_json())
+    shown = [point for point in manifest.points if point.name in SHOWN] or list(manifest.points[:2])
+    rows = [
+        ("bundle", bundle),
+        ("measured on", f"{count} rows of {file}"),
+        *((f"point {point.name}", _figures_text(point)) for point in shown),
+        ("all points", ", ".join(point.name for point in manifest.points)),
+    ]
+    facts = {
+        "bundle": bundle,
+        "file": str(file),
+        "rows": count,
+        "rule": written["rule"],
+        "points": written["points"],
+    }
+    if isinstance(manifest.input, ImageInput):
+        return Summary("Bundle calibrated", rows, facts, ("ee-inspect", bundle))
+    command, title = ("ee-run", "--bundle", bundle, "--stats"), TYPED
+    return Summary("Bundle calibrated", rows, facts, command, title)
+
+
+def _figures_text(point: OperatingPoint) -> str:
+    """What was measured or is guaranteed for a point, in one line."""
+    guarantee, measured = point.guarantee, point.measured
+    name, value = next(iter(measured.items()))  # the quality is the first figure
+    parts = [f"{name} {value:.2f}" + ("" if "nats" in name else " %")]
+    if guarantee is not None:
+        of = "" if guarantee.groups == "all" else f" of each {guarantee.groups}"
+        promise = f"{guarantee.risk}{of} at most {guarantee.limit:g}"
+        parts = [f"{promise} with confidence {guarantee.confidence:g}"]
+    for key, unit in (("macs_saved", "computation"), ("ms_saved", "time")):
+        parts += [f"{measured[key]:.1f} % of the {unit} saved"] if key in measured else []
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from offramp.runtime.bundle.manifest import (
     RuleSpec,
 )
 from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
+from offramp.runtime.progress import track
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.rules.sweep import ExitTable, MeasuredPoint, fixed_settings, setting_rule
@@ -221,7 +222,7 @@ def guaranteed_points(
     failed: list[str] = []
     scores: dict[str, Mapping[str, float]] = {}
     lines = [search.head]
-    for variant in manifest.variants:
+    for variant in track(manifest.variants, "measuring variants", unit="variant"):
         try:
             trace, lengths = session.at_full_depth(rows.items, variant)
         except (BadSetting, EngineUnavailable) as problem:

@@ -20,6 +20,7 @@ from offramp.runtime.bundle.manifest import (
 )
 from offramp.runtime.errors import BadSetting, EngineUnavailable
 from offramp.runtime.loading import load_row_session
+from offramp.runtime.progress import track
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules.resolve import resolve_rule
 from offramp.runtime.rules.sweep import choose_points
@@ -160,7 +161,7 @@ def exit_points(
     points: list[OperatingPoint] = []
     scores: dict[str, Mapping[str, float]] = {}
     reference = None
-    for variant in manifest.variants:
+    for variant in track(manifest.variants, "measuring variants", unit="variant"):
         try:
             raw, lengths = measure_exit_table(session, rows, variant, right)
         except (BadSetting, EngineUnavailable) as problem:

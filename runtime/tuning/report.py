@@ -48,6 +48,7 @@ GENERATION_LEGEND = {
     "blocks run": "mean number of blocks run for a token, drafts and deferred tokens included",
     "same": "percent of the answers that equal those of full depth, token for token",
 }
+_DEMO_STYLE = Path(__file__).parents[2] / "web" / "style.css"  # in a checkout and in the installed wheel
 # Readable on white and on black.
 _FIRST = ("#3b82f6", "#e8590c", "#2f9e44", "#ae3ec9", "#1098ad", "#d6336c", "#b08900", "#868e96")
 COLOURS = (*_FIRST, "#a0522d", "#20c997", "#f783ac", "#5f6fb3")
@@ -211,9 +212,10 @@ def html_page(figures: Figures) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What early exit saves</title>
-<style>{_STYLE}</style>
+<style>{page_style()}</style>
 </head>
 <body>
+<main>
 <h1>What early exit saves</h1>
 <p>{escape(intro)}</p>
 {_html_table([columns(figures), *candidate_rows(figures)])}
@@ -223,26 +225,57 @@ def html_page(figures: Figures) -> str:
 {cold}
 <h2>Measured on, and how</h2>
 <dl>{listed}</dl>
+</main>
 </body>
 </html>
 """
 
 
+def page_style() -> str:
+    """The CSS of a page of figures: the colours of the demo page, light and dark, and tables and pictures."""
+    return page_colours() + _STYLE
+
+
+def page_colours() -> str:
+    """The custom properties that all pages share: the beginning of the demo page's style sheet."""
+    return _DEMO_STYLE.read_text(encoding="utf-8").partition("\n* {")[0]
+
+
 _GENERATION_NUMBERS = ("first_ms", "p50_ms", "p95_ms", "depth", "blocks_run")
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2128; --back: #fff; --line: #8886; --soft: #8881 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --back: #14181d } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-       max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2 } h2 { font-size: 1.1rem }
+:root { color-scheme: light dark }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--back); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
+h1 { margin: 0; font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere }
+h2 { margin: 2rem 0 .5rem; font-size: 1rem; font-weight: 600; line-height: 1.25 }
+p { margin: .25rem 0 1rem; overflow-wrap: anywhere }
+p, li, summary, figcaption, dt { color: var(--soft) }
+li, summary, figcaption, table, dl { font-size: .875rem }
+.wide, figure { border: 1px solid var(--line); border-radius: .5rem; background: var(--card) }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; white-space: nowrap }
-th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left } tbody tr:nth-child(odd) { background: var(--soft) }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
-figure { margin: 1rem 0 } svg { width: 100%; height: auto } figcaption { font-size: .85rem; opacity: .8 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem }
-dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+tbody tr:last-child td { border-bottom: 0 }
+th { font-weight: 600; color: var(--soft) }
+th:first-child, td:first-child { position: sticky; left: 0; text-align: left; background: var(--card) }
+details { margin: .75rem 0 }
+ul { padding-left: 1.25rem }
+summary { cursor: pointer }
+:focus-visible { outline: 3px solid var(--lit); outline-offset: 2px }
+.pictures { display: grid; gap: 1rem; margin: 1rem 0;
+            grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+figure { min-width: 0; margin: 0; padding: .75rem 1rem }
+figure h2 { margin: 0 0 .5rem }
+svg { display: block; width: 100%; height: auto }
+dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: .2rem 1rem }
+dd { margin: 0; min-width: 0; overflow-wrap: anywhere }
+@media (max-width: 34rem) {
+  table { font-size: .8125rem }
+  figure { padding: .75rem .5rem }
+  th, td { padding: .35rem .45rem }
+  th:first-child, td:first-child { max-width: 9rem; white-space: normal }
+}
 """
 
 
@@ -329,7 +362,8 @@ def _picture_svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix:
     settings = {"svg.fonttype": "none", "svg.hashsalt": prefix, **dict.fromkeys(ink, _INK)}
     target = io.StringIO()
     with matplotlib.rc_context(settings):
-        figure = _import_matplotlib("figure").Figure(figsize=(5.6, 3.6), layout="constrained")
+        # So small that text can be read where a phone shows the picture.
+        figure = _import_matplotlib("figure").Figure(figsize=(4.8, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.patch.set_visible(False)
@@ -337,8 +371,8 @@ def _picture_svg(draw: Callable[[Any, Figures], bool], figures: Figures, prefix:
             return ""
         handles, names = axes.get_legend_handles_labels()
         if names:  # below the picture: inside it would cover lines
-            look = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
-            figure.legend(handles, names, loc="outside lower center", ncols=3, **look)
+            look = {"frameon": False, "fontsize": 8.5, "labelcolor": _INK}
+            figure.legend(handles, names, loc="outside lower center", ncols=2, **look)
         figure.savefig(target, format="svg", transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", target.getvalue(), flags=re.DOTALL)
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
