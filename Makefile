@@ -4,13 +4,14 @@
 #   make test-all   the slow ones too, as CI does
 #   make fuzz    5 minutes of coverage-guided fuzzing of all that reads bytes of others
 #   make check   ruff, mypy --strict, and whether the tree in docs/structure.md is the tree
+#   make site    the docs site, into build/site
 #   make bench   what early exit saves on this machine; writes the figures of README.md and docs/measured.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROOMS := benchmarks export models runtime training
 
-.PHONY: demo test test-all fuzz check bench figures tree clean
+.PHONY: demo test test-all fuzz check bench figures tree site clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.product
@@ -57,6 +58,9 @@ check: $(VENV)/.dev build/types
 
 tree: $(VENV)/.dev
 	$(BIN)/python tests/test_house.py --write
+
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist offramp.egg-info

@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.inputs.images",
         "runtime.inputs.tokenizer_checks",
         "runtime.inputs.words",
+        "runtime.progress",
+        "runtime.summary",
     ),
     "export": ("models", "training.checkpoint", "training.pretrained", "runtime"),
     "benchmarks": ("runtime", "models", "training", "export"),
@@ -46,7 +48,8 @@ RUNTIME_IMPORTS = {"numpy", "click", "tokenizers", "PIL", "jinja2", "onnxruntime
 RUNTIME_IMPORTS.add("cryptography")  # of the extra sign
 # What only these folders of it import: their extras.
 EXTRA_IMPORTS = {
-    "runtime/serving/": {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"},
+    "runtime/serving/": {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "ray"},
+    "runtime/bulk": {"ray", "pyarrow"},
     "runtime/hub/": {"huggingface_hub"},
 }
 HEAVY = ("torch", "transformers", "onnx", "datasets")
@@ -107,6 +110,21 @@ PURPOSE = {
     "docs/budgets.md": "budgets of time and depth, and audits of the answers; a test runs every block",
     "docs/tasks.md": "several labels, labels of words, numbers, embeddings; a test runs every block",
     "docs/your-model.md": "how a fine-tuned model gets exits; a test runs every block",
+    "docs/ray.md": "many rows with Ray Data, pipelines, and ee-serve's application on Ray Serve",
+    "docs/triton.md": "a model repository for NVIDIA's Triton, how its model walks, what was verified how",
+    "docs/fleet.md": "how many replicas exits save: fleets simulated from measured costs",
+    "docs/api.md": "the names of offramp.runtime; the site generates signatures and docstrings",
+    "docs/concepts.md": "how a row is answered: segments, exits, rules, bundles, points; with a picture",
+    "docs/index.md": "the start of the docs: what it is, two commands, where to go next",
+    "docs/tutorials": "one task from an empty folder to a result; a test runs every block",
+    "docs/tutorials/index.md": "what each tutorial begins and ends with",
+    "docs/tutorials/add-exits.md": "exits for a fine-tuned classifier, with a guarantee",
+    "docs/tutorials/images.md": "images by class folders",
+    "docs/tutorials/intents.md": "short texts, int8, one core",
+    "docs/tutorials/jetson.md": "TensorRT on the device; not run on one",
+    "docs/tutorials/language-model.md": "split, draft, verify",
+    "docs/tutorials/million-rows.md": "files, resuming, processes, Ray",
+    "docs/tutorials/serve.md": "HTTP, keys, metrics",
     "docs/bundle-format.md": "files, fields of the manifest, rules as formulas: enough to write a walker",
     "docs/cli.md": "every command: input, exit codes, rules, operating points, options",
     "docs/comparison.md": "every method by data set and over all, written by a benchmark",
@@ -117,7 +135,7 @@ PURPOSE = {
     "docs/jetson.md": "running on a Jetson",
     "docs/log.md": "a dated log of what was tried, negative results too",
     "docs/measured.md": "every candidate and every figure, written by `make figures`",
-    "docs/serving.md": "ee-serve: routes, how requests are walked, keys, what it tells",
+    "docs/serving.md": "ee-serve: routes, how requests are walked, budgets, audits, keys, figures",
     "docs/processes.md": "servers, workers, threads, containers, stopping ee-run; a test runs its files",
     "docs/operating-points.md": "measured and guaranteed points: what a guarantee says, and whether it holds",
     "docs/papers.md": "the published systems element by element, and what of them is built",
@@ -125,7 +143,7 @@ PURPOSE = {
     "tests": "one test file a source file, under the same names",
     "tests/data": "tiny bundles, checked in, with their generators",
     "tests/hostile": "what an attacker would write: bundles, inputs, templates; threats of SECURITY.md",
-    "tests/doubles": "CUDA and TensorRT on host memory, for tests of the GPU engines",
+    "tests/doubles": "CUDA and TensorRT on host memory, Triton in this process, for tests of engines",
 }
 BEGIN, END = "<!-- tree: make tree -->", "<!-- end of tree -->"
 
@@ -335,7 +353,8 @@ def tree() -> str:
             if entry.is_file() and is_source and entry.name != "__init__.py":
                 visit(entry, depth + 1)
         for entry in inside:
-            if entry.is_dir() and (in_tests or (entry / "__init__.py").is_file() or entry.name == "results"):
+            known = (entry / "__init__.py").is_file() or entry.name in {"results", "tutorials"}
+            if entry.is_dir() and (in_tests or known):
                 if in_tests:
                     rows.append(("  " + entry.name + "/", purpose(entry)))
                 else:

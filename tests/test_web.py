@@ -1,7 +1,8 @@
 """The walker and the page in web/: Node gives the same exits, labels and logits as offramp.runtime.
 
 Needs Node 20 and the packages of web/package.json (`npm ci` in web/); the test of the page also needs a
-Chromium, named by OFFRAMP_CHROMIUM or found on PATH. Without them tests are skipped, and say what is missing.
+Chromium, named by OFFRAMP_CHROMIUM or found on PATH. Without them tests are skipped, and say what is missing,
+unless OFFRAMP_REQUIRED names them (node, browser).
 """
 
 from __future__ import annotations
@@ -59,13 +60,18 @@ RULES: dict[str, dict[str, float]] = {
 }
 CERTAIN = ("max_probability", "margin", "entropy", "patience_confident")  # rules that read temperatures
 
-needs_node = pytest.mark.skipif(NODE is None, reason="no node on PATH; install Node 20 or newer")
+REQUIRED = os.environ.get("OFFRAMP_REQUIRED", "").split()  # tools whose lack is a failure
+
+needs_node = pytest.mark.skipif(
+    NODE is None and "node" not in REQUIRED, reason="no node on PATH; install Node 20 or newer"
+)
 needs_packages = pytest.mark.skipif(
-    NODE is None or not all(folder.is_dir() for folder in LIBRARIES),
+    (NODE is None or not all(folder.is_dir() for folder in LIBRARIES)) and "node" not in REQUIRED,
     reason="no node on PATH, or the packages of web/ are not installed; run: npm ci (in web/)",
 )
 needs_browser = pytest.mark.skipif(
-    BROWSER is None or not (WEB / "node_modules" / "playwright-core").is_dir(),
+    (BROWSER is None or not (WEB / "node_modules" / "playwright-core").is_dir())
+    and "browser" not in REQUIRED,
     reason="no Chromium (install one or name it in OFFRAMP_CHROMIUM), or no playwright-core (npm ci in web/)",
 )
 
