@@ -319,7 +319,7 @@ def cost_share(network: DecoderNetwork, depth: float, fill: bool) -> float:
     block = sum(p.numel() for p in network.blocks[0].parameters() if p.ndim == 2)
     ids = torch.zeros(1, 1, dtype=torch.long)
     hidden, context = network.stem(ids, ids, torch.zeros(1, 0))
-    keys, values = network.family.cache_fill(network.blocks[0], hidden, context)
+    keys, values = network.cache_fill(0, hidden, context)
     kept = network.hidden_size * (keys.numel() + values.numel()) * fill
     head, blocks = network.hidden_size * network.vocab_size, network.block_count
     return (depth * block + (blocks - depth) * kept + head) / (blocks * block + head)

@@ -77,15 +77,15 @@ def extend(
     """
     places = torch.arange(ids.shape[1], device=ids.device)
     hidden, context = network.stem(ids, cache.lengths[:, None] + places, cache.valid)
-    family, past = network.family, cache.past
+    past = cache.past
     if not past:
-        keys, values = family.cache_fill(network.blocks[0], hidden, context)
+        keys, values = network.cache_fill(0, hidden, context)
         past = [(keys[:, :, :0].transpose(2, 3), values[:, :, :0])] * network.block_count
     longer = list[KeyValue]()
     for number, (old_keys, old_values) in enumerate(past):
         runs = None if block_mask is None else block_mask(number, hidden)
         if runs is not None and not bool(runs.any()):
-            keys, values = family.cache_fill(network.blocks[number], hidden, context)
+            keys, values = network.cache_fill(number, hidden, context)
             new = keys.transpose(2, 3), values
         else:
             output, new = network.run_block(number, hidden, context, (old_keys, old_values))

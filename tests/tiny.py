@@ -21,14 +21,20 @@ from transformers import (
     Dinov2Config,
     DistilBertConfig,
     ElectraConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MPNetConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    SmolLM3Config,
     ViTConfig,
 )
 
@@ -70,6 +76,22 @@ DECODERS: dict[str, Any] = {
     "qwen2": lambda: Qwen2Config(**DECODER_SIZES | {"num_key_value_heads": 4}),
     "qwen3": lambda: Qwen3Config(**DECODER_SIZES, head_dim=16),
     "gpt2": lambda: GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "smollm3": lambda: SmolLM3Config(**DECODER_SIZES, no_rope_layers=[1, 0, 1], pad_token_id=0),
+    "phi3": lambda: Phi3Config(**DECODER_SIZES, sliding_window=9, pad_token_id=0),
+    "olmo2": lambda: Olmo2Config(**DECODER_SIZES),
+    "gemma2": lambda: Gemma2Config(
+        **DECODER_SIZES, head_dim=16, sliding_window=5, query_pre_attn_scalar=12, attn_logit_softcapping=2.0
+    ),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **DECODER_SIZES,
+        head_dim=16,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **{name: size for name, size in DECODER_SIZES.items() if name != "num_key_value_heads"},
+        rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
+    ),
 }
 # Families of the export tests.
 EXPORTED = [*sorted(CONFIGS), "dinov2"]  # ViT and DeiT are exported in test_images_journey

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.models.families import albert, beit, bert, deberta, gpt2, llama, rotary, towers, vit
+from offramp.models.families import albert, beit, bert, deberta, gpt2, gpt_neox, llama, rotary, towers, vit
 from offramp.models.families.decoder import DecoderFamily
 from offramp.models.families.family import Family, UnsupportedFamily
 
@@ -39,11 +39,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 DECODERS: dict[str, DecoderFamily] = {
-    "llama": llama.FAMILY,
-    "mistral": llama.FAMILY,
-    "qwen2": llama.FAMILY,
-    "qwen3": llama.FAMILY,
-    "gpt2": gpt2.FAMILY,
+    "llama": llama.LLAMA,
+    "mistral": llama.MISTRAL,
+    "qwen2": llama.LLAMA,
+    "qwen3": llama.QWEN3,
+    "smollm3": llama.LLAMA,
+    "phi3": llama.PHI3,
+    "olmo2": llama.OLMO2,
+    "gemma2": llama.GEMMA2,
+    "gemma3_text": llama.GEMMA3,
+    "gpt2": gpt2.GPT2,
+    "gpt_neox": gpt_neox.GPT_NEOX,
 }
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor, nn
 
-from offramp.models.families.decoder import DecoderFamily, Heads
-from offramp.models.families.family import Context, UnsupportedFamily
+from offramp.models.families.decoder import Attention, DecoderFamily
+from offramp.models.families.family import UnsupportedFamily, blocks_at, module_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,7 +20,7 @@ class Conv1D(Protocol):
     bias: Tensor
 
 
-class Attention(Protocol):
+class SelfAttention(Protocol):
     """The members of a GPT-2 block's attention that the adapter reads; split_size is heads * head_dim."""
 
     head_dim: int
@@ -40,7 +40,7 @@ class FeedForward(Protocol):
 class Block(Protocol):
     """The members of a GPT-2 block that the adapter reads."""
 
-    attn: Attention
+    attn: SelfAttention
     mlp: FeedForward
     ln_1: nn.Module
     ln_2: nn.Module
@@ -52,30 +52,16 @@ def _embed(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
     return hidden  # [batch, seq, hidden]
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    layers = model.get_submodule("transformer.h")
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+def _attention(block: nn.Module) -> Attention:
+    attention = cast("Block", block).attn
+    heads = attention.split_size // attention.head_dim
+    return Attention(heads, heads, attention.head_dim, attention.head_dim**-0.5)
 
 
-def _context(model: nn.Module, hidden: Tensor, positions: Tensor) -> Context:
-    return {}
-
-
-def _project(block: nn.Module, hidden: Tensor, context: Context) -> Heads:
+def _project(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
     layer = cast("Block", block)
-    attention = layer.attn
-    rows, tokens, _ = hidden.shape
-    parts = _linear(attention.c_attn, layer.ln_1(hidden)).split(attention.split_size, dim=2)
-    queries, keys, values = (
-        part.view(rows, tokens, -1, attention.head_dim).transpose(1, 2) for part in parts
-    )
-    return queries * attention.head_dim**-0.5, keys, values
-
-
-def _cache_fill(block: nn.Module, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    _, keys, values = _project(block, hidden, context)  # one product computes all three
-    return keys, values
+    joined = _linear(layer.attn.c_attn, layer.ln_1(hidden))  # one product computes all three
+    return joined if what == "qkv" else joined[..., layer.attn.split_size :]
 
 
 def _finish_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -93,14 +79,18 @@ def _linear(layer: Conv1D, values: Tensor) -> Tensor:
     return values @ layer.weight + layer.bias
 
 
-def _norm(model: nn.Module) -> nn.Module:
-    return model.get_submodule("transformer.ln_f")
-
-
 def _longest(config: PreTrainedConfig) -> int:
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention:
         raise UnsupportedFamily("GPT-2 with scores scaled otherwise, or with attention to another network")
     return int(config.n_positions)
 
 
-FAMILY = DecoderFamily(_embed, _blocks, _context, _project, _cache_fill, _finish_block, _norm, _longest)
+GPT2 = DecoderFamily(
+    embed=_embed,
+    blocks=blocks_at("transformer.h"),
+    attention=_attention,
+    project=_project,
+    finish_block=_finish_block,
+    norm=module_at("transformer.ln_f"),
+    longest=_longest,
+)

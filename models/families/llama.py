@@ -1,51 +1,66 @@
-"""Llama and the families that share its blocks: Mistral, Qwen2 (biases), Qwen3 (normed queries and keys)."""
+"""Llama and the families with its parts: Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo 2, Gemma 2 and 3 (text).
+
+They differ in which norms a block has, in whether projections are joined, and in what a block attends to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.decoder import DecoderFamily, Heads
-from offramp.models.families.family import Context, UnsupportedFamily
+from offramp.models.families.decoder import Attention, DecoderFamily, Rotation
+from offramp.models.families.family import UnsupportedFamily, blocks_at, module_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+ROTATION = "rotation"  # the only one of most families; those with several name them by kinds of attention
 
-class Attention(Protocol):
-    """The members of a Llama block's attention that the adapter reads; q_norm and k_norm exist in Qwen3
-    alone.
+
+class SelfAttention(Protocol):
+    """The members of a block's attention that the adapters read.
+
+    q_norm and k_norm: Qwen3 and Gemma 3, a head at a time; OLMo 2, all heads together. qkv_proj: Phi-3, in
+    place of q_proj, k_proj and v_proj. sliding_window, use_rope, attn_logit_softcapping: in some families.
     """
 
+    config: PreTrainedConfig
+    layer_idx: int
     head_dim: int
     scaling: float
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
+    qkv_proj: nn.Linear
     o_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
 
 
 class FeedForward(Protocol):
-    """The members of a Llama block's feed-forward part: gated linear layers."""
+    """The members of a block's feed-forward part: gated linear layers; gate_up_proj in Phi-3 alone."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
+    gate_up_proj: nn.Module
     down_proj: nn.Module
     act_fn: nn.Module
+    activation_fn: nn.Module
 
 
 class Block(Protocol):
-    """The members of a Llama block that the adapter reads."""
+    """The members of a block that the adapters read; the last two exist in Gemma alone."""
 
-    self_attn: Attention
+    self_attn: SelfAttention
     mlp: FeedForward
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
+    post_feedforward_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
 
 
 def _embed(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
@@ -53,82 +68,162 @@ def _embed(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
     return hidden  # [batch, seq, hidden]
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    layers = model.get_submodule("model.layers")
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+def _attention(block: nn.Module) -> Attention:
+    attention = cast("Block", block).self_attn
+    config, size = attention.config, attention.head_dim
+    window = getattr(attention, "sliding_window", None)
+    return Attention(
+        int(config.num_attention_heads),
+        int(config.num_key_value_heads),
+        size,
+        float(attention.scaling),
+        ROTATION if getattr(attention, "use_rope", True) else "",
+        None if window is None else int(window),
+        getattr(attention, "attn_logit_softcapping", None),
+    )
 
 
-def _context(model: nn.Module, hidden: Tensor, positions: Tensor) -> Context:
-    """The rotations of queries and keys, prepared once for all blocks.
-
-    They contain the scale of the scores, as its square root for queries and for keys. The sine contains the
-    sign of the half that is swapped with the other.
-    """
-    cos, sin = model.get_submodule("model.rotary_emb")(hidden, positions)
-    first, second = sin.chunk(2, dim=-1)
-    half = cast("Block", _blocks(model)[0]).self_attn.scaling ** 0.5
-    cos, sin = cos * half, torch.cat([-first, second], dim=-1) * half
-    return {"cosine": cos[:, None], "sine": sin[:, None]}  # [batch, 1, seq, size]
+def _windowed_attention(block: nn.Module) -> Attention:
+    """Of families whose blocks read the window from the configuration, all of them the same."""
+    window = getattr(cast("Block", block).self_attn.config, "sliding_window", None)
+    return replace(_attention(block), window=None if window is None else int(window))
 
 
-def _project(block: nn.Module, hidden: Tensor, context: Context) -> Heads:
+def _gemma3_attention(block: nn.Module) -> Attention:
+    attention = cast("Block", block).self_attn
+    return replace(_attention(block), rotation=str(attention.config.layer_types[attention.layer_idx]))
+
+
+def _rotations(model: nn.Module) -> Mapping[str, Rotation]:
+    module: Any = model.get_submodule("model.rotary_emb")
+    return {ROTATION: Rotation(module.inv_freq, float(module.attention_scaling))}
+
+
+def _gemma3_rotations(model: nn.Module) -> Mapping[str, Rotation]:
+    """A rotation for each kind of attention."""
+    module: Any = model.get_submodule("model.rotary_emb")
+    facts = {
+        kind: (getattr(module, f"{kind}_inv_freq"), getattr(module, f"{kind}_attention_scaling"))
+        for kind in module.layer_types
+    }
+    return {kind: Rotation(frequencies, float(factor)) for kind, (frequencies, factor) in facts.items()}
+
+
+def _project(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
+    layer = cast("Block", block)
+    return _projected(layer.self_attn, layer.input_layernorm(hidden), what)
+
+
+def _projected(attention: SelfAttention, hidden: Tensor, what: str) -> Tensor:
+    """Queries, keys and values side by side: an export merges the projections into one product."""
+    projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
+    return torch.cat([projections[part](hidden) for part in what], dim=-1)
+
+
+def _project_normed_heads(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
+    """The projections of a family that norms every head of queries and keys."""
     layer = cast("Block", block)
     attention = layer.self_attn
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    queries, keys, values = _rotated(attention, projections, layer.input_layernorm(hidden), context)
-    return queries, keys, values
+    parts = _projected(attention, layer.input_layernorm(hidden), what)
+    heads = parts.unflatten(-1, (-1, attention.head_dim))  # [batch, seq, all heads, size]
+    form = _attention(block)
+    counts = {"q": form.heads, "k": form.kv_heads, "v": form.kv_heads}
+    norms = {"q": attention.q_norm, "k": attention.k_norm}
+    pieces = heads.split([counts[part] for part in what], dim=2)
+    normed = [
+        norms[part](piece) if part in norms else piece for part, piece in zip(what, pieces, strict=True)
+    ]
+    return torch.cat(normed, dim=2).flatten(2)
 
 
-def _cache_fill(block: nn.Module, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+def _project_phi3(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
     layer = cast("Block", block)
-    attention = layer.self_attn
-    projections = [attention.k_proj, attention.v_proj]
-    keys, values = _rotated(attention, projections, layer.input_layernorm(hidden), context)
-    return keys, values
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    if what == "qkv":
+        joined: Tensor = attention.qkv_proj(normed)
+        return joined
+    queries = int(attention.config.num_attention_heads) * attention.head_dim
+    keys_values: Tensor = normed @ attention.qkv_proj.weight[queries:].T
+    return keys_values
 
 
-def _rotated(
-    attention: Attention, projections: Sequence[nn.Module], normed: Tensor, context: Context
-) -> tuple[Tensor, ...]:
-    """The heads [batch, heads, seq, size] of each projection; all but the last (the values) are rotated.
-
-    They are computed side by side: that takes half as many operators, and an export can merge the projections
-    into one product (export.rewrite).
-    """
-    parts = [projection(normed) for projection in projections]
-    *rotated_heads, value_heads = (part.shape[-1] // attention.head_dim for part in parts)
-    rows, tokens, _ = normed.shape
-    heads = torch.cat(parts, dim=-1).view(rows, tokens, -1, attention.head_dim).transpose(1, 2)
-    heads, values = heads.split([sum(rotated_heads), value_heads], dim=1)
-    if hasattr(attention, "q_norm"):
-        norms = [attention.q_norm, attention.k_norm][-len(rotated_heads) :]
-        pieces = heads.split(rotated_heads, dim=1)
-        heads = torch.cat([norm(piece) for norm, piece in zip(norms, pieces, strict=True)], dim=1)
-    first, second = heads.chunk(2, dim=-1)
-    heads = heads * context["cosine"] + torch.cat([second, first], dim=-1) * context["sine"]
-    return *heads.split(rotated_heads, dim=1), values
+def _project_olmo2(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
+    attention = cast("Block", block).self_attn
+    parts = {
+        "q": lambda: attention.q_norm(attention.q_proj(hidden)),
+        "k": lambda: attention.k_norm(attention.k_proj(hidden)),
+        "v": lambda: attention.v_proj(hidden),
+    }
+    return torch.cat([parts[part]() for part in what], dim=-1)
 
 
 def _finish_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
     layer = cast("Block", block)
     hidden = hidden + layer.self_attn.o_proj(attended)
-    mlp, normed = layer.mlp, layer.post_attention_layernorm(hidden)
+    return hidden + _fed_forward(layer.mlp, layer.post_attention_layernorm(hidden))  # [batch, seq, hidden]
+
+
+def _fed_forward(mlp: FeedForward, normed: Tensor) -> Tensor:
     gates, values = torch.cat([mlp.gate_proj(normed), mlp.up_proj(normed)], dim=-1).chunk(2, dim=-1)
-    output: Tensor = hidden + mlp.down_proj(mlp.act_fn(gates) * values)
-    return output  # [batch, seq, hidden]
+    output: Tensor = mlp.down_proj(mlp.act_fn(gates) * values)
+    return output
 
 
-def _norm(model: nn.Module) -> nn.Module:
-    return model.get_submodule("model.norm")
+def _finish_phi3_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    layer = cast("Block", block)
+    mlp, hidden = layer.mlp, hidden + layer.self_attn.o_proj(attended)
+    gates, values = mlp.gate_up_proj(layer.post_attention_layernorm(hidden)).chunk(2, dim=-1)
+    output: Tensor = hidden + mlp.down_proj(mlp.activation_fn(gates) * values)
+    return output
+
+
+def _finish_olmo2_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a block whose norms follow attention and feed-forward part."""
+    layer = cast("Block", block)
+    hidden = hidden + layer.post_attention_layernorm(layer.self_attn.o_proj(attended))
+    output: Tensor = hidden + layer.post_feedforward_layernorm(_fed_forward(layer.mlp, hidden))
+    return output
+
+
+def _finish_gemma_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a block with norms before and after each part."""
+    layer = cast("Block", block)
+    hidden = hidden + layer.post_attention_layernorm(layer.self_attn.o_proj(attended))
+    fed = _fed_forward(layer.mlp, layer.pre_feedforward_layernorm(hidden))
+    output: Tensor = hidden + layer.post_feedforward_layernorm(fed)
+    return output
 
 
 def _longest(config: PreTrainedConfig) -> int:
-    """The longest text in tokens: all positions, or the sliding window, in which attention is complete."""
-    if config.rope_parameters.get("rope_type", "default") in ("dynamic", "longrope"):
+    """The longest text in tokens; raises UnsupportedFamily if rotations change with the text's length."""
+    parameters = config.rope_parameters
+    sets = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
+    if any(entry.get("rope_type", "default") in ("dynamic", "longrope") for entry in sets):
         raise UnsupportedFamily("rotations that change with the length of the text cannot be cached")
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    return min(int(config.max_position_embeddings), int(window))
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedFamily("attention in both directions cannot be cached")
+    return int(config.max_position_embeddings)
 
 
-FAMILY = DecoderFamily(_embed, _blocks, _context, _project, _cache_fill, _finish_block, _norm, _longest)
+LLAMA = DecoderFamily(
+    embed=_embed,
+    blocks=blocks_at("model.layers"),
+    attention=_attention,
+    project=_project,
+    finish_block=_finish_block,
+    norm=module_at("model.norm"),
+    longest=_longest,
+    rotations=_rotations,
+)
+MISTRAL = replace(LLAMA, attention=_windowed_attention)
+QWEN3 = replace(LLAMA, project=_project_normed_heads)
+PHI3 = replace(LLAMA, attention=_windowed_attention, project=_project_phi3, finish_block=_finish_phi3_block)
+OLMO2 = replace(LLAMA, project=_project_olmo2, finish_block=_finish_olmo2_block)
+GEMMA2 = replace(LLAMA, finish_block=_finish_gemma_block)
+GEMMA3 = replace(
+    LLAMA,
+    attention=_gemma3_attention,
+    project=_project_normed_heads,
+    finish_block=_finish_gemma_block,
+    rotations=_gemma3_rotations,
+)

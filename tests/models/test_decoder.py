@@ -22,7 +22,7 @@ def empty_cache(network: DecoderNetwork, rows: int, places: int) -> tuple[list[K
     """A cache of `places` places, full of numbers that must not count, and past_valid."""
     ids, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     hidden, context = network.stem(ids, positions, torch.zeros(1, 1))
-    _, keys, values = network.family.project(network.blocks[0], hidden, context)
+    keys, values = network.cache_fill(0, hidden, context)
     kv_heads, size = keys.shape[1], values.shape[3]
     pairs = [
         (torch.full((rows, kv_heads, size, places), 9.0), torch.full((rows, kv_heads, places, size), 9.0))
@@ -75,15 +75,32 @@ def test_the_head_after_any_block_is_that_of_transformers(model: Any) -> None:
         hidden, _ = network.run_block(block, hidden, context, cache[block])
         torch.testing.assert_close(hidden, states[block + 1], atol=1e-4, rtol=1e-4)
         expected = model.lm_head(network.family.norm(model)(states[block + 1]))
+        if softcap := getattr(model.config, "final_logit_softcapping", None):
+            expected = softcap * torch.tanh(expected / softcap)
         torch.testing.assert_close(network.head(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_sliding_window_limits_the_length() -> None:
-    assert DecoderNetwork(tiny.decoder("mistral")).longest == 40
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3_text"])
+def test_a_text_longer_than_the_window(family: str) -> None:
+    model = tiny.decoder(family)
+    ids, network = torch.randint(3, 60, (1, 60)), DecoderNetwork(model)
+    cache, valid = empty_cache(network, 1, 64)
+    logits = [append(network, piece, cache, valid) for piece in ids.split((45, 1, 1, 13), dim=1)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_whole_texts_with_a_depth_for_every_token(model: Any) -> None:
+    ids = torch.randint(3, 60, (2, 60))
+    network = DecoderNetwork(model)
+    torch.testing.assert_close(network.head(network(ids)[-1]), model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_family_without_an_adapter_is_named() -> None:
-    with pytest.raises(UnsupportedFamily, match="'bloom'; supported: gpt2, llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        UnsupportedFamily, match="'bloom'; supported: gemma2, gemma3_text, gpt2, gpt_neox, llama,"
+    ):
         decoder_family_of("bloom")
     scaled = GPT2Config(n_embd=8, n_layer=1, n_head=1, scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(UnsupportedFamily, match="scaled otherwise"):
