@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
+import click
 
 from offramp.export.describe import build_manifest
+from offramp.export.finished import open_finished
 from offramp.export.options import ExportOptions
 from offramp.export.precision import needs_reduced_range, write_variant
 from offramp.export.segments import Exportable, Segment, SplitNetwork, file_name, variants_of
@@ -21,6 +21,7 @@ from offramp.export.to_onnx import to_onnx
 from offramp.export.verify import VerificationReport, verify
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME, SIGNATURE_NAME, FileFact, Manifest
+from offramp.runtime.progress import track
 
 
 class BadTarget(ValueError):
@@ -39,15 +40,15 @@ def write_bundle(
     """Write the bundle of a split network in the variants of the options, and verify it against the network.
 
     texts: see verify. measure: a function that is called with the finished folder before it gets its name,
-    and that returns the manifest it wrote there. Raises BadTarget, NotVerified, and the errors of measure;
-    then no bundle is written.
+    and that returns the manifest it wrote there. At the end the bundle is opened as ee-run opens it; what a
+    user may not expect of it is written on stderr. Raises BadTarget, NotVerified, the errors of measure, and
+    those of load() for a bundle that ee-run would refuse; then no bundle is written.
     """
     variants = options.variants
     with replace_folder(folder, overwrite=options.overwrite) as beside:
-        for segment in track(list(split), "exporting", console=Console(stderr=True)):
+        for segment in track(list(split), "exporting", unit="graph"):
             write_graphs(segment, beside, options, weights_only=source.weights_only)
-        for name, path in source.files.items():
-            shutil.copyfile(path, beside / name)
+        write_files(source, beside)
         report = verify(source, beside, split, variants, texts)
         report.require_good()
         facts: dict[str, object] = {}
@@ -57,7 +58,19 @@ def write_bundle(
         manifest = write_manifest(beside, build_manifest(source, split, variants, facts))
         if measure is not None:
             manifest = measure(beside)
+        notes = open_finished(beside)
+    for text in notes:
+        click.echo(f"{folder}: {text}", err=True)
     return manifest, report
+
+
+def write_files(source: Exportable, folder: Path) -> None:
+    """Write the files that a bundle holds in addition to its graphs."""
+    for name, content in source.files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
 
 
 def write_graphs(segment: Segment, folder: Path, options: ExportOptions, *, weights_only: bool) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -19,12 +19,15 @@ from offramp.export.options import (
     parse_blocks,
     read_texts,
 )
+from offramp.runtime.bundle.manifest import ImageInput, Manifest
+from offramp.runtime.progress import announce
+from offramp.runtime.summary import TYPED, CommandOutput, Summary, output_options
 
 if TYPE_CHECKING:
     from offramp.export.classifier import ExportableClassifier
     from offramp.export.decoder import ExportableDecoder
     from offramp.export.segments import SplitNetwork
-    from offramp.runtime.bundle.manifest import Manifest
+    from offramp.export.verify import VerificationReport
 
 HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 NEEDED = (
@@ -36,8 +39,14 @@ NEEDED = (
     "onnx",
     "onnxscript",
     "onnxruntime",
-    "rich",
 )
+
+
+class Written(NamedTuple):
+    """A bundle that was written: its manifest, and how it was verified."""
+
+    manifest: Manifest
+    report: VerificationReport
 
 
 class VerificationFailed(click.ClickException):
@@ -117,16 +126,21 @@ class VerificationFailed(click.ClickException):
     is_flag=True,
     help="Replace the contents of --out and --baselines, once the new ones are complete.",
 )
-def main(**values: Any) -> None:
+@output_options
+def main(quiet: bool, as_json: bool, **values: Any) -> None:
     """Split the trained network in folder CHECKPOINT into ONNX segments and write them as a bundle; or a
-    causal language model as transformers saves it (Llama, Mistral, Qwen2, Qwen3, GPT-2).
+    causal language model as transformers saves it (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3,
+    OLMo 2, Gemma 2 and 3 text, GPT-2, GPT-NeoX).
 
     Every segment is compared with the network before the bundle gets its name; one that fails is not written.
     Where --segments leaves exits out, policies see the remaining exits alone and the operating points, which
     were measured with all of them, are left out.
 
+    The table of segments goes to stdout; on a terminal a summary follows, with --json it is all.
+
     Exit codes: 0 written, 1 verification failed, 2 the input cannot be used, 130 interrupted.
     """
+    output = CommandOutput(quiet, as_json)
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"{missing[0]} is not installed: run pip install 'offramp[export,cpu]' first")
@@ -135,11 +149,13 @@ def main(**values: Any) -> None:
 
     before = {path: identity_of(path) for path in options.targets}
     try:
-        if _is_model_folder(options.checkpoint):
-            _refuse_encoder(options.checkpoint)
-            _split_decoder(options)
-        else:
-            _split_classifier(options)
+        with output.progress():
+            if _is_model_folder(options.checkpoint):
+                _refuse_encoder(options.checkpoint)
+                written = _split_decoder(options, output)
+            else:
+                written = _split_classifier(options, output)
+        output.finish(split_summary(options, *written))
     except BadTarget as problem:
         raise UserError(f"{problem}; {describe_written(before)}") from None
     except KeyboardInterrupt:
@@ -167,7 +183,7 @@ def _refuse_encoder(folder: Path) -> None:
         )
 
 
-def _split_classifier(options: SplitOptions) -> None:
+def _split_classifier(options: SplitOptions, output: CommandOutput) -> Written:
     """Write the bundle, and baselines if asked for, of a classifier's checkpoint that ee-train wrote."""
     from offramp.export.baselines import write_baselines
     from offramp.export.bundle import check_target
@@ -196,19 +212,20 @@ def _split_classifier(options: SplitOptions) -> None:
             read_perhaps_labelled(options.dev, network.spec.labels, images=images, kind=kind)
         except BadInput as problem:
             raise UserError(f"--dev: {problem}") from None
-    split = _cut_classifier(source, options, export.variants)
+    split = _cut_classifier(source, options, export.variants, output)
     ends = [segment.blocks[-1] for segment in split.segments]
     blocks = parse_blocks(options.truncate, ends, "the bundle")
     dropped = len(network.spec.exits) - len(ends)
     if dropped and options.dev is None and source.checkpoint.training.get("operating_points"):
         click.echo(f"{dropped} exits left out, so the operating points, measured with all, are too", err=True)
-    manifest = _write(source, split, options, texts)
+    written = _write(source, split, options, texts, output)
     if options.baselines is not None:
-        write_baselines(source, options.out, manifest, options.baselines, export, blocks=blocks)
-        click.echo(f"{options.baselines}: written")
+        write_baselines(source, options.out, written.manifest, options.baselines, export, blocks=blocks)
+        output.table(f"{options.baselines}: written")
+    return written
 
 
-def _split_decoder(options: SplitOptions) -> None:
+def _split_decoder(options: SplitOptions, output: CommandOutput) -> Written:
     """Write the bundle of a causal language model in a folder that transformers or ee-train saved."""
     from offramp.export.auto import choose_segment_count
     from offramp.export.bundle import check_target
@@ -226,16 +243,16 @@ def _split_decoder(options: SplitOptions) -> None:
         cuts = options.segments or source.training.get("exits") or "auto"
         if cuts == "auto":
             choice = choose_segment_count(source, export.variants)
-            click.echo(choice.table + "\n")
+            output.table(choice.table + "\n")
             cuts = choice.cuts
         split = source.split(cuts)
     except (BadCheckpoint, UnsupportedFamily, OSError, ValueError) as problem:
         raise UserError(f"{folder}: {problem}") from None
-    _write(source, split, options, None)
+    return _write(source, split, options, None, output)
 
 
 def _cut_classifier(
-    source: ExportableClassifier, options: SplitOptions, variants: tuple[str, ...]
+    source: ExportableClassifier, options: SplitOptions, variants: tuple[str, ...], output: CommandOutput
 ) -> SplitNetwork:
     """Cut the network as option --segments requires; the table of auto is printed on stdout."""
     from offramp.export.auto import choose_exits
@@ -248,7 +265,7 @@ def _cut_classifier(
         if options.dev is None:
             raise ValueError("give --dev FILE: which exits pay depends on where rows exit")
         choice = choose_exits(source, options.dev, options.engine, options.device)
-        click.echo(choice.table + "\n")
+        output.table(choice.table + "\n")
         return source.split(choice.cuts, variants)
     except BadInput as problem:
         raise UserError(f"--dev: {problem}") from None
@@ -263,7 +280,8 @@ def _write(
     split: SplitNetwork,
     options: SplitOptions,
     texts: Sequence[str] | None,
-) -> Manifest:
+    output: CommandOutput,
+) -> Written:
     """Write the bundle and, if asked for, the monolith."""
     from offramp.export.bundle import write_bundle
     from offramp.export.monolith import write_monolith
@@ -273,9 +291,9 @@ def _write(
     from offramp.runtime.tuning.calibrate import calibrate_classifier
 
     def measure(folder: Path) -> Manifest:
-        click.echo("measuring operating points", err=True)
         assert options.dev is not None
-        return calibrate_classifier(folder, options.dev, engine=options.engine, device=options.device)
+        with announce("measuring operating points"):
+            return calibrate_classifier(folder, options.dev, engine=options.engine, device=options.device)
 
     try:
         manifest, report = write_bundle(
@@ -293,10 +311,58 @@ def _write(
         raise UserError(f"{file}: {problem}; no bundle was written") from None
     except (BadSetting, EngineUnavailable) as problem:
         raise UserError(f"--engine {options.engine}: {problem}; no bundle was written") from None
-    click.echo(closing_table(manifest, report))
+    output.table(closing_table(manifest, report))
     count = f"{len(manifest.segments)} segments of {manifest.blocks} blocks"
-    click.echo(f"{options.out}: written and verified, {count}")
+    output.table(f"{options.out}: written and verified, {count}")
     if options.monolith is not None:
-        click.echo("exporting the monolith", err=True)
-        write_monolith(source, options.monolith, options.export())
-    return manifest
+        with announce("exporting the monolith"):
+            write_monolith(source, options.monolith, options.export())
+    return Written(manifest, report)
+
+
+def split_summary(options: SplitOptions, manifest: Manifest, report: VerificationReport) -> Summary:
+    """What ee-split writes at its end."""
+    variants, names = manifest.variants, [point.name for point in manifest.points]
+    sizes = {variant: _bytes_of(manifest, variant) for variant in variants}
+    worst = max((difference.difference for difference in report.differences), default=0.0)
+    kept = {
+        variant: min(shares)
+        for variant in variants[1:]
+        if (
+            shares := [x.agreement for x in report.losses if x.variant == variant and x.agreement is not None]
+        )
+    }
+    rows = [
+        ("bundle", str(options.out)),
+        ("segments", f"{len(manifest.segments)} of {manifest.blocks} blocks"),
+        *((f"size {variant}", f"{size / 1e6:.1f} MB") for variant, size in sizes.items()),
+        ("verified", f"differs from torch by at most {worst:.1e} in {variants[0]}"),
+        *((f"{variant} answers", f"{share:.1%} as in {variants[0]}") for variant, share in kept.items()),
+        ("points", ", ".join(names) or "none; measure them with ee-calibrate"),
+    ]
+    extra = {"monolith": options.monolith, "baselines": options.baselines}
+    rows += [(name, str(path)) for name, path in extra.items() if path is not None]
+    facts = {
+        "bundle": str(options.out),
+        "segments": len(manifest.segments),
+        "blocks": manifest.blocks,
+        "variants": list(variants),
+        "bytes": sizes,
+        "max_difference": worst,
+        "answers_kept": kept,
+        "points": names,
+        **{name: str(path) for name, path in extra.items() if path is not None},
+    }
+    if isinstance(manifest.input, ImageInput):
+        return Summary("Bundle written and verified", rows, facts, ("ee-inspect", str(options.out)))
+    command, title = ("ee-run", "--bundle", str(options.out)), TYPED
+    return Summary("Bundle written and verified", rows, facts, command, title)
+
+
+def _bytes_of(manifest: Manifest, variant: str) -> int:
+    """Bytes of the graphs that a walk in a variant opens; a segment without it runs in the first variant."""
+    segments = [manifest.stem, *manifest.segments]
+    if (decoder := manifest.decoder) is not None:
+        segments += [*decoder.cache_fills, decoder.head, *([decoder.draft] if decoder.draft else [])]
+    graphs = [segment.variants.get(variant, segment.first_graph).graphs for segment in segments]
+    return sum(manifest.files[file].bytes for file in {graph.file for part in graphs for graph in part})

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import click
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
+from offramp.export.chat import ChatFacts, read_chat
 from offramp.export.segments import (
     TOLERANCE,
     ManifestFacts,
@@ -22,11 +25,19 @@ from offramp.export.segments import (
     require_float32,
     same_label,
 )
-from offramp.models.decoder import DecoderNetwork, KeyValue, hidden_states, run_block
+from offramp.models.decoder import (
+    DecoderNetwork,
+    KeyValue,
+    cap,
+    hidden_states,
+    project_cache,
+    run_block,
+)
 from offramp.models.families import decoder_family_of
 from offramp.models.families.family import Context
 from offramp.models.macs import linear_weights
 from offramp.models.network import parse_exits
+from offramp.runtime.bundle.fields import LONGEST_INPUT
 from offramp.runtime.bundle.manifest import (
     EXIT_HIDDEN,
     GATE,
@@ -37,7 +48,7 @@ from offramp.runtime.bundle.manifest import (
     Tensor,
     TextInput,
 )
-from offramp.runtime.inputs.chat import TEMPLATE
+from offramp.runtime.inputs.tokenizer_checks import LARGEST_FILE, check_tokenizer, tokenizer_reason
 from offramp.training.checkpoint import TOKENIZER, TRAINING, load_exits, read_json
 
 STEM_INPUTS = (
@@ -76,12 +87,13 @@ class CachedBlock(nn.Module):
     def __init__(self, network: DecoderNetwork, block: int) -> None:
         super().__init__()
         self.family, self.block = network.family, network.blocks[block]
+        self.form = network.attention(self.block)
 
     def forward(
         self, hidden: torch.Tensor, context: Context, past: KeyValue
     ) -> tuple[torch.Tensor, KeyValue]:
         """Run the block on new tokens; returns hidden, and the new keys and values."""
-        return run_block(self.family, self.block, hidden, context, past)
+        return run_block(self.family, self.form, self.block, hidden, context, past)
 
 
 class DecoderSegment(nn.Module):
@@ -123,10 +135,11 @@ class BlockCacheFill(nn.Module):
     def __init__(self, network: DecoderNetwork, block: int) -> None:
         super().__init__()
         self.family, self.block = network.family, network.blocks[block]
+        self.form = network.attention(self.block)
 
     def forward(self, hidden: torch.Tensor, context: Context) -> KeyValue:
         """Compute keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size]."""
-        keys, values = self.family.cache_fill(self.block, hidden, context)
+        keys, values = project_cache(self.family, self.form, self.block, hidden, context)
         return keys.transpose(2, 3), values
 
 
@@ -156,7 +169,7 @@ class DecoderHead(nn.Module):
 
     def __init__(self, network: DecoderNetwork, ids: int | None = None) -> None:
         super().__init__()
-        self.norm = network.family.norm(network.model)
+        self.norm, self.softcap = network.family.norm(network.model), network.softcap
         self.words: nn.Linear = network.model.lm_head
         if ids is not None:
             self.words = nn.Linear(network.hidden_size, ids, network.model.lm_head.bias is not None)
@@ -167,7 +180,7 @@ class DecoderHead(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute logits [batch, seq, ids]; tensors: hidden [batch, seq, hidden size] alone."""
-        return (self.words(self.norm(tensors[0])),)
+        return (cap(self.words(self.norm(tensors[0])), self.softcap),)
 
 
 def split_decoder(
@@ -252,7 +265,7 @@ def _probe(network: DecoderNetwork) -> tuple[tuple[Tensor, ...], tuple[int, int]
         positions = torch.arange(tokens).expand(rows, -1)
         hidden, context = network.stem(ids, positions, torch.ones(rows, places, dtype=torch.int64))
         outputs.append({"hidden": hidden, **context})
-    _, keys, _ = network.family.project(network.blocks[0], hidden, context)
+    keys, _ = network.cache_fill(0, hidden, context)
     axes = dict(zip(zip(small, large, strict=True), ("batch", "seq", "past"), strict=True))
     return describe_tensors(outputs[0], outputs[1], axes), (keys.shape[1], keys.shape[3])
 
@@ -262,12 +275,14 @@ class ExportableDecoder:
     """A causal language model with everything that its bundle needs; see segments.Exportable.
 
     folder: holds its tokenizer.json. training: the contents of training.json. draft_ids: see split_decoder.
+    chat: its chat templates and special tokens.
     """
 
     network: DecoderNetwork
     folder: Path
     training: Mapping[str, Any] = field(default_factory=dict)
     draft_ids: int = DRAFT_IDS
+    chat: ChatFacts = field(default_factory=ChatFacts)
 
     # int8 and int4: activations are quantized token by token, so that a token gets the same logits among
     # others as alone; one scale for all of them would not allow that.
@@ -282,10 +297,9 @@ class ExportableDecoder:
         return same_label
 
     @property
-    def files(self) -> dict[str, Path]:
-        """The tokenizer file and, if there is one, the chat template, by their names in the bundle."""
-        paths = {name: self.folder / name for name in (TOKENIZER, TEMPLATE)}
-        return {name: path for name, path in paths.items() if name == TOKENIZER or path.is_file()}
+    def files(self) -> dict[str, Path | bytes]:
+        """The tokenizer file and the contents of the chat templates, by their names in the bundle."""
+        return {TOKENIZER: self.folder / TOKENIZER, **self.chat.files}
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
         """Cut the network after these blocks; see split_decoder."""
@@ -293,18 +307,24 @@ class ExportableDecoder:
 
     def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
         """The facts that the manifest of the split holds in addition to its segments."""
-        config = self.network.model.generation_config
-        stop = config.eos_token_id if config.eos_token_id is not None else ()
+        network, config = self.network, self.network.model.generation_config
+        pad_id = config.pad_token_id
+        special = {"special_tokens": dict(self.chat.special_tokens)} if self.chat.special_tokens else {}
         return ManifestFacts(
             task=GENERATION,
             labels=(),
-            input=TextInput(TOKENIZER, "", int(config.pad_token_id or 0), self.network.longest),
+            input=TextInput(
+                TOKENIZER,
+                "",
+                pad_id if _is_id(pad_id, network.vocab_size) else 0,  # -1 and others mean none, too
+                min(network.longest, LONGEST_INPUT),
+            ),
             rule=_default_rule(split, str(self.training.get("recipe", ""))),
             points=(),
             costs={},
             training=self.training,
-            provenance={"backbone": self.network.model.config.model_type},
-            stop_ids=tuple(stop) if isinstance(stop, (list, tuple)) else (int(stop),),
+            provenance={"backbone": network.model.config.model_type, **special},
+            stop_ids=stop_ids(network),
         )
 
     def samples(
@@ -319,6 +339,7 @@ class ExportableDecoder:
         positions = torch.arange(total)[None]
         embedded = network.family.embed(network.model, ids, positions)
         states = [embedded, *hidden_states(network, ids)]  # by number of blocks that ran
+        logits = network.model(input_ids=ids, use_cache=False).logits  # by transformers itself
         cache = _cache(network, states, positions)
         start = 0
         for count in CHUNKS:
@@ -334,7 +355,8 @@ class ExportableDecoder:
                 past[name.replace("new", "past")].narrow(axis, 0, start).copy_(new.narrow(axis, 0, start))
             stem_inputs = {"input_ids": ids[:, here], "position_ids": positions[:, here], "past_valid": valid}
             new_here = {n: t.narrow(3 if "_k_" in n else 2, start, count) for n, t in cache.items()}
-            expected = _expected(network, split, stem_inputs, [state[:, here] for state in states], new_here)
+            states_here = [state[:, here] for state in states]
+            expected = _expected(network, split, stem_inputs, states_here, new_here, logits[:, here])
             yield Sample(stem_inputs | past, torch.ones(1, count, dtype=torch.bool), expected)
             start += count
 
@@ -342,20 +364,25 @@ class ExportableDecoder:
 def open_decoder(folder: Path) -> ExportableDecoder:
     """Load a causal language model from a folder of transformers, with the exits that ee-train added.
 
-    Raises ValueError, or what transformers raises, for a folder without such a model or its tokenizer.json;
-    UnsupportedFamily; BadCheckpoint.
+    Notes on its tokenizer are written on stderr. Raises ValueError, or what transformers raises, for a folder
+    without such a model, with weights that are not all of one such model, or without a tokenizer.json that
+    ee-run reads; UnsupportedFamily; BadCheckpoint.
     """
     from transformers import AutoModelForCausalLM
 
-    from offramp.training.pretrained import load_pretrained_config
+    from offramp.training.pretrained import load_pretrained_config, load_weights, require_causal_lm
 
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"it has no {TOKENIZER}: save it with a fast tokenizer of transformers")
-    decoder_family_of(load_pretrained_config(folder).model_type)  # before weights are read
+    config = load_pretrained_config(folder)
+    decoder_family_of(config.model_type)  # before weights are read
+    require_causal_lm(config)
+    tokenizer = _read_tokenizer(folder / TOKENIZER, int(config.vocab_size))
+    chat = read_chat(folder, tokenizer)
+    for note in chat.notes:
+        click.echo(f"{folder}: {note}", err=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+        model = load_weights(AutoModelForCausalLM, folder)
     except (OSError, ValueError):
         raise
     except Exception as problem:  # files that do not fit make transformers raise nearly anything
@@ -363,7 +390,38 @@ def open_decoder(folder: Path) -> ExportableDecoder:
     network = DecoderNetwork(model)
     load_exits(network, folder)
     training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
-    return ExportableDecoder(network.float(), folder, training)
+    return ExportableDecoder(network.float(), folder, training, chat=chat)
+
+
+def stop_ids(network: DecoderNetwork) -> tuple[int, ...]:
+    """The tokens at which transformers.generate ends an answer, those that the vocabulary has.
+
+    They are those of generation_config.json, and of config.json for a folder without that file.
+    """
+    ends = network.model.generation_config.eos_token_id
+    ids = ends if isinstance(ends, (list, tuple)) else [ends]
+    return tuple(dict.fromkeys(id for id in ids if _is_id(id, network.vocab_size)))
+
+
+def _is_id(value: object, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+
+
+def _read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
+    """Open a tokenizer.json that ee-run can read, too; raises ValueError for others."""
+    try:
+        text = file.read_text("utf-8")
+        if len(text.encode("utf-8")) > LARGEST_FILE:
+            raise ValueError(f"more than {LARGEST_FILE} bytes")
+        check_tokenizer(text, vocab_size)
+        tokenizer: Tokenizer = Tokenizer.from_str(text)
+    except BaseException as problem:  # a panic of the library is no Exception
+        raise ValueError(
+            f"{file.name}: no tokenizer that ee-run reads: {tokenizer_reason(problem)}"
+        ) from problem
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _default_rule(split: SplitNetwork, recipe: str) -> RuleSpec:
@@ -378,10 +436,10 @@ def _default_rule(split: SplitNetwork, recipe: str) -> RuleSpec:
 
 def _cache(network: DecoderNetwork, states: Sequence[torch.Tensor], positions: torch.Tensor) -> Values:
     """Keys and values of every block and token, by the names of a segment's outputs."""
-    context = network.family.context(network.model, states[0], positions)
+    context = network.rotate_by(positions)
     cache: Values = {}
-    for number, (block, hidden) in enumerate(zip(network.blocks, states, strict=False), 1):
-        _, keys, values = network.family.project(block, hidden, context)
+    for number, hidden in enumerate(states[: network.block_count], 1):
+        keys, values = network.cache_fill(number - 1, hidden, context)
         cache[f"new_k_{number}"], cache[f"new_v_{number}"] = keys.transpose(2, 3), values
     return cache
 
@@ -392,24 +450,23 @@ def _expected(
     stem_inputs: Values,
     states: Sequence[torch.Tensor],
     cache: Values,
+    logits: torch.Tensor,
 ) -> Iterator[Values]:
-    """Outputs of every segment for some tokens, computed by the network's own methods.
+    """Outputs of every segment for some tokens, computed by the network's own methods, but for logits.
 
     states: their hidden states [1, tokens, hidden] by number of blocks that ran. cache: their keys and
-    values.
+    values. logits [1, tokens, vocabulary]: of the model that transformers loaded, so that a difference
+    between it and the family's adapter is found, too.
     """
     hidden, context = network.stem(*stem_inputs.values())
     yield {"hidden": hidden, **context}
     for segment in split.in_walking_order():
         if segment in split.heads:
-            (logits,) = segment.outputs
-            yield {"logits": network.head(states[-1])[..., : int(logits.shape[-1])]}
+            yield {"logits": logits[..., : int(segment.outputs[0].shape[-1])]}
         elif segment in split.cache_fills:
             outputs: Values = {}
             for block in segment.blocks:
-                keys, values = network.family.cache_fill(
-                    network.blocks[block - 1], states[segment.blocks[0] - 1], context
-                )
+                keys, values = network.cache_fill(block - 1, states[segment.blocks[0] - 1], context)
                 outputs |= {f"new_k_{block}": keys.transpose(2, 3), f"new_v_{block}": values}
             yield outputs
         elif segment.blocks:

@@ -53,6 +53,13 @@ class SplitOptions:
             raise UserError(
                 f"--truncate {self.truncate} names baselines that are cut off: give --baselines DIR, too"
             )
+        if (self.checkpoint / "adapter_config.json").is_file():
+            from offramp.training.pretrained import refuse_adapter  # here: loading transformers takes seconds
+
+            try:
+                refuse_adapter(self.checkpoint)
+            except ValueError as problem:
+                raise UserError(f"{self.checkpoint}: {problem}") from None
         places = {"--out": self.out, "--baselines": self.baselines, "--monolith": self.monolith}
         real = {f"{name} {path}": Path(os.path.realpath(path)) for name, path in places.items() if path}
         for (first, one), (second, other) in combinations(real.items(), 2):

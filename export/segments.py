@@ -158,8 +158,8 @@ class Exportable(Protocol):
         ...
 
     @property
-    def files(self) -> Mapping[str, Path]:
-        """Files that a bundle holds in addition to its graphs, by their names in the bundle."""
+    def files(self) -> Mapping[str, Path | bytes]:
+        """Files that a bundle holds in addition to its graphs, or their contents, by their names there."""
         ...
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:

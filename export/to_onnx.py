@@ -11,24 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 from torch import nn
 
 from offramp.export.rewrite import apply_rewrites
 from offramp.export.segments import Segment
+from offramp.runtime.bundle.external import SUFFIX
 from offramp.runtime.bundle.manifest import Tensor
 
+# Bytes of weights that a graph holds itself; protobuf cannot write 2 GiB, of which the nodes need a part.
+LARGEST_GRAPH = 2**31 - 2**26
+SMALL = 1024  # bytes of a tensor that stays in the graph in any case
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
 # The sizes differ from each other, and from one, which an exporter may treat as a constant.
 TRACED = {"batch": 2, "seq": 11, "past": 7}
 
 
-def to_onnx(segment: Segment, path: Path) -> None:
+def to_onnx(segment: Segment, path: Path, *, largest: int = LARGEST_GRAPH) -> None:
     """Export a segment to an ONNX file with the segment's names, types and shapes of inputs and outputs.
 
-    Nodes are named by their modules ("blocks.0.attention.self.query/MatMul_9"). Raises RuntimeError if the
-    exported graph has other inputs or outputs, or operators of a vendor.
+    Nodes are named by their modules ("blocks.0.attention.self.query/MatMul_9"). largest: if the weights have
+    more bytes, they are written into a file beside the graph (external data), whose name is the graph's with
+    SUFFIX behind it. Raises RuntimeError if the exported graph has other inputs or outputs, or operators of
+    a vendor.
     """
+    weights = path.with_name(path.name + SUFFIX)
     axes = {name: torch.export.Dim(name, min=1, max=segment.longest) for name in ("seq", "past")}
     axes["batch"] = torch.export.Dim("batch", min=1)
     shapes = tuple(
@@ -48,11 +56,17 @@ def to_onnx(segment: Segment, path: Path) -> None:
             output_names=[tensor.name for tensor in segment.outputs],
         )
         program.model = apply_rewrites(program.model)
-        model: onnx.ModelProto = program.model_proto
+        is_large = sum(value.const_value.nbytes for value in _initializers(program.model)) > largest
+        if is_large:
+            onnx_ir.save(program.model, path, external_data=weights.name, size_threshold_bytes=SMALL)
+            model: onnx.ModelProto = onnx.load(path, load_external_data=False)
+        else:
+            model = program.model_proto
     _name_nodes(model)
     _strip(model)
     _check(model, segment)
     path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(path if is_large else model)
 
 
 @contextlib.contextmanager
@@ -104,6 +118,10 @@ def _example(tensor: Tensor, longest: int) -> torch.Tensor:
     return torch.full(shape, 0.1)
 
 
+def _initializers(model: Any) -> list[Any]:
+    return [value for value in model.graph.initializers.values() if value.const_value is not None]
+
+
 def _name_nodes(model: onnx.ModelProto) -> None:
     """Name every node by its module, which the exporter stores only in the metadata."""
     for number, node in enumerate(model.graph.node):
@@ -137,7 +155,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _check(model: onnx.ModelProto, segment: Segment) -> None:
-    """Check that the graph is valid ONNX and has the segment's inputs and outputs."""
+    """Check that the graph has ONNX's own operators and the segment's inputs and outputs."""
     foreign = {node.domain or "ai.onnx" for node in model.graph.node} - {"ai.onnx"}
     if foreign or model.functions or [o.version for o in model.opset_import if o.domain == ""] != [OPSET]:
         raise RuntimeError(
@@ -150,7 +168,6 @@ def _check(model: onnx.ModelProto, segment: Segment) -> None:
                 f"{segment.name}: exported as {tensors}, expected {expected}; is this torch release "
                 "supported?"
             )
-    onnx.checker.check_model(model)
 
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:

@@ -94,6 +94,9 @@ class ManifestCheck {
     const bool plain =
         !name.empty() && name != "." && name != ".." && std::none_of(name.begin(), name.end(), bad);
     expect(plain, where, "a plain file name", name);
+    const std::string outside = ".onnx.data";
+    const bool inside = name.size() < outside.size() || name.substr(name.size() - outside.size()) != outside;
+    expect(inside, where, "graphs with their weights inside, as this walker reads them", name);
     check_keys(where, fact, {"sha256", "bytes"}, {});
     whole_of(where + ".bytes", fact["bytes"], 0, MOST_BYTES);
     const auto hex = text_of(where + ".sha256", fact["sha256"]);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from offramp.runtime.walker import Step, walk_one
 # that round activations to 8 bits, in which a difference in the last bit may become a whole rounding step.
 CLOSE_LOGITS, CLOSE_LOGITS_ROUNDED = 1e-3, 0.1
 FULL_DEPTH = ExitRule(RuleSpec("never", {}), never, 0)
+# Why an answer ended: at a token or text that ends it, after max_new_tokens, at the longest sequence of the
+# network.
+STOP, LENGTH, CONTEXT = "stop", "length", "context"
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,14 @@ class Token:
 
     depth: number of blocks after which it was predicted. blocks_run: blocks that were run since the previous
     token, including those for drafts and for tokens that had waited. drafted: whether it was a draft that the
-    full depth confirmed.
+    full depth confirmed. ended: why no token follows, STOP, LENGTH or CONTEXT; None if one may follow.
     """
 
     id: int
     depth: int
     blocks_run: int
     drafted: bool = False
+    ended: str | None = None
 
 
 def decode(
@@ -84,14 +88,15 @@ def _decode(
     tokens = [Token(_best_id(steps[-1].signals.logits[-1]), manifest.blocks, manifest.blocks)]
     count, longest = 0, sequence.runner.longest
     while True:
-        for token in tokens:
-            yield token
+        for number, token in enumerate(tokens, 1):
             count += 1
-            if count == max_new_tokens or token.id in stop_ids:
+            ended = STOP if token.id in stop_ids else LENGTH if count == max_new_tokens else None
+            if ended is None and number == len(tokens) and sequence.length >= longest:
+                ended = CONTEXT
+            yield token if ended is None else replace(token, ended=ended)
+            if ended is not None:
                 return
         room = min(max_new_tokens - count, longest - sequence.length)
-        if room < 1:
-            return
         if isinstance(rule, SpeculativeRule):
             tokens = _Round(engine, rule, sequence, variant, manifest).run(tokens[-1].id, room)
         else:

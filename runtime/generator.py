@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import TextInput
-from offramp.runtime.decoding import Token, decode
+from offramp.runtime.decoding import STOP, Token, decode
 from offramp.runtime.engines.base import Engine
-from offramp.runtime.errors import BadSetting, SessionForked, WrongTask
+from offramp.runtime.errors import BadInput, BadSetting, SessionForked, WrongTask
 from offramp.runtime.inputs.chat import ChatTemplate, Message
 from offramp.runtime.inputs.text import encode_prompt, open_tokenizer
 from offramp.runtime.rules.base import Rule
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_NEW_TOKENS = 64  # tokens of an answer at most, by default
+LEAST_COPIES, LEAST_LOOP = 3, 24  # of a loop at the end of an answer: copies of its tokens, and tokens in all
 
 
 @dataclass(frozen=True)
 class TextChunk:
     """The text that one token adds to an answer, which may be empty.
 
-    token: its id, -1 for text that was held back and belongs to no new token. depth, blocks_run, drafted: see
-    decoding.Token. seconds: from the start of the prompt until the chunk existed.
+    token: its id. depth, blocks_run, drafted: see decoding.Token. seconds: from the start of the prompt until
+    the chunk existed. ended: on the last chunk why the answer ended, None before: "stop" (a stop token of the
+    bundle, or a stop string), "length" (max_new_tokens), "context" (the longest sequence of the network).
     """
 
     text: str
@@ -39,6 +41,7 @@ class TextChunk:
     seconds: float
     blocks_run: int = 0
     drafted: bool = False
+    ended: str | None = None
 
 
 class TextGenerator(Session[TokenSequence]):
@@ -82,33 +85,59 @@ class TextGenerator(Session[TokenSequence]):
         prompt: str | Sequence[Message],
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: str | Sequence[str] = (),
+        *,
+        template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> Iterator[TextChunk]:
         """Generate the most probable continuation of a prompt, one chunk for each token.
 
-        prompt: a text, or messages {role, content}, from which the bundle's chat template makes a text. The
-        answer ends at a stop token of the bundle (with an empty chunk), before the first of `stop` (a string
-        or several) in the text, after max_new_tokens, or at the longest sequence of the network. Raises
-        BadInput for other prompts and for prompts that are too long, BadSetting if there is no template,
-        SessionClosed.
+        prompt: a text, or messages {role, content}, from which the bundle's chat template makes a text.
+        template, template_arguments: for messages, the name of a chat template and further values for it,
+        such as tools or enable_thinking; see ChatTemplate. The answer ends at a stop token of the bundle
+        (with an empty chunk), before the first of `stop` (a string or several) in the text, after
+        max_new_tokens, or at the longest sequence of the network. Raises BadInput for other prompts and for
+        prompts that are too long, BadSetting if there is no template, SessionClosed.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise BadSetting(f"max_new_tokens {max_new_tokens!r:.40}: expected a whole number, 1 or more")
         words = [stop] if isinstance(stop, str) else stop
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
             raise BadSetting(f"stop {stop!r:.40}: expected a string or a list of strings")
-        tokens = self.tokens(self.encode_prompt(prompt), max_new_tokens)
+        ids = self.encode_prompt(prompt, template=template, template_arguments=template_arguments)
+        tokens = self.tokens(ids, max_new_tokens)
         return self._chunks(tokens, [word for word in words if word])
 
     def __call__(self, *items: object) -> NoReturn:
         """Raise WrongTask: a text generator is not called, see generate."""
         raise WrongTask(f"call: {self.usage}")
 
-    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Convert a prompt to token ids; raises the errors of generate."""
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Names of the bundle's chat templates, "default" first if it has a default."""
+        return self._chat_prompt.names
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Convert a prompt to token ids; see generate, whose errors it raises."""
         if isinstance(prompt, str):
+            if template is not None or template_arguments:
+                raise BadInput(
+                    "chat templates and their arguments are for messages, and the prompt is a text"
+                )
             return encode_prompt(self._tokenizer, prompt)
+        text = self._chat_prompt(prompt, template=template, arguments=template_arguments)
         # A chat template writes special tokens at beginnings and ends itself.
-        return encode_prompt(self._tokenizer, self._chat_prompt(prompt), special_tokens=False)
+        return encode_prompt(self._tokenizer, text, special_tokens=False)
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Texts, by id, of the tokens that were added to the vocabulary, such as those that end a turn."""
+        return {id: token.content for id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def encode_continuation(self, text: str) -> list[int]:
         """Convert a text that continues another text to token ids, without special tokens."""
@@ -159,23 +188,51 @@ class TextGenerator(Session[TokenSequence]):
         held_back = (
             max((len(word) for word in stop), default=1) - 1
         )  # characters that may be the start of a stop string
-        while True:
-            token = next(tokens, None)
-            is_over = token is None or token.id in self._stop_ids
-            if token is not None and not is_over:
+        for token in tokens:
+            is_over = token.ended is not None
+            if token.id not in self._stop_ids:
                 text.add(token.id)
             answer = text.all() if is_over else text.complete()
             stops = [at for word in stop if (at := answer.find(word, emitted)) >= 0]
             end = min(stops) if stops else len(answer) if is_over else max(emitted, len(answer) - held_back)
-            if token is not None or end > emitted:
-                seconds, new_text = time.perf_counter() - started, answer[emitted:end]
-                if token is None:
-                    yield TextChunk(new_text, -1, 0, seconds)
-                else:
-                    yield TextChunk(new_text, token.id, token.depth, seconds, token.blocks_run, token.drafted)
-            if stops or is_over:
+            seconds, ended = time.perf_counter() - started, STOP if stops else token.ended
+            yield TextChunk(
+                answer[emitted:end],
+                token.id,
+                token.depth,
+                seconds,
+                token.blocks_run,
+                token.drafted,
+                ended,
+            )
+            if stops:
                 return
             emitted = end
+
+
+def repeated_tokens(ids: Sequence[int]) -> int:
+    """How many tokens at the end of an answer only repeat those before them; 0 if it does not end in a loop.
+
+    An answer ends in a loop if its last tokens are LEAST_COPIES or more copies of the same tokens, of which
+    one may be cut off at the end of the answer, and LEAST_LOOP tokens or more in all. The first copy does not
+    count as repeated.
+    """
+    reverse, count = list(reversed(ids)), len(ids)
+    # matches[shift]: so many tokens at the end equal those `shift` places before (Z-function of the reverse)
+    matches, begin, end = [0] * count, 0, 0
+    for shift in range(1, count):
+        length = min(end - shift, matches[shift - begin]) if shift < end else 0
+        while shift + length < count and reverse[length] == reverse[shift + length]:
+            length += 1
+        matches[shift] = length
+        if shift + length > end:
+            begin, end = shift, shift + length
+    loops = (
+        matches[size]
+        for size in range(1, count // LEAST_COPIES + 1)
+        if size + matches[size] >= max(LEAST_COPIES * size, LEAST_LOOP)
+    )
+    return max(loops, default=0)
 
 
 class _DecodedText:

@@ -274,6 +274,7 @@ def test_segments_beyond_max_depth_are_not_opened(walk: Walk, bundle: Path) -> N
         {"needs threshold": {"rule": {"name": "gate", "parameters": {}}}},
         {"plain file name": {"files": {"../tokenizer.json": {"sha256": "0" * 64, "bytes": 1}}}},
         {"listed in files": {"files": {}}},
+        {"weights inside": {"files": {"stem.onnx.data": {"sha256": "0" * 64, "bytes": 1}}}},
         {"segments": {"segments": []}},
         {"quee": {"rule": {"name": "quee", "parameters": {"price": 0.1}}}},
         {"floor": {"rule": {"name": "gate", "parameters": {"threshold": 0.5, "floor": 1}}}},

@@ -20,7 +20,7 @@ from offramp.training.checkpoint import TRAINING, load_exits, save_exits, write_
 from offramp.training.lm_data import load_token_rows
 from offramp.training.loop import Run
 from offramp.training.options import BadModel, TrainConfig
-from offramp.training.pretrained import load_pretrained_config
+from offramp.training.pretrained import load_pretrained_config, load_weights, require_causal_lm
 from offramp.training.recipes.base import DecoderRecipe, Settings
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -81,10 +81,10 @@ def load_decoder(model: str) -> tuple[DecoderNetwork, PreTrainedTokenizerBase]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        decoder_family_of(load_pretrained_config(model).model_type)  # before weights are read
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+        config = load_pretrained_config(model)
+        decoder_family_of(config.model_type)  # before weights are read
+        require_causal_lm(config)
+        loaded = load_weights(AutoModelForCausalLM, model)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except BaseException as problem:  # files that do not fit raise nearly anything, a panic is no Exception
         reason = tokenizer_reason(problem)

@@ -1,14 +1,26 @@
-"""Configurations of transformers from a folder, the hub or a checkpoint: no field of them chooses code."""
+"""Configurations and weights of transformers from a folder, the hub or a checkpoint.
+
+No field of a configuration chooses code, and no weight of a loaded model is one that transformers made up.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from offramp.models.families import DECODERS, FAMILIES, family_of
 
+if TYPE_CHECKING:  # a slow import, needed for annotations only
+    from transformers import PreTrainedModel
+
+ADAPTER = "adapter_config.json"  # of peft
+# Weights of a backbone that may be missing or left over: poolers, which are learned anew here, tokens for
+# masking in pretraining, and buffers that older versions of transformers saved.
+_NOT_USED = re.compile(r"pooler|mask_token|masked_bias$|position_ids$|relative_position_index$")
 # Fields of a configuration that name code: of a file of the folder or the hub, or of another library.
 ATTENTIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 CODE_FIELDS = {*ATTENTIONS, "quantization_config", "use_kernels", "kernel_config"}
@@ -20,9 +32,11 @@ LIMITS = {"layer": 1000, "num_labels": 2**20, "block": 2**20, "expert": 2**16}  
 def load_pretrained_config(model: str | Path) -> PreTrainedConfig:
     """Read the configuration of a model of a supported family, a hub name or a folder.
 
-    Raises OSError if there is none, and the errors of check_config. Code that comes with the model (auto_map)
-    is never run: transformers' own class reads a model type that has one, and others are refused.
+    Raises OSError if there is none, ValueError for a folder with an adapter instead of a model, and the
+    errors of check_config. Code that comes with the model (auto_map) is never run: transformers' own class
+    reads a model type that has one, and others are refused.
     """
+    refuse_adapter(model)
     try:
         values: Any
         values, _ = PreTrainedConfig.get_config_dict(str(model), trust_remote_code=False)
@@ -86,6 +100,87 @@ def _check_numbers(value: Any, where: str, depth: int = 0) -> None:
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             _check_numbers(inner, f"{where}[{number}]", depth + 1)
+
+
+def refuse_adapter(folder: str | Path) -> None:
+    """Raise ValueError if a folder holds an adapter of peft (LoRA), a change of a model and no model."""
+    if (Path(folder) / ADAPTER).is_file():
+        raise ValueError(
+            f"{ADAPTER}: the folder holds an adapter (LoRA), no whole model; merge it into its model first: "
+            "load both with peft, then model.merge_and_unload().save_pretrained(FOLDER)"
+        )
+
+
+def require_causal_lm(config: PreTrainedConfig) -> None:
+    """Raise ValueError if a configuration of a decoder's family names another model than a language model.
+
+    Its weights might be complete all the same: a head that shares the embeddings is in no file.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    right = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if named and right.casefold() not in (name.casefold() for name in named):
+        raise ValueError(
+            f"config.json.architectures: {named[0][:60]} is no causal language model; expected {right}. Give "
+            f"the folder of the language model itself, saved by {right}.save_pretrained"
+        )
+
+
+def load_weights(kind: Any, model: str | Path, *, base: bool = False) -> PreTrainedModel:
+    """Load a model in float32 with a class of transformers, from safetensors, and check that it is complete.
+
+    kind: the class, such as AutoModelForCausalLM. base: whether it is a backbone, whose file may hold weights
+    of a head, too. Raises ValueError, which names the weight, and what transformers raises.
+    """
+    import torch
+
+    result: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
+        model,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # transformers' own error does not name the weight
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    loaded, report = result
+    for key, held, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{key} is {list(held)} in the files, and {list(expected)} by config.json: they are not of one "
+            "model; save the whole model again with save_pretrained"
+        )
+    check_weights(loaded, report["missing_keys"], report["unexpected_keys"], base=base)
+    return loaded
+
+
+def check_weights(
+    model: PreTrainedModel, missing: Collection[str], unexpected: Collection[str], *, base: bool = False
+) -> None:
+    """Raise ValueError if weights of a model were missing in its files, or the files hold others that matter.
+
+    missing: these have random values. unexpected: names in the files that the model does not have; those of
+    a backbone matter, and without `base` all of them do. base: see load_weights.
+    """
+    name, cure = type(model).__name__, "save the whole model again with save_pretrained"
+    if lost := sorted(key for key in missing if not (base and _NOT_USED.search(key))):
+        raise ValueError(
+            f"the files have no {lost[0]}{_more(lost)}, which {name} needs and transformers would fill with "
+            f"random values; {cure}"
+        )
+    prefix = f"{model.base_model_prefix}."
+    parts = {key.removeprefix(prefix).partition(".")[0] for key in model.state_dict()}
+    left = sorted(key for key in unexpected if not _NOT_USED.search(key))
+    if base:
+        left = [key for key in left if key.removeprefix(prefix).partition(".")[0] in parts]
+    if left:
+        raise ValueError(
+            f"the files hold {left[0]}{_more(left)}, which {name} with this config.json does not have: they "
+            f"are not of one model; {cure}"
+        )
+
+
+def _more(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} other weights" if len(names) > 1 else ""
 
 
 def first_line(problem: BaseException) -> str:

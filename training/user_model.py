@@ -17,12 +17,12 @@ import transformers
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from offramp.models.families import UnsupportedFamily, family_of
+from offramp.models.families import DECODERS, UnsupportedFamily, family_of
 from offramp.models.own_head import NoOwnHead, OwnHead, classification_class, own_head_of, task_of_head
 from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 from offramp.training.data import NO_LABEL, BadData, Columns, Dataset, Rows, Word, load_data
 from offramp.training.options import BadModel
-from offramp.training.pretrained import first_line, load_pretrained_config
+from offramp.training.pretrained import check_weights, first_line, load_pretrained_config, load_weights
 
 DROPOUT = 0.1
 # Poolings of sentence-transformers, and what they read as OwnPool names it.
@@ -47,7 +47,14 @@ def load_config(model: str) -> PreTrainedConfig:
     """Read the configuration of a model, a hub name or a folder, of a supported family; raises BadModel."""
     try:
         config = load_pretrained_config(model)
+        if config.model_type in DECODERS:
+            raise BadModel(
+                f"{model}: a {config.model_type} model is a language model, and this recipe is for encoders; "
+                "ee-split splits it as it is, and docs/decoders.md has recipes for language models"
+            )
         family_of(config.model_type)
+    except BadModel:
+        raise
     except UnsupportedFamily as problem:
         raise BadModel(f"{model}: {problem}") from problem
     except (OSError, ValueError) as problem:
@@ -100,6 +107,8 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
             use_safetensors=True,
         )
         classifier, report = loaded
+        if not report["missing_keys"]:
+            check_weights(classifier, (), report["unexpected_keys"], base=True)
         head = own_head_of(classifier, DROPOUT, per_token=per_token)
     except NoOwnHead as problem:
         raise BadModel(
@@ -121,10 +130,7 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
 
 def _backbone(model: str) -> PreTrainedModel:
     """The base model of a hub name or a folder; weights are read from safetensors, never from pickles."""
-    loaded: PreTrainedModel = AutoModel.from_pretrained(
-        model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    )
-    return loaded
+    return load_weights(AutoModel, model, base=True)
 
 
 def _not_loaded(model: str, problem: Exception) -> BadModel:

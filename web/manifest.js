@@ -124,6 +124,7 @@ function checkFile(where, name, fact) {
     "a plain file name",
     name,
   );
+  expect(!name.endsWith(".onnx.data"), where, "graphs with their weights inside, as this walker reads them", name);
   checkKeys(where, fact, KEYS.file);
   expect(
     Number.isSafeInteger(fact.bytes) && fact.bytes >= 0,

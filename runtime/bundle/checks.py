@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from offramp.runtime.bundle import fields
+from offramp.runtime.bundle.external import SUFFIX
 from offramp.runtime.bundle.graph_checks import MAX_BYTES
 from offramp.runtime.bundle.manifest import (
     AXES,
@@ -89,6 +90,8 @@ def check_manifest(manifest: Manifest) -> None:
     for name, fact in manifest.files.items():
         fields.plain(f"files[{name!r}]", name)
         largest = MAX_BYTES if name in graphs else fields.LARGEST_FILE
+        if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in graphs:
+            largest = fields.LARGEST_WEIGHTS
         fields.within(f"files[{name!r}].bytes", fact.bytes, 0, largest)
         if len(fact.sha256) != 64 or set(fact.sha256) - set("0123456789abcdef"):
             raise ValueError(

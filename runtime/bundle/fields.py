@@ -17,6 +17,7 @@ MOST_ELEMENTS = 2**28  # product of the fixed sizes of a tensor: 1 GiB of float3
 MOST_BLOCKS = 10_000
 LARGEST_PARAMETER = 3e38  # rules compute in float32
 LARGEST_FILE = 2**28  # bytes, of a file that is no graph
+LARGEST_WEIGHTS = 2**38  # bytes, of the file of weights of one graph
 
 
 def plain(where: str, name: str) -> None:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from offramp.runtime.bundle.checks import read_manifest
+from offramp.runtime.bundle.external import SUFFIX
 from offramp.runtime.bundle.graph_checks import GraphFacts, check_graph
 from offramp.runtime.bundle.manifest import FILE_NAME, SIGNATURE_NAME, FileFact, Manifest
 from offramp.runtime.bundle.signature import SIGNATURE_BYTES, check_signature
@@ -40,12 +41,18 @@ class Bundle:
         """
         data = self._read_verified(name)
         if name in self._graph_files:
-            check_graph(data, str(self.folder / name))
+            check_graph(data, str(self.folder / name), weights=self.weights_of(name))
         return data
+
+    def weights_of(self, graph: str) -> tuple[str, int] | None:
+        """Name and bytes of the file that holds weights of a graph; None if the graph has all of them."""
+        fact = self.manifest.files.get(graph + SUFFIX)
+        return None if fact is None else (graph + SUFFIX, fact.bytes)
 
     def read_graph_facts(self, name: str) -> GraphFacts:
         """Read one graph, verify it as read() does, and return what it holds."""
-        return check_graph(self._read_verified(name), str(self.folder / name))
+        data = self._read_verified(name)
+        return check_graph(data, str(self.folder / name), weights=self.weights_of(name))
 
     def verify(self) -> None:
         """Read and verify every file that the manifest lists, one after another."""

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from offramp.runtime.bundle import external
+from offramp.runtime.bundle.external import OutsideTensor
 from offramp.runtime.errors import BadBundle
 
 MAX_BYTES = 2**31 - 1  # of a graph; a longer protobuf message cannot be parsed
@@ -97,6 +99,7 @@ _DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "u
 # The field that holds the numbers of a data type if they are not raw; int32_data for the others.
 _FIELD_OF = {1: "float_data", 7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
 _VALUE = _schema("name:1:2 type:2:2 doc:3:2", "metadata:4:2")
+_ENTRY = _schema("key:1:2 value:2:2")
 
 
 @dataclass
@@ -104,13 +107,15 @@ class GraphFacts:
     """What a graph holds, without its weights.
 
     operators: number of nodes by operator, "domain:name" for those that are not ONNX's own. weights: bytes of
-    its initializers. producer: the software that wrote it.
+    its initializers, with those in its file of weights. producer: the software that wrote it.
+    outside: the initializers in its file of weights, by name.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
     weights: int = 0
     opset: int = 0
     producer: str = ""
+    outside: dict[str, OutsideTensor] = field(default_factory=dict)
 
     @property
     def nodes(self) -> int:
@@ -118,13 +123,16 @@ class GraphFacts:
         return sum(self.operators.values())
 
 
-def check_graph(data: bytes, source: str, *, branches: bool = False) -> GraphFacts:
+def check_graph(
+    data: bytes, source: str, *, branches: bool = False, weights: tuple[str, int] | None = None
+) -> GraphFacts:
     """Read the bytes of an ONNX file and check that an engine may open them.
 
     source: the file that errors name. branches: whether the operator If is allowed, as in nested baselines.
-    Raises BadBundle, which names the node or tensor.
+    weights: name and bytes of the file in which initializers may be (external data), None for a graph that
+    has all of them itself. Raises BadBundle, which names the node or tensor.
     """
-    reader = _Reader(data, branches)
+    reader = _Reader(data, branches, weights)
     try:
         reader.read_model()
     except IndexError:
@@ -137,8 +145,8 @@ def check_graph(data: bytes, source: str, *, branches: bool = False) -> GraphFac
 class _Reader:
     """Goes through one file; every method raises ValueError for what is refused."""
 
-    def __init__(self, data: bytes, branches: bool) -> None:
-        self._data, self._branches = data, branches
+    def __init__(self, data: bytes, branches: bool, weights: tuple[str, int] | None) -> None:
+        self._data, self._branches, self._weights = data, branches, weights
         self._fields_left, self._nodes_left = MAX_FIELDS, MAX_NODES
         self._defined: set[bytes] = set()  # names of tensors, of all graphs of the file
         self._constants: dict[bytes, tuple[int, ...]] = {}  # small constants, by the name of the tensor
@@ -192,7 +200,7 @@ class _Reader:
         if self._nodes_left < 0:
             raise ValueError(f"more than {MAX_NODES} nodes")
         for a, b in tensors:  # they follow the nodes in a file, and nodes are checked with their values
-            tensor, values, size = self._read_tensor(a, b)
+            tensor, values, size = self._read_tensor(a, b, may_be_outside=depth == 0)
             self.facts.weights += size
             self._define(tensor, "initializer")
             if values is not None:
@@ -266,13 +274,17 @@ class _Reader:
             self._attributes[short] = result
         return result
 
-    def _read_tensor(self, start: int, end: int) -> tuple[bytes, tuple[int, ...] | None, int]:
+    def _read_tensor(
+        self, start: int, end: int, *, may_be_outside: bool = False
+    ) -> tuple[bytes, tuple[int, ...] | None, int]:
         """Name of a tensor, its values if they are a few whole numbers, and its bytes.
 
-        Its weights are skipped, but their length must be what dims and data type claim.
+        Its weights are skipped, but their length must be what dims and data type claim. may_be_outside:
+        whether they may be in the graph's file of weights.
         """
-        tensor, kind, dims = b"", 0, []
+        tensor, kind, dims, is_outside = b"", 0, [], False
         held: list[tuple[str, int, int]] = []
+        place: dict[bytes, bytes] = {}
         for name, a, b in self._fields(start, end, _TENSOR, "a tensor"):
             if name == "name":
                 tensor = self._data[a:b]
@@ -282,11 +294,12 @@ class _Reader:
                 kind = a
             elif name in _DATA:
                 held.append((name, a, b))
-            elif name == "external_data" or (name == "data_location" and a):
-                raise ValueError(
-                    f"tensor {_shown(tensor)} is in another file (external data); a bundle's weights are in "
-                    "the graph itself"
-                )
+            elif name == "external_data":
+                self._read_entry(a, b, place)
+            elif name == "data_location":
+                is_outside = a == 1
+                if a > 1:
+                    raise ValueError(f"tensor {_shown(tensor)}: data location {a} (external data)")
         where = f"tensor {_shown(tensor)}"
         if kind not in _BITS:
             raise ValueError(f"{where}: data type {kind} is not allowed")
@@ -295,6 +308,16 @@ class _Reader:
         if min(dims, default=1) < 0 or len(dims) > _MAX_RANK:
             raise ValueError(f"{where}: sizes {dims[:_MAX_RANK]}")
         elements = prod(dims)
+        if is_outside or place:
+            if held or not (is_outside and may_be_outside) or elements < external.FEWEST:
+                raise ValueError(f"{where}: its numbers belong into the graph alone (external data)")
+            size = elements * _BITS[kind] // 8
+            try:
+                outside = external.outside_tensor(self._weights, place, kind, tuple(dims), size)
+            except ValueError as problem:
+                raise ValueError(f"{where}: {problem}") from None
+            self.facts.outside[tensor.decode("utf-8")] = outside
+            return tensor, None, size
         name, a, b = held[0] if held else ("raw_data", 0, 0)
         bits = elements * _BITS[kind]
         if name != "raw_data":
@@ -304,6 +327,16 @@ class _Reader:
         if 8 * (b - a) < bits or (name == "raw_data" and b - a != (bits + 7) // 8):
             raise ValueError(f"{where}: {b - a} bytes, its sizes {dims} need {(bits + 7) // 8}")
         return tensor, self._whole_numbers(name, a, b, kind, elements), b - a
+
+    def _read_entry(self, start: int, end: int, place: dict[bytes, bytes]) -> None:
+        """Read one of the entries that say where a tensor is, into `place`."""
+        data, entry = self._data, dict[str, bytes]()
+        for name, a, b in self._fields(start, end, _ENTRY, "external data"):
+            entry[name] = data[a:b]
+        key = entry.get("key", b"")
+        if key not in external.KEYS or key in place:
+            raise ValueError(f"external data: entry {_shown(key)} is not known, or there twice")
+        place[key] = entry.get("value", b"")
 
     def _whole_numbers(
         self, name: str, start: int, end: int, kind: int, elements: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import threading
@@ -22,6 +23,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from offramp.runtime.bundle.files import Bundle
+from offramp.runtime.bundle.graph_checks import check_graph
 from offramp.runtime.bundle.manifest import Variant
 from offramp.runtime.engines.threads import Pool, apply_pool
 from offramp.runtime.errors import BadBundle, EngineUnavailable
@@ -122,11 +124,14 @@ class BundleGraphs:
             elif any(tensor.name == "hidden" for tensor in facts.inputs):  # the stem may compute with sizes
                 options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         providers = [(name, dict(settings)) for name, settings in self._providers]
+        weights = self._add_weights(facts.file, data, options)  # kept until the session has copied them
         try:
             # enable_fallback: ORT's Python layer would print on stdout and try the CPU instead.
             session = self._ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
         except Exception as problem:  # ORT's error types share no base of their own
             raise self._refused(path, problem) from problem
+        finally:
+            del weights
         # The Python layer keeps the file's bytes to open them again on other providers, which never happens
         # here; they double the memory of the weights.
         if hasattr(session, "_model_bytes"):
@@ -141,6 +146,26 @@ class BundleGraphs:
             _check_assignment(str(path), session, required)
         _check_interface(str(path), facts, session)
         return session
+
+    def _add_weights(self, graph: str, data: bytes, options: Any) -> object:
+        """Give ONNX Runtime the verified bytes of a graph's file of weights, if it has one.
+
+        data: the graph's own bytes. Returns what has to be kept until the session is open, which then has its
+        own copy. ONNX Runtime never opens the file itself. Given as a file in memory, it refuses a tensor of
+        2 GiB; tensors one by one have no limit (1.32).
+        """
+        known = self._bundle.weights_of(graph)
+        if known is None:
+            return None
+        facts = check_graph(data, str(self._bundle.folder / graph), weights=known)
+        weights = self._bundle.read(known[0])
+        arrays = [
+            np.frombuffer(weights, tensor.dtype, math.prod(tensor.shape), tensor.offset).reshape(tensor.shape)
+            for tensor in facts.outside.values()
+        ]
+        values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        options.add_external_initializers(list(facts.outside), values)
+        return weights, arrays, values
 
     def _refused(self, path: Path, problem: Exception) -> BadBundle | EngineUnavailable:
         if "use_per_session_threads" in str(problem):

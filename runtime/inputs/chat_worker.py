@@ -1,8 +1,9 @@
 """The process in which a chat template runs, so that the time and memory that it takes have a limit.
 
-chat.py starts this file as a script with no other code of the project: messages in on standard input, prompts
-out on standard output, each as a frame: 8 bytes with the length of the JSON that follows. The first frame in
-is what ChatTemplate.start sends; an answer is an object with "prompt", or with "refused" and the reason.
+chat.py starts this file as a script with no other code of the project: values for the template in on standard
+input, prompts out on standard output, each as a frame: 8 bytes with the length of the JSON that follows. The
+first frame in is what ChatTemplate sends when it starts the process; an answer is an object with "prompt", or
+with "refused" and the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import IO, Any, NoReturn
@@ -67,10 +67,47 @@ def stop_after(seconds: int) -> None:
         signal.alarm(seconds)
 
 
-def compile_template(text: str, tokens: Mapping[str, str]) -> Any:
-    """Compile a template in jinja2's sandbox, with the settings and functions that transformers gives it."""
-    from jinja2.exceptions import TemplateError
+def compile_template(text: str) -> Any:
+    """Compile a template in jinja2's sandbox, with the settings and functions that transformers gives it.
+
+    These are break and continue, {% generation %} (which changes nothing in the text), raise_exception,
+    strftime_now, a tojson that leaves characters as they are, a dict that is no class, and a namespace
+    without names that begin with an underscore.
+    """
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """The block that marks what a model wrote, for training."""
+
+        tags = {"generation"}  # noqa: RUF012  jinja2's own form
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return Scope(body).set_lineno(line)
+
+    class PlainNamespace(Namespace):
+        """A namespace of a template: names with an underscore first would reach Python's own attributes."""
+
+        def __init__(*args: Any, **names: Any) -> None:
+            values = dict(*args[1:], **names)
+            for name in values:
+                check_name(name)
+            Namespace.__init__(args[0], values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check_name(name)
+            super().__setitem__(name, value)
+
+    def check_name(name: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(
+                f"a namespace with the name {str(name)[:60]!r}, which begins with an underscore"
+            )
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -80,9 +117,39 @@ def compile_template(text: str, tokens: Mapping[str, str]) -> Any:
             raise TemplateError(f"a date in a format of {len(form)} characters")
         return datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": date, **tokens}
+    def as_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": date,
+        "dict": _Dictionaries(),
+        "namespace": PlainNamespace,
+    }
     return environment.from_string(text)
+
+
+class _Dictionaries:
+    """What templates call as dict: it makes dictionaries and has no other attribute of the class."""
+
+    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*args, **items)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        """A dictionary with the same value for every key."""
+        return dict.fromkeys(keys, value)
 
 
 def reason(problem: Exception) -> str:
@@ -106,19 +173,19 @@ def main() -> None:
         import jinja2.sandbox  # noqa: F401  before the limit: libraries take address space
 
         limit_process(start["memory"])
-        template = compile_template(start["template"], start["tokens"])
+        template = compile_template(start["template"])
     except Exception as problem:  # jinja2 raises errors of the parser and of Python's compiler
         write_frame(out, frame_of({"refused": reason(problem)}))
         return
     write_frame(out, frame_of({"prompt": ""}))
     while True:
         stop_after(0)
-        messages = read_frame(source, sys.maxsize)
-        if messages is None:
+        values = read_frame(source, sys.maxsize)
+        if values is None:
             return
         stop_after(seconds)
         try:
-            prompt = template.render(messages=messages, add_generation_prompt=True)
+            prompt = template.render(values)
             if len(prompt) > longest:
                 answer = {"refused": f"it makes a prompt of {len(prompt)} characters, over {longest}"}
             else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from offramp.runtime.bundle.manifest import Manifest
 from offramp.runtime.errors import SessionClosed
@@ -53,10 +54,15 @@ class ServedGenerator:
         return min(self.accepted, TEXTS)
 
     async def chunks(
-        self, prompt: str | Sequence[Message], max_new_tokens: int, stop: Sequence[str]
+        self,
+        prompt: str | Sequence[Message],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        for_template: Mapping[str, Any],
     ) -> AsyncIterator[TextChunk]:
         """Generate a text; see TextGenerator.generate, whose errors are raised before the first chunk.
 
+        for_template: its keywords for a chat template.
         When the iterator is closed, the text ends after the token that is computed. Raises QueueFull.
         """
         with self._lock:
@@ -75,7 +81,7 @@ class ServedGenerator:
 
         def generate() -> None:
             try:
-                for chunk in self.session.generate(prompt, max_new_tokens, list(stop)):
+                for chunk in self.session.generate(prompt, max_new_tokens, list(stop), **for_template):
                     if is_left.is_set():
                         break
                     give(chunk)

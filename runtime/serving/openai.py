@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.generator import MAX_NEW_TOKENS, TextChunk
+from offramp.runtime.generator import MAX_NEW_TOKENS, TextChunk, repeated_tokens
 from offramp.runtime.inputs.chat import Message
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.models import Models
@@ -45,13 +45,16 @@ class CompletionRequest(TextFields):
 
 
 class ChatMessage(BaseModel):
-    """One message of a chat."""
+    """One message of a chat; what is beside role and content is for templates that read it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: str
-    content: str
+    content: str | list[dict[str, Any]] | None = None
     name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatRequest(TextFields):
@@ -59,6 +62,19 @@ class ChatRequest(TextFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = Field(None, description="Name of a chat template of the bundle.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further values for it.")
+
+    def for_template(self) -> dict[str, Any]:
+        """The keywords of TextGenerator.generate that are for the chat template."""
+        given = {"tools": self.tools, "documents": self.documents}
+        values = {name: value for name, value in given.items() if value is not None}
+        return {
+            "template": self.chat_template,
+            "template_arguments": {**(self.chat_template_kwargs or {}), **values} or None,
+        }
 
 
 @dataclass(frozen=True)
@@ -90,13 +106,14 @@ def add_text_routes(app: FastAPI, models: Models) -> None:
 
     @app.post("/v1/completions", summary="Continue a prompt, as OpenAI's API does", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await _reply(models.text(body.model), COMPLETION, body, body.prompt, body.max_tokens)
+        return await _reply(models.text(body.model), COMPLETION, body, body.prompt, body.max_tokens, {})
 
     @app.post("/v1/chat/completions", summary="Answer a chat, as OpenAI's API does", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         max_new_tokens = body.max_completion_tokens or body.max_tokens
-        return await _reply(models.text(body.model), CHAT, body, messages, max_new_tokens)
+        model, for_template = models.text(body.model), body.for_template()
+        return await _reply(model, CHAT, body, messages, max_new_tokens, for_template)
 
 
 async def _reply(
@@ -105,13 +122,15 @@ async def _reply(
     body: TextFields,
     prompt: str | Sequence[Message],
     max_new_tokens: int | None,
+    for_template: Mapping[str, Any],
 ) -> Response:
-    """A text as one answer, or as server-sent events."""
+    """A text as one answer, or as server-sent events; for_template: keywords of TextGenerator.generate."""
     for option in body.stream_options or {}:
         if option != "include_usage":
             raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
-    answer = _Answer(model, form, prompt, max_new_tokens or MAX_NEW_TOKENS, body)
-    chunks = model.chunks(prompt, answer.max_new_tokens, answer.stop)
+    prompt_tokens = len(model.session.encode_prompt(prompt, **for_template))
+    answer = _Answer(model, form, prompt_tokens, body)
+    chunks = model.chunks(prompt, max_new_tokens or MAX_NEW_TOKENS, answer.stop, for_template)
     first = await anext(chunks, None)  # errors become a status code, which needs that nothing was sent
     if body.stream:
         return StreamingResponse(answer.events(first, chunks), media_type="text/event-stream")
@@ -130,14 +149,12 @@ class _Answer:
         self,
         model: ServedGenerator,
         form: Form,
-        prompt: str | Sequence[Message],
-        max_new_tokens: int,
+        prompt_tokens: int,
         body: TextFields,
     ) -> None:
-        self.max_new_tokens = max_new_tokens
         self.stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self._model, self._form = model, form
-        self._prompt_tokens = len(model.session.encode_prompt(prompt))
+        self._prompt_tokens = prompt_tokens
         self._with_usage = bool((body.stream_options or {}).get("include_usage"))
         self._facts = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self._chunks: list[TextChunk] = []
@@ -181,31 +198,31 @@ class _Answer:
         return {**self._facts, "object": kind, "model": self._model.name, "choices": choices}
 
     @property
-    def _tokens(self) -> list[TextChunk]:
-        return [chunk for chunk in self._chunks if chunk.token >= 0]
+    def _ended(self) -> str | None:
+        return self._chunks[-1].ended if self._chunks else None
 
     def _reason(self) -> str:
         """Why the text ended: "stop" at a stop token or string, else "length"."""
-        tokens = self._tokens
-        room = self._model.session.longest - self._prompt_tokens
-        is_stopped = bool(tokens) and tokens[-1].token in self._model.session.stop_ids
-        return "stop" if is_stopped or len(tokens) < min(self.max_new_tokens, room) else "length"
+        return "stop" if self._ended == "stop" else "length"
 
     def _usage(self) -> dict[str, int]:
-        written = len(self._tokens)
+        written = len(self._chunks)
         counts = {"prompt_tokens": self._prompt_tokens, "completion_tokens": written}
         return counts | {"total_tokens": self._prompt_tokens + written}
 
-    def _walk(self) -> dict[str, float]:
-        """How the text was walked, as ee-run states it."""
-        tokens = self._tokens
-        if not tokens:
+    def _walk(self) -> dict[str, float | str | None]:
+        """How the text was walked and ended, as ee-run states it."""
+        chunks = self._chunks
+        if not chunks:
             return {}
+        repeated = 0 if self._ended == "stop" else repeated_tokens([chunk.token for chunk in chunks])
         return {
-            "depth": round(sum(chunk.depth for chunk in tokens) / len(tokens), 3),
-            "blocks_run": round(sum(chunk.blocks_run for chunk in tokens) / len(tokens), 3),
-            "ms": round(1e3 * self._chunks[-1].seconds, 3),
-            "first_ms": round(1e3 * self._chunks[0].seconds, 3),
+            "depth": round(sum(chunk.depth for chunk in chunks) / len(chunks), 3),
+            "blocks_run": round(sum(chunk.blocks_run for chunk in chunks) / len(chunks), 3),
+            "ms": round(1e3 * chunks[-1].seconds, 3),
+            "first_ms": round(1e3 * chunks[0].seconds, 3),
+            "ended": self._ended,
+            "repeated_tokens": repeated,
         }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from offramp.export.bundle import write_bundle
+from offramp.export.chat import ChatFacts
 from offramp.export.decoder import ExportableDecoder
 from offramp.export.options import ExportOptions
 from offramp.models.decoder import DecoderNetwork
@@ -53,8 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny.tokenizer().save(str(folder / "tokenizer.json"))
-        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        source = ExportableDecoder(network(), folder, {"recipe": "consistentee_lm"}, draft_ids=20)
+        chat = ChatFacts({"default": TEMPLATE})
+        source = ExportableDecoder(network(), folder, {"recipe": "consistentee_lm"}, draft_ids=20, chat=chat)
         write_bundle(source, source.split("each"), folder / "bundle", ExportOptions(("fp32", "int8")))
         shutil.rmtree(HERE / "tiny_generator", ignore_errors=True)
         shutil.copytree(folder / "bundle", HERE / "tiny_generator")

@@ -54,6 +54,7 @@ LARGE = {
     "width in a method": "{{ '{:1000000000}'.format(messages[0].role) }}",
     "centred": "{{ messages[0].role.center(10**10) }}",
     "centred by a filter": "{{ messages[0].role|center(10**10) }}",
+    "indent of JSON": "{{ messages | tojson(indent=10**9) }}",
     "doubled": "{% set n = namespace(x='film') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
     "{% endfor %}",
 }
@@ -64,6 +65,10 @@ ESCAPES = {
     "format by a filter": "{{ ('{0.__class__.__mro__}'|attr('format'))(raise_exception) }}",
     "a file of the system": "{% include '/etc/hostname' %}",
     "a change of the messages": "{{ messages.append(1) }}",
+    "a name with underscores in a namespace": "{% set n = namespace(__class__=1) %}",
+    "a name with underscores set later": "{% set n = namespace() %}{% set n.__dict__ = {} %}",
+    "globals of the dictionary": "{{ dict.__call__.__globals__.sys }}",
+    "subclasses of a dictionary": "{{ dict().__class__.__mro__ }}",
 }
 REFUSED = {
     "macro without an end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -104,7 +109,7 @@ def test_template_of_large_memory_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_template_stays_in_the_sandbox(name: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"unsafe|no loader|undefined|security"):
+    with pytest.raises(BadInput, match=r"unsafe|no loader|undefined|security|underscore"):
         template(tmp_path, ESCAPES[name], seconds=20)(MESSAGES)
 
 
@@ -156,8 +161,8 @@ def test_answer_that_was_not_waited_for_is_not_that_of_the_next_prompt(
 def test_the_process_ends_with_the_template(tmp_path: Path) -> None:
     prompt = template(tmp_path, "film")
     prompt(MESSAGES)
-    running = prompt._process
-    assert running is not None and running.usable
+    running = prompt._processes["default"]
+    assert running.usable
     prompt.close()
     assert not running.usable
     assert prompt(MESSAGES) == "film"  # closed by its owner, and used again
@@ -166,9 +171,9 @@ def test_the_process_ends_with_the_template(tmp_path: Path) -> None:
 def test_the_process_is_not_shared_with_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = template(tmp_path, "film")
     prompt(MESSAGES)
-    assert prompt._process is not None
-    monkeypatch.setattr(prompt._process, "_owner", os.getpid() + 1)  # as a child of this process sees it
-    assert not prompt._process.usable
+    process = prompt._processes["default"]
+    monkeypatch.setattr(process, "_owner", os.getpid() + 1)  # as a child of this process sees it
+    assert not process.usable
 
 
 @pytest.mark.parametrize("tokens", [["a"], "abc", 5, [["a", "b"]]], ids=repr)

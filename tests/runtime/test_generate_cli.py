@@ -17,7 +17,8 @@ from offramp.runtime.inputs.lines import PROMPTS, read_lines
 from offramp.runtime.output import Output
 
 PROMPT = "the film was good and"
-KEYS = ["text", "tokens", "depth", "blocks_run", "ms", "first_ms", "tokens_per_s"]
+MESSAGES = [{"role": "user", "content": "a good film"}]
+KEYS = ["text", "tokens", "depth", "blocks_run", "ms", "first_ms", "tokens_per_s", "ended", "repeated_tokens"]
 
 
 def run(*options: str, data: str) -> tuple[int, list[dict[str, Any]], str]:
@@ -91,6 +92,11 @@ def test_json_lines_have_prompt_or_messages_and_options(session: TextGenerator) 
         ({"prompt": "a", "max_new_tokens": "9"}, "expected a whole number from 1, found '9'"),
         ({"prompt": "a", "stop": 3}, "stop: expected a string or a list of strings, found 3"),
         ({"prompt": "a", "stop": ["b", ""]}, "stop: expected a string or a list of strings"),
+        ({"prompt": "a", "tools": []}, "tools: it is for messages, and this line has a prompt"),
+        ({"messages": [], "chat_template_kwargs": 3}, "chat_template_kwargs: expected an object, found 3"),
+        ({"messages": [], "chat_template": 3}, "chat_template: expected the name of a template, found 3"),
+        ({"messages": MESSAGES, "chat_template": "x"}, "chat template 'x': this bundle has default"),
+        ({"messages": MESSAGES, "tools": "x"}, "tools: expected a list of JSON schemas, found 'x'"),
         ({"prompt": "a " * 80}, "this network reads 64, prompt and answer together"),
     ],
     ids=str,
@@ -100,6 +106,30 @@ def test_bad_line_keeps_its_place(session: TextGenerator, value: Any, message: s
     assert failed == 1 and "2, 1 with errors" in report
     assert objects[1]["line"] == 2 and message in objects[1]["error"]
     assert objects[0]["text"] == objects[2]["text"]
+
+
+def test_lines_with_messages_have_arguments_of_the_template(session: TextGenerator) -> None:
+    pytest.importorskip("jinja2")
+    options = {"tools": [{"name": "t"}], "chat_template": "default", "chat_template_kwargs": {"x": 1}}
+    objects, failed, _ = answers(session, {"messages": MESSAGES}, {"messages": MESSAGES, **options})
+    assert failed == 0 and objects[0]["text"] == objects[1]["text"]
+
+
+def test_an_answer_says_why_it_ended(session: TextGenerator) -> None:
+    (plain,), _, _ = answers(session, {"prompt": PROMPT})
+    word = plain["text"].split()[1]
+    values = [{"prompt": PROMPT, "stop": word}, {"prompt": PROMPT, "max_new_tokens": 500}]
+    objects, _, _ = answers(session, *values)
+    assert [plain["ended"], *(value["ended"] for value in objects)] == ["length", "stop", "context"]
+
+
+def test_answers_that_end_in_a_loop_are_counted_on_stderr() -> None:
+    """A random network soon repeats itself."""
+    data = '{"prompt": "a film"}\n{"prompt": "a plot", "max_new_tokens": 2}\n'
+    options = ("--rule", "never", "--max-new-tokens", "60")
+    _, objects, errors = run(*options, data=data)
+    assert objects[0]["repeated_tokens"] > 0 == objects[1]["repeated_tokens"]
+    assert errors.startswith("ee-run: 1 of 2 answers end in a loop") and errors.count("\n") == 1
 
 
 def test_bad_lines_set_the_exit_code() -> None:

@@ -13,7 +13,7 @@ from tiny_bundles import GENERATOR
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from offramp.runtime import BadInput, BadSetting, TextChunk, TextGenerator, load_generator
-from offramp.runtime.generator import _DecodedText
+from offramp.runtime.generator import _DecodedText, repeated_tokens
 from offramp.runtime.rules.speculative import SpeculativeRule
 
 PROMPT = "the film was good and"
@@ -130,7 +130,7 @@ def test_stop_word_ends_the_text_before_it(session: TextGenerator) -> None:
 def test_text_that_may_begin_a_stop_word_is_held_back_to_the_end(session: TextGenerator) -> None:
     plain = list(session.generate(PROMPT, 8))
     held = list(session.generate(PROMPT, 8, ["x" * 1000]))
-    assert [chunk.text for chunk in held[:-1]] == [""] * 8 and held[-1].token == -1
+    assert [chunk.text for chunk in held[:-1]] == [""] * 7 and len(held) == 8
     assert held[-1].text == "".join(chunk.text for chunk in plain)
 
 
@@ -143,6 +143,95 @@ def test_stop_id_of_the_bundle_ends_the_answer_with_an_empty_chunk(session: Text
         chunks = list(other.generate(PROMPT, 8))
     assert [chunk.token for chunk in chunks] == [chunk.token for chunk in plain[: end + 1]]
     assert chunks[-1].text == "" and [chunk.text for chunk in chunks[:-1]] == [c.text for c in plain[:end]]
+
+
+def ends(chunks: list[TextChunk]) -> str | None:
+    """Why an answer ended; no chunk but the last may say it."""
+    assert [chunk.ended for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    return chunks[-1].ended
+
+
+@pytest.mark.parametrize("rule", ["never", "speculative", "fixed"])
+def test_the_last_chunk_says_why_the_answer_ended(rule: str) -> None:
+    with load_generator(GENERATOR, rule=rule, threshold=1 if rule == "fixed" else None) as session:
+        plain = list(session.generate(PROMPT, 8))
+        assert ends(plain) == "length" and len(plain) == 8
+        word = "".join(chunk.text for chunk in plain).split()[2]
+        assert ends(list(session.generate(PROMPT, 8, [word]))) == "stop"
+        assert ends(list(session.generate(PROMPT, 1))) == "length"
+        long = list(session.generate(PROMPT, 1000))
+        assert ends(long) == "context"
+        assert len(session.encode_prompt(PROMPT)) + len(long) == session.longest + 1
+        session._stop_ids = frozenset({plain[-1].token})
+        assert ends(list(session.generate(PROMPT, 1000))) == "stop"
+
+
+def test_prompt_that_fills_the_network_ends_by_context(session: TextGenerator) -> None:
+    (token,) = session.tokens([5] * session.longest, 9, ())
+    assert token.ended == "context"
+
+
+@pytest.mark.parametrize(
+    ("ids", "repeated"),
+    [
+        ([7] * 24, 23),
+        ([7] * 23, 0),
+        ([1, 2, 3] + [4, 5] * 12, 22),
+        ([1, 2, 3] + [4, 5] * 12 + [4], 23),
+        ([*range(10)] * 3, 20),
+        ([*range(10)] * 2 + [*range(9)], 0),
+        ([4, 5] * 20 + [6], 0),
+        ([*range(100)], 0),
+        ([], 0),
+        ([3], 0),
+    ],
+    ids=[
+        "one token",
+        "too short",
+        "two",
+        "cut off",
+        "ten",
+        "two copies",
+        "left again",
+        "none",
+        "empty",
+        "single",
+    ],
+)
+def test_tokens_that_only_repeat_are_counted(ids: list[int], repeated: int) -> None:
+    assert repeated_tokens(ids) == repeated
+
+
+def test_repeated_tokens_agree_with_the_definition() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        size = int(random.integers(1, 12))
+        ids = [
+            *random.integers(0, 3, 10),
+            *np.tile(random.integers(0, 3, size), 8)[: random.integers(20, 60)],
+        ]
+        best = 0
+        for period in range(1, len(ids)):
+            same = next(
+                (n for n in range(len(ids) - period) if ids[-1 - n] != ids[-1 - n - period]),
+                len(ids) - period,
+            )
+            if same + period >= max(3 * period, 24):
+                best = max(best, same)
+        assert repeated_tokens(ids) == best
+
+
+def test_template_and_arguments_are_for_messages(session: TextGenerator) -> None:
+    messages = [{"role": "user", "content": "the film"}]
+    arguments = {"enable_thinking": False}
+    assert session.templates == ("default",)
+    ids = session.encode_prompt(messages, template="default", template_arguments=arguments)
+    assert ids == session.encode_prompt(messages)
+    chunks = list(session.generate(messages, 6, template_arguments=arguments))
+    assert [chunk.token for chunk in chunks] == [token.id for token in session.tokens(ids, 6)]
+    for options in ({"template": "default"}, {"template_arguments": arguments}):
+        with pytest.raises(BadInput, match="are for messages, and the prompt is a text"):
+            session.generate(PROMPT, **options)  # type: ignore[arg-type]
 
 
 def test_prompt_may_be_messages(session: TextGenerator) -> None:

@@ -97,7 +97,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "unknown stream option": (COMPLETE, {"prompt": "a", "stream_options": {"x": True}}, "'x' is not known"),
     "too long": (COMPLETE, {"prompt": "film " * 5000}, "tokens"),
     "no messages": (CHAT, {"messages": []}, "messages"),
-    "content of parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content"),
+    "content of parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0]"),
     "a classifier": (COMPLETE, {"prompt": "a", "model": "labels"}, "ask /v1/classify"),
     "text of a generator": ("/v1/classify", {"input": "a"}, "ask /v1/completions"),
 }
