@@ -99,7 +99,8 @@ class Connection:
 
     async def ask(self, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to a request."""
-        if self._streams is None:
+        # A server closes a connection that rests for some seconds; a client then opens another one.
+        if self._streams is None or self._streams[0].at_eof():
             self._streams = await asyncio.open_connection(HOST, self._port)
         reader, writer = self._streams
         writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % PATH.encode())

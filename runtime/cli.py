@@ -78,7 +78,8 @@ labelled in the window in which it is farthest from an edge.
 \b
 Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" or
 "messages" (of a chat; "tools", "chat_template", a name, and "chat_template_kwargs" are for its
-template) and optionally "max_new_tokens" and "stop" (one or more strings). On a terminal the text itself is printed as it comes; otherwise an answer:
+template) and optionally "max_new_tokens" and "stop" (one or more strings). On a terminal the text
+itself is printed as it comes; otherwise an answer:
 {"text": "…", "tokens": 12, "depth": 30.0, "blocks_run": 31.5, "ms": 310.2, "first_ms": 41.0,
 "tokens_per_s": 38.7, "ended": "stop", "repeated_tokens": 0}
   depth       mean depth, in blocks, at which tokens were predicted

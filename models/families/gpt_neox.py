@@ -61,7 +61,8 @@ def _project(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
 
     def of_parts(values: Tensor) -> Tensor:
         by_head = values.unflatten(0, (-1, 3, size))[:, first:]  # [heads, parts, size, ...]
-        return by_head.transpose(0, 1).flatten(0, 2)
+        by_part: Tensor = by_head.transpose(0, 1).flatten(0, 2)
+        return by_part
 
     bias = None if joined.bias is None else of_parts(joined.bias)
     heads: Tensor = functional.linear(layer.input_layernorm(hidden), of_parts(joined.weight), bias)

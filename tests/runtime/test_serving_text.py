@@ -49,7 +49,9 @@ def test_a_prompt_is_continued_as_by_the_session(server: Server, expected: str) 
     assert choice["text"] == expected and choice["finish_reason"] in ("length", "stop")
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert answer["offramp"].keys() == {"depth", "blocks_run", "ms", "first_ms"}
+    walk = answer["offramp"]
+    assert walk.keys() == {"depth", "blocks_run", "ms", "first_ms", "ended", "repeated_tokens"}
+    assert walk["ended"] == choice["finish_reason"]
 
 
 def test_a_streamed_text_is_the_same(server: Server, expected: str) -> None:
