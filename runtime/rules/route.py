@@ -134,20 +134,20 @@ def fit_router(features: np.ndarray, scores: np.ndarray, costs: np.ndarray) -> R
     # of the row left out. So both are computed as sums of positive terms; 1 minus a sum near 1 is rounding.
     rank = int((values > values[0] * max(inputs.shape) * np.finfo(np.float64).eps).sum())
     left, values, right = left[:, :rank], values[:rank], right[:rank]
-    found = left.T @ relative
+    projected = left.T @ relative
     if rank == len(inputs) - 1:
         beyond, unexplained = np.zeros(len(inputs)), np.zeros_like(relative)
     else:
         beyond = np.maximum(1 - 1 / len(inputs) - (left**2).sum(1), 0)  # the bias is fitted too
-        unexplained = relative - left @ found
+        unexplained = relative - left @ projected
     errors = []
     for strength in STRENGTHS:
         shrunk = strength / (values**2 + strength)
-        residuals = unexplained + left @ (shrunk[:, None] * found)
+        residuals = unexplained + left @ (shrunk[:, None] * projected)
         own = np.maximum(beyond + left**2 @ shrunk, np.finfo(np.float64).tiny)
         errors.append(float(((residuals / own[:, None]) ** 2).mean()))
     strength = STRENGTHS[int(np.argmin(errors))]
-    weights = right.T @ ((values / (values**2 + strength))[:, None] * found)
+    weights = right.T @ ((values / (values**2 + strength))[:, None] * projected)
     error_of_means = float(((relative / (1 - 1 / len(inputs))) ** 2).mean())
     error = min(errors) / error_of_means if error_of_means > 0 else 1.0
     return Router(shift, scale, weights, bias, np.asarray(costs, np.float64), strength, error)
