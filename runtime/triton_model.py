@@ -75,7 +75,7 @@ class TritonSettings:
     rows: str
 
     @classmethod
-    def from_config(cls, text: str) -> TritonSettings:
+    def read(cls, text: str) -> TritonSettings:
         """Read the settings from a configuration as JSON; raises BadSetting for those that are missing."""
         given = json.loads(text).get("parameters", {})
         names = [entry.name for entry in fields(cls)]
@@ -154,7 +154,7 @@ class TritonModel:
 
     def __init__(self, utils: TritonUtils, arguments: Mapping[str, str]) -> None:
         self._utils = utils
-        settings = TritonSettings.from_config(arguments["model_config"])
+        settings = TritonSettings.read(arguments["model_config"])
         bundle = open_bundle(Path(arguments["model_repository"]) / arguments["model_version"] / BUNDLE)
         self._variants, self._point = settings.variants.split(","), settings.point or None
         self._rows = int(settings.rows)

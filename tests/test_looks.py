@@ -9,11 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from tiny_bundles import CLASSIFIER
 
@@ -30,6 +32,14 @@ TRAINING: dict[str, Any] = {
         {"name": "default", "measured": {"f1": 80.5, "mean_exit": 2.4, "macs_saved": 17.25}}
     ],
 }
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """Let trainings of this process choose their precision, whatever other tests of it chose before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_training_ends_with_its_figures_and_the_command_that_splits_it(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from documents import ROOT
 from test_docs import entry_points
@@ -55,6 +56,14 @@ class Block(NamedTuple):
     def commands(self) -> list[str]:
         """Its lines, with continued ones joined."""
         return self.code.replace("\\\n", " ").splitlines()
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """Let trainings of this process choose their precision, whatever other tests of it chose before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def blocks_of(name: str) -> list[Block]:

@@ -91,7 +91,7 @@ class PixelReader:
     def read(self, items: Sequence[object]) -> list[PixelRow]:
         return [PixelRow(np.full((3, 2, 2), 1 if item == "bright" else -1, np.float32)) for item in items]
 
-    def arrays(self, rows: Sequence[PixelRow]) -> dict[str, NDArray[Any]]:
+    def arrays(self, rows: Sequence[PixelRow], pad_alone: bool = False) -> dict[str, NDArray[Any]]:
         return {"pixel_values": np.stack([row.pixels for row in rows])}
 
     def blank(self, rows: int, length: int) -> dict[str, NDArray[Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_bundles import CLASSIFIER, GENERATOR
+from tokenizers import Tokenizer
 
 from offramp.runtime.bundle.files import Bundle, open_bundle
 from offramp.runtime.errors import BadBundle, BadInput, ItemError
@@ -138,6 +139,7 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_text_without_a_token_is_an_item_error() -> None:
     reader = TextReader(open_bundle(CLASSIFIER))
+    reader._tokenizer = Tokenizer.from_str(reader._tokenizer.to_str())  # sessions share the other one
     reader._tokenizer.post_processor = None  # the tiny bundle's adds special tokens to everything
     reader._tokenizer.normalizer = None
     row, error = reader.read(["good", ""])
