@@ -30,7 +30,7 @@ PROGRAMS = {
     "verify": Program("offramp.export.trt_compile:main", "check a bundle, and compile it for TensorRT"),
     "sign": Program("offramp.export.sign:main", "sign a bundle, or make a key"),
     "push": Program("offramp.runtime.hub.push:main", "push a bundle to a model hub"),
-    "export-triton": Program("offramp.export.triton:main", "write a model repository for Triton"),
+    "export-triton": Program("offramp.export.triton_repository:main", "write a model repository for Triton"),
 }
 
 

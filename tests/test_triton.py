@@ -38,7 +38,8 @@ from tiny_bundles import (
 )
 from tritonclient.grpc.model_config_pb2 import DataType, ModelInstanceGroup
 
-from offramp.export import sign, triton
+from offramp.export import sign
+from offramp.export import triton_repository as triton
 from offramp.runtime import load, load_row_session
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import (
