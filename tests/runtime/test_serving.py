@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from documents import ROOT
 from serving import CLASSIFY, Server, serving
 from tiny_bundles import CLASSIFIER, EMBEDDING, bundle_with_points, texts
 
@@ -33,6 +32,7 @@ from offramp.runtime.serving.cli import bind, main
 from offramp.runtime.serving.models import ServedModel, Wanted, names_of
 
 KEY = "a-key-of-sixteen-or-more"
+WEB = Path(__file__).resolve().parents[2] / "web"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
@@ -292,7 +292,7 @@ def test_the_page_asks_for_a_key_until_the_server_takes_it() -> None:
         address = f"http://127.0.0.1:{server.port}/demo/index.html"
         words = ["node", "--input-type=module", "-e", PAGE_WITH_KEYS]
         given = [address, "not-the-key-of-anyone", "clé \u2026", KEY, "left"]
-        done = subprocess.run(words + given, cwd=ROOT / "web", capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words + given, cwd=WEB, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"refused": [False, True, True], "left": 1, "label": expected}
 
