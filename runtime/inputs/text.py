@@ -117,7 +117,8 @@ def open_tokenizer(bundle: Bundle, facts: TextInput, overlap: int | None = None)
     vocab_size, longest = bundle.manifest.vocab_size, None if overlap is None else facts.longest
     try:
         data = bundle.read(facts.tokenizer)
-        key = hashlib.sha256(data).hexdigest(), vocab_size, longest, overlap
+        sha256 = hashlib.sha256(data).hexdigest() if fact is None else fact.sha256  # read() compared it
+        key = sha256, vocab_size, longest, overlap
         with _tokenizers_lock:
             known = _tokenizers.get(key)
         if known is not None:

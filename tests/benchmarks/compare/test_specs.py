@@ -127,7 +127,7 @@ def test_several_trainings_at_once_share_the_one_they_start_from(tmp_path: Path)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     first = models[0].folder(tmp_path, 0).name
     assert written == sorted([first, f"{first}.log", "joint_0", "joint_0.log"])
-    assert (tmp_path / "out" / "joint_0.log").read_text().startswith("joint: ")
+    assert (tmp_path / "out" / "joint_0.log").read_text().startswith("joint: 8 steps in ")
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
