@@ -45,6 +45,14 @@ class DecoderNetwork(nn.Module):
         self.block_count = len(self.family.blocks(model))
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         self.rotations = self.family.rotations(model)
+        # Scales of scores, by the rotation that contains them: its square root for queries and for keys. That
+        # saves a product for every block, where a rotation turns whole heads and has one scale.
+        self._scales: dict[str, float] = {}
+        for name, rotation in self.rotations.items():
+            forms = [form for form in map(self.family.attention, self.blocks) if form.rotation == name]
+            scales = {form.scale for form in forms}
+            if len(scales) == 1 and all(2 * len(rotation.frequencies) == form.size for form in forms):
+                self._scales[name] = scales.pop()
         self.windows = sorted(
             {window for block in self.blocks if (window := self.attention(block).window) is not None}
         )
@@ -62,9 +70,13 @@ class DecoderNetwork(nn.Module):
         return self.family.blocks(self.model)
 
     def attention(self, block: nn.Module) -> Attention:
-        """How a block attends; a window that the longest text does not exceed is none."""
+        """How a block attends; a window that the longest text does not exceed is none.
+
+        scale: what is left of it, 1 where its rotation contains it.
+        """
         form = self.family.attention(block)
-        return form if form.window is None or form.window < self.longest else replace(form, window=None)
+        window = form.window if form.window is not None and form.window < self.longest else None
+        return replace(form, window=window, scale=1.0 if form.rotation in self._scales else form.scale)
 
     def forward(self, ids: Tensor, block_mask: BlockMask | None = None) -> list[Tensor]:
         """The hidden states [batch, seq, hidden] after every block, for training: see hidden_states."""
@@ -95,12 +107,14 @@ class DecoderNetwork(nn.Module):
     def rotate_by(self, positions: Tensor) -> Context:
         """Cosine and sine of every rotation at positions [batch, seq], each [batch, 1, seq, rotated size].
 
-        The sine contains the sign of the half that is swapped with the other.
+        The sine contains the sign of the half that is swapped with the other, and both the square root of the
+        scores' scale where `attention` says 1.
         """
         context: Context = {}
         for name, rotation in self.rotations.items():
             angles = positions[:, None, :, None].float() * rotation.frequencies.to(positions.device)
-            cosine, sine = angles.cos() * rotation.factor, angles.sin() * rotation.factor
+            factor = rotation.factor * self._scales.get(name, 1.0) ** 0.5
+            cosine, sine = angles.cos() * factor, angles.sin() * factor
             context[f"{name}_cosine"] = torch.cat([cosine, cosine], dim=-1)
             context[f"{name}_sine"] = torch.cat([-sine, sine], dim=-1)
         return context
@@ -185,7 +199,7 @@ def project_heads(
     heads = family.project(block, hidden, "qkv").unflatten(-1, (-1, form.size)).transpose(1, 2)
     turned, values = heads.split([form.heads + form.kv_heads, form.kv_heads], dim=1)
     queries, keys = rotated(turned, form, context).split([form.heads, form.kv_heads], dim=1)
-    return queries * form.scale, keys, values
+    return queries if form.scale == 1 else queries * form.scale, keys, values
 
 
 def project_cache(
