@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from offramp.benchmarks.fleet_sim import BALANCERS, Requests, capacity, network_from, simulate
 from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import RuleSpec
 from offramp.runtime.inputs.text import LENGTH_STEP, AnyRow, Reader, Text, items_to_rows, open_reader
 from offramp.runtime.rules import bind
-from offramp.runtime.rules.base import Floats, Plan, Rule, Signals, full_plan
+from offramp.runtime.rules.base import Floats, Plan, Signals
 from offramp.runtime.serving.scheduler import RowOptions, Scheduler
 from offramp.runtime.tuning.baselines import MONOLITH, open_baseline, read_baselines
 from offramp.runtime.tuning.labelled import read_rows
 from offramp.runtime.tuning.report import machine_facts
+from offramp.runtime.tuning.step_costs import KeepPlan
 from offramp.runtime.tuning.timing import Candidate, take_turns
 from offramp.runtime.walker import Inputs, Walk, empty_trace
 
@@ -41,26 +41,13 @@ Milliseconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _TimedRule:
+class _TimedRule(KeepPlan):
     """A rule that decides as another one and lets every row go on; splits: the first row leaves at once."""
 
-    rule: Rule
     splits: bool = False
-    exit_test = None
-
-    @property
-    def spec(self) -> RuleSpec:
-        return self.rule.spec
-
-    @property
-    def width(self) -> int:
-        return self.rule.width
-
-    def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
-        return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
-        _, memory = self.rule(signals, memory, plan, segment)
+        plan, memory = super().__call__(signals, memory, plan, segment)
         if self.splits and segment == 0:
             plan = plan.copy()
             plan[0, 1:] = -1

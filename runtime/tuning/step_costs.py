@@ -46,7 +46,7 @@ def require_forecast(manifest: Manifest) -> None:
 
 
 @dataclass(frozen=True)
-class _KeepPlan:
+class KeepPlan:
     """A rule that computes another rule's decisions and ignores them, so that a timed walk runs every
     segment.
     """
@@ -56,17 +56,20 @@ class _KeepPlan:
 
     @property
     def spec(self) -> RuleSpec:
+        """The other rule's specification."""
         return self.rule.spec
 
     @property
     def width(self) -> int:
+        """Numbers that the other rule remembers of a row."""
         return self.rule.width
 
     def first_plan(self, segments: int, variant: int, hidden: Floats | None = None) -> Plan:
+        """Every segment; see Rule.first_plan."""
         return full_plan(segments, variant)
 
     def __call__(self, signals: Signals, memory: Floats, plan: Plan, segment: int) -> tuple[Plan, Floats]:
-        self.rule(signals, memory, plan, segment)
+        _, memory = self.rule(signals, memory, plan, segment)
         return plan, memory
 
 
@@ -81,7 +84,7 @@ def measure_step_costs(session: RowSession[Any], items: Sequence[Text], tokens: 
     nearest = np.argsort(np.abs(tokens - middle), kind="stable")[:TIMED_ROWS]
     inputs = {int(row): _encode_item(session, items[row]) for row in nearest}
     even = StepCosts(middle, dict.fromkeys(variants, (1.0,) * count))
-    rule = _KeepPlan(bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even}))
+    rule = KeepPlan(bind(RuleSpec("quee", {"price": 1.0, "measured": 1.0}), count, {"ms": even}))
     for variant in range(len(variants)):
         engine.prepare(variant, range(count))
     seconds = np.zeros((WARM_UP_ROWS + len(nearest), len(variants), count))
