@@ -26,6 +26,7 @@ import click
 
 from offramp.benchmarks.overhead import write_figures
 from offramp.runtime.bulk_cli import ROWS_PER_FILE
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.tuning.labelled import read_rows
 from offramp.runtime.tuning.report import machine_facts
 
@@ -34,9 +35,9 @@ EE_RUN = [sys.executable, "-m", "offramp.runtime.cli"]
 POLL = 0.02  # seconds between two looks for the first file of answers
 
 
-def write_halves(data: Path, rows: int, folder: Path) -> list[Path]:
-    """Write rows of the data file, repeated, as one file of JSON lines for each worker."""
-    items, _, _ = read_rows(data, (), sys.maxsize)
+def write_halves(data: Path, names: Sequence[str], rows: int, folder: Path) -> list[Path]:
+    """Write rows of the data file, repeated, as one file of JSON lines for each worker; names: of labels."""
+    items, _, _ = read_rows(data, names, sys.maxsize)
     texts = [item if isinstance(item, str) else item[0] for item in items]
     repeated, files = cycle(texts), []
     for number in range(WORKERS):
@@ -114,7 +115,8 @@ def main(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
     differ = 0
     with tempfile.TemporaryDirectory() as scratch:
-        files = write_halves(data, rows, Path(scratch))
+        names = open_bundle(Path(bundle)).manifest.labels
+        files = write_halves(data, names, rows, Path(scratch))
         for number in range(rounds):
             # Who runs first changes from round to round.
             for name in sorted(CANDIDATES, reverse=number % 2 == 1):

@@ -11,8 +11,10 @@ same for all. Closed: as many connections as asked for, each with its next reque
 is what the best number of connections reaches. Open: requests arrive at random (Poisson), whether or not
 those before are answered, at shares of the plain server's capacity ("equal": the same load for all) and of
 the server's own ("own"); goodput is the answers in time, each second. Servers take turns, so that a change of
-the machine meets all. Overload: twice the capacity of a server, 3 times as long as a turn: what it refuses,
-whether anything was answered wrongly or twice, and its resident memory before and afterwards.
+the machine meets all. "empty": the plain server without its graph, which reads a request, makes its tokens
+and answers the first label; what it reaches is a bound for every server that does at least this work.
+Overload: twice the capacity of a server for --overload-seconds: what it refuses, whether anything was
+answered wrongly or twice, and its resident memory before, and at each tenth of the time.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,14 +64,18 @@ class Request(BaseModel):
 def classify(body: Request):
     encoded = tokenizer.encode({prefix!r} + body.input)
     ids = dict(input_ids=encoded.ids, attention_mask=encoded.attention_mask, token_type_ids=encoded.type_ids)
-    logits = graph.run(["logits"], {{name: numpy.array([ids[name]]) for name in names}})[0][0]
+    arrays = {{name: numpy.array([ids[name]]) for name in names}}
+    logits = graph.run(["logits"], arrays)[0][0] if {runs_graph} else numpy.zeros(len(labels))
     return {{"results": [{{"label": labels[int(logits.argmax())]}}]}}
 
 uvicorn.run(app, host="127.0.0.1", port={port}, log_level="error", access_log=False)
 """
 PATH, HOST = "/v1/classify", "127.0.0.1"
 FIRST_PORT = 18_080
+BROKEN = 0  # in place of a status
 TURNS = 3  # of each server in each cell
+WITH_MODEL = ("exits", "monolith", "plain")
+MEMORY_SAMPLES = 10
 
 
 @dataclass
@@ -98,11 +105,25 @@ class Connection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, body: bytes) -> tuple[int, bytes]:
-        """Status and body of the answer to a request."""
-        # A server closes a connection that rests for some seconds; a client then opens another one.
-        if self._streams is None or self._streams[0].at_eof():
+        """Status and body of the answer to a request; status BROKEN if the connection broke off."""
+        # A server closes a connection that rests for some seconds. A client then opens another one, also if
+        # it learns of that only when it has sent a request, which the server has not read.
+        if self._streams is not None and not self._streams[0].at_eof():
+            try:
+                return await self._ask(*self._streams, body)
+            except (OSError, asyncio.IncompleteReadError):
+                pass
+        try:
             self._streams = await asyncio.open_connection(HOST, self._port)
-        reader, writer = self._streams
+            return await self._ask(*self._streams, body)
+        except ConnectionRefusedError:  # no server yet
+            raise
+        except (OSError, asyncio.IncompleteReadError):
+            return BROKEN, b""
+
+    async def _ask(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+    ) -> tuple[int, bytes]:
         writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % PATH.encode())
         writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         head = await reader.readuntil(b"\r\n\r\n")
@@ -209,6 +230,16 @@ def resident_mb(process: int) -> float:
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
+async def with_memory(
+    load: Coroutine[Any, Any, Load], process: int, pause: float
+) -> tuple[Load, list[float]]:
+    """Run a load; gives its result and the resident memory of a process after every `pause` seconds."""
+    task, samples = asyncio.ensure_future(load), list[float]()
+    while not (await asyncio.wait([task], timeout=pause))[0]:
+        samples.append(resident_mb(process))
+    return task.result(), samples
+
+
 async def _ask_once(port: int, body: bytes) -> bytes:
     connection = Connection(port)
     _, answer = await connection.ask(body)
@@ -225,8 +256,8 @@ async def labels_of(port: int, bodies: Sequence[bytes]) -> list[str | None]:
     return labels
 
 
-def plain_command(bundle: Path, baselines: Path, port: int, variant: str) -> list[str]:
-    """The command of the plain server with the single graph of a variant."""
+def plain_command(bundle: Path, baselines: Path, port: int, variant: str, *, runs_graph: bool) -> list[str]:
+    """The command of the plain server with the single graph of a variant, which it runs or not."""
     manifest = open_bundle(bundle).manifest
     assert isinstance(manifest.input, TextInput)
     graphs = {
@@ -240,11 +271,12 @@ def plain_command(bundle: Path, baselines: Path, port: int, variant: str) -> lis
         prefix=manifest.input.prefix,
         labels=list(manifest.labels),
         port=port,
+        runs_graph=runs_graph,
     )
     return [sys.executable, "-c", script]
 
 
-def summary(load: Load, limit: float) -> dict[str, float | int]:
+def summary(load: Load, limit: float) -> dict[str, Any]:
     """The figures of one cell; limit: milliseconds within which an answer counts for goodput."""
     times = np.array(load.ms or [np.nan])
     percentiles = {f"p{share}_ms": round(float(np.percentile(times, share)), 3) for share in (50, 95, 99)}
@@ -254,6 +286,7 @@ def summary(load: Load, limit: float) -> dict[str, float | int]:
         **percentiles,
         "refused": load.statuses[429],
         "failed": sum(n for status, n in load.statuses.items() if status not in (200, 429)),
+        "statuses": {str(status): n for status, n in sorted(load.statuses.items())},
         "wrong": load.wrong,
         "twice": load.twice,
     }
@@ -268,9 +301,10 @@ def summary(load: Load, limit: float) -> dict[str, float | int]:
 @click.option("--variant", default="fp32", help="Precision of the servers without exits.")
 @click.option("--rows", default=500, help="Texts that are asked for in turn.")
 @click.option("--connections", default="1,8,64")
-@click.option("--shares", default="0.5,0.8,1.0", help="Of the plain server's capacity.")
+@click.option("--shares", default="0.5,0.8,1.0", help="Of capacity; none leaves out random arrivals.")
 @click.option("--limit-ms", default=50.0, help="Time within which an answer counts for goodput.")
 @click.option("--seconds", default=6.0, help="Of each turn.")
+@click.option("--overload-seconds", default=60.0, help="Of the overload of each server.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     bundle: Path,
@@ -284,16 +318,19 @@ def main(
     shares: str,
     limit_ms: float,
     seconds: float,
+    overload_seconds: float,
     json_file: Path | None,
 ) -> None:
-    """Measure the three servers; see the head of this file."""
+    """Measure the servers; see the head of this file."""
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is one, in overload
     manifest = open_bundle(bundle).manifest
     items, truth, _ = read_rows(data, manifest.labels, rows)
     if truth is None:
         raise click.ClickException(f"{data}: rows need labels, so that accuracy can be stated")
     bodies = [json.dumps({"input": item}).encode() for item in items]
     program = str(Path(sys.executable).parent / "ee-serve")
-    ports = {name: FIRST_PORT + number for number, name in enumerate(("exits", "monolith", "plain"))}
+    ports = {name: FIRST_PORT + number for number, name in enumerate((*WITH_MODEL, "empty"))}
     commands = {
         "exits": [program, str(bundle), "--point", point, "--port", str(ports["exits"]), "--quiet"],
         "monolith": [
@@ -305,15 +342,28 @@ def main(
             str(ports["monolith"]),
             "--quiet",
         ],
-        "plain": plain_command(bundle, baselines, ports["plain"], variant),
+        "plain": plain_command(bundle, baselines, ports["plain"], variant, runs_graph=True),
+        "empty": plain_command(bundle, baselines, ports["empty"], variant, runs_graph=False),
     }
     figures: list[dict[str, Any]] = []
     accuracy: dict[str, float] = {}
     expected: dict[str, list[str | None]] = {}
 
+    about = {
+        "bundle": bundle.name,
+        "point": point,
+        "variant": variant,
+        "limit_ms": limit_ms,
+        "cores": os.cpu_count(),
+    }
+
+    def write() -> None:  # after every cell: the whole takes a quarter of an hour
+        write_figures(json_file, {"machine": machine_facts(), **about, "accuracy": accuracy, "rows": figures})
+
     def cell(kind: str, size: float, loads: Mapping[str, Load]) -> None:
         for name, load in loads.items():
             figures.append({"server": name, "load": kind, "size": size} | summary(load, limit_ms))
+        write()
 
     def in_turn(run: Any, names: Sequence[str] = tuple(commands)) -> dict[str, Load]:
         loads = {name: Load() for name in names}
@@ -324,8 +374,8 @@ def main(
                     loads[name].add(asyncio.run(run(name, ports[name], turn)))
         return loads
 
-    for name, command in commands.items():
-        with running(name, command, ports[name], bodies[0]):
+    for name in WITH_MODEL:
+        with running(name, commands[name], ports[name], bodies[0]):
             expected[name] = asyncio.run(labels_of(ports[name], bodies))
             right = [
                 manifest.labels[number] == label for number, label in zip(truth, expected[name], strict=True)
@@ -337,10 +387,10 @@ def main(
             "closed", count, in_turn(lambda name, port, turn, n=count: closed_load(port, bodies, n, seconds))
         )
     capacity = {
-        name: max(row["answers_per_s"] for row in figures if row["server"] == name) for name in commands
+        name: max(row["answers_per_s"] for row in figures if row["server"] == name) for name in WITH_MODEL
     }
-    for kind, names in (("equal", tuple(commands)), ("own", ("exits", "monolith"))):
-        for share in (float(part) for part in shares.split(",")):
+    for kind, names in (("equal", WITH_MODEL), ("own", ("exits", "monolith"))):
+        for share in (float(part) for part in shares.split(",") if part):
             rates = {name: share * capacity["plain" if kind == "equal" else name] for name in names}
             click.echo(f"{kind} load, {share:g} of capacity", err=True)
             cell(
@@ -353,16 +403,17 @@ def main(
                     names,
                 ),
             )
-    for name in commands:
+    for name in WITH_MODEL:
         click.echo(f"{name}: overload", err=True)
         with running(name, commands[name], ports[name], bodies[0]) as process:
             asyncio.run(closed_load(ports[name], bodies, 64, seconds))  # memory settles
             before = resident_mb(process)
             rate = 2 * capacity[name]
-            load = asyncio.run(open_load(ports[name], bodies, expected[name], rate, 3 * seconds, 0))
-            after = resident_mb(process)
-        memory = {"mb_before": before, "mb_after": after}
+            overload = open_load(ports[name], bodies, expected[name], rate, overload_seconds, 0)
+            load, after = asyncio.run(with_memory(overload, process, overload_seconds / MEMORY_SAMPLES))
+        memory = {"mb_before": before, "mb_during": after}
         figures.append({"server": name, "load": "overload", "size": 2.0} | summary(load, limit_ms) | memory)
+        write()
     table = Table(title=f"{bundle.name}, {point}; accuracy {accuracy}; goodput within {limit_ms:g} ms")
     columns = list(figures[-1])  # of overload, which has memory too
     for column in columns:
@@ -370,14 +421,6 @@ def main(
     for row in figures:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     Console(width=180).print(table)
-    about = {
-        "bundle": bundle.name,
-        "point": point,
-        "variant": variant,
-        "limit_ms": limit_ms,
-        "cores": os.cpu_count(),
-    }
-    write_figures(json_file, {"machine": machine_facts(), **about, "accuracy": accuracy, "rows": figures})
 
 
 if __name__ == "__main__":
