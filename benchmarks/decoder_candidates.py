@@ -32,9 +32,12 @@ from offramp.benchmarks.decoder_baselines import (
     build_llama_model,
 )
 from offramp.runtime import load_generator
+from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import LAST_POSITIONS, TOTAL_LENGTH, RotationFacts
 from offramp.runtime.engines.buffers import Run, make_run
 from offramp.runtime.engines.graphs import CPU, free_unused_memory
 from offramp.runtime.engines.ort_decoder import PLACES
+from offramp.runtime.engines.rotation import rotation_tables
 from offramp.runtime.engines.threads import apply_pool, claim_pool
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.sequence import KEPT_TOKENS
@@ -77,7 +80,7 @@ def open_in_process(scratch: Path, variant: str, names: Sequence[str]) -> Iterat
     with ExitStack() as stack:
         for name in names:
             if name == MONOLITH:
-                candidates[name] = DecoderMonolith(monolith_file(scratch, variant)).generate
+                candidates[name] = open_monolith(scratch, variant).generate
                 continue
             session = load_generator(
                 scratch / name, rule="never", variant=variant, share=False, global_pool=True
@@ -198,13 +201,21 @@ def run_fresh_round(request: Mapping[str, Any], facts: dict[str, Any]) -> Round:
     return {name: [TimedAnswer(*answer) for answer in answers] for name, answers in result["answers"].items()}
 
 
+def open_monolith(scratch: Path, variant: str) -> DecoderMonolith:
+    """Open the decoder as one graph; its rotations are those of the bundle "auto" beside it."""
+    decoder = open_bundle(scratch / "auto").manifest.decoder
+    assert decoder is not None
+    return DecoderMonolith(monolith_file(scratch, variant), decoder.rotations)
+
+
 class DecoderMonolith:
     """A decoder as one graph, which ee-split --monolith writes; it generates greedily.
 
-    Its cache is handled as in a walk: it is bound to the session and extended in place.
+    Its cache is handled as in a walk: it is bound to the session and extended in place. rotations: of the
+    bundle's manifest, for a graph that extends the cache itself.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, rotations: Mapping[str, RotationFacts] | None = None) -> None:
         options = onnxruntime.SessionOptions()
         apply_pool(claim_pool(onnxruntime, None, True), options)
         options.log_severity_level = 3
@@ -212,17 +223,31 @@ class DecoderMonolith:
         self.session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
         free_unused_memory()  # as an engine does after it has opened everything
         self.past = {node.name: node.shape for node in self.session.get_inputs() if node.name[:5] == "past_"}
-        self.past.pop("past_valid")
+        self.past.pop("past_valid", None)
+        self.rotations = rotations or {}
+        self.in_place = any(node.name == LAST_POSITIONS.name for node in self.session.get_inputs())
         self.vocabulary = int(self.session.get_outputs()[0].shape[2])
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Iterator[int]:
         """Generate this number of tokens greedily; yields their ids."""
-        sequence = _Sequence(self)
+        sequence = _InPlaceSequence(self) if self.in_place else _Sequence(self)
         ids, start = list(prompt), 0
         for _ in range(tokens):
             token = sequence.next_token(ids, start)
             yield token
             ids, start = [token], start + len(ids)
+
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> Run:
+        """Bind the graph to arrays by name, which the caller keeps alive."""
+        binding = onnxruntime.IOBinding(self.session)
+        for bind, nodes in (
+            (binding.bind_input, self.session.get_inputs()),
+            (binding.bind_output, self.session.get_outputs()),
+        ):
+            for node in nodes:
+                array = arrays[node.name]
+                bind(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return make_run(onnxruntime, self.session, binding)
 
 
 class _Binding(NamedTuple):
@@ -294,15 +319,57 @@ class _Sequence:
             for number, name in enumerate(names):
                 arrays[name.replace("past", "new", 1)], arrays[name] = new[number], past[number]
             added.append((_tokens_first(names, cached), _tokens_first(names, new)))
-        binding = onnxruntime.IOBinding(monolith.session)
-        for bind, nodes in (
-            (binding.bind_input, monolith.session.get_inputs()),
-            (binding.bind_output, monolith.session.get_outputs()),
-        ):
-            for node in nodes:
-                array = arrays[node.name]
-                bind(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return _Binding(make_run(onnxruntime, monolith.session, binding), arrays, added)
+        return _Binding(monolith.bind(arrays), arrays, added)
+
+
+class _InPlaceSequence:
+    """One sequence of a graph that extends the cache itself; see _Sequence."""
+
+    def __init__(self, monolith: DecoderMonolith) -> None:
+        self.monolith, self.places = monolith, 0
+        self._caches: dict[str, np.ndarray] = {}
+        self._tables: Mapping[str, np.ndarray] = {}
+        self._bindings: dict[int, _Binding] = {}
+        self._grow(PLACES)
+
+    def next_token(self, ids: Sequence[int], start: int) -> int:
+        """Run these ids, the first at position `start`, and give the most probable next token."""
+        count, end = len(ids), start + len(ids)
+        if end > self.places:
+            self._grow(end)
+        if count not in self._bindings:
+            self._bindings[count] = self._bind(count)
+        run, arrays, _ = self._bindings[count]
+        arrays["input_ids"][0], arrays["position_ids"][0] = ids, np.arange(start, end)
+        arrays[LAST_POSITIONS.name][0], arrays[TOTAL_LENGTH.name][...] = end - 1, end
+        run()
+        return int(arrays["logits"][0, 0].argmax())
+
+    def _grow(self, tokens: int) -> None:
+        filled, self.places = self.places, max(self.places, PLACES)
+        while self.places < tokens:
+            self.places += min(self.places, 4 * PLACES)
+        self._bindings.clear()
+        for name, (_, heads, _, size) in self.monolith.past.items():
+            larger = np.zeros((1, heads, self.places, size), np.float32)
+            if filled:
+                larger[:, :, :filled] = self._caches[name]
+            self._caches[name] = larger
+        self._tables = rotation_tables(self.monolith.rotations, self.places)
+        free_unused_memory()
+
+    def _bind(self, count: int) -> _Binding:
+        arrays: dict[str, np.ndarray] = {
+            **self._tables,
+            **self._caches,
+            **{name.replace("past", "new", 1): cache for name, cache in self._caches.items()},
+            "input_ids": np.zeros((1, count), np.int64),
+            "position_ids": np.zeros((1, count), np.int64),
+            LAST_POSITIONS.name: np.zeros(1, np.int32),
+            TOTAL_LENGTH.name: np.zeros((), np.int32),
+            "logits": np.zeros((1, 1, self.monolith.vocabulary), np.float32),
+        }
+        return _Binding(self.monolith.bind(arrays), arrays, [])
 
 
 def _tokens_first(names: Sequence[str], array: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@
     python benchmarks/decoders.py baselines --model MODEL --scratch DIR --texts TEXTS --out BASELINES.json
     python benchmarks/decoders.py memory --scratch DIR --texts TEXTS --out MEMORY.json
     python benchmarks/decoders.py lossless --bundle trained/ --bundle untrained/ --texts TEXTS --out FILE
+    python benchmarks/decoders.py lossless --bundle untrained/ --texts ROWS --prompts summaries --out FILE
 
 full: bundles of several numbers of segments and that of --segments auto, in turns of a few tokens with the
 graph that ee-split --monolith writes, at three precisions. Ratios are speeds of a prompt's median token over
@@ -16,7 +17,8 @@ Bundles stay in --scratch and are written once; `full` comes first.
 lossless: every prompt is answered at full depth and under rule speculative, in turns, stop tokens ignored.
 "same" counts answers that are those of full depth, id by id; "speed" is the seconds of full depth over the
 rule's, all prompts together, first tokens left out; "speed_median" the median over prompts. The rule chooses
-exit and number of drafts itself and learns from prompt to prompt; with --fixed it does not.
+source and number of drafts itself and learns from prompt to prompt; with --fixed it does not. With --prompts
+summaries or edits the answers repeat much of the prompts (repeated_prompts.py), and end at stop tokens.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from offramp.benchmarks.decoder_candidates import (
     monolith_file,
     run_fresh_round,
 )
+from offramp.benchmarks.repeated_prompts import read_repeated_prompts
 from offramp.export.auto import choose_segment_count, even_cuts
 from offramp.export.bundle import write_bundle
 from offramp.export.decoder import open_decoder
@@ -304,6 +307,14 @@ def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | No
 @click.option("--variant", default="fp32", show_default=True, help="Precision.")
 @click.option("--count", default=100, show_default=True, help="Prompts.")
 @click.option("--prompt", default=24, show_default=True, help="Tokens of a prompt.")
+@click.option(
+    "--prompts",
+    "kind",
+    type=click.Choice(("beginnings", "summaries", "edits")),
+    default="beginnings",
+    show_default=True,
+    help="Beginnings of --prompt tokens, or whole prompts whose answers repeat them.",
+)
 @TOKENS
 @click.option(
     "--fixed",
@@ -319,19 +330,23 @@ def lossless(
     variant: str,
     count: int,
     prompt: int,
+    kind: str,
     tokens: int,
     fixed: str,
     threads: int | None,
     out: Path | None,
 ) -> None:
-    """Compare rule speculative, which drafts by early exits, with full depth."""
+    """Compare rule speculative, which drafts by early exits and by lookups, with full depth."""
     pairs = [(int(exit), int(drafts)) for exit, drafts in (pair.split(",") for pair in fixed.split())]
     figures: dict[str, Any] = {}
     for bundle in bundles:
         with ExitStack() as stack:
             options: dict[str, Any] = {"variant": variant, "threads": threads}
             full = stack.enter_context(load_generator(bundle, rule="never", **options, global_pool=True))
-            prompts = read_prompts(full, texts, count, prompt)
+            if kind == "beginnings":
+                prompts = read_prompts(full, texts, count, prompt)
+            else:
+                prompts = read_repeated_prompts(full, kind, texts, count, tokens)
             rules = {"speculative": RuleSpec("speculative", {})}
             for exit, drafts in pairs:
                 if exit < len(full.manifest.segments):
@@ -344,7 +359,7 @@ def lossless(
                 )
             figures[Path(bundle).name] = {
                 "cuts": [segment.blocks[-1] for segment in full.manifest.segments],
-                "rules": lossless_figures(sessions, prompts, tokens),
+                "rules": lossless_figures(sessions, prompts, tokens, () if kind == "beginnings" else None),
                 "engine": dict(full.engine.facts),
             }
     if out is not None:
@@ -354,7 +369,8 @@ def lossless(
             "texts": texts.name,
             "variant": variant,
             "count": count,
-            "prompt": prompt,
+            "prompts": kind,
+            "prompt": prompt if kind == "beginnings" else None,
             "tokens": tokens,
             "threads": threads,
         }
@@ -364,32 +380,40 @@ def lossless(
 
 
 def lossless_figures(
-    sessions: dict[str, TextGenerator], prompts: list[list[int]], tokens: int
+    sessions: dict[str, TextGenerator],
+    prompts: list[list[int]],
+    tokens: int,
+    stop_ids: Sequence[int] | None = (),
 ) -> dict[str, dict[str, Any]]:
-    """Time the sessions' answers in turns; figures by session, compared with session "full"."""
-    generators = {name: partial(_tokens, session, tokens) for name, session in sessions.items()}
+    """Time the sessions' answers in turns; figures by session, compared with session "full".
+
+    stop_ids: at which answers end, by default none; None: those of the bundle.
+    """
+    generators = {name: partial(_tokens, session, tokens, stop_ids) for name, session in sessions.items()}
     for session in sessions.values():
         for _ in session.tokens(prompts[0], min(8, tokens), ()):
             pass
     timings = time_answers(generators, prompts, 1)
     ids = {name: [[t.id for t in answer] for answer in timing.tokens] for name, timing in timings.items()}
     full_s = timings["full"].after_first
+    longer = [number for number, answer in enumerate(ids["full"]) if len(answer) > 1]
     rows = {}
     for name, timing in timings.items():
-        ratios = full_s / timing.after_first
+        ratios = full_s[longer] / timing.after_first[longer]
+        further = sum(map(len, ids[name])) - len(prompts)  # tokens after the first ones
         rows[name] = {
             "same": sum(answer == full for answer, full in zip(ids[name], ids["full"], strict=True)),
             "speed": round(float(full_s.sum() / timing.after_first.sum()), 4),
             "speed_median": round(float(np.median(ratios)), 4),
             "speed_5_95": [round(float(x), 3) for x in np.percentile(ratios, [5, 95])],
-            "tokens_per_s": round(float((tokens - 1) * len(prompts) / timing.after_first.sum()), 2),
+            "tokens_per_s": round(further / float(timing.after_first.sum()), 2),
         }
         rows[name] |= draft_figures(sessions[name])
     return rows
 
 
 def draft_figures(session: TextGenerator) -> dict[str, Any]:
-    """The numbers of rounds and of drafts by exit, and the share accepted; empty for rules without drafts."""
+    """The numbers of rounds and drafts by source, and the share accepted; empty for rules without drafts."""
     stats = session.draft_stats
     if stats is None:
         return {}
@@ -397,8 +421,10 @@ def draft_figures(session: TextGenerator) -> dict[str, Any]:
     return {"rounds": stats.rounds, "offered": stats.offered, "accepted": accepted}
 
 
-def _tokens(session: TextGenerator, max_new_tokens: int, ids: Sequence[int]) -> Iterator[Token]:
-    return session.tokens(ids, max_new_tokens, ())
+def _tokens(
+    session: TextGenerator, max_new_tokens: int, stop_ids: Sequence[int] | None, ids: Sequence[int]
+) -> Iterator[Token]:
+    return session.tokens(ids, max_new_tokens, stop_ids)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/figures.py            # make bench ends with it; make figures
 
 Each file holds two marks; only the text between them is written: one table of five rows in README.md, the
-tables of all benchmarks in docs/measured.md, those of risk.py in docs/operating-points.md and those of
-fleet.py in docs/fleet.md. Every table of times names the machine and the date of its measurement.
+tables of all benchmarks in docs/measured.md, those of risk.py in docs/operating-points.md, of fleet.py in
+docs/fleet.md and of serving.py in docs/serving.md. Every table of times names the machine and the date of its
+measurement.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from offramp.benchmarks.compare.pages import (
 from offramp.benchmarks.fleet_pages import fleet_tables
 from offramp.benchmarks.int8 import int8_tables
 from offramp.benchmarks.risk import risk_tables
+from offramp.benchmarks.serving_pages import serving_tables
+from offramp.runtime.rules.speculative import source_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -363,7 +366,7 @@ def lossless_table() -> list[str]:
             if rule == "full":
                 continue
             label = rule if rule == "speculative" else "exit {}, {} drafts".format(*rule.split(","))
-            accepted = ", ".join(f"exit {e}: {share:.0%}" for e, share in row["accepted"].items())
+            accepted = ", ".join(f"{source_name(e)}: {share:.0%}" for e, share in row["accepted"].items())
             same = f"{row['same']} of {result['count']}"
             rows.append(
                 [bundle, label, same, two_decimals(row["speed"]), two_decimals(row["speed_median"]), accepted]
@@ -473,6 +476,7 @@ DOCUMENTS = {
     ROOT / "docs" / "measured.md": measured_tables,
     ROOT / "docs" / "operating-points.md": risk_tables,
     ROOT / "docs" / "fleet.md": fleet_tables,
+    ROOT / "docs" / "serving.md": serving_tables,
 }
 
 

@@ -165,9 +165,9 @@ def print_memory(kind: str, scratch: str, variant: str, texts: str, context: str
             written = sum(1 for _ in session.tokens(ids, tokens, ()))
             resident, peak = resident_mb()
     else:
-        from offramp.benchmarks.decoder_candidates import DecoderMonolith, monolith_file
+        from offramp.benchmarks.decoder_candidates import open_monolith
 
-        monolith = DecoderMonolith(monolith_file(folder, variant))
+        monolith = open_monolith(folder, variant)
         written = sum(1 for _ in monolith.generate(ids, tokens))
         resident, peak = resident_mb()
     assert written == tokens

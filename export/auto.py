@@ -219,7 +219,7 @@ def choose_segment_count(
         folders = [Path(scratch) / "one", Path(scratch) / "few"]
         for folder, count in zip(folders, (1, few), strict=True):
             whole = source.split(even_cuts(blocks, count))
-            split = replace(whole, cache_fills=(), draft=None)
+            split = replace(whole, cache_fills=(), draft=None, draft_block=None)
             _write_to_time(source, split, folder, variants, folders[0])
         openings = [(variant, order) for variant in variants for order in (1, -1) * PAIRS]
         seconds: dict[str, list[list[float]]] = {variant: [] for variant in variants}

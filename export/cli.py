@@ -122,6 +122,12 @@ class VerificationFailed(click.ClickException):
     "middle]",
 )
 @click.option(
+    "--portable",
+    is_flag=True,
+    help="Of a language model: write graphs of ONNX's own operators, which every engine reads. They are "
+    "slower on a CPU than those with ONNX Runtime's attention, which are the default; fp16 needs them.",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace the contents of --out and --baselines, once the new ones are complete.",
@@ -195,6 +201,8 @@ def _split_classifier(options: SplitOptions, output: CommandOutput) -> Written:
     from offramp.training.checkpoint import BadCheckpoint, load_checkpoint
 
     export = options.export()
+    if options.portable:
+        raise UserError(f"--portable is for language models: {options.checkpoint} is none")
     try:
         check_target(options.out, overwrite=options.overwrite)
         if options.baselines is not None:
@@ -234,12 +242,17 @@ def _split_decoder(options: SplitOptions, output: CommandOutput) -> Written:
     from offramp.training.checkpoint import BadCheckpoint
 
     folder, export = options.checkpoint, options.export()
+    if "fp16" in export.variants and not options.portable:
+        raise UserError(
+            f"--variants {options.variants}: fp16 of a language model needs --portable, since "
+            "what reads fp16 does not know ONNX Runtime's attention"
+        )
     given = {"--dev": options.dev, "--texts": options.texts, "--baselines": options.baselines}
     if refused := next((name for name, value in given.items() if value), None):
         raise UserError(f"{refused} is for trained checkpoints: {folder} is a language model")
     check_target(options.out, overwrite=options.overwrite)
     try:
-        source = open_decoder(folder)
+        source = open_decoder(folder, portable=options.portable)
         cuts = options.segments or source.training.get("exits") or "auto"
         if cuts == "auto":
             choice = choose_segment_count(source, export.variants)
@@ -324,7 +337,8 @@ def split_summary(options: SplitOptions, manifest: Manifest, report: Verificatio
     """What ee-split writes at its end."""
     variants, names = manifest.variants, [point.name for point in manifest.points]
     sizes = {variant: _bytes_of(manifest, variant) for variant in variants}
-    worst = max((difference.difference for difference in report.differences), default=0.0)
+    walked = {difference.segment for difference in report.differences}
+    worst = max((report.worst(segment) for segment in walked), default=0.0)  # of the first variant alone
     kept = {
         variant: min(shares)
         for variant in variants[1:]
@@ -363,6 +377,6 @@ def _bytes_of(manifest: Manifest, variant: str) -> int:
     """Bytes of the graphs that a walk in a variant opens; a segment without it runs in the first variant."""
     segments = [manifest.stem, *manifest.segments]
     if (decoder := manifest.decoder) is not None:
-        segments += [*decoder.cache_fills, decoder.head, *([decoder.draft] if decoder.draft else [])]
+        segments += [*decoder.cache_fills, decoder.head, *decoder.drafting]
     graphs = [segment.variants.get(variant, segment.first_graph).graphs for segment in segments]
     return sum(manifest.files[file].bytes for file in {graph.file for part in graphs for graph in part})

@@ -1,18 +1,30 @@
-"""The parts of an export that only decoders have: segments with a cache, cache fills and heads."""
+"""Cut a decoder into the segments of its bundle, and say what else the bundle needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import click
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
+from offramp.export.cached_attention import reason_against, rotation_facts
 from offramp.export.chat import ChatFacts, read_chat
+from offramp.export.decoder_modules import (
+    IDS,
+    POSITIONS,
+    STEM_INPUTS,
+    CacheFill,
+    DecoderHead,
+    DecoderSegment,
+    DecoderStem,
+    DraftBlock,
+    EmbeddingStem,
+)
+from offramp.export.decoder_samples import decoder_samples
 from offramp.export.segments import (
     TOLERANCE,
     ManifestFacts,
@@ -20,178 +32,77 @@ from offramp.export.segments import (
     Sample,
     Segment,
     SplitNetwork,
-    Values,
     describe_tensors,
     require_float32,
     same_label,
 )
-from offramp.models.decoder import (
-    DecoderNetwork,
-    KeyValue,
-    cap,
-    hidden_states,
-    project_cache,
-    run_block,
-)
+from offramp.models.controllers import controllers_of
+from offramp.models.decoder import DecoderNetwork
+from offramp.models.draft_head import draft_head_of
 from offramp.models.families import decoder_family_of
 from offramp.models.families.family import Context
 from offramp.models.macs import linear_weights
 from offramp.models.network import parse_exits
 from offramp.runtime.bundle.fields import LONGEST_INPUT
 from offramp.runtime.bundle.manifest import (
+    APPENDED,
+    CONTROLLER,
     EXIT_HIDDEN,
     GATE,
     GENERATION,
+    IN_PLACE,
+    LAST_POSITIONS,
     NEXT,
+    PREVIOUS_HIDDEN,
+    TOTAL_LENGTH,
     Macs,
     RuleSpec,
     Tensor,
     TextInput,
+    table_names,
 )
 from offramp.runtime.inputs.tokenizer_checks import LARGEST_FILE, check_tokenizer, tokenizer_reason
 from offramp.training.checkpoint import TOKENIZER, TRAINING, load_exits, read_json
 
-STEM_INPUTS = (
-    Tensor("input_ids", "int64", ("batch", "seq")),
-    Tensor("position_ids", "int64", ("batch", "seq")),
-    Tensor("past_valid", "int64", ("batch", "past")),
-)
 # Ids of a byte-pair vocabulary are ordered by how early a pair was given an id: the first are the frequent
 # ones. A third of SmolLM2's ids covers 92 % of the tokens of film reviews, in a third of the time.
 DRAFT_IDS = 16384
-# For verification: tokens of a prompt and of two steps; places of the cache beyond these; the value in unused
-# places, which changes the outputs if the mask is wrong.
-CHUNKS, SPARE, UNUSED = (8, 1, 1), 3, 9.0
 
 
-class DecoderStem(nn.Module):
-    """The graph before the first segment: from token ids and positions to the hidden state.
+class _Form(NamedTuple):
+    """The stem, and what segments and cache fills read besides hidden and the past, in one form of cache.
 
-    Inputs: STEM_INPUTS; past_valid marks the places of the cache that hold a token. Outputs: hidden [batch,
-    seq, hidden size] and the tensors that every block reads.
+    cache: APPENDED or IN_PLACE. cache_sizes: number of heads and size of keys.
     """
 
-    def __init__(self, network: DecoderNetwork) -> None:
-        super().__init__()
-        self.network = network
+    cache: str
+    stem: Segment
+    cache_sizes: tuple[int, int]
+    reads: tuple[Tensor, ...]
+    fill_reads: tuple[Tensor, ...]
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the stem; tensors: in the order of STEM_INPUTS."""
-        hidden, context = self.network.stem(*tensors)
-        return hidden, *context.values()
+    def segment_reads(self, rotations: Sequence[str]) -> tuple[Tensor, ...]:
+        """What a segment reads whose blocks have these rotations."""
+        return self.reads if self.cache == APPENDED else _without_other_tables(self.reads, rotations)
 
-
-class CachedBlock(nn.Module):
-    """A block with its attention to the cache, as one module, since the exporter names nodes by modules."""
-
-    def __init__(self, network: DecoderNetwork, block: int) -> None:
-        super().__init__()
-        self.family, self.block = network.family, network.blocks[block]
-        self.form = network.attention(self.block)
-
-    def forward(
-        self, hidden: torch.Tensor, context: Context, past: KeyValue
-    ) -> tuple[torch.Tensor, KeyValue]:
-        """Run the block on new tokens; returns hidden, and the new keys and values."""
-        return run_block(self.family, self.form, self.block, hidden, context, past)
-
-
-class DecoderSegment(nn.Module):
-    """Consecutive blocks of a decoder, which read a cache of keys and values, and the exit after them.
-
-    Inputs: hidden, the stem's other outputs, and keys and values of each block's past. Outputs: hidden, the
-    new keys and values of each block and, where the network has an exit, exit_hidden and gate.
-    """
-
-    def __init__(self, network: DecoderNetwork, blocks: range, reads: Sequence[str]) -> None:
-        super().__init__()
-        self.reads = tuple(reads)
-        self.blocks = nn.ModuleList(CachedBlock(network, block) for block in blocks)
-        self.norm = network.family.norm(network.model)
-        name = str(blocks.stop)
-        early = blocks.stop < network.block_count
-        self.exit = network.exits[name] if early and name in network.exits else None
-        self.policy = network.policies[name] if early and name in network.policies else None
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the segment; tensors: hidden, the stem's outputs named in `reads`, keys and values by block."""
-        hidden, *others = tensors
-        context = dict(zip(self.reads, others, strict=False))
-        past, outputs = others[len(self.reads) :], list[torch.Tensor]()
-        for number, block in enumerate(self.blocks):
-            pair = past[2 * number], past[2 * number + 1]
-            hidden, new = block(hidden, context, pair)
-            outputs += new
-        if self.exit is not None:
-            outputs.append(hidden + self.exit(self.norm(hidden)))
-        if self.policy is not None:
-            outputs.append(self.policy(self.norm(hidden))[..., 0].sigmoid())  # [batch, seq]
-        return hidden, *outputs
-
-
-class BlockCacheFill(nn.Module):
-    """Computes the keys and values that tokens leave in the cache of a block that they skip."""
-
-    def __init__(self, network: DecoderNetwork, block: int) -> None:
-        super().__init__()
-        self.family, self.block = network.family, network.blocks[block]
-        self.form = network.attention(self.block)
-
-    def forward(self, hidden: torch.Tensor, context: Context) -> KeyValue:
-        """Compute keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size]."""
-        keys, values = project_cache(self.family, self.form, self.block, hidden, context)
-        return keys.transpose(2, 3), values
-
-
-class CacheFill(nn.Module):
-    """Computes keys and values for the caches of consecutive blocks that tokens skip.
-
-    Inputs: hidden of these tokens, and the tensors that rotate keys. Outputs: keys and values of each block.
-    """
-
-    def __init__(self, network: DecoderNetwork, blocks: range, reads: Sequence[str]) -> None:
-        super().__init__()
-        self.reads = tuple(reads)
-        self.blocks = nn.ModuleList(BlockCacheFill(network, block) for block in blocks)
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Compute keys and values by block; tensors: hidden, then those named in `reads`."""
-        hidden, *others = tensors
-        context = dict(zip(self.reads, others, strict=True))
-        return tuple(new for block in self.blocks for new in block(hidden, context))
-
-
-class DecoderHead(nn.Module):
-    """Final norm and vocabulary projection: from hidden after the last block, or exit_hidden, to logits.
-
-    ids: the logits cover this many first ids of the vocabulary (None: all).
-    """
-
-    def __init__(self, network: DecoderNetwork, ids: int | None = None) -> None:
-        super().__init__()
-        self.norm, self.softcap = network.family.norm(network.model), network.softcap
-        self.words: nn.Linear = network.model.lm_head
-        if ids is not None:
-            self.words = nn.Linear(network.hidden_size, ids, network.model.lm_head.bias is not None)
-            with torch.no_grad():
-                whole = network.model.lm_head.parameters()
-                for first, all_ids in zip(self.words.parameters(), whole, strict=True):
-                    first.copy_(all_ids[:ids])
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Compute logits [batch, seq, ids]; tensors: hidden [batch, seq, hidden size] alone."""
-        return (cap(self.words(self.norm(tensors[0])), self.softcap),)
+    def reads_of_fill(self, rotations: Sequence[str]) -> tuple[Tensor, ...]:
+        """What a cache fill reads whose blocks have these rotations."""
+        if self.cache == APPENDED:
+            return self.fill_reads
+        return _without_other_tables(self.fill_reads, rotations) if rotations else ()
 
 
 def split_decoder(
-    network: DecoderNetwork, cuts: str | Sequence[int], draft_ids: int = DRAFT_IDS
+    network: DecoderNetwork, cuts: str | Sequence[int], draft_ids: int = DRAFT_IDS, *, portable: bool = False
 ) -> SplitNetwork:
     """Cut a decoder into stem, segments, cache fills and heads.
 
     cuts: blocks after which segments end, see parse_exits. draft_ids: number of ids of the head that drafts;
-    there is no such head if the vocabulary is not twice as large. Raises
-    ValueError for a cut that is impossible, for cuts without an exit where the network has exits, and for
-    weights that are not float32.
+    there is no such head if the vocabulary is not twice as large. portable: graphs of ONNX's own operators,
+    whose keys and values are appended to the cache. Otherwise they use ONNX Runtime's attention, which
+    extends the cache in place, unless it cannot express the network's (see reason_against). Raises
+    ValueError for weights that are not float32, for cuts without an exit in a network with exits, and for
+    cuts that join controlled blocks.
     """
     require_float32(network)
     network.eval()
@@ -199,36 +110,71 @@ def split_decoder(
     if network.exits and (bare := [end for end in ends[:-1] if str(end) not in network.exits]):
         known = ", ".join(sorted(network.exits, key=int))
         raise ValueError(f"a segment may not end after block {bare[0]}: there are exits after {known}")
-    stem_outputs, cache_sizes = _probe(network)
-    longest, size = network.longest, network.hidden_size
-    stem = Segment("stem", DecoderStem(network).eval(), STEM_INPUTS, stem_outputs, (), Macs(), longest)
-    hidden, *context = stem_outputs
-    reads = [tensor.name for tensor in context]
-    rotations = tuple(tensor for tensor in context if not tensor.name.startswith("mask"))
+    if controllers_of(network) is not None and 1 < len(ends) < network.block_count:
+        raise ValueError("tokens skip single blocks, by controllers: cut after each block (--segments each)")
+    in_place = not portable and reason_against(network) is None
+    form = _in_place_form(network) if in_place else _appended_form(network)
+    longest, size, hidden = network.longest, network.hidden_size, form.stem.outputs[0]
     segments, cache_fills = list[Segment](), list[Segment]()
     for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
         blocks, numbers = range(start, end), tuple(range(start + 1, end + 1))
-        module = DecoderSegment(network, blocks, reads).eval()
-        past = _cache_tensors(cache_sizes, numbers, "past", "past")
-        new = _cache_tensors(cache_sizes, numbers, "new", "seq")
-        outputs = [Tensor(NEXT + "hidden", "float32", hidden.shape), *new]
+        rotations = _rotations_of(network, blocks)
+        reads = form.segment_reads(rotations)
+        module = DecoderSegment(network, blocks, [tensor.name for tensor in reads], in_place).eval()
+        past, grown, new = _cache_tensors(form, numbers)
+        outputs = [Tensor(NEXT + "hidden", "float32", hidden.shape), *grown]
         weights = sum(linear_weights(network.blocks[block]) for block in blocks)
         if module.exit is not None:
             outputs.append(Tensor(EXIT_HIDDEN, "float32", hidden.shape))
             weights += size * size
         if module.policy is not None:
             outputs.append(Tensor(GATE, "float32", hidden.shape[:2]))
+        if module.controllers is not None:
+            ahead = module.controllers.margin.out_features
+            outputs.append(Tensor(CONTROLLER, "float32", (*hidden.shape[:2], ahead)))
+            weights += size * ahead
         macs, name = Macs(token=weights, pair=2 * size * len(blocks)), f"segment_{number:02}"
-        inputs = (*stem_outputs, *past)
-        segments.append(Segment(name, module, inputs, tuple(outputs), numbers, macs, longest))
+        inputs = (hidden, *reads, *past)
+        segments.append(
+            Segment(name, module, inputs, tuple(outputs), numbers, macs, longest, vendor_operators=in_place)
+        )
         if number:
-            fill = CacheFill(network, blocks, [tensor.name for tensor in rotations]).eval()
-            macs = Macs(token=2 * size * cache_sizes[0] * cache_sizes[1] * len(blocks))
-            name, inputs = f"fill_{number:02}", (hidden, *rotations)
+            reads = form.reads_of_fill(rotations)
+            names = [tensor.name for tensor in reads]
+            fill = CacheFill(network, blocks, names, rotations if in_place else None).eval()
+            macs = Macs(token=2 * size * form.cache_sizes[0] * form.cache_sizes[1] * len(blocks))
+            name, inputs = f"fill_{number:02}", (hidden, *reads)
             cache_fills.append(Segment(name, fill, inputs, new, numbers, macs, longest))
     draft = None if 2 * draft_ids > network.vocab_size else _head("draft", network, hidden, draft_ids)
     return SplitNetwork(
-        stem, tuple(segments), tuple(cache_fills), _head("head", network, hidden, None), draft
+        form.stem,
+        tuple(segments),
+        tuple(cache_fills),
+        _head("head", network, hidden, None),
+        draft,
+        cache=form.cache,
+        rotations=rotation_facts(network) if in_place else {},
+        windows=tuple(network.windows) if in_place else (),
+        draft_block=_draft_block(network, form),
+    )
+
+
+def _draft_block(network: DecoderNetwork, form: _Form) -> Segment | None:
+    """The graph of the block of a draft head; None if the network has no draft head."""
+    draft_head = draft_head_of(network)
+    if draft_head is None:
+        return None
+    rotation, in_place = network.attention(draft_head.block).rotation, form.cache == IN_PLACE
+    reads = form.segment_reads([rotation] if rotation else [])
+    number = network.block_count + 1
+    past, grown, _ = _cache_tensors(form, (number,))
+    hidden = form.stem.outputs[0]
+    inputs = (hidden, replace(hidden, name=PREVIOUS_HIDDEN), *reads, *past)
+    outputs = (replace(hidden, name=EXIT_HIDDEN), *grown)
+    module = DraftBlock(network, [tensor.name for tensor in reads], in_place).eval()
+    macs = Macs(token=linear_weights(draft_head), pair=2 * network.hidden_size)
+    return Segment(
+        "draft_block", module, inputs, outputs, (number,), macs, network.longest, vendor_operators=in_place
     )
 
 
@@ -239,24 +185,63 @@ def _head(name: str, network: DecoderNetwork, hidden: Tensor, ids: int | None) -
     return Segment(name, module, (hidden,), (logits,), (), macs, network.longest)
 
 
-def _cache_tensors(
-    sizes: tuple[int, int], blocks: Sequence[int], prefix: str, axis: str
-) -> tuple[Tensor, ...]:
-    """Describe keys [batch, kv heads, size, tokens] and values [batch, kv heads, tokens, size] of blocks."""
-    heads, size = sizes
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "k": ("batch", heads, size, axis),
-        "v": ("batch", heads, axis, size),
-    }
+def _cache_tensors(form: _Form, blocks: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+    """Describe keys and values of blocks: the past, what a segment puts out, and those of new tokens."""
+    if form.cache == APPENDED:
+        new = _keys_and_values(form, blocks, "new", "seq")
+        return _keys_and_values(form, blocks, "past", "past"), new, new
+    past, grown = (_keys_and_values(form, blocks, prefix, "places") for prefix in ("past", "new"))
+    return past, grown, _keys_and_values(form, blocks, "new", "seq")
+
+
+def _keys_and_values(form: _Form, blocks: Sequence[int], prefix: str, axis: str) -> tuple[Tensor, ...]:
+    """Values are [batch, kv heads, tokens, size], and so are keys; appended keys end with size, tokens."""
+    heads, size = form.cache_sizes
+    values: tuple[int | str, ...] = ("batch", heads, axis, size)
+    keys = ("batch", heads, size, axis) if form.cache == APPENDED else values
     return tuple(
         Tensor(f"{prefix}_{kind}_{block}", "float32", shape)
         for block in blocks
-        for kind, shape in shapes.items()
+        for kind, shape in (("k", keys), ("v", values))
     )
 
 
+def _rotations_of(network: DecoderNetwork, blocks: range) -> list[str]:
+    """Names of the rotations of some blocks (0-based), each once."""
+    forms = [network.attention(network.blocks[block]) for block in blocks]
+    return list(dict.fromkeys(form.rotation for form in forms if form.rotation))
+
+
+def _without_other_tables(tensors: Sequence[Tensor], rotations: Sequence[str]) -> tuple[Tensor, ...]:
+    """Tensors without the tables of rotations that are not among these."""
+    own = {name for rotation in rotations for name in table_names(rotation)}
+    return tuple(tensor for tensor in tensors if "places" not in tensor.shape or tensor.name in own)
+
+
 @torch.no_grad()
-def _probe(network: DecoderNetwork) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+def _in_place_form(network: DecoderNetwork) -> _Form:
+    attention = network.whole_attention(network.blocks[0])
+    hidden = Tensor("hidden", "float32", ("batch", "seq", network.hidden_size))
+    inputs = (IDS, POSITIONS) if _embeds_positions(network) else (IDS,)
+    stem = Segment("stem", EmbeddingStem(network).eval(), inputs, (hidden,), (), Macs(), network.longest)
+    tables = tuple(
+        Tensor(table, "float32", ("places", len(facts.frequencies)))
+        for name, facts in rotation_facts(network).items()
+        for table in table_names(name)
+    )
+    sizes = attention.kv_heads, attention.size
+    return _Form(IN_PLACE, stem, sizes, (LAST_POSITIONS, TOTAL_LENGTH, *tables), (POSITIONS, *tables))
+
+
+def _embeds_positions(network: DecoderNetwork) -> bool:
+    """Whether the hidden state before the first block depends on the position."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    first, second = network.family.embed(network.model, ids, torch.arange(2)[None])[0]
+    return not torch.equal(first, second)
+
+
+@torch.no_grad()
+def _appended_form(network: DecoderNetwork) -> _Form:
     """Find the stem's outputs by running it at two sizes, and the number of heads and size of keys."""
     small, large = (2, 5, 11), (3, 7, 13)
     outputs = list[Context]()
@@ -267,15 +252,18 @@ def _probe(network: DecoderNetwork) -> tuple[tuple[Tensor, ...], tuple[int, int]
         outputs.append({"hidden": hidden, **context})
     keys, _ = network.cache_fill(0, hidden, context)
     axes = dict(zip(zip(small, large, strict=True), ("batch", "seq", "past"), strict=True))
-    return describe_tensors(outputs[0], outputs[1], axes), (keys.shape[1], keys.shape[3])
+    tensors = describe_tensors(outputs[0], outputs[1], axes)
+    stem = Segment("stem", DecoderStem(network).eval(), STEM_INPUTS, tensors, (), Macs(), network.longest)
+    rotations = tuple(tensor for tensor in tensors[1:] if not tensor.name.startswith("mask"))
+    return _Form(APPENDED, stem, (keys.shape[1], keys.shape[3]), tensors[1:], rotations)
 
 
 @dataclass(frozen=True)
 class ExportableDecoder:
     """A causal language model with everything that its bundle needs; see segments.Exportable.
 
-    folder: holds its tokenizer.json. training: the contents of training.json. draft_ids: see split_decoder.
-    chat: its chat templates and special tokens.
+    folder: holds its tokenizer.json. training: the contents of training.json. draft_ids, portable: see
+    split_decoder. chat: its chat templates and special tokens.
     """
 
     network: DecoderNetwork
@@ -283,6 +271,7 @@ class ExportableDecoder:
     training: Mapping[str, Any] = field(default_factory=dict)
     draft_ids: int = DRAFT_IDS
     chat: ChatFacts = field(default_factory=ChatFacts)
+    portable: bool = False
 
     # int8 and int4: activations are quantized token by token, so that a token gets the same logits among
     # others as alone; one scale for all of them would not allow that.
@@ -303,7 +292,7 @@ class ExportableDecoder:
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
         """Cut the network after these blocks; see split_decoder."""
-        return split_decoder(self.network, cuts, self.draft_ids)
+        return split_decoder(self.network, cuts, self.draft_ids, portable=self.portable)
 
     def facts(self, split: SplitNetwork, variants: Sequence[str]) -> ManifestFacts:
         """The facts that the manifest of the split holds in addition to its segments."""
@@ -330,43 +319,17 @@ class ExportableDecoder:
     def samples(
         self, split: SplitNetwork, variants: Sequence[str], texts: Sequence[str] | None
     ) -> Iterator[Sample]:
-        """Samples to verify the split on: a prompt of random ids and two steps of one token.
-
-        The past of each is the network's own keys and values.
-        """
-        network, total = self.network, sum(CHUNKS)
-        ids = torch.randint(0, network.vocab_size, (1, total), generator=torch.Generator().manual_seed(0))
-        positions = torch.arange(total)[None]
-        embedded = network.family.embed(network.model, ids, positions)
-        states = [embedded, *hidden_states(network, ids)]  # by number of blocks that ran
-        logits = network.model(input_ids=ids, use_cache=False).logits  # by transformers itself
-        cache = _cache(network, states, positions)
-        start = 0
-        for count in CHUNKS:
-            here = slice(start, start + count)
-            valid = torch.zeros(1, total + SPARE, dtype=torch.int64)
-            valid[:, :start] = 1
-            past: Values = {}
-            for name, new in cache.items():
-                axis = 3 if "_k_" in name else 2
-                shape = list(new.shape)
-                shape[axis] = total + SPARE
-                past[name.replace("new", "past")] = torch.full(shape, UNUSED)
-                past[name.replace("new", "past")].narrow(axis, 0, start).copy_(new.narrow(axis, 0, start))
-            stem_inputs = {"input_ids": ids[:, here], "position_ids": positions[:, here], "past_valid": valid}
-            new_here = {n: t.narrow(3 if "_k_" in n else 2, start, count) for n, t in cache.items()}
-            states_here = [state[:, here] for state in states]
-            expected = _expected(network, split, stem_inputs, states_here, new_here, logits[:, here])
-            yield Sample(stem_inputs | past, torch.ones(1, count, dtype=torch.bool), expected)
-            start += count
+        """Samples to verify the split on; see decoder_samples."""
+        return decoder_samples(self.network, split)
 
 
-def open_decoder(folder: Path) -> ExportableDecoder:
+def open_decoder(folder: Path, *, portable: bool = False) -> ExportableDecoder:
     """Load a causal language model from a folder of transformers, with the exits that ee-train added.
 
-    Notes on its tokenizer are written on stderr. Raises ValueError, or what transformers raises, for a folder
-    without such a model, with weights that are not all of one such model, or without a tokenizer.json that
-    ee-run reads; UnsupportedFamily; BadCheckpoint.
+    portable: see split_decoder. Notes on its tokenizer, and on attention that portable graphs alone can
+    express, are written on stderr. Raises ValueError, or what transformers raises, for a folder without such
+    a model, with weights that are not all of one such model, or without a tokenizer.json that ee-run reads;
+    UnsupportedFamily; BadCheckpoint.
     """
     from transformers import AutoModelForCausalLM
 
@@ -390,7 +353,10 @@ def open_decoder(folder: Path) -> ExportableDecoder:
     network = DecoderNetwork(model)
     load_exits(network, folder)
     training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
-    return ExportableDecoder(network.float(), folder, training, chat=chat)
+    if not portable and (reason := reason_against(network)) is not None:
+        click.echo(f"{folder}: {reason}, so its graphs are written as with --portable", err=True)
+        portable = True
+    return ExportableDecoder(network.float(), folder, training, chat=chat, portable=portable)
 
 
 def stop_ids(network: DecoderNetwork) -> tuple[int, ...]:
@@ -427,58 +393,13 @@ def _read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
 def _default_rule(split: SplitNetwork, recipe: str) -> RuleSpec:
     """The default rule of a bundle: the one for which the network was trained."""
     if len(split.segments) > 1:
-        if any(tensor.name == GATE for tensor in split.segments[0].outputs):
+        names = {tensor.name for tensor in split.segments[0].outputs}
+        if CONTROLLER in names:
+            return RuleSpec("select", {"threshold": 0.5})
+        if GATE in names:
             return RuleSpec("gate", {"threshold": 0.5})
         if recipe == "layerskip":
             return RuleSpec("speculative", {})
+    if split.draft_block is not None:
+        return RuleSpec("speculative", {})
     return RuleSpec("never", {})
-
-
-def _cache(network: DecoderNetwork, states: Sequence[torch.Tensor], positions: torch.Tensor) -> Values:
-    """Keys and values of every block and token, by the names of a segment's outputs."""
-    context = network.rotate_by(positions)
-    cache: Values = {}
-    for number, hidden in enumerate(states[: network.block_count], 1):
-        keys, values = network.cache_fill(number - 1, hidden, context)
-        cache[f"new_k_{number}"], cache[f"new_v_{number}"] = keys.transpose(2, 3), values
-    return cache
-
-
-def _expected(
-    network: DecoderNetwork,
-    split: SplitNetwork,
-    stem_inputs: Values,
-    states: Sequence[torch.Tensor],
-    cache: Values,
-    logits: torch.Tensor,
-) -> Iterator[Values]:
-    """Outputs of every segment for some tokens, computed by the network's own methods, but for logits.
-
-    states: their hidden states [1, tokens, hidden] by number of blocks that ran. cache: their keys and
-    values. logits [1, tokens, vocabulary]: of the model that transformers loaded, so that a difference
-    between it and the family's adapter is found, too.
-    """
-    hidden, context = network.stem(*stem_inputs.values())
-    yield {"hidden": hidden, **context}
-    for segment in split.in_walking_order():
-        if segment in split.heads:
-            yield {"logits": logits[..., : int(segment.outputs[0].shape[-1])]}
-        elif segment in split.cache_fills:
-            outputs: Values = {}
-            for block in segment.blocks:
-                keys, values = network.cache_fill(block - 1, states[segment.blocks[0] - 1], context)
-                outputs |= {f"new_k_{block}": keys.transpose(2, 3), f"new_v_{block}": values}
-            yield outputs
-        elif segment.blocks:
-            end = segment.blocks[-1]
-            outputs = {NEXT + "hidden": states[end]} | {
-                f"new_{kind}_{block}": cache[f"new_{kind}_{block}"]
-                for block in segment.blocks
-                for kind in "kv"
-            }
-            names = {tensor.name for tensor in segment.outputs}
-            if EXIT_HIDDEN in names:
-                outputs[EXIT_HIDDEN] = network.exit_hidden(end, states[end])
-            if GATE in names:
-                outputs[GATE] = network.gate_logit(end, states[end]).sigmoid()
-            yield outputs

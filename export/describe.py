@@ -61,6 +61,10 @@ def _decoder_facts(
         stop_ids,
         tuple(_entry(segment, variants) for segment in split.cache_fills),
         None if split.draft is None else _entry(split.draft, variants),
+        cache=split.cache,
+        rotations=dict(split.rotations),
+        windows=split.windows,
+        draft_block=None if split.draft_block is None else _entry(split.draft_block, variants),
     )
 
 

@@ -40,7 +40,7 @@ def _open_graphs(bundle: Bundle) -> None:
     manifest, ort = bundle.manifest, import_onnxruntime("cpu")
     parts = [manifest.stem, *manifest.segments]
     if (decoder := manifest.decoder) is not None:
-        parts += [decoder.head, *decoder.cache_fills, *([] if decoder.draft is None else [decoder.draft])]
+        parts += [decoder.head, *decoder.cache_fills, *decoder.drafting]
     graphs = BundleGraphs(ort, bundle, "cpu", claim_pool(ort, None, False), {}, share=False)
     every = (graph for part in parts for variant in part.variants.values() for graph in variant.graphs)
     for facts in dict.fromkeys(every):

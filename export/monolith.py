@@ -66,8 +66,9 @@ def _store(values: dict[str, torch.Tensor], segment: Segment, outputs: tuple[tor
 def join_segments(split: SplitNetwork, name: str = "monolith") -> Segment:
     """Join all segments of a split network into one segment.
 
-    Inputs: those of the stem, and the past keys and values of all blocks. Outputs: logits or answer or both,
-    as the segments give them, and new keys and values. Logits are [batch, classes] with one exit; [batch,
+    Inputs: those of the stem, further tensors that segments read and no graph puts out (lengths and tables of
+    a cache in place), and the past keys and values of all blocks. Outputs: logits or answer or both, as the
+    segments give them, and new keys and values. Logits are [batch, classes] with one exit; [batch,
     segments, classes] with several, and then gates [batch, segments - 1] where there are policies; [batch, 1,
     vocabulary], of the last token, for a decoder.
     """
@@ -78,12 +79,15 @@ def join_segments(split: SplitNetwork, name: str = "monolith") -> Segment:
     count = len(split.segments)
     if count > 1 and split.head is None and any(t.name == "gate" for t in split.segments[0].outputs):
         outputs.append(Tensor("gates", "float32", ("batch", count - 1)))
-    inputs = (*split.stem.inputs, *past)
+    made = {tensor.name for tensor in (*split.stem.outputs, *past)}
+    others = {tensor: None for s in split.segments for tensor in s.inputs if tensor.name not in made}
+    inputs = (*split.stem.inputs, *others, *past)
     module = Monolith(split, inputs, tuple(outputs)).eval()
     heads = [split.head] if split.head is not None else []
     macs = total_macs(segment.macs for segment in (split.stem, *split.segments, *heads))
     blocks = tuple(block for segment in split.segments for block in segment.blocks)
-    return Segment(name, module, inputs, tuple(outputs), blocks, macs, last.longest)
+    vendor = any(segment.vendor_operators for segment in split.segments)
+    return Segment(name, module, inputs, tuple(outputs), blocks, macs, last.longest, vendor_operators=vendor)
 
 
 def _signals(split: SplitNetwork) -> list[Tensor]:

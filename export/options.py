@@ -47,6 +47,7 @@ class SplitOptions:
     baselines: Path | None
     truncate: str | None
     overwrite: bool
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.truncate is not None and self.baselines is None:

@@ -20,7 +20,7 @@ VARIANTS = ("fp32", "fp16", "int8", "int4")  # the others are written from fp32
 BLOCK = 128  # weights that share a scale in int4
 BITS = {"int8": 8, "int4": 4}  # bits of the weights that to_small_weights writes
 FINE = 32  # weights that share a scale in to_small_weights: a decoder's errors add up from token to token
-KEPT = ("exit/", "policy/")  # modules of a decoder's segment that stay float32
+KEPT = ("exit/", "policy/", "controllers/")  # modules of a decoder's segment that stay float32
 
 
 def to_fp16(source: Path, target: Path) -> float:

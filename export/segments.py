@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,9 +14,11 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.models.macs import MacTerms
 from offramp.models.network import EarlyExitNetwork
 from offramp.runtime.bundle.manifest import (
+    APPENDED,
     ImageInput,
     Macs,
     OperatingPoint,
+    RotationFacts,
     RuleSpec,
     StepCosts,
     Tensor,
@@ -40,7 +42,8 @@ class Segment:
 
     parts: where the segment begins with blocks whose weights other blocks have too (see shared_blocks), it is
     written as several graphs, which run one after another; parts of other segments with the same name are the
-    same graph. always_first: all variants run the graph of the first variant.
+    same graph. always_first: all variants run the graph of the first variant. vendor_operators: the graph may
+    hold operators of ONNX Runtime beside ONNX's own.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Segment:
     longest: int
     parts: tuple[Segment, ...] = ()
     always_first: bool = False
+    vendor_operators: bool = False
 
     @property
     def graphs(self) -> tuple[Segment, ...]:
@@ -68,7 +72,8 @@ class SplitNetwork:
     """All segments that a network was cut into; decoders have cache fills and heads, too.
 
     cache_fills: for every segment but the first, the graph that computes keys and values of tokens that skip
-    it. draft: a head of fewer ids, None if the vocabulary is small.
+    it. draft: a head of fewer ids, None if the vocabulary is small. draft_block: the block of a draft head,
+    if the network has one. cache, rotations, windows: see runtime.bundle.manifest.DecoderFacts.
     """
 
     stem: Segment
@@ -76,9 +81,14 @@ class SplitNetwork:
     cache_fills: tuple[Segment, ...] = ()
     head: Segment | None = None
     draft: Segment | None = None
+    cache: str = APPENDED
+    rotations: Mapping[str, RotationFacts] = field(default_factory=dict)
+    windows: tuple[int, ...] = ()
+    draft_block: Segment | None = None
 
     def __iter__(self) -> Iterator[Segment]:
-        return iter((self.stem, *self.segments, *self.cache_fills, *self.heads))
+        draft_blocks = () if self.draft_block is None else (self.draft_block,)
+        return iter((self.stem, *self.segments, *self.cache_fills, *self.heads, *draft_blocks))
 
     @property
     def heads(self) -> tuple[Segment, ...]:
@@ -88,10 +98,13 @@ class SplitNetwork:
     def in_walking_order(self) -> Iterator[Segment]:
         """Iterate over all segments in the order in which a walk can run them.
 
-        A segment comes after those whose outputs it reads, a cache fill before the segment that it replaces.
+        A segment comes after those whose outputs it reads, a cache fill before the segment that it replaces;
+        a draft block reads the output of the stem.
         """
         cache_fills = {segment.blocks: segment for segment in self.cache_fills}
         yield self.stem
+        if self.draft_block is not None:
+            yield self.draft_block
         for segment in self.segments:
             if segment.blocks in cache_fills:
                 yield cache_fills[segment.blocks]

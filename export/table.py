@@ -29,7 +29,7 @@ def closing_table(manifest: Manifest, report: VerificationReport) -> str:
     loss_name = "change" if any(loss.agreement is None for loss in report.losses) else "labels kept"
     kept = variants[1:]
     if (decoder := manifest.decoder) is not None:
-        segments += [*decoder.cache_fills, decoder.head, *([decoder.draft] if decoder.draft else [])]
+        segments += [*decoder.cache_fills, decoder.head, *decoder.drafting]
         head[2], kept = "MACs a token", ()
     rows = [
         [*head, *(f"{name} bytes" for name in variants), "max abs diff", *(f"{n} {loss_name}" for n in kept)]

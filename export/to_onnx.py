@@ -1,4 +1,7 @@
-"""Export a segment to an ONNX file: opset 18, named axes, weights inside, only ONNX's own operators."""
+"""Export a segment to an ONNX file: opset 18, named axes, weights inside, ONNX's own operators.
+
+Segments of decoders may hold attention of ONNX Runtime, see Segment.vendor_operators.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ LARGEST_GRAPH = 2**31 - 2**26
 SMALL = 1024  # bytes of a tensor that stays in the graph in any case
 OPSET = 18  # what TensorRT's parser and older ONNX Runtimes read; torch needs no conversion for it
 # The sizes differ from each other, and from one, which an exporter may treat as a constant.
-TRACED = {"batch": 2, "seq": 11, "past": 7}
+TRACED = {"batch": 2, "seq": 11, "past": 7, "places": 19}
+VENDOR = "com.microsoft"  # domain of ONNX Runtime's own operators
 
 
 def to_onnx(segment: Segment, path: Path, *, largest: int = LARGEST_GRAPH) -> None:
@@ -38,6 +42,7 @@ def to_onnx(segment: Segment, path: Path, *, largest: int = LARGEST_GRAPH) -> No
     """
     weights = path.with_name(path.name + SUFFIX)
     axes = {name: torch.export.Dim(name, min=1, max=segment.longest) for name in ("seq", "past")}
+    axes["places"] = torch.export.Dim("places", min=1, max=max(segment.longest + 1, TRACED["places"]))
     axes["batch"] = torch.export.Dim("batch", min=1)
     shapes = tuple(
         {axis: axes[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
@@ -113,8 +118,9 @@ def _quiet() -> Iterator[None]:
 def _example(tensor: Tensor, longest: int) -> torch.Tensor:
     sizes = {**TRACED, "seq": min(TRACED["seq"], longest)}
     shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-    if tensor.dtype == "int64":
-        return torch.ones(shape, dtype=torch.int64) * (tensor.name != "token_type_ids")
+    if tensor.dtype in ("int64", "int32"):
+        dtype = torch.int64 if tensor.dtype == "int64" else torch.int32
+        return torch.ones(shape, dtype=dtype) * (tensor.name != "token_type_ids")
     return torch.full(shape, 0.1)
 
 
@@ -155,8 +161,9 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _check(model: onnx.ModelProto, segment: Segment) -> None:
-    """Check that the graph has ONNX's own operators and the segment's inputs and outputs."""
-    foreign = {node.domain or "ai.onnx" for node in model.graph.node} - {"ai.onnx"}
+    """Check that the graph has the operators that the segment may have, and its inputs and outputs."""
+    known = {"ai.onnx", VENDOR} if segment.vendor_operators else {"ai.onnx"}
+    foreign = {node.domain or "ai.onnx" for node in model.graph.node} - known
     if foreign or model.functions or [o.version for o in model.opset_import if o.domain == ""] != [OPSET]:
         raise RuntimeError(
             f"{segment.name}: exported with operators beyond ONNX opset {OPSET}: {sorted(foreign)}"

@@ -10,6 +10,7 @@ from the first block to the last.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,7 @@ class Controllers(nn.ModuleDict):
 
     def logits(self, block: int, hidden: Tensor) -> Tensor:
         """The logits of running and of skipping a block (1-based) [..., 2]; hidden [..., hidden]."""
-        hidden = hidden.detach().float()
-        if self.input == "fixed":
-            features = torch.ones_like(hidden)
-        else:
-            features = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        features = features_of(hidden.detach().float(), fixed=self.input == "fixed")
         logits: Tensor = self[str(block)](features)
         return logits
 
@@ -76,10 +73,60 @@ class Controllers(nn.ModuleDict):
             linear.weight.zero_()
 
 
+class ControllersAhead(nn.Module):
+    """P(run) of all controlled blocks ahead of a block, from the hidden state after it.
+
+    A block that a token skips leaves its hidden state as it is, so the controllers of all blocks up to the
+    next that it runs read the same one, and one product computes them.
+    """
+
+    def __init__(self, controllers: Controllers, block: int) -> None:
+        """Copy the controllers of the blocks after `block` (1-based), of which there must be one at least."""
+        super().__init__()
+        linears = [controllers[name] for name in sorted(controllers, key=int) if int(name) > block]
+        weights = [cast(nn.Linear, linear) for linear in linears]
+        self.fixed = controllers.input == "fixed"
+        self.margin = nn.Linear(weights[0].in_features, len(weights))
+        with torch.no_grad():
+            self.margin.weight.copy_(torch.stack([w.weight[0] - w.weight[1] for w in weights]))
+            self.margin.bias.copy_(torch.stack([w.bias[0] - w.bias[1] for w in weights]))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute P(run) [..., blocks ahead] in order of the blocks; hidden [..., hidden]."""
+        probabilities: Tensor = self.margin(features_of(hidden, fixed=self.fixed)).sigmoid()
+        return probabilities
+
+
+def features_of(hidden: Tensor, *, fixed: bool) -> Tensor:
+    """What a controller reads of hidden states [..., hidden], in the same shape; fixed: ones alone."""
+    if fixed:
+        return torch.ones_like(hidden)
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+
+
 def controllers_of(network: nn.Module) -> Controllers | None:
     """The controllers of a network, or None if it has none."""
     controllers = getattr(network, "controllers", None)
     return controllers if isinstance(controllers, Controllers) else None
+
+
+def controllers_after(network: nn.Module, block: int) -> ControllersAhead | None:
+    """The controllers of the blocks after `block` (1-based); None if the network has none there."""
+    controllers = controllers_of(network)
+    if controllers is None or all(int(name) <= block for name in controllers):
+        return None
+    return ControllersAhead(controllers, block)
+
+
+def run_probabilities(network: nn.Module, block: int, hidden: Tensor) -> Tensor:
+    """P(run) [..., blocks] of the controlled blocks after `block` (1-based), from each controller's logits.
+
+    hidden [..., hidden]: after that block. Raises ValueError for a network without controllers.
+    """
+    if (controllers := controllers_of(network)) is None:
+        raise ValueError("the network has no controllers")
+    ahead = sorted(int(name) for name in controllers if int(name) > block)
+    return torch.stack([controllers.margin(number, hidden).sigmoid() for number in ahead], -1)
 
 
 def load_controllers(state: Mapping[str, Tensor], blocks: int, hidden_size: int) -> Controllers:

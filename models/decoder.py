@@ -70,13 +70,18 @@ class DecoderNetwork(nn.Module):
         return self.family.blocks(self.model)
 
     def attention(self, block: nn.Module) -> Attention:
-        """How a block attends; a window that the longest text does not exceed is none.
+        """How a block attends after `rotate_by`, which contains the scale of its scores where it can.
 
         scale: what is left of it, 1 where its rotation contains it.
         """
+        form = self.whole_attention(block)
+        return replace(form, scale=1.0) if form.rotation in self._scales else form
+
+    def whole_attention(self, block: nn.Module) -> Attention:
+        """How a block attends, with the whole scale; a window that no text exceeds is none."""
         form = self.family.attention(block)
         window = form.window if form.window is not None and form.window < self.longest else None
-        return replace(form, window=window, scale=1.0 if form.rotation in self._scales else form.scale)
+        return replace(form, window=window)
 
     def forward(self, ids: Tensor, block_mask: BlockMask | None = None) -> list[Tensor]:
         """The hidden states [batch, seq, hidden] after every block, for training: see hidden_states."""

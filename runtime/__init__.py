@@ -36,8 +36,10 @@ from offramp.runtime.session import Session
 
 if TYPE_CHECKING:
     from offramp.runtime.classifier import Answer, Classifier
-    from offramp.runtime.generator import TextChunk, TextGenerator
+    from offramp.runtime.generator import TextGenerator
     from offramp.runtime.multi_label import MultiLabelAnswer, MultiLabelClassifier
+    from offramp.runtime.sampling import Sampling
+    from offramp.runtime.text_chunks import TextChunk
     from offramp.runtime.token_classifier import Entity, LabelledWord, TokenAnswer, TokenClassifier
     from offramp.runtime.values import Embedder, EmbeddingAnswer, RegressionAnswer, Regressor
 
@@ -53,7 +55,8 @@ _MODULES = {
     "MultiLabelClassifier": "multi_label",
     "RegressionAnswer": "values",
     "Regressor": "values",
-    "TextChunk": "generator",
+    "Sampling": "sampling",
+    "TextChunk": "text_chunks",
     "TextGenerator": "generator",
     "TokenAnswer": "token_classifier",
     "TokenClassifier": "token_classifier",
@@ -88,6 +91,7 @@ __all__ = [
     "RowSession",
     "RuleSpec",
     "RunWarning",
+    "Sampling",
     "Session",
     "SessionClosed",
     "SessionForked",
@@ -104,7 +108,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> type:
-    """A session or answer of _MODULES."""
+    """A session, answer or option of _MODULES."""
     if name in _MODULES:
         value: type = getattr(import_module(f"offramp.runtime.{_MODULES[name]}"), name)
         return value

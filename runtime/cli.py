@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 import click
 
 from offramp.runtime.bulk_cli import RunCommand
+from offramp.runtime.generation_options import generation_options, take_sampling
 from offramp.runtime.termination import Terminated, Termination
 
 if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that --help is instant
@@ -20,15 +21,15 @@ if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that -
     from offramp.runtime.inputs.lines import Line
     from offramp.runtime.output import Output
     from offramp.runtime.row_session import RowAnswer, RowSession
+    from offramp.runtime.sampling import Sampling
     from offramp.runtime.session import Session
 
 # A test compares these with their sources.
-ENGINES, DEVICES, PROVIDERS, FORMATS, EXIT_KV, LONG_TEXTS, STATISTICS, ON_DRIFT = (
+ENGINES, DEVICES, PROVIDERS, FORMATS, LONG_TEXTS, STATISTICS, ON_DRIFT = (
     ("ort", "trt"),
     ("cpu", "cuda"),
     ("cuda", "tensorrt"),
     ("auto", "text", "json"),
-    ("deferred", "propagate"),
     ("cut", "windows"),
     ("mean", "p95"),
     ("warn", "full-depth"),
@@ -78,13 +79,16 @@ labelled in the window in which it is farthest from an edge.
 \b
 Bundles that generate text: INPUT is prompts, one a line, or JSON lines with "prompt" or
 "messages" (of a chat; "tools", "chat_template", a name, and "chat_template_kwargs" are for its
-template) and optionally "max_new_tokens" and "stop" (one or more strings). On a terminal the text
-itself is printed as it comes; otherwise an answer:
+template) and optionally "max_new_tokens", "stop" (one or more strings) and, with underscores, the
+options from --temperature to --logprobs, "frequency_penalty" and "presence_penalty". On a terminal
+the text itself is printed as it comes, without --logprobs and --batch-size; otherwise an answer:
 {"text": "…", "tokens": 12, "depth": 30.0, "blocks_run": 31.5, "ms": 310.2, "first_ms": 41.0,
 "tokens_per_s": 38.7, "ended": "stop", "repeated_tokens": 0}
   depth       mean depth, in blocks, at which tokens were predicted
   blocks_run  mean number of blocks run for a token, with drafts and tokens that had waited
   ended       "stop", "length" or "context"; repeated_tokens: at the end, if it is a loop
+With a temperature it has the "seed" that gives this text again, with --logprobs a list "logprobs" of
+{"token": 7, "text": " good", "logprob": -0.4, "top_logprobs": […]}, one for each token.
 
 \b
 With batch size 1 every answer is written before the next line is read. Larger batches
@@ -100,9 +104,11 @@ never, quee (the errors that a full walk may cost: exits or changes precision, b
 forecasts). For several labels and labels of words: all of these but patience and quee, on the
 least certain decision of a row. For numbers and embeddings: gate, fixed, never, and settled
 (the answer changed by at most this since the exit before: the difference of numbers, 1 minus
-the cosine of embeddings). For generated text: speculative (early exits draft, the full depth
-verifies: the same text, sooner), skip (segments that a token runs), route (such a choice by
-the prompt; an operating point sets it), and those for labels except quee, for every token.
+the cosine of embeddings). For generated text: speculative (early exits or repeated passages
+draft, the full depth verifies: the same text, sooner; speculative:lookup for the latter alone),
+skip (so many segments, or skip:-3-7 all but these), select (those whose controllers give P(run)
+above), route (a choice by the prompt; an operating point sets it), and, for every token, those for
+labels except quee.
 Without --rule, --threshold or --point, the bundle's own rule is used.
 
 \b
@@ -137,6 +143,7 @@ class RunOptions:
     format: str
     warm_up: bool
     max_new_tokens: int
+    sampling: dict[str, Any]  # the fields of Sampling that were given
     stats: bool
     sets: bool = False
     out: str | None = None
@@ -189,22 +196,7 @@ class RunOptions:
     help="Open and run every segment once before the first line is read; otherwise a segment is opened when "
     "a row first reaches it, and that row waits.",
 )
-@click.option(
-    "--max-new-tokens",
-    type=AT_LEAST_1,
-    default=64,
-    show_default=True,
-    help="Tokens of a generated text at most.",
-)
-@click.option(
-    "--exit-kv",
-    type=click.Choice(EXIT_KV),
-    default="deferred",
-    show_default=True,
-    help="For generated text, the cache of a token behind its exit: deferred, the token waits and runs the "
-    "segments when a later token goes deeper; propagate, keys and values made from the hidden state of its "
-    "exit.",
-)
+@generation_options
 @click.option(
     "--long",
     "long_texts",
@@ -289,7 +281,8 @@ def main(
     **load_options: Any,
 ) -> None:
     """Command ee-run; its help is HELP."""
-    options = RunOptions(batch_size, format, warm_up, max_new_tokens, stats, sets, out, resume)
+    sampling = take_sampling(load_options)
+    options = RunOptions(batch_size, format, warm_up, max_new_tokens, sampling, stats, sets, out, resume)
     try:
         with Termination() as termination:
             if resume:
@@ -337,6 +330,7 @@ def _run(
     from offramp.runtime.inputs.lines import PROMPTS, TEXTS, read_images, read_lines
     from offramp.runtime.loading import load
     from offramp.runtime.output import discard_standard_output
+    from offramp.runtime.sampling import Sampling
 
     started = False
     try:
@@ -346,6 +340,10 @@ def _run(
             loaded = load(folder, batch_size=options.batch_size, lazy=True, global_pool=True, **load_options)
             session: Session[Any] = stack.enter_context(loaded)
             generates = session.manifest.kind == GENERATION
+            if options.sampling and not generates:
+                option = next(iter(options.sampling)).replace("_", "-")
+                raise BadSetting(f"--{option}: it is for bundles that generate text; leave it out")
+            sampling = Sampling(**options.sampling)
             if options.sets and session.manifest.kind != CLASSIFICATION:
                 task = session.manifest.task
                 raise BadSetting(f"--sets: they are for bundles that classify, not for {task}; leave it out")
@@ -366,7 +364,8 @@ def _run(
                 session.warm_up(batch=options.batch_size)
             started = True
             if generates:
-                failed = _generate(cast("TextGenerator", loaded), lines, output, options, termination)
+                generator = cast("TextGenerator", loaded)
+                failed = _generate(generator, lines, output, options, sampling, termination)
             else:
                 row_session = cast("RowSession[RowAnswer]", loaded)
                 failed = _answer_rows(row_session, lines, output, options, termination)
@@ -397,17 +396,21 @@ def _generate(
     lines: Iterator[Line],
     output: Output,
     options: RunOptions,
+    sampling: Sampling,
     termination: Termination,
 ) -> int:
     """Answer all prompts; returns the number of lines with errors."""
     from offramp.runtime.generate_cli import write_answers
 
+    is_streamed = options.batch_size == 1 and options.out is None and sampling.logprobs is None
     failed, report = write_answers(
         session,
         termination.lines(output.skip(lines, 1)),
         output,
         max_new_tokens=options.max_new_tokens,
-        as_it_comes=options.out is None and sys.stdout.isatty(),
+        as_it_comes=is_streamed and sys.stdout.isatty(),
+        batch_size=options.batch_size,
+        sampling=sampling,
     )
     if options.stats:
         facts = [f"{name:10s} {value}" for name, value in _facts(session).items()]
@@ -466,8 +469,7 @@ def _warnings_as_lines() -> Iterator[None]:
 def _facts(session: Session[Any]) -> dict[str, str]:
     """Rule, variant, engine and device that were really used, as text by name."""
     rule, engine = session.rule, session.engine
-    rule_text = " ".join([rule.name, *(f"{name}={value:g}" for name, value in rule.parameters.items())])
-    facts = {"rule": rule_text, "variant": session.variant, "engine": engine.name, "device": engine.device}
+    facts = {"rule": rule.text, "variant": session.variant, "engine": engine.name, "device": engine.device}
     return facts | dict(engine.facts)
 
 
@@ -485,7 +487,7 @@ def _open_output(
 
     if options.out is None:
         return standard_output()
-    chosen = {name: value for name, value in load_options.items() if name != "threads"}
+    chosen = {name: value for name, value in load_options.items() if name != "threads"} | options.sampling
     answers = (options.batch_size, options.format, options.max_new_tokens, options.sets)
     return FileOutput(
         options.out,

@@ -6,20 +6,21 @@ The prompt and the first token of an answer run every segment with every rule.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from offramp.runtime.bundle.manifest import Manifest, RuleSpec
+from offramp.runtime.draft_rounds import DraftRounds, Round
 from offramp.runtime.engines.base import Engine
 from offramp.runtime.errors import BadInput
 from offramp.runtime.rules.base import Floats, Rule
 from offramp.runtime.rules.exits import ExitRule, never
-from offramp.runtime.rules.speculative import MAX_DRAFTS, SpeculativeRule
+from offramp.runtime.rules.speculative import SpeculativeRule
+from offramp.runtime.sampling import NOT_FINITE, Sampler
 from offramp.runtime.sequence import TokenSequence, TokenSignals
-from offramp.runtime.walker import Step, walk_one
+from offramp.runtime.walker import walk_one
 
 # A step on several tokens rounds differently from steps on one. If the two largest logits are this close, the
 # token is run again alone, as at full depth. The first limit is for float variants, the second for variants
@@ -38,6 +39,7 @@ class Token:
     depth: number of blocks after which it was predicted. blocks_run: blocks that were run since the previous
     token, including those for drafts and for tokens that had waited. drafted: whether it was a draft that the
     full depth confirmed. ended: why no token follows, STOP, LENGTH or CONTEXT; None if one may follow.
+    logprob, top_logprobs: see sampling.Choice; None and () unless they were asked for.
     """
 
     id: int
@@ -45,6 +47,8 @@ class Token:
     blocks_run: int
     drafted: bool = False
     ended: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def decode(
@@ -55,8 +59,9 @@ def decode(
     ids: Sequence[int],
     max_new_tokens: int,
     stop_ids: Collection[int],
+    sampler: Sampler | None = None,
 ) -> Iterator[Token]:
-    """Generate the most probable token at each position after a prompt.
+    """Generate tokens after a prompt: the most probable one at each position, or as a sampler chooses.
 
     Ends after one of stop_ids (which is returned too), after max_new_tokens, or at the longest sequence of
     the network. Raises BadInput for a prompt without tokens or one that is too long.
@@ -65,7 +70,7 @@ def decode(
         raise BadInput("the prompt has no token")
     sequence = engine.begin({"input_ids": np.array([ids], np.int64)})
     try:
-        yield from _decode(engine, rule, manifest, variant, sequence, max_new_tokens, stop_ids)
+        yield from _decode(engine, rule, manifest, variant, sequence, max_new_tokens, stop_ids, sampler)
     finally:
         engine.drop(sequence)
 
@@ -78,6 +83,7 @@ def _decode(
     sequence: TokenSequence,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    sampler: Sampler | None,
 ) -> Iterator[Token]:
     """Generate tokens for a sequence that has been fed its prompt; see decode."""
     segments = len(manifest.segments)
@@ -85,140 +91,97 @@ def _decode(
     prompt_hidden = steps[0].signals.hidden
     last_hidden = None if prompt_hidden is None else prompt_hidden[-1]
     plan: list[int] = rule.first_plan(segments, variant, last_hidden)[0].tolist()
-    tokens = [Token(_best_id(steps[-1].signals.logits[-1]), manifest.blocks, manifest.blocks)]
+    tokens = [_token(sampler, steps[-1].signals.logits[-1], sequence.ids, manifest.blocks, manifest.blocks)]
     count, longest = 0, sequence.runner.longest
+    rounds = None
+    if isinstance(rule, SpeculativeRule):
+        close = close_logits(manifest, variant)
+        signals = steps[-1].signals
+        hidden = signals.all_hidden if isinstance(signals, TokenSignals) else None
+        rounds = DraftRounds(engine, rule, manifest, variant, sequence, close, sampler, hidden)
     while True:
         for number, token in enumerate(tokens, 1):
             count += 1
-            ended = STOP if token.id in stop_ids else LENGTH if count == max_new_tokens else None
-            if ended is None and number == len(tokens) and sequence.length >= longest:
-                ended = CONTEXT
+            is_full = number == len(tokens) and sequence.length >= longest
+            ended = end_of(token.id, count, max_new_tokens, stop_ids, is_full=is_full)
             yield token if ended is None else replace(token, ended=ended)
             if ended is not None:
                 return
         room = min(max_new_tokens - count, longest - sequence.length)
-        if isinstance(rule, SpeculativeRule):
-            tokens = _Round(engine, rule, sequence, variant, manifest).run(tokens[-1].id, room)
+        if rounds is not None and (drafted := rounds.run(tokens[-1].id, room)) is not None:
+            tokens = tokens_of_round(drafted, manifest.blocks)
         else:
-            tokens = [_next_token(engine, rule, sequence, plan, tokens[-1].id)]
+            tokens = [next_token(engine, rule, sequence, plan, tokens[-1].id, sampler)]
 
 
-def _next_token(
-    engine: Engine[TokenSequence], rule: Rule, sequence: TokenSequence, plan: Sequence[int], token: int
+def end_of(
+    id: int, count: int, max_new_tokens: int, stop_ids: Collection[int], *, is_full: bool
+) -> str | None:
+    """Why an answer ends with its token number `count`: STOP, LENGTH or CONTEXT; None if it goes on.
+
+    is_full: whether the network reads no further token.
+    """
+    if id in stop_ids:
+        return STOP
+    if count == max_new_tokens:
+        return LENGTH
+    return CONTEXT if is_full else None
+
+
+def next_token(
+    engine: Engine[TokenSequence],
+    rule: Rule,
+    sequence: TokenSequence,
+    plan: Sequence[int],
+    token: int,
+    sampler: Sampler | None = None,
 ) -> Token:
     """Generate the token after `token`, which has not been fed to the sequence yet."""
     blocks_before, blocks = sequence.blocks_run, sequence.runner.blocks
     sequence.feed([token])
     steps = walk_one(engine, rule, sequence, plan)
-    next_id = _best_id(steps[-1].signals.logits[-1])
     depth = sum(blocks[step.segment] for step in steps)
-    return Token(next_id, depth, sequence.blocks_run - blocks_before)
+    blocks_run = sequence.blocks_run - blocks_before
+    return _token(sampler, steps[-1].signals.logits[-1], sequence.ids, depth, blocks_run)
 
 
-class _Round:
-    """One round of self-speculative decoding: drafts after an early exit, and one walk that verifies them."""
+def _token(sampler: Sampler | None, logits: Floats, ids: Sequence[int], depth: int, blocks_run: int) -> Token:
+    """The token that follows `ids`: the most probable one, or as a sampler chooses; logits [vocabulary]."""
+    if sampler is None:
+        return Token(_best_id(logits), depth, blocks_run)
+    choice = sampler.choose(logits, ids)
+    return Token(choice.id, depth, blocks_run, logprob=choice.logprob, top_logprobs=choice.top_logprobs)
 
-    def __init__(
-        self,
-        engine: Engine[TokenSequence],
-        rule: SpeculativeRule,
-        sequence: TokenSequence,
-        variant: int,
-        manifest: Manifest,
-    ) -> None:
-        self._engine, self._rule, self._sequence = engine, rule, sequence
-        self._variant, self._segments = variant, len(manifest.segments)
-        self._full_depth = manifest.blocks
-        exact = manifest.variants[variant] in ("fp32", "fp16")
-        self._close = CLOSE_LOGITS if exact else CLOSE_LOGITS_ROUNDED
 
-    def run(self, token: int, room: int) -> list[Token]:
-        """Generate the tokens after `token`: the accepted drafts and one more; at most `room` tokens."""
-        sequence, rule = self._sequence, self._rule
-        blocks_before, start = sequence.blocks_run, sequence.length
-        exit, max_drafts = rule.choose_drafts(min(room - 1, MAX_DRAFTS))
-        exit = exit if max_drafts else 0
-        sequence.feed([token])
-        drafts = self._draft(exit, max_drafts) if exit else []
-        verified = sequence.length - start - 1
-        ids = self._accept(start, drafts, self._verify(exit, verified + 1))
-        sequence.truncate(start + len(ids))
-        rule.record_round(exit, drafts, ids, verified)
-        blocks_run, last = sequence.blocks_run - blocks_before, len(ids) - 1
-        return [
-            Token(id, self._full_depth, 0 if number else blocks_run, number < last)
-            for number, id in enumerate(ids)
-        ]
+def tokens_of_round(drafted: Round, depth: int) -> list[Token]:
+    """The tokens of a round, of which all but the last were drafts; depth: number of all blocks."""
+    last = len(drafted.choices) - 1
+    return [
+        Token(
+            choice.id,
+            depth,
+            0 if number else drafted.blocks_run,
+            number < last,
+            logprob=choice.logprob,
+            top_logprobs=choice.top_logprobs,
+        )
+        for number, choice in enumerate(drafted.choices)
+    ]
 
-    def _draft(self, exit: int, max_drafts: int) -> list[tuple[int, float]]:
-        """Draft ids with their probabilities; those that are worth verifying are fed to the sequence."""
-        drafts: list[tuple[int, float]] = []
-        plan = (self._variant,) * exit + (-1,) * (self._segments - exit)
-        while True:
-            signals = self._walk(plan, 1)
-            if len(drafts) == max_drafts:
-                return drafts
-            started = time.perf_counter()
-            logits = signals.draft_logits()[-1]
-            self._rule.times.record("draft", 0, 1, time.perf_counter() - started)
-            drafts.append(_most_probable(logits))
-            if not self._rule.worth_verifying(exit, [probability for _, probability in drafts]):
-                return drafts
-            self._sequence.feed([drafts[-1][0]])
 
-    def _verify(self, exit: int, tokens: int) -> Floats:
-        """Run the newest tokens from an exit to full depth; returns their logits [tokens, vocabulary]."""
-        self._sequence.rows = tokens
-        signals = self._walk((-1,) * exit + (self._variant,) * (self._segments - exit), tokens)
-        started = time.perf_counter()
-        logits = signals.logits
-        self._rule.times.record("head", 0, tokens, time.perf_counter() - started)
-        self._sequence.rows = 1
-        return logits
+def close_logits(manifest: Manifest, variant: int) -> float:
+    """How close two logits of a variant may be without a step on one token alone; see CLOSE_LOGITS."""
+    return CLOSE_LOGITS if is_float(manifest, variant) else CLOSE_LOGITS_ROUNDED
 
-    def _accept(self, start: int, drafts: list[tuple[int, float]], logits: Floats) -> list[int]:
-        """Ids that the full depth predicts after each token from position `start` on, while drafts agree."""
-        ids: list[int] = []
-        for number, row in enumerate(logits):
-            id = _best_id(row)
-            if len(logits) > 1 and _margin(row, id) < self._close:
-                token = self._sequence.ids[start + number]
-                self._sequence.truncate(start + number)
-                self._sequence.feed([token])
-                return [*ids, _best_id(self._verify(0, 1)[0])]
-            ids.append(id)
-            if number + 1 == len(logits) or id != drafts[number][0]:
-                break
-        return ids
 
-    def _walk(self, plan: Sequence[int], tokens: int) -> TokenSignals:
-        """Walk the waiting tokens along a plan, record step times, and return the last step's signals."""
-        started = time.perf_counter()
-        steps: list[Step] = walk_one(self._engine, FULL_DEPTH, self._sequence, plan)
-        for segment, _, _, ended in steps:
-            self._rule.times.record("segment", segment, tokens, ended - started)
-            started = ended
-        signals = steps[-1].signals
-        assert isinstance(signals, TokenSignals)
-        return signals
+def is_float(manifest: Manifest, variant: int) -> bool:
+    """Whether a variant computes with floats alone: it rounds no activations to 8 bits."""
+    return manifest.variants[variant] in ("fp32", "fp16")
 
 
 def _best_id(logits: Floats) -> int:
     """The most probable id; logits [ids]. Raises BadInput if there is none, as argmax finds a NaN first."""
     id = int(logits.argmax())
     if not math.isfinite(logits[id]):
-        raise BadInput("the network's logits are not finite (NaN or infinite), so they name no token")
+        raise BadInput(NOT_FINITE)
     return id
-
-
-def _most_probable(logits: Floats) -> tuple[int, float]:
-    """The most probable id and its probability; logits [ids]."""
-    id = _best_id(logits)
-    return id, 1 / float(np.exp(logits - logits[id]).sum())
-
-
-def _margin(logits: Floats, id: int) -> float:
-    """The logit of an id minus the largest of the others."""
-    top, logits[id] = float(logits[id]), -np.inf
-    second, logits[id] = float(logits.max()), top
-    return top - second

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
 
+from offramp.runtime.batching import MOST_TEXTS, TEXTS, DecodingLoop
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import TextInput
-from offramp.runtime.decoding import STOP, Token, decode
+from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.base import Engine
-from offramp.runtime.errors import BadInput, BadSetting, SessionForked, WrongTask
+from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionForked, WrongTask
 from offramp.runtime.inputs.chat import ChatTemplate, Message
 from offramp.runtime.inputs.text import encode_prompt, open_tokenizer
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.speculative import SpeculativeRule
+from offramp.runtime.sampling import Sampling
 from offramp.runtime.sequence import TokenSequence
 from offramp.runtime.session import Session
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from offramp.runtime.text_batch import TextBatch
+from offramp.runtime.text_chunks import AnswerText, TextChunk
 
 MAX_NEW_TOKENS = 64  # tokens of an answer at most, by default
-LEAST_COPIES, LEAST_LOOP = 3, 24  # of a loop at the end of an answer: copies of its tokens, and tokens in all
-
-
-@dataclass(frozen=True)
-class TextChunk:
-    """The text that one token adds to an answer, which may be empty.
-
-    token: its id. depth, blocks_run, drafted: see decoding.Token. seconds: from the start of the prompt until
-    the chunk existed. ended: on the last chunk why the answer ended, None before: "stop" (a stop token of the
-    bundle, or a stop string), "length" (max_new_tokens), "context" (the longest sequence of the network).
-    """
-
-    text: str
-    token: int
-    depth: int
-    seconds: float
-    blocks_run: int = 0
-    drafted: bool = False
-    ended: str | None = None
 
 
 class TextGenerator(Session[TokenSequence]):
@@ -86,26 +69,67 @@ class TextGenerator(Session[TokenSequence]):
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: str | Sequence[str] = (),
         *,
+        sampling: Sampling | None = None,
         template: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Iterator[TextChunk]:
-        """Generate the most probable continuation of a prompt, one chunk for each token.
+        """Generate a continuation of a prompt, one chunk for each token: the most probable one by default.
 
         prompt: a text, or messages {role, content}, from which the bundle's chat template makes a text.
+        sampling: how tokens are chosen; None: the most probable one at each position.
         template, template_arguments: for messages, the name of a chat template and further values for it,
         such as tools or enable_thinking; see ChatTemplate. The answer ends at a stop token of the bundle
         (with an empty chunk), before the first of `stop` (a string or several) in the text, after
         max_new_tokens, or at the longest sequence of the network. Raises BadInput for other prompts and for
         prompts that are too long, BadSetting if there is no template, SessionClosed.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise BadSetting(f"max_new_tokens {max_new_tokens!r:.40}: expected a whole number, 1 or more")
-        words = [stop] if isinstance(stop, str) else stop
-        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
-            raise BadSetting(f"stop {stop!r:.40}: expected a string or a list of strings")
+        words = _checked_stop(max_new_tokens, stop)
         ids = self.encode_prompt(prompt, template=template, template_arguments=template_arguments)
-        tokens = self.tokens(ids, max_new_tokens)
-        return self._chunks(tokens, [word for word in words if word])
+        tokens = self.tokens(ids, max_new_tokens, sampling=sampling)
+        return self._chunks(tokens, words)
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[Message]],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: str | Sequence[str] = (),
+        *,
+        batch_size: int = TEXTS,
+        sampling: Sampling | None = None,
+        template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+        prefix_cache: bool = True,
+    ) -> Iterator[tuple[int, TextChunk | ItemError]]:
+        """Generate continuations of many prompts at once, up to `batch_size`, whose tokens share steps.
+
+        Gives the number of a prompt (0-based) with each chunk of its text, in the order in which they come;
+        an ItemError takes the place of a text that cannot be generated. prompts: read one by one, when there
+        is a place. The other arguments are those of generate, for every prompt; with a seed, prompt number n
+        has the seed `seed + n`. prefix_cache: see open_batch. Raises BadSetting, SessionClosed.
+        """
+        words = _checked_stop(max_new_tokens, stop)
+        batch = self.open_batch(batch_size, prefix_cache=prefix_cache)
+        options = {"template": template, "template_arguments": template_arguments}
+        return self._many(batch, prompts, batch_size, max_new_tokens, words, sampling, options)
+
+    def open_batch(self, batch_size: int = TEXTS, *, prefix_cache: bool = True) -> TextBatch:
+        """Open a batch of at most `batch_size` texts, which prompts can join at any time; see TextBatch.
+
+        prefix_cache: whether a prompt that begins with the tokens of an earlier one reads their cache, so
+        that they are not run again.
+        """
+        is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        if not is_count or not 1 <= batch_size <= MOST_TEXTS:
+            raise BadSetting(f"batch_size {batch_size!r:.40}: expected a whole number, 1 to {MOST_TEXTS}")
+        loop = DecodingLoop(
+            self.engine,
+            [self._bound_rule],
+            self.manifest,
+            self._variant_number,
+            limit=batch_size,
+            prefix_cache=prefix_cache,
+        )
+        return TextBatch(partial(self.walking, self._forks), loop, self._tokenizer, self._stop_ids)
 
     def __call__(self, *items: object) -> NoReturn:
         """Raise WrongTask: a text generator is not called, see generate."""
@@ -143,8 +167,18 @@ class TextGenerator(Session[TokenSequence]):
         """Convert a text that continues another text to token ids, without special tokens."""
         return encode_prompt(self._tokenizer, text, special_tokens=False)
 
+    def token_text(self, id: int) -> str:
+        """The text that a token adds to an answer, a special one its name; U+FFFD: part of a character."""
+        once, twice = (self._tokenizer.decode([id] * count, skip_special_tokens=False) for count in (1, 2))
+        return str(twice[len(once) :])  # the first token of a text can lose its space
+
     def tokens(
-        self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] | None = None
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Collection[int] | None = None,
+        *,
+        sampling: Sampling | None = None,
     ) -> Iterator[Token]:
         """Generate tokens after a prompt given as ids; see decode(). stop_ids None: the bundle's."""
         stops = self._stop_ids if stop_ids is None else frozenset(stop_ids)
@@ -156,19 +190,30 @@ class TextGenerator(Session[TokenSequence]):
             ids,
             max_new_tokens,
             stops,
+            None if sampling is None else sampling.sampler(ids),
         )
         forks = self._forks
         while True:
-            with self._lock:
-                self._check_open()
-                if self._forks != forks:
-                    raise SessionForked(
-                        "the process was forked while this text was generated; call generate again"
-                    )
+            with self.walking(forks):
                 token = next(tokens, None)
             if token is None:
                 return
             yield token
+
+    @contextmanager
+    def walking(self, forks: int) -> Iterator[None]:
+        """Context in which the engine is the caller's alone.
+
+        forks: of the process, as the session counted them when the text began. Raises SessionClosed, and
+        SessionForked if the process was forked since then.
+        """
+        with self._lock:
+            self._check_open()
+            if self._forks != forks:
+                raise SessionForked(
+                    "the process was forked while this text was generated; call generate again"
+                )
+            yield
 
     def close(self) -> None:
         """Close the session, free its engine, and end the process of the chat template."""
@@ -184,93 +229,64 @@ class TextGenerator(Session[TokenSequence]):
                 pass
 
     def _chunks(self, tokens: Iterator[Token], stop: Sequence[str]) -> Iterator[TextChunk]:
-        text, emitted, started = _DecodedText(self._tokenizer), 0, time.perf_counter()
-        held_back = (
-            max((len(word) for word in stop), default=1) - 1
-        )  # characters that may be the start of a stop string
+        answer = AnswerText(self._tokenizer, self._stop_ids, stop)
         for token in tokens:
-            is_over = token.ended is not None
-            if token.id not in self._stop_ids:
-                text.add(token.id)
-            answer = text.all() if is_over else text.complete()
-            stops = [at for word in stop if (at := answer.find(word, emitted)) >= 0]
-            end = min(stops) if stops else len(answer) if is_over else max(emitted, len(answer) - held_back)
-            seconds, ended = time.perf_counter() - started, STOP if stops else token.ended
-            yield TextChunk(
-                answer[emitted:end],
-                token.id,
-                token.depth,
-                seconds,
-                token.blocks_run,
-                token.drafted,
-                ended,
-            )
-            if stops:
+            chunk = answer.chunk(token)
+            yield chunk
+            if chunk.ended != token.ended:  # at a stop string
                 return
-            emitted = end
+
+    def _many(
+        self,
+        batch: TextBatch,
+        prompts: Iterable[str | Sequence[Message]],
+        batch_size: int,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        sampling: Sampling | None,
+        template: Mapping[str, Any],
+    ) -> Iterator[tuple[int, TextChunk | ItemError]]:
+        """See generate_many; template: keywords of encode_prompt."""
+        source, numbers = enumerate(prompts), dict[int, int]()  # numbers of prompts, by those of their texts
+        # If it is left before the end, caches are freed with the batch: garbage collection may take no lock.
+        while True:
+            while len(numbers) < batch_size and (item := next(source, None)) is not None:
+                number, prompt = item
+                try:
+                    ids = self.encode_prompt(prompt, **template)
+                except BadInput as problem:
+                    yield number, ItemError(number, str(problem))
+                    continue
+                text = batch.add(ids, max_new_tokens, stop, _numbered(sampling, number))
+                numbers[text] = number
+            if not numbers:
+                batch.close()
+                return
+            for text, result in batch.advance():
+                number = numbers[text]
+                if isinstance(result, OfframpError):
+                    if not isinstance(result, BadInput):
+                        raise result
+                    del numbers[text]
+                    yield number, ItemError(number, str(result))
+                    continue
+                if result.ended is not None:
+                    del numbers[text]
+                yield number, result
 
 
-def repeated_tokens(ids: Sequence[int]) -> int:
-    """How many tokens at the end of an answer only repeat those before them; 0 if it does not end in a loop.
-
-    An answer ends in a loop if its last tokens are LEAST_COPIES or more copies of the same tokens, of which
-    one may be cut off at the end of the answer, and LEAST_LOOP tokens or more in all. The first copy does not
-    count as repeated.
-    """
-    reverse, count = list(reversed(ids)), len(ids)
-    # matches[shift]: so many tokens at the end equal those `shift` places before (Z-function of the reverse)
-    matches, begin, end = [0] * count, 0, 0
-    for shift in range(1, count):
-        length = min(end - shift, matches[shift - begin]) if shift < end else 0
-        while shift + length < count and reverse[length] == reverse[shift + length]:
-            length += 1
-        matches[shift] = length
-        if shift + length > end:
-            begin, end = shift, shift + length
-    loops = (
-        matches[size]
-        for size in range(1, count // LEAST_COPIES + 1)
-        if size + matches[size] >= max(LEAST_COPIES * size, LEAST_LOOP)
-    )
-    return max(loops, default=0)
+def _checked_stop(max_new_tokens: int, stop: str | Sequence[str]) -> list[str]:
+    """The stop strings as a list; raises BadSetting for a wrong max_new_tokens or stop."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise BadSetting(f"max_new_tokens {max_new_tokens!r:.40}: expected a whole number, 1 or more")
+    words = [stop] if isinstance(stop, str) else stop
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise BadSetting(f"stop {stop!r:.40}: expected a string or a list of strings")
+    return [word for word in words if word]
 
 
-class _DecodedText:
-    """Decodes tokens one by one, each with the few tokens before it on which its text may depend.
-
-    Decoding all tokens again for each new token takes time that grows with the square of the length.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._text = ""  # text of all tokens before self._end
-        self._ids: list[int] = []
-        self._begin = self._end = 0  # the last tokens that ended with a complete character
-
-    def add(self, id: int) -> None:
-        """Add a token."""
-        self._ids.append(id)
-
-    def complete(self) -> str:
-        """The text so far, without the bytes of an incomplete last character."""
-        new_text = self._new_text()
-        if not new_text:
-            return self._text  # the last token with text stays in the window: a space may depend on it
-        if new_text.endswith("\ufffd"):
-            return self._text + new_text.rstrip("\ufffd")
-        self._text += new_text
-        self._begin, self._end = self._end, len(self._ids)
-        return self._text
-
-    def all(self) -> str:
-        """The text of all tokens so far."""
-        return self._text + self._new_text()
-
-    def _new_text(self) -> str:
-        if self._end == len(self._ids):
-            return ""
-        known = self._decode(self._ids[self._begin : self._end])
-        return self._decode(self._ids[self._begin :])[len(known) :]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
+def _numbered(sampling: Sampling | None, number: int) -> Sampling | None:
+    """The sampling of one of many prompts: with a seed of its own if there is one."""
+    if sampling is None or sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + number) % 2**64)

@@ -90,8 +90,8 @@ def _segments(bundle: Bundle) -> list[Segment]:
     manifest = bundle.manifest
     parts = [manifest.stem, *manifest.segments]
     if manifest.decoder is not None:
-        parts += [*manifest.decoder.cache_fills, manifest.decoder.head]
-        parts += [manifest.decoder.draft] if manifest.decoder.draft is not None else []
+        decoder = manifest.decoder
+        parts += [*decoder.cache_fills, decoder.head, *decoder.drafting]
     return parts
 
 
@@ -137,7 +137,10 @@ def _point(point: dict[str, Any]) -> str:
 
 
 def _rule(rule: dict[str, Any]) -> str:
-    return " ".join([rule["name"], *(f"{name}={value:g}" for name, value in rule["parameters"].items())])
+    from offramp.runtime.bundle.manifest import RuleSpec
+
+    known = RuleSpec(rule["name"], rule["parameters"], skipped=tuple(rule.get("skipped", ())))
+    return known.text
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from os import PathLike
@@ -112,12 +113,13 @@ def load(
     the device is cuda). cuda_graphs: on a GPU, launch a step as one CUDA graph from the second run of a shape
     on. exit_kv: for generated text, what the cache holds of a token after its exit. "deferred": the token
     waits and runs the segments when a later token goes deeper, so that the cache is that of full depth;
-    "propagate": keys and values are computed from the hidden state of its exit. long_texts: "cut" reads the
-    beginning of a text that is longer than the network reads (its answer is marked truncated); "windows"
-    walks overlapping windows and joins their answers (see the answer of the task). require_signature: file of
-    the public key that must have signed the bundle, else BadSignature. budget_ms, budget_depth: milliseconds
-    of an answer, or blocks run as a share of all, that a controller holds by moving among the points of one
-    rule and variant (docs/budgets.md). budget_of: "mean" (the default) or "p95". budget_window: rows over
+    "propagate": keys and values are computed from the hidden state of its exit (rule select always does so).
+    long_texts: "cut" reads the beginning of a text that is longer than the network reads (its answer is
+    marked truncated); "windows" walks overlapping windows and joins their answers (see the answer of the
+    task). require_signature: file of the public key that must have signed the bundle, else BadSignature.
+    budget_ms, budget_depth: milliseconds of an answer, or blocks run as a share of all, that a controller
+    holds by moving among the points of one rule and variant (docs/budgets.md). budget_of: "mean" (the
+    default) or "p95". budget_window: rows over
     which it is held, 1000. max_risk: only points that guarantee a risk of at most this are used. audit: share
     of the rows that are walked to the end in the background, to see whether answers still agree with full
     depth. audit_limit: the disagreement that is allowed; None for that of the point. on_drift: "warn" (the
@@ -213,6 +215,8 @@ def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant:
     ):
         if value != only:
             raise BadSetting(f"{name} {value}: bundles that generate text run on {name} {only} alone")
+    if rule.spec.name == "select":  # its tokens leave keys and values in the segments that they skip
+        options = replace(options, exit_kv="propagate")
     engine = cast("Engine[TokenSequence]", open_engine(bundle, variant, options))
     return _or_close(engine, lambda: TextGenerator(bundle, engine, rule, variant))
 

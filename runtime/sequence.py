@@ -21,15 +21,55 @@ class SegmentOutput(NamedTuple):
     """The outputs of a segment for n tokens; the next step on n tokens overwrites the arrays.
 
     hidden [n, hidden size]. exit_hidden [n, hidden size]: the head's input for tokens that exit here; hidden
-    itself without a translator. gate [n]: P(exit), or None.
+    itself without a translator. gate [n]: P(exit), or None. controller [n, segments ahead - 1]: P(run) of the
+    segments ahead, or None.
     """
 
     hidden: Floats
     exit_hidden: Floats
     gate: Floats | None
+    controller: Floats | None = None
+
+    def take(self, rows: list[int] | slice) -> SegmentOutput:
+        """The outputs of some of the tokens; copies if the rows are a list."""
+        hidden, gate, controller = self.hidden[rows], self.gate, self.controller
+        return SegmentOutput(
+            hidden,
+            hidden if self.exit_hidden is self.hidden else self.exit_hidden[rows],
+            None if gate is None else gate[rows],
+            None if controller is None else controller[rows],
+        )
+
+    @staticmethod
+    def join(outputs: Sequence[SegmentOutput]) -> SegmentOutput:
+        """The outputs of all tokens of several steps of one segment, copied."""
+        gates, controllers = [one.gate for one in outputs], [one.controller for one in outputs]
+        return SegmentOutput(
+            np.concatenate([one.hidden for one in outputs]),
+            np.concatenate([one.exit_hidden for one in outputs]),
+            _concatenated(gates),
+            _concatenated(controllers),
+        )
 
 
-class CacheRunner(Protocol):
+def _concatenated(parts: Sequence[Floats | None]) -> Floats | None:
+    """All parts in one array; None if one of them is."""
+    given = [part for part in parts if part is not None]
+    return np.concatenate(given) if len(given) == len(parts) else None
+
+
+class Head(Protocol):
+    """The part of an engine that turns hidden states into logits."""
+
+    def logits(self, hidden: Floats, draft: bool = False) -> Floats:
+        """Compute logits [n, ids] from hidden [n, hidden size]; for a draft, only those of the first ids.
+
+        The next call overwrites the array.
+        """
+        ...
+
+
+class CacheRunner(Head, Protocol):
     """The part of an engine that a sequence uses: its cache, and steps that read and extend the cache."""
 
     @property
@@ -58,7 +98,7 @@ class CacheRunner(Protocol):
     def run(self, segment: int, ids: Sequence[int], start: int, hidden: Floats | None) -> SegmentOutput:
         """Run a segment on tokens at positions from `start` on, and add them to the cache of its blocks.
 
-        hidden [n, hidden size]; None for the first segment, which reads the stem's output.
+        hidden [n, hidden size]; None for the first segment, which reads the stem's output; see draft_runner.
         """
         ...
 
@@ -70,10 +110,11 @@ class CacheRunner(Protocol):
         """Compute keys and values from hidden states for the cache of a segment that is not run."""
         ...
 
-    def logits(self, hidden: Floats, draft: bool = False) -> Floats:
-        """Compute logits [n, ids] from hidden [n, hidden size]; for a draft, only those of the first ids.
+    def draft_runner(self) -> CacheRunner | None:
+        """A runner of the draft block for the same text, with a cache of its own; None if there is no block.
 
-        The next call overwrites the array.
+        The block is its first segment. `hidden` of its method run is the hidden state of full depth, or a
+        prediction of it, of the token before each token; its exit_hidden predicts that of the token itself.
         """
         ...
 
@@ -88,7 +129,7 @@ class TokenSignals:
     __slots__ = ("_logits", "_output", "_rows", "_runner")
     forecast = answer = None
 
-    def __init__(self, runner: CacheRunner, output: SegmentOutput, rows: int) -> None:
+    def __init__(self, runner: Head, output: SegmentOutput, rows: int) -> None:
         self._runner, self._output, self._rows = runner, output, rows
         self._logits: Floats | None = None
 
@@ -98,9 +139,20 @@ class TokenSignals:
         return self._newest(self._output.hidden)
 
     @property
+    def all_hidden(self) -> Floats:
+        """Hidden state after the segment of all tokens of its last step [tokens, hidden size]."""
+        return self._output.hidden
+
+    @property
     def gate(self) -> Floats | None:
         """P(exit) of the policy [rows]; None without a policy."""
         return None if self._output.gate is None else self._newest(self._output.gate)
+
+    @property
+    def controller(self) -> Floats | None:
+        """P(run) of the segments ahead [rows, segments ahead - 1]; None without controllers."""
+        probabilities = self._output.controller
+        return None if probabilities is None else self._newest(probabilities)
 
     @property
     def logits(self) -> Floats:
@@ -108,6 +160,12 @@ class TokenSignals:
         if self._logits is None:
             self._logits = self._runner.logits(self._newest(self._output.exit_hidden))
         return self._logits
+
+    def logits_at(self, rows: list[int]) -> Floats:
+        """Logits of some rows [n, vocabulary]: of those of all rows if they were read, else computed."""
+        if self._logits is not None:
+            return self._logits[rows]
+        return self._runner.logits(self._newest(self._output.exit_hidden)[rows])
 
     def draft_logits(self) -> Floats:
         """Compute logits of the draft head [rows, ids]; of all ids if the bundle has no draft head."""
@@ -126,8 +184,8 @@ class TokenSequence:
     blocks that were run for tokens.
 
     propagate: when a later token runs a segment, a token that exited before gets keys and values computed
-    from the hidden state of its exit. Otherwise it runs the segment then ("deferred"), so that the cache is
-    that of full depth.
+    from the hidden state of its exit, and a token that skips a segment gets them there at once. Otherwise a
+    token that exited runs the segment then ("deferred"), so that the cache is that of full depth.
     """
 
     def __init__(self, runner: CacheRunner, *, propagate: bool = False) -> None:
@@ -142,15 +200,22 @@ class TokenSequence:
         # output of the previous step: most tokens run all segments in turn, and nothing is copied for them.
         self._in_place: tuple[int, int, int] | None = None
         self._in_place_hidden: Floats | None = None
+        self._exact_end: int | None = None  # first token that skipped a segment or got its cache by a fill
 
     @property
     def length(self) -> int:
         """Number of tokens so far."""
         return len(self.ids)
 
+    @property
+    def exact(self) -> int:
+        """Number of first tokens whose cache is that of the full depth in every segment."""
+        filled = min(self.filled)
+        return filled if self._exact_end is None else min(filled, self._exact_end)
+
     def feed(self, ids: Sequence[int]) -> None:
         """Add tokens, which wait before the first segment; raises BadInput if the sequence gets too long."""
-        self._put_aside()
+        self.put_aside()
         self.runner.make_room(len(self.ids) + len(ids))
         self.ids += ids
         self._newest = len(ids)
@@ -190,7 +255,7 @@ class TokenSequence:
 
         Its cache gets keys and values that are computed from their hidden state.
         """
-        self._put_aside()
+        self.put_aside()
         while (count := min(KEPT_TOKENS, self.waiting(segment) - keep)) > 0:
             start = self.filled[segment]
             hidden = self._take(segment, count)
@@ -198,22 +263,65 @@ class TokenSequence:
             self._pass_on(segment, count, hidden)
 
     def skip(self, segment: int) -> None:
-        """Move all waiting tokens past a segment, whose cache gets nothing: no later token may run it."""
-        if count := self.waiting(segment):
-            self._put_aside()
+        """Move all waiting tokens past a segment without running it.
+
+        With propagate its cache is filled, so that later tokens can run it. Otherwise it gets nothing, and no
+        later token may run it. The first segment has no cache fill: no rule lets single tokens skip it.
+        """
+        if self._propagate and segment:
+            self.fill(segment)
+        elif count := self.waiting(segment):
+            self.put_aside()
             self._pass_on(segment, count, self._take(segment, count))
 
     def truncate(self, length: int) -> None:
         """Remove all tokens after the first `length` from the sequence."""
-        self._put_aside()
+        self.put_aside()
         del self.ids[length:]
+        if self._exact_end is not None and length <= self._exact_end:
+            self._exact_end = None
         for segment, filled in enumerate(self.filled):
             self.filled[segment] = min(filled, length)
         for segment, queue in enumerate(self._waiting_hidden[1:], 1):
             queue.keep(self.waiting(segment))
 
+    def one_waits(self, segment: int) -> bool:
+        """Whether the newest token waits alone before a segment; with propagate, earlier ones are filled."""
+        waiting = self.waiting(segment)
+        if waiting > 1 and self._propagate:
+            self.fill(segment, keep=1)
+            waiting = self.waiting(segment)
+        return waiting == 1
+
+    def hand_over(self, segment: int) -> Floats:
+        """Hidden state [1, hidden size] of the one token that waits before a segment, which is not the first.
+
+        The token runs the segment in a step with tokens of other sequences; see passed.
+        """
+        if self._in_place is not None and self._in_place[0] == segment:
+            assert self._in_place_hidden is not None
+            self._in_place = None
+            return self._in_place_hidden
+        return self._waiting_hidden[segment].take(1)
+
+    def passed(self, segment: int, hidden: Floats) -> None:
+        """Note that the newest token, which waited alone, has run a segment in a step with other sequences.
+
+        hidden [1, hidden size]: after the segment, in an array that no step overwrites.
+        """
+        self.blocks_run += self._blocks[segment]
+        self.filled[segment] += 1
+        # No token starts at -1, so that advance() does not take it for the output of the runner's last step.
+        self._in_place = (segment + 1, -1, 1) if segment < self._last else None
+        self._in_place_hidden = hidden
+
+    def hold_prefix(self) -> None:
+        """Note that the cache holds all tokens, none of which has run: it was copied from elsewhere."""
+        assert not any(self.filled)
+        self.filled = [len(self.ids)] * len(self.filled)
+
     def _run(self, segment: int) -> SegmentOutput:
-        self._put_aside()
+        self.put_aside()
         start = self.filled[segment]
         count = min(max(KEPT_TOKENS, self._newest), self.waiting(segment))
         hidden = self._take(segment, count) if segment else None
@@ -224,7 +332,7 @@ class TokenSequence:
         self._in_place_hidden = output.hidden
         return output
 
-    def _put_aside(self) -> None:
+    def put_aside(self) -> None:
         """Copy the hidden state that is in place into its queue, before another step overwrites it."""
         if self._in_place is not None:
             assert self._in_place_hidden is not None
@@ -239,6 +347,9 @@ class TokenSequence:
         return self.runner.embed(self.ids[start : start + count], start)
 
     def _pass_on(self, segment: int, count: int, hidden: Floats) -> None:
+        start = self.filled[segment]
+        if self._exact_end is None or start < self._exact_end:
+            self._exact_end = start
         self.filled[segment] += count
         if segment + 1 < len(self._waiting_hidden):
             self._waiting_hidden[segment + 1].put(hidden)

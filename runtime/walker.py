@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.engines.base import Array, Engine, S
-from offramp.runtime.rules.base import Floats, Plan, RowSignals, Rule, Signals, never_exits
+from offramp.runtime.rules.base import Floats, Plan, Rule, Signals, never_exits
 
 QueueKey = tuple[int, int, int]  # segment, variant, length: equal for rows that are run together
+# A row is late after this many times the steps that it needs alone at most; see Walk.largest_queue.
+LATE_AFTER = 2
 Inputs = Mapping[str, Array]
 Batch = tuple[NDArray[np.int64], Inputs]  # row numbers, and the stem's inputs
 
@@ -70,6 +72,7 @@ class _Group(Generic[S]):
     """Rows that are run together: their numbers in the trace, plans, memories, start times, and rules.
 
     rules: numbers of the rows' rules; None: the first for all. Of one walk all groups have them, or none.
+    begun: number of steps of the walk before the first of the rows began.
     """
 
     state: S
@@ -78,11 +81,31 @@ class _Group(Generic[S]):
     memory: Floats
     started: NDArray[np.float64]
     rules: NDArray[np.int64] | None
+    begun: int
+    _plan_seen: Plan | None = None
+    _common: list[int] | None = None
+
+    @property
+    def common_plan(self) -> list[int] | None:
+        """The plan of every row, None if they differ; compared once for each array of plans."""
+        if self._plan_seen is not self.plan:
+            self._plan_seen, first = self.plan, self.plan[0]
+            is_common = len(self.plan) == 1 or (self.plan == first).all()
+            self._common = first.tolist() if is_common else None
+        return self._common
 
     def take(self, state: S, rows: NDArray[np.int64]) -> _Group[S]:
         """The group of some of the rows; state: theirs."""
         rules = None if self.rules is None else self.rules[rows]
-        return _Group(state, self.ids[rows], self.plan[rows], self.memory[rows], self.started[rows], rules)
+        return _Group(
+            state,
+            self.ids[rows],
+            self.plan[rows],
+            self.memory[rows],
+            self.started[rows],
+            rules,
+            self.begun,
+        )
 
 
 def walk_one(engine: Engine[S], rule: Rule, state: S, plan: Sequence[int]) -> list[Step]:
@@ -178,6 +201,9 @@ class Walk(Generic[S]):
     def __init__(self, engine: Engine[S], rules: Sequence[Rule], trace: Trace, limit: int) -> None:
         self._engine, self._rules, self._trace, self._limit = engine, rules, trace, limit
         self._queues: dict[QueueKey, list[_Group[S]]] = {}
+        self._steps = 0  # that were run
+        self._late_after = LATE_AFTER * trace.variants.shape[1]  # steps after which a row is late
+        self._keeps_logits = trace.logits.shape[2] > 0
 
     def begin(
         self,
@@ -193,14 +219,30 @@ class Walk(Generic[S]):
         ids: row numbers. variant: that in which rows start; plans [rows, segments] takes its place. rules:
         numbers of the rows' rules [rows]; None: the first rule for all. Every plan must have a segment.
         """
-        started = np.full(len(ids), time.perf_counter())
+        started = time.perf_counter()
         if plans is None:
             segments = self._trace.variants.shape[1]
             plans = np.repeat(self._rules[0].first_plan(segments, variant), len(ids), axis=0)
-        width = max([rule.width for rule in self._rules])
-        state = self._engine.begin(inputs)
-        memory = np.zeros((len(ids), width), np.float32)
-        self._queue(_Group(state, ids, plans, memory, started, rules), -1, state.length)
+        self.enter(ids, self._engine.begin(inputs), plans, rules, started=started)
+
+    def enter(
+        self,
+        ids: NDArray[np.int64],
+        state: S,
+        plans: Plan,
+        rules: NDArray[np.int64] | None = None,
+        *,
+        started: float | None = None,
+    ) -> None:
+        """Let the rows of a state wait for their first segment; see begin, which makes the state itself.
+
+        started: when they began (perf_counter seconds); None: now.
+        """
+        begun = time.perf_counter() if started is None else started
+        times = np.full(len(ids), begun)
+        memory = np.zeros((len(ids), max([rule.width for rule in self._rules])), np.float32)
+        group = _Group(state, ids, plans, memory, times, rules, self._steps)
+        self._queue(group, -1, state.length)
 
     def first_plan(self, rule: int, variant: int) -> Plan:
         """The plan [1, segments] with which a row of a rule starts in a variant; rule: its number."""
@@ -223,6 +265,22 @@ class Walk(Generic[S]):
         """The queue of the row that began first, None if no row waits."""
         begun = {key: min(group.started.min() for group in queue) for key, queue in self._queues.items()}
         return min(begun, key=begun.__getitem__, default=None)
+
+    def late_queue(self, steps: int) -> QueueKey | None:
+        """The queue of the row that began first, if more than `steps` steps were run since; else None."""
+        begun = [(min([group.begun for group in queue]), key) for key, queue in self._queues.items()]
+        first, key = min(begun, default=(self._steps, None))
+        return key if first < self._steps - steps else None
+
+    def largest_queue(self) -> QueueKey | None:
+        """The queue with the most rows, of equal ones that of the earliest segment; None if no row waits.
+
+        Rows that are late, as other queues were always larger, go first, the oldest of them before all.
+        """
+        late = self.late_queue(self._late_after)
+        if late is not None:
+            return late
+        return min(self._queues, key=lambda key: (-_length(self._queues[key]), key[0]), default=None)
 
     def waiting(self) -> NDArray[np.int64]:
         """Numbers of the rows that wait for a segment, in no order."""
@@ -254,13 +312,15 @@ class Walk(Generic[S]):
         group = _pop_group(self._engine, self._queues, key, self._limit)
         segment, variant, length = key
         trace, ids = self._trace, group.ids
+        self._steps += 1
         try:
             signals = self._engine.step(segment, variant, group.state)
         except BaseException:
             self._engine.drop(group.state)
             raise
         trace.variants[ids, segment] = variant
-        trace.logits[ids, segment] = signals.logits
+        if self._keeps_logits:  # the head of a decoder runs when its logits are read
+            trace.logits[ids, segment] = signals.logits
         if signals.gate is not None:
             trace.gates[ids, segment] = signals.gate
         if signals.answer is not None:
@@ -281,13 +341,26 @@ class Walk(Generic[S]):
         for number in np.unique(group.rules).tolist():
             rule, rows = self._rules[number], np.flatnonzero(group.rules == number)
             plan[rows], memory[rows, : rule.width] = rule(
-                rows_of_signals(signals, rows), memory[rows, : rule.width], group.plan[rows], segment
+                _RowsOfSignals(signals, rows), memory[rows, : rule.width], group.plan[rows], segment
             )
         group.plan, group.memory = plan, memory
 
     def _queue(self, group: _Group[S], segment: int, length: int) -> NDArray[np.int64]:
         """Let the rows of a group wait for their next segments after one; returns those that have none."""
         ids = group.ids
+        if (plan := group.common_plan) is not None:  # mostly so, and found without arrays
+            next_segment = segment + 1
+            while next_segment < len(plan) and plan[next_segment] < 0:
+                next_segment += 1
+            if next_segment == len(plan):
+                self._trace.seconds[ids] = time.perf_counter() - group.started
+                self._engine.drop(group.state)
+                return ids
+            for skipped in range(segment + 1, next_segment):
+                self._engine.skip(skipped, group.state)
+            key = (next_segment, plan[next_segment], length)
+            self._queues.setdefault(key, []).append(group)
+            return ids[:0]
         ahead = group.plan[:, segment + 1 :] >= 0  # [rows, segments still ahead]
         next_segments = segment + 1 + ahead.argmax(axis=1)  # meaningless for rows that are done
         done = np.logical_not(ahead.any(axis=1))
@@ -312,10 +385,50 @@ class Walk(Generic[S]):
         return ids[done]
 
 
-def rows_of_signals(signals: Signals, rows: NDArray[np.int64]) -> RowSignals:
-    """The signals of some rows of a step."""
-    optional = (signals.gate, signals.forecast, signals.hidden, signals.answer)
-    return RowSignals(signals.logits[rows], *(None if part is None else part[rows] for part in optional))
+class _RowsOfSignals:
+    """The signals of some rows of a step, each read when a rule asks for it; implements rules.base.Signals.
+
+    Logits of tokens are not there before: the head costs as much as several blocks.
+    """
+
+    __slots__ = ("_rows", "_signals")
+
+    def __init__(self, signals: Signals, rows: NDArray[np.int64]) -> None:
+        self._signals, self._rows = signals, rows
+
+    @property
+    def logits(self) -> Floats:
+        """Logits of the exit [rows, classes]."""
+        logits: Floats = self._signals.logits[self._rows]
+        return logits
+
+    @property
+    def gate(self) -> Floats | None:
+        """P(exit) of the policy [rows]."""
+        return self._of(self._signals.gate)
+
+    @property
+    def forecast(self) -> Floats | None:
+        """P(wrong) of an exit here and of every path ahead."""
+        return self._of(self._signals.forecast)
+
+    @property
+    def hidden(self) -> Floats | None:
+        """Hidden state after the segment [rows, hidden size]."""
+        return self._of(self._signals.hidden)
+
+    @property
+    def answer(self) -> Floats | None:
+        """All that the session's answer is made from [rows, ...]."""
+        return self._of(self._signals.answer)
+
+    @property
+    def controller(self) -> Floats | None:
+        """P(run) of the segments ahead [rows, segments ahead - 1]."""
+        return self._of(self._signals.controller)
+
+    def _of(self, part: Floats | None) -> Floats | None:
+        return None if part is None else part[self._rows]
 
 
 def empty_trace(rows: int, segments: int, classes: int) -> Trace:
@@ -380,6 +493,7 @@ def _pop_group(
         np.concatenate([group.memory for group in chosen]),
         np.concatenate([group.started for group in chosen]),
         np.concatenate(rules) if rules else None,
+        min(group.begun for group in chosen),
     )
     for group in chosen:
         engine.drop(group.state)

@@ -16,7 +16,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Files of this folder share the classifiers that are exported once a session; these export decoders.
 SHARING = "tests/export"
-EXPORTING_DECODERS = ("test_generation.py", "test_decoder_exits.py")
+EXPORTING_DECODERS = ("test_generation.py", "test_decoder_exits.py", "test_controllers.py")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def decoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
     """By family: a model of three blocks without stop tokens, and its bundle in fp32 and int8, a segment a
     block, with a draft head of the first 20 of 60 ids. Beside it, folder `model` is the model as transformers
-    saves it.
+    saves it. "wide FAMILY": with heads of 16 numbers, so that the cache grows in place.
     """
 
     @cache
@@ -64,7 +64,8 @@ def decoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         from offramp.export.options import ExportOptions
         from offramp.models.decoder import DecoderNetwork
 
-        folder, model = tmp_path_factory.mktemp(family), tiny.decoder(family)
+        folder = tmp_path_factory.mktemp(family.replace(" ", "_"))
+        model = tiny.decoder(family.removeprefix("wide "), wide=family.startswith("wide "))
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
         tiny.tokenizer().save(str(folder / "tokenizer.json"))
         model.save_pretrained(folder / "model")

@@ -119,6 +119,9 @@ class FakeRunner:
         self.calls.append(("draft" if draft else "head", -1, -1, len(hidden)))
         return logits_of(hidden)[:, :DRAFT_IDS] if draft else logits_of(hidden)
 
+    def draft_runner(self) -> None:
+        return None
+
     def _between_of(self, tokens: int) -> Any:
         return self._between.setdefault(tokens, np.zeros((len(BLOCKS) + 1, tokens, HIDDEN), np.float32))
 

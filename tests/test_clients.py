@@ -92,6 +92,54 @@ def test_a_streamed_chat_is_the_same(client: Any) -> None:
     assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_a_drawn_completion_is_that_of_its_seed(client: Any) -> None:
+    asked = {"model": "tiny_generator", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, "top_p": 0.9}
+    more = {"extra_body": {"top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1}}
+    texts = [client.completions.create(**asked, **more, seed=seed).choices[0].text for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_penalties_of_the_api_are_honoured(client: Any) -> None:
+    asked = {"model": "tiny_generator", "prompt": PROMPT, "max_tokens": 40}
+    plain = client.completions.create(**asked, frequency_penalty=0, presence_penalty=0).choices[0].text
+    assert plain == client.completions.create(**asked).choices[0].text
+    assert (
+        client.completions.create(**asked, frequency_penalty=2, presence_penalty=2).choices[0].text != plain
+    )
+
+
+def test_logprobs_of_a_completion(client: Any) -> None:
+    answer = client.completions.create(model="tiny_generator", prompt=PROMPT, max_tokens=5, logprobs=3)
+    choice = answer.choices[0]
+    logprobs = choice.logprobs
+    assert len(logprobs.tokens) == 5 and logprobs.text_offset[0] == 0
+    for place, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
+        assert choice.text[place:].strip().startswith(token.strip())
+    for token, logprob, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert top[token] == logprob == max(top.values()) < 0 and len(top) == 3
+
+
+def test_logprobs_of_a_chat(client: Any) -> None:
+    pytest.importorskip("jinja2")
+    asked = {"model": "tiny_generator", "messages": MESSAGES, "max_tokens": 5, "seed": 1, "temperature": 1.0}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=4).choices[0]
+    content = whole.logprobs.content
+    assert "".join(entry.token for entry in content).strip() == whole.message.content.strip()
+    assert all(bytes(entry.bytes).decode() == entry.token for entry in content)
+    assert all(len(entry.top_logprobs) == 4 and entry.logprob < 0 for entry in content)
+    parts = client.chat.completions.create(**asked, logprobs=True, top_logprobs=4, stream=True)
+    choices = [part.choices[0] for part in parts]
+    streamed = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert streamed == content
+    assert (
+        client.chat.completions.create(**asked, logprobs=True).choices[0].logprobs.content[0].top_logprobs
+        == []
+    )
+    assert client.chat.completions.create(**asked).choices[0].logprobs is None
+
+
 def test_the_asynchronous_client_streams(server: Server) -> None:
     import asyncio
 
@@ -177,8 +225,8 @@ def test_the_client_asks_again_when_a_full_server_has_room() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "temperature": {"prompt": PROMPT, "temperature": 0.7},
-    "logprobs": {"prompt": PROMPT, "logprobs": 3},
+    "temperature": {"prompt": PROMPT, "temperature": 200},
+    "best_of": {"prompt": PROMPT, "best_of": 3},
     "n": {"prompt": PROMPT, "n": 2},
     "prompt": {"prompt": [PROMPT, PROMPT]},
 }

@@ -118,10 +118,26 @@ def backbone(family: str, seed: int = 0) -> Any:
     return AutoModel.from_config((CONFIGS | VISION)[family]()).eval()
 
 
-def decoder(family: str, seed: int = 0) -> Any:
-    """A random causal language model; no bias is 0 and no norm is 1: a missing one changes the output."""
+def wide_config(family: str) -> Any:
+    """The configuration of a decoder with heads that the attention of ONNX Runtime can rotate, 16 numbers."""
+    config = DECODERS[family]()
+    if family == "gpt_neox":  # it rotates half of a head
+        config.hidden_size, config.num_attention_heads = 64, 2
+    elif family == "gpt2":
+        config.n_head = 2
+    else:
+        config.head_dim = 16
+    return config
+
+
+def decoder(family: str, seed: int = 0, *, wide: bool = False) -> Any:
+    """A random causal language model; no bias is 0 and no norm is 1: a missing one changes the output.
+
+    wide: see wide_config. Heads of the others have 8 numbers, but for Qwen3 and Gemma.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(DECODERS[family]()).eval()
+    config = wide_config(family) if wide else DECODERS[family]()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

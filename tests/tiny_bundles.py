@@ -10,6 +10,7 @@ import numpy as np
 
 DATA = Path(__file__).parent / "data"
 CLASSIFIER, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_generator"
+GENERATOR_NATIVE = DATA / "tiny_generator_native"  # its cache grows in place
 # Of the other tasks, each folder named by what it answers.
 MULTI_LABEL, TOKENS, REGRESSION, EMBEDDING = (
     DATA / "tiny_tasks" / name for name in ("multi_label", "tokens", "regression", "embedding")

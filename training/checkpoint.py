@@ -18,6 +18,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from offramp.models.controllers import load_controllers
 from offramp.models.decoder import DecoderNetwork
+from offramp.models.draft_head import PREFIX, load_draft_head
 from offramp.models.network import EarlyExitNetwork, NetworkSpec
 from offramp.runtime.bundle.strict_json import build_value
 from offramp.runtime.inputs.images import ImageInput
@@ -31,6 +32,7 @@ WEIGHTS, NETWORK, TRAINING, TOKENIZER = (
     "tokenizer.json",
 )
 EXITS = "exits.safetensors"  # beside a language model as transformers saves it
+DRAFT_HEAD = "draft_head.safetensors"  # the same
 FORMAT = 1
 
 
@@ -194,35 +196,48 @@ def _checked_tokenizer(file: Path, vocab_size: int) -> Path:
 
 
 def save_exits(network: DecoderNetwork, folder: Path) -> None:
-    """Write a language model's translators, policies and controllers into its folder, if it has any."""
+    """Write a language model's translators, policies, controllers and draft head into its folder, if any.
+
+    The draft head has a file of its own.
+    """
     added = {name: value for name, value in network.state_dict().items() if not name.startswith("model.")}
-    if added:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in added.items()}
-        save_file(tensors, folder / EXITS)
+    for file, of_draft_head in ((EXITS, False), (DRAFT_HEAD, True)):
+        tensors = {
+            name: value.detach().cpu().contiguous()
+            for name, value in added.items()
+            if name.startswith(PREFIX) == of_draft_head
+        }
+        if tensors:
+            save_file(tensors, folder / file)
 
 
 def load_exits(network: DecoderNetwork, folder: str | Path) -> None:
-    """Add the translators, policies and controllers in a language model's folder to the network, if any.
+    """Add the translators, policies, controllers and draft head in a language model's folder to the network.
 
-    Raises BadCheckpoint if they do not fit.
+    There may be none of them. Raises BadCheckpoint if they do not fit.
     """
-    if not (file := Path(folder) / EXITS).is_file():
-        return
-    try:
-        tensors = load_file(file)
-        names = [name.split(".") for name in tensors]
-        if beyond := [int(block) for _, block, *_ in names if int(block) > network.block_count]:
-            raise ValueError(f"it is for block {beyond[0]}, the model has {network.block_count}")
-        blocks = sorted({int(block) for part, block, *_ in names if part in ("exits", "policies")})
-        network.add_exits(blocks, policies=any(part == "policies" for part, *_ in names))
-        if any(part == "controllers" for part, *_ in names):
-            network.controllers = load_controllers(tensors, network.block_count, network.hidden_size)
-        mismatch = network.load_state_dict(tensors, strict=False)
-        missing = [name for name in mismatch.missing_keys if not name.startswith("model.")]
-        if missing or mismatch.unexpected_keys:
-            raise ValueError(f"{[*missing, *mismatch.unexpected_keys][0]} is missing or unknown")
-    except (SafetensorError, OSError, RuntimeError, ValueError, IndexError, KeyError) as problem:
-        raise BadCheckpoint(f"{file} does not fit the model beside it: {first_line(problem)}") from problem
+    for name, load in ((EXITS, _load_exits), (DRAFT_HEAD, load_draft_head)):
+        if not (file := Path(folder) / name).is_file():
+            continue
+        try:
+            load(network, load_file(file))
+        except (SafetensorError, OSError, RuntimeError, ValueError, IndexError, KeyError) as problem:
+            reason = first_line(problem)
+            raise BadCheckpoint(f"{file} does not fit the model beside it: {reason}") from problem
+
+
+def _load_exits(network: DecoderNetwork, tensors: dict[str, torch.Tensor]) -> None:
+    names = [name.split(".") for name in tensors]
+    if beyond := [int(block) for _, block, *_ in names if int(block) > network.block_count]:
+        raise ValueError(f"it is for block {beyond[0]}, the model has {network.block_count}")
+    blocks = sorted({int(block) for part, block, *_ in names if part in ("exits", "policies")})
+    network.add_exits(blocks, policies=any(part == "policies" for part, *_ in names))
+    if any(part == "controllers" for part, *_ in names):
+        network.controllers = load_controllers(tensors, network.block_count, network.hidden_size)
+    mismatch = network.load_state_dict(tensors, strict=False)
+    missing = [name for name in mismatch.missing_keys if not name.startswith("model.")]
+    if missing or mismatch.unexpected_keys:
+        raise ValueError(f"{[*missing, *mismatch.unexpected_keys][0]} is missing or unknown")
 
 
 def _require_file(file: Path) -> Path:

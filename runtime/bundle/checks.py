@@ -8,18 +8,16 @@ from offramp.runtime.bundle import fields
 from offramp.runtime.bundle.external import SUFFIX
 from offramp.runtime.bundle.graph_checks import MAX_BYTES
 from offramp.runtime.bundle.manifest import (
+    APPENDED,
     AXES,
     CHANNELS,
     DTYPES,
-    EXIT_HIDDEN,
     FILE_NAME,
     FORMAT,
-    GATE,
     GENERATION,
     GROUPS,
-    NEW,
+    IN_PLACE,
     NEXT,
-    PAST,
     RESAMPLING,
     SIGNALS,
     SIGNATURE_NAME,
@@ -28,7 +26,6 @@ from offramp.runtime.bundle.manifest import (
     Guarantee,
     ImageInput,
     Manifest,
-    RuleSpec,
     Segment,
     StepCosts,
     Task,
@@ -36,11 +33,11 @@ from offramp.runtime.bundle.manifest import (
     TextInput,
     Variant,
 )
+from offramp.runtime.bundle.rule_checks import check_rule
 from offramp.runtime.bundle.strict_json import build_value, parse_json
 from offramp.runtime.errors import BadManifest
 
 _LONGEST_MESSAGE = 600  # characters
-_DECODER_STEM_INPUTS = {"input_ids", "position_ids", "past_valid"}
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -66,8 +63,13 @@ def check_manifest(manifest: Manifest) -> None:
     ):
         raise ValueError(f"segments: their blocks must be 1 to {manifest.blocks} in order, found {walked}")
     fields.unique("segments", [segment.name for segment in (manifest.stem, *manifest.segments)])
-    if decoder:
-        _check_decoder(manifest)
+    if manifest.decoder is not None:
+        from offramp.runtime.bundle import decoder_checks  # here: a classifier does not need it
+
+        decoder_checks.check_cache(manifest.decoder)
+        for where, segment in decoder_checks.decoder_graphs(manifest):
+            _check_decoder_graphs(where, segment, manifest)
+        decoder_checks.check_decoder(manifest)
     else:
         _check_graphs(manifest, task)
     for unit, costs in manifest.costs.items():
@@ -79,13 +81,11 @@ def check_manifest(manifest: Manifest) -> None:
             _check_calibration(f"points[{index}].calibration", point.calibration, manifest, task)
         if point.guarantee is not None:
             _check_guarantee(f"points[{index}].guarantee", point.guarantee)
-        _check_temperatures(f"points[{index}].rule", point.rule, manifest, task)
-        _check_parameters(f"points[{index}].rule", point.rule)
+        check_rule(f"points[{index}].rule", point.rule, manifest)
         rows = point.exit_rows
         if rows and (len(rows) != len(manifest.segments) or min(rows) < 0):
             raise ValueError(f"points[{index}].exit_rows: expected a number of rows from 0 for each segment")
-    _check_temperatures("rule", manifest.rule, manifest, task)
-    _check_parameters("rule", manifest.rule)
+    check_rule("rule", manifest.rule, manifest)
     graphs = manifest.graph_files
     for name, fact in manifest.files.items():
         fields.plain(f"files[{name!r}]", name)
@@ -269,20 +269,6 @@ def _check_calibration(where: str, calibration: Calibration, manifest: Manifest,
         raise ValueError(f"{where}: coverage and quantiles lie in 0..1")
 
 
-def _check_parameters(where: str, rule: RuleSpec) -> None:
-    for name, value in rule.parameters.items():
-        fields.within(f"{where}.parameters[{name!r:.80}]", abs(value), 0, fields.LARGEST_PARAMETER)
-
-
-def _check_temperatures(where: str, rule: RuleSpec, manifest: Manifest, task: Task) -> None:
-    for field in ("temperatures", "score_temperatures"):
-        values = getattr(rule, field)
-        if values and not task.one_label:
-            raise ValueError(f"{where}.{field}: {manifest.task} has none; they are for one label a row")
-        if values and (len(values) != len(manifest.segments) or min(values) <= 0):
-            raise ValueError(f"{where}.{field}: expected {len(manifest.segments)} above 0, one a segment")
-
-
 def _check_guarantee(where: str, guarantee: Guarantee) -> None:
     fields.one_of(f"{where}.groups", guarantee.groups, GROUPS)
     fields.within(f"{where}.rows", guarantee.rows, 1)
@@ -310,7 +296,9 @@ def _check_costs(where: str, costs: StepCosts, manifest: Manifest) -> None:
 
 def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
     fields.listed(f"{where}.file", variant.file, manifest.files)
-    axes = [axis for axis in AXES if axis != "past" or TASKS[manifest.task].kind == GENERATION]
+    cache = None if manifest.decoder is None else manifest.decoder.cache
+    of_caches = {"past": APPENDED, "places": IN_PLACE}
+    axes = [axis for axis in AXES if axis not in of_caches or of_caches[axis] == cache]
     for side, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
         fields.unique(f"{where}.{side}", [tensor.name for tensor in tensors])
         for index, tensor in enumerate(tensors):
@@ -358,39 +346,6 @@ def _check_signal(
         raise ValueError(f"{where}: answer must be float32, found {tensor.dtype}")
 
 
-def _check_decoder(manifest: Manifest) -> None:
-    """Check that stem, segments with a cache, cache fills and heads of a decoder fit together."""
-    decoder = manifest.decoder
-    assert decoder is not None  # checked before this call
-    segments = [(f"segments[{n}]", segment) for n, segment in enumerate(manifest.segments)]
-    cache_fills = [(f"decoder.cache_fills[{n}]", fill) for n, fill in enumerate(decoder.cache_fills)]
-    heads = [("decoder.head", decoder.head)]
-    if decoder.draft is not None:
-        heads.append(("decoder.draft", decoder.draft))
-    for where, segment in (("stem", manifest.stem), *segments, *cache_fills, *heads):
-        _check_decoder_graphs(where, segment, manifest)
-    if bad := [token for token in decoder.stop if not 0 <= token < manifest.vocab_size]:
-        raise ValueError(f"decoder.stop: {bad[0]} is not in a vocabulary of {manifest.vocab_size}")
-    stem = manifest.stem.first_graph
-    stem_outputs = {tensor.name: tensor for tensor in stem.outputs}
-    if "hidden" not in stem_outputs:
-        raise ValueError("stem: it has no output 'hidden'")
-    if (names := {tensor.name for tensor in stem.inputs}) != _DECODER_STEM_INPUTS:
-        raise ValueError(f"stem: it reads {sorted(names)}, a decoder's reads {sorted(_DECODER_STEM_INPUTS)}")
-    for where, segment in segments:
-        _check_decoder_segment(where, segment, stem_outputs)
-    _check_exits(manifest)
-    if cache_fills and [fill.blocks for _, fill in cache_fills] != [
-        segment.blocks for _, segment in segments[1:]
-    ]:
-        raise ValueError("decoder.cache_fills: their blocks must be those of the segments after the first")
-    for (where, fill), (_, segment) in zip(cache_fills, segments[1:], strict=False):
-        _check_fill(where, fill, segment, stem_outputs)
-    for where, head in heads:
-        all_ids = head is decoder.head
-        _check_head(where, head, stem_outputs["hidden"], manifest.vocab_size, all_ids=all_ids)
-
-
 def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> None:
     """Check MACs, variants and tensors of one segment, stem, cache fill or head."""
     for field in ("token", "pair", "row"):
@@ -405,69 +360,6 @@ def _check_decoder_graphs(where: str, segment: Segment, manifest: Manifest) -> N
         _check_variant(f"{where}.variants[{name!r}]", graph, manifest)
         if (graph.inputs, graph.outputs) != (first.inputs, first.outputs):
             raise ValueError(f"{where}.variants[{name!r}]: tensors other than those of the first variant")
-
-
-def _check_decoder_segment(where: str, segment: Segment, stem_outputs: dict[str, Tensor]) -> None:
-    """Check a decoder's segment: inputs are the stem's outputs and the past of its blocks.
-
-    Outputs are the new hidden state, and the new keys and values of its blocks.
-    """
-    graph = segment.first_graph
-    past = {f"{name}{block}" for block in segment.blocks for name in PAST}
-    for tensor in graph.inputs:
-        if tensor.name not in past and stem_outputs.get(tensor.name) != tensor:
-            raise ValueError(
-                f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
-            )
-    added = {f"{name}{block}" for block in segment.blocks for name in NEW}
-    names = _output_names(segment) - {EXIT_HIDDEN, GATE}
-    if missing := past - {tensor.name for tensor in graph.inputs} or added - names:
-        raise ValueError(f"{where}: {sorted(missing)[0]} is missing")
-    if names != {f"{NEXT}hidden", *added}:
-        raise ValueError(f"{where}: it puts out {sorted(names)}, expected {NEXT}hidden and {sorted(added)}")
-    shapes = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
-    for name in past:
-        kind, block = name[len("past_")], name.rpartition("_")[2]
-        grown = tuple("seq" if size == "past" else size for size in shapes[name])
-        if shapes[f"new_{kind}_{block}"] != grown or shapes[name].count("past") != 1:
-            raise ValueError(f"{where}: new_{kind}_{block} does not continue {name} {list(shapes[name])}")
-
-
-def _check_exits(manifest: Manifest) -> None:
-    """Check that all segments but the last have the outputs that an exit needs, or that none has."""
-    for name, shape in ((EXIT_HIDDEN, ("batch", "seq", manifest.hidden_size)), (GATE, ("batch", "seq"))):
-        expected = Tensor(name, "float32", shape)
-        present = [expected in segment.first_graph.outputs for segment in manifest.segments]
-        has_any = any(name in _output_names(segment) for segment in manifest.segments)
-        if has_any and present != [True] * (len(present) - 1) + [False]:
-            raise ValueError(f"segments: all but the last put out {name} {list(shape)}, or none does")
-
-
-def _check_fill(where: str, fill: Segment, segment: Segment, stem_outputs: dict[str, Tensor]) -> None:
-    """Check that a cache fill computes from hidden the same keys and values as its segment."""
-    for tensor in fill.first_graph.inputs:
-        if stem_outputs.get(tensor.name) != tensor:
-            raise ValueError(
-                f"{where}: its input {tensor.name} {list(tensor.shape)} is not an output of the stem"
-            )
-    added = [tensor for tensor in segment.first_graph.outputs if tensor.name.startswith(NEW)]
-    if list(fill.first_graph.outputs) != added:
-        raise ValueError(f"{where}: it must put out what {segment.name} adds to its cache, and nothing else")
-
-
-def _check_head(where: str, head: Segment, hidden: Tensor, ids: int, *, all_ids: bool) -> None:
-    """Check that a head computes logits from hidden: of all ids, or of fewer ids for a draft head."""
-    graph = head.first_graph
-    size = graph.outputs[0].shape[-1] if graph.outputs and graph.outputs[0].shape else 0
-    fits = size == ids if all_ids else isinstance(size, int) and 0 < size < ids
-    expected = (Tensor("logits", "float32", ("batch", "seq", size)),)
-    if not fits or graph.inputs != (hidden,) or graph.outputs != expected:
-        count = ids if all_ids else f"fewer than {ids}"
-        raise ValueError(f"{where}: it must make logits [batch, seq, {count}] of hidden")
-
-
-def _output_names(segment: Segment) -> set[str]:
-    return {tensor.name for tensor in segment.first_graph.outputs}
 
 
 def _one_line(text: str) -> str:

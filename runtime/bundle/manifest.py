@@ -34,8 +34,19 @@ PAST, NEW = ("past_k_", "past_v_"), ("new_k_", "new_v_")
 # Outputs of a segment after which a token may exit: P(exit) of its policy, and the head's input if that is
 # not hidden itself.
 GATE, EXIT_HIDDEN = "gate", "exit_hidden"
+# What a draft block reads of each token beside the stem's output: the hidden state after the last segment of
+# the token before it, zeros before the first.
+PREVIOUS_HIDDEN = "previous_hidden"
+# Output of a segment of a decoder with controllers: P(run) of the segments ahead, but for the last one, which
+# always runs.
+CONTROLLER = "controller"
 GROUPS = ("all", "class", "exit")  # of rows for which a guarantee's limit holds (Guarantee.groups)
-AXES = ("batch", "seq", "past")  # the only symbolic sizes; a tensor whose first is "batch" follows its row
+# The only symbolic sizes; a tensor whose first is "batch" follows its row.
+AXES = ("batch", "seq", "past", "places")
+# How a decoder's cache grows. Appended: a segment puts out keys and values of the new tokens alone, which
+# belong behind its past. In place: it reads keys and values of all places and puts them out with the new ones
+# among them; both may be one memory.
+APPENDED, IN_PLACE = "appended", "in_place"
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,17 @@ class Tensor:
     def per_row(self) -> bool:
         """Whether the first axis is the batch; all rows share the tensors for which it is not."""
         return bool(self.shape) and self.shape[0] == "batch"
+
+
+# What the segments of a decoder read whose cache grows in place: the position of the last token of each row,
+# and one more than the largest of them.
+LAST_POSITIONS = Tensor("last_positions", "int32", ("batch",))
+TOTAL_LENGTH = Tensor("total_length", "int32", ())
+
+
+def table_names(rotation: str) -> tuple[str, str]:
+    """Names of the tables of cosines and sines of a rotation, which such segments read."""
+    return f"{rotation}_cosine_table", f"{rotation}_sine_table"
 
 
 @dataclass(frozen=True)
@@ -199,14 +221,23 @@ class RuleSpec:
     """A rule's name and its parameters; offramp.runtime.rules.bind makes the rule from it.
 
     temperatures [segments]: the logits of each exit are divided by its own before the rule reads how certain
-    they are. score_temperatures [segments]: the same for the probabilities that answers state. Both are left
-    out of the file if there are none.
+    they are. score_temperatures [segments]: the same for the probabilities that answers state. skipped: for
+    rule skip, the segments (numbers from 1) that answers do not run. All three are left out of the file if
+    there are none.
     """
 
     name: str
     parameters: dict[str, float]
     temperatures: tuple[float, ...] = ()
     score_temperatures: tuple[float, ...] = ()
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The rule in one line, such as "gate threshold=0.7" or "skip:-3-7"."""
+        listed = "".join(f"-{number}" for number in self.skipped)
+        name = f"{self.name}:{listed}" if listed else self.name
+        return " ".join([name, *(f"{part}={value:g}" for part, value in self.parameters.items())])
 
 
 @dataclass(frozen=True)
@@ -289,6 +320,18 @@ class FileFact:
 
 
 @dataclass(frozen=True)
+class RotationFacts:
+    """Rotation of the first 2 * len(frequencies) numbers of every head of queries and keys by its position.
+
+    The first half of them is rotated with the second half. frequencies: radians a position, each a float32.
+    factor: of sine and cosine.
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class DecoderFacts:
     """The part of a manifest that only decoders have.
 
@@ -296,13 +339,26 @@ class DecoderFacts:
     answer. cache_fills: one graph for each segment, in the order of their blocks, that computes keys and
     values of tokens which exited before the segment, from their hidden state; every segment but the first has
     one, or none has. draft: a head with fewer ids, the first of the vocabulary, for draft tokens that are
-    verified later.
+    verified later. cache: APPENDED or IN_PLACE. rotations: for caches that grow in place, the rotations whose
+    tables the segments read, by name; see table_names. windows: for such caches, to how many tokens blocks
+    attend that do not attend to all. draft_block: a block of its own that predicts the hidden state after the
+    last segment, for drafts. It reads what segments read and PREVIOUS_HIDDEN, and puts out EXIT_HIDDEN; its
+    number is one more than the last block. These four are left out of the file where they are the default.
     """
 
     head: Segment
     stop: tuple[int, ...]
     cache_fills: tuple[Segment, ...] = ()
     draft: Segment | None = None
+    cache: str = APPENDED
+    rotations: dict[str, RotationFacts] = field(default_factory=dict)
+    windows: tuple[int, ...] = ()
+    draft_block: Segment | None = None
+
+    @property
+    def drafting(self) -> tuple[Segment, ...]:
+        """The graphs for drafts that exist: draft head and draft block."""
+        return tuple(part for part in (self.draft, self.draft_block) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -355,8 +411,7 @@ class Manifest:
         """Names of all files that are graphs."""
         parts = [self.stem, *self.segments]
         if self.decoder is not None:
-            parts += [self.decoder.head, *self.decoder.cache_fills]
-            parts += [self.decoder.draft] if self.decoder.draft is not None else []
+            parts += [self.decoder.head, *self.decoder.cache_fills, *self.decoder.drafting]
         variants = (variant for part in parts for variant in part.variants.values())
         return frozenset(graph.file for variant in variants for graph in (*variant.before, variant))
 
@@ -374,12 +429,18 @@ class Manifest:
         for name in ("costs", "decoder", "thresholds"):
             if not facts[name]:  # files without them stay as in earlier versions
                 del facts[name]
+        if (decoder := facts.get("decoder")) is not None:
+            if decoder["cache"] == APPENDED:
+                del decoder["cache"]
+            for name in ("rotations", "windows", "draft_block"):
+                if not decoder[name]:
+                    del decoder[name]
         for point in facts["points"]:
             for name in ("calibration", "guarantee", "exit_rows"):
                 if not point[name]:
                     del point[name]
         for rule in (facts["rule"], *(point["rule"] for point in facts["points"])):
-            for name in ("temperatures", "score_temperatures"):
+            for name in ("temperatures", "score_temperatures", "skipped"):
                 if not rule[name]:
                     del rule[name]
         for part in ("stem", "segments", "decoder"):

@@ -82,7 +82,7 @@ class State(Protocol):
 
     @property
     def length(self) -> int:
-        """Number of tokens of each row, padding included."""
+        """Number of tokens of each row, padding included; 0 for groups of sequences of any length."""
         ...
 
 

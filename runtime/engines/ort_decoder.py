@@ -1,11 +1,15 @@
 """Engine ort for decoders on a CPU: segments that extend a cache, and a head that runs when logits are read.
 
-A cache has more places than tokens, so that a further token changes no shape: segments read the cache in
+A cache has more places than tokens, so that a further token changes no shape. Graphs of bundles whose cache
+grows in place write their new keys and values themselves (ort_slots). Those of others read the cache in
 place, and their new keys and values, a few hundred numbers a block, are written after the existing ones.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +17,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import EXIT_HIDDEN, GATE, NEXT, PAST, Segment, Tensor, TextInput, Variant
+from offramp.runtime.bundle.manifest import (
+    CONTROLLER,
+    EXIT_HIDDEN,
+    GATE,
+    IN_PLACE,
+    NEXT,
+    PAST,
+    PREVIOUS_HIDDEN,
+    Segment,
+    Tensor,
+    TextInput,
+    Variant,
+)
 from offramp.runtime.engines.base import Array, EngineOptions, Rows
 from offramp.runtime.engines.buffers import Run, make_run
 from offramp.runtime.engines.graphs import (
@@ -24,12 +40,16 @@ from offramp.runtime.engines.graphs import (
     free_unused_memory,
 )
 from offramp.runtime.engines.kv_cache import past_arrays, sequence_shape
+from offramp.runtime.engines.ort_slots import CacheSlots, SlotRunner
 from offramp.runtime.engines.threads import Pool
-from offramp.runtime.errors import BadBundle, BadInput, BadSetting
+from offramp.runtime.errors import BadBundle, BadInput, BadSetting, EngineUnavailable
 from offramp.runtime.rules.base import Floats
 from offramp.runtime.sequence import KEPT_TOKENS, SegmentOutput, TokenSequence, TokenSignals
 
 PLACES = 64  # places of a new cache, and the least number by which it grows
+# The oldest onnxruntime that runs graphs whose cache grows in place, and the oldest one that attends to as
+# many tokens as a window says: before, it was one more.
+LEAST_VERSION, LEAST_FOR_WINDOWS = (1, 20), (1, 24)
 
 
 class OrtDecoderEngine:
@@ -46,6 +66,8 @@ class OrtDecoderEngine:
     ) -> None:
         manifest = bundle.manifest
         assert manifest.decoder is not None and isinstance(manifest.input, TextInput)
+        if manifest.decoder.cache == IN_PLACE:
+            _check_version(ort, bundle, LEAST_FOR_WINDOWS if manifest.decoder.windows else LEAST_VERSION)
         self.ort, self.manifest, self.decoder = ort, manifest, manifest.decoder
         self.folder = bundle.folder
         self.longest = manifest.input.longest
@@ -55,6 +77,8 @@ class OrtDecoderEngine:
         self._number, self._propagate = manifest.variants.index(variant), options.exit_kv == "propagate"
         self._graphs = BundleGraphs(ort, bundle, "cpu", pool, {}, options.share)
         self._open: dict[str, OpenGraph] = {}
+        self._slots: CacheSlots | None = None  # made for the first sequence
+        self._draft_engine: OrtDecoderEngine | None = None  # see draft_runner
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -71,7 +95,7 @@ class OrtDecoderEngine:
 
     def begin(self, inputs: Mapping[str, Array]) -> TokenSequence:
         """Create a sequence from a prompt, input_ids int64 [1, seq]; see Engine.begin."""
-        sequence = TokenSequence(KVCache(self), propagate=self._propagate)
+        sequence = TokenSequence(self._new_cache(), propagate=self._propagate)
         sequence.feed(inputs["input_ids"][0].tolist())
         return sequence
 
@@ -94,11 +118,15 @@ class OrtDecoderEngine:
         raise BadSetting("sequences walk one by one: give the walker one at a time")
 
     def drop(self, state: TokenSequence) -> None:
-        """Do nothing: a sequence's cache is freed with the last reference to the sequence."""
+        """Give the slot of a sequence back; other caches are freed with the last reference to them."""
+        if isinstance(state.runner, SlotRunner):
+            state.runner.release()
 
     def close(self) -> None:
-        """Free graphs that no other engine uses."""
+        """Free caches, and graphs that no other engine uses."""
         self._open.clear()
+        self._slots = None
+        self._draft_engine = None
 
     def after_fork(self) -> None:
         """Forget graphs that have threads; see Engine.after_fork. Sequences from before the fork are lost."""
@@ -118,10 +146,59 @@ class OrtDecoderEngine:
             free_unused_memory()  # after every file, so that the next file's bytes use the freed memory
         return self._open[segment.name].session
 
+    def head_of(self, draft: bool) -> Segment:
+        """The head, or for drafts the draft head if there is one."""
+        return self.decoder.draft if draft and self.decoder.draft is not None else self.decoder.head
+
+    def bind(self, segment: Segment, arrays: Mapping[str, Array]) -> Run:
+        """Bind a segment's graph to arrays by name, which the caller keeps alive."""
+        session, graph = self.session(segment), self.graph_of(segment)
+        binding = self.ort.IOBinding(session)
+        for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
+            for tensor in tensors:
+                array = arrays[tensor.name]
+                bind(tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return make_run(self.ort, session, binding)
+
+    def broken(self, segment: Segment, problem: Exception) -> BadBundle:
+        """The error for a segment whose graph ONNX Runtime cannot run."""
+        return cannot_run(self.folder, segment.name, self.graph_of(segment), problem)
+
+    def slots(self) -> CacheSlots:
+        """The caches of all sequences, for a bundle whose graphs extend a cache in place."""
+        if self._slots is None:
+            self._slots = CacheSlots(self)
+        return self._slots
+
+    def draft_runner(self) -> KVCache | SlotRunner | None:
+        """A cache of the draft block for one sequence; see CacheRunner.draft_runner."""
+        if self.decoder.draft_block is None:
+            return None
+        if self._draft_engine is None:
+            # The same graphs, of which the draft block is the only segment.
+            engine = self._draft_engine = copy.copy(self)
+            engine.manifest = dataclasses.replace(self.manifest, segments=(self.decoder.draft_block,))
+            engine._slots = None
+        return self._draft_engine._new_cache()
+
+    def _new_cache(self) -> KVCache | SlotRunner:
+        return SlotRunner(self.slots()) if self.decoder.cache == IN_PLACE else KVCache(self)
+
     def _check_variant(self, variant: int) -> None:
         if variant != self._number:
             name = self.manifest.variants[variant]
             raise BadSetting(f"this engine was opened in {self._variant}; open another session in {name}")
+
+
+def _check_version(ort: ModuleType, bundle: Bundle, least: tuple[int, int]) -> None:
+    """Raise EngineUnavailable for an onnxruntime older than `least`, which computes other attention."""
+    numbers = [re.match(r"\d*", part) for part in ort.__version__.split(".")[:2]]
+    if tuple(int(number[0] or 0) for number in numbers if number) < least:
+        name = ".".join(map(str, least))
+        raise EngineUnavailable(
+            f"engine ort: {bundle.folder} needs onnxruntime {name} or newer, this is {ort.__version__}; "
+            f"install a newer one, or write the bundle with ee-split --portable"
+        )
 
 
 class KVCache:
@@ -179,6 +256,10 @@ class KVCache:
         """Fill the cache of a segment that is not run from hidden states; see CacheRunner.fill."""
         self._steps_for(len(ids), start).run(segment, ids, start, hidden, fill=True)
 
+    def draft_runner(self) -> KVCache | SlotRunner | None:
+        """A runner of the draft block; see CacheRunner.draft_runner."""
+        return self.engine.draft_runner()
+
     def write_pending(self) -> None:
         """Write the keys and values of the last steps into the cache, if that has not been done yet."""
         if self._current is not None:
@@ -230,6 +311,7 @@ class _BoundSteps:
         arrays = {tensor.name: self._array(tensor) for tensor in (*stem.inputs, *stem.outputs)}
         self._ids, self._positions = arrays["input_ids"], arrays["position_ids"]
         self._valid, embedded = arrays["past_valid"], arrays.pop("hidden")
+        self._previous = arrays[PREVIOUS_HIDDEN] = np.zeros_like(embedded)  # for a draft block
         self._between = [embedded, *(np.zeros_like(embedded) for _ in segments)]  # each [1, tokens, hidden]
         self._head_input = np.zeros_like(embedded)
         self._new = [past.for_new_tokens(tokens) for past in cache.past]
@@ -270,8 +352,9 @@ class _BoundSteps:
     ) -> SegmentOutput:
         """Run a segment, or its cache fill, and note that its keys and values are to be written."""
         self.embed(ids, start)  # the stem's masks and rotations are read by every segment
-        if hidden is not None and segment:
-            self._between[segment][0] = hidden
+        if hidden is not None:
+            read = self._between[segment] if segment else self._previous
+            read[0] = hidden
         return self.run_step(segment, fill)
 
     def run_step(self, segment: int, fill: bool = False) -> SegmentOutput:
@@ -331,19 +414,15 @@ class _BoundSteps:
         try:
             run()
         except Exception as problem:  # see embed()
-            raise self._broken(self._head(draft), problem) from problem
+            raise self._broken(self._engine.head_of(draft), problem) from problem
         return logits
-
-    def _head(self, draft: bool) -> Segment:
-        decoder = self._engine.decoder
-        return decoder.draft if draft and decoder.draft is not None else decoder.head
 
     def _segment(self, number: int, fill: bool) -> Segment:
         segment = self._engine.manifest.segments[number]
         return self._engine.fill_graphs[segment.blocks] if fill else segment
 
     def _bind_head(self, hidden: Floats, draft: bool) -> tuple[Run, Floats]:
-        head = self._head(draft)
+        head = self._engine.head_of(draft)
         logits = self._array(self._engine.graph_of(head).outputs[0])
         return self._bind(head, {"hidden": hidden, "logits": logits}), logits[0]
 
@@ -352,28 +431,26 @@ class _BoundSteps:
         outputs = {tensor.name: tensor for tensor in self._engine.graph_of(segment).outputs}
         before, after = self._between[number : number + 2]
         arrays = {"hidden": before, f"{NEXT}hidden": after}
-        for name in (EXIT_HIDDEN, GATE):
+        for name in (EXIT_HIDDEN, GATE, CONTROLLER):
             if name in outputs:
                 arrays[name] = self._array(outputs[name])
         run = self._bind(segment, arrays)
         hidden = before if fill else after  # a fill leaves hidden as it is
-        gate = arrays.get(GATE)
-        exit_hidden = arrays.get(EXIT_HIDDEN, hidden)
-        return _BoundStep(run, SegmentOutput(hidden[0], exit_hidden[0], None if gate is None else gate[0]))
+        gate, controller = arrays.get(GATE), arrays.get(CONTROLLER)
+        output = SegmentOutput(
+            hidden[0],
+            arrays.get(EXIT_HIDDEN, hidden)[0],
+            None if gate is None else gate[0],
+            None if controller is None else controller[0],
+        )
+        return _BoundStep(run, output)
 
     def _bind(self, segment: Segment, own_arrays: Mapping[str, Array]) -> Run:
         """Bind a graph to these arrays and the shared ones, all of which this object has to keep alive."""
-        session, graph = self._engine.session(segment), self._engine.graph_of(segment)
-        binding = self._engine.ort.IOBinding(session)
-        arrays = {**self._shared, **own_arrays}
-        for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
-            for tensor in tensors:
-                array = arrays[tensor.name]
-                bind(tensor.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return make_run(self._engine.ort, session, binding)
+        return self._engine.bind(segment, {**self._shared, **own_arrays})
 
     def _broken(self, segment: Segment, problem: Exception) -> BadBundle:
-        return cannot_run(self._engine.folder, segment.name, self._engine.graph_of(segment), problem)
+        return self._engine.broken(segment, problem)
 
     def _array(self, tensor: Tensor) -> Any:
         return np.zeros(sequence_shape(tensor, self._tokens, self._places), tensor.dtype)

@@ -61,6 +61,11 @@ class Signals(Protocol):
         """
         ...
 
+    @property
+    def controller(self) -> Floats | None:
+        """P(run) of the segments ahead, but for the last one [rows, segments ahead - 1]; None without any."""
+        ...
+
 
 @dataclass(frozen=True)
 class RowSignals:
@@ -71,6 +76,7 @@ class RowSignals:
     forecast: Floats | None = None
     hidden: Floats | None = None
     answer: Floats | None = None
+    controller: Floats | None = None
 
 
 ExitTest = Callable[[Signals, int], bool]

@@ -139,6 +139,7 @@ class _ScaledSignals(NamedTuple):
     answer: Floats | None
     forecast: None = None
     hidden: None = None
+    controller: None = None
 
 
 @dataclass(frozen=True)

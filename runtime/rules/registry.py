@@ -39,11 +39,15 @@ _ALL = (*_DECISIONS, *_NUMBERS)
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """Facts of a bundle that rules need: number of segments, costs of steps by unit, routing or None."""
+    """Facts of a bundle that rules need: number of segments, costs of steps by unit, routing or None.
+
+    has_head: whether a decoder has a draft head with a block of its own.
+    """
 
     segments: int
     costs: Mapping[str, StepCosts]
     routing: Routing | None
+    has_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,20 @@ def _quee(spec: RuleSpec, bundle: BundleFacts) -> Rule:
 
 
 def _skip(spec: RuleSpec, bundle: BundleFacts) -> Rule:
-    from offramp.runtime.rules.skip import SkipRule, skipped_segments
+    from offramp.runtime.rules.skip import SkipRule, listed_segments, skipped_segments
 
-    run = _whole_number(spec, "segments", 2, bundle.segments)
-    return SkipRule(spec, skipped_segments(bundle.segments, run))
+    if not spec.skipped:
+        run = _whole_number(spec, "segments", 2, bundle.segments)
+        return SkipRule(spec, skipped_segments(bundle.segments, run))
+    if spec.parameters:
+        raise BadSetting("rule skip: give how many segments are run, or which are skipped, not both")
+    return SkipRule(spec, listed_segments(spec, bundle.segments))
+
+
+def _select(spec: RuleSpec, bundle: BundleFacts) -> Rule:
+    from offramp.runtime.rules.select import SelectRule
+
+    return SelectRule(spec, _value(spec, "threshold", whole=False))
 
 
 def _route(spec: RuleSpec, bundle: BundleFacts) -> Rule:
@@ -97,14 +111,21 @@ def _route(spec: RuleSpec, bundle: BundleFacts) -> Rule:
 
 
 def _speculative(spec: RuleSpec, bundle: BundleFacts) -> Rule:
-    from offramp.runtime.rules.speculative import SpeculativeRule
+    from offramp.runtime.rules.speculative import HEAD, LOOKUP, SpeculativeRule, chosen_sources
 
-    if not spec.parameters:
-        return SpeculativeRule(spec, bundle.segments)
-    if set(spec.parameters) != {"exit", "drafts"}:
-        raise BadSetting("rule speculative: give no parameters, or both exit and drafts")
-    exit, drafts = _whole_number(spec, "exit", 1, bundle.segments - 1), _whole_number(spec, "drafts", 1, 15)
-    return SpeculativeRule(spec, bundle.segments, (exit, drafts))
+    names = set(spec.parameters)
+    if "exit" in names and bundle.segments == 1:
+        raise BadSetting("rule speculative: the bundle has one segment, so it has no exit that could draft")
+    if names == {"exit", "drafts"}:
+        exit = _whole_number(spec, "exit", 1, bundle.segments - 1)
+        return SpeculativeRule(spec, bundle.segments, (exit, _whole_number(spec, "drafts", 1, 15)))
+    if names == {"drafts"}:
+        return SpeculativeRule(spec, bundle.segments, (LOOKUP, _whole_number(spec, "drafts", 1, 15)))
+    if names == {HEAD, "drafts"} and bundle.has_head:
+        fixed = (HEAD, _whole_number(spec, "drafts", 1, 15))
+        return SpeculativeRule(spec, bundle.segments, fixed, [HEAD])
+    sources = chosen_sources(spec, bundle.segments, has_head=bundle.has_head)
+    return SpeculativeRule(spec, bundle.segments, sources=sources)
 
 
 RULES: Mapping[str, RuleKind] = {
@@ -130,6 +151,7 @@ RULES: Mapping[str, RuleKind] = {
     "speculative": RuleKind(None, tasks=(GENERATION,), make=_speculative),
     "skip": RuleKind("segments", tasks=(GENERATION,), reads=None, make=_skip),
     "route": RuleKind("price", tasks=(GENERATION,), reads=None, make=_route),
+    "select": RuleKind("threshold", tasks=(GENERATION,), reads="controller", make=_select),
 }
 
 
@@ -151,19 +173,22 @@ def bind(
     costs: Mapping[str, StepCosts] | None = None,
     routing: Routing | None = None,
     answer_size: int = 0,
+    has_head: bool = False,
 ) -> Rule:
     """Make the rule that a spec describes, for a walk of this many segments.
 
     Raises BadSetting for a spec with unknown, missing or invalid parameters. costs: those of the manifest,
     for rules that choose between variants. routing: that of the bundle, for rule route. answer_size: numbers
-    of an answer (Manifest.answer_size), for rule settled.
+    of an answer (Manifest.answer_size), for rule settled. has_head: see BundleFacts, for rule speculative.
     """
     parameter, kind = main_parameter(spec.name), RULES[spec.name]
+    if spec.skipped and spec.name != "skip":
+        raise BadSetting(f"rule {spec.name}: it skips no list of segments; rule skip does")
     if kind.exits is None:
         assert kind.make is not None
         if spec.temperatures:
             raise BadSetting(f"rule {spec.name}: it has no temperatures; they are for rules that only exit")
-        return kind.make(spec, BundleFacts(segments, costs or {}, routing))
+        return kind.make(spec, BundleFacts(segments, costs or {}, routing, has_head))
     names = [name for name in (parameter, kind.count) if name is not None]
     unknown = sorted(set(spec.parameters) - set(names))
     if unknown:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from offramp.runtime.bundle.files import Bundle
-from offramp.runtime.bundle.manifest import GENERATION, Manifest, RuleSpec, Segment
+from offramp.runtime.bundle.manifest import CONTROLLER, GENERATION, Manifest, RuleSpec, Segment
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.registry import RULES, bind, main_parameter, rules_for
 
 # The part of the network that computes a signal which rules read.
-_SOURCES = {"logits": "exit", "gate": "policy", "forecast": "error forecast", "answer": "answer"}
+_SOURCES = {
+    "logits": "exit",
+    "gate": "policy",
+    "forecast": "error forecast",
+    "answer": "answer",
+    CONTROLLER: "controllers",
+}
 EXIT_KV = ("deferred", "propagate")  # what the cache holds of a token after its exit
 
 
@@ -25,6 +31,7 @@ def resolve_rule(
 ) -> tuple[RuleSpec, str]:
     """Find the rule and the starting variant that the options select.
 
+    rule: a name, a name with a list ("skip:-3-7" of segments, "speculative:lookup" of sources), or a spec.
     Raises BadSetting for options that are unknown or contradict each other. Without rule, threshold and
     point, the bundle's own rule is used.
     """
@@ -49,13 +56,16 @@ def resolve_rule(
     elif rule is None or rule == manifest.rule.name:
         spec = manifest.rule
     else:
-        spec = RuleSpec(rule, _usual_parameters(manifest, rule))
+        spec = _named_rule(manifest, rule)
     _check_task(manifest, spec)
     if threshold is not None:
         parameter = main_parameter(spec.name)
         if parameter is None:
             raise BadSetting(f"rule {spec.name} has no threshold")
-        spec = replace(spec, parameters={**spec.parameters, parameter: float(threshold)})
+        if rule is not None and spec.skipped and rule != spec.name:
+            raise BadSetting("rule skip: a list says which segments are skipped; leave the threshold out")
+        # Of rule skip it is the number of segments to run, in place of a list.
+        spec = replace(spec, parameters={**spec.parameters, parameter: float(threshold)}, skipped=())
     _check_signals(manifest, spec)
     return spec, variant or _usual_variant(manifest, spec)
 
@@ -73,7 +83,9 @@ def bind_for_bundle(bundle: Bundle, spec: RuleSpec, exit_kv: str = EXIT_KV[0]) -
 
         routing = read_routing(bundle)
     size = manifest.answer_size
-    return bind(spec, len(manifest.segments), manifest.costs, routing, answer_size=size)
+    has_head = manifest.decoder is not None and manifest.decoder.draft_block is not None
+    segments = len(manifest.segments)
+    return bind(spec, segments, manifest.costs, routing, answer_size=size, has_head=has_head)
 
 
 def points_to_measure(manifest: Manifest, names: str | None) -> list[str | None]:
@@ -102,7 +114,9 @@ def _check_task(manifest: Manifest, spec: RuleSpec) -> None:
             f"rule {spec.name}: it is not for {manifest.task}, the task of this bundle; choose one of: "
             f"{', '.join(known)}"
         )
-    if manifest.kind == GENERATION and spec.name != "never" and len(manifest.segments) == 1:
+    # A bundle of one segment has no exit and nothing to skip, but lookups can draft.
+    needs_segments = manifest.kind == GENERATION and spec.name not in ("never", "speculative")
+    if needs_segments and len(manifest.segments) == 1:
         raise BadSetting(f"rule {spec.name}: the bundle has one segment, so there is nothing to choose")
 
 
@@ -120,11 +134,15 @@ def _check_signals(manifest: Manifest, spec: RuleSpec) -> None:
 
 
 def _lacking_segment(manifest: Manifest, rule: str) -> Segment | None:
-    """The first segment without the signal that a rule reads; None if every segment but the last has it."""
+    """The first segment without the signal that a rule reads; None if all that need it have it."""
     signal = RULES[rule].reads
     if signal is None or (manifest.kind == GENERATION and signal == "logits"):
         return None  # a decoder's head computes logits after any segment
-    for segment in manifest.segments[:-1]:
+    # Nothing is ahead of the last segment, and ahead of the one before it is the last alone, which always
+    # runs, so that it has no controllers.
+    count = len(manifest.segments)
+    deciding = max(1, count - 2) if signal == CONTROLLER else count - 1
+    for segment in manifest.segments[:deciding]:
         if signal not in (tensor.name for tensor in segment.first_graph.outputs):
             return segment
     return None
@@ -137,10 +155,24 @@ def _check_exit_kv(manifest: Manifest, spec: RuleSpec, exit_kv: str) -> None:
         return
     if manifest.decoder is None:
         raise BadSetting(f"exit_kv {exit_kv}: a bundle of task {manifest.task} has no cache")
-    if RULES[spec.name].exits is None or spec.name == "never":
+    if spec.name != "select" and (RULES[spec.name].exits is None or spec.name == "never"):
         raise BadSetting(f"exit_kv {exit_kv}: with rule {spec.name} no token exits early; leave it out")
     if not manifest.decoder.cache_fills:
         raise BadSetting(f"exit_kv {exit_kv}: the bundle has no graphs for it; write it again with ee-split")
+
+
+def _named_rule(manifest: Manifest, text: str) -> RuleSpec:
+    """The spec of a rule given by its name, or with a list: "skip:-3-7-9", "speculative:lookup"."""
+    if ":" in text:
+        from offramp.runtime.rules.skip import LIST, read_list  # here: most rules have no list
+
+        if LIST in text:
+            return read_list(text)
+        from offramp.runtime.rules.speculative import NAME, read_sources
+
+        if text.startswith(f"{NAME}:"):
+            return read_sources(text)
+    return RuleSpec(text, _usual_parameters(manifest, text))
 
 
 def _usual_parameters(manifest: Manifest, rule: str) -> dict[str, float]:
@@ -149,8 +181,8 @@ def _usual_parameters(manifest: Manifest, rule: str) -> dict[str, float]:
         from offramp.runtime.rules.quee import walk_limits  # here: other rules do not need it
 
         return walk_limits(manifest)
-    # A gate is a probability, so one half is its natural threshold; no other rule has one.
-    return {"threshold": 0.5} if rule == "gate" else {}
+    # P(exit) and P(run) are probabilities, so one half is their natural threshold; no other rule has one.
+    return {"threshold": 0.5} if rule in ("gate", "select") else {}
 
 
 def _usual_variant(manifest: Manifest, spec: RuleSpec) -> str:

@@ -1,11 +1,11 @@
 """Rule route: the segments that an answer skips are chosen by its prompt (after arXiv 2410.20022).
 
-The routes are the same for every bundle with so many segments: all of them, some skipped evenly, and an exit
-after the first few. A router chooses among them: one linear layer that forecasts how well each route will do
-from the hidden state of the prompt's last token after the first segment. ee-calibrate fits it and writes it
-into the bundle. The paper has an oracle allocation and publishes no such router. It is a ridge regression, so
-there is no training loop: its strength is chosen by the smallest leave-one-out error, which has a closed
-form.
+The routes of a bundle are: all segments, some skipped evenly, an exit after the first few, and lists that
+ee-calibrate searched (its operating points of rule skip). A router chooses among them: one linear layer that
+forecasts how well each route will do from the hidden state of the prompt's last token after the first
+segment. ee-calibrate fits it and writes it into the bundle. The paper has an oracle allocation and publishes
+no such router. It is a ridge regression, so there is no training loop: its strength is chosen by the smallest
+leave-one-out error, which has a closed form.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from offramp.runtime.rules.skip import skipped_segments, thinned_plan
 
 ROUTER_FILE = "router.npz"  # file name in a bundle
 ROUTES_OF_A_KIND = 4  # at most
+ROUTE_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # mean depths of route points, as shares of all blocks
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-4, 13))
 PRICES: tuple[float, ...] = (0.0, *np.geomspace(1e-6, 1e3, 500).tolist())  # score for one unit of cost
 
@@ -37,17 +38,26 @@ class Route:
 
 
 def list_routes(manifest: Manifest) -> tuple[Route, ...]:
-    """List the routes of a bundle, the full one first; each runs at least half of the segments."""
+    """List the routes of a bundle, the full one first.
+
+    All but the searched lists run at least half of the segments; of the lists there is one for each of
+    ROUTE_SHARES.
+    """
     sizes = [len(segment.blocks) for segment in manifest.segments]
     count, names = len(sizes), {frozenset[int](): "full"}
     shares = np.linspace(0.5, 1, ROUTES_OF_A_KIND + 1)[:-1]
     for run in sorted({round(share * count) for share in shares} - {0, 1, count}, reverse=True):
         names.setdefault(skipped_segments(count, run), f"skip to {run}")
         names.setdefault(frozenset(range(run, count)), f"exit at {run}")
-    return tuple(
-        Route(name, skipped, sum(size for segment, size in enumerate(sizes) if segment not in skipped))
-        for skipped, name in names.items()
-    )
+
+    def blocks_left(skipped: frozenset[int]) -> int:
+        return sum(size for segment, size in enumerate(sizes) if segment not in skipped)
+
+    lists = {frozenset(n - 1 for n in p.rule.skipped): p.name for p in manifest.points if p.rule.skipped}
+    for share in ROUTE_SHARES if lists else ():
+        nearest = min(lists, key=lambda skipped: abs(blocks_left(skipped) - share * manifest.blocks))
+        names.setdefault(nearest, lists[nearest])
+    return tuple(Route(name, skipped, blocks_left(skipped)) for skipped, name in names.items())
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,13 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
 @click.option(
     "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Most rows of a step."
 )
+@click.option(
+    "--texts",
+    type=click.IntRange(1, 1024),
+    default=8,
+    show_default=True,
+    help="Texts of a bundle that are generated at once at most.",
+)
 @click.option("--queue", type=click.IntRange(1), default=1024, show_default=True, help="Most rows that wait.")
 @click.option("--max-bytes", type=click.IntRange(1), default=1 << 20, show_default=True, help="Of a request.")
 @click.option("--max-items", type=click.IntRange(1), default=256, show_default=True, help="Of a request.")
@@ -211,7 +218,7 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         models = Models(
             names_of(bundles),
             {name: options[name] for name in loading} | {"global_pool": options["engine"] == "ort"},
-            {"queue": options["queue"]},
+            {"queue": options["queue"], "texts": options["texts"]},
             metrics.answered,
             WatchOptions(**of_budget, audit=audit),
         )

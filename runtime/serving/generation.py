@@ -1,29 +1,45 @@
-"""A bundle that generates text, as a server has it: a few texts at once, each chunk as soon as it exists."""
+"""A bundle that generates text, as a server has it: many texts at once, each chunk as soon as it exists."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from offramp.runtime.batching import TEXTS
 from offramp.runtime.bundle.manifest import Manifest
-from offramp.runtime.errors import SessionClosed
-from offramp.runtime.generator import TextChunk, TextGenerator
+from offramp.runtime.errors import OfframpError, SessionClosed
+from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.chat import Message
+from offramp.runtime.sampling import Sampling
 from offramp.runtime.serving.scheduler import QueueFull
+from offramp.runtime.text_chunks import TextChunk
 
-TEXTS = 4  # texts that are generated at once, token by token in turn
+Result = TextChunk | BaseException  # a chunk ends the text if it says why; an exception ends it always
+
+
+@dataclass(eq=False)
+class _Request:
+    """A text that is asked for. give: gets each result. is_left: whether nobody waits for it any more."""
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    stop: Sequence[str]
+    sampling: Sampling | None
+    give: Callable[[Result], None]
+    is_left: bool = False
 
 
 @dataclass
 class ServedGenerator:
-    """A bundle that generates text: its name in requests and its session.
+    """A bundle that generates text: its name in requests and its session, whose texts one thread generates.
 
-    queue: most texts that are accepted and not finished. tag: see ServedModel.
+    queue: most texts that are accepted and not finished. tag: see ServedModel. texts: most texts that are
+    generated at once; the others wait in the order in which they came.
     """
 
     name: str
@@ -31,12 +47,18 @@ class ServedGenerator:
     session: TextGenerator
     queue: int
     tag: str
+    texts: int = TEXTS
     accepted: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._arrived: deque[_Request] = deque()
+        self._requests: dict[int, _Request] = {}  # of the batch, by the numbers of their texts
         self._closing = False
-        self._threads = ThreadPoolExecutor(TEXTS, thread_name_prefix="offramp text")
+        self._finish = True
+        self._batch = self.session.open_batch(self.texts)
+        self._thread = threading.Thread(target=self._run, name="offramp texts", daemon=True)
+        self._thread.start()
 
     @property
     def manifest(self) -> Manifest:
@@ -45,13 +67,13 @@ class ServedGenerator:
 
     @property
     def is_alive(self) -> bool:
-        """Whether texts are still generated."""
-        return not self._closing
+        """Whether texts are still generated; False after close(), or if an error ended the thread."""
+        return self._thread.is_alive() and not self._closing
 
     @property
     def under_way(self) -> int:
         """Texts that are generated now."""
-        return min(self.accepted, TEXTS)
+        return self._batch.under_way
 
     async def chunks(
         self,
@@ -59,51 +81,118 @@ class ServedGenerator:
         max_new_tokens: int,
         stop: Sequence[str],
         for_template: Mapping[str, Any],
+        sampling: Sampling | None = None,
     ) -> AsyncIterator[TextChunk]:
         """Generate a text; see TextGenerator.generate, whose errors are raised before the first chunk.
 
-        for_template: its keywords for a chat template.
-        When the iterator is closed, the text ends after the token that is computed. Raises QueueFull.
+        for_template: its keywords for a chat template. sampling: how tokens are chosen.
+        When the iterator is closed, the text ends after the step that is computed. Raises QueueFull.
         """
-        with self._lock:
+        with self._changed:
             if self._closing:
                 raise SessionClosed("the server is closing")
             if self.accepted >= self.queue:
                 raise QueueFull(self.accepted, 1.0)
             self.accepted += 1
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[TextChunk | BaseException | None] = asyncio.Queue()
-        is_left = threading.Event()
+        arrived: asyncio.Queue[Result] = asyncio.Queue()
 
-        def give(value: TextChunk | BaseException | None) -> None:
+        def give(result: Result) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(arrived.put_nowait, value)
+                loop.call_soon_threadsafe(arrived.put_nowait, result)
 
-        def generate() -> None:
-            try:
-                for chunk in self.session.generate(prompt, max_new_tokens, list(stop), **for_template):
-                    if is_left.is_set():
-                        break
-                    give(chunk)
-                give(None)
-            except BaseException as problem:
-                give(problem)
-            finally:
-                with self._lock:
-                    self.accepted -= 1
-
-        self._threads.submit(generate)
+        request: _Request | None = None
         try:
-            while (value := await arrived.get()) is not None:
-                if isinstance(value, BaseException):
-                    raise value
-                yield value
+            # Long prompts and chat templates take time, in which neither requests nor texts may wait.
+            ids = await asyncio.to_thread(self.session.encode_prompt, prompt, **for_template)
+            waiting = _Request(ids, max_new_tokens, list(stop), sampling, give)
+            with self._changed:
+                if not self._thread.is_alive():
+                    raise SessionClosed("the server is closing")
+                request = waiting
+                self._arrived.append(request)
+                self._changed.notify()
+            while True:
+                result = await arrived.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+                if result.ended is not None:
+                    return
         finally:
-            is_left.set()
+            with self._changed:
+                if request is None:
+                    self.accepted -= 1
+                else:
+                    request.is_left = True
+                self._changed.notify()
 
     def close(self, *, finish: bool = True) -> None:
         """Close the session; finish: after the texts that were accepted."""
-        with self._lock:
-            self._closing = True
-        self._threads.shutdown(wait=finish, cancel_futures=not finish)
+        with self._changed:
+            self._closing, self._finish = True, finish
+            self._changed.notify()
+        self._thread.join()
         self.session.close()
+
+    def _run(self) -> None:
+        """What the thread does: let requests join the batch, and do the batch's work."""
+        while self._wait():
+            try:
+                self._take_requests()
+                results = self._batch.advance()
+            except OfframpError as problem:  # the session is closed
+                self._fail_all(problem)
+                return
+            except BaseException as problem:
+                self._fail_all(problem)
+                raise
+            for number, result in results:
+                request = self._requests[number]
+                if isinstance(result, OfframpError) or result.ended is not None:
+                    self._forget(number)
+                request.give(result)
+        self._fail_all(SessionClosed("the server is closing"))
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False once all is done and the server closes."""
+        with self._changed:
+            while not self._arrived and not self._requests:
+                if self._closing and (not self._finish or not self.accepted):
+                    return False
+                self._changed.wait()
+            return self._finish
+
+    def _take_requests(self) -> None:
+        """Let requests that arrived join the batch, and drop those for which nobody waits."""
+        with self._changed:
+            arrived = list(self._arrived)
+            self._arrived.clear()
+            left = [number for number, request in self._requests.items() if request.is_left]
+        for number in left:
+            self._batch.drop(number)
+            self._forget(number)
+        for request in arrived:
+            if request.is_left:
+                with self._changed:
+                    self.accepted -= 1
+                continue
+            number = self._batch.add(request.ids, request.max_new_tokens, request.stop, request.sampling)
+            self._requests[number] = request
+
+    def _forget(self, number: int) -> None:
+        """A text has ended."""
+        with self._changed:
+            del self._requests[number]
+            self.accepted -= 1
+
+    def _fail_all(self, problem: BaseException) -> None:
+        """Give an error to all that still wait, and close the batch."""
+        with self._changed:
+            requests = [*self._arrived, *self._requests.values()]
+            self._arrived.clear()
+            self._requests.clear()
+            self.accepted -= len(requests)
+        for request in requests:
+            request.give(problem)
+        self._batch.close()

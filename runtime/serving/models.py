@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from offramp.runtime.batching import TEXTS
 from offramp.runtime.bundle.manifest import FILE_NAME, Manifest
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.generator import TextGenerator
@@ -104,8 +105,8 @@ class ServedModel:
 class Models:
     """All bundles of a server, by name; the first is the one of requests that name none.
 
-    options: options of load() for every bundle. scheduling: keyword arguments of Scheduler. observe: told of
-    every answer. watch: budgets and audits of every bundle.
+    options: options of load() for every bundle. scheduling: keyword arguments of Scheduler, and "texts", see
+    ServedGenerator. observe: told of every answer. watch: budgets and audits of every bundle.
     """
 
     folders: Mapping[str, Path]
@@ -195,7 +196,8 @@ class Models:
                         f"model {name} generates text: {what} is for bundles that give one answer for each "
                         "row; serve it by another ee-serve"
                     )
-                return ServedGenerator(name, folder, session, self.scheduling.get("queue", QUEUE), tag)
+                queue, texts = self.scheduling.get("queue", QUEUE), self.scheduling.get("texts", TEXTS)
+                return ServedGenerator(name, folder, session, queue, tag, texts)
             return self._serve(name, folder, session, tag)
         except BaseException:
             session.close()
@@ -210,7 +212,8 @@ class Models:
             if self.observe is not None:
                 self.observe(name, answer, seconds)
 
-        scheduler = Scheduler(session, observe=observe, **self.scheduling)
+        sizes = {key: size for key, size in self.scheduling.items() if key != "texts"}
+        scheduler = Scheduler(session, observe=observe, **sizes)
         try:
             settings = Settings(name, session, scheduler, self.watch, self.options.get("point"))
         except BaseException as problem:

@@ -15,14 +15,29 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.generator import MAX_NEW_TOKENS, TextChunk, repeated_tokens
+from offramp.runtime.generator import MAX_NEW_TOKENS
 from offramp.runtime.inputs.chat import Message
+from offramp.runtime.sampling import MOST_LOGPROBS, Sampling
 from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.logprobs import TokenLogprobs
 from offramp.runtime.serving.models import Models
+from offramp.runtime.text_chunks import TextChunk, repeated_tokens
+
+# Fields of requests that are fields of Sampling.
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
 
 
 class TextFields(BaseModel):
-    """What both kinds of requests have. Answers are greedy: nothing is drawn at random."""
+    """What both kinds of requests have. Answers are greedy unless a temperature is given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -31,17 +46,35 @@ class TextFields(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
-    temperature: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0, as it always is.")
-    top_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    temperature: float | None = Field(
+        None, description="1 draws by the probabilities of the model; 0, the default, is greedy."
+    )
+    top_p: float | None = Field(None, description="Draw from the fewest tokens with this probability.")
+    top_k: int | None = Field(None, description="Draw from so many most probable tokens; 0 is all.")
+    min_p: float | None = Field(None, description="Draw tokens with this share of the best probability.")
+    repetition_penalty: float | None = Field(None, description="Over tokens of prompt and answer.")
+    frequency_penalty: float | None = Field(None, description="For each time in the answer.")
+    presence_penalty: float | None = Field(None, description="Once for tokens of the answer.")
+    seed: int | None = Field(None, description="The same one gives the same text.")
     n: Literal[1] | None = None
-    seed: int | None = Field(None, description="Without effect, as nothing is drawn.")
     user: str | None = None
+
+    def sampling_with(self, logprobs: int | None) -> Sampling:
+        """How tokens are chosen; raises BadSetting for values out of range."""
+        values = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        given = {name: value for name, value in values.items() if value is not None}
+        return Sampling(**given, logprobs=logprobs).seeded()
 
 
 class CompletionRequest(TextFields):
     """A prompt that is continued."""
 
     prompt: str
+    logprobs: int | None = Field(None, description="Most probable tokens that are told beside each.")
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; raises BadSetting."""
+        return self.sampling_with(self.logprobs)
 
 
 class ChatMessage(BaseModel):
@@ -62,10 +95,22 @@ class ChatRequest(TextFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = Field(None, description="Tell the log-probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="Most probable tokens that are told beside it."
+    )
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = Field(None, description="Name of a chat template of the bundle.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further values for it.")
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; raises BadSetting."""
+        if self.top_logprobs and not self.logprobs:
+            raise BadSetting(
+                f"top_logprobs {self.top_logprobs}: they are told with logprobs true; ask for both"
+            )
+        return self.sampling_with((self.top_logprobs or 0) if self.logprobs else None)
 
     def for_template(self) -> dict[str, Any]:
         """The keywords of TextGenerator.generate that are for the chat template."""
@@ -87,14 +132,21 @@ class Form:
     is_chat: bool
 
     def choice(
-        self, text: str | None, reason: str | None, *, streamed: bool, first: bool = False
+        self,
+        text: str | None,
+        reason: str | None,
+        logprobs: dict[str, Any] | None,
+        *,
+        streamed: bool,
+        first: bool = False,
     ) -> dict[str, Any]:
         """The one choice of an answer or of a part of it."""
+        common = {"index": 0, "logprobs": logprobs, "finish_reason": reason}
         if not self.is_chat:
-            return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": reason}
+            return common | {"text": text or ""}
         content = {} if text is None else {"content": text}
         role = {"role": "assistant"} if first or not streamed else {}
-        return {"index": 0, "delta" if streamed else "message": role | content, "finish_reason": reason}
+        return common | {"delta" if streamed else "message": role | content}
 
 
 COMPLETION = Form("cmpl", "text_completion", "text_completion", False)
@@ -106,14 +158,15 @@ def add_text_routes(app: FastAPI, models: Models) -> None:
 
     @app.post("/v1/completions", summary="Continue a prompt, as OpenAI's API does", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await _reply(models.text(body.model), COMPLETION, body, body.prompt, body.max_tokens, {})
+        model, sampling = models.text(body.model), body.sampling()
+        return await _reply(model, COMPLETION, body, body.prompt, body.max_tokens, sampling, {})
 
     @app.post("/v1/chat/completions", summary="Answer a chat, as OpenAI's API does", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         max_new_tokens = body.max_completion_tokens or body.max_tokens
-        model, for_template = models.text(body.model), body.for_template()
-        return await _reply(model, CHAT, body, messages, max_new_tokens, for_template)
+        model, sampling = models.text(body.model), body.sampling()
+        return await _reply(model, CHAT, body, messages, max_new_tokens, sampling, body.for_template())
 
 
 async def _reply(
@@ -122,6 +175,7 @@ async def _reply(
     body: TextFields,
     prompt: str | Sequence[Message],
     max_new_tokens: int | None,
+    sampling: Sampling,
     for_template: Mapping[str, Any],
 ) -> Response:
     """A text as one answer, or as server-sent events; for_template: keywords of TextGenerator.generate."""
@@ -129,8 +183,8 @@ async def _reply(
         if option != "include_usage":
             raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
     prompt_tokens = len(model.session.encode_prompt(prompt, **for_template))
-    answer = _Answer(model, form, prompt_tokens, body)
-    chunks = model.chunks(prompt, max_new_tokens or MAX_NEW_TOKENS, answer.stop, for_template)
+    answer = _Answer(model, form, prompt_tokens, body, sampling)
+    chunks = model.chunks(prompt, max_new_tokens or MAX_NEW_TOKENS, answer.stop, for_template, sampling)
     first = await anext(chunks, None)  # errors become a status code, which needs that nothing was sent
     if body.stream:
         return StreamingResponse(answer.events(first, chunks), media_type="text/event-stream")
@@ -151,9 +205,11 @@ class _Answer:
         form: Form,
         prompt_tokens: int,
         body: TextFields,
+        sampling: Sampling,
     ) -> None:
         self.stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        self._model, self._form = model, form
+        self._model, self._form, self._sampling = model, form, sampling
+        self._logprobs = TokenLogprobs(model.session, is_chat=form.is_chat)
         self._prompt_tokens = prompt_tokens
         self._with_usage = bool((body.stream_options or {}).get("include_usage"))
         self._facts = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
@@ -162,11 +218,12 @@ class _Answer:
     def add(self, chunk: TextChunk) -> None:
         """Add a chunk."""
         self._chunks.append(chunk)
+        self._logprobs.add(chunk)
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object of the whole answer."""
         text = "".join(chunk.text for chunk in self._chunks)
-        choice = self._form.choice(text, self._reason(), streamed=False)
+        choice = self._form.choice(text, self._reason(), self._take_logprobs(), streamed=False)
         return self._object(self._form.answer_object, [choice]) | {
             "usage": self._usage(),
             "offramp": self._walk(),
@@ -180,15 +237,24 @@ class _Answer:
             while chunk is not None:
                 self.add(chunk)
                 if chunk.text or is_first:
+                    logprobs = self._take_logprobs()
                     yield self._chunk_event(
-                        self._form.choice(chunk.text, None, streamed=True, first=is_first)
+                        self._form.choice(chunk.text, None, logprobs, streamed=True, first=is_first)
                     )
                     is_first = False
                 chunk = await anext(chunks, None)
-        yield self._chunk_event(self._form.choice(None, self._reason(), streamed=True, first=is_first))
+        # Tokens at the end may have no text.
+        logprobs = self._take_logprobs() if self._logprobs.waiting else None
+        yield self._chunk_event(
+            self._form.choice(None, self._reason(), logprobs, streamed=True, first=is_first)
+        )
         if self._with_usage:
             yield _event(self._object(self._form.chunk_object, []) | {"usage": self._usage()})
         yield "data: [DONE]\n\n"
+
+    def _take_logprobs(self) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens since the last call, if they were asked for."""
+        return None if self._sampling.logprobs is None else self._logprobs.take()
 
     def _chunk_event(self, choice: dict[str, Any]) -> str:
         usage = {"usage": None} if self._with_usage else {}  # the last event has it
@@ -211,12 +277,12 @@ class _Answer:
         return counts | {"total_tokens": self._prompt_tokens + written}
 
     def _walk(self) -> dict[str, float | str | None]:
-        """How the text was walked and ended, as ee-run states it."""
+        """How the text was walked, drawn and ended, as ee-run states it."""
         chunks = self._chunks
         if not chunks:
             return {}
         repeated = 0 if self._ended == "stop" else repeated_tokens([chunk.token for chunk in chunks])
-        return {
+        walk: dict[str, float | str | None] = {
             "depth": round(sum(chunk.depth for chunk in chunks) / len(chunks), 3),
             "blocks_run": round(sum(chunk.blocks_run for chunk in chunks) / len(chunks), 3),
             "ms": round(1e3 * chunks[-1].seconds, 3),
@@ -224,6 +290,7 @@ class _Answer:
             "ended": self._ended,
             "repeated_tokens": repeated,
         }
+        return walk | {"seed": self._sampling.seed} if self._sampling.is_drawn else walk
 
 
 def _event(value: dict[str, Any]) -> str:

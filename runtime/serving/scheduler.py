@@ -27,6 +27,9 @@ NEWEST = 0.05  # weight of the newest pause between two answers in their mean
 # Background items, at most: those that wait, those under way while nobody waits for an answer, and those
 # under way else, when each of their steps may delay an answer.
 BACKGROUND_QUEUE, BACKGROUND_IDLE, BACKGROUND_BUSY = 64, 8, 1
+# A row is late after this many times the steps in which all rows under way can be walked to the end. In an
+# overload there are always full steps, and rows of a rare length, which fill none, would never go on.
+LATE_AFTER = 2
 
 
 class QueueFull(OfframpError, RuntimeError):
@@ -84,11 +87,11 @@ class _Item(Generic[A]):
 class Scheduler(Generic[A]):
     """Walks the rows of all requests in one thread.
 
-    Rows that wait for the same segment share a step, whichever request they belong to; the row that began
-    first goes on first. rows: most rows, windows included, that are under way at once. queue: most items that
-    are accepted and not answered. limit: most rows of a step; None: the session's batch size. observe: called
-    in the thread with each answer and the seconds since its row was submitted. Raises BadSetting for sizes
-    out of range.
+    Rows that wait for the same segment share a step, whichever request they belong to. A full step goes
+    first, before it a row that is late (LATE_AFTER), and otherwise the row that began first. rows: most rows,
+    windows included, that are under way at once. queue: most items that are accepted and not answered. limit:
+    most rows of a step; None: the session's batch size. observe: called in the thread with each answer and
+    the seconds since its row was submitted. Raises BadSetting for sizes out of range.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Scheduler(Generic[A]):
         walk, trace = session.open_walk(rows, limit)
         self._walk: Walk[State] = walk
         self._trace: Trace = trace
+        self._late_after = LATE_AFTER * trace.variants.shape[1] * -(-rows // limit)
         self._owners: list[_Item[A] | None] = [None] * rows  # of each row of the trace
         self._changed = threading.Condition()
         self._arrived: deque[_Item[A]] = deque()
@@ -193,7 +197,11 @@ class Scheduler(Generic[A]):
                 with self._session.walking():
                     self._give_up()
                     self._begin()
-                    key = self._walk.full_queue() or self._walk.oldest_queue()
+                    key = (
+                        self._walk.late_queue(self._late_after)
+                        or self._walk.full_queue()
+                        or self._walk.oldest_queue()
+                    )
                     done = [] if key is None else self._walk.run(key).tolist()
             except Exception as problem:
                 self._fail(problem)

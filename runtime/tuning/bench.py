@@ -414,11 +414,11 @@ def rule_options(rules: str | None, bundle: Bundle) -> dict[str, Mapping[str, An
     for name in filter(None, names):
         rule, _, number = name.partition(":")
         try:
-            threshold = {"threshold": float(number)} if number else {}
-        except ValueError:
-            raise BadSetting(f"rules {name!r}: expected NAME or NAME:NUMBER, such as gate:0.7") from None
+            settings: dict[str, Any] = {"rule": rule, **({"threshold": float(number)} if number else {})}
+        except ValueError:  # skip:-3-7 or speculative:lookup, which load() reads itself
+            settings = {"rule": name}
         if rule != "never":
-            options[name] = {"rule": rule, **threshold}
+            options[name] = settings
     return options
 
 
@@ -447,7 +447,8 @@ def _bundle_bytes(bundle: Bundle) -> int:
 
 
 def _rule_json(rule: RuleSpec) -> dict[str, Any]:
-    return {"name": rule.name, "parameters": rule.parameters}
+    skipped = {"skipped": list(rule.skipped)} if rule.skipped else {}
+    return {"name": rule.name, "parameters": rule.parameters, **skipped}
 
 
 if __name__ == "__main__":

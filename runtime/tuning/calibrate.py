@@ -5,7 +5,7 @@ of the exits, gets points of its own here, in one of three ways:
 
     exit rules               every row is walked to the end in every variant; rules are swept over the outputs
     error forecasts (quee)   every price is walked (step_costs.py)
-    generated text           every route is scored on completions; a router learns to choose by the prompt
+    generated text           lists of segments to skip are searched; a router learns to choose by the prompt
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from offramp.runtime.rules.sweep import SWEPT
 from offramp.runtime.summary import TYPED, CommandOutput, Summary, output_options
 from offramp.runtime.tuning.guarantees import ALL, CLASS, DISAGREEMENT, EXIT, RISKS, RiskOptions
 from offramp.runtime.tuning.measure_points import Calibration, measure_points
-from offramp.runtime.tuning.measure_routes import measure_routes
+from offramp.runtime.tuning.measure_routes import SEARCH_ROWS, measure_routes
+from offramp.runtime.tuning.search_skips import WIDEST_BEAM
 
 SHOWN = ("full", "default")  # points whose figures the summary has, if the bundle has them
 
@@ -85,9 +86,12 @@ With --per class or exit the risk is kept within each of these groups; one with 
 tenth of the rows counts as if it had a tenth.
 
 \b
-Bundles that generate text: FILE is JSON lines with "prompt" and "completion". The effect on
-the completions of routes that skip segments is measured, a router learns to choose among the
-routes by the prompt, and points route-95 to route-60 (percent of the blocks) are written.
+Bundles that generate text: FILE is JSON lines with "prompt" and "completion". Lists of segments
+that all tokens skip are searched on --rows rows: the segment is added whose removal costs the
+completions least, until 60 % of the blocks are left. Each candidate is a run over these rows; of
+30 segments there are 270. Points such as skip-90 (percent of the blocks) are written. Then
+the effect of routes that skip segments is measured, a router learns to choose among the routes
+by the prompt, and points route-95 to route-60 are written.
 
 \b
 Exit codes: 0 written, 2 the bundle or the file cannot be used.
@@ -188,6 +192,18 @@ def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration
 @click.option(
     "--agreement", is_flag=True, help="Choose points by agreement with full depth, though rows have labels."
 )
+@click.option(
+    "--rows",
+    type=click.IntRange(min=0),
+    help="For generated text: rows, at most half of FILE, on which lists of segments to skip are searched; "
+    f"0 searches none.  [default: {SEARCH_ROWS}]",
+)
+@click.option(
+    "--beam",
+    type=click.IntRange(1, WIDEST_BEAM),
+    help="For generated text: lists of each length that the search keeps; it takes so many times as long.  "
+    "[default: 1]",
+)
 @output_options
 def main(
     file: Path,
@@ -202,6 +218,8 @@ def main(
     risk_of: str,
     per: str,
     agreement: bool,
+    rows: int | None,
+    beam: int | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -221,8 +239,12 @@ def main(
             if flag := next((name for name, value in options.items() if value), None):
                 raise BadSetting(f"{flag} is not for generated text, the task of {bundle}")
             with output.progress(), announce("measuring routes"):
-                calibration = measure_routes(folder, file, threads)
+                search_rows = SEARCH_ROWS if rows is None else rows
+                calibration = measure_routes(folder, file, threads, search_rows=search_rows, beam=beam or 1)
         else:
+            if rows is not None or beam is not None:
+                name = "--beam" if rows is None else "--rows"
+                raise BadSetting(f"{name} is for bundles that generate text; the task of {bundle} is another")
             with output.progress(), announce("measuring operating points"):
                 calibration = measure_points(
                     *(folder, file),
@@ -272,8 +294,11 @@ def calibration_summary(bundle: str, file: Path, manifest: Manifest, calibration
 def _figures_text(point: OperatingPoint) -> str:
     """What was measured or is guaranteed for a point, in one line."""
     guarantee, measured = point.guarantee, point.measured
+    if measured.keys() >= {"nats", "nats_full", "depth"}:  # of generated text
+        nats, depth = measured["nats"], measured["depth"]
+        return f"{nats:.3f} nats a token at {depth:.1f} blocks, {measured['nats_full']:.3f} at full depth"
     name, value = next(iter(measured.items()))  # the quality is the first figure
-    parts = [f"{name} {value:.2f}" + ("" if "nats" in name else " %")]
+    parts = [f"{name} {value:.2f} %"]
     if guarantee is not None:
         of = "" if guarantee.groups == "all" else f" of each {guarantee.groups}"
         promise = f"{guarantee.risk}{of} at most {guarantee.limit:g}"

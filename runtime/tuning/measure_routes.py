@@ -1,80 +1,103 @@
-"""Operating points of a bundle that generates text: routes, and the router that chooses them."""
+"""Operating points of a bundle that generates text: searched skip lists, routes, and the router of these."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from offramp.runtime.bundle.manifest import OperatingPoint, RuleSpec
 from offramp.runtime.errors import BadInput
-from offramp.runtime.generator import TextGenerator
 from offramp.runtime.loading import load_generator
-from offramp.runtime.rules import Floats, bind
-from offramp.runtime.rules.route import ROUTER_FILE, Route, Router, fit_router, list_routes
-from offramp.runtime.rules.skip import thinned_plan
+from offramp.runtime.progress import track
+from offramp.runtime.rules.route import ROUTE_SHARES, ROUTER_FILE, Route, Router, fit_router, list_routes
+from offramp.runtime.rules.skip import spec_of_list
+from offramp.runtime.tuning.completions import score_plans
 from offramp.runtime.tuning.exit_tables import engine_facts
 from offramp.runtime.tuning.labelled import read_pairs
 from offramp.runtime.tuning.measure_points import Calibration
-from offramp.runtime.walker import walk_one
+from offramp.runtime.tuning.search_skips import SkipList, search_skips
 
-ROUTE_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # mean depths of route points, as shares of all blocks
+SEARCH_ROWS = 16  # rows on which skip lists are searched, by default
 
 
-def measure_routes(folder: Path, file: Path, threads: int | None = None) -> Calibration:
-    """Fit the router of a bundle that generates text, and measure its route points.
+def measure_routes(
+    folder: Path,
+    file: Path,
+    threads: int | None = None,
+    *,
+    search_rows: int = SEARCH_ROWS,
+    beam: int = 1,
+) -> Calibration:
+    """Search skip lists of a bundle that generates text, fit its router, and measure points of both.
 
-    Each completion is run by every route, after its prompt at full depth. The router is fitted on half of the
-    rows; on the other half prices are chosen and points are measured, both by log-likelihood.
+    Each completion is run by every list and route, after its prompt at full depth. Lists are searched on the
+    first search_rows rows, at most half of all (0: the bundle keeps the lists that it has); beam: see
+    search_skips. The router is fitted on the first half of the rows; on the other half prices are chosen and
+    points are measured. All of this is by log-likelihood.
     """
     with load_generator(folder, rule="never", threads=threads, share=False, global_pool=True) as session:
-        manifest, routes = session.manifest, list_routes(session.manifest)
+        manifest, variant = session.manifest, session.variant
         rows = read_pairs(file, session.longest, session.encode_prompt, session.encode_continuation)
+        half = len(rows) // 2
+        searched, lists = min(half, search_rows), dict[str, SkipList]()
+        if searched:
+            lists = _named_lists(search_skips(session, rows[:searched], beam), manifest.blocks)
+        kept = [point for point in manifest.points if point.rule.name != "route"]
+        kept = [point for point in kept if not (searched and point.rule.skipped)]
+        unmeasured = [
+            OperatingPoint(name, spec_of_list(skip_list.skipped), variant, file.stem, "dev", {})
+            for name, skip_list in lists.items()
+        ]
+        routes = list_routes(dataclasses.replace(manifest, points=(*kept, *unmeasured)))
         if len(routes) == 1:
             raise BadInput(f"{folder}: no route skips any of the {len(manifest.segments)} segments")
-        scored = [route_scores(session, routes, *row) for row in rows]
-        facts = {"rows": len(rows), **engine_facts(session)}
-        variant = session.variant
+        plans = [route.skipped for route in routes]
+        plans += [skip_list.skipped for skip_list in lists.values() if skip_list.skipped not in plans]
+        scored = [score_plans(session, plans, *row) for row in track(rows, "scoring routes", unit="row")]
+        facts = {"rows": len(rows), "search_rows": searched, **engine_facts(session)}
     features = np.array([hidden for hidden, _ in scored], np.float64)  # [rows, hidden]
-    scores = np.array([row for _, row in scored])  # [rows, routes]
-    half = len(rows) // 2
+    every_score = np.array([row for _, row in scored])  # [rows, plans]
+    scores = every_score[:, : len(routes)]
     router = fit_router(
         features[:half], scores[:half], np.array([route.blocks for route in routes], np.float64)
     )
-    points = _route_points(router, features[half:], scores[half:], variant, file.stem)
-    kept = tuple(point for point in manifest.points if point.rule.name != "route")
-    files, table = {ROUTER_FILE: router.to_bytes()}, _route_table(routes, scores, points, router)
-    return Calibration((*kept, *points), manifest.rule, "routed", facts, files=files, table=table)
+    route_points = _route_points(router, features[half:], scores[half:], variant, file.stem)
+    means = dict(zip(plans, every_score[half:].mean(0).tolist(), strict=True))
+    skip_points = _skip_points(unmeasured, lists, means)
+    files = {ROUTER_FILE: router.to_bytes()}
+    table = _table(routes, scores, (*route_points, *skip_points), router)
+    points = (*kept, *route_points, *skip_points)
+    return Calibration(points, manifest.rule, "routed", facts, files=files, table=table)
 
 
-def route_scores(
-    session: TextGenerator, routes: Sequence[Route], prompt: list[int], completion: list[int]
-) -> tuple[Floats, list[float]]:
-    """Score a completion by each route; gives the hidden state [hidden] that the router reads, and the
-    scores.
+def _named_lists(lists: Sequence[SkipList], blocks: int) -> dict[str, SkipList]:
+    """The lists by names of points, such as skip-90 for 90 % of the blocks; of equal names the first."""
+    named = dict[str, SkipList]()
+    for skip_list in lists:
+        named.setdefault(f"skip-{round(100 * skip_list.blocks / blocks)}", skip_list)
+    return named
 
-    A score is the mean log-likelihood in nats of the tokens after the first, which the prompt predicts.
-    """
-    engine, segments = session.engine, len(session.manifest.segments)
-    variant = session.manifest.variants.index(session.variant)
-    never = bind(RuleSpec("never", {}), segments)
-    sequence = engine.begin({"input_ids": np.array([prompt], np.int64)})
-    prompt_hidden = walk_one(engine, never, sequence, [variant] * segments)[0].signals.hidden
-    assert prompt_hidden is not None  # decoders always give it
-    hidden = prompt_hidden[-1].copy()
-    sequence.rows = len(completion) - 1
-    scores = []
-    for route in routes:
-        sequence.truncate(len(prompt))
-        sequence.feed(completion[:-1])
-        plan = thinned_plan(segments, variant, route.skipped)[0].tolist()
-        logits = walk_one(engine, never, sequence, plan)[-1].signals.logits  # [tokens, vocabulary]
-        top = logits.max(1)
-        predicted = logits[np.arange(len(logits)), completion[1:]]
-        scores.append(float((predicted - top - np.log(np.exp(logits - top[:, None]).sum(1))).mean()))
-    engine.drop(sequence)
-    return hidden, scores
+
+def _skip_points(
+    unmeasured: Sequence[OperatingPoint],
+    lists: Mapping[str, SkipList],
+    means: Mapping[frozenset[int], float],
+) -> tuple[OperatingPoint, ...]:
+    """The points with what was measured; means: mean log-likelihoods by skipped segments."""
+    points = []
+    for point in unmeasured:
+        skip_list = lists[point.name]
+        measured = {
+            "depth": float(skip_list.blocks),
+            "nats": -means[skip_list.skipped],
+            "nats_full": -means[frozenset()],
+        }
+        points.append(dataclasses.replace(point, measured=measured))
+    return tuple(points)
 
 
 def _route_points(
@@ -94,15 +117,23 @@ def _route_points(
     return tuple(points)
 
 
-def _route_table(
+def _table(
     routes: Sequence[Route], scores: np.ndarray, points: Sequence[OperatingPoint], router: Router
 ) -> str:
     lines = [f"{'route':14}{'blocks':>7}{'nats a token':>14}"]
     for route, score in zip(routes, scores.mean(0), strict=True):
         lines.append(f"{route.name:14}{route.blocks:7d}{-score:14.4f}")
-    lines += ["", f"{'point':14}{'depth':>7}{'nats a token':>14}{'full depth':>12}"]
+    names = f"{'point':14}{'depth':>7}{'nats a token':>14}{'full depth':>12}{'perplexity':>12}"
+    lines += ["", f"{names}  skipped"]
     for point in points:
         nats = point.measured
-        lines.append(f"{point.name:14}{nats['depth']:7.2f}{nats['nats']:14.4f}{nats['nats_full']:12.4f}")
+        figures = f"{nats['depth']:7.2f}{nats['nats']:14.4f}{nats['nats_full']:12.4f}"
+        skipped = "".join(f"-{number}" for number in point.rule.skipped) or "by the prompt"
+        lines.append(f"{point.name:14}{figures}{_perplexity(nats['nats']):12.2f}  {skipped}")
     error = f"error of the router's forecasts, 1 without any knowledge: {router.error:.3f}"
     return "\n".join([*lines, "", error])
+
+
+def _perplexity(nats: float) -> float:
+    """The perplexity of so many nats a token; infinite where a float has no room for it."""
+    return math.exp(nats) if nats < 700 else math.inf

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.runtime.errors import BadSetting, EngineUnavailable
+from offramp.runtime.rules.speculative import source_name
 
 Figures = Mapping[str, Any]
 _TIMES = ("mean ms", "p50 ms", "p95 ms", "p99 ms", "ratio (5..95 %)")
@@ -170,7 +171,8 @@ def generation_text(figures: Figures) -> str:
     for candidate in candidates:
         for exit, share in candidate.get("drafts", {}).get("accepted", {}).items():
             offered = candidate["drafts"]["offered"][exit]
-            lines += ["", f"{candidate['name']}: exit {exit}: {share:.1%} of {offered} drafts were accepted"]
+            name = f"{candidate['name']}: {source_name(exit)}"
+            lines += ["", f"{name}: {share:.1%} of {offered} drafts were accepted"]
     positions = [str(line["from"]) for line in candidates[0]["by_position"]]
     means = [
         [candidate["name"], *(f"{line['mean']:.2f}" for line in candidate["by_position"])]

@@ -1,4 +1,4 @@
-"""A decoder's graphs compute what the network does, at every number of tokens and places of the past."""
+"""A decoder's portable graphs compute what the network does, at every number of tokens and of places."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_session(file: Path) -> Any:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The model, its split (two segments: blocks 1-2 and 3), and the folder of the graphs."""
     model, folder = tiny.decoder(request.param), tmp_path_factory.mktemp(request.param)
-    split = split_decoder(DecoderNetwork(model), "2", draft_ids=20)
+    split = split_decoder(DecoderNetwork(model), "2", draft_ids=20, portable=True)
     for segment in split:
         to_onnx(segment, folder / f"{segment.name}.onnx")
     return model, split, folder

@@ -14,7 +14,6 @@ import torch
 from offramp.models.decoder import DecoderNetwork, exit_after, hidden_states, skip_blocks
 from offramp.runtime import RuleSpec, load_generator
 from offramp.runtime.decoding import Token, decode
-from offramp.runtime.engines.ort_decoder import PLACES, KVCache
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.rules.exits import ExitRule, never
 from offramp.runtime.rules.speculative import SpeculativeRule
@@ -27,8 +26,11 @@ PROMPT = [5, 9, 30, 12, 44]
 EXITS = [1, 1, 3, 1, 2, 1, 3, 2, 2, 2, 3]
 
 
-# Graphs of every family are tested in test_decoder. Keys that rotate with positions, and keys that do not.
-@pytest.fixture(scope="module", params=tiny.with_slow(["llama", "gpt2", "qwen3"], "llama"))
+# Graphs of every family are tested in test_decoder and test_cached_attention. Keys that rotate by position,
+# and keys that do not; appended caches (llama), and caches that grow in place (the others).
+@pytest.fixture(
+    scope="module", params=tiny.with_slow(["llama", "wide llama", "gpt2", "qwen3"], "llama", "wide llama")
+)
 def exported(request: pytest.FixtureRequest, decoder_bundle: Callable[[str], Any]) -> tuple[Any, Path]:
     return decoder_bundle(request.param)  # type: ignore[no-any-return]
 
@@ -87,10 +89,11 @@ def test_full_depth_is_transformers(exported: tuple[Any, Path], session: TextGen
 def test_the_cache_grows_and_forgets_nothing(
     exported: tuple[Any, Path], session: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offramp.runtime.engines.ort_decoder.PLACES", 4)
+    for module in ("ort_decoder", "ort_slots"):
+        monkeypatch.setattr(f"offramp.runtime.engines.{module}.PLACES", 4)
     ids = [5, 9, 30]
-    runner = new_sequence(session, ids).runner
-    assert isinstance(runner, KVCache) and runner.places == 4 < PLACES
+    runner: Any = new_sequence(session, ids).runner
+    assert runner.places == 4
     count = session.longest - 5
     assert [token.id for token in session.tokens(ids, count)] == greedy(exported[0], ids, count)
 

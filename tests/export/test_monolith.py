@@ -106,24 +106,26 @@ def test_what_is_no_file_is_not_replaced(exported: Callable[[str], Any], tmp_pat
         monolith.write_monolith(exported("bert").source, tmp_path / "one.onnx")
 
 
-@pytest.mark.parametrize("family", tiny.with_slow(["llama", "gpt2"], "llama"))
+@pytest.mark.parametrize(("family", "portable"), [("llama", True), ("gpt2", True), ("llama", False)])
 @pytest.mark.slow
 def test_one_graph_of_a_decoder_generates_what_transformers_does(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, portable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny.decoder(family)
+    model = tiny.decoder(family, wide=not portable)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    source = ExportableDecoder(DecoderNetwork(model), tmp_path)
+    source = ExportableDecoder(DecoderNetwork(model), tmp_path, portable=portable)
     options = ExportOptions(("fp32", "int8", "fp16"))
     files = monolith.write_monolith(source, tmp_path / "one.onnx", options)
     assert sorted(files) == ["fp32", "int8"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.onnx", "one_int8.onnx"]
-    one = DecoderMonolith(files["fp32"])
+    rotations = source.split("3").rotations
+    one = DecoderMonolith(files["fp32"], rotations)
+    assert one.in_place != portable
     monkeypatch.setattr("offramp.benchmarks.decoder_candidates.PLACES", PLACES // 16)  # it has to grow
     for length in (1, 9, 21):  # the last one reads no past
         ids = torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         with torch.no_grad():
             answer = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, length:]
         assert list(one.generate(ids, 20)) == answer.tolist()
-    small = DecoderMonolith(files["int8"])
+    small = DecoderMonolith(files["int8"], rotations)
     assert len(list(small.generate([5, 9], 6))) == 6

@@ -97,7 +97,7 @@ def test_a_norm_divides() -> None:
 
 @pytest.mark.parametrize("family", tiny.with_slow(["llama", "qwen3"]))
 def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_path: Path) -> None:
-    segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2").segments[0]
+    segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2", portable=True).segments[0]
     to_onnx(segment, tmp_path / "segment.onnx")
     plain = Counter(node.op_type for node in onnx.load(tmp_path / "segment.onnx").graph.node)
     # The lengths of past and new, by which attention weights are split: once for all blocks.

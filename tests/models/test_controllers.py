@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offramp.models.controllers import Controllers, controllers_of, load_controllers
+from offramp.models.controllers import (
+    Controllers,
+    controllers_after,
+    controllers_of,
+    load_controllers,
+    run_probabilities,
+)
 
 
 def small_controllers(input: str = "hidden", start: float = 0.0) -> Controllers:
@@ -66,3 +72,19 @@ def test_a_network_without_controllers() -> None:
     assert controllers_of(network) is None
     network.controllers = small_controllers()
     assert controllers_of(network) is not None
+
+
+@pytest.mark.parametrize("input", ["hidden", "fixed"])
+def test_probabilities_of_the_blocks_ahead_are_those_of_each_controller(input: str) -> None:
+    network = torch.nn.Module()
+    network.controllers = small_controllers(input)
+    hidden = 30 * torch.randn(2, 7, 16)
+    for block, ahead in ((1, 3), (2, 2), (3, 1)):
+        after = controllers_after(network, block)
+        assert after is not None
+        probabilities = after(hidden)
+        assert probabilities.shape == (2, 7, ahead)
+        torch.testing.assert_close(probabilities, run_probabilities(network, block, hidden))
+        margin = network.controllers.margin(block + 1, hidden)
+        torch.testing.assert_close(probabilities[..., 0], margin.sigmoid())
+    assert controllers_after(network, 4) is None and controllers_after(torch.nn.Module(), 1) is None

@@ -288,7 +288,7 @@ def test_options_of_the_other_task_are_refused(tmp_path: Path) -> None:
     assert "--baselines is not for generated text" in error(GENERATOR, "--baselines", str(BASELINES))
     assert "--report is not for generated text" in error(GENERATOR, "--report", str(tmp_path / "page.html"))
     assert "--rules is for generated text" in error(TINY, "--rules", "gate")
-    assert "expected NAME or NAME:NUMBER" in error(GENERATOR, "--rules", "gate:high")
+    assert "rule 'gate:high' is not known" in error(GENERATOR, "--rules", "gate:high")
     data.write_text("\n", encoding="utf-8")
     assert "no lines in it" in error(GENERATOR)
     data.write_text('{"prompt": 7}\n', encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,14 +18,13 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
 from offramp.runtime.errors import BadManifest
 from offramp.runtime.loading import load_row_session
-from offramp.runtime.rules import bind, softmax
+from offramp.runtime.rules import softmax
 from offramp.runtime.rules.route import ROUTER_FILE, list_routes
 from offramp.runtime.tuning.calibrate import main
+from offramp.runtime.tuning.completions import score_walk
 from offramp.runtime.tuning.exit_tables import macs_to_exits
-from offramp.runtime.tuning.labelled import read_labelled
+from offramp.runtime.tuning.labelled import read_labelled, read_pairs
 from offramp.runtime.tuning.measure_points import exit_points
-from offramp.runtime.tuning.measure_routes import route_scores
-from offramp.runtime.walker import walk_one
 
 DATA = Path(__file__).parent.parent / "data"
 TINY, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_generator"
@@ -320,26 +318,36 @@ def test_a_router_is_learned_and_chooses_by_the_prompt(tmp_path: Path) -> None:
         load_generator(bundle, point="default")
 
 
-def test_scores_of_a_route_are_those_of_one_token_after_another() -> None:
-    with load_generator(GENERATOR, rule="never") as session:
-        prompt = session.encode_prompt("the film was")
-        completion = session.encode_continuation("good and warm at all")
-        routes = list_routes(session.manifest)
-        hidden, scores = route_scores(session, routes, prompt, completion)
-        never, engine = bind(RuleSpec("never", {}), 3), session.engine
-        for route, score in zip(routes, scores, strict=True):
-            plan = [-1 if segment in route.skipped else 0 for segment in range(3)]
-            sequence = engine.begin({"input_ids": np.array([prompt])})
-            steps = walk_one(engine, never, sequence, [0, 0, 0])
-            assert steps[0].signals.hidden is not None
-            assert hidden == pytest.approx(steps[0].signals.hidden[-1])
-            nats = []
-            for token, following in itertools.pairwise(completion):
-                sequence.feed([token])
-                logits = walk_one(engine, never, sequence, plan)[-1].signals.logits[0]
-                nats.append(float(np.log(np.exp(logits).sum()) - logits[following]))
-            assert score == pytest.approx(-float(np.mean(nats)), abs=1e-4), route.name
-    assert len(set(scores)) == 3
+def test_searched_lists_become_points_and_routes(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(GENERATOR, tmp_path / "bundle"))
+    words = [str(pairs(tmp_path / "pairs.jsonl")), "--bundle", str(bundle)]
+    assert (done := CliRunner().invoke(main, [*words, "--beam", "2"])).exit_code == 0, done.output
+    assert "searching skipped segments: 12 runs" in done.output and "skip-67" in done.output
+    manifest = open_bundle(bundle).manifest
+    point = manifest.points[-1]
+    assert (point.name, point.rule) == ("skip-67", RuleSpec("skip", {}, skipped=(2,)))
+    assert point.measured["depth"] == 2 and manifest.provenance["routed"]["search_rows"] == 12
+    with load_generator(bundle, point="skip-67") as session:
+        rows = read_pairs(
+            tmp_path / "pairs.jsonl",
+            session.longest,
+            session.encode_prompt,
+            session.encode_continuation,
+        )
+        walked = [score_walk(session, *row) for row in rows[12:]]
+    assert point.measured["nats"] == pytest.approx(np.mean([score.nats for score in walked]), abs=1e-4)
+    assert {score.depth for score in walked} == {2}
+    again = CliRunner().invoke(main, [*words, "--rows", "0"])
+    assert again.exit_code == 0 and "searching" not in again.output
+    names = [entry.name for entry in open_bundle(bundle).manifest.points]
+    assert names.count("skip-67") == 1, "without a search the lists stay"
+    load_generator(bundle, point="route-60").close()
+
+
+@pytest.mark.parametrize("option", ["--rows", "--beam"])
+def test_options_of_the_search_are_for_generated_text(bundle: Path, dev: Path, option: str) -> None:
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), option, "1"])
+    assert done.exit_code == 2 and f"{option} is for bundles that generate text" in done.output
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS
 
-from offramp.runtime import cli, load_classifier, load_row_session
+from offramp.runtime import cli, generation_options, load_classifier, load_row_session
 from offramp.runtime.engines import base
 from offramp.runtime.errors import ItemError
 from offramp.runtime.inputs import lines
@@ -316,6 +316,6 @@ def test_help_names_every_exit_code_and_rule() -> None:
 def test_choices_equal_their_sources() -> None:
     assert tuple(base.ENGINES) == cli.ENGINES
     assert base.DEVICES == cli.DEVICES and base.PROVIDERS == cli.PROVIDERS
-    assert resolve.EXIT_KV == cli.EXIT_KV
+    assert resolve.EXIT_KV == generation_options.EXIT_KV
     assert LONG_TEXTS == cli.LONG_TEXTS
     assert lines.FORMATS == cli.FORMATS

@@ -14,10 +14,17 @@ from offramp.runtime.decoding import FULL_DEPTH, Token, decode
 from offramp.runtime.errors import BadInput
 from offramp.runtime.rules import RuleSpec, bind
 from offramp.runtime.rules.base import full_plan, never_exits
+from offramp.runtime.rules.speculative import LOOKUP
 from offramp.runtime.sequence import TokenSignals
 
 SEGMENTS, FULL = len(BLOCKS), sum(BLOCKS)
 PROMPT = [5, 9, 11, 2, 7]
+# With exits and with lookups that are used in every round in which they can be, and as the rule chooses.
+SPECULATIVE: list[Any] = [
+    ("speculative", {"exit": 2, "drafts": 4}),
+    ("speculative", {"drafts": 4}),
+    ("speculative", {}),
+]
 
 
 def tokens_of(
@@ -101,22 +108,32 @@ def test_skipped_segments_are_not_counted() -> None:
     assert depth < FULL and [token.id for token in tokens] != full_depth()
 
 
-FIXED = [(1, 1), (1, 3), (2, 2), (3, 1), (3, 8), (2, 15)]
+FIXED: list[Any] = [(1, 1), (1, 3), (2, 2), (3, 1), (3, 8), (2, 15), (LOOKUP, 1), (LOOKUP, 4), (LOOKUP, 15)]
+
+
+def parameters_of(pair: Any) -> dict[str, float]:
+    """Parameters of rule speculative that fix the source of drafts and their number; none for no pair."""
+    if pair is None:
+        return {}
+    source, drafts = pair
+    return {"drafts": drafts} if source == LOOKUP else {"exit": source, "drafts": drafts}
 
 
 @pytest.mark.parametrize("pair", [None, *FIXED])
-def test_speculative_gives_the_tokens_of_full_depth(pair: tuple[int, int] | None) -> None:
-    parameters = {} if pair is None else {"exit": pair[0], "drafts": pair[1]}
+def test_speculative_gives_the_tokens_of_full_depth(pair: Any) -> None:
+    offered_to = []
     for seed in range(2):
         prompt = np.random.default_rng(seed).integers(0, fake_decoder.VOCABULARY, 7).tolist()
-        rule: Any = bind(RuleSpec("speculative", parameters), SEGMENTS)
+        rule: Any = bind(RuleSpec("speculative", parameters_of(pair)), SEGMENTS)
         tokens = tokens_of(rule, 40, prompt)
         assert [token.id for token in tokens] == [token.id for token in tokens_of(FULL_DEPTH, 40, prompt)]
         assert {token.depth for token in tokens} == {FULL}
         accepted, offered = sum(rule.accepted.values()), sum(rule.offered.values())
         assert sum(token.drafted for token in tokens) == accepted <= offered
         if pair is not None:
-            assert offered == rule.offered[pair[0]] > 0 and rule.rounds[pair[0]] > 0
+            assert offered == rule.offered[pair[0]]
+            offered_to.append(offered)
+    assert pair is None or any(offered_to)
 
 
 def test_accepted_drafts_and_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +202,7 @@ def test_plan_of_an_answer_is_chosen_by_the_prompts_last_hidden_state() -> None:
     assert rule.plans == 1 and [token.depth for token in tokens] == [FULL] + [FULL - BLOCKS[1]] * 4
 
 
-@pytest.mark.parametrize("rule", [("never", {}), ("speculative", {"exit": 2, "drafts": 4})])
+@pytest.mark.parametrize("rule", [("never", {}), *SPECULATIVE])
 def test_decode_ends_after_a_stop_id(rule: Any) -> None:
     ids = full_depth()
     stop = ids[7]
@@ -193,13 +210,13 @@ def test_decode_ends_after_a_stop_id(rule: Any) -> None:
     assert [token.id for token in tokens] == ids[: ids.index(stop) + 1]
 
 
-@pytest.mark.parametrize("rule", [("never", {}), ("speculative", {"exit": 2, "drafts": 4})])
+@pytest.mark.parametrize("rule", [("never", {}), *SPECULATIVE])
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_decode_ends_after_max_new_tokens(rule: Any, count: int) -> None:
     assert [token.id for token in tokens_of(rule, count)] == full_depth(count)
 
 
-@pytest.mark.parametrize("rule", [("never", {}), ("speculative", {"exit": 2, "drafts": 4})])
+@pytest.mark.parametrize("rule", [("never", {}), *SPECULATIVE])
 def test_decode_ends_where_the_network_reads_no_further(rule: Any) -> None:
     prompt = (PROMPT * LONGEST)[: LONGEST - 3]
     tokens = tokens_of(rule, 50, prompt)
@@ -212,11 +229,3 @@ def test_prompt_that_is_empty_or_too_long_is_refused() -> None:
         tokens_of(FULL_DEPTH, prompt=[])
     with pytest.raises(BadInput, match="this network reads 100"):
         tokens_of(FULL_DEPTH, prompt=[1] * (LONGEST + 1))
-
-
-def test_most_probable_and_margin() -> None:
-    logits = np.array([1.0, 3.0, 2.5], np.float32)
-    id, probability = decoding._most_probable(logits)
-    assert id == 1 and probability == pytest.approx(np.exp(3) / np.exp(logits).sum())
-    assert decoding._margin(logits, 1) == pytest.approx(0.5)
-    assert logits.tolist() == [1.0, 3.0, 2.5], "the logits are left as they were"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tiny_bundles import GENERATOR
+from tiny_bundles import CLASSIFIER, GENERATOR
 
 from offramp.runtime import TextGenerator, cli, load_generator
 from offramp.runtime.generate_cli import write_answers
@@ -92,6 +92,9 @@ def test_json_lines_have_prompt_or_messages_and_options(session: TextGenerator) 
         ({"prompt": "a", "max_new_tokens": "9"}, "expected a whole number from 1, found '9'"),
         ({"prompt": "a", "stop": 3}, "stop: expected a string or a list of strings, found 3"),
         ({"prompt": "a", "stop": ["b", ""]}, "stop: expected a string or a list of strings"),
+        ({"prompt": "a", "temperature": -1}, "temperature -1: expected a number from 0 to 100"),
+        ({"prompt": "a", "top_p": 0.5}, "top_p 0.5: it limits what is drawn, and without a temperature"),
+        ({"prompt": "a", "logprobs": True}, "logprobs True: expected a whole number, 0 to 20"),
         ({"prompt": "a", "tools": []}, "tools: it is for messages, and this line has a prompt"),
         ({"messages": [], "chat_template_kwargs": 3}, "chat_template_kwargs: expected an object, found 3"),
         ({"messages": [], "chat_template": 3}, "chat_template: expected the name of a template, found 3"),
@@ -130,6 +133,66 @@ def test_answers_that_end_in_a_loop_are_counted_on_stderr() -> None:
     _, objects, errors = run(*options, data=data)
     assert objects[0]["repeated_tokens"] > 0 == objects[1]["repeated_tokens"]
     assert errors.startswith("ee-run: 1 of 2 answers end in a loop") and errors.count("\n") == 1
+
+
+DRAWN = ("--temperature", "1", "--top-k", "20", "--seed", "7")
+
+
+def test_a_seed_gives_the_same_texts_and_each_line_its_own() -> None:
+    data = f"{PROMPT}\n" * 3
+    _, objects, _ = run(*DRAWN, data=data)
+    assert [value["seed"] for value in objects] == [7, 8, 9] and list(objects[0]) == [*KEYS, "seed"]
+    assert len({value["text"] for value in objects}) == 3
+    assert [value["text"] for value in run(*DRAWN, data=data)[1]] == [value["text"] for value in objects]
+
+
+def test_a_text_is_drawn_again_with_the_seed_of_its_answer() -> None:
+    _, (drawn,), _ = run("--temperature", "1", data=f"{PROMPT}\n")
+    _, (again,), _ = run("--temperature", "1", "--seed", str(drawn["seed"]), data=f"{PROMPT}\n")
+    assert again["text"] == drawn["text"] != run(data=f"{PROMPT}\n")[1][0]["text"]
+
+
+def test_fields_of_a_line_take_the_place_of_options() -> None:
+    lines = [
+        {"prompt": PROMPT},
+        {"prompt": PROMPT, "temperature": 0},
+        {"prompt": PROMPT, "seed": 7, "top_p": None},
+    ]
+    _, objects, _ = run(*DRAWN, data="".join(json.dumps(line) + "\n" for line in lines))
+    greedy = run(data=f"{PROMPT}\n")[1][0]["text"]
+    assert objects[0]["text"] == objects[2]["text"] != objects[1]["text"] == greedy
+    assert "seed" not in objects[1]
+
+
+def test_penalties_change_what_is_chosen(session: TextGenerator) -> None:
+    line = {"prompt": "a film", "max_new_tokens": 40}
+    values = [line, line | {"repetition_penalty": 2}, line | {"frequency_penalty": 2, "presence_penalty": 2}]
+    objects, failed, _ = answers(session, *values)
+    assert failed == 0 and len({value["text"] for value in objects}) == 3
+
+
+def test_logprobs_are_those_of_the_tokens(session: TextGenerator) -> None:
+    code, (value,), _ = run("--rule", "never", "--max-new-tokens", "5", "--logprobs", "3", data=f"{PROMPT}\n")
+    assert code == cli.ALL_ANSWERED and list(value) == [*KEYS, "logprobs"] and len(value["logprobs"]) == 5
+    chunks = list(session.generate(PROMPT, 5))
+    for entry, chunk in zip(value["logprobs"], chunks, strict=True):
+        assert entry["token"] == chunk.token == entry["top_logprobs"][0]["token"]
+        assert entry["text"].strip() == chunk.text.strip()
+        numbers = [top["logprob"] for top in entry["top_logprobs"]]
+        assert numbers == sorted(numbers, reverse=True) and numbers[0] == entry["logprob"] < 0
+
+
+def test_logprobs_0_leaves_out_other_tokens() -> None:
+    _, (value,), _ = run("--max-new-tokens", "2", "--logprobs", "0", data=f"{PROMPT}\n")
+    assert [list(entry) for entry in value["logprobs"]] == [["token", "text", "logprob"]] * 2
+
+
+def test_options_of_sampling_are_for_generated_text() -> None:
+    result = CliRunner().invoke(
+        cli.main, ["--bundle", str(CLASSIFIER), "--temperature", "1"], input="a film\n"
+    )
+    assert result.exit_code == cli.NOT_STARTED and not result.stdout
+    assert "--temperature: it is for bundles that generate text; leave it out" in result.stderr
 
 
 def test_bad_lines_set_the_exit_code() -> None:
@@ -197,6 +260,8 @@ def test_wrong_options_prevent_the_start() -> None:
         (("--exit-kv", "propagate", "--rule", "never"), "no token exits early"),
         (("--engine", "trt"), "run on engine ort alone"),
         (("one.txt", "two.txt"), "name one INPUT, not 2"),
+        (("--temperature", "-1"), "temperature -1.0: expected a number from 0 to 100"),
+        (("--top-p", "0.9"), "give temperature as well"),
     ):
         code, objects, errors = run(*options, data="a\n")
         assert (code, objects) == (cli.NOT_STARTED, []) and errors.startswith("ee-run: ")

@@ -13,8 +13,8 @@ from tiny_bundles import GENERATOR
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from offramp.runtime import BadInput, BadSetting, TextChunk, TextGenerator, load_generator
-from offramp.runtime.generator import _DecodedText, repeated_tokens
 from offramp.runtime.rules.speculative import SpeculativeRule
+from offramp.runtime.text_chunks import _DecodedText, repeated_tokens
 
 PROMPT = "the film was good and"
 

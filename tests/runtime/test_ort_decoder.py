@@ -1,17 +1,18 @@
-"""The ONNX Runtime engine of decoders: its cache, its signals, and what it refuses."""
+"""The ONNX Runtime engine of decoders, with both forms of cache: its signals, and what it refuses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_bundles import GENERATOR
+from tiny_bundles import GENERATOR, GENERATOR_NATIVE
 
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.engines import ort_decoder
+from offramp.runtime.engines import ort_decoder, ort_slots
 from offramp.runtime.engines.base import EngineOptions, open_engine
 from offramp.runtime.errors import BadInput, BadSetting
 from offramp.runtime.sequence import KEPT_TOKENS, TokenSequence
@@ -19,13 +20,19 @@ from offramp.runtime.sequence import KEPT_TOKENS, TokenSequence
 SEGMENTS = 3
 
 
-def open_decoder(variant: str = "fp32", **options: Any) -> Any:
-    return open_engine(open_bundle(GENERATOR), variant, EngineOptions(**options))
+def open_decoder(bundle: Path = GENERATOR, variant: str = "fp32", **options: Any) -> Any:
+    return open_engine(open_bundle(bundle), variant, EngineOptions(**options))
+
+
+@pytest.fixture(scope="module", params=[GENERATOR, GENERATOR_NATIVE], ids=["appended", "in place"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Any]:
-    engine = open_decoder()
+def engine(bundle: Path) -> Iterator[Any]:
+    engine = open_decoder(bundle)
     yield engine
     engine.close()
 
@@ -71,10 +78,14 @@ def test_tokens_after_a_long_prompt_equal_a_prompt(engine: Any) -> None:
     np.testing.assert_allclose(full_depth(engine, sequence).logits, expected, atol=1e-4)
 
 
-def test_cache_that_grows_keeps_what_it_holds(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_grows_keeps_what_it_holds(
+    bundle: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = random_ids(50)
     expected = full_depth(engine, begin(engine, ids)).logits.copy()
     monkeypatch.setattr(ort_decoder, "PLACES", 8)
+    monkeypatch.setattr(ort_slots, "PLACES", 8)
+    engine = open_decoder(bundle)
     sequence = begin(engine, ids[:5])
     cache: Any = sequence.runner
     assert cache.places == 8
@@ -115,8 +126,8 @@ def test_signals_before_the_last_segment(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
-def test_logits_of_a_token_are_the_same_among_others(variant: str) -> None:
-    engine = open_decoder(variant)
+def test_logits_of_a_token_are_the_same_among_others(bundle: Path, variant: str) -> None:
+    engine = open_decoder(bundle, variant)
     cache: Any = begin(engine, [5]).runner
     hidden = np.random.default_rng(0).normal(size=(12, engine.manifest.hidden_size)).astype(np.float32)
     hidden[3] *= 50  # one scale for all twelve would lose the others
@@ -178,8 +189,8 @@ def test_name_device_and_facts(engine: Any) -> None:
     assert set(engine.facts) == {"onnxruntime", "threads", "pool"}
 
 
-def test_graphs_are_opened_when_first_used() -> None:
-    engine = open_decoder(lazy=True)
+def test_graphs_are_opened_when_first_used(bundle: Path) -> None:
+    engine = open_decoder(bundle, lazy=True)
     assert set(engine._open) == {"stem", "head"}
     engine.step(0, 0, begin(engine, [5]))
     assert set(engine._open) == {"stem", "head", "segment_00"}

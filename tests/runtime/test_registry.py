@@ -12,7 +12,7 @@ def test_rules_of_labels_and_of_text() -> None:
     classifying, generating = set(rules_for("classification")), set(rules_for("text-generation"))
     assert classifying | generating == set(RULES) - {"settled"}
     assert classifying - generating == {"quee"}
-    assert generating - classifying == {"speculative", "skip", "route"}
+    assert generating - classifying == {"speculative", "skip", "route", "select"}
 
 
 def test_rules_of_tasks_without_one_label_a_row() -> None:
@@ -34,6 +34,7 @@ def test_main_parameter_of_each_rule() -> None:
     assert main_parameter("gate") == main_parameter("patience_confident") == "threshold"
     assert (main_parameter("never"), main_parameter("fixed")) == (None, "exit")
     assert (main_parameter("skip"), main_parameter("route")) == ("segments", "price")
+    assert main_parameter("select") == "threshold"
 
 
 def test_unknown_rule_lists_the_known() -> None:
@@ -64,7 +65,7 @@ def test_unknown_rule_lists_the_known() -> None:
         (RuleSpec("route", {}), "needs a price from 0: choose a point that ee-calibrate measured"),
         (RuleSpec("route", {"price": -1.0}), "needs a price from 0"),
         (RuleSpec("route", {"price": 0.1}), "has no router; fit one with: ee-calibrate pairs.jsonl"),
-        (RuleSpec("speculative", {"exit": 1}), "give no parameters, or both exit and drafts"),
+        (RuleSpec("speculative", {"exit": 1}), "'exit' does not go with the others; give exits and lookup"),
         (RuleSpec("speculative", {"exit": 4, "drafts": 2}), "exit 4 is not a whole number from 1 to 3"),
         (RuleSpec("speculative", {"exit": 1, "drafts": 16}), "drafts 16 is not a whole number from 1 to 15"),
     ],

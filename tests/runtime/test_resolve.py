@@ -14,6 +14,7 @@ from offramp.runtime.bundle.manifest import Manifest, OperatingPoint
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules import RULES, RuleSpec, rules_for
 from offramp.runtime.rules.resolve import bind_for_bundle, points_to_measure, resolve_rule
+from offramp.runtime.rules.speculative import LOOKUP, SpeculativeRule, read_sources
 
 
 def classifier() -> Manifest:
@@ -194,9 +195,28 @@ def test_generator_of_one_segment_has_nothing_to_choose() -> None:
     manifest = generator()
     manifest = dataclasses.replace(manifest, segments=manifest.segments[:1])
     assert resolve_rule(manifest, rule="never")[0].name == "never"
-    for name in ("gate", "speculative", "fixed"):
+    for name in ("gate", "fixed"):
         with pytest.raises(BadSetting, match=f"rule {name}: the bundle has one segment"):
             resolve_rule(manifest, rule=name)
+
+
+def test_lookups_draft_in_a_generator_of_one_segment() -> None:
+    manifest = generator()
+    manifest = dataclasses.replace(manifest, segments=manifest.segments[:1])
+    bundle = Bundle(GENERATOR, manifest)
+    rule = bind_for_bundle(bundle, resolve_rule(manifest, rule="speculative")[0])
+    assert isinstance(rule, SpeculativeRule) and rule.sources == (LOOKUP,)
+    for spec in (read_sources("speculative:exits"), RuleSpec("speculative", {"exit": 1, "drafts": 2})):
+        with pytest.raises(BadSetting, match="the bundle has one segment, so"):
+            bind_for_bundle(bundle, spec)
+
+
+def test_sources_of_drafts_are_named_after_the_rule() -> None:
+    for text, sources in (("speculative:lookup", (LOOKUP,)), ("speculative:exits", (1, 2))):
+        rule = bind_for_bundle(open_bundle(GENERATOR), resolve_rule(generator(), rule=text)[0])
+        assert isinstance(rule, SpeculativeRule) and rule.sources == sources
+    with pytest.raises(BadSetting, match="source 'luck' is not known"):
+        resolve_rule(generator(), rule="speculative:luck")
 
 
 FIXED, NEVER = RuleSpec("fixed", {"exit": 1.0}), RuleSpec("never", {})

@@ -28,6 +28,7 @@ SPECS = [
     RuleSpec("speculative", {}),
     RuleSpec("skip", {"segments": 3}),
     RuleSpec("route", {"price": 0.1}),
+    RuleSpec("select", {"threshold": 0.5}),
 ]
 
 
@@ -40,6 +41,7 @@ def signals_of(rows: int, segment: int, seed: int = 0) -> RowSignals:
         random.random(rows).astype(np.float32),
         random.random((rows, paths)).astype(np.float32),
         answer=random.normal(0, 1, (rows, ANSWER)).astype(np.float32),
+        controller=random.random((rows, max(0, SEGMENTS - 2 - segment))).astype(np.float32),
     )
 
 
@@ -59,7 +61,7 @@ def test_rule_changes_no_argument_and_nothing_that_was_run(spec: RuleSpec) -> No
 def test_exit_test_agrees_with_the_rule(spec: RuleSpec) -> None:
     rule = bind(spec, SEGMENTS, COSTS, ROUTING, ANSWER)
     if rule.exit_test is None:
-        assert rule.width or spec.name == "quee"
+        assert rule.width or spec.name in ("quee", "select")
         return
     for seed in range(20):
         for segment in range(SEGMENTS - 1):

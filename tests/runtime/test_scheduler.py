@@ -18,7 +18,7 @@ from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.errors import BadInput, BadSetting, SessionClosed
 from offramp.runtime.inputs.text import items_to_rows
 from offramp.runtime.loading import load_row_session
-from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull, RowOptions, Scheduler
+from offramp.runtime.serving.scheduler import LEAST_ROWS, DeadlinePassed, QueueFull, RowOptions, Scheduler
 
 TEXTS = texts(120, seed=3)
 
@@ -122,6 +122,26 @@ def test_rows_that_wait_together_share_steps(session: Classifier, monkeypatch: p
     scheduler.close()
     segments = len(session.manifest.segments)
     assert gate.steps <= 2 * segments < 9 * segments
+
+
+def test_a_row_of_a_rare_length_goes_on_while_steps_are_full(session: Classifier) -> None:
+    segments, limit, most = len(session.manifest.segments), 4, 3000
+    scheduler = Scheduler(session, rows=LEAST_ROWS, limit=limit)
+    (row,), answered, is_over = rows_of(session, ["good film"]), list[Any](), threading.Event()
+
+    def again(*_: Any) -> None:  # as many rows are under way as fill a step in front of some segment
+        answered.append(None)
+        if len(answered) < most and not rare.done():
+            scheduler.submit(row, replace(options(session), ended=again))
+        else:
+            is_over.set()
+
+    (rare,) = submit(scheduler, session, [" ".join(["good film"] * 12)])
+    for _ in range(limit * segments):
+        scheduler.submit(row, replace(options(session), ended=again))
+    assert is_over.wait(60)
+    scheduler.close()
+    assert rare.result().label and len(answered) < most
 
 
 @pytest.mark.parametrize("path", [TOKENS, EMBEDDING], ids=["tokens", "embedding"])

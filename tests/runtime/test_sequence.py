@@ -89,7 +89,7 @@ class NeverInPlace(TokenSequence):
     """Puts every hidden state through the queue, as if another step had come between."""
 
     def advance(self, segment: int):
-        self._put_aside()
+        self.put_aside()
         return super().advance(segment)
 
 

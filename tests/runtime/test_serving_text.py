@@ -15,10 +15,11 @@ import pytest
 from serving import Server, serving
 from tiny_bundles import CLASSIFIER, GENERATOR
 
-from offramp.runtime import load_generator
+from offramp.runtime import Sampling, load_generator
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "the film was"
+MESSAGES = [{"role": "user", "content": "was it good"}]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_most_tokens_end_a_text(server: Server) -> None:
 
 def test_a_chat_is_answered(server: Server) -> None:
     pytest.importorskip("jinja2")
-    messages = [{"role": "user", "content": "was it good"}]
+    messages = MESSAGES
     with load_generator(GENERATOR) as session:
         expected = "".join(chunk.text for chunk in session.generate(messages, 6))
     asked = {"messages": messages, "max_completion_tokens": 6}
@@ -93,9 +94,19 @@ def test_a_chat_is_answered(server: Server) -> None:
 
 
 BAD: dict[str, tuple[str, Any, str]] = {
-    "temperature": (COMPLETE, {"prompt": "a", "temperature": 0.7}, "temperature"),
+    "temperature": (
+        COMPLETE,
+        {"prompt": "a", "temperature": -1},
+        "temperature -1.0: expected a number from 0",
+    ),
+    "temperature as text": (COMPLETE, {"prompt": "a", "temperature": "1"}, "temperature: "),
+    "top_p alone": (COMPLETE, {"prompt": "a", "top_p": 0.9}, "give temperature as well"),
+    "frequency": (COMPLETE, {"prompt": "a", "frequency_penalty": 2.5}, "frequency_penalty 2.5: expected"),
+    "logprobs": (COMPLETE, {"prompt": "a", "logprobs": 30}, "logprobs 30: expected a whole number, 0 to 20"),
+    "logprobs of a chat": (CHAT, {"messages": MESSAGES, "logprobs": 3}, "logprobs"),
+    "top_logprobs alone": (CHAT, {"messages": MESSAGES, "top_logprobs": 3}, "told with logprobs true"),
     "several answers": (COMPLETE, {"prompt": "a", "n": 2}, "n: "),
-    "unknown field": (COMPLETE, {"prompt": "a", "logprobs": 3}, "logprobs"),
+    "unknown field": (COMPLETE, {"prompt": "a", "best_of": 3}, "best_of"),
     "unknown stream option": (COMPLETE, {"prompt": "a", "stream_options": {"x": True}}, "'x' is not known"),
     "too long": (COMPLETE, {"prompt": "film " * 5000}, "tokens"),
     "no messages": (CHAT, {"messages": []}, "messages"),
@@ -113,6 +124,53 @@ def test_a_bad_request_is_refused_before_anything_is_sent(server: Server, name: 
         path, value | ({"stream": True} if stream and path != "/v1/classify" else {})
     )
     assert status == 400 and reason in answer["error"]["message"]
+
+
+DRAWN = {"prompt": PROMPT, "max_tokens": 12, "temperature": 1, "top_k": 20, "min_p": 0.01}
+
+
+def test_a_seed_gives_the_text_of_the_session(server: Server) -> None:
+    sampling = Sampling(1.0, top_k=20, min_p=0.01, seed=5)
+    with load_generator(GENERATOR) as session:
+        expected = "".join(chunk.text for chunk in session.generate(PROMPT, 12, sampling=sampling))
+    answer = server.ask(COMPLETE, DRAWN | {"seed": 5})[1]
+    assert answer["choices"][0]["text"] == expected and answer["offramp"]["seed"] == 5
+    streamed = "".join(part["choices"][0]["text"] for part in events(server, COMPLETE, DRAWN | {"seed": 5}))
+    assert streamed == expected
+
+
+def test_texts_without_a_seed_differ_and_tell_it(server: Server) -> None:
+    replies = [server.ask(COMPLETE, DRAWN)[1] for _ in range(3)]
+    texts = [reply["choices"][0]["text"] for reply in replies]
+    assert len(set(texts)) > 1
+    again = server.ask(COMPLETE, DRAWN | {"seed": replies[0]["offramp"]["seed"]})[1]
+    assert again["choices"][0]["text"] == texts[0]
+
+
+def test_seeds_hold_while_other_texts_are_generated(server: Server) -> None:
+    def ask(seed: int) -> str:
+        text: str = server.ask(COMPLETE, DRAWN | {"seed": seed})[1]["choices"][0]["text"]
+        return text
+
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(ask, [1, 2, 3, 4] * 2))
+    assert texts[:4] == texts[4:] == [ask(seed) for seed in (1, 2, 3, 4)]
+
+
+def test_penalties_of_both_kinds_are_honoured(server: Server) -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 40}
+    penalties = ({}, {"repetition_penalty": 2}, {"frequency_penalty": 2, "presence_penalty": 2})
+    texts = [server.ask(COMPLETE, asked | penalty)[1]["choices"][0]["text"] for penalty in penalties]
+    assert len(set(texts)) == 3
+
+
+def test_logprobs_of_a_streamed_text_are_those_of_the_whole(server: Server) -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 8, "logprobs": 2, "stop": "nowhere in this text"}
+    (choice,) = server.ask(COMPLETE, asked)[1]["choices"]
+    whole = choice["logprobs"]
+    assert len(whole["tokens"]) == 8 and "".join(whole["tokens"]).strip() == choice["text"].strip()
+    parts = [part["choices"][0]["logprobs"] for part in events(server, COMPLETE, asked)]
+    assert whole == {name: [value for part in parts if part for value in part[name]] for name in whole}
 
 
 def test_texts_at_the_same_time_are_each_their_own(server: Server, expected: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.rules import RowSignals, Signals, bind, simulate
 from offramp.runtime.rules.base import full_plan
-from offramp.runtime.walker import Trace, Walk, empty_trace, walk, walk_one
+from offramp.runtime.walker import LATE_AFTER, Trace, Walk, empty_trace, walk, walk_one
 
 ROWS, SEGMENTS, CLASSES, VARIANTS = 53, 5, 3, 3
 
@@ -454,3 +454,77 @@ def test_rows_of_a_step_that_fails_are_forgotten_and_others_go_on(monkeypatch: p
             under_way.run((0, 0, 8))
     assert under_way.waiting().tolist() == [2] and engine.open == 1
     assert under_way.run((0, 0, 16)).tolist() == [] and under_way.waiting().tolist() == [2]
+
+
+def test_the_largest_queue_is_first_and_of_equal_ones_the_earliest() -> None:
+    under_way, _ = joining_walk(Tables(3), [NEVER])
+    assert under_way.largest_queue() is None
+    begin(under_way, [0, 1])
+    under_way.run((0, 0, 8))
+    begin(under_way, [2])
+    assert under_way.largest_queue() == (1, 0, 8)
+    begin(under_way, [3])
+    assert under_way.largest_queue() == (0, 0, 8)
+    begin(under_way, [4, 5, 6], length=16)
+    assert under_way.largest_queue() == (0, 0, 16)
+
+
+def test_a_row_behind_larger_queues_goes_on_once_it_is_late() -> None:
+    engine, first_exit = Tables(3), bind(RuleSpec("fixed", {"exit": 1}), SEGMENTS)
+    under_way, trace = joining_walk(engine, [NEVER, first_exit])
+    begin(under_way, [50], [0])
+    under_way.run((0, 0, 8))
+    done: list[int] = []
+    for _ in range(LATE_AFTER * SEGMENTS + SEGMENTS):
+        if not any(row < 2 for row in under_way.waiting()):
+            trace.clear(slice(0, 2))
+            begin(under_way, [0, 1], [1, 1])
+        key = under_way.largest_queue()
+        assert key is not None
+        done += under_way.run(key).tolist()
+    assert 50 in done and len(done) > LATE_AFTER * SEGMENTS, "larger queues were not first before"
+
+
+@dataclass
+class GatesAlone:
+    """Signals whose logits may not be read."""
+
+    gate: Any
+    forecast = hidden = answer = controller = None
+
+    @property
+    def logits(self) -> Any:
+        raise AssertionError("the logits are read")
+
+
+class WithoutLogits(Tables):
+    """An engine that computes logits when they are read."""
+
+    def step(self, segment: int, variant: int, state: State) -> Any:
+        return GatesAlone(super().step(segment, variant, state).gate)
+
+
+def test_logits_are_not_read_unless_a_rule_or_the_trace_needs_them() -> None:
+    engine = WithoutLogits(3)
+    trace = empty_trace(ROWS, SEGMENTS, 0)
+    under_way: Walk[Any] = Walk(engine, [GATE, NEVER], trace, 4)  # type: ignore[type-var]
+    begin(under_way, [0, 1, 2], [0, 1, 0])
+    while (key := under_way.largest_queue()) is not None:
+        under_way.run(key)
+    for row, rule in enumerate((GATE, NEVER, GATE)):
+        alone = walk_rows(Tables(3), rule, np.array([row]), 1, np.full(ROWS, 8))
+        assert np.array_equal(trace.variants[row], alone.variants[0])
+
+
+def test_rows_of_a_state_enter_as_those_that_begin() -> None:
+    engine = Tables(3)
+    under_way, trace = joining_walk(engine, [NEVER])
+    ids = np.array([4, 7])
+    state, plans = engine.begin({"rows": ids, "length": 8}), np.zeros((2, SEGMENTS), np.int8)
+    plans[0, 0] = -1
+    under_way.enter(ids, state, plans)
+    done = []
+    while (key := under_way.largest_queue()) is not None:
+        done += under_way.run(key).tolist()
+    assert sorted(done) == [4, 7] and engine.open == 0
+    assert (trace.variants[[4, 7]] >= 0).sum(axis=1).tolist() == [SEGMENTS - 1, SEGMENTS]

@@ -27,6 +27,7 @@ RECIPES: dict[str, str] = {
     "l2w_den": "offramp.training.recipes.l2w_den",
     "layerskip": "offramp.training.recipes.layerskip",
     "layer_selection": "offramp.training.recipes.layer_selection",
+    "draft_head": "offramp.training.recipes.draft_head",
     "consistentee_lm": "offramp.training.recipes.consistentee_lm",
 }
 

@@ -10,6 +10,7 @@ menu: each row draws one of the even lists of blocks_run=30,15,7, so that one mo
 controllers: models.controllers, trained by hard Gumbel softmax with straight-through gradients at
 temperature tau and the loss alpha * mean over the controlled blocks of the share of answer tokens that run
 them. Hidden states are detached before a controller reads them. input=fixed is the published control.
+ee-split writes them into the bundle, which walks by them (rule select).
 
 Blocks that no answer token runs are frozen, as published. Loss: cross-entropy of the completion.
 
