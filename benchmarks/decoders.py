@@ -100,10 +100,10 @@ def read_prompts(session: TextGenerator, texts: Path, count: int, tokens: int) -
     return prompts
 
 
-def read_short_prompts(scratch: Path, texts: Path, count: int) -> list[list[int]]:
-    """Prompts of 24 token ids, from the first `count` texts that are long enough."""
+def read_short_prompts(scratch: Path, texts: Path, count: int, tokens: int = 24) -> list[list[int]]:
+    """Prompts of 24 token ids, or another number, from the first `count` texts that are long enough."""
     with load_generator(scratch / "auto", rule="never", global_pool=True) as session:
-        return read_prompts(session, texts, count, 24)
+        return read_prompts(session, texts, count, tokens)
 
 
 def generate_by_transformers(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -242,20 +242,38 @@ def full(
 @COUNT
 @TOKENS
 @ROUNDS
+@click.option(
+    "--with",
+    "names",
+    multiple=True,
+    type=click.Choice(WITH_BASELINES[1:]),
+    default=WITH_BASELINES[1:],
+    show_default=True,
+    help="What stands beside the bundle.",
+)
+@click.option("--prompt", default=24, show_default=True, help="Tokens of a prompt.")
 @OUT
 def baselines(
-    model: Path, scratch: Path, texts: Path, count: int, tokens: int, rounds: int, out: Path | None
+    model: Path,
+    scratch: Path,
+    texts: Path,
+    count: int,
+    tokens: int,
+    rounds: int,
+    names: tuple[str, ...],
+    prompt: int,
+    out: Path | None,
 ) -> None:
     """Compare the speed of a bundle with onnxruntime-genai and llama.cpp, at three precisions."""
     auto, figures = read_json(scratch / "auto.json"), dict[str, Any]()
     versions: dict[str, Any] = {variant: {} for variant in VARIANTS}
-    prompts = read_short_prompts(scratch, texts, count)
+    prompts = read_short_prompts(scratch, texts, count, prompt)
     facts = {"command": "benchmarks/decoders.py baselines", "model": model.name, "prompts": count}
-    facts |= {"tokens": tokens, "rounds": rounds, "texts": texts.name}
+    facts |= {"prompt": prompt, "tokens": tokens, "rounds": rounds, "texts": texts.name}
     facts |= {"cuts": auto["cuts"], "machine": machine_facts()}
     for variant in VARIANTS:
         request = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
-        measured = run_rounds(request, list(WITH_BASELINES), prompts, rounds, versions[variant])
+        measured = run_rounds(request, [OFFRAMP, *names], prompts, rounds, versions[variant])
         offramp_ids = [answer.ids for answers in measured for answer in answers[OFFRAMP]]
         figures[variant] = compare_rounds(measured, OFFRAMP, offramp_ids)
         print_table(f"{model.name}, {variant}", figures[variant])

@@ -223,7 +223,8 @@ def _in_place_form(network: DecoderNetwork) -> _Form:
     attention = network.whole_attention(network.blocks[0])
     hidden = Tensor("hidden", "float32", ("batch", "seq", network.hidden_size))
     inputs = (IDS, POSITIONS) if _embeds_positions(network) else (IDS,)
-    stem = Segment("stem", EmbeddingStem(network).eval(), inputs, (hidden,), (), Macs(), network.longest)
+    module, longest = EmbeddingStem(network).eval(), network.longest
+    stem = Segment("stem", module, inputs, (hidden,), (), Macs(), longest, vendor_operators=True)
     tables = tuple(
         Tensor(table, "float32", ("places", len(facts.frequencies)))
         for name, facts in rotation_facts(network).items()

@@ -79,8 +79,8 @@ def join_segments(split: SplitNetwork, name: str = "monolith") -> Segment:
     count = len(split.segments)
     if count > 1 and split.head is None and any(t.name == "gate" for t in split.segments[0].outputs):
         outputs.append(Tensor("gates", "float32", ("batch", count - 1)))
-    made = {tensor.name for tensor in (*split.stem.outputs, *past)}
-    others = {tensor: None for s in split.segments for tensor in s.inputs if tensor.name not in made}
+    computed = {tensor.name for tensor in (*split.stem.outputs, *past)}
+    others = {tensor: None for s in split.segments for tensor in s.inputs if tensor.name not in computed}
     inputs = (*split.stem.inputs, *others, *past)
     module = Monolith(split, inputs, tuple(outputs)).eval()
     heads = [split.head] if split.head is not None else []

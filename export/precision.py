@@ -15,11 +15,13 @@ import onnx
 
 from offramp.export.fp16 import convert_nodes_to_fp16
 from offramp.export.int8 import to_token_products
+from offramp.export.to_onnx import VENDOR
 
 VARIANTS = ("fp32", "fp16", "int8", "int4")  # the others are written from fp32
 BLOCK = 128  # weights that share a scale in int4
 BITS = {"int8": 8, "int4": 4}  # bits of the weights that to_small_weights writes
 FINE = 32  # weights that share a scale in to_small_weights: a decoder's errors add up from token to token
+EMBEDDED = "input_ids"  # what looks up the table of embeddings
 KEPT = ("exit/", "policy/", "controllers/")  # modules of a decoder's segment that stay float32
 
 
@@ -95,12 +97,13 @@ def to_int4(source: Path, target: Path) -> float:
 def to_small_weights(name: str, source: Path, target: Path) -> float:
     """Write a decoder's graph with int8 or int4 weights, and return its size as a share of the original's.
 
-    source: a segment, cache fill, head or monolith. Weights alone are stored in 8 or 4 bits; activations are
-    quantized token by token, in blocks of FINE, so that a token gets the same logits among others as alone.
-    Exits and policies stay fp32.
+    source: a stem, segment, cache fill, head or monolith. Weights alone are stored in 8 or 4 bits, the table
+    of embeddings in 8; activations are quantized token by token, in blocks of FINE, so that a token gets the
+    same logits among others as alone. Exits and policies stay fp32.
     """
     model = onnx.load(source)
     _store_transposed(model)
+    _quantize_embeddings(model)
     products = {
         node.name for node in model.graph.node if node.op_type == "MatMul" and not node.name.startswith(KEPT)
     }
@@ -121,6 +124,37 @@ def _store_transposed(model: onnx.ModelProto) -> None:
         stored = onnx.numpy_helper.from_array(np.ascontiguousarray(array.transpose(order)), node.output[0])
         model.graph.initializer.append(stored)
         model.graph.node.remove(node)
+
+
+def _quantize_embeddings(model: onnx.ModelProto) -> None:
+    """Store the table of embeddings in 8 bits, FINE numbers with a scale (operator GatherBlockQuantized).
+
+    A head in 4 bits leaves the table as the largest part of a small model otherwise.
+    """
+    tables = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Gather" or node.input[0] not in tables or node.input[1] != EMBEDDED:
+            continue
+        name = node.input[0]
+        table = onnx.numpy_helper.to_array(tables[name])
+        if table.ndim != 2 or table.shape[1] % FINE:
+            continue
+        blocks = table.reshape(len(table), -1, FINE)
+        scales = np.maximum(np.abs(blocks).max(axis=-1) / 127, np.float32(1e-30)).astype(np.float32)
+        rounded = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8).reshape(table.shape)
+        small = onnx.numpy_helper.from_array(rounded, f"{name}_8_bits")
+        scale = onnx.numpy_helper.from_array(scales, f"{name}_scales")
+        model.graph.initializer.extend([small, scale])
+        del node.attribute[:]
+        del node.input[:]
+        node.op_type, node.domain = "GatherBlockQuantized", VENDOR
+        node.input.extend([small.name, EMBEDDED, scale.name])
+        facts = {"bits": 8, "block_size": FINE, "gather_axis": 0, "quantize_axis": 1}
+        node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in facts.items())
+        if not any(name in other.input for other in model.graph.node):
+            model.graph.initializer.remove(tables[name])
+        if all(entry.domain != VENDOR for entry in model.opset_import):
+            model.opset_import.append(onnx.helper.make_opsetid(VENDOR, 1))
 
 
 def quantize_weights(

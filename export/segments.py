@@ -218,8 +218,12 @@ def files_of(segment: Segment, variant: str, variants: Sequence[str]) -> list[tu
 
 
 def variants_of(segment: Segment, variants: Sequence[str]) -> list[str]:
-    """The variants in which a segment is written: a stem only in the first, a head not in fp16."""
-    if segment.name == "stem" or segment.always_first:
+    """The variants in which a segment is written: a head not in fp16.
+
+    A stem is written in the first one alone, unless it may hold operators of ONNX Runtime, of which one reads
+    embeddings of few bits.
+    """
+    if segment.always_first or (segment.name == "stem" and not segment.vendor_operators):
         return list(variants[:1])
     return [name for name in variants if segment.blocks or name != "fp16"]
 

@@ -77,6 +77,9 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
     "training/recipes/base.py": (),
     "models/families/family.py": (),
     "models/families/decoder.py": (),
+    "runtime/drafts.py": ("DraftSource",),
+    "runtime/engines/decoder_graphs.py": ("DecoderGraphs",),
+    "runtime/sequence.py": ("CacheRunner", "Head"),
 }
 
 # Names that were replaced by plain ones (CHANGELOG has both). As a whole name:

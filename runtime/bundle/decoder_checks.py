@@ -37,7 +37,7 @@ class _Readable(NamedTuple):
     """The tensors that segments and cache fills may read, besides a segment's past, by name."""
 
     segments: Mapping[str, Tensor]
-    fills: Mapping[str, Tensor]
+    cache_fills: Mapping[str, Tensor]
 
 
 def decoder_graphs(manifest: Manifest) -> list[tuple[str, Segment]]:
@@ -70,7 +70,7 @@ def check_decoder(manifest: Manifest) -> None:
     ]:
         raise ValueError("decoder.cache_fills: their blocks must be those of the segments after the first")
     for (where, fill), (_, segment) in zip(cache_fills, segments[1:], strict=False):
-        _check_fill(where, fill, segment, readable.fills)
+        _check_fill(where, fill, segment, readable.cache_fills)
     for where, head in _heads(manifest):
         all_ids = head is decoder.head
         _check_head(where, head, stem_outputs["hidden"], manifest.vocab_size, all_ids=all_ids)

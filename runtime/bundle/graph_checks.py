@@ -45,7 +45,10 @@ _ONNX = """
     RotaryEmbedding Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size Slice Softmax Softplus
     SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
 """
-_MICROSOFT = "DynamicQuantizeMatMul FusedMatMul GroupQueryAttention MatMulIntegerToFloat MatMulNBits"
+_MICROSOFT = """
+    DynamicQuantizeMatMul FusedMatMul GatherBlockQuantized GroupQueryAttention MatMulIntegerToFloat
+    MatMulNBits
+"""
 OPERATORS: Mapping[str, frozenset[str]] = {
     "": frozenset(_ONNX.split()),
     "com.microsoft": frozenset(_MICROSOFT.split()),

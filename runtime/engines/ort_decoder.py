@@ -134,6 +134,7 @@ class OrtDecoderEngine:
         if self._pool.has_workers:
             forget_threads()
             self.close()
+        self._slots = self._draft_engine = None  # another thread of the parent may have held their lock
 
     def graph_of(self, segment: Segment) -> Variant:
         """A segment's graph in the engine's variant, or in its only variant."""

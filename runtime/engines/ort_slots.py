@@ -8,10 +8,10 @@ of each row from `last_positions`.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from types import ModuleType
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,72 +25,21 @@ from offramp.runtime.bundle.manifest import (
     PAST,
     PREVIOUS_HIDDEN,
     TOTAL_LENGTH,
-    DecoderFacts,
-    Manifest,
     Segment,
-    Variant,
 )
 from offramp.runtime.engines.base import Array
 from offramp.runtime.engines.buffers import Run
+from offramp.runtime.engines.decoder_graphs import DecoderGraphs
 from offramp.runtime.engines.graphs import free_unused_memory
 from offramp.runtime.engines.kv_cache import sequence_shape
 from offramp.runtime.engines.rotation import rotation_tables
-from offramp.runtime.errors import BadBundle, BadInput
+from offramp.runtime.errors import BadInput
 from offramp.runtime.rules.base import Floats
 from offramp.runtime.sequence import KEPT_TOKENS, CacheRunner, SegmentOutput
 
 PLACES = 64  # places of new caches, and the least number by which they grow
 IDLE_BYTES = 64 * 2**20  # of caches that are kept while no sequence uses them
 KEPT_STEPS = 128  # numbers of slots and tokens for which steps stay bound
-
-
-class DecoderGraphs(Protocol):
-    """The part of an engine that steps use: it opens the graphs of one bundle in one variant."""
-
-    @property
-    def ort(self) -> ModuleType:
-        """The module onnxruntime."""
-        ...
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest."""
-        ...
-
-    @property
-    def decoder(self) -> DecoderFacts:
-        """The part of the manifest that only decoders have."""
-        ...
-
-    @property
-    def longest(self) -> int:
-        """Most tokens of prompt and answer together."""
-        ...
-
-    @property
-    def fill_graphs(self) -> Mapping[tuple[int, ...], Segment]:
-        """Cache fills by their blocks."""
-        ...
-
-    def graph_of(self, segment: Segment) -> Variant:
-        """A segment's graph in the variant that runs."""
-        ...
-
-    def head_of(self, draft: bool) -> Segment:
-        """The head, or the draft head if there is one."""
-        ...
-
-    def bind(self, segment: Segment, arrays: Mapping[str, Array]) -> Run:
-        """Bind a segment's graph to arrays by name, which the caller keeps alive."""
-        ...
-
-    def broken(self, segment: Segment, problem: Exception) -> BadBundle:
-        """The error for a graph that cannot be run."""
-        ...
-
-    def draft_runner(self) -> CacheRunner | None:
-        """A runner of the draft block for one sequence; see CacheRunner.draft_runner."""
-        ...
 
 
 class _Step(NamedTuple):
@@ -130,19 +79,23 @@ class CacheSlots:
             if tensor.name.startswith(PAST)
         }
         self._held: set[int] = set()
+        # A sequence may be dropped while another thread begins one.
+        self._guard = threading.Lock()
         self._steps: dict[tuple[int, int, int], BoundSteps] = {}  # by first slot, slots, tokens
         self._heads: dict[tuple[int, bool], _Head] = {}  # by number of hidden states, and whether for drafts
         self._stems: dict[int, _Stem] = {}  # by number of tokens
 
     def acquire(self) -> int:
         """Take the lowest free slot, which holds no tokens."""
-        slot = next(number for number in range(len(self._held) + 1) if number not in self._held)
-        while len(self.filled) <= slot:
-            self.filled.append([0] * len(self.segments))
-        self.filled[slot][:] = [0] * len(self.segments)  # in place: the runner of the slot refers to the list
-        self._held.add(slot)
-        if slot >= self.slots:
-            self._grow(max(1, 2 * self.slots), max(self.places, min(PLACES, self.graphs.longest + 1)))
+        with self._guard:
+            slot = next(number for number in range(len(self._held) + 1) if number not in self._held)
+            self._held.add(slot)  # first, as trim() may run in this thread when garbage is collected
+            while len(self.filled) <= slot:
+                self.filled.append([0] * len(self.segments))
+            # In place: the runner of the slot refers to the list.
+            self.filled[slot][:] = [0] * len(self.segments)
+            if slot >= self.slots:
+                self._grow(max(1, 2 * self.slots), max(self.places, min(PLACES, self.graphs.longest + 1)))
         return slot
 
     def release(self, slot: int) -> None:
@@ -151,14 +104,15 @@ class CacheSlots:
 
     def trim(self) -> None:
         """Free the memory of large caches if no slot is in use."""
-        if not self._held and sum(array.nbytes for array in self.arrays.values()) > IDLE_BYTES:
-            self.slots = self.places = 0
-            self.arrays.clear()
-            self.tables.clear()
-            self.filled.clear()
-            self._steps.clear()
-            self.version += 1
-            free_unused_memory()
+        with self._guard:
+            if not self._held and sum(array.nbytes for array in self.arrays.values()) > IDLE_BYTES:
+                self.slots = self.places = 0
+                self.arrays.clear()
+                self.tables.clear()
+                self.filled.clear()
+                self._steps.clear()
+                self.version += 1
+                free_unused_memory()
 
     def make_room(self, tokens: int) -> None:
         """Enlarge the caches to hold this many tokens of a sequence; BadInput for more than `longest`."""

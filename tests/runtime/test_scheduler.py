@@ -125,13 +125,13 @@ def test_rows_that_wait_together_share_steps(session: Classifier, monkeypatch: p
 
 
 def test_a_row_of_a_rare_length_goes_on_while_steps_are_full(session: Classifier) -> None:
-    segments, limit, most = len(session.manifest.segments), 4, 3000
+    segments, limit, rows = len(session.manifest.segments), 4, 3000
     scheduler = Scheduler(session, rows=LEAST_ROWS, limit=limit)
     (row,), answered, is_over = rows_of(session, ["good film"]), list[Any](), threading.Event()
 
     def again(*_: Any) -> None:  # as many rows are under way as fill a step in front of some segment
         answered.append(None)
-        if len(answered) < most and not rare.done():
+        if len(answered) < rows and not rare.done():
             scheduler.submit(row, replace(options(session), ended=again))
         else:
             is_over.set()
@@ -141,7 +141,7 @@ def test_a_row_of_a_rare_length_goes_on_while_steps_are_full(session: Classifier
         scheduler.submit(row, replace(options(session), ended=again))
     assert is_over.wait(60)
     scheduler.close()
-    assert rare.result().label and len(answered) < most
+    assert rare.result().label and len(answered) < rows
 
 
 @pytest.mark.parametrize("path", [TOKENS, EMBEDDING], ids=["tokens", "embedding"])

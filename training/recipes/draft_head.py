@@ -129,9 +129,9 @@ def _cuts(network: DecoderNetwork, exits: tuple[int, ...]) -> list[int]:
     return list(exits) if len(exits) < network.block_count else [network.block_count]
 
 
-def first_rows(rows: TokenRows, tokens: np.ndarray, most: int) -> TokenRows:
-    """The first rows with at most `most` tokens in all, at least one row; tokens [rows]: those of each."""
-    count = max(1, int((tokens.cumsum() <= most).sum()))
+def first_rows(rows: TokenRows, tokens: np.ndarray, limit: int) -> TokenRows:
+    """The first rows with at most `limit` tokens in all, at least one row; tokens [rows]: those of each."""
+    count = max(1, int((tokens.cumsum() <= limit).sum()))
     return TokenRows(rows.ids[:count], rows.starts[:count])
 
 
