@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from offramp.models.families.decoder import Attention, DecoderFamily, Rotation
 from offramp.models.families.family import UnsupportedFamily, blocks_at, module_at
@@ -54,18 +53,14 @@ def _rotations(model: nn.Module) -> Mapping[str, Rotation]:
 
 
 def _project(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
-    """Queries, keys and values side by side; the model's own projection has them head by head."""
+    """Queries, keys and values side by side; the model's own projection has them head by head.
+
+    The products are moved, not the weights: weights that a graph computes would not be quantized.
+    """
     layer = cast("Block", block)
     joined, size = layer.attention.query_key_value, layer.attention.head_size
-    first = "qkv".index(what[0])
-
-    def of_parts(values: Tensor) -> Tensor:
-        by_head = values.unflatten(0, (-1, 3, size))[:, first:]  # [heads, parts, size, ...]
-        by_part: Tensor = by_head.transpose(0, 1).flatten(0, 2)
-        return by_part
-
-    bias = None if joined.bias is None else of_parts(joined.bias)
-    heads: Tensor = functional.linear(layer.input_layernorm(hidden), of_parts(joined.weight), bias)
+    by_head = joined(layer.input_layernorm(hidden)).unflatten(-1, (-1, 3, size))  # [..., heads, parts, size]
+    heads: Tensor = by_head[..., "qkv".index(what[0]) :, :].transpose(-3, -2).flatten(-3)
     return heads
 
 

@@ -137,14 +137,15 @@ def _project_normed_heads(block: nn.Module, hidden: Tensor, what: str) -> Tensor
 
 
 def _project_phi3(block: nn.Module, hidden: Tensor, what: str) -> Tensor:
+    """Queries, keys and values by the model's own joined projection, of which a part may be left out.
+
+    Products are left out, not weights: a part of a weight would not be quantized.
+    """
     layer = cast("Block", block)
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    if what == "qkv":
-        joined: Tensor = attention.qkv_proj(normed)
-        return joined
+    attention = layer.self_attn
+    joined: Tensor = attention.qkv_proj(layer.input_layernorm(hidden))
     queries = int(attention.config.num_attention_heads) * attention.head_dim
-    keys_values: Tensor = normed @ attention.qkv_proj.weight[queries:].T
-    return keys_values
+    return joined if what == "qkv" else joined[..., queries:]
 
 
 def _project_olmo2(block: nn.Module, hidden: Tensor, what: str) -> Tensor:

@@ -186,6 +186,7 @@ async def _answers_of(
     """See _answers; raises SessionClosed if the bundle was closed."""
     if len(items) > limits.items:
         raise BadSetting(f"input: {len(items)} items; this server takes {limits.items} in a request")
+    model.scheduler.require_room()
     timeout = limits.timeout if body.timeout_ms is None else body.timeout_ms / 1e3
     wanted = Wanted(body.point, body.max_risk, body.max_depth, body.budget_ms, body.budget_depth)
     if sum(len(item) for item in items if isinstance(item, str)) > INLINE_CHARACTERS or _has_images(model):

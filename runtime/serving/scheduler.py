@@ -152,8 +152,7 @@ class Scheduler(Generic[A]):
             with self._changed:
                 if self._closing:
                     raise SessionClosed("the scheduler is closed: no further rows are accepted")
-                if self._accepted >= self._queue:
-                    raise QueueFull(self._accepted, max(0.1, self._accepted * self._pause))
+                self.require_room()
                 self._accepted += 1
                 self._arrived.append(item)
                 self._changed.notify()
@@ -162,6 +161,11 @@ class Scheduler(Generic[A]):
                 options.ended(row, None)
             raise
         return item.future
+
+    def require_room(self) -> None:
+        """Raise QueueFull if no item would be accepted now; before items are read, which costs time, too."""
+        if self._accepted >= self._queue:
+            raise QueueFull(self._accepted, max(0.1, self._accepted * self._pause))
 
     def submit_background(self, row: AnyRow, options: RowOptions) -> Future[A] | None:
         """Let a row join the walk whenever no row of a caller waits to be begun; None if too many wait.

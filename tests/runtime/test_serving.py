@@ -311,6 +311,18 @@ def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.Mon
         assert len(server.results({"input": ["good film"] * 4})) == 4
 
 
+def test_what_is_refused_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(CLASSIFIER, scheduling={"queue": 2}) as server, ThreadPoolExecutor(1) as pool:
+        gate = Gate(server, monkeypatch)
+        first = pool.submit(server.results, {"input": ["good film"] * 2})
+        wait_until(lambda: server.models.rows(None).scheduler.accepted == 2)
+        with monkeypatch.context() as patched:
+            patched.setattr(server.models.rows(None).session, "read", lambda items: 1 / 0)
+            assert server.ask(CLASSIFY, {"input": "good film"})[0] == 429
+        gate.open()
+        assert len(first.result()) == 2
+
+
 def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER) as server:
         gate = Gate(server, monkeypatch)
