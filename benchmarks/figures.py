@@ -38,8 +38,7 @@ LOOP = "bare loop / one graph, last exit alone"
 SUMMARY_POINTS = ("walk dev-1.0", "walk int8-dev-1.0")
 GRAPHS = ("monolith", "monolith int8", "walk full depth", "nested if", "random exits")
 DECODER = "SmolLM2-135M"
-# Results of drafts by lookup, and what was generated.
-LOOKUPS = {"free": "free text, which it repeats", "summaries": "summaries", "edits": "edits"}
+LOOKUPS = ("beginnings", "summaries", "edits")  # results of drafts by lookup, by the kind of the text
 
 
 def read_result(name: str) -> dict[str, Any] | None:
@@ -418,19 +417,11 @@ def _decoder_headline_rows() -> list[list[str]]:
     rows = []
     lookups = {kind: result for kind in LOOKUPS if (result := read_decoder(f"lossless_{kind}")) is not None}
     if lookups:
-        drafted = {
-            kind: next(iter(r["bundles"].values()))["rules"]["speculative"] for kind, r in lookups.items()
-        }
-        speed = ", ".join(
-            f"{two_decimals(row['speed'])} x on {LOOKUPS[kind]}" for kind, row in drafted.items()
-        )
-        asked, same = (
-            sum(r["count"] for r in lookups.values()),
-            sum(row["same"] for row in drafted.values()),
-        )
-        case = f"{DECODER} as it comes, speculative, fp32"
-        source = "lossless_*_smollm2.json"
-        rows.append([case, "its own full depth", speed, f"the same text, {same} of {asked} prompts", source])
+        drafted = {k: next(iter(r["bundles"].values()))["rules"]["speculative"] for k, r in lookups.items()}
+        speed = ", ".join(f"{two_decimals(row['speed'])} x on {kind}" for kind, row in drafted.items())
+        asked, same = (sum(r["count"] for r in lookups.values()), sum(r["same"] for r in drafted.values()))
+        case, texts = f"{DECODER}, speculative, fp32", f"the same text, {same} of {asked} prompts"
+        rows.append([case, "its own full depth", speed, texts, "lossless_*_smollm2.json"])
     if (result := read_decoder("decoders_baselines")) is not None:
         for name in ("onnxruntime-genai", "llama.cpp"):
             ratios = {variant: row[name]["ratio"] for variant, row in result["candidates"].items()}
