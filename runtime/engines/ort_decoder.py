@@ -48,8 +48,9 @@ from offramp.runtime.sequence import KEPT_TOKENS, SegmentOutput, TokenSequence, 
 
 PLACES = 64  # places of a new cache, and the least number by which it grows
 # The oldest onnxruntime that runs graphs whose cache grows in place, and the oldest one that attends to as
-# many tokens as a window says: before, it was one more.
-LEAST_VERSION, LEAST_FOR_WINDOWS = (1, 20), (1, 24)
+# many tokens as a window says: before, it was one more. And the oldest one that reads embeddings of 8 bits,
+# with which a stem has a graph for a variant.
+LEAST_VERSION, LEAST_FOR_WINDOWS, LEAST_FOR_SMALL_STEM = (1, 20), (1, 24), (1, 23)
 
 
 class OrtDecoderEngine:
@@ -67,7 +68,13 @@ class OrtDecoderEngine:
         manifest = bundle.manifest
         assert manifest.decoder is not None and isinstance(manifest.input, TextInput)
         if manifest.decoder.cache == IN_PLACE:
-            _check_version(ort, bundle, LEAST_FOR_WINDOWS if manifest.decoder.windows else LEAST_VERSION)
+            is_small = variant != manifest.variants[0] and variant in manifest.stem.variants
+            least = max(
+                LEAST_VERSION,
+                LEAST_FOR_WINDOWS if manifest.decoder.windows else LEAST_VERSION,
+                LEAST_FOR_SMALL_STEM if is_small else LEAST_VERSION,
+            )
+            _check_version(ort, bundle, least)
         self.ort, self.manifest, self.decoder = ort, manifest, manifest.decoder
         self.folder = bundle.folder
         self.longest = manifest.input.longest
@@ -192,7 +199,7 @@ class OrtDecoderEngine:
 
 
 def _check_version(ort: ModuleType, bundle: Bundle, least: tuple[int, int]) -> None:
-    """Raise EngineUnavailable for an onnxruntime older than `least`, which computes other attention."""
+    """Raise EngineUnavailable for an onnxruntime older than `least`."""
     numbers = [re.match(r"\d*", part) for part in ort.__version__.split(".")[:2]]
     if tuple(int(number[0] or 0) for number in numbers if number) < least:
         name = ".".join(map(str, least))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +185,35 @@ def with_windows(folder: Path) -> Path:
     return folder
 
 
+def with_small_stem(folder: Path) -> Path:
+    """The bundle in place as if its stem had a graph for int8."""
+    shutil.copytree(GENERATOR_NATIVE, folder)
+    facts = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    facts["stem"]["variants"].setdefault("int8", facts["stem"]["variants"]["fp32"])
+    (folder / FILE_NAME).write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("version", "windows", "least"), [("1.19.2", False, "1.20"), ("1.23.2", True, "1.24")]
+    ("version", "make", "variant", "least"),
+    [
+        ("1.19.2", None, "fp32", "1.20"),
+        ("1.22.1", with_small_stem, "int8", "1.23"),
+        ("1.23.2", with_windows, "fp32", "1.24"),
+    ],
 )
 def test_an_older_onnxruntime_is_refused_and_the_cure_is_named(
-    version: str, windows: bool, least: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: str,
+    make: Callable[[Path], Path] | None,
+    variant: str,
+    least: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bundle = with_windows(tmp_path / "bundle") if windows else GENERATOR_NATIVE
+    bundle = GENERATOR_NATIVE if make is None else make(tmp_path / "bundle")
     monkeypatch.setattr(onnxruntime, "__version__", version)
     with pytest.raises(EngineUnavailable, match=f"needs onnxruntime {least} or newer, this is .*--portable"):
-        open_engine(open_bundle(bundle), "fp32", EngineOptions())
-    open_engine(open_bundle(GENERATOR), "fp32", EngineOptions(lazy=True)).close()
+        open_engine(open_bundle(bundle), variant, EngineOptions())
+    open_engine(open_bundle(GENERATOR), variant, EngineOptions(lazy=True)).close()
     monkeypatch.setattr(onnxruntime, "__version__", f"{least}.0")
-    open_engine(open_bundle(bundle), "fp32", EngineOptions(lazy=True)).close()
+    open_engine(open_bundle(bundle), variant, EngineOptions(lazy=True)).close()
