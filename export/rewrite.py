@@ -132,78 +132,16 @@ class JoinedProducts(RewriteRuleClassBase):
         return op.Add(output, _concatenated(op, biases, f"{joined.name}_biases")) if biases else output
 
 
-class SumAndNorm(RewriteRuleClassBase):
-    """Rewrite of a sum and its RMS norm to ONNX Runtime's own operator for both.
-
-    The sum is an output of that operator, too. Its result differs in the last bits.
-    """
-
-    def pattern(
-        self, op: Any, first: Any, second: Any, two: Any, axes: Any, epsilon: Any, weight: Any
-    ) -> Any:
-        """The operators that this rewrite replaces; called by onnxscript's rewriter."""
-        added = op.Add(first, second, _outputs=["added"])
-        mean = op.ReduceMean(op.Pow(added, two), axes, _allow_other_attributes=True)
-        normed = op.Mul(op.Div(added, op.Sqrt(op.Add(mean, epsilon))), weight)
-        return normed, added
-
-    def check(
-        self,
-        context: Any,
-        first: ir.Value,
-        second: ir.Value,
-        two: ir.Value,
-        axes: ir.Value,
-        **others: ir.Value,
-    ) -> MatchResult:
-        """Whether the rewrite applies: two tensors of one shape, normed in their last axis by a weight."""
-        result, epsilon, weight = MatchResult(), others["epsilon"], others["weight"]
-        if not (_is(two, 2.0) and epsilon.const_value is not None and epsilon.const_value.size == 1):
-            return result.fail("not the constants of an RMS norm")
-        if axes.const_value is None or axes.const_value.numpy().tolist() != [-1]:
-            return result.fail("not in the last axis")
-        if weight.const_value is None or len(weight.const_value.shape) != 1:
-            return result.fail("no weight of one axis")
-        if first.shape is None or first.shape != second.shape or first.const_value is not None:
-            return result.fail("a sum of other shapes")
-        return result
-
-    def rewrite(
-        self, op: Any, first: ir.Value, second: ir.Value, epsilon: ir.Value, weight: ir.Value, **_: ir.Value
-    ) -> Any:
-        """The operator that replaces the pattern: the norm, and the sum."""
-        assert epsilon.const_value is not None
-        normed, _mean, _deviation, added = op.SkipSimplifiedLayerNormalization(
-            first,
-            second,
-            weight,
-            epsilon=float(epsilon.const_value.numpy().item()),
-            _domain=VENDOR,
-            _version=1,
-            _outputs=4,
-        )
-        return normed, added
+_REWRITES = (FixedReshape, RootQuotient, GeluHalfLast, TanhGeluHalfFirst, JoinedProducts)
+RULES = RewriteRuleSet(
+    [rewrite_rule.rule() for rewrite_rule in _REWRITES],  # type: ignore[no-untyped-call]
+    commute=True,
+)
 
 
-VENDOR = "com.microsoft"  # domain of ONNX Runtime's own operators
-
-
-def _rules(*rewrites: type[RewriteRuleClassBase]) -> RewriteRuleSet:
-    rules = [rewrite_rule.rule() for rewrite_rule in rewrites]  # type: ignore[no-untyped-call]
-    return RewriteRuleSet(rules, commute=True)
-
-
-RULES = _rules(FixedReshape, RootQuotient, GeluHalfLast, TanhGeluHalfFirst, JoinedProducts)
-VENDOR_RULES = _rules(SumAndNorm)  # after the others
-
-
-def apply_rewrites(model: ir.Model, *, vendor_operators: bool = False) -> ir.Model:
-    """Apply all rewrites to a model and remove its unused nodes.
-
-    vendor_operators: also those that give operators of ONNX Runtime in place of ONNX's own.
-    """
-    model = rewrite(model, RULES)
-    return rewrite(model, VENDOR_RULES) if vendor_operators else model
+def apply_rewrites(model: ir.Model) -> ir.Model:
+    """Apply all rewrites to a model and remove its unused nodes."""
+    return rewrite(model, RULES)
 
 
 def _sizes(data: ir.Value, reshaped: ir.Value) -> list[int] | None:
