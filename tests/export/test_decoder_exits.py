@@ -21,6 +21,7 @@ from offramp.export.verify import NotVerified, verify
 from offramp.models.decoder import DecoderNetwork, hidden_states
 from offramp.runtime import load_generator
 from offramp.runtime.bundle.files import open_bundle
+from offramp.runtime.bundle.manifest import IN_PLACE
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.sequence import TokenSequence
 from offramp.training.checkpoint import save_exits
@@ -124,13 +125,16 @@ def test_a_token_gets_the_same_among_others_as_alone(exported: Any, variant: str
 
 
 def test_small_weights_are_small_in_every_graph(exported: Any) -> None:
-    """Weights of blocks and heads, 8 and 4 bits; the stem has none."""
+    """Weights of blocks and heads, 8 and 4 bits; embeddings, 8 bits, unless they are portable."""
     manifest = open_bundle(exported[1]).manifest
     assert manifest.decoder is not None
     for segment in (*manifest.segments, *manifest.decoder.cache_fills, manifest.decoder.head):
         sizes = [manifest.files[segment.variants[name].file].bytes for name in ("fp32", "int8", "int4")]
         assert sizes[2] < sizes[1] < sizes[0]
-    assert list(manifest.stem.variants) == ["fp32"]
+    small = ["int8", "int4"] if manifest.decoder.cache == IN_PLACE else []
+    assert list(manifest.stem.variants) == ["fp32", *small]
+    stem_files = [manifest.files[graph.file].bytes for graph in manifest.stem.variants.values()]
+    assert stem_files[1:] == [stem_files[-1]] * len(small) and stem_files[-1] <= stem_files[0]
     hidden = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     logits = {}
     for variant in ("fp32", "int4"):
