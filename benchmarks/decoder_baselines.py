@@ -94,6 +94,11 @@ class BaselineProcess:
             raise self._ended() from None
         return TimedAnswer(**json.loads(self._line()))
 
+    @property
+    def process(self) -> int:
+        """The number of the worker's process."""
+        return self._worker.pid
+
     def close(self) -> None:
         """End the worker; a second call does nothing."""
         assert self._worker.stdin and self._worker.stdout

@@ -111,14 +111,16 @@ def open_with_baselines(
                 generate = stack.enter_context(open_in_process(scratch, variant, [candidate]))[candidate]
                 candidates[name] = partial(_timed_answer, generate)
                 continue
-            baseline: BaselineProcess
-            if name == GENAI:
-                baseline = GenaiProcess(build_genai_model(model, variant, scratch / "genai"), THREADS)
-            else:
-                baseline = LlamaProcess(build_llama_model(model, GGUF[variant], scratch / "llama"), THREADS)
-            stack.enter_context(baseline)
+            baseline = stack.enter_context(open_baseline(name, model, scratch, variant))
             facts[name], candidates[name] = baseline.facts, baseline.answer
         yield candidates
+
+
+def open_baseline(name: str, model: Path, scratch: Path, variant: str) -> BaselineProcess:
+    """Start the process of a baseline, GENAI or LLAMA, at a precision."""
+    if name == GENAI:
+        return GenaiProcess(build_genai_model(model, variant, scratch / "genai"), THREADS)
+    return LlamaProcess(build_llama_model(model, GGUF[variant], scratch / "llama"), THREADS)
 
 
 def _timed_answer(generate: Generate, prompt: list[int], tokens: int) -> TimedAnswer:

@@ -12,7 +12,8 @@ the monolith's, geometric mean, with the standard error over pairs of rounds; "s
 the ids that transformers generates (fp32, of the first 20 prompts) or the monolith (int8, int4).
 baselines: the cut of auto beside onnxruntime-genai and llama.cpp, prompt by prompt in turns; they are
 processes that wait while another one answers.
-memory: resident set of fresh processes that read and write up to 1,024 tokens.
+memory: resident set of fresh processes that read and write up to 1,024 tokens; with --model, of
+onnxruntime-genai and llama.cpp, too.
 Bundles stay in --scratch and are written once; `full` comes first.
 lossless: every prompt is answered at full depth and under rule speculative, in turns, stop tokens ignored.
 "same" counts answers that are those of full depth, id by id; "speed" is the seconds of full depth over the
@@ -41,14 +42,18 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from offramp.benchmarks.decoder_candidates import (
+    GENAI,
+    LLAMA,
     MONOLITH,
     OFFRAMP,
     WITH_BASELINES,
     Round,
     monolith_file,
+    open_baseline,
     run_fresh_round,
 )
 from offramp.benchmarks.repeated_prompts import read_repeated_prompts
+from offramp.benchmarks.workers import read_context, resident_mb
 from offramp.export.auto import choose_segment_count, even_cuts
 from offramp.export.bundle import write_bundle
 from offramp.export.decoder import open_decoder
@@ -286,37 +291,43 @@ def baselines(
 @TEXTS
 @click.option("--context", default=1024, show_default=True, help="Tokens read and written in all.")
 @click.option("--rounds", default=3, show_default=True, help="Fresh processes of each kind.")
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="For baselines, which are added.")
 @OUT
-def memory(scratch: Path, texts: Path, context: int, rounds: int, out: Path | None) -> None:
-    """Measure the resident set of the walk and of the monolith."""
+def memory(
+    scratch: Path, texts: Path, context: int, rounds: int, model: Path | None, out: Path | None
+) -> None:
+    """Measure the resident set of the walk, of the monolith and, with --model, of the baselines."""
     figures: dict[str, dict[str, Any]] = {}
+    ids = read_context(scratch, str(texts), context // 2)
     for variant in VARIANTS:
-        for kind in ("segments", MONOLITH):
-            worker = [
-                sys.executable,
-                "-m",
-                "offramp.benchmarks.workers",
-                "memory",
-                kind,
-                str(scratch),
-                variant,
-            ]
+        names = ("segments", MONOLITH, *(() if model is None else (GENAI, LLAMA)))
+        for name in names:
             runs = []
             for _ in range(rounds):
-                done = subprocess.run(
-                    [*worker, str(texts), str(context)], check=True, capture_output=True, text=True
-                )
-                runs.append([float(word) for word in done.stdout.split()])
+                if model is not None and name in (GENAI, LLAMA):
+                    with open_baseline(name, model, scratch, variant) as process:
+                        process.answer(ids, context - len(ids))
+                        runs.append(resident_mb(process.process))
+                else:
+                    runs.append(_memory_of_walk(name, scratch, variant, texts, context))
             resident, peak = np.median(runs, axis=0)
-            figures[f"{kind}, {variant}"] = {"resident_mb": round(resident, 1), "peak_mb": round(peak, 1)}
+            figures[f"{name}, {variant}"] = {"resident_mb": round(resident, 1), "peak_mb": round(peak, 1)}
         monolith = figures[f"{MONOLITH}, {variant}"]
-        for row in (figures[f"segments, {variant}"], monolith):
+        for name in names:
+            row = figures[f"{name}, {variant}"]
             row["ratio"] = round(row["resident_mb"] / monolith["resident_mb"], 4)
             row["peak_ratio"] = round(row["peak_mb"] / monolith["peak_mb"], 4)
     if out is not None:
         facts = {"command": "benchmarks/decoders.py memory", "context": context, "rounds": rounds}
         write_json(out, {**facts, "machine": machine_facts(), "candidates": figures})
     print_table(f"memory at {context} tokens", figures)
+
+
+def _memory_of_walk(kind: str, scratch: Path, variant: str, texts: Path, context: int) -> list[float]:
+    """Resident set and its peak in MB of a new process; kind: "segments" or the monolith."""
+    worker = [sys.executable, "-m", "offramp.benchmarks.workers", "memory", kind, str(scratch), variant]
+    done = subprocess.run([*worker, str(texts), str(context)], check=True, capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()]
 
 
 @main.command()

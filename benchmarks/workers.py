@@ -149,14 +149,8 @@ def print_memory(kind: str, scratch: str, variant: str, texts: str, context: str
     kind: "segments" for the bundle of auto, else the monolith. texts: file of the prompt. context: tokens.
     """
     # Only needed modules are imported, since each adds to the resident set.
-    from tokenizers import Tokenizer
-
     folder, total = Path(scratch), int(context)
-    tokenizer, ids = Tokenizer.from_file(str(folder / "auto" / "tokenizer.json")), list[int]()
-    with open(texts, encoding="utf-8") as lines:
-        while len(ids) < total // 2:
-            ids += tokenizer.encode(json.loads(next(lines))["text"]).ids
-    ids = ids[: total // 2]
+    ids = read_context(folder, texts, total // 2)
     tokens = total - len(ids)
     if kind == "segments":
         from offramp.runtime import load_generator
@@ -174,9 +168,21 @@ def print_memory(kind: str, scratch: str, variant: str, texts: str, context: str
     print(resident, peak)
 
 
-def resident_mb() -> tuple[float, float]:
-    """The resident set of this process and its peak, in MB (10^6 bytes), as the kernel counts them."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
+def read_context(scratch: Path, texts: str, tokens: int) -> list[int]:
+    """The first token ids of the texts of a file, one text after another, by the tokenizer of auto."""
+    from tokenizers import Tokenizer
+
+    tokenizer, ids = Tokenizer.from_file(str(scratch / "auto" / "tokenizer.json")), list[int]()
+    with open(texts, encoding="utf-8") as lines:
+        while len(ids) < tokens:
+            ids += tokenizer.encode(json.loads(next(lines))["text"]).ids
+    return ids[:tokens]
+
+
+def resident_mb(process: int | str = "self") -> tuple[float, float]:
+    """The resident set of a process and its peak, in MB (10^6 bytes), as the kernel counts them."""
+    status = Path(f"/proc/{process}/status").read_text("ascii")
+    lines = dict(line.split(":", 1) for line in status.splitlines())
     resident, peak = (int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
     return resident, peak
 

@@ -18,7 +18,7 @@ from offramp.runtime.errors import BadSetting, OfframpError, SessionClosed
 from offramp.runtime.inputs.text import LENGTH_STEP, MAX_WINDOWS, AnyRow
 from offramp.runtime.row_session import RowAnswer, RowSession
 from offramp.runtime.rules.base import Plan
-from offramp.runtime.walker import Trace, Walk
+from offramp.runtime.walker import QueueKey, Trace, Walk
 
 A = TypeVar("A", bound=RowAnswer)
 QUEUE = 1024  # items that are accepted and not answered, at most
@@ -29,7 +29,8 @@ NEWEST = 0.05  # weight of the newest pause between two answers in their mean
 BACKGROUND_QUEUE, BACKGROUND_IDLE, BACKGROUND_BUSY = 64, 8, 1
 # A row is late after this many times the steps in which all rows under way can be walked to the end. In an
 # overload there are always full steps, and rows of a rare length, which fill none, would never go on.
-LATE_AFTER = 2
+# Such a row takes one step after this many full steps.
+LATE_AFTER, FULL_STEPS = 2, 8
 
 
 class QueueFull(OfframpError, RuntimeError):
@@ -87,8 +88,8 @@ class _Item(Generic[A]):
 class Scheduler(Generic[A]):
     """Walks the rows of all requests in one thread.
 
-    Rows that wait for the same segment share a step, whichever request they belong to. A full step goes
-    first, before it a row that is late (LATE_AFTER), and otherwise the row that began first. rows: most rows,
+    Rows that wait for the same segment share a step, whichever request they belong to. Full steps go first, a
+    row that is late after FULL_STEPS of them, and otherwise the row that began first. rows: most rows,
     windows included, that are under way at once. queue: most items that are accepted and not answered. limit:
     most rows of a step; None: the session's batch size. observe: called in the thread with each answer and
     the seconds since its row was submitted. Raises BadSetting for sizes out of range.
@@ -111,6 +112,7 @@ class Scheduler(Generic[A]):
         walk, trace = session.open_walk(rows, limit)
         self._walk: Walk[State] = walk
         self._trace: Trace = trace
+        self._full_steps = 0  # since a row that is late was looked for
         self._late_after = LATE_AFTER * trace.variants.shape[1] * -(-rows // limit)
         self._owners: list[_Item[A] | None] = [None] * rows  # of each row of the trace
         self._changed = threading.Condition()
@@ -201,16 +203,27 @@ class Scheduler(Generic[A]):
                 with self._session.walking():
                     self._give_up()
                     self._begin()
-                    key = (
-                        self._walk.late_queue(self._late_after)
-                        or self._walk.full_queue()
-                        or self._walk.oldest_queue()
-                    )
+                    key = self._next_queue()
                     done = [] if key is None else self._walk.run(key).tolist()
             except Exception as problem:
                 self._fail(problem)
             else:
                 self._finish(done)
+
+    def _next_queue(self) -> QueueKey | None:
+        """The queue whose step comes next: a full one, or after FULL_STEPS of them one with a late row.
+
+        If there is no full one, that of the oldest row. If late rows went first always, a backlog, in which
+        all rows are late, would end full steps, which are the only ones that work it off.
+        """
+        full = self._walk.full_queue()
+        if full is None:
+            return self._walk.oldest_queue()
+        self._full_steps += 1
+        if self._full_steps > FULL_STEPS:
+            self._full_steps = 0
+            return self._walk.late_queue(self._late_after) or full
+        return full
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False once the scheduler is closed and all is done."""

@@ -18,6 +18,7 @@ from offramp.runtime import Classifier, load_classifier
 from offramp.runtime.errors import BadInput, BadSetting, SessionClosed
 from offramp.runtime.inputs.text import items_to_rows
 from offramp.runtime.loading import load_row_session
+from offramp.runtime.serving import scheduler as scheduling
 from offramp.runtime.serving.scheduler import LEAST_ROWS, DeadlinePassed, QueueFull, RowOptions, Scheduler
 
 TEXTS = texts(120, seed=3)
@@ -34,14 +35,18 @@ class Gate:
 
     def __init__(self, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open, step = threading.Event(), session.engine.step
-        self.steps = 0
+        self.rows: list[int] = []  # of each step
 
         def held(segment: int, variant: int, state: Any) -> Any:
-            self.steps += 1
+            self.rows.append(state.rows)
             assert self._open.wait(10)
             return step(segment, variant, state)
 
         monkeypatch.setattr(session.engine, "step", held)
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows)
 
     def open(self) -> None:
         self._open.set()
@@ -142,6 +147,23 @@ def test_a_row_of_a_rare_length_goes_on_while_steps_are_full(session: Classifier
     assert is_over.wait(60)
     scheduler.close()
     assert rare.result().label and len(answered) < rows
+
+
+def test_full_steps_go_on_while_all_rows_are_late(
+    session: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "LATE_AFTER", 0)
+    gate, limit = Gate(session, monkeypatch), 4
+    scheduler = Scheduler(session, limit=limit)
+    rows = rows_of(session, [" ".join(["good film"] * 12), *["bad film"] * limit * scheduling.FULL_STEPS])
+    at_full_depth = RowOptions(session._full_number, 0)
+    futures = [scheduler.submit(rows[0], at_full_depth)]
+    gate.wait_for_steps(1)
+    futures += [scheduler.submit(row, at_full_depth) for row in rows[1:]]
+    gate.open()
+    wait_for(futures, 10)
+    scheduler.close()
+    assert gate.rows[1 : 1 + scheduling.FULL_STEPS] == [limit] * scheduling.FULL_STEPS
 
 
 @pytest.mark.parametrize("path", [TOKENS, EMBEDDING], ids=["tokens", "embedding"])
