@@ -41,7 +41,7 @@ SENTENCEPIECE = "sentencepiece==0.2.3"  # the converter imports it for every tok
 # or Q4_0 crashes (ggml-org/llama.cpp#26954). With this line before the load the stores are kept.
 AMX = ("    _tile_loadconfig(&tc);\n", '    __asm__ volatile("" : : "m"(tc));\n')
 
-PRECISIONS = ("fp32", "int8", "int4")
+GENAI_FOLDERS = {"fp32": "fp32", "int8": "int8", "int4": "int4_head_int8"}  # by precision
 KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_0_pure")
 WORKERS = Path(__file__).resolve().with_name("workers.py")
 
@@ -216,15 +216,16 @@ def build_genai_model(hf_folder: Path, precision: str, out: Path) -> Path:
     """Convert a model folder of transformers with onnxruntime-genai's builder; gives out/PRECISION.
 
     It is written once. precision: fp32, int8 or int4; int8 and int4 are MatMulNBits in blocks of 32,
-    symmetric, with activations in int8. The builder runs in the environment of this process and needs the
-    extra export.
+    symmetric, with activations in int8, and in int4 the head has 8 bits, as in our graphs. The builder runs
+    in the environment of this process and needs the extra export.
     """
-    folder = out / precision
+    folder = out / GENAI_FOLDERS[precision]
     if not folder.is_dir():
         (packages,) = baseline_environment("genai").glob("lib/python*/site-packages")
         builder = packages / "onnxruntime_genai" / "models" / "builder.py"
         options = [] if precision == "fp32" else ["--extra_options", "accuracy_level=4", "block_size=32"]
-        temporary = out / f"{precision}.writing"
+        options += ["matmul_mixed_precision=last_matmul:int8"] if precision == "int4" else []
+        temporary = out / f"{folder.name}.writing"
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         with tempfile.TemporaryDirectory() as cache:

@@ -45,7 +45,7 @@ from offramp.runtime.tuning.timing import take_turns
 
 OFFRAMP, MONOLITH, GENAI, LLAMA = "offramp", "monolith", "onnxruntime-genai", "llama.cpp"
 WITH_BASELINES = (OFFRAMP, MONOLITH, GENAI, LLAMA)
-GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0_pure"}  # llama.cpp's kind of as many bits
+GGUF = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # llama.cpp's kind of as many bits
 THREADS = 2
 BURST = 9  # tokens
 PAUSE_S = 0.15  # before each turn: threads that still spin after a run would slow down the next candidate

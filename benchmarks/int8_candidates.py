@@ -97,7 +97,9 @@ def scale_a_token_plain_operators(source: Path, target: Path, feeds: Feeds) -> N
 def small_weights(source: Path, target: Path, feeds: Feeds, *, block: int, accuracy_level: int) -> None:
     """MatMulNBits: 8-bit weights in blocks; activations in 8 bits in the same blocks, or in float32."""
     model = onnx.load(source)
-    quantize_weights(model, set(products_of_blocks(source, model)), 8, block, target, accuracy_level)
+    onnx.save(
+        quantize_weights(model, set(products_of_blocks(source, model)), 8, block, accuracy_level), target
+    )
 
 
 def static_scales(
