@@ -67,7 +67,7 @@ def test_the_table_shows_the_speed_of_each_grouping() -> None:
     table = segment_counts_table(12, times, even_cuts(12, 3)).splitlines()
     assert [line.endswith("yes") for line in table[1:-1]].count(True) == 1
     assert table[1].split() == ["12", "1", "21.100", "0.938", "10.990", "0.894", "no"]
-    assert table[-1] == "a seam takes 100 us in fp32, 90 us in int8; speed: divided by that of one graph"
+    assert table[-1] == "a seam takes 100 us; speed: divided by that of one graph"
 
 
 def test_a_decoder_is_cut_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,20 @@ def test_a_decoder_is_cut_as_finely_as_seams_allow(tmp_path: Path, monkeypatch: 
     assert choose_segment_count(source, ("fp32", "int4")).cuts == (2, 3)
 
 
+def test_the_longest_seam_of_the_variants_counts_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ExportableDecoder(DecoderNetwork(tiny.decoder("llama")), tmp_path)
+    seconds = {"fp32": {"one": 1.0, "few": 1.008}, "int8": {"one": 0.5, "few": 0.5}}  # no seam seen in int8
+    monkeypatch.setattr("offramp.export.auto._write_to_time", lambda *arguments: None)
+    monkeypatch.setattr(
+        "offramp.export.auto._token_seconds", lambda bundles, name: [seconds[name][b.name] for b in bundles]
+    )
+    assert choose_segment_count(source, ("fp32",)).cuts == (1, 2, 3)
+    choice = choose_segment_count(source, ("fp32", "int8"))
+    assert choice.cuts == (3,) and choice.times["int8"] == pytest.approx((0.5, 0.004))
+
+
 def test_timing_that_fails_names_the_cure(tmp_path: Path) -> None:
     with pytest.raises(ChildProcessError, match=r"seams in int8 ended with code 1; .* --segments 'every N'"):
         _token_seconds([tmp_path / "none"], "int8")
@@ -101,4 +115,4 @@ def test_ee_split_uses_auto_where_the_training_had_no_exits(tmp_path: Path) -> N
     words = [str(tmp_path / "model"), "--out", str(tmp_path / "bundle"), "--variants", "fp32,int8"]
     done = CliRunner().invoke(split, [*words, "--monolith", str(tmp_path / "one.onnx")])
     assert done.exit_code == 0, done.output
-    assert " us in int8; speed" in done.output and "yes" in done.output and (tmp_path / "one.onnx").is_file()
+    assert " us; speed" in done.output and "yes" in done.output and (tmp_path / "one.onnx").is_file()

@@ -125,12 +125,13 @@ def test_a_token_gets_the_same_among_others_as_alone(exported: Any, variant: str
 
 
 def test_small_weights_are_small_in_every_graph(exported: Any) -> None:
-    """Weights of blocks and heads, 8 and 4 bits; embeddings, 8 bits, unless they are portable."""
+    """Weights of blocks, 8 and 4 bits; of heads, 8 bits; embeddings, 8 bits, unless they are portable."""
     manifest = open_bundle(exported[1]).manifest
     assert manifest.decoder is not None
     for segment in (*manifest.segments, *manifest.decoder.cache_fills, manifest.decoder.head):
         sizes = [manifest.files[segment.variants[name].file].bytes for name in ("fp32", "int8", "int4")]
-        assert sizes[2] < sizes[1] < sizes[0]
+        assert sizes[1] < sizes[0]
+        assert sizes[2] == sizes[1] if segment is manifest.decoder.head else sizes[2] < sizes[1]
     small = ["int8", "int4"] if manifest.decoder.cache == IN_PLACE else []
     assert list(manifest.stem.variants) == ["fp32", *small]
     stem_files = [manifest.files[graph.file].bytes for graph in manifest.stem.variants.values()]
