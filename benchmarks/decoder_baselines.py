@@ -224,7 +224,9 @@ def build_genai_model(hf_folder: Path, precision: str, out: Path) -> Path:
         (packages,) = baseline_environment("genai").glob("lib/python*/site-packages")
         builder = packages / "onnxruntime_genai" / "models" / "builder.py"
         options = [] if precision == "fp32" else ["--extra_options", "accuracy_level=4", "block_size=32"]
-        options += ["matmul_mixed_precision=last_matmul:int8"] if precision == "int4" else []
+        # The same rounding as the builder's default, whose names of a head that shares the embeddings fail.
+        if precision == "int4":
+            options += ["algo_config=rtn", "matmul_mixed_precision=last_matmul:int8"]
         temporary = out / f"{folder.name}.writing"
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -257,6 +257,7 @@ def full(
     help="What stands beside the bundle.",
 )
 @click.option("--prompt", default=24, show_default=True, help="Tokens of a prompt.")
+@click.option("--variants", default=",".join(VARIANTS), show_default=True, help="Precisions.")
 @OUT
 def baselines(
     model: Path,
@@ -267,16 +268,17 @@ def baselines(
     rounds: int,
     names: tuple[str, ...],
     prompt: int,
+    variants: str,
     out: Path | None,
 ) -> None:
     """Compare the speed of a bundle with onnxruntime-genai and llama.cpp, at three precisions."""
     auto, figures = read_json(scratch / "auto.json"), dict[str, Any]()
-    versions: dict[str, Any] = {variant: {} for variant in VARIANTS}
+    versions: dict[str, Any] = {variant: {} for variant in variants.split(",")}
     prompts = read_short_prompts(scratch, texts, count, prompt)
     facts = {"command": "benchmarks/decoders.py baselines", "model": model.name, "prompts": count}
     facts |= {"prompt": prompt, "tokens": tokens, "rounds": rounds, "texts": texts.name}
     facts |= {"cuts": auto["cuts"], "machine": machine_facts()}
-    for variant in VARIANTS:
+    for variant in versions:
         request = {"model": str(model), "scratch": str(scratch), "variant": variant, "tokens": tokens}
         measured = run_rounds(request, [OFFRAMP, *names], prompts, rounds, versions[variant])
         offramp_ids = [answer.ids for answers in measured for answer in answers[OFFRAMP]]
@@ -323,11 +325,12 @@ def memory(
     print_table(f"memory at {context} tokens", figures)
 
 
-def _memory_of_walk(kind: str, scratch: Path, variant: str, texts: Path, context: int) -> list[float]:
+def _memory_of_walk(kind: str, scratch: Path, variant: str, texts: Path, context: int) -> tuple[float, float]:
     """Resident set and its peak in MB of a new process; kind: "segments" or the monolith."""
     worker = [sys.executable, "-m", "offramp.benchmarks.workers", "memory", kind, str(scratch), variant]
     done = subprocess.run([*worker, str(texts), str(context)], check=True, capture_output=True, text=True)
-    return [float(word) for word in done.stdout.split()]
+    resident, peak = map(float, done.stdout.split())
+    return resident, peak
 
 
 @main.command()

@@ -97,11 +97,11 @@ def write_products(shapes: Sequence[tuple[int, int]], form: Form) -> tuple[onnx.
         if form.zero_points:
             zeros = rng.integers(0, 256, (width, -(-blocks * form.bits // 8)), np.uint8)
             names.append(add(f"zeros_{number}", zeros))
+        node = helper.make_node("MatMulNBits", names, [output], domain=VENDOR)
         facts = {"K": inputs, "N": width, "bits": form.bits, "block_size": form.block}
-        level = 1 if form.float_activations else 4
-        nodes.append(
-            helper.make_node("MatMulNBits", names, [output], domain=VENDOR, accuracy_level=level, **facts)
-        )
+        facts["accuracy_level"] = 1 if form.float_activations else 4
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in facts.items())
+        nodes.append(node)
     widths = sorted({inputs for inputs, _ in shapes})
     sources = [helper.make_tensor_value_info(f"input_{w}", TensorProto.FLOAT, ["rows", w]) for w in widths]
     graph = helper.make_graph(nodes, "products", sources, outputs, tensors)

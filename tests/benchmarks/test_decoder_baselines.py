@@ -222,7 +222,7 @@ def test_models_are_written_once(tmp_path: Path, commands: Commands) -> None:
         assert build_llama_model(tmp_path / "hf", "Q8_0", out) == out / "Q8_0.gguf"
     assert sorted(file.name for file in out.iterdir()) == ["F32.gguf", "Q8_0.gguf", "fp32", "int4_head_int8"]
     (int4, _), (fp32, _), (convert, paths), (quantize, _) = commands
-    assert int4[-3:-1] == ["accuracy_level=4", "block_size=32"] and "--extra_options" not in fp32
+    assert int4[-4:-2] == ["accuracy_level=4", "block_size=32"] and "--extra_options" not in fp32
     assert int4[0] == convert[0] == sys.executable  # torch and transformers are not in the other environments
     assert convert[3:5] == ["--outtype", "f32"] and len(paths["PYTHONPATH"].split(os.pathsep)) == 2
     assert quantize[-3:] == [str(out / "F32.gguf"), str(out / "Q8_0.writing"), "Q8_0"]
