@@ -95,7 +95,7 @@ class BaselineProcess:
         return TimedAnswer(**json.loads(self._line()))
 
     @property
-    def process(self) -> int:
+    def process_id(self) -> int:
         """The number of the worker's process."""
         return self._worker.pid
 

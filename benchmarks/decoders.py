@@ -307,9 +307,9 @@ def memory(
             runs = []
             for _ in range(rounds):
                 if model is not None and name in (GENAI, LLAMA):
-                    with open_baseline(name, model, scratch, variant) as process:
-                        process.answer(ids, context - len(ids))
-                        runs.append(resident_mb(process.process))
+                    with open_baseline(name, model, scratch, variant) as baseline:
+                        baseline.answer(ids, context - len(ids))
+                        runs.append(resident_mb(baseline.process_id))
                 else:
                     runs.append(_memory_of_walk(name, scratch, variant, texts, context))
             resident, peak = np.median(runs, axis=0)

@@ -303,7 +303,7 @@ def decoder_segments_table(kind: str = "decoders") -> list[str]:
     if result is None:
         return []
     alone = ", without other cuts beside" * (kind == "decoders_alone")
-    title = f"**{result['model']} at full depth{alone}**, {result['prompts']} prompts, "
+    title = f"**{DECODER} at full depth{alone}**, {result['prompts']} prompts, "
     title += f"{result['tokens']} tokens each"
     cuts = len(result["auto"]["cuts"])
     rows = []
@@ -324,7 +324,7 @@ def decoder_baselines_table() -> list[str]:
     result = read_decoder("decoders_baselines")
     if result is None:
         return []
-    title = f"**{result['model']} beside baselines at full depth**, {result['prompts']} prompts, "
+    title = f"**{DECODER} beside baselines at full depth**, {result['prompts']} prompts, "
     title += f"{result['tokens']} tokens each"
     rows = []
     for variant, candidates in result["candidates"].items():

@@ -179,9 +179,9 @@ def read_context(scratch: Path, texts: str, tokens: int) -> list[int]:
     return ids[:tokens]
 
 
-def resident_mb(process: int | str = "self") -> tuple[float, float]:
+def resident_mb(process_id: int | str = "self") -> tuple[float, float]:
     """The resident set of a process and its peak, in MB (10^6 bytes), as the kernel counts them."""
-    status = Path(f"/proc/{process}/status").read_text("ascii")
+    status = Path(f"/proc/{process_id}/status").read_text("ascii")
     lines = dict(line.split(":", 1) for line in status.splitlines())
     resident, peak = (int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
     return resident, peak

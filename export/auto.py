@@ -228,11 +228,11 @@ def choose_segment_count(
             # The bundle that is opened first gets worse memory and is several percent slower: each bundle is
             # opened first equally often.
             seconds[variant].append(_token_seconds(folders[::order], variant)[::order])
-    measured = {variant: np.exp(np.log(pairs).mean(axis=0)).tolist() for variant, pairs in seconds.items()}
+    means = {variant: np.exp(np.log(pairs).mean(axis=0)).tolist() for variant, pairs in seconds.items()}
     # A seam is a call and a hidden state, which cost the same in every variant, and a measurement errs by as
     # much as that: with the largest of them the limit holds in all.
-    seam = max(max(0.0, (cut - one) / max(1, few - 1)) for one, cut in measured.values())
-    times = {variant: SeamTimes(one, seam) for variant, (one, _) in measured.items()}
+    seams = [(seconds_few - seconds_whole) / max(1, few - 1) for seconds_whole, seconds_few in means.values()]
+    times = {variant: SeamTimes(whole, max(0.0, *seams)) for variant, (whole, _) in means.items()}
     fine = [n for n in segment_counts(blocks) if all(t.relative_speed(n) >= 1 - LOSS for t in times.values())]
     cuts = even_cuts(blocks, fine[0] if fine else 1)
     return CutChoice(cuts, times, segment_counts_table(blocks, times, cuts))
