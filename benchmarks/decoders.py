@@ -13,7 +13,7 @@ the ids that transformers generates (fp32, of the first 20 prompts) or the monol
 baselines: the cut of auto beside onnxruntime-genai and llama.cpp, prompt by prompt in turns; they are
 processes that wait while another one answers.
 memory: resident set of fresh processes that read and write up to 1,024 tokens; with --model, of
-onnxruntime-genai and llama.cpp, too.
+onnxruntime-genai and llama.cpp, too. All but the monolith hold a tokenizer.
 Bundles stay in --scratch and are written once; `full` comes first.
 lossless: every prompt is answered at full depth and under rule speculative, in turns, stop tokens ignored.
 "same" counts answers that are those of full depth, id by id; "speed" is the seconds of full depth over the

@@ -68,6 +68,7 @@ def serve_genai(folder: str, threads: str) -> None:
     options = {"session_options": {"intra_op_num_threads": int(threads)}}
     config.overlay(json.dumps({"model": {"eos_token_id": stop, "decoder": options}}))
     model = library.Model(config)
+    tokenizer = library.Tokenizer(model)  # which an application needs, and the other candidates hold as well
 
     def answer(prompt: list[int], tokens: int) -> Iterable[int]:
         params = library.GeneratorParams(model)
@@ -84,6 +85,7 @@ def serve_genai(folder: str, threads: str) -> None:
 
     packages = ("onnxruntime-genai", "onnxruntime")
     serve({name: importlib.metadata.version(name) for name in packages}, answer, answers)
+    del tokenizer
 
 
 def serve_llama(file: str, threads: str, context: str, kv: str) -> None:

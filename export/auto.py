@@ -49,7 +49,7 @@ from offramp.runtime.walker import Inputs, walk_one
 
 ROWS = 100  # rows of a classifier that are timed
 WARM_UP = 3  # rows before them
-LOSS = 0.02  # share of one graph's speed that a decoder's seams may cost
+LOSS = 0.015  # share of one graph's speed that seams may cost: the aim is 0.02, and a measurement errs
 FEW = 5  # segments on which a seam is timed
 PAIRS = 3  # times that both bundles are opened in either order
 

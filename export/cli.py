@@ -62,7 +62,7 @@ class VerificationFailed(click.ClickException):
     "--segments",
     help="Where to cut: each (every exit), 'every N' blocks, blocks such as 2,4,6, or auto. auto times "
     "segments and exits on this machine and keeps the exits that save more than they cost for the rows of "
-    "--dev; of a language model it times the boundaries of segments and cuts as finely as 2 % of the speed "
+    "--dev; of a language model it times the boundaries of segments and cuts as finely as 1.5 % of the speed "
     "allow in every variant.  [default: each; for a language model the exits of its training, or auto]",
 )
 @click.option(

@@ -69,6 +69,7 @@ def decode(
     if not len(ids):
         raise BadInput("the prompt has no token")
     sequence = engine.begin({"input_ids": np.array([ids], np.int64)})
+    sequence.runner.reserve(len(ids) + max_new_tokens)
     try:
         yield from _decode(engine, rule, manifest, variant, sequence, max_new_tokens, stop_ids, sampler)
     finally:
@@ -86,19 +87,8 @@ def _decode(
     sampler: Sampler | None,
 ) -> Iterator[Token]:
     """Generate tokens for a sequence that has been fed its prompt; see decode."""
-    segments = len(manifest.segments)
-    steps = walk_one(engine, FULL_DEPTH, sequence, (variant,) * segments)
-    prompt_hidden = steps[0].signals.hidden
-    last_hidden = None if prompt_hidden is None else prompt_hidden[-1]
-    plan: list[int] = rule.first_plan(segments, variant, last_hidden)[0].tolist()
-    tokens = [_token(sampler, steps[-1].signals.logits[-1], sequence.ids, manifest.blocks, manifest.blocks)]
-    count, longest = 0, sequence.runner.longest
-    rounds = None
-    if isinstance(rule, SpeculativeRule):
-        close = close_logits(manifest, variant)
-        signals = steps[-1].signals
-        hidden = signals.all_hidden if isinstance(signals, TokenSignals) else None
-        rounds = DraftRounds(engine, rule, manifest, variant, sequence, close, sampler, hidden)
+    token, plan, rounds = _run_prompt(engine, rule, manifest, variant, sequence, sampler)
+    tokens, count, longest = [token], 0, sequence.runner.longest
     while True:
         for number, token in enumerate(tokens, 1):
             count += 1
@@ -112,6 +102,33 @@ def _decode(
             tokens = tokens_of_round(drafted, manifest.blocks)
         else:
             tokens = [next_token(engine, rule, sequence, plan, tokens[-1].id, sampler)]
+
+
+def _run_prompt(
+    engine: Engine[TokenSequence],
+    rule: Rule,
+    manifest: Manifest,
+    variant: int,
+    sequence: TokenSequence,
+    sampler: Sampler | None,
+) -> tuple[Token, list[int], DraftRounds | None]:
+    """Run a prompt: the first token, the plan of further ones, and rounds of drafts if the rule has them.
+
+    The hidden states of the prompt, a megabyte a segment for 500 tokens, are freed with this function.
+    """
+    segments = len(manifest.segments)
+    steps = walk_one(engine, FULL_DEPTH, sequence, (variant,) * segments)
+    prompt_hidden = steps[0].signals.hidden
+    last_hidden = None if prompt_hidden is None else prompt_hidden[-1]
+    plan: list[int] = rule.first_plan(segments, variant, last_hidden)[0].tolist()
+    token = _token(sampler, steps[-1].signals.logits[-1], sequence.ids, manifest.blocks, manifest.blocks)
+    rounds = None
+    if isinstance(rule, SpeculativeRule):
+        close = close_logits(manifest, variant)
+        signals = steps[-1].signals
+        hidden = signals.all_hidden if isinstance(signals, TokenSignals) else None
+        rounds = DraftRounds(engine, rule, manifest, variant, sequence, close, sampler, hidden)
+    return token, plan, rounds
 
 
 def end_of(

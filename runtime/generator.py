@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from offramp.runtime.batching import MOST_TEXTS, TEXTS, DecodingLoop
 from offramp.runtime.bundle.files import Bundle
@@ -15,7 +15,7 @@ from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.base import Engine
 from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionForked, WrongTask
 from offramp.runtime.inputs.chat import ChatTemplate, Message
-from offramp.runtime.inputs.text import encode_prompt, open_tokenizer
+from offramp.runtime.inputs.text import encode_prompt
 from offramp.runtime.rules.base import Rule
 from offramp.runtime.rules.speculative import SpeculativeRule
 from offramp.runtime.sampling import Sampling
@@ -23,6 +23,9 @@ from offramp.runtime.sequence import TokenSequence
 from offramp.runtime.session import Session
 from offramp.runtime.text_batch import TextBatch
 from offramp.runtime.text_chunks import AnswerText, TextChunk
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MAX_NEW_TOKENS = 64  # tokens of an answer at most, by default
 
@@ -35,10 +38,12 @@ class TextGenerator(Session[TokenSequence]):
 
     usage = "this bundle generates text: call generate(prompt), one prompt after another"
 
-    def __init__(self, bundle: Bundle, engine: Engine[TokenSequence], rule: Rule, variant: str) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine[TokenSequence], tokenizer: Tokenizer, rule: Rule, variant: str
+    ) -> None:
         super().__init__(bundle, engine, rule, variant)
         assert isinstance(self.manifest.input, TextInput) and self.manifest.decoder is not None
-        self._tokenizer = open_tokenizer(bundle, self.manifest.input)
+        self._tokenizer = tokenizer
         self._chat_prompt = ChatTemplate(bundle)
         self._stop_ids = frozenset(self.manifest.decoder.stop)
         self._longest = self.manifest.input.longest

@@ -207,7 +207,8 @@ def _load_kind(path: str | PathLike[str], kinds: tuple[str, ...], options: Mappi
 
 
 def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant: str) -> TextGenerator:
-    from offramp.runtime.generator import TextGenerator  # here: other sessions do not need it
+    from offramp.runtime.generator import TextGenerator  # here: other sessions do not need them
+    from offramp.runtime.inputs.text import open_tokenizer
 
     for name, value, only in (
         ("engine", options.engine, "ort"),
@@ -217,8 +218,13 @@ def _open_generator(bundle: Bundle, options: EngineOptions, rule: Rule, variant:
             raise BadSetting(f"{name} {value}: bundles that generate text run on {name} {only} alone")
     if rule.spec.name == "select":  # its tokens leave keys and values in the segments that they skip
         options = replace(options, exit_kv="propagate")
+    # Before graphs are opened: they take the memory that reading a tokenizer leaves free.
+    assert isinstance(bundle.manifest.input, TextInput)
+    tokenizer = open_tokenizer(bundle, bundle.manifest.input)
     engine = cast("Engine[TokenSequence]", open_engine(bundle, variant, options))
-    return _or_close(engine, lambda: TextGenerator(bundle, engine, rule, variant))
+    opened = _or_close(engine, lambda: TextGenerator(bundle, engine, tokenizer, rule, variant))
+    free_unused_memory()
+    return opened
 
 
 def _open_row_session(

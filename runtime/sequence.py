@@ -91,6 +91,10 @@ class CacheRunner(Head, Protocol):
         """Enlarge the cache to hold this many tokens; raises BadInput for more than `longest`."""
         ...
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for tokens that may follow, this many in all, if empty places cost little."""
+        ...
+
     def embed(self, ids: Sequence[int], start: int) -> Floats:
         """Run the stem on tokens at positions from `start` on; returns hidden [n, hidden size]."""
         ...

@@ -80,6 +80,9 @@ class FakeRunner:
         self.calls: list[tuple[str, int, int, int]] = []
         self._between: dict[int, Any] = {}
 
+    def reserve(self, tokens: int) -> None:
+        """Do nothing: this cache has no places."""
+
     def make_room(self, tokens: int) -> None:
         if tokens > LONGEST:
             raise BadInput(f"{tokens} tokens: this network reads {LONGEST}")

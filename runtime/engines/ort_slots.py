@@ -8,6 +8,8 @@ of each row from `last_positions`.
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 import weakref
 from collections.abc import Sequence
@@ -38,7 +40,9 @@ from offramp.runtime.rules.base import Floats
 from offramp.runtime.sequence import KEPT_TOKENS, CacheRunner, SegmentOutput
 
 PLACES = 64  # places of new caches, and the least number by which they grow
+RESERVED = 1024  # tokens for which a sequence makes room before they come
 IDLE_BYTES = 64 * 2**20  # of caches that are kept while no sequence uses them
+MAPPED_BYTES = 2**18  # of an array that has a mapping of its own
 KEPT_STEPS = 128  # numbers of slots and tokens for which steps stay bound
 
 
@@ -124,6 +128,16 @@ class CacheSlots:
             places += min(places, 4 * PLACES)
         if places > self.places:
             self._grow(self.slots, min(places, longest + 1))
+
+    def reserve(self, tokens: int) -> None:
+        """Enlarge the caches at once to hold this many tokens of a sequence; see CacheRunner.reserve.
+
+        A cache that grows with a sequence is copied every few hundred tokens, and its last growth leaves
+        places that are never used. Places that no token has reached are mostly not in physical memory yet.
+        """
+        places = min(tokens, RESERVED, self.graphs.longest) + 1
+        if places > self.places:
+            self._grow(self.slots, places)
 
     def run_together(
         self, segment: int, slots: Sequence[int], starts: Sequence[int], hidden: Floats
@@ -226,7 +240,7 @@ class CacheSlots:
             self.tables = rotation_tables(self.graphs.decoder.rotations, places)
         held = [(slot, max(self.filled[slot])) for slot in list(self._held) if slot < self.slots]
         for name, (heads, size) in self._shapes.items():
-            larger = np.zeros((slots, heads, places, size), np.float32)
+            larger = _zeros((slots, heads, places, size))
             for slot, tokens in held:
                 larger[slot, :, :tokens] = self.arrays[name][slot, :, :tokens]
             self.arrays[name] = larger
@@ -234,6 +248,19 @@ class CacheSlots:
         self.version += 1
         if held:
             free_unused_memory()  # otherwise the C library keeps the memory of the smaller arrays
+
+
+def _zeros(shape: tuple[int, ...]) -> Floats:
+    """A float32 array of zeros. Pages of a large one are in physical memory once they are written.
+
+    Those of numpy may be written at once, and stay with the process when the array is freed. A private
+    mapping does neither.
+    """
+    size = 4 * math.prod(shape)
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)  # none on Windows
+    if size < MAPPED_BYTES or not flags:
+        return np.zeros(shape, np.float32)
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.float32).reshape(shape)
 
 
 class _Stem:
@@ -268,9 +295,9 @@ class BoundSteps:
         size = slots.graphs.manifest.hidden_size
         self._slots, self._rows, self._tokens = slots, slice(first, first + rows), tokens
         shape = (rows, tokens, size)
-        self._between = [np.zeros(shape, np.float32) for _ in range(len(slots.segments) + 1)]
+        self._between = [_zeros(shape) for _ in range(len(slots.segments) + 1)]
         self.hidden: list[Floats] = [array.reshape(-1, size) for array in self._between]
-        self._previous = np.zeros(shape, np.float32)
+        self._previous = _zeros(shape)
         self.previous: Floats = self._previous.reshape(-1, size)
         self.last, self.total = np.zeros(rows, np.int32), np.zeros((), np.int32)
         self.start = self.end = -1
@@ -413,6 +440,10 @@ class SlotRunner:
     def make_room(self, tokens: int) -> None:
         """Enlarge the cache to hold this many tokens; see CacheRunner.make_room."""
         self.slots.make_room(tokens)
+
+    def reserve(self, tokens: int) -> None:
+        """Enlarge the cache at once for tokens that may follow; see CacheRunner.reserve."""
+        self.slots.reserve(tokens)
 
     def embed(self, ids: Sequence[int], start: int) -> Floats:
         """Run the stem on tokens and return their hidden states; see CacheRunner.embed."""

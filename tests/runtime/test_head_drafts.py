@@ -51,6 +51,9 @@ class FakeBlock:
         self.runs: list[tuple[int, int]] = []  # start and number of tokens
         self._predicted: Any = None
 
+    def reserve(self, tokens: int) -> None:
+        """Do nothing: this cache has no places."""
+
     def make_room(self, tokens: int) -> None:
         assert tokens <= self.longest
 

@@ -17,7 +17,7 @@ from tiny_bundles import GENERATOR, GENERATOR_NATIVE
 from offramp.runtime import load_generator
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME
-from offramp.runtime.engines import ort_slots
+from offramp.runtime.engines import ort_decoder, ort_slots
 from offramp.runtime.engines.base import EngineOptions, open_engine
 from offramp.runtime.errors import EngineUnavailable
 from offramp.runtime.sequence import TokenSequence
@@ -144,6 +144,54 @@ def test_caches_that_grow_in_the_middle_of_a_walk_keep_what_they_hold(
     np.testing.assert_allclose(sequence.runner.logits(output.exit_hidden)[0], expected, atol=1e-4)
     grown.drop(other)
     grown.close()
+
+
+def test_a_text_makes_room_for_all_its_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_slots, "PLACES", 8)
+    with load_generator(GENERATOR_NATIVE) as session:
+        tokens = session.tokens(random_ids(5), 40, ())
+        next(tokens)
+        slots = session.engine.slots()  # type: ignore[attr-defined]
+        version = slots.version
+        assert len(list(tokens)) == 39
+        assert (slots.places, slots.version) == (46, version)
+
+
+def test_room_is_made_ahead_for_a_limited_number_of_tokens(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_slots, "PLACES", 8)
+    monkeypatch.setattr(ort_slots, "RESERVED", 30)
+    prompted(engine, random_ids(5)).runner.reserve(50)
+    assert engine.slots().places == 31
+
+
+def test_memory_is_freed_after_a_long_prompt_and_the_text_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def text() -> list[int]:
+        with load_generator(GENERATOR_NATIVE, rule="never") as session:
+            return [token.id for token in session.tokens(random_ids(20), 12, ())]
+
+    expected, freed = text(), []
+    monkeypatch.setattr(ort_decoder, "LONG_PROMPT", 20)
+    monkeypatch.setattr(ort_decoder, "free_unused_memory", lambda: freed.append(1))
+    with load_generator(GENERATOR_NATIVE, rule="never"):
+        when_opened = len(freed)
+    freed.clear()
+    assert text() == expected
+    assert len(freed) == when_opened + 1
+
+
+def test_a_large_cache_is_a_mapping_of_zeros_that_can_be_written() -> None:
+    small, large = ort_slots._zeros((4, 8)), ort_slots._zeros((2**17, 2))
+    assert small.base is None
+    assert large.base is not None
+    assert large.shape == (2**17, 2)
+    assert large.dtype == np.float32
+    assert not large.any()
+    large[-1] = 1
+    assert large.sum() == 2
 
 
 def test_a_prefix_is_copied_to_another_slot(engine: Any) -> None:
