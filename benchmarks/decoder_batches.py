@@ -6,12 +6,15 @@ Each of --sizes answers the same prompts at full depth, so many at once, in turn
 new process. "decoding" is the speed after the prompts: tokens that came after the last first token and before
 the first text ended, a second; at size 1 that of all texts together, one after another. "whole" counts
 everything, prompts included. Ratios are to size 1, geometric mean over rounds with its error. "same":
-answers with the ids of size 1. Memory: the resident set of a process that has opened the bundle and run a
-prompt, and when --memory-texts texts have --context tokens each.
+answers with the ids of size 1. With --queued, so many prompts of 8 to 200 tokens wait for --memory-texts
+places, and each joins when another one ends: "queued" counts the answers that are the same alone. Memory: the
+resident set of a process that has opened the bundle and run a prompt, and when --memory-texts texts have
+--context tokens each.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import subprocess
@@ -34,6 +37,7 @@ from offramp.runtime.tuning.report import machine_facts
 from offramp.training.checkpoint import write_json
 
 MEMORY_PROMPT = 16  # tokens
+QUEUED_PROMPTS = (8, 200, 24, 60, 130)  # tokens, in turn
 WORKER = [sys.executable, "-m", "offramp.benchmarks.decoder_batches", "--worker"]
 Run = dict[str, Any]  # ids by prompt, seconds and tokens of the whole and of decoding
 
@@ -75,6 +79,34 @@ def generate_together(session: TextGenerator, prompts: Sequence[list[int]], toke
         loop.close()
         ids += answers.values()
     return {"ids": ids, "whole_s": whole, "decoding_s": decoding, "decoded": counted, "resident_mb": resident}
+
+
+def answer_queue(session: TextGenerator, prompts: Sequence[list[int]], tokens: int, size: int) -> list[Any]:
+    """Ids of the answers to prompts that wait together and join, up to `size` at once, as others end."""
+    loop = DecodingLoop(
+        session.engine,
+        [session.bound_rule],
+        session.manifest,
+        session.manifest.variants.index(session.variant),
+        limit=size,
+        prefix_cache=False,
+    )
+    answers = {loop.add(prompt, tokens, ()): list[int]() for prompt in prompts}
+    while loop.unfinished:
+        for number, result in loop.advance():
+            if isinstance(result, OfframpError):
+                raise result
+            answers[number].append(result.id)
+    loop.close()
+    return list(answers.values())
+
+
+def count_equal(session: TextGenerator, prompts: Sequence[list[int]], tokens: int, size: int) -> str:
+    """How many prompts have the same answer in a queue of `size` at once as alone."""
+    together = answer_queue(session, prompts, tokens, size)
+    alone = (answer_queue(session, [prompt], tokens, 1)[0] for prompt in prompts)
+    equal = sum(one == other for one, other in zip(together, alone, strict=True))
+    return f"{equal} of {len(prompts)}"
 
 
 def resident_mb() -> float:
@@ -150,6 +182,7 @@ def _speed(run: Run, kind: str, tokens: str | None) -> float:
 @click.option("--prompt", default=24)
 @click.option("--tokens", default=64, help="Of an answer.")
 @click.option("--rounds", default=4)
+@click.option("--queued", default=0, help="Prompts of mixed length that wait for a place; 0: none.")
 @click.option("--memory-texts", default=8)
 @click.option("--context", default=512, help="Tokens of a text, where memory is read; 0 leaves it out.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file.")
@@ -163,6 +196,7 @@ def main(
     prompt: int,
     tokens: int,
     rounds: int,
+    queued: int,
     memory_texts: int,
     context: int,
     out: Path | None,
@@ -177,7 +211,11 @@ def main(
     numbers = [int(size) for size in sizes.split(",")]
     with load_generator(bundle, rule="never", variant=variant) as session:
         prompts = read_prompts(session, texts, count * rounds, prompt)
-        facts = dict(session.engine.facts)
+        facts, equal = dict(session.engine.facts), ""
+        if queued:
+            cut = itertools.cycle(QUEUED_PROMPTS)
+            mixed = [ids[: next(cut)] for ids in read_prompts(session, texts, queued, max(QUEUED_PROMPTS))]
+            equal = count_equal(session, mixed, tokens, memory_texts)
     request = {"bundle": str(bundle), "variant": variant, "sizes": numbers, "tokens": tokens}
     results = [
         run_fresh({**request, "prompts": prompts[n * count : (n + 1) * count], "seed": n})
@@ -196,9 +234,10 @@ def main(
         }
         about |= {"texts": texts.name, "prompts": count, "prompt": prompt, "tokens": tokens, "rounds": rounds}
         about |= {"memory_texts": memory_texts, "context": context}
+        about |= {"queued": equal} if equal else {}
         machine = machine_facts() | facts
         write_json(out, {**about, "machine": machine, "sizes": figures, "resident_mb": memory})
-    print_table(f"{bundle.name}, {variant}; resident MB {memory}", figures)
+    print_table(f"{bundle.name}, {variant}; resident MB {memory}; queued {equal or 'none'}", figures)
 
 
 if __name__ == "__main__":

@@ -272,8 +272,10 @@ def baselines(
     out: Path | None,
 ) -> None:
     """Compare the speed of a bundle with onnxruntime-genai and llama.cpp, at three precisions."""
-    auto, figures = read_json(scratch / "auto.json"), dict[str, Any]()
     versions: dict[str, Any] = {variant: {} for variant in variants.split(",")}
+    if unknown := versions.keys() - {*VARIANTS}:
+        raise click.BadParameter(f"--variants {', '.join(sorted(unknown))}: choose of {', '.join(VARIANTS)}")
+    auto, figures = read_json(scratch / "auto.json"), dict[str, Any]()
     prompts = read_short_prompts(scratch, texts, count, prompt)
     facts = {"command": "benchmarks/decoders.py baselines", "model": model.name, "prompts": count}
     facts |= {"prompt": prompt, "tokens": tokens, "rounds": rounds, "texts": texts.name}

@@ -52,10 +52,10 @@ class Form(NamedTuple):
         """Read a form as --forms has it, such as 4/32 or 4/32/zero."""
         if text == "fp32":
             return cls(32)
-        bits, block, *more = text.split("/")
-        if unknown := {*more} - {"zero", "float"}:
-            raise click.BadParameter(f"{text}: {unknown.pop()!r} is not zero or float")
-        return cls(int(bits), int(block), "zero" in more, "float" in more)
+        bits, *more = text.split("/")
+        if bits not in ("4", "8") or not more or not more[0].isdigit() or {*more[1:]} - {"zero", "float"}:
+            raise click.BadParameter(f"--forms {text}: give fp32, or such as 4/32, 8/32 or 4/32/zero/float")
+        return cls(int(bits), int(more[0]), "zero" in more, "float" in more)
 
 
 def product_shapes(bundle: Path) -> list[tuple[int, int]]:

@@ -51,6 +51,13 @@ def test_the_lossless_rule_is_compared_with_full_depth(texts: Path, tmp_path: Pa
     assert done.exit_code == 1 and "0 texts of 24 tokens, expected 100" in done.output
 
 
+def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    words = ["--model", str(tmp_path), "--scratch", str(tmp_path), "--texts", str(tmp_path)]
+    done = CliRunner().invoke(decoders.baselines, [*words, "--variants", "fp32,int3"])
+    assert done.exit_code == 2
+    assert "--variants int3: choose of fp32, int8, int4" in done.output
+
+
 def test_answers_are_compared_by_pairs_of_rounds() -> None:
     fast, slow = TimedAnswer([1, 2, 3], 0.5, [0.5] * 2), TimedAnswer([1, 2, 4], 0.5, [1.0] * 2)
     rounds: list[Round] = [{"a": [slow], "b": [fast]}, {"a": [slow], "b": [slow]}]

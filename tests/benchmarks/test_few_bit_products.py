@@ -18,8 +18,12 @@ def test_forms_are_read() -> None:
     assert Form.parse("fp32") == Form(32)
     assert Form.parse("4/64/zero") == Form(4, 64, zero_points=True)
     assert Form.parse("8/32/float") == Form(8, 32, float_activations=True)
-    with pytest.raises(BadParameter, match="'zeros' is not zero or float"):
-        Form.parse("4/32/zeros")
+
+
+@pytest.mark.parametrize("form", ["4/32/zeros", "4", "int4", "4/x", "3/32"])
+def test_a_wrong_form_is_refused(form: str) -> None:
+    with pytest.raises(BadParameter, match=f"--forms {form}: give fp32, or such as 4/32"):
+        Form.parse(form)
 
 
 def test_products_are_those_of_segments_and_head() -> None:
