@@ -1,4 +1,4 @@
-"""The settings of joint training that every recipe can take, and recipe offramp."""
+"""The settings of joint training that every recipe can take."""
 
 from __future__ import annotations
 
@@ -89,14 +89,6 @@ def test_a_setting_changes_what_is_learned(root: Path, setting: str) -> None:
 def test_a_setting_that_does_not_exist_is_refused(word: str) -> None:
     with pytest.raises(BadSetting, match=word.partition("=")[0]):
         parse_settings(JointSettings, (word,))
-
-
-def test_offramp_has_attention_pooling_and_two_layers_an_exit(root: Path) -> None:
-    folder = run(root, "offramp", recipe="offramp")
-    spec = json.loads((folder / "network.json").read_text())["network"]
-    assert (spec["pooling"], spec["head"], spec["policy"]) == ("attention", "mlp", None)
-    training = json.loads((folder / "training.json").read_text())
-    assert training["rule"] == "max_probability" and training["dev"]["full_depth"] > 80
 
 
 def test_options_replace_the_parts_of_a_recipe(root: Path) -> None:

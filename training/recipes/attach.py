@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offramp.models.network import EarlyExitNetwork, ExitParts
+from offramp.models.network import GRADIENTS, EarlyExitNetwork, ExitParts
 from offramp.runtime.errors import BadSetting
 from offramp.training.batches import Encoded
 from offramp.training.collect import (
@@ -33,7 +33,7 @@ from offramp.training.collect import (
     operating_points,
     start_exits,
 )
-from offramp.training.features import compute_features, feature_bytes
+from offramp.training.features import Features, compute_features, feature_bytes
 from offramp.training.loop import Phase, Run
 from offramp.training.losses import TaskLosses, losses_of
 from offramp.training.recipes.joint import EVERYTHING, loss_weights
@@ -45,8 +45,9 @@ class AttachSettings:
 
     labels: share of the loss that the labels of rows that have one take. temperature: T of both
     distributions. unfreeze: epochs of the phase that trains everything; 0 keeps the model as it is.
-    unfreeze_lr, unfreeze_batch: of that phase, whose exits keep the rate lr. disk_gb: most gigabytes of
-    hidden states on disk; of more rows a random part is used, and a line says so.
+    unfreeze_lr, unfreeze_batch: of that phase, whose exits keep the rate lr. gradient: which exits' gradients
+    a block gets there, see share_gradient in models.network. disk_gb: most gigabytes of hidden states on
+    disk; of more rows a random part is used, and a line says so.
     """
 
     epochs: int = 10
@@ -58,6 +59,7 @@ class AttachSettings:
     unfreeze: int = 0
     unfreeze_lr: float = 2e-5
     unfreeze_batch: int = 32
+    gradient: str = "full"
     disk_gb: float = 8.0
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class AttachSettings:
             raise ValueError(f"epochs and batches must be positive, unfreeze not negative: {self}")
         if not 0 <= self.labels <= 1 or min(self.temperature, self.lr, self.disk_gb) <= 0:
             raise ValueError(f"labels is a share, temperature, lr and disk_gb are above 0: {self}")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient={self.gradient}: choose one of {', '.join(GRADIENTS)}")
 
 
 KIND: Literal["classifier"] = "classifier"
@@ -102,7 +106,7 @@ def rows_that_fit(run: Run[EarlyExitNetwork], rows: Encoded, settings: AttachSet
     order = np.random.default_rng(run.seed).permutation(len(rows))
     count = max(1, int(np.searchsorted(sizes[order].cumsum(), limit, side="right")))
     print(
-        f"attach: {count} of {len(rows)} rows are used: hidden states of all would take "
+        f"{count} of {len(rows)} rows are used: hidden states of all would take "
         f"{sizes.sum() / 1e9:.1f} GB on disk; --set disk_gb={np.ceil(sizes.sum() / 1e9):.0f} uses all",
         file=sys.stderr,
     )
@@ -130,13 +134,35 @@ def train(
     if len(network.spec.exits) == 1:
         raise BadSetting("recipe attach trains the exits before the last: name earlier blocks in --exits")
     rows = rows_that_fit(run, train, s)
-    labels, device = torch.from_numpy(rows.label), run.accelerator.device
-    early = tuple(f"exits.{number}." for number in range(len(network.spec.exits) - 1))
     features = compute_features(run, rows)
     start_exits(run, features.full_depth.squeeze(-1))
-    task = losses_of(network)
+    fit_exits(run, rows, features, s)
+    rule, decisions, device = default_rule(network), network.task.decisions, run.accelerator.device
+    if not s.unfreeze:
+        return operating_points(run, dev, rule, agreement=True)
 
-    def exits_loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    def dev_answers() -> Tensor:
+        given = collect(network, dev, device=device, description="dev").logits[:, -1]
+        return given if decisions is None else decisions(given, None)
+
+    given = run.compute_once("dev_answers", dev_answers)  # before anything of the model changes
+    fit_everything(run, rows, features, s)
+    results = operating_points(run, dev, rule, agreement=True)
+    if decisions is None:  # numbers change by a little: none is the same
+        return results
+    same = 100 * float((dev_answers() == given).float().mean())
+    return results | {"dev": results["dev"] | {"same_as_given": round(same, 2)}}
+
+
+def fit_exits(
+    run: Run[EarlyExitNetwork], rows: Encoded, features: Features, settings: AttachSettings
+) -> None:
+    """Train the exits but the last on the features of a frozen network, by its logits and by labels."""
+    s, network, device = settings, run.network, run.accelerator.device
+    task, labels = losses_of(network), torch.from_numpy(rows.label)
+    early = tuple(f"exits.{number}." for number in range(len(network.spec.exits) - 1))
+
+    def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.from_numpy(label_numbers(rows, index))
         with torch.autocast(device.type, enabled=False):  # small layers: bf16 would only lose precision
             given = features.early_logits(network, index)
@@ -146,36 +172,21 @@ def train(
         return losses.mean(), {"first": float(each[0]), "last": float(each[-1])}
 
     sizes = (s.epochs, s.batch_size, s.lr)
-    run.fit(
-        Phase("exits", early, rows.lengths, exits_loss, *sizes, weight_decay=s.weight_decay, shared=False)
-    )
-    rule, decisions = default_rule(network), network.task.decisions
-    if not s.unfreeze:
-        return operating_points(run, dev, rule, agreement=True)
-
-    def dev_answers() -> Tensor:
-        given = collect(network, dev, device=device, description="dev").logits[:, -1]
-        return given if decisions is None else decisions(given, None)
-
-    given = run.compute_once("dev_answers", dev_answers)  # before anything of the model changes
-    run.fit(_everything(run, rows, features.full_depth, s))
-    results = operating_points(run, dev, rule, agreement=True)
-    if decisions is None:  # numbers change by a little: none is the same
-        return results
-    same = 100 * float((dev_answers() == given).float().mean())
-    return results | {"dev": results["dev"] | {"same_as_given": round(same, 2)}}
+    run.fit(Phase("exits", early, rows.lengths, loss, *sizes, weight_decay=s.weight_decay, shared=False))
 
 
-def _everything(run: Run[EarlyExitNetwork], rows: Encoded, target: Tensor, settings: AttachSettings) -> Phase:
-    """The phase that trains backbone and all exits by the logits that the model gave before."""
+def fit_everything(
+    run: Run[EarlyExitNetwork], rows: Encoded, features: Features, settings: AttachSettings
+) -> None:
+    """Train backbone and all exits by the logits that the network gave before, and by labels."""
     s, task = settings, losses_of(run.network)
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = rows.batch(index, run.accelerator.device)
-        given = model(inputs).logits
-        wanted = target[torch.from_numpy(label_numbers(rows, index))].to(given.device)
+        given = model(inputs, gradient=s.gradient).logits
+        wanted = features.full_depth[torch.from_numpy(label_numbers(rows, index))].to(given.device)
         each = imitation_losses(task, given, wanted, labels, s).mean(0)
         return (each * loss_weights(each, "linear")).sum(), {"last": float(each[-1].detach())}
 
     sizes = (s.unfreeze, s.unfreeze_batch, s.unfreeze_lr, s.lr)
-    return Phase("everything", EVERYTHING, rows.lengths, loss, *sizes, weight_decay=s.weight_decay)
+    run.fit(Phase("everything", EVERYTHING, rows.lengths, loss, *sizes, weight_decay=s.weight_decay))
