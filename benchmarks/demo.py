@@ -72,7 +72,9 @@ def require_same_rows(training: Path, rows: Path) -> None:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--out", default="demo", help="Folder for data, checkpoint and bundle, under the checkout.")
-@click.option("--epochs", default=2, help="Passes over the training data.")
+@click.option(
+    "--epochs", default=2, help="Passes over the training data that fine-tune; one more trains all."
+)
 def main(out: str, epochs: int) -> None:
     """Train, split, calibrate and run on real weights and real reviews; print the promise and the gain."""
     started = time.monotonic()
@@ -83,7 +85,7 @@ def main(out: str, epochs: int) -> None:
     require_same_rows(folder / "ckpt" / "training.json", data / "train.jsonl")
     if not (folder / "ckpt" / "training.json").is_file():
         words = ["--model", str(model), "--data", str(data), "--out", f"{out}/ckpt"]
-        run_command("ee-train", *words, "--set", f"epochs={epochs}")
+        run_command("ee-train", *words, "--set", f"epochs={epochs}", "--set", "joint_epochs=1")
     run_command(
         *("python", "export/split.py", f"{out}/ckpt", "--out", f"{out}/bundle", "--overwrite"),
         *("--dev", f"{out}/data/dev.jsonl"),

@@ -2,12 +2,12 @@
 
 Exits read the tokens by attention pooling and have two layers. 1 fine-tuning: backbone and last exit alone.
 2 exits: the network is frozen and its hidden states are stored; the other exits learn from its logits and
-from the labels, half and half (recipe attach). 3 everything: backbone and exits by the same loss at a lower
-rate, where a block gets the mean of the exits' gradients. The logits to be imitated stay those of phase 1, so
-that full depth keeps what ordinary fine-tuning reached. Rows exit by their top probability.
+from the labels, half and half (recipe attach). 3 everything: backbone and exits by the same loss, where a
+block gets the mean of the exits' gradients. The logits to be imitated stay those of phase 1, so that full
+depth keeps what ordinary fine-tuning reached. Rows exit by their top probability.
 
 Phase 2 begins from exits that fit no network yet: trained with the backbone from the start, they change it
-before they know anything (Kumar et al., arXiv 2202.10054, on heads). Cost: 5 epochs of the whole network at
+before they know anything (Kumar et al., arXiv 2202.10054, on heads). Cost: 6 epochs of the whole network at
 the defaults, where recipe joint has 3, and one pass that stores hidden states. With --init phase 1 is left
 out. Phase 1 is also left out for embeddings, which have no labels.
 
@@ -34,12 +34,11 @@ from offramp.training.recipes.joint import JointSettings
 class OfframpSettings:
     """Settings of recipe offramp.
 
-    epochs, batch_size, lr: of phase 1; 0 epochs leave it out. heads_lr: of the exits, in all phases.
-    exit_epochs, exit_batch: of phase 2. joint_epochs, joint_lr: of phase 3, with batches of batch_size; 0
-    epochs keep the fine-tuned network as it is. distill: share of the loss that compares an exit with the
-    fine-tuned network instead of the label; temperature: of both in this comparison. gradient: see
-    share_gradient in models.network. warmup: share of the steps of phase 1 in which the learning rates rise.
-    disk_gb: see AttachSettings.
+    epochs: of phase 1; 0 leave it out. joint_epochs: of phase 3; 0 keep the fine-tuned network as it is.
+    batch_size, lr: of both. heads_lr: of the exits, in all phases. exit_epochs, exit_batch: of phase 2.
+    distill: share of the loss that compares an exit with the fine-tuned network instead of the label;
+    temperature: of both in this comparison. gradient: see share_gradient in models.network. warmup: share of
+    the steps of phase 1 in which the learning rates rise. disk_gb: see AttachSettings.
     """
 
     epochs: int = 3
@@ -48,8 +47,7 @@ class OfframpSettings:
     heads_lr: float = 1e-3
     exit_epochs: int = 10
     exit_batch: int = 64
-    joint_epochs: int = 2
-    joint_lr: float = 2e-5
+    joint_epochs: int = 3
     distill: float = 0.5
     temperature: float = 2.0
     gradient: str = "equilibrium"
@@ -86,7 +84,7 @@ class OfframpSettings:
             temperature=self.temperature,
             weight_decay=self.weight_decay,
             unfreeze=self.joint_epochs,
-            unfreeze_lr=self.joint_lr,
+            unfreeze_lr=self.lr,
             unfreeze_batch=self.batch_size,
             gradient=self.gradient,
             disk_gb=self.disk_gb,
