@@ -42,6 +42,18 @@ WORKER = [sys.executable, "-m", "offramp.benchmarks.decoder_batches", "--worker"
 Run = dict[str, Any]  # ids by prompt, seconds and tokens of the whole and of decoding
 
 
+def open_loop(session: TextGenerator, size: int) -> DecodingLoop:
+    """A loop that generates up to `size` texts at once, none of which reads the cache of another."""
+    return DecodingLoop(
+        session.engine,
+        [session.bound_rule],
+        session.manifest,
+        session.manifest.variants.index(session.variant),
+        limit=size,
+        prefix_cache=False,
+    )
+
+
 def generate_together(session: TextGenerator, prompts: Sequence[list[int]], tokens: int, size: int) -> Run:
     """Answer prompts, `size` at once, with so many tokens each; stop tokens are ignored.
 
@@ -51,14 +63,7 @@ def generate_together(session: TextGenerator, prompts: Sequence[list[int]], toke
     whole, decoding, counted, resident = 0.0, 0.0, 0, 0.0
     for at in range(0, len(prompts), size):
         group = prompts[at : at + size]
-        loop = DecodingLoop(
-            session.engine,
-            [session.bound_rule],
-            session.manifest,
-            session.manifest.variants.index(session.variant),
-            limit=size,
-            prefix_cache=False,
-        )
+        loop = open_loop(session, size)
         started = time.perf_counter()
         answers = {loop.add(prompt, tokens, ()): list[int]() for prompt in group}
         begun = ended = 0.0  # when the last text had its first token, and when the first one had all
@@ -83,14 +88,7 @@ def generate_together(session: TextGenerator, prompts: Sequence[list[int]], toke
 
 def answer_queue(session: TextGenerator, prompts: Sequence[list[int]], tokens: int, size: int) -> list[Any]:
     """Ids of the answers to prompts that wait together and join, up to `size` at once, as others end."""
-    loop = DecodingLoop(
-        session.engine,
-        [session.bound_rule],
-        session.manifest,
-        session.manifest.variants.index(session.variant),
-        limit=size,
-        prefix_cache=False,
-    )
+    loop = open_loop(session, size)
     answers = {loop.add(prompt, tokens, ()): list[int]() for prompt in prompts}
     while loop.unfinished:
         for number, result in loop.advance():
