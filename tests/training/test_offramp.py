@@ -64,6 +64,15 @@ def test_without_the_last_phase_full_depth_is_that_of_fine_tuning(root: Path) ->
     assert changed and all(name.startswith(("exits.0.", "exits.1.")) for name in changed)
 
 
+def test_everything_is_trained_by_all_rows_where_the_disk_holds_few(root: Path) -> None:
+    folder = run(root, "small_disk", "disk_gb=0.00002", "exit_epochs=1", "exit_batch=8")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = {line["phase"]: line["of"] for line in lines if "phase" in line}
+    assert steps["fine-tuning"] == 4 * 8  # 64 rows in batches of 8
+    assert steps["exits"] < 8
+    assert steps["everything"] == 8
+
+
 def test_a_checkpoint_is_trained_further_without_fine_tuning(root: Path, trained: Path) -> None:
     assert phases(run(root, "further", start="--init", model=trained.name)) == ["exits", "everything"]
 

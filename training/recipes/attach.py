@@ -47,7 +47,7 @@ class AttachSettings:
     distributions. unfreeze: epochs of the phase that trains everything; 0 keeps the model as it is.
     unfreeze_lr, unfreeze_batch: of that phase, whose exits keep the rate lr. gradient: which exits' gradients
     a block gets there, see share_gradient in models.network. disk_gb: most gigabytes of hidden states on
-    disk; of more rows a random part is used, and a line says so.
+    disk; of more rows a random part is used while the network is frozen, and a line says so.
     """
 
     epochs: int = 10
@@ -106,7 +106,7 @@ def rows_that_fit(run: Run[EarlyExitNetwork], rows: Encoded, settings: AttachSet
     order = np.random.default_rng(run.seed).permutation(len(rows))
     count = max(1, int(np.searchsorted(sizes[order].cumsum(), limit, side="right")))
     print(
-        f"{count} of {len(rows)} rows are used: hidden states of all would take "
+        f"the exits learn from {count} of {len(rows)} rows: hidden states of all would take "
         f"{sizes.sum() / 1e9:.1f} GB on disk; --set disk_gb={np.ceil(sizes.sum() / 1e9):.0f} uses all",
         file=sys.stderr,
     )
@@ -146,7 +146,7 @@ def train(
         return given if decisions is None else decisions(given, None)
 
     given = run.compute_once("dev_answers", dev_answers)  # before anything of the model changes
-    fit_everything(run, rows, features, s)
+    fit_everything(run, train, full_depth_of_all(run, train, features), s)
     results = operating_points(run, dev, rule, agreement=True)
     if decisions is None:  # numbers change by a little: none is the same
         return results
@@ -175,16 +175,31 @@ def fit_exits(
     run.fit(Phase("exits", early, rows.lengths, loss, *sizes, weight_decay=s.weight_decay, shared=False))
 
 
+def full_depth_of_all(run: Run[EarlyExitNetwork], rows: Encoded, features: Features) -> Tensor:
+    """The logits of the last exit for all rows [rows or words, outputs], also for those without features.
+
+    Called before anything but earlier exits changes; after a resume it is read from the run's folder.
+    """
+    if len(features.full_depth) == len(rows.label):
+        return features.full_depth
+    network, device = run.network, run.accelerator.device
+
+    def compute() -> Tensor:
+        return collect(network, rows, device=device, description="full depth").logits[:, -1].contiguous()
+
+    return run.compute_once("full_depth_of_all", compute)
+
+
 def fit_everything(
-    run: Run[EarlyExitNetwork], rows: Encoded, features: Features, settings: AttachSettings
+    run: Run[EarlyExitNetwork], rows: Encoded, target: Tensor, settings: AttachSettings
 ) -> None:
-    """Train backbone and all exits by the logits that the network gave before, and by labels."""
+    """Train backbone and all exits by labels and by the logits `target` that the network gave before."""
     s, task = settings, losses_of(run.network)
 
     def loss(model: nn.Module, index: np.ndarray) -> tuple[Tensor, dict[str, float]]:
         inputs, labels = rows.batch(index, run.accelerator.device)
         given = model(inputs, gradient=s.gradient).logits
-        wanted = features.full_depth[torch.from_numpy(label_numbers(rows, index))].to(given.device)
+        wanted = target[torch.from_numpy(label_numbers(rows, index))].to(given.device)
         each = imitation_losses(task, given, wanted, labels, s).mean(0)
         return (each * loss_weights(each, "linear")).sum(), {"last": float(each[-1].detach())}
 

@@ -25,7 +25,13 @@ from offramp.training.batches import Encoded
 from offramp.training.collect import default_rule, fit_thresholds, operating_points
 from offramp.training.features import compute_features
 from offramp.training.loop import Run
-from offramp.training.recipes.attach import AttachSettings, fit_everything, fit_exits, rows_that_fit
+from offramp.training.recipes.attach import (
+    AttachSettings,
+    fit_everything,
+    fit_exits,
+    full_depth_of_all,
+    rows_that_fit,
+)
 from offramp.training.recipes.deebert import fine_tune
 from offramp.training.recipes.joint import JointSettings
 
@@ -119,6 +125,6 @@ def train(
         features = compute_features(run, rows)
         fit_exits(run, rows, features, imitation)
         if imitation.unfreeze:
-            fit_everything(run, rows, features, imitation)
+            fit_everything(run, train, full_depth_of_all(run, train, features), imitation)
     fit_thresholds(run, dev)
     return operating_points(run, dev, default_rule(network))
