@@ -49,6 +49,8 @@ class Model:
     def __init__(self, config):
         options = {"intra_op_num_threads": 2}
         assert config.model == {"eos_token_id": 49, "decoder": {"session_options": options}}
+class Tokenizer:
+    def __init__(self, model): assert isinstance(model, Model)
 class GeneratorParams:
     def __init__(self, model): pass
     def set_search_options(self, do_sample, max_length): self.max_length = max_length
