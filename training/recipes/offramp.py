@@ -3,8 +3,8 @@
 Exits read the tokens by attention pooling and have two layers. 1 fine-tuning: backbone and last exit alone.
 2 exits: the network is frozen and its hidden states are stored; the other exits learn from its logits and
 from the labels, half and half (recipe attach). 3 everything: backbone and exits by the same loss, where a
-block gets the mean of the exits' gradients. The logits to be imitated stay those of phase 1, so that full
-depth keeps what ordinary fine-tuning reached. Rows exit by their top probability.
+block gets the mean of the exits' gradients. The logits to be imitated stay those of phase 1: this is
+meant to keep full depth at what ordinary fine-tuning reaches. Rows exit by their top probability.
 
 Phase 2 begins from exits that fit no network yet: trained with the backbone from the start, they change it
 before they know anything (Kumar et al., arXiv 2202.10054, on heads). Cost: 6 epochs of the whole network at
