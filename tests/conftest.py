@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Files of this folder share the classifiers that are exported once a session; these export decoders.
 SHARING = "tests/export"
+SLOW_COUNTS = 30  # seconds of a slow test over those of another, about: 15 to 90 over a half
 EXPORTING_DECODERS = ("test_generation.py", "test_decoder_exits.py", "test_controllers.py")
 
 
@@ -34,17 +36,37 @@ def pytest_collection() -> Generator[None, Any, Any]:
         gc.enable()
 
 
+def unit_of(nodeid: str) -> str:
+    """What runs in one process: a test's file, or all files that share exported classifiers."""
+    file = Path(nodeid.partition("::")[0])
+    shares = file.parent.as_posix() == SHARING and file.name not in EXPORTING_DECODERS
+    return SHARING if shares else file.as_posix()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest -n, begin with what takes longest, or one process has it alone at the end.
+
+    Units are given out in the order of the tests. A slow test counts as many.
+    """
+    if not hasattr(config, "workerinput"):  # no process of xdist
+        return
+    cost: Counter[str] = Counter()
+    for item in items:
+        cost[unit_of(item.nodeid)] += SLOW_COUNTS if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: (-cost[unit_of(item.nodeid)], unit_of(item.nodeid)))  # stable in a unit
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest -n, run each file in one process, and files that share exported classifiers in one."""
+    """With pytest -n, run a unit in one process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = Path(nodeid.partition("::")[0])
-            shares = file.parent.as_posix() == SHARING and file.name not in EXPORTING_DECODERS
-            return SHARING if shares else file.as_posix()
+            return unit_of(nodeid)
 
+    config.option.loadscopereorder = False  # it would order them by the number of tests
     return Scheduling(config, log)
 
 
