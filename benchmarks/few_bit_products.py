@@ -39,6 +39,9 @@ from offramp.training.checkpoint import write_json
 READ_BYTES = 1 << 29  # for each thread: many times the size of caches
 
 
+BLOCKS = (16, 32, 64, 128, 256)  # that MatMulNBits has
+
+
 class Form(NamedTuple):
     """How weights are stored and multiplied; bits of 32 is float32."""
 
@@ -55,6 +58,8 @@ class Form(NamedTuple):
         bits, *more = text.split("/")
         if bits not in ("4", "8") or not more or not more[0].isdigit() or {*more[1:]} - {"zero", "float"}:
             raise click.BadParameter(f"--forms {text}: give fp32, or such as 4/32, 8/32 or 4/32/zero/float")
+        if int(more[0]) not in BLOCKS:
+            raise click.BadParameter(f"--forms {text}: a block has {', '.join(map(str, BLOCKS))} weights")
         return cls(int(bits), int(more[0]), "zero" in more, "float" in more)
 
 

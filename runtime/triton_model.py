@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +48,7 @@ from offramp.runtime.inputs.text import AnyRow, Item, open_reader
 from offramp.runtime.loading import ROW_SESSIONS
 from offramp.runtime.row_session import RowAnswer, RowSession
 from offramp.runtime.rules.base import Plan
-from offramp.runtime.rules.registry import RULES
-from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
+from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule, segments_within
 from offramp.runtime.walker import Trace, Walk
 
 BUNDLE = "bundle"  # the folder with manifest and tokenizer, beside model.py
@@ -222,7 +220,9 @@ class TritonModel:
             rule = spec.name
             job.rule, job.variant = self._session.add_point(point)
         if depth is not None:
-            job.segments = _segments_within(manifest, rule, depth)
+            if isinstance(depth, bool) or not isinstance(depth, int):
+                raise BadSetting(f"max_depth: expected a whole number of blocks, found {depth!r:.60}")
+            job.segments = segments_within(manifest, rule, depth)
 
     def _walk(self, jobs: Sequence[_Job]) -> dict[_Job, list[RowAnswer]]:
         """Walk the rows of all jobs, and return the answers of each that has no problem."""
@@ -320,18 +320,6 @@ def _texts(name: str, values: Sequence[object]) -> list[str]:
         except UnicodeDecodeError as problem:
             raise BadInput(f"item {index}: {name} is not UTF-8: {problem}") from None
     return texts
-
-
-def _segments_within(manifest: Manifest, rule: str, depth: object) -> int:
-    """The number of segments whose blocks are at most `depth`; raises BadSetting if there are none."""
-    if isinstance(depth, bool) or not isinstance(depth, int):
-        raise BadSetting(f"max_depth: expected a whole number of blocks, found {depth!r:.60}")
-    if RULES[rule].exits is None:
-        raise BadSetting(f"max_depth: rule {rule} plans how deep a row goes by itself; name another point")
-    depths = list(accumulate(len(segment.blocks) for segment in manifest.segments))
-    if depth < depths[0]:
-        raise BadSetting(f"max_depth {depth}: the first exit of this bundle is after {depths[0]} blocks")
-    return sum(blocks <= depth for blocks in depths)
 
 
 def _plan(walk: Walk[State], job: _Job) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import CONTROLLER, GENERATION, Manifest, RuleSpec, Segment
@@ -189,3 +190,16 @@ def _usual_variant(manifest: Manifest, spec: RuleSpec) -> str:
     """The variant in which rows start: that of the point "default" if it has the same rule."""
     variants = (p.variant for p in manifest.points if p.name == "default" and p.rule.name == spec.name)
     return next(variants, manifest.variants[0])
+
+
+def segments_within(manifest: Manifest, rule: str, max_depth: int) -> int:
+    """The number of segments whose blocks are at most max_depth, for rows of a rule.
+
+    Raises BadSetting if the first segment has more blocks, or if the rule plans itself how deep a row goes.
+    """
+    if RULES[rule].exits is None:
+        raise BadSetting(f"max_depth: rule {rule} plans how deep a row goes by itself; name another point")
+    depths = list(accumulate(len(segment.blocks) for segment in manifest.segments))
+    if max_depth < depths[0]:
+        raise BadSetting(f"max_depth {max_depth}: the first exit of this bundle is after {depths[0]} blocks")
+    return sum(depth <= max_depth for depth in depths)

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from offramp.runtime.hub.reference import PREFIX
 from offramp.runtime.hub.resolve import resolve_bundle
 from offramp.runtime.loading import load
 from offramp.runtime.row_session import RowAnswer, RowSession
-from offramp.runtime.rules.registry import RULES
+from offramp.runtime.rules.resolve import segments_within
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.savings import Savings
 from offramp.runtime.serving.scheduler import QUEUE, RowOptions, Scheduler
@@ -69,7 +68,9 @@ class ServedModel:
         Raises BadSetting for points, limits and budgets that the bundle does not have, and TooManyBudgets.
         """
         setting = self.settings.find(wanted)
-        return setting.options(self._segments(wanted.max_depth, setting.spec.name))
+        if wanted.max_depth is None:
+            return setting.options(None)
+        return setting.options(segments_within(self.manifest, setting.spec.name, wanted.max_depth))
 
     def numbers(self, point: str | None, full_depth: str | None = None) -> tuple[int, int]:
         """The numbers of rule and variant of a point, or of every segment in a variant; see RowSession.
@@ -79,21 +80,6 @@ class ServedModel:
         if full_depth is not None:
             return self.settings.full_depth(full_depth)
         return self.settings.find(Wanted(point)).draw()
-
-    def _segments(self, max_depth: int | None, rule: str) -> int | None:
-        """The number of segments whose blocks are at most max_depth, for rows of a rule."""
-        if max_depth is None:
-            return None
-        if RULES[rule].exits is None:
-            raise BadSetting(
-                f"max_depth: rule {rule} plans how deep a row goes by itself; name another point"
-            )
-        depths = list(accumulate(len(segment.blocks) for segment in self.manifest.segments))
-        if max_depth < depths[0]:
-            raise BadSetting(
-                f"max_depth {max_depth}: the first exit of this bundle is after {depths[0]} blocks"
-            )
-        return sum(depth <= max_depth for depth in depths)
 
     def close(self, *, finish: bool = True) -> None:
         """Close the scheduler, which answers what it accepted if `finish`, and then the session."""
