@@ -59,7 +59,7 @@ check: $(VENV)/.dev build/types
 tree: $(VENV)/.dev
 	$(BIN)/python tests/test_house.py --write
 
-site: $(VENV)/.dev
+site: $(VENV)/.dev build/types
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

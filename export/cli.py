@@ -124,8 +124,9 @@ class VerificationFailed(click.ClickException):
 @click.option(
     "--portable",
     is_flag=True,
-    help="Of a language model: write graphs of ONNX's own operators, which every engine reads. They are "
-    "slower on a CPU than those with ONNX Runtime's attention, which are the default; fp16 needs them.",
+    help="Of a language model: write graphs of ONNX's own operators, which other engines read, too. They are "
+    "slower on a CPU than those with ONNX Runtime's attention, which are the default; fp16 needs them. "
+    "ee-run walks language models on a CPU alone.",
 )
 @click.option(
     "--overwrite",

@@ -326,8 +326,8 @@ def read_sources(text: str) -> RuleSpec:
 def chosen_sources(spec: RuleSpec, segments: int, *, has_head: bool = False) -> list[SourceKey]:
     """The sources that the parameters of a spec allow, of a bundle with so many segments: 1 or left out.
 
-    has_head: whether the bundle has a draft head. Raises BadSetting for other parameters, and if no source is
-    left.
+    has_head: whether the bundle has a draft head. Raises BadSetting for other parameters, for a source that
+    is named and that the bundle does not have, and if no source is left.
     """
     if unknown := sorted(set(spec.parameters) - set(SOURCES)):
         raise BadSetting(
@@ -337,15 +337,20 @@ def chosen_sources(spec: RuleSpec, segments: int, *, has_head: bool = False) -> 
     for name, value in spec.parameters.items():
         if value not in (0, 1):
             raise BadSetting(f"rule {NAME}: {name} {value:g} is neither 0 nor 1")
-    is_allowed = {name: spec.parameters.get(name, 1) == 1 for name in SOURCES}
+    missing = {
+        EXITS: "" if segments > 1 else "the bundle has one segment, so no exits",
+        HEAD: "" if has_head else "the bundle has no draft head (recipe draft_head trains one)",
+        LOOKUP: "",
+    }
+    for name, why in missing.items():
+        if why and spec.parameters.get(name) == 1:
+            raise BadSetting(f"rule {NAME}: {why}: leave {name} out, allow lookup, or take rule never")
+    is_allowed = {name: spec.parameters.get(name, 1) == 1 and not missing[name] for name in SOURCES}
     sources: list[SourceKey] = [*range(1, segments)] if is_allowed[EXITS] else []
-    if has_head and is_allowed[HEAD]:
-        sources.append(HEAD)
-    if is_allowed[LOOKUP]:
-        sources.append(LOOKUP)
+    sources += [name for name in (HEAD, LOOKUP) if is_allowed[name]]
     if not sources:
-        where = "the bundle has no draft head (recipe draft_head trains one): " if is_allowed[HEAD] else ""
-        where = "the bundle has one segment, so no exits: " if is_allowed[EXITS] else where
+        reasons = [f"{why}: " for name, why in missing.items() if why and name not in spec.parameters]
+        where = reasons[0] if reasons else ""
         raise BadSetting(f"rule {NAME}: {where}no source of drafts is left; allow lookup, or take rule never")
     return sources
 

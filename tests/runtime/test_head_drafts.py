@@ -220,8 +220,9 @@ def test_bundles_with_a_draft_head_draft_with_it() -> None:
     rules = [bind(spec, 1, has_head=has_head) for has_head in (True, False)]
     assert [rule.sources for rule in rules] == [(HEAD, LOOKUP), (LOOKUP,)]  # type: ignore[attr-defined]
     assert chosen_sources(read_sources("speculative:head"), 3, has_head=True) == [HEAD]
-    with pytest.raises(BadSetting, match="the bundle has no draft head"):
-        chosen_sources(read_sources("speculative:head"), 3)
+    for named in ("speculative:head", "speculative:head+lookup"):
+        with pytest.raises(BadSetting, match="the bundle has no draft head"):
+            chosen_sources(read_sources(named), 3)
     fixed = bind(RuleSpec("speculative", {"head": 1.0, "drafts": 4.0}), 2, has_head=True)
     assert isinstance(fixed, SpeculativeRule) and fixed.fixed == (HEAD, 4) and fixed.sources == (HEAD,)
     with pytest.raises(BadSetting, match="'drafts' does not go with the others"):
