@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from offramp.export.segments import Exportable, Segment, SplitNetwork, files_of, variants_of
 from offramp.runtime.bundle import manifest
 from offramp.runtime.bundle.manifest import DecoderFacts, Manifest, Variant
+from offramp.runtime.bundle.row_samples import ROWS_SAMPLE
 
-FROM_TRAINING = ("recipe", "settings", "data", "seed", "dev")  # of training.json into provenance
+FROM_TRAINING = ("recipe", "settings", "data", "seed", "dev", ROWS_SAMPLE)  # of training.json into provenance
 PACKAGES = ("offramp", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 

@@ -69,8 +69,8 @@ def decode(
     if not len(ids):
         raise BadInput("the prompt has no token")
     sequence = engine.begin({"input_ids": np.array([ids], np.int64)})
-    sequence.runner.reserve(len(ids) + max_new_tokens)
     try:
+        sequence.runner.reserve(len(ids) + max_new_tokens)
         yield from _decode(engine, rule, manifest, variant, sequence, max_new_tokens, stop_ids, sampler)
     finally:
         engine.drop(sequence)

@@ -9,7 +9,7 @@ OfframpError                     base of all others
 ├── BadSetting                   ValueError          an option that is unknown, incomplete or contradictory
 │   └── WrongTask                AttributeError      a method that the session of this bundle does not have
 ├── EngineUnavailable            RuntimeError        the requested engine or device is not there
-├── OutOfMemory                  MemoryError         the GPU has not enough memory; the session stays usable
+├── OutOfMemory                  MemoryError         too little memory, of a GPU too; the session stays usable
 ├── DeviceFailed                 RuntimeError        the GPU failed in the middle of work: load() again
 ├── OutputFailed                 OSError             the answers cannot be written: disk full, output closed
 ├── SessionForked                RuntimeError        a process that was forked cannot go on with this session
@@ -61,7 +61,7 @@ class EngineUnavailable(OfframpError, RuntimeError):
 
 
 class OutOfMemory(OfframpError, MemoryError):
-    """The GPU has not enough memory; the session stays usable."""
+    """There is not enough memory, on the machine or its GPU; the session stays usable."""
 
 
 class DeviceFailed(OfframpError, RuntimeError):

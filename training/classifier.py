@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTraine
 from offramp.models.families import family_of
 from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, count_blocks, parse_exits
 from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TASKS
+from offramp.runtime.bundle.row_samples import DEV, ROWS_SAMPLE, TRAIN, row_hashes, row_sample
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
 from offramp.runtime.inputs.tokenizer_checks import check_tokenizer, tokenizer_reason
@@ -179,6 +180,7 @@ class ClassifierTraining:
         """Encode the data and run the recipe's phases; gives its entries of training.json."""
         train = encode_rows(self.checkpoint, self.data.splits["train"], self.augment)
         dev = encode_rows(self.checkpoint, self.data.splits["dev"])
+        samples = self._row_samples() if run.is_main_process else []  # the main process writes training.json
         if self.config.balance:
             train = self._balanced(train)
         skip_warm_start = self.config.init is not None
@@ -194,7 +196,25 @@ class ClassifierTraining:
             and (known.any() if TASKS[self.data.task].per_token else known.all())
         ):
             self.facts["user_model"] = _user_model_figures(run, dev)
-        return self.recipe.train(run, train, dev, self.settings, skip_warm_start=skip_warm_start)
+        results = self.recipe.train(run, train, dev, self.settings, skip_warm_start=skip_warm_start)
+        return {**results, ROWS_SAMPLE: samples}
+
+    def _row_samples(self) -> list[dict[str, Any]]:
+        """Samples by hash of the train and dev rows, after those of the checkpoint that the run starts from.
+
+        With them ee-calibrate recognises these rows; see runtime.bundle.row_samples.
+        """
+        samples = [
+            {
+                "split": split,
+                "data": Path(self.config.data).name,
+                "rows": len(self.data.splits[split]),
+                "hashes": row_sample(row_hashes(self.data.splits[split].items)),
+            }
+            for split in (TRAIN, DEV)
+        ]
+        before = self.checkpoint.training.get(ROWS_SAMPLE)
+        return [*(each for each in before if each not in samples), *samples] if before else samples
 
     def _balanced(self, train: Encoded) -> Encoded:
         """The training rows with those of rarer labels repeated; raises BadSetting without labels."""

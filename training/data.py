@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 
 from offramp.models.tasks import CLASSIFICATION
+from offramp.runtime.bundle.row_samples import Row
 from offramp.runtime.rules.entities import inner_labels
 from offramp.training.data_csv import NUMBER
 from offramp.training.data_files import LINES, NamedTable, read_tables
@@ -69,6 +70,13 @@ class Rows:
     def labelled(self) -> bool:
         """Whether any row has a label."""
         return bool(self.has_label.any())
+
+    @property
+    def items(self) -> Iterable[Row]:
+        """The rows as ee-calibrate reads them: texts or pairs without prefix, or images in their files."""
+        if self.images is not None:
+            return self.images.files
+        return self.text if self.text_b is None else zip(self.text, self.text_b, strict=True)
 
     def take(self, index: np.ndarray) -> Rows:
         """The rows at `index`, in that order."""

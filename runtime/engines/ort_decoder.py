@@ -108,7 +108,11 @@ class OrtDecoderEngine:
     def begin(self, inputs: Mapping[str, Array]) -> TokenSequence:
         """Create a sequence from a prompt, input_ids int64 [1, seq]; see Engine.begin."""
         sequence = TokenSequence(self._new_cache(), propagate=self._propagate)
-        sequence.feed(inputs["input_ids"][0].tolist())
+        try:
+            sequence.feed(inputs["input_ids"][0].tolist())
+        except BaseException:  # its traceback refers to the sequence
+            self.drop(sequence)
+            raise
         return sequence
 
     def step(self, segment: int, variant: int, state: TokenSequence) -> TokenSignals:

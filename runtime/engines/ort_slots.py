@@ -35,7 +35,7 @@ from offramp.runtime.engines.decoder_graphs import DecoderGraphs
 from offramp.runtime.engines.graphs import free_unused_memory
 from offramp.runtime.engines.kv_cache import sequence_shape
 from offramp.runtime.engines.rotation import rotation_tables
-from offramp.runtime.errors import BadInput
+from offramp.runtime.errors import BadInput, OutOfMemory
 from offramp.runtime.rules.base import Floats
 from offramp.runtime.sequence import KEPT_TOKENS, CacheRunner, SegmentOutput
 
@@ -83,8 +83,9 @@ class CacheSlots:
             if tensor.name.startswith(PAST)
         }
         self._held: set[int] = set()
-        # A sequence may be dropped while another thread begins one.
-        self._guard = threading.Lock()
+        # A sequence may be dropped while another thread begins one. This thread may drop one, too, at any
+        # moment: an answer that is garbage drops its sequence when it is collected.
+        self._guard = threading.RLock()
         self._steps: dict[tuple[int, int, int], BoundSteps] = {}  # by first slot, slots, tokens
         self._heads: dict[tuple[int, bool], _Head] = {}  # by number of hidden states, and whether for drafts
         self._stems: dict[int, _Stem] = {}  # by number of tokens
@@ -98,8 +99,13 @@ class CacheSlots:
                 self.filled.append([0] * len(self.segments))
             # In place: the runner of the slot refers to the list.
             self.filled[slot][:] = [0] * len(self.segments)
-            if slot >= self.slots:
-                self._grow(max(1, 2 * self.slots), max(self.places, min(PLACES, self.graphs.longest + 1)))
+            try:
+                if slot >= self.slots:
+                    places = max(self.places, min(PLACES, self.graphs.longest + 1))
+                    self._grow(max(1, 2 * self.slots), places)
+            except BaseException:
+                self._held.discard(slot)
+                raise
         return slot
 
     def release(self, slot: int) -> None:
@@ -109,7 +115,7 @@ class CacheSlots:
     def trim(self) -> None:
         """Free the memory of large caches if no slot is in use."""
         with self._guard:
-            if not self._held and sum(array.nbytes for array in self.arrays.values()) > IDLE_BYTES:
+            if not self._held and sum(array.nbytes for array in list(self.arrays.values())) > IDLE_BYTES:
                 self.slots = self.places = 0
                 self.arrays.clear()
                 self.tables.clear()
@@ -235,17 +241,22 @@ class CacheSlots:
             raise self.graphs.broken(self.graphs.head_of(draft), problem) from problem
 
     def _grow(self, slots: int, places: int) -> None:
-        """Allocate larger arrays, block by block: never are two whole caches in memory."""
+        """Replace the arrays by larger ones; without memory for all of these, nothing changes.
+
+        Pages are written block by block (see _zeros), so that two whole caches are never in physical memory.
+        """
+        tables = self.tables
         if places > self.places:
-            self.tables = rotation_tables(self.graphs.decoder.rotations, places)
+            tables = rotation_tables(self.graphs.decoder.rotations, places)
+        larger = {name: _zeros((slots, heads, places, size)) for name, (heads, size) in self._shapes.items()}
         held = [(slot, max(self.filled[slot])) for slot in list(self._held) if slot < self.slots]
-        for name, (heads, size) in self._shapes.items():
-            larger = _zeros((slots, heads, places, size))
+        self.version += 1  # before an array is freed to which graphs are bound
+        self.tables = tables
+        for name, array in larger.items():
             for slot, tokens in held:
-                larger[slot, :, :tokens] = self.arrays[name][slot, :, :tokens]
-            self.arrays[name] = larger
+                array[slot, :, :tokens] = self.arrays[name][slot, :, :tokens]
+            self.arrays[name] = array
         self.slots, self.places = slots, places
-        self.version += 1
         if held:
             free_unused_memory()  # otherwise the C library keeps the memory of the smaller arrays
 
@@ -254,13 +265,16 @@ def _zeros(shape: tuple[int, ...]) -> Floats:
     """A float32 array of zeros. Pages of a large one are in physical memory once they are written.
 
     Those of numpy may be written at once, and stay with the process when the array is freed. A private
-    mapping does neither.
+    mapping does neither. Raises OutOfMemory.
     """
     size = 4 * math.prod(shape)
     flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)  # none on Windows
-    if size < MAPPED_BYTES or not flags:
-        return np.zeros(shape, np.float32)
-    return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.float32).reshape(shape)
+    try:
+        if size < MAPPED_BYTES or not flags:
+            return np.zeros(shape, np.float32)
+        return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.float32).reshape(shape)
+    except (MemoryError, OSError) as problem:
+        raise OutOfMemory(f"no {size} bytes of memory: generate fewer or shorter texts at once") from problem
 
 
 class _Stem:
@@ -466,6 +480,8 @@ class SlotRunner:
         assert steps is not None
         output = steps.run(segment)
         self._filled[segment] = steps.end
+        if segment == len(self.blocks) - 1 and len(output.hidden) > KEPT_TOKENS:
+            self._current = None  # of a prompt, which is run once: its hidden states are large
         return output
 
     def fill(self, segment: int, ids: Sequence[int], start: int, hidden: Floats) -> None:

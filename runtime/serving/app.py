@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from offramp.runtime.bundle.manifest import EMBEDDING, ImageInput
+from offramp.runtime.bundle.manifest import EMBEDDING
 from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionClosed
 from offramp.runtime.row_session import RowAnswer
 from offramp.runtime.serving.demo import add_demo_routes
@@ -96,6 +96,8 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         title="offramp",
         description="Answers of early-exit networks: rows of all requests share the steps of one walk.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from a public server, and send no API key
+        redoc_url=None,
     )
     app.add_middleware(Protection, limits=limits, metrics=metrics)
     _add_errors(app, metrics)
@@ -186,13 +188,22 @@ async def _answers_of(
     """See _answers; raises SessionClosed if the bundle was closed."""
     if len(items) > limits.items:
         raise BadSetting(f"input: {len(items)} items; this server takes {limits.items} in a request")
-    model.scheduler.require_room()
+    queue = model.scheduler.queue
+    if len(items) > queue:
+        raise BadSetting(
+            f"input: {len(items)} items; this server accepts {queue} rows at once (--queue), so it can never "
+            f"accept these: send {queue} or fewer in a request, or start the server with a larger --queue"
+        )
+    model.scheduler.require_room(len(items))
     timeout = limits.timeout if body.timeout_ms is None else body.timeout_ms / 1e3
     wanted = Wanted(body.point, body.max_risk, body.max_depth, body.budget_ms, body.budget_depth)
-    if sum(len(item) for item in items if isinstance(item, str)) > INLINE_CHARACTERS or _has_images(model):
-        rows = await run_in_threadpool(model.session.read, items)
+    if sum(len(item) for item in items if isinstance(item, str)) > INLINE_CHARACTERS or model.reads_images:
+        rows = await run_in_threadpool(model.read, items)
     else:
-        rows = model.session.read(items)
+        rows = model.read(items)
+    # Other requests may have come while these items were read. From here there is no await until all rows are
+    # accepted, so that no other request comes in between: a refusal counts the rows of others alone.
+    model.scheduler.require_room(sum(not isinstance(row, ItemError) for row in rows))
     futures: dict[int, Future[RowAnswer]] = {}  # by index
     try:
         for index, row in enumerate(rows):
@@ -242,9 +253,8 @@ async def _wait_until_gone(request: Request) -> None:
 
 def _item(entry: AnyItem, model: ServedModel) -> Any:
     """An item as the session reads it; raises BadInput for what this bundle does not read."""
-    images = _has_images(model)
-    if isinstance(entry, Picture) != images:
-        reads = 'images: {"image": "…"} in base64' if images else "texts"
+    if isinstance(entry, Picture) != model.reads_images:
+        reads = 'images: {"image": "…"} in base64' if model.reads_images else "texts"
         raise BadSetting(f"input: model {model.name} reads {reads}")
     if isinstance(entry, Picture):
         data = entry.image.partition(",")[2] if entry.image.startswith("data:") else entry.image
@@ -255,10 +265,6 @@ def _item(entry: AnyItem, model: ServedModel) -> Any:
     if isinstance(entry, Pair):
         return entry.text if entry.text_b is None else (entry.text, entry.text_b)
     return entry
-
-
-def _has_images(model: ServedModel) -> bool:
-    return isinstance(model.manifest.input, ImageInput)
 
 
 def _result(answer: RowAnswer | ItemError) -> dict[str, Any]:

@@ -48,7 +48,7 @@ POST /v1/completions, /v1/chat/completions
 POST /v1/walk        one text alone, with what every exit gave
 GET  /v1/models      the bundles, with labels and operating points; /v1/models/NAME: one of them
 GET  /demo           a page that shows how far each text walks while it is typed
-GET  /healthz /readyz /metrics (Prometheus) /docs /openapi.json
+GET  /healthz /readyz /metrics (Prometheus) /openapi.json (every route and field)
 
 \b
 Rows of all requests share the steps of one walk: rows that wait for the same segment run
@@ -57,10 +57,11 @@ together, and each row is answered at its own exit. A row's answer does not depe
 \b
 Errors are {"error": {"message": …, "type": …}}:
   400  the request or an item of it cannot be answered; in a list, the item's result is an error
-  401  no API key, or a wrong one        413  too many bytes
-  404  no such model                     429  too many rows wait, or too many budgets
+  401  no API key, or a wrong one        408  the body did not come in time
+  404  no such model                     413  too many bytes
+  503  the server is closing             429  too many rows wait, or too many budgets
                                               are named; see Retry-After
-  504  not answered in time              503  the server is closing
+  504  not answered in time
 
 \b
 SIGTERM and Ctrl-C: what was accepted is answered, further requests are refused, and the
@@ -166,11 +167,35 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
     show_default=True,
     help="Texts of a bundle that are generated at once at most.",
 )
-@click.option("--queue", type=click.IntRange(1), default=1024, show_default=True, help="Most rows that wait.")
-@click.option("--max-bytes", type=click.IntRange(1), default=1 << 20, show_default=True, help="Of a request.")
-@click.option("--max-items", type=click.IntRange(1), default=256, show_default=True, help="Of a request.")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds."
+    "--queue",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Most rows or texts of a bundle that are accepted and not answered. A request that does not fit now "
+    "gets 429; one with more items than this gets 400.",
+)
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(1),
+    default=1 << 20,
+    show_default=True,
+    help="Most bytes of a request. A larger one gets 413.",
+)
+@click.option(
+    "--max-items",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Most items of a request. One with more gets 400.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds in which the body of a request must come, and then its rows must be answered. A late body "
+    "gets 408, late rows get 504; the generation of a text has no such limit.",
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the page /demo in the web browser.")
 @click.option("--quiet", is_flag=True, help="No log of requests.")
@@ -249,7 +274,7 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            click.echo(f"{', '.join(models.folders)}: {address}/docs and {address}/demo", err=True)
+            click.echo(f"{', '.join(models.folders)}: {address}/openapi.json and {address}/demo", err=True)
             if options["open_page"]:
                 webbrowser.open(f"{address}/demo")
 

@@ -73,13 +73,16 @@ def add_demo_routes(app: FastAPI, models: Models) -> None:
 def _walk(model: ServedModel, body: WalkRequest) -> dict[str, Any]:
     """The steps of a walk as JSON; the caller makes probabilities of logits."""
     session = model.session
-    if session.manifest.kind != CLASSIFICATION:
-        raise BadSetting(f"model {model.name}: its task is {session.manifest.task}; this route shows labels")
+    if session.manifest.kind != CLASSIFICATION or model.reads_images:
+        raise BadSetting(
+            f"model {model.name}: its task is {session.manifest.task}; this route is for bundles that give a "
+            "text one label: ask /v1/classify"
+        )
     if body.full_depth is not None and body.full_depth not in session.manifest.variants:
         raise BadSetting(
             f"full_depth {body.full_depth!r}: choose one of {', '.join(session.manifest.variants)}"
         )
-    (row,) = session.read([body.input])
+    (row,) = model.read([body.input])
     if isinstance(row, ItemError):
         raise BadInput(row.message)
     records: list[ExitRecord] = session.steps(row, *model.numbers(body.point, body.full_depth))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +25,32 @@ Result = TextChunk | BaseException  # a chunk ends the text if it says why; an e
 
 @dataclass(eq=False)
 class _Request:
-    """A text that is asked for. give: gets each result. is_left: whether nobody waits for it any more."""
+    """A text that is asked for. give: gets each result.
+
+    accepted: when it was (time.perf_counter). tokens: that were generated. is_left: whether nobody waits for
+    it any more.
+    """
 
     ids: Sequence[int]
     max_new_tokens: int
     stop: Sequence[str]
     sampling: Sampling | None
     give: Callable[[Result], None]
+    accepted: float
+    tokens: int = 0
     is_left: bool = False
+
+
+@dataclass(frozen=True)
+class EndedText:
+    """The tokens of a text that ended, one or more of which were generated.
+
+    ended: as in TextChunk; None if its caller went away, or an error ended it.
+    """
+
+    ended: str | None
+    prompt_tokens: int
+    tokens: int
 
 
 @dataclass
@@ -39,7 +58,8 @@ class ServedGenerator:
     """A bundle that generates text: its name in requests and its session, whose texts one thread generates.
 
     queue: most texts that are accepted and not finished. tag: see ServedModel. texts: most texts that are
-    generated at once; the others wait in the order in which they came.
+    generated at once; the others wait in the order in which they came. observe: told, in the thread, of each
+    text that ended, and the seconds since it was accepted.
     """
 
     name: str
@@ -48,6 +68,7 @@ class ServedGenerator:
     queue: int
     tag: str
     texts: int = TEXTS
+    observe: Callable[[EndedText, float], None] | None = None
     accepted: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +76,7 @@ class ServedGenerator:
         self._arrived: deque[_Request] = deque()
         self._requests: dict[int, _Request] = {}  # of the batch, by the numbers of their texts
         self._closing = False
+        self._is_over = False  # whether the thread takes no further requests
         self._finish = True
         self._batch = self.session.open_batch(self.texts)
         self._thread = threading.Thread(target=self._run, name="offramp texts", daemon=True)
@@ -94,6 +116,7 @@ class ServedGenerator:
             if self.accepted >= self.queue:
                 raise QueueFull(self.accepted, 1.0)
             self.accepted += 1
+        accepted = time.perf_counter()
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Result] = asyncio.Queue()
 
@@ -105,9 +128,9 @@ class ServedGenerator:
         try:
             # Long prompts and chat templates take time, in which neither requests nor texts may wait.
             ids = await asyncio.to_thread(self.session.encode_prompt, prompt, **for_template)
-            waiting = _Request(ids, max_new_tokens, list(stop), sampling, give)
+            waiting = _Request(ids, max_new_tokens, list(stop), sampling, give, accepted)
             with self._changed:
-                if not self._thread.is_alive():
+                if self._is_over or not self._thread.is_alive():
                     raise SessionClosed("the server is closing")
                 request = waiting
                 self._arrived.append(request)
@@ -140,18 +163,14 @@ class ServedGenerator:
         while self._wait():
             try:
                 self._take_requests()
-                results = self._batch.advance()
+                for number, result in self._batch.advance():
+                    self._give(number, result)
             except OfframpError as problem:  # the session is closed
                 self._fail_all(problem)
                 return
             except BaseException as problem:
                 self._fail_all(problem)
                 raise
-            for number, result in results:
-                request = self._requests[number]
-                if isinstance(result, OfframpError) or result.ended is not None:
-                    self._forget(number)
-                request.give(result)
         self._fail_all(SessionClosed("the server is closing"))
 
     def _wait(self) -> bool:
@@ -180,19 +199,39 @@ class ServedGenerator:
             number = self._batch.add(request.ids, request.max_new_tokens, request.stop, request.sampling)
             self._requests[number] = request
 
-    def _forget(self, number: int) -> None:
-        """A text has ended."""
+    def _give(self, number: int, result: TextChunk | OfframpError) -> None:
+        """Give a result to whoever asked for the text."""
+        request = self._requests[number]
+        if isinstance(result, OfframpError):
+            self._forget(number)
+        else:
+            request.tokens += 1
+            if result.ended is not None:
+                self._forget(number, result.ended)
+        request.give(result)
+
+    def _forget(self, number: int, ended: str | None = None) -> None:
+        """A text has ended; ended: see EndedText."""
         with self._changed:
-            del self._requests[number]
+            request = self._requests.pop(number)
             self.accepted -= 1
+        self._tell(request, ended)
+
+    def _tell(self, request: _Request, ended: str | None) -> None:
+        """Tell whoever observes of a text that ended."""
+        if self.observe is not None and request.tokens:
+            text = EndedText(ended, len(request.ids), request.tokens)
+            self.observe(text, time.perf_counter() - request.accepted)
 
     def _fail_all(self, problem: BaseException) -> None:
         """Give an error to all that still wait, and close the batch."""
         with self._changed:
+            self._is_over = True
             requests = [*self._arrived, *self._requests.values()]
             self._arrived.clear()
             self._requests.clear()
             self.accepted -= len(requests)
         for request in requests:
+            self._tell(request, None)
             request.give(problem)
         self._batch.close()

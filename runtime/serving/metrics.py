@@ -10,7 +10,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from offramp.runtime.row_session import RowAnswer
-from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.generation import EndedText, ServedGenerator
 from offramp.runtime.serving.models import ServedModel
 from offramp.runtime.serving.settings import Setting
 
@@ -19,6 +19,8 @@ SECONDS = (
     *(0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07),
     *(0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0),
 )
+# A text takes longer than a row: 10 ms to 500 s.
+TEXT_SECONDS = (*SECONDS[6:], *(15.0, 20.0, 30.0, 50.0, 70.0, 100.0, 150.0, 200.0, 300.0, 500.0))
 KNOWN_PATHS = (
     *("/v1/classify", "/v1/embeddings", "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/walk"),
     *("/healthz", "/readyz", "/metrics"),
@@ -37,6 +39,22 @@ class Metrics:
             "Seconds from accepting a row to its answer",
             ["model"],
             buckets=SECONDS,
+            registry=registry,
+        )
+        self._texts = Counter(
+            "offramp_texts", "Texts by why they ended", ["model", "ended"], registry=registry
+        )
+        self._prompt_tokens = Counter(
+            "offramp_prompt_tokens", "Tokens of prompts of texts that ended", ["model"], registry=registry
+        )
+        self._generated_tokens = Counter(
+            "offramp_generated_tokens", "Tokens of the texts that ended", ["model"], registry=registry
+        )
+        self._text_seconds = Histogram(
+            "offramp_text_seconds",
+            "Seconds from accepting a text to its end",
+            ["model"],
+            buckets=TEXT_SECONDS,
             registry=registry,
         )
         self._refused = Counter(
@@ -59,11 +77,22 @@ class Metrics:
         self._watched = _Watched()
         registry.register(self._watched)
 
-    def answered(self, model: str, answer: RowAnswer, seconds: float) -> None:
-        """Count an answer; seconds: since its row was accepted."""
+    def answered(self, model: str, answer: RowAnswer | EndedText, seconds: float) -> None:
+        """Count an answer, or a text that ended; seconds: since its row or text was accepted."""
+        if isinstance(answer, EndedText):
+            self._count_text(model, answer, seconds)
+            return
         self._exits.labels(model, str(answer.exit)).inc()
         self._blocks.labels(model).inc(answer.depth)
         self._seconds.labels(model).observe(seconds)
+
+    def _count_text(self, model: str, text: EndedText, seconds: float) -> None:
+        """Count a text; of one whose caller went away, or that an error ended, the tokens alone."""
+        self._prompt_tokens.labels(model).inc(text.prompt_tokens)
+        self._generated_tokens.labels(model).inc(text.tokens)
+        if text.ended is not None:
+            self._texts.labels(model, text.ended).inc()
+            self._text_seconds.labels(model).observe(seconds)
 
     def refused(self, reason: str) -> None:
         """Count a request that was not answered."""

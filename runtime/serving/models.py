@@ -5,25 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from offramp.runtime.batching import TEXTS
-from offramp.runtime.bundle.manifest import FILE_NAME, Manifest
-from offramp.runtime.errors import BadSetting
+from offramp.runtime.bundle.manifest import FILE_NAME, ImageInput, Manifest
+from offramp.runtime.errors import BadSetting, ItemError
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.hub.reference import PREFIX
 from offramp.runtime.hub.resolve import resolve_bundle
+from offramp.runtime.inputs.text import AnyRow
 from offramp.runtime.loading import load
 from offramp.runtime.row_session import RowAnswer, RowSession
 from offramp.runtime.rules.resolve import segments_within
-from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.generation import EndedText, ServedGenerator
 from offramp.runtime.serving.savings import Savings
 from offramp.runtime.serving.scheduler import QUEUE, RowOptions, Scheduler
 from offramp.runtime.serving.settings import Settings, Wanted, WatchOptions
 
-Observer = Callable[[str, RowAnswer, float], None]  # name of the model, answer, seconds since it was asked
+# Told of the name of a model, an answer of it or a text that ended, and the seconds since it was asked for.
+Observer = Callable[[str, RowAnswer | EndedText, float], None]
 
 
 class UnknownModel(BadSetting):
@@ -48,6 +51,11 @@ class ServedModel:
         return self.session.manifest
 
     @property
+    def reads_images(self) -> bool:
+        """Whether its rows are images; otherwise they are texts."""
+        return isinstance(self.manifest.input, ImageInput)
+
+    @property
     def is_alive(self) -> bool:
         """Whether rows are still walked."""
         return self.scheduler.is_alive
@@ -61,6 +69,18 @@ class ServedModel:
     def under_way(self) -> int:
         """Rows whose walk has begun."""
         return self.scheduler.under_way
+
+    def read(self, items: Sequence[Any]) -> list[AnyRow | ItemError]:
+        """Convert items of a request to rows, as RowSession.read does; every route reads its items here.
+
+        A session for images opens a text as the path of a file. So this takes an image as bytes alone, and
+        raises BadSetting for any other item before one is read.
+        """
+        if self.reads_images and not all(isinstance(item, bytes) for item in items):
+            raise BadSetting(
+                f'input: model {self.name} reads images: ask /v1/classify with {{"image": "…"}} in base64'
+            )
+        return self.session.read(items)
 
     def options(self, wanted: Wanted) -> RowOptions:
         """How a row is walked of which this is asked; the scheduler must get it.
@@ -92,7 +112,7 @@ class Models:
     """All bundles of a server, by name; the first is the one of requests that name none.
 
     options: options of load() for every bundle. scheduling: keyword arguments of Scheduler, and "texts", see
-    ServedGenerator. observe: told of every answer. watch: budgets and audits of every bundle.
+    ServedGenerator. observe: told of every answer and text. watch: budgets and audits of every bundle.
     """
 
     folders: Mapping[str, Path]
@@ -183,7 +203,8 @@ class Models:
                         "row; serve it by another ee-serve"
                     )
                 queue, texts = self.scheduling.get("queue", QUEUE), self.scheduling.get("texts", TEXTS)
-                return ServedGenerator(name, folder, session, queue, tag, texts)
+                observe = None if self.observe is None else partial(self.observe, name)
+                return ServedGenerator(name, folder, session, queue, tag, texts, observe)
             return self._serve(name, folder, session, tag)
         except BaseException:
             session.close()

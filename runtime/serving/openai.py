@@ -230,7 +230,7 @@ class _Answer:
         }
 
     async def events(self, first: TextChunk | None, chunks: AsyncIterator[TextChunk]) -> AsyncIterator[str]:
-        """Server-sent events: a part for each chunk with text, and the reason for the end."""
+        """Server-sent events: a part for each chunk with text, then the reason for the end and the walk."""
         async with aclosing(chunks):  # type: ignore[type-var]
             chunk = first
             is_first = True
@@ -245,9 +245,8 @@ class _Answer:
                 chunk = await anext(chunks, None)
         # Tokens at the end may have no text.
         logprobs = self._take_logprobs() if self._logprobs.waiting else None
-        yield self._chunk_event(
-            self._form.choice(None, self._reason(), logprobs, streamed=True, first=is_first)
-        )
+        choice = self._form.choice(None, self._reason(), logprobs, streamed=True, first=is_first)
+        yield self._chunk_event(choice, {"offramp": self._walk()})
         if self._with_usage:
             yield _event(self._object(self._form.chunk_object, []) | {"usage": self._usage()})
         yield "data: [DONE]\n\n"
@@ -256,9 +255,9 @@ class _Answer:
         """Log-probabilities of the tokens since the last call, if they were asked for."""
         return None if self._sampling.logprobs is None else self._logprobs.take()
 
-    def _chunk_event(self, choice: dict[str, Any]) -> str:
+    def _chunk_event(self, choice: dict[str, Any], further: Mapping[str, Any] | None = None) -> str:
         usage = {"usage": None} if self._with_usage else {}  # the last event has it
-        return _event(self._object(self._form.chunk_object, [choice]) | usage)
+        return _event({**self._object(self._form.chunk_object, [choice]), **usage, **(further or {})})
 
     def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {**self._facts, "object": kind, "model": self._model.name, "choices": choices}

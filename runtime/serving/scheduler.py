@@ -132,6 +132,11 @@ class Scheduler(Generic[A]):
         return self._thread.is_alive()
 
     @property
+    def queue(self) -> int:
+        """Most items that are accepted and not answered."""
+        return self._queue
+
+    @property
     def accepted(self) -> int:
         """Items that are accepted and not answered yet."""
         return self._accepted
@@ -164,10 +169,14 @@ class Scheduler(Generic[A]):
             raise
         return item.future
 
-    def require_room(self) -> None:
-        """Raise QueueFull if no item would be accepted now; before items are read, which costs time, too."""
-        if self._accepted >= self._queue:
-            raise QueueFull(self._accepted, max(0.1, self._accepted * self._pause))
+    def require_room(self, count: int = 1) -> None:
+        """Raise QueueFull if so many items would not all be accepted now.
+
+        Callers ask before they read items, too, since reading costs time.
+        """
+        waiting = self._accepted
+        if waiting + count > self._queue:
+            raise QueueFull(waiting, max(0.1, waiting * self._pause))
 
     def submit_background(self, row: AnyRow, options: RowOptions) -> Future[A] | None:
         """Let a row join the walk whenever no row of a caller waits to be begun; None if too many wait.

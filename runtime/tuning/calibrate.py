@@ -73,7 +73,8 @@ enough of them, some hundred at least.
 
 \b
 With --risk FILE must be rows that neither trained the network nor chose anything of it, drawn
-as those that it will meet; the rows of the points are recognised and refused. Of settings that
+as those that it will meet; rows of ee-train and of the points are recognised and refused, unless
+--allow-seen says that new rows repeat old ones by nature. Of settings that
 are fixed before the rows are read, from the safest on, the cheapest is taken whose risk is at
 most --risk with probability --confidence (Learn-then-Test); too few rows are refused with the
 number that is needed. Points risk-0.01 (int8-risk-0.01 ...) state it as "guarantee"; measured
@@ -190,6 +191,12 @@ def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration
     help="Keep the risk over all rows, or also among the rows of each answered class, or of each exit.",
 )
 @click.option(
+    "--allow-seen",
+    is_flag=True,
+    help="Of --risk: take rows that training or calibration had, too. Give it only if new rows repeat old "
+    "ones by nature, as short commands do.",
+)
+@click.option(
     "--agreement", is_flag=True, help="Choose points by agreement with full depth, though rows have labels."
 )
 @click.option(
@@ -217,6 +224,7 @@ def main(
     confidence: float,
     risk_of: str,
     per: str,
+    allow_seen: bool,
     agreement: bool,
     rows: int | None,
     beam: int | None,
@@ -227,9 +235,9 @@ def main(
     folder, output = Path(bundle), CommandOutput(quiet, as_json)
     try:
         folder = require_folder(bundle, "ee-calibrate")
-        if not risks and (risk_of, per) != (DISAGREEMENT, ALL):
+        if not risks and (risk_of, per, allow_seen) != (DISAGREEMENT, ALL, False):
             raise BadSetting(
-                "--risk-of and --per say more of a risk: give it with --risk, such as --risk 0.01"
+                "--risk-of, --per and --allow-seen say more of a risk: give one, such as --risk 0.01"
             )
         manifest = open_bundle(folder).manifest
         if manifest.task == GENERATION:
@@ -254,7 +262,7 @@ def main(
                     threads=threads,
                     coverage=coverage,
                     agreement=agreement,
-                    risk=RiskOptions(risks, confidence, risk_of, per) if risks else None,
+                    risk=RiskOptions(risks, confidence, risk_of, per, allow_seen) if risks else None,
                 )
         manifest = write_calibration(folder, manifest, calibration)
     except OfframpError as problem:

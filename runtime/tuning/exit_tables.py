@@ -1,12 +1,9 @@
-"""What calibration reads from a bundle and its rows: outputs of all exits, costs, hashes of rows."""
+"""What calibration reads from a bundle and its rows: outputs of all exits, costs, temperatures."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,6 @@ from numpy.typing import NDArray
 
 from offramp.runtime.bundle.manifest import CLASSIFICATION, Manifest, RuleSpec
 from offramp.runtime.generator import TextGenerator
-from offramp.runtime.inputs.text import Text
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules.registry import RULES
 from offramp.runtime.rules.sweep import SWEPT, ExitMacs, ExitTable, swept_rules
@@ -22,8 +18,6 @@ from offramp.runtime.tuning.calibration import stable_temperatures
 from offramp.runtime.tuning.labelled import LabelledRows
 from offramp.runtime.tuning.right_answers import RightAnswers, right_answers
 from offramp.runtime.walker import Trace
-
-SAMPLE = 64  # hashes of rows in provenance
 
 
 def measure_exit_table(
@@ -109,25 +103,3 @@ def fit_temperatures_of(table: ExitTable, full: NDArray[np.int64], *, labelled: 
 def variant_prefix(manifest: Manifest, variant: str) -> str:
     """What the names of a variant's operating points begin with: nothing for the default variant."""
     return "" if variant == manifest.variants[0] else f"{variant}-"
-
-
-def row_sample(items: Sequence[Text], *, images: bool = False) -> list[str]:
-    """Short hashes of some of the rows, at most SAMPLE: the smallest of all, so that they are a fixed sample.
-
-    Provenance keeps them, so that rows which chose something are recognised (see seen_rows) in another order,
-    in another file, or with other labels. images: items are paths of files, whose bytes are hashed.
-    """
-    return sorted(_row_hashes(items, images=images))[:SAMPLE]
-
-
-def seen_rows(sample: Sequence[str], items: Sequence[Text], *, images: bool = False) -> float:
-    """The share of a sample (see row_sample) that is among some rows, in 0..1."""
-    return len(_row_hashes(items, images=images) & set(sample)) / max(1, len(sample))
-
-
-def _row_hashes(items: Sequence[Text], *, images: bool) -> set[str]:
-    if images:
-        rows = (Path(str(item)).read_bytes() for item in items)
-    else:
-        rows = (json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass") for item in items)
-    return {hashlib.sha256(row).hexdigest()[:12] for row in rows}

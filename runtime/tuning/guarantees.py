@@ -1,13 +1,13 @@
 """Operating points that keep a risk: the cheapest setting of a rule whose risk is bounded (see tuning.risk).
 
 A guarantee holds for settings that were fixed before the rows were seen. So the rule and its temperatures are
-those that the bundle has, thresholds are those of fixed_settings, and rows on which the bundle's points or
-temperatures were chosen are refused.
+those that the bundle has, thresholds are those of fixed_settings, and rows that trained the network or chose
+points or temperatures of the bundle are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from offramp.runtime.bundle.manifest import (
     OperatingPoint,
     RuleSpec,
 )
+from offramp.runtime.bundle.row_samples import CALIBRATED, DEV, TRAIN, RowSample, samples_of
 from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
 from offramp.runtime.progress import track
 from offramp.runtime.row_session import RowSession
@@ -37,7 +38,6 @@ from offramp.runtime.tuning.exit_tables import (
     exit_table,
     macs_to_exits,
     own_rule,
-    seen_rows,
     usual_rule,
     variant_prefix,
 )
@@ -46,6 +46,7 @@ from offramp.runtime.tuning.right_answers import RightAnswers, right_answers
 from offramp.runtime.tuning.risk import (
     LEAST_SHARE,
     GroupRisk,
+    binomial_tail,
     control_risk,
     group_risks,
     rows_needed,
@@ -55,7 +56,10 @@ from offramp.runtime.walker import Trace
 
 ALL, CLASS, EXIT = "all", "class", "exit"  # groups in which a risk is bounded, see Guarantee.groups
 DISAGREEMENT = "disagreement"
-SEEN_AT_MOST = 0.05  # share of the rows that chose something which may be among those of a guarantee
+# A file is refused if more than this share of its rows were seen before. If they had no loss at all, the risk
+# of the others would be at most 1 / (1 - 0.05) of what the guarantee says.
+SEEN_AT_MOST = 0.05
+FALSE_ALARMS = 0.01  # how often a file with just this share is refused: rows may be the same by chance
 LossTable = NDArray[np.bool_] | NDArray[np.float32] | NDArray[np.int8]  # [rows, exits]
 
 
@@ -63,13 +67,15 @@ LossTable = NDArray[np.bool_] | NDArray[np.float32] | NDArray[np.int8]  # [rows,
 class RiskOptions:
     """Options of a guarantee: limits of the risk (shares), and the confidence with which each is kept.
 
-    of: which risk, a name in RISKS. per: ALL rows, or those of each predicted CLASS or each EXIT.
+    of: which risk, a name in RISKS. per: ALL rows, or those of each predicted CLASS or each EXIT. allow_seen:
+    rows that were used before are warned of and not refused.
     """
 
     limits: tuple[float, ...]
     confidence: float = 0.95
     of: str = DISAGREEMENT
     per: str = ALL
+    allow_seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,31 +164,48 @@ class GuaranteedPoints:
     table: str
 
 
-def check_unseen(manifest: Manifest, rows: LabelledRows, file: Path, *, images: bool) -> None:
-    """Raise BadInput for rows on which points or temperatures of the bundle were chosen.
+def check_unseen(manifest: Manifest, file: Path, hashes: Collection[str], *, allow: bool = False) -> None:
+    """Raise BadInput for rows that trained the network or chose points or temperatures of the bundle.
 
-    They are known by the hashes that ee-calibrate and ee-split --dev leave in provenance, or by the file's
-    name in older bundles. A few rows in common are warned of.
+    hashes: of the rows of the file, see row_samples. Rows are known by the samples that ee-train,
+    ee-calibrate and ee-split --dev leave in provenance; in older bundles, which lack them, by the file's
+    name. A few rows in common are warned of; with `allow` all are.
     """
     cure = "give rows that neither trained the network nor chose anything of it"
-    facts = manifest.provenance.get("calibrated")
-    sample = facts.get("rows_sample") if isinstance(facts, dict) else None
-    if isinstance(sample, list):
-        share = seen_rows([str(entry) for entry in sample], rows.items, images=images)
-        if share > SEEN_AT_MOST:
-            raise BadInput(
-                f"{file}: {share:.0%} of the rows on which points were chosen are among its rows; {cure}"
-            )
-        if share:
-            click.echo(
-                f"{file}: {share:.1%} of the rows on which points were chosen are in it, too", err=True
-            )
-    elif rows.name in {point.data for point in manifest.points if point.guarantee is None}:
-        raise BadInput(f"{file}: the bundle's points were chosen on a file of this name; {cure}")
+    unless = f"{cure}; if new rows repeat old ones by nature, add --allow-seen"
+    samples, warnings = samples_of(manifest.provenance), list[str]()
+    for sample in samples:
+        common, compared = sample.compare(hashes)
+        if not common:
+            continue
+        among = f"among {_described(sample)} ({common} of {compared} that can be compared)"
+        if not allow and _clearly_more(common, compared, SEEN_AT_MOST):
+            raise BadInput(f"{file}: {common / compared:.0%} of its rows are {among}; {unless}")
+        warnings.append(f"{common / compared:.1%} of its rows are {among}; the guarantee assumes new rows")
+    chose = CALIBRATED if CALIBRATED in manifest.provenance else DEV
+    if chose not in {sample.use for sample in samples}:
+        measured = {point.data for point in manifest.points if point.guarantee is None}
+        if not allow and file.name in measured:
+            raise BadInput(f"{file}: the bundle's points were chosen on a file of this name; {cure}")
     if file.stem in ("train", "dev", "validation", "valid"):
-        click.echo(
-            f"{file}: if the network was trained or stopped on these rows, no guarantee holds", err=True
-        )
+        warnings.append("if the network was trained or stopped on these rows, no guarantee holds")
+    for warning in warnings:
+        click.echo(f"{file}: {warning}", err=True)
+
+
+def _described(sample: RowSample) -> str:
+    """The rows of a sample in words."""
+    of_data = f" of {sample.data!r:.60}" if sample.data else ""
+    if sample.use == TRAIN:
+        return f"the train rows{of_data}, on which the network was trained"
+    if sample.use == DEV:
+        return f"the dev rows{of_data}, on which its training chose points"
+    return "the rows on which points were chosen"
+
+
+def _clearly_more(count: int, rows: int, share: float) -> bool:
+    """Whether `count` of `rows` random rows show that more than `share` of all are like them."""
+    return 1 - binomial_tail(count - 1, rows, share) <= FALSE_ALARMS
 
 
 def check_risk(manifest: Manifest, options: RiskOptions, *, labelled: bool) -> None:

@@ -18,6 +18,7 @@ from offramp.runtime.bundle.manifest import (
     RuleSpec,
     StepCosts,
 )
+from offramp.runtime.bundle.row_samples import CALIBRATED, ROWS_SAMPLE, row_hashes, row_sample
 from offramp.runtime.errors import BadSetting, EngineUnavailable
 from offramp.runtime.loading import load_row_session
 from offramp.runtime.progress import track
@@ -32,7 +33,6 @@ from offramp.runtime.tuning.exit_tables import (
     macs_to_exits,
     measure_exit_table,
     own_rule,
-    row_sample,
     usual_rule,
     variant_prefix,
 )
@@ -90,17 +90,15 @@ def measure_points(
         _check_options(manifest, rule, prices, {"--coverage": coverage, "--risk": risk})
         images = isinstance(manifest.input, ImageInput)
         rows, labelled = read_perhaps_labelled(file, session.labels, images=images, kind=manifest.kind)
+        hashes = row_hashes(map(Path, map(str, rows.items)) if images else rows.items)
         if risk is not None:
             check_risk(manifest, risk, labelled=labelled and not agreement)
-            check_unseen(manifest, rows, file, images=images)
+            check_unseen(manifest, file, hashes, allow=risk.allow_seen)
         right = right_answers(session, rows, agreement=agreement or not labelled)
         if not labelled and not agreement and right.reader.has_labels and risk is None:
             click.echo(f"{file} has no labels: points are chosen by agreement with full depth", err=True)
-        facts: dict[str, Any] = {
-            "rows": len(rows.items),
-            "rows_sample": row_sample(rows.items, images=images),
-        }
-        facts |= engine_facts(session)
+        facts: dict[str, Any] = {"rows": len(rows.items), **engine_facts(session)}
+        facts[ROWS_SAMPLE] = row_sample(hashes)
         if risk is not None:
             kept = guaranteed_points(session, rows, risk, rule=rule, right=right, coverage=coverage)
             names = {*kept.failed, *(point.name for point in kept.points)}
@@ -121,7 +119,7 @@ def measure_points(
     safe = (point for point in manifest.points if point.guarantee is not None and point.name not in names)
     points = (*measured.points, *safe)
     table = "\n".join([_point_table(measured.points), *_score_lines(measured.scores)])
-    return Calibration(points, _default_rule(points, manifest), "calibrated", facts, costs, table=table)
+    return Calibration(points, _default_rule(points, manifest), CALIBRATED, facts, costs, table=table)
 
 
 def _default_rule(points: Sequence[OperatingPoint], manifest: Manifest) -> RuleSpec:

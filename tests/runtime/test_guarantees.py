@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from tiny_bundles import CLASSIFIER, texts
 from offramp.runtime import load_classifier
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import OperatingPoint
+from offramp.runtime.bundle.row_samples import DIGITS, SAMPLE, row_hashes, row_sample
 from offramp.runtime.loading import load_row_session
 from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.tuning.calibrate import main
 from offramp.runtime.tuning.right_answers import AnswerReader
-from offramp.runtime.tuning.risk import rows_needed
+from offramp.runtime.tuning.risk import binomial_tail, rows_needed
 
 FRESH = texts(300, seed=7)
 
@@ -92,25 +94,124 @@ def test_a_risk_that_the_rows_cannot_carry_is_refused_with_the_number_needed(
     assert calibrate(fresh, bundle, "--risk", "0.01").exit_code == 0, "299 rows are enough"
 
 
+def change_provenance(bundle: Path, **entries: Any) -> None:
+    """Set entries of a bundle's provenance."""
+    value = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    value["provenance"] |= entries
+    (bundle / "manifest.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+def train_on(bundle: Path, **splits: list[str]) -> None:
+    """Write into provenance what ee-split takes from a training on these rows of a data set "films"."""
+    samples = [
+        {"split": split, "data": "films", "rows": len(rows), "hashes": row_sample(row_hashes(rows))}
+        for split, rows in splits.items()
+    ]
+    change_provenance(bundle, rows_sample=samples)
+
+
 @pytest.mark.parametrize("form", ["same", "reversed, without labels"])
 def test_rows_that_chose_the_points_are_recognised(bundle: Path, tmp_path: Path, form: str) -> None:
     dev = write(tmp_path / "a.jsonl", FRESH[:100], open_bundle(bundle).manifest.labels)
     assert calibrate(dev, bundle).exit_code == 0
     again = dev if form == "same" else write(tmp_path / "b.jsonl", FRESH[99::-1])
     done = calibrate(again, bundle, "--risk", "0.3")
-    assert done.exit_code == 2 and "100% of the rows on which points were chosen" in done.output
+    assert done.exit_code == 2 and "100% of its rows are among the rows on which points were" in done.output
     done = calibrate(write(tmp_path / "c.jsonl", FRESH[60:200]), bundle, "--risk", "0.3")
-    assert done.exit_code == 2 and "% of the rows on which points were chosen" in done.output
+    assert done.exit_code == 2 and "% of its rows are among the rows on which points were" in done.output
     assert calibrate(write(tmp_path / "d.jsonl", FRESH[100:]), bundle, "--risk", "0.3").exit_code == 0
+
+
+@pytest.mark.parametrize("form", ["same", "reversed, with labels"])
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_rows_of_the_training_are_refused(bundle: Path, tmp_path: Path, split: str, form: str) -> None:
+    train_on(bundle, **{"train": texts(300, seed=8), "dev": texts(100, seed=9), split: FRESH})
+    labels = open_bundle(bundle).manifest.labels
+    file = tmp_path / "calib.jsonl"
+    write(file, FRESH) if form == "same" else write(file, FRESH[::-1], labels)
+    done = calibrate(file, bundle, "--risk", "0.3")
+    assert done.exit_code == 2
+    assert f"calib.jsonl: 100% of its rows are among the {split} rows of 'films'" in done.output
+    assert "give rows that neither trained the network nor chose anything of it" in done.output
+
+
+def test_rows_that_repeat_by_nature_are_taken_if_the_user_says_so(bundle: Path, tmp_path: Path) -> None:
+    train_on(bundle, train=FRESH, dev=texts(100, seed=9))
+    done = calibrate(write(tmp_path / "c.jsonl", FRESH), bundle, "--risk", "0.3", "--allow-seen")
+    assert done.exit_code == 0
+    assert "100.0% of its rows are among the train rows of 'films'" in done.stderr
+
+
+def test_a_small_part_of_a_large_train_split_is_refused(bundle: Path, tmp_path: Path) -> None:
+    train = [f"{text} {number}" for number, text in enumerate(texts(20000, seed=8))]
+    train_on(bundle, train=train, dev=texts(100, seed=9))
+    done = calibrate(write(tmp_path / "c.jsonl", train[::67]), bundle, "--risk", "0.3")
+    assert done.exit_code == 2 and "100% of its rows are among the train rows of 'films'" in done.output
+
+
+def test_a_part_of_a_training_is_recognised_as_often_as_the_docs_say() -> None:
+    rows = 1000
+    split = 150 * rows
+    assert 1 - binomial_tail(1, rows, SAMPLE / split) > 0.99, "two rows that can be compared are enough"
+
+
+def test_rows_of_the_training_are_measured_without_a_risk(bundle: Path, tmp_path: Path) -> None:
+    train_on(bundle, train=texts(300, seed=8), dev=FRESH)
+    done = calibrate(write(tmp_path / "c.jsonl", FRESH), bundle)
+    assert done.exit_code == 0 and "films" not in done.output
+
+
+def test_a_few_rows_of_the_training_are_warned_of(bundle: Path, tmp_path: Path, fresh: Path) -> None:
+    train_on(bundle, train=[*(f"{text} 1" for text in texts(700, seed=8)), *FRESH[-5:]])
+    done = calibrate(fresh, bundle, "--risk", "0.3")
+    assert done.exit_code == 0
+    assert "of its rows are among the train rows of 'films', on which the network was trained" in done.stderr
+
+
+def test_new_rows_that_repeat_some_by_chance_are_no_false_alarm(bundle: Path, fresh: Path) -> None:
+    train_on(bundle, train=texts(3000, seed=8), dev=texts(300, seed=9))
+    done = calibrate(fresh, bundle, "--risk", "0.3")
+    assert done.exit_code == 0 and "of its rows are among the dev rows" in done.stderr
+
+
+@pytest.mark.parametrize(("known", "code"), [(1, 0), (2, 2)])
+def test_one_row_shows_too_little_to_refuse_a_file(bundle: Path, fresh: Path, known: int, code: int) -> None:
+    smallest = "".join(sorted(row_hashes(FRESH))[:known])  # all that can be compared with them is in them
+    change_provenance(bundle, rows_sample=[{"split": "train", "data": "films", "hashes": smallest}])
+    done = calibrate(fresh, bundle, "--risk", "0.3")
+    assert done.exit_code == code and f"({known} of {known} that can be compared)" in done.output
+
+
+def test_new_rows_in_a_file_of_a_known_name_are_taken(bundle: Path, fresh: Path) -> None:
+    value = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    value["points"] = [point | {"data": fresh.name} for point in value["points"]]
+    (bundle / "manifest.json").write_text(json.dumps(value), encoding="utf-8")
+    assert calibrate(fresh, bundle, "--risk", "0.3").exit_code == 2
+    train_on(bundle, train=texts(300, seed=8), dev=texts(100, seed=9))
+    assert calibrate(fresh, bundle, "--risk", "0.3").exit_code == 0
 
 
 def test_in_an_older_bundle_the_file_is_known_by_its_name(bundle: Path, fresh: Path) -> None:
     assert calibrate(fresh, bundle).exit_code == 0
-    value = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    del value["provenance"]["calibrated"]["rows_sample"]
-    (bundle / "manifest.json").write_text(json.dumps(value), encoding="utf-8")
+    change_provenance(bundle, calibrated={"rows": len(FRESH)})
     done = calibrate(fresh, bundle, "--risk", "0.3")
     assert done.exit_code == 2 and "chosen on a file of this name" in done.output
+
+
+def test_the_list_of_hashes_of_an_older_bundle_is_read(bundle: Path, fresh: Path) -> None:
+    sample = row_sample(row_hashes(FRESH))
+    hashes = [sample[start : start + DIGITS] for start in range(0, 64 * DIGITS, DIGITS)]
+    change_provenance(bundle, calibrated={"rows": len(FRESH), "rows_sample": hashes})
+    done = calibrate(fresh, bundle, "--risk", "0.3")
+    assert done.exit_code == 2 and "100% of its rows are among the rows on which points were" in done.output
+
+
+@pytest.mark.parametrize(
+    "odd", [5, {"train": 1}, [5, {}, {"split": ["dev"]}], [{"split": "train", "hashes": "x" * 12}]]
+)
+def test_a_provenance_that_is_no_sample_is_left_out(bundle: Path, fresh: Path, odd: object) -> None:
+    change_provenance(bundle, rows_sample=odd, calibrated={"rows_sample": odd})
+    assert calibrate(fresh, bundle, "--risk", "0.3").exit_code == 0
 
 
 def test_measured_points_and_guaranteed_ones_stand_beside_each_other(bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import FILE_NAME
 from offramp.runtime.engines import ort_decoder, ort_slots
 from offramp.runtime.engines.base import EngineOptions, open_engine
-from offramp.runtime.errors import EngineUnavailable
-from offramp.runtime.sequence import TokenSequence
+from offramp.runtime.errors import BadInput, EngineUnavailable, OutOfMemory
+from offramp.runtime.sequence import KEPT_TOKENS, TokenSequence
 
 SEGMENTS = 3
 
@@ -117,6 +118,13 @@ def test_a_sequence_that_is_garbage_gives_its_slot_back(engine: Any) -> None:
     assert prompted(engine, [5, 6]).runner.slot == 0  # type: ignore[attr-defined]
 
 
+def test_a_prompt_that_is_too_long_gives_its_slot_back_while_its_error_is_kept(engine: Any) -> None:
+    with pytest.raises(BadInput) as kept:
+        engine.begin({"input_ids": np.array([random_ids(65)], np.int64)})
+    assert prompted(engine, [5, 6]).runner.slot == 0  # type: ignore[attr-defined]
+    assert kept.value.__traceback__ is not None
+
+
 def test_an_answer_gives_its_slot_back() -> None:
     with load_generator(GENERATOR_NATIVE) as session:
         answer = session.generate("the film", 9)
@@ -146,6 +154,45 @@ def test_caches_that_grow_in_the_middle_of_a_walk_keep_what_they_hold(
     grown.close()
 
 
+def test_a_cache_that_cannot_grow_keeps_what_it_holds(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(7)
+    expected, other_expected = logits_after(engine, ids), logits_after(engine, random_ids(30, seed=2))
+    monkeypatch.setattr(ort_slots, "PLACES", 8)
+    small: Any = open_engine(open_bundle(GENERATOR_NATIVE), "fp32", EngineOptions())
+    sequence, slots, make = prompted(small, ids[:-1]), small.slots(), ort_slots._zeros
+    sequence.feed(ids[-1:])
+    sequence.advance(0)
+    tables, shapes = slots.tables, []
+
+    def make_one(shape: tuple[int, ...]) -> Any:
+        shapes.append(shape)
+        if len(shapes) > 1:
+            raise MemoryError
+        return make(shape)
+
+    for grow in (lambda: slots.make_room(40), lambda: slots.reserve(40), lambda: prompted(small, [5])):
+        shapes.clear()
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(ort_slots, "_zeros", make_one)
+            grow()
+        assert {array.shape[::2] for array in slots.arrays.values()} == {(1, 8)}
+        assert (slots.slots, slots.places) == (1, 8)
+        assert slots.tables is tables
+    other: Any = prompted(small, random_ids(30, seed=2)[:-1])
+    assert other.runner.slot == 1
+    for segment in (1, 2):
+        output = sequence.advance(segment)
+    np.testing.assert_allclose(sequence.runner.logits(output.exit_hidden)[0], expected, atol=1e-4)
+    last = random_ids(30, seed=2)[-1]
+    np.testing.assert_allclose(step_together(small, [other], [last], [29])[0], other_expected, atol=1e-4)
+    small.close()
+
+
+def test_memory_that_cannot_be_had_is_an_error_of_its_own() -> None:
+    with pytest.raises(OutOfMemory, match="generate fewer or shorter texts at once"):
+        ort_slots._zeros((1 << 28, 1 << 28))
+
+
 def test_a_text_makes_room_for_all_its_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_slots, "PLACES", 8)
     with load_generator(GENERATOR_NATIVE) as session:
@@ -155,6 +202,22 @@ def test_a_text_makes_room_for_all_its_tokens_at_once(monkeypatch: pytest.Monkey
         version = slots.version
         assert len(list(tokens)) == 39
         assert (slots.places, slots.version) == (46, version)
+
+
+def test_a_text_for_which_there_is_no_memory_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_slots, "PLACES", 8)
+    with load_generator(GENERATOR_NATIVE) as session:
+        slots = session.engine.slots()  # type: ignore[attr-defined]
+        list(session.tokens([5], 1, ()))
+
+        def no_memory(slots: int, places: int) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError) as kept:
+            patch.setattr(slots, "_grow", no_memory)
+            list(session.tokens([5], 20, ()))
+        assert not slots._held
+        assert kept.value.__traceback__ is not None
 
 
 def test_room_is_made_ahead_for_a_limited_number_of_tokens(
@@ -222,6 +285,47 @@ def test_large_caches_are_freed_when_no_sequence_uses_them(
     engine.drop(second)
     assert not engine.slots().arrays
     np.testing.assert_allclose(logits_after(engine, ids), expected, atol=1e-5)
+
+
+def test_an_answer_that_is_garbage_may_be_freed_while_a_sequence_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = load_generator(GENERATOR_NATIVE, rule="never")
+    slots, ids = session.engine.slots(), random_ids(5)  # type: ignore[attr-defined]
+    answer, grow, lengths = session.tokens(ids, 9, ()), slots._grow, []
+    next(answer)
+    cycle: list[Any] = [answer]
+    cycle.append(cycle)
+
+    def collect_and_grow(slots: int, places: int) -> None:
+        gc.collect()
+        grow(slots, places)
+
+    def generate() -> None:
+        lengths.append(len(list(session.tokens(ids, 3, ()))))
+
+    monkeypatch.setattr(slots, "_grow", collect_and_grow)
+    del answer, cycle
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert lengths == [3], "the thread waits for a lock that it holds"
+    session.close()
+
+
+def test_hidden_states_of_prompts_are_freed_while_texts_run_together() -> None:
+    with load_generator(GENERATOR_NATIVE, rule="never") as session:
+        batch = session.open_batch(4, prefix_cache=False)
+        for seed in range(4):
+            batch.add(random_ids(2 * KEPT_TOKENS, seed), 20)
+        while batch.under_way < 4:
+            batch.advance()
+        for _ in range(4 * SEGMENTS):
+            batch.advance()
+        slots = session.engine.slots()  # type: ignore[attr-defined]
+        kept = [o for o in gc.get_objects() if isinstance(o, ort_slots.BoundSteps) and o._slots is slots]
+        assert sum(steps._tokens > KEPT_TOKENS for steps in kept) <= 1
+        batch.close()
 
 
 def with_windows(folder: Path) -> Path:

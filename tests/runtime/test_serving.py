@@ -208,7 +208,7 @@ def test_models_are_described(server: Server) -> None:
 
 
 def test_probes_and_descriptions_answer(server: Server) -> None:
-    assert [server.ask(path)[0] for path in ("/healthz", "/readyz", "/docs", "/openapi.json")] == [200] * 4
+    assert [server.ask(path)[0] for path in ("/healthz", "/readyz", "/openapi.json")] == [200] * 3
     assert CLASSIFY in server.ask("/openapi.json")[1]["paths"]
 
 
@@ -266,7 +266,7 @@ def test_the_page_needs_no_key_but_what_it_shows_does() -> None:
     with serving(CLASSIFIER, keys=frozenset({KEY})) as server:
         pages = ("/demo", "/demo/index.html?server=1", "/demo/page.js", "/demo/style.css")
         assert [server.ask(path)[0] for path in pages] == [307, 200, 200, 200]
-        others = ("/demo/manifest.json", "/demo/x/page.js", "/demo/..%2fv1/models.js", "/demo.html", "/docs")
+        others = ("/demo/manifest.json", "/demo/x/page.js", "/demo/..%2fv1/models.js", "/demo.html")
         assert [server.ask(path)[0] for path in others] == [401] * len(others)
         assert server.ask("/v1/walk", {"input": "good film"})[0] == 401
         assert server.ask("/demo/manifest.json", headers={"Authorization": f"Bearer {KEY}"})[0] == 200

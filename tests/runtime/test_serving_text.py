@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,8 @@ import pytest
 from serving import Server, serving
 from tiny_bundles import CLASSIFIER, GENERATOR
 
-from offramp.runtime import Sampling, load_generator
+from offramp.runtime import Sampling, SessionClosed, load_generator
+from offramp.runtime.serving.generation import ServedGenerator
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "the film was"
@@ -139,6 +142,21 @@ def test_a_seed_gives_the_text_of_the_session(server: Server) -> None:
     assert streamed == expected
 
 
+def test_a_streamed_text_without_a_seed_tells_the_one_that_was_drawn(server: Server) -> None:
+    *parts, last = events(server, COMPLETE, DRAWN)
+    again = server.ask(COMPLETE, DRAWN | {"seed": last["offramp"]["seed"]})[1]
+    assert again["choices"][0]["text"] == "".join(part["choices"][0]["text"] for part in parts)
+
+
+def test_a_streamed_text_tells_its_walk_with_the_reason_of_its_end(server: Server) -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 12}
+    whole = server.ask(COMPLETE, asked)[1]
+    *parts, last, _ = events(server, COMPLETE, asked | {"stream_options": {"include_usage": True}})
+    assert last["choices"][0]["finish_reason"] and last["offramp"].keys() == whole["offramp"].keys()
+    assert last["offramp"]["depth"] == whole["offramp"]["depth"]
+    assert not any("offramp" in part for part in parts)
+
+
 def test_texts_without_a_seed_differ_and_tell_it(server: Server) -> None:
     replies = [server.ask(COMPLETE, DRAWN)[1] for _ in range(3)]
     texts = [reply["choices"][0]["text"] for reply in replies]
@@ -207,9 +225,122 @@ def test_a_caller_that_goes_away_ends_its_text(server: Server) -> None:
         time.sleep(0.005)
 
 
+LONG = {"prompt": PROMPT, "max_tokens": 1000}  # the network reads 64 tokens
+
+
+def value_of(server: Server, figure: str) -> float:
+    """The value of a figure in /metrics, with all of its labels; 0 if it is not there."""
+    for line in server.ask("/metrics")[1].splitlines():
+        name, _, value = line.rpartition(" ")
+        if name == figure:
+            return float(value)
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("ended", "asked"),
+    [
+        ("stop", LONG | {"stop": ["e", "a", "o"]}),
+        ("length", {"prompt": PROMPT, "max_tokens": 2}),
+        ("context", LONG),
+    ],
+)
+def test_metrics_count_texts_by_why_they_ended(ended: str, asked: Any) -> None:
+    with serving(GENERATOR) as server:
+        assert server.ask(COMPLETE, asked)[1]["offramp"]["ended"] == ended
+        assert value_of(server, f'offramp_texts_total{{ended="{ended}",model="tiny_generator"}}') == 1
+
+
+def test_metrics_count_the_tokens_of_prompts_and_texts() -> None:
+    with serving(GENERATOR) as server:
+        usage = [server.ask(COMPLETE, {"prompt": PROMPT, "max_tokens": n})[1]["usage"] for n in (2, 5)]
+        for figure, field in (("prompt", "prompt_tokens"), ("generated", "completion_tokens")):
+            value = value_of(server, f'offramp_{figure}_tokens_total{{model="tiny_generator"}}')
+            assert value == sum(counts[field] for counts in usage)
+
+
+def test_metrics_have_the_seconds_of_a_text_with_its_wait() -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 3}
+    with serving(GENERATOR) as server, ThreadPoolExecutor(1) as pool:
+        model = server.models.text(None)
+        with model.session._lock:  # no token is computed
+            first = pool.submit(server.ask, COMPLETE, asked)
+            while not model.accepted:
+                time.sleep(0.002)
+            time.sleep(0.2)
+        assert first.result()[0] == 200
+        assert value_of(server, 'offramp_text_seconds_count{model="tiny_generator"}') == 1
+        assert value_of(server, 'offramp_text_seconds_sum{model="tiny_generator"}') > 0.2
+
+
+def test_metrics_count_the_tokens_alone_of_a_text_whose_caller_went_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(GENERATOR) as server:
+        model, forget = server.models.text(None), threading.Event()
+        give_up = ServedGenerator._take_requests
+
+        def held(generator: ServedGenerator) -> None:
+            if any(request.tokens for request in generator._requests.values()):
+                assert forget.wait(20)
+                while not all(request.is_left for request in generator._requests.values()):
+                    time.sleep(0.002)
+            give_up(generator)
+
+        monkeypatch.setattr(ServedGenerator, "_take_requests", held)
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+            body = json.dumps(LONG | {"stream": True})
+            connection.request("POST", COMPLETE, body, {"Content-Type": "application/json"})
+            connection.getresponse().read(10)
+        forget.set()
+        end = time.monotonic() + 20
+        while model.accepted:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        assert 1 <= value_of(server, 'offramp_generated_tokens_total{model="tiny_generator"}') < 60
+        assert "offramp_texts_total{" not in server.ask("/metrics")[1]
+
+
 def test_closing_finishes_texts(tmp_path: Path) -> None:
     with serving(GENERATOR) as server, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.ask, COMPLETE, {"prompt": PROMPT, "max_tokens": 20})
         while not server.models.text(None).accepted and not asked.done():
             time.sleep(0.001)
     assert asked.result()[0] == 200
+
+
+def test_a_prompt_that_is_read_while_the_thread_of_the_texts_ends_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = load_generator(GENERATOR)
+    model = ServedGenerator("film", GENERATOR, session, queue=4, tag="")
+    begun, ends, answered = threading.Event(), threading.Event(), threading.Event()
+    encode, close = session.encode_prompt, model._batch.close
+
+    def encode_late(prompt: Any) -> list[int]:
+        begun.set()
+        assert ends.wait(20)
+        return encode(prompt)
+
+    def close_late() -> None:
+        ends.set()
+        answered.wait(2)
+        close()
+
+    async def ask() -> str:
+        try:
+            answer = [chunk.text async for chunk in model.chunks(PROMPT, 3, (), {})]
+            return "".join(answer)
+        except SessionClosed as problem:
+            return str(problem)
+        finally:
+            answered.set()
+
+    monkeypatch.setattr(session, "encode_prompt", encode_late)
+    monkeypatch.setattr(model._batch, "close", close_late)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(asyncio.run, asyncio.wait_for(ask(), 10))
+        assert begun.wait(20)
+        model.close(finish=False)
+        assert asked.result() == "the server is closing"
+    assert model.accepted == 0

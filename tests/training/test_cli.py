@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from offramp.models import tasks
+from offramp.runtime.bundle.row_samples import row_hashes, row_sample
 from offramp.runtime.rules.sweep import SWEPT
 from offramp.training import cli
 from offramp.training.checkpoint import load_checkpoint
@@ -67,6 +68,17 @@ def test_a_training_writes_a_complete_checkpoint(trained: Path) -> None:
     assert names[:2] == ["default", "full"] and names[-1] == "trained"
     assert (trained / "log.jsonl").read_text().count("policy last") > 0
     assert not trained.with_name("ckpt.partial").exists()
+
+
+def test_a_training_stores_samples_of_the_rows_that_it_used(trained: Path, folder: Path) -> None:
+    samples = load_checkpoint(trained).training["rows_sample"]
+    assert [(sample["split"], sample["data"], sample["rows"]) for sample in samples] == [
+        ("train", "data", 64),
+        ("dev", "data", 32),
+    ]
+    for sample in samples:
+        lines = (folder / "data" / f"{sample['split']}.jsonl").read_text().splitlines()
+        assert sample["hashes"] == row_sample(row_hashes(json.loads(line)["text"] for line in lines))
 
 
 def test_eval_writes_table_json_and_picture(trained: Path, folder: Path, tmp_path: Path) -> None:

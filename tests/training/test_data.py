@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from offramp.runtime.bundle.row_samples import row_hashes
+from offramp.runtime.tuning.labelled import read_perhaps_labelled
 from offramp.training.batches import encode_texts, shuffled_batches
 from offramp.training.checkpoint import TextFacts
 from offramp.training.data import BadData, Columns, load_data
@@ -119,3 +121,60 @@ def test_batches_contain_every_row_once_and_repeat_exactly() -> None:
     assert all((a == b).all() for a, b in zip(batches, again, strict=True))
     other = shuffled_batches(lengths, 8, seed=3, epoch=2)
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, other, strict=True))
+
+
+def hashed(source: Path, task: str | None = None) -> set[str]:
+    """Hashes of all rows of training data."""
+    data = load_data(str(source), task=task, labels_needed=False, messages=io.StringIO())
+    return {each for rows in data.splits.values() for each in row_hashes(rows.items)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "rows"),
+    [
+        ("classification", None, [{"text": " a\u00e9 \U0001f600\t"}, {"text": "b"}]),
+        ("classification", None, [{"text": "a", "text_b": "b "}, {"text": "b", "text_b": "a"}]),
+        ("sentence-embedding", "sentence-embedding", [{"text": "a"}, {"text": "b"}]),
+        (
+            "token-classification",
+            "token-classification",
+            [{"tokens": ["a", "b c"], "tags": ["O", "B-X"]}, {"tokens": ["d"], "tags": ["O"]}],
+        ),
+        (
+            "token-classification",
+            "token-classification",
+            [
+                {"text": "a  b", "entities": [{"start": 0, "end": 1, "label": "X"}]},
+                {"text": "b", "entities": []},
+            ],
+        ),
+    ],
+    ids=["text", "pair", "embedding", "words", "entities"],
+)
+def test_rows_are_hashed_as_calibration_reads_them(
+    tmp_path: Path, kind: str, task: str | None, rows: list[dict[str, object]]
+) -> None:
+    file = _write(tmp_path / "a.jsonl", rows)
+    read, _ = read_perhaps_labelled(file, ("O", "B-X", "I-X"), kind=kind)
+    assert hashed(file, task) == row_hashes(read.items) and len(row_hashes(read.items)) == 2
+
+
+def test_lines_of_text_are_hashed_as_calibration_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfone line \r\n\ntwo\n")
+    read, _ = read_perhaps_labelled(file, ())
+    assert hashed(file) == row_hashes(read.items) and len(row_hashes(read.items)) == 2
+
+
+def test_images_are_hashed_by_the_bytes_of_their_files(tmp_path: Path) -> None:
+    import datasets
+
+    images = [tiny.png(number % 2, number) for number in range(3)]
+    structs = [{"bytes": data, "path": None} for data in images]
+    datasets.Dataset.from_dict({"image": structs}).to_parquet(tmp_path / "a.parquet")
+    for number, data in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    rows = _write(tmp_path / "a.jsonl", [{"image": f"{number}.png"} for number in range(3)])
+    read, _ = read_perhaps_labelled(rows, (), images=True)
+    files = row_hashes(Path(str(item)) for item in read.items)
+    assert hashed(tmp_path / "a.parquet") == hashed(rows) == files and len(files) == 3

@@ -119,3 +119,15 @@ def test_recipes_that_only_choose_points_change_no_weight(trained: Path) -> None
 def test_the_learning_to_exit_layer_is_shared(trained: Path) -> None:
     weights = load_file(trained / "berxit" / "weights.safetensors")
     assert weights["policies.0.wrong.weight"].equal(weights["policies.1.wrong.weight"])
+
+
+def test_samples_of_rows_are_kept_by_a_training_on_further_rows(trained: Path, tmp_path: Path) -> None:
+    before, same = (json.loads((trained / n / "training.json").read_text()) for n in ("joint", "pabee"))
+    assert same["rows_sample"] == before["rows_sample"], "the same rows once"
+    tiny.data_folder(tmp_path / "more", train=40)
+    words = ["--init", str(trained / "joint"), "--data", str(tmp_path / "more"), "--recipe", "pabee"]
+    done = CliRunner().invoke(train, [*words, "--out", str(tmp_path / "ckpt"), "--precision", "fp32"])
+    assert done.exit_code == 0, done.output
+    after = json.loads((tmp_path / "ckpt" / "training.json").read_text())["rows_sample"]
+    assert after[:2] == before["rows_sample"]
+    assert [(sample["data"], sample["rows"]) for sample in after[2:]] == [("more", 40), ("more", 32)]
