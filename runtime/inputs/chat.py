@@ -152,7 +152,7 @@ class ChatTemplate:
     def _chosen(self, template: str | None, *, has_tools: bool) -> str:
         """The name of the template for a prompt."""
         if not self._files:
-            raise BadSetting(f"{self._bundle.folder} has no chat template: give the prompt as one text")
+            raise BadSetting("this bundle has no chat template: give the prompt as one text")
         if template is None:
             template = TOOL_USE if has_tools and TOOL_USE in self._files else DEFAULT
             if template not in self._files:

@@ -26,7 +26,7 @@ from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models, ServedModel, UnknownModel, manifest_time
 from offramp.runtime.serving.openai import add_text_routes
-from offramp.runtime.serving.protection import Protection, ServerLimits
+from offramp.runtime.serving.protection import LOG, Protection, ServerLimits
 from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull
 from offramp.runtime.serving.settings import TooManyBudgets, Wanted
 
@@ -330,8 +330,12 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
             return reply(503, "closing", "the server is closing; ask again", {"Retry-After": "1"})
         if isinstance(problem, UnknownModel):
             return reply(404, "unknown_model", str(problem))
-        is_callers = isinstance(problem, (BadInput, BadSetting))
-        return reply(400, "bad_request", str(problem)) if is_callers else reply(500, "engine", str(problem))
+        if isinstance(problem, (BadInput, BadSetting)):
+            return reply(400, "bad_request", str(problem))
+        LOG.error(
+            "%s: %s", type(problem).__name__, problem
+        )  # may name files of the server: not for the caller
+        return reply(500, "engine", f"{type(problem).__name__}: see the log of the server")
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, problem: RequestValidationError) -> JSONResponse:

@@ -17,6 +17,7 @@ import pytest
 from serving import CLASSIFY, Server, serving
 from tiny_bundles import CLASSIFIER
 
+from offramp.runtime.errors import BadBundle
 from offramp.runtime.serving.cli import main
 from offramp.runtime.serving.models import Wanted
 
@@ -47,6 +48,19 @@ def test_a_request_of_more_items_than_the_queue_is_refused_as_too_large() -> Non
         status, answer, headers = server.ask(CLASSIFY, {"input": ["good film"] * 5})
     assert status == 400 and answer["error"]["type"] == "bad_request"
     assert "retry-after" not in headers
+
+
+def test_an_error_of_the_engine_names_no_file_of_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise BadBundle(f"{CLASSIFIER}/segment_00.onnx: the graph failed")
+
+    with serving(CLASSIFIER) as server:
+        monkeypatch.setattr(server.models.rows(None).session.engine, "step", broken)
+        status, answer, _ = server.ask("/v1/walk", {"input": "good film"})
+    assert status == 500 and answer["error"]["message"] == "BadBundle: see the log of the server"
+    assert "segment_00.onnx: the graph failed" in caplog.text
 
 
 def test_the_refusal_of_a_large_request_names_the_limit_and_the_cure() -> None:
