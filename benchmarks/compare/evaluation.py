@@ -143,7 +143,7 @@ def evaluate_one_variant(name: str, outputs: CheckpointOutputs, variant: str, se
     share = np.bincount(exits[best], minlength=top["test"].shape[1]) / exits.shape[1]
     random_accuracy = 100 * float(share @ (1 - wrong["test"].mean(0)))
     figures = _figures(results, chosen, best, static_frontier(macs["test"]), random_accuracy)
-    full_right = ~wrong["test"][:, -1]
+    full_right = macs["test"].table.right[:, -1]  # the recipe's own full depth is in fp32, as for rule quee
     settings = [candidate.setting for candidate in chosen]
     rule = f"max_probability in {variant}"
     full_name = method_name(name, rule)

@@ -288,8 +288,13 @@ def read_comparisons() -> dict[str, list[dict[str, Any]]]:
 def mean_scores(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """By method and score the mean difference over data sets; of methods and scores that all of them have.
 
-    All results have the same reference. p_holm is corrected over methods, for each score.
+    p_holm is corrected over methods, for each score. Raises ValueError if the results have not the same
+    reference: their differences are not of one kind.
     """
+    references = list(dict.fromkeys(result["reference"] for result in results))
+    if len(references) > 1:
+        data = ", ".join(result["data"] for result in results)
+        raise ValueError(f"{data}: compared with different references, {', '.join(references)}")
     reference, first = results[0]["reference"], results[0]["scores"]
     names = [n for n in first if n != reference and all(n in result["scores"] for result in results)]
     seeds = [len(result["seeds"]) for result in results]
@@ -317,6 +322,24 @@ def summary_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     names = (result["data"] for result in results)
     head = ("method", *names, "all, 95 %", "p (Holm)", f"against {results[0]['reference']}")
     return markdown_table(head, rows)
+
+
+def summary_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown lines of what the mean over data sets does not contain: errors over seeds, and methods."""
+    if len(results) < 2:
+        return []
+    lines = []
+    single = [result["data"] for result in results if len(result["seeds"]) == 1]
+    if single:
+        lines += [
+            f"Data sets with one seed: {', '.join(single)}. Their errors in the mean are over rows only.",
+            "",
+        ]
+    names = dict.fromkeys(name for result in results for name in result["scores"])
+    missing = [name for name in names if not all(name in result["scores"] for result in results)]
+    if missing:
+        lines += [f"Not in the mean, because a data set lacks them: {', '.join(missing)}.", ""]
+    return lines
 
 
 def all_scores_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -383,8 +406,8 @@ def comparison_document(
         if summary:
             title = f"## {name}: over all data sets" if name else "## Over all data sets"
             words = f"Mean accuracy between {HEADLINE} % saved, less that of the reference:"
-            lines += [title, "", words, "", *summary, "All scores (a star: p (Holm) below 0.05):", ""]
-            lines += all_scores_table(results)
+            lines += [title, "", words, "", *summary, *summary_notes(results)]
+            lines += ["All scores (a star: p (Holm) below 0.05):", "", *all_scores_table(results)]
         for result in results:
             lines += result_lines(result, f"{name}: {result['data']}" if name else result["data"])
     if agreements:

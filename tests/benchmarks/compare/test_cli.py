@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,29 @@ def test_bundles_are_timed_beside_both_monoliths(root: Path, monkeypatch: pytest
         assert all(entry[f"times_{v}"][1] <= entry[f"times_{v}"][0] for v in ("fp32", "int8"))
     again, commands = run(root, monkeypatch, *words)
     assert again.exit_code == 0 and commands == [], "bundles of these weights exist"
+
+
+def test_full_depth_of_the_control_in_int8_is_that_of_the_recipe_in_fp32() -> None:
+    rows, exits = 4, 2
+    right = np.array([[False, True], [True, True], [False, True], [True, False]])  # in fp32
+    nodes = np.arange(2 * exits).reshape(2, exits)  # of fp32, and of int8, where every row is wrong
+    costs = np.tile([0.5, 1.0], (rows, 1))
+    spent = dict.fromkeys(("layers", "macs", "bops"), costs)
+    full = dict.fromkeys(spent, np.ones(rows))
+    in_fp32 = SimpleNamespace(table=SimpleNamespace(right=right), spent=spent, full=full, truncated=costs)
+    paths = SimpleNamespace(
+        outcomes=SimpleNamespace(
+            variants=("fp32", "int8"),
+            tree=SimpleNamespace(straight=nodes),
+            wrong=np.concatenate([~right, np.ones((rows, exits), bool)], axis=1),
+        ),
+        statistics=softmax_statistics(torch.eye(2)[:1].repeat(rows, 2 * exits, 1)).numpy(),
+        costs=SimpleNamespace(stem=np.zeros(rows), steps=np.full((rows, 2, exits), 0.5)),
+    )
+    outputs: Any = SimpleNamespace(exit_outputs=lambda split: in_fp32, variant_paths=lambda split: paths)
+    control = evaluate_one_variant("quee", outputs, "int8", 0)
+    assert not control.results.right.any(), "its answers are those in int8"
+    assert control.full_right.tolist() == right[:, -1].tolist()
 
 
 def test_the_top_probability_follows_from_the_statistics() -> None:

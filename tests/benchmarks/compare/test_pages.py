@@ -67,6 +67,21 @@ def test_a_method_that_a_data_set_lacks_is_left_out_of_the_mean() -> None:
     assert set(means["joint + a"]) < set(SCORES), "nothing was compared with ordinary fine-tuning"
 
 
+def test_the_mean_names_methods_that_it_lacks_and_data_sets_without_an_error_over_seeds() -> None:
+    results = [result("x", seeds=(0,), a=1.0, b=1.0), result("y", a=1.0)]
+    document = pages.comparison_document({"": results})
+    assert "Data sets with one seed: x. Their errors in the mean are over rows only." in document
+    assert "Not in the mean, because a data set lacks them: joint + b." in document
+    assert pages.summary_notes([result("x", a=1.0), result("y", a=1.0)]) == []
+    assert pages.summary_notes(results[:1]) == [], "there is no mean"
+
+
+def test_differences_from_different_references_have_no_mean() -> None:
+    other = result("y", a=1.0) | {"reference": "joint + a"}
+    with pytest.raises(ValueError, match=r"x, y: compared with different references.*joint \+ a"):
+        pages.mean_scores([result("x", a=1.0), other])
+
+
 def test_holm_is_over_the_methods_of_the_mean() -> None:
     means = pages.mean_scores([result("x", a=0.15, b=0.15), result("y", a=0.15, b=0.15)])
     p = means["joint + a"][HEADLINE]
