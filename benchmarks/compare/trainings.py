@@ -8,10 +8,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from offramp.benchmarks.compare.specs import CommonWords, ModelSpec, start_of
 from offramp.runtime.errors import BadSetting
@@ -54,17 +53,19 @@ class Trainer:
         """
         folder, start = model.folder(self.out, seed), start_of(model, self.common)
         with self._locks.setdefault(folder, Lock()):  # models that start from the same one wait for it here
-            if (folder / "training.json").is_file():
-                _check_settings(folder, model, self.common)
-                return folder
+            is_finished = (folder / "training.json").is_file()
             begin = ["--model", self.common.model, *self.common.more, *model.options]
-            if start is not None:
-                begin = ["--init", str(self.train_once(start, seed))]
+            if start is not None:  # a finished model needs it no more
+                init = start.folder(self.out, seed) if is_finished else self.train_once(start, seed)
+                begin = ["--init", str(init)]
             settings = (*self.common.settings, *model.settings)
-            words = [word for setting in settings for word in ("--set", setting)]
-            command = [str(Path(sys.executable).parent / "ee-train"), "--recipe", model.recipe]
-            command += ["--seed", str(seed), "--out", str(folder), *begin, "--data", self.common.data]
-            self._run([*command, *self.common.options, *words], folder)
+            words = ["--recipe", model.recipe, "--seed", str(seed), "--out", str(folder), *begin]
+            words += ["--data", self.common.data, *self.common.options]
+            words += [word for setting in settings for word in ("--set", setting)]
+            if is_finished:
+                _check_command(folder, words)
+            else:
+                self._run([str(Path(sys.executable).parent / "ee-train"), *words], folder)
         return folder
 
     def _run(self, command: list[str], folder: Path) -> None:
@@ -79,16 +80,29 @@ class Trainer:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=log, env=environment)
 
 
-def _check_settings(folder: Path, model: ModelSpec, common: CommonWords) -> None:
-    """Raise BadSetting unless the checkpoint was trained with the settings that the command names."""
+def _check_command(folder: Path, words: list[str]) -> None:
+    """Raise BadSetting unless the checkpoint in `folder` is that of ee-train with these arguments.
+
+    Settings are compared by value: one that was left out has its default. Of the places of models, data and
+    checkpoints the last names are compared, since a comparison may be repeated in another folder.
+    """
+    from offramp.training.cli import train
     from offramp.training.options import parse_settings
     from offramp.training.recipes import load_recipe
 
-    recipe: Any = load_recipe(model.recipe)
-    words = (*common.settings, *model.settings)
-    wanted = parse_settings(recipe.SETTINGS, words)
-    stored = json.loads((folder / "training.json").read_text(encoding="utf-8")).get("settings", {})
-    for name in (word.partition("=")[0] for word in words):
-        value = getattr(wanted, name)
-        if name in stored and stored[name] != value:
-            raise BadSetting(f"{folder} has {name}={stored[name]}, not {value}: choose another --out")
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    wanted = dict(train.make_context("ee-train", list(words)).params)
+    settings = parse_settings(load_recipe(wanted["recipe"]).SETTINGS, wanted.pop("settings"))
+    pairs = {name: (value, wanted.get(name)) for name, value in training.get("command", {}).items()}
+    for name in ("out", "settings", "save_every"):
+        pairs.pop(name, None)
+    for name in ("model", "init", "data"):
+        if name in pairs:
+            pairs[name] = tuple(value and Path(value).name for value in pairs[name])
+    of_settings = training.get("settings", {})
+    pairs |= {
+        name: (of_settings[name], value) for name, value in asdict(settings).items() if name in of_settings
+    }
+    for name, (stored, value) in pairs.items():
+        if stored != json.loads(json.dumps(value)):
+            raise BadSetting(f"{folder} has {name}={stored}, not {value}: choose another --out")

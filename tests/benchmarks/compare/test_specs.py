@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -108,14 +109,44 @@ def test_recipes_of_language_models_are_refused() -> None:
         start_of(ModelSpec("layerskip"), COMMON)
 
 
+def finished(folder: Path, model: ModelSpec, **training: Any) -> None:
+    model.folder(folder, 0).mkdir()
+    (model.folder(folder, 0) / "training.json").write_text(json.dumps(training))
+
+
 def test_a_checkpoint_with_other_settings_is_not_used(tmp_path: Path) -> None:
     model = ModelSpec("joint", ("epochs=2",))
-    model.folder(tmp_path, 0).mkdir()
-    training = model.folder(tmp_path, 0) / "training.json"
-    training.write_text(json.dumps({"settings": {"epochs": 2, "lr": 1e-3}}))
+    finished(tmp_path, model, settings={"epochs": 2, "lr": 5e-5})
     assert Trainer(tmp_path, COMMON).train_once(model, 0) == model.folder(tmp_path, 0)
-    with pytest.raises(BadSetting, match=r"lr=0\.001, not 0\.1"):
+    with pytest.raises(BadSetting, match=r"lr=5e-05, not 0\.1"):
         Trainer(tmp_path, CommonWords("m", "d", settings=("lr=0.1",))).train_once(model, 0)
+
+
+def test_a_setting_that_was_left_out_has_its_default(tmp_path: Path) -> None:
+    finished(tmp_path, ModelSpec("joint"), settings={"lr": 1e-3})
+    with pytest.raises(BadSetting, match=r"lr=0\.001, not 5e-05"):
+        Trainer(tmp_path, COMMON).train_once(ModelSpec("joint"), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model", "other/e5"), ("data", "trec6"), ("prefix", ""), ("pooling", None)]
+)
+def test_a_checkpoint_of_another_command_is_not_used(tmp_path: Path, name: str, value: object) -> None:
+    model = ModelSpec("joint", options=("--pooling=cls",))
+    common = CommonWords("../models/mpnet", "data/sst2", options=("--prefix", "query: "))
+    command = {
+        "model": "mpnet",
+        "data": "/data/sst2",
+        "prefix": "query: ",
+        "pooling": "cls",
+        "out": "elsewhere",
+    }
+    finished(tmp_path, model, command=command)
+    assert Trainer(tmp_path, common).train_once(model, 0) == model.folder(tmp_path, 0)
+    training = model.folder(tmp_path, 0) / "training.json"
+    training.write_text(json.dumps({"command": command | {name: value}}))
+    with pytest.raises(BadSetting, match=f"has {name}="):
+        Trainer(tmp_path, common).train_once(model, 0)
 
 
 @pytest.mark.slow  # two trainings, each of which imports torch
