@@ -24,6 +24,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from offramp.benchmarks.compare.joining import join
 from offramp.benchmarks.compare.judge import LISTING, ROWS, TIMES, judge
 from offramp.benchmarks.compare.kept_rows import (
     FORMAT,
@@ -231,8 +232,9 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    help="Runs of each model: seeds 0, 1, …  [default: the preset's, else 1]",
+    help="Runs of each model: seeds 0, 1, … from --first-seed on.  [default: the preset's, else 1]",
 )
+@click.option("--first-seed", type=click.IntRange(min=0), default=0, help="The first of these seeds.")
 @click.option(
     "--reference",
     metavar="METHOD",
@@ -254,7 +256,7 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     "--measure",
     default=0,
     metavar="ROWS",
-    help="Export the bundles of seed 0 and time them on this number of rows.",
+    help="Export the bundles of the first seed and time them on this number of rows.",
 )
 @click.option(
     "--max-drop",
@@ -268,6 +270,15 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     default=1,
     help="Trainings at once, each with its share of the cores; their progress goes into OUT/NAME_SEED.log.",
 )
+@click.option(
+    "--join",
+    "joined",
+    multiple=True,
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Only join comparisons with other seeds (--first-seed) into --out, and compute the tables. Give it "
+    "for each folder; comparison.json and rows/ are needed of it.",
+)
 @click.option("--recompute", is_flag=True, help="Only compute the tables again from the rows in --out.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder for everything it makes."
@@ -280,6 +291,7 @@ def main(
     preset: str | None,
     rules: str | None,
     seeds: int | None,
+    first_seed: int,
     reference: str | None,
     fine_tuned: str,
     prefix: str,
@@ -288,6 +300,7 @@ def main(
     measure: int,
     max_drop: float,
     workers: int,
+    joined: tuple[Path, ...],
     recompute: bool,
     out: Path,
     more: tuple[str, ...],
@@ -301,7 +314,12 @@ def main(
     it resumes. Arguments after -- are passed to ee-train whenever --model is, for example -- --image-size
     112 --pooling cls.
     """
-    if recompute:
+    if joined:
+        try:
+            join(joined, out)
+        except BadSetting as problem:
+            raise click.UsageError(str(problem)) from None
+    if recompute or joined:
         if not (out / LISTING).is_file():
             raise click.UsageError(f"--recompute: {out} holds no comparison; run one with this --out")
         write_result(out, judge(out))
@@ -318,7 +336,7 @@ def main(
     chosen = PRESETS[preset] if preset else default
     if preset is None:
         words["--recipes"] = recipes = recipes or RECIPES_DEFAULT
-    seed_list = list(range(seeds or chosen.seeds))
+    seed_list = list(range(first_seed, first_seed + (seeds or chosen.seeds)))
     command = _command(CommonWords(model, data, more, tuple(options), settings), words, seed_list, measure)
     common = CommonWords(model, data, (*chosen.more, *more), tuple(options), (*chosen.settings, *settings))
     rule_names, compared_with = (rules or chosen.rules).split(","), reference or chosen.reference
@@ -365,7 +383,8 @@ def _command(common: CommonWords, words: Mapping[str, str | None], seeds: Sequen
     chosen = [word for name, value in words.items() if value for word in (name, value)]
     arguments = [common.model, "--data", common.data, *common.options, *settings, *chosen]
     plain = [Path(word).name if Path(word).exists() else word for word in arguments]
-    tail = ["--seeds", str(len(seeds)), *(["--measure", str(measure)] if measure else [])]
+    tail = ["--first-seed", str(seeds[0])] if seeds[0] else []
+    tail += ["--seeds", str(len(seeds)), *(["--measure", str(measure)] if measure else [])]
     tail += ["--", *common.more] if common.more else []
     return shlex.join(["ee-compare", "--model", *plain, *tail])
 

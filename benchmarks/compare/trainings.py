@@ -98,7 +98,8 @@ def _check_command(folder: Path, words: list[str]) -> None:
         pairs.pop(name, None)
     for name in ("model", "init", "data"):
         if name in pairs:
-            pairs[name] = tuple(value and Path(value).name for value in pairs[name])
+            stored, value = pairs[name]
+            pairs[name] = (stored and Path(stored).name, value and Path(value).name)
     of_settings = training.get("settings", {})
     pairs |= {
         name: (of_settings[name], value) for name, value in asdict(settings).items() if name in of_settings

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from offramp.benchmarks.compare.frontiers import SettingResults
+from offramp.benchmarks.compare.joining import join
 from offramp.benchmarks.compare.judge import FINE_TUNED, LISTING, OWN, ROWS, judge
 from offramp.benchmarks.compare.kept_rows import (
     ChosenSetting,
@@ -19,6 +20,7 @@ from offramp.benchmarks.compare.kept_rows import (
     rows_file,
     save_rows,
 )
+from offramp.runtime.errors import BadSetting
 
 ROW_COUNT = 400
 
@@ -131,3 +133,40 @@ def test_a_reference_that_was_not_compared_is_named(tmp_path: Path) -> None:
     (tmp_path / LISTING).write_text(json.dumps(listing | {"reference": "c + gate"}))
     with pytest.raises(KeyError, match=r"c \+ gate"):
         judge(tmp_path, resamples=10)
+
+
+def two_comparisons(folder: Path) -> list[Path]:
+    """Comparisons of the same methods with seeds 0 and 1."""
+    folders = [folder / "first", folder / "second"]
+    for seed, place in enumerate(folders):
+        place.mkdir()
+        points = [(0, 90), (50, 88 + seed), (90, 60)]
+        write(place, rows_of("a", "gate", seed, (0, 90), (100, 50)), rows_of("b", "gate", seed, *points))
+    return folders
+
+
+def test_joined_comparisons_are_one_with_all_seeds(tmp_path: Path) -> None:
+    join(two_comparisons(tmp_path), tmp_path / "joined")
+    joined = judge(tmp_path / "joined", resamples=300)
+    at_once = tmp_path / "at_once"
+    at_once.mkdir()
+    methods = [
+        rows_of(recipe, "gate", seed, *points)
+        for seed in (0, 1)
+        for recipe, points in (("a", [(0, 90), (100, 50)]), ("b", [(0, 90), (50, 88 + seed), (90, 60)]))
+    ]
+    assert joined["seeds"] == [0, 1]
+    assert joined["scores"] == write(at_once, *methods)["scores"]
+
+
+def test_a_seed_that_two_comparisons_have_is_refused(tmp_path: Path) -> None:
+    first, _ = two_comparisons(tmp_path)
+    with pytest.raises(BadSetting, match="seeds 0, 0: one is there twice"):
+        join([first, first], tmp_path / "joined")
+
+
+def test_comparisons_of_other_methods_are_not_joined(tmp_path: Path) -> None:
+    first, second = two_comparisons(tmp_path)
+    write(second, rows_of("a", "entropy", 1, (0, 90), (100, 50)))
+    with pytest.raises(BadSetting, match=r"second: reference is not that of .*first"):
+        join([first, second], tmp_path / "joined")
