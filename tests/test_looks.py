@@ -185,7 +185,7 @@ def _compare_page() -> str:
     from offramp.benchmarks.compare.pages import read_result_file
     from offramp.benchmarks.compare.pictures import html_page
 
-    return html_page(read_result_file(ROOT / "benchmarks" / "results" / "compare_rte.json"))
+    return html_page(read_result_file(ROOT / "benchmarks" / "results" / "compare_trec6.json"))
 
 
 def _bench_page(tmp_path: Path) -> str:

@@ -90,7 +90,6 @@ INTRODUCTION = f"""# Methods compared
 
 Written by `python benchmarks/compare/pages.py` from `benchmarks/results/compare_*.json`, which the commands
 below made. Results of an earlier judge, which scored 30 to 60 % saved, are in `docs/measured.md`.
-`offramp` is here the recipe as it was until 2026-11-30, without its phase of fine-tuning (`docs/papers.md`).
 
 {LEGEND}"""
 NO_RESULTS = """No result file is there yet. `ee-compare` writes compare.json into its --out; copied to
