@@ -94,7 +94,8 @@ def _check_command(folder: Path, words: list[str]) -> None:
     wanted = dict(train.make_context("ee-train", list(words)).params)
     settings = parse_settings(load_recipe(wanted["recipe"]).SETTINGS, wanted.pop("settings"))
     pairs = {name: (value, wanted.get(name)) for name, value in training.get("command", {}).items()}
-    for name in ("out", "settings", "save_every"):
+    free = ("out", "settings", "save_every", *(("precision",) if wanted["precision"] == "auto" else ()))
+    for name in free:
         pairs.pop(name, None)
     for name in ("model", "init", "data"):
         if name in pairs:

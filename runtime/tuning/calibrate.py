@@ -237,7 +237,7 @@ def main(
         folder = require_folder(bundle, "ee-calibrate")
         if not risks and (risk_of, per, allow_seen) != (DISAGREEMENT, ALL, False):
             raise BadSetting(
-                "--risk-of, --per and --allow-seen say more of a risk: give one, such as --risk 0.01"
+                "--risk-of, --per and --allow-seen say more of a risk: give it with --risk (0.01, say)"
             )
         manifest = open_bundle(folder).manifest
         if manifest.task == GENERATION:
