@@ -28,6 +28,8 @@ def join(folders: Sequence[Path], out: Path) -> None:
         for name, value in _compared(listing).items():
             if value != _compared(first)[name]:
                 raise BadSetting(f"--join {folder}: {name} is not that of {folders[0]}")
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise BadSetting(f"--join {out}: it is --out, too; name another --out")
     if len(set(seeds)) < len(seeds):
         raise BadSetting(f"--join: seeds {', '.join(map(str, sorted(seeds)))}: one is there twice")
     (out / ROWS).mkdir(parents=True, exist_ok=True)
@@ -41,14 +43,11 @@ def join(folders: Sequence[Path], out: Path) -> None:
     timed = next((f for f, listing in zip(folders, listings, strict=True) if listing["times"]), None)
     if timed is not None:
         shutil.copyfile(timed / TIMES, out / TIMES)
-    in_order = sorted(listings, key=lambda listing: listing["seeds"])
     recipes = {
-        name: entry
-        | {"first_right": [f for listing in in_order for f in listing["recipes"][name]["first_right"]]}
-        for name, entry in first["recipes"].items()
+        name: entry | {"first_right": _in_order(name, listings)} for name, entry in first["recipes"].items()
     }
     joined = first | {"seeds": sorted(seeds), "recipes": recipes, "times": timed is not None}
-    joined["command"] = "; ".join(listing["command"] for listing in in_order)
+    joined["command"] = "; ".join(listing["command"] for listing in listings)
     write_json(out / LISTING, joined)
 
 
@@ -57,6 +56,16 @@ def _listing(folder: Path) -> dict[str, Any]:
         raise BadSetting(f"--join {folder}: it has no {LISTING}, which ee-compare writes at its end")
     listing: dict[str, Any] = json.loads((folder / LISTING).read_text(encoding="utf-8"))
     return listing
+
+
+def _in_order(recipe: str, listings: Sequence[dict[str, Any]]) -> list[Any]:
+    """The figures of a recipe's first right exits, in the order of the seeds."""
+    of_seeds = {
+        seed: figures
+        for listing in listings
+        for seed, figures in zip(listing["seeds"], listing["recipes"][recipe]["first_right"], strict=True)
+    }
+    return [of_seeds[seed] for seed in sorted(of_seeds)]
 
 
 def _compared(listing: dict[str, Any]) -> dict[str, Any]:

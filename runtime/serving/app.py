@@ -332,9 +332,8 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
             return reply(404, "unknown_model", str(problem))
         if isinstance(problem, (BadInput, BadSetting)):
             return reply(400, "bad_request", str(problem))
-        LOG.error(
-            "%s: %s", type(problem).__name__, problem
-        )  # may name files of the server: not for the caller
+        # The message may name files of the server, so that the caller does not get it.
+        LOG.error("%s: %s", type(problem).__name__, problem)
         return reply(500, "engine", f"{type(problem).__name__}: see the log of the server")
 
     @app.exception_handler(RequestValidationError)

@@ -47,8 +47,10 @@ def write(out: Path, *methods: MethodRows, fine_tuned: str | None = None) -> dic
     for rows in methods:
         save_rows(rows, out / ROWS, "key")
     names = list(dict.fromkeys(rows.name for rows in methods))
+    first_right = [{"accuracy": 90.0 + seed} for seed in sorted({rows.seed for rows in methods})]
     recipes = {
-        rows.recipe: {"models": [rows.recipe], "same_exits_as": None, "first_right": []} for rows in methods
+        rows.recipe: {"models": [rows.recipe], "same_exits_as": None, "first_right": first_right}
+        for rows in methods
     }
     listing = {
         "command": "ee-compare",
@@ -170,3 +172,19 @@ def test_comparisons_of_other_methods_are_not_joined(tmp_path: Path) -> None:
     write(second, rows_of("a", "entropy", 1, (0, 90), (100, 50)))
     with pytest.raises(BadSetting, match=r"second: reference is not that of .*first"):
         join([first, second], tmp_path / "joined")
+
+
+def test_figures_of_interleaved_seeds_come_in_the_order_of_seeds(tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, seeds in zip(folders, ((0, 2), (1,)), strict=True):
+        folder.mkdir()
+        write(folder, *(rows_of("a", "gate", seed, (0, 90), (100, 50)) for seed in seeds))
+    join(folders, tmp_path / "joined")
+    listing = json.loads((tmp_path / "joined" / LISTING).read_text())
+    assert [figures["accuracy"] for figures in listing["recipes"]["a"]["first_right"]] == [90, 91, 92]
+
+
+def test_a_comparison_is_not_joined_into_itself(tmp_path: Path) -> None:
+    first, second = two_comparisons(tmp_path)
+    with pytest.raises(BadSetting, match="name another --out"):
+        join([first, second], first)
