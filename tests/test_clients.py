@@ -68,6 +68,7 @@ def test_a_streamed_completion_is_the_same_and_ends_with_its_tokens(client: Any)
     assert last.usage == whole.usage
 
 
+@pytest.mark.slow
 def test_a_chat_is_answered(client: Any) -> None:
     pytest.importorskip("jinja2")
     with load_generator(GENERATOR) as session:
@@ -192,6 +193,7 @@ def test_a_wrong_key_is_an_authentication_error(server: Server) -> None:
         client.models.list()
 
 
+@pytest.mark.slow
 def test_a_full_server_is_a_rate_limit_error() -> None:
     with (
         serving(GENERATOR, scheduling={"queue": 1}) as server,
@@ -210,6 +212,7 @@ def test_a_full_server_is_a_rate_limit_error() -> None:
         assert first.result().usage.completion_tokens == 3
 
 
+@pytest.mark.slow
 def test_the_client_asks_again_when_a_full_server_has_room() -> None:
     with serving(GENERATOR, scheduling={"queue": 1}) as server, ThreadPoolExecutor(2) as pool:
         address = f"http://127.0.0.1:{server.port}/v1"
@@ -322,6 +325,7 @@ def test_an_encoder_gives_the_vectors_of_the_session(server: Server) -> None:
     np.testing.assert_allclose(encoder.encode(given[0]), encoded[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_encoders_of_several_threads_get_their_own_vectors(server: Server) -> None:
     encoder = RemoteEncoder(f"http://127.0.0.1:{server.port}/v1/embeddings", "vectors", KEY, batch_size=4)
     given = [texts(12, seed=seed) for seed in range(4)]

@@ -51,6 +51,7 @@ def waiting(outcome_seconds: np.ndarray, service: float = SERVICE) -> tuple[floa
     return float(means.mean()), float(means.std(ddof=1) / np.sqrt(len(means)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_one_replica_with_fixed_costs_is_the_queue_m_d_1(load: float) -> None:
     outcome = simulate(network(), requests(40_000, load / SERVICE, 0), 1)
@@ -59,6 +60,7 @@ def test_one_replica_with_fixed_costs_is_the_queue_m_d_1(load: float) -> None:
     assert abs(mean - expected) < 4 * error < 0.3 * expected
 
 
+@pytest.mark.slow
 def test_one_replica_with_random_depth_is_the_queue_m_g_1() -> None:
     # With one row under way at once, a row of depth d takes d steps without others between them.
     asked = requests(40_000, 0.7 / (2.5 * SERVICE), 1, exits=4)
@@ -69,6 +71,7 @@ def test_one_replica_with_random_depth_is_the_queue_m_g_1() -> None:
     assert abs(mean - expected) < 4 * error < 0.5 * expected
 
 
+@pytest.mark.slow
 def test_round_robin_waits_less_than_one_replica_and_more_than_the_shortest_queue() -> None:
     asked = requests(20_000, 0.8 / (2.5 * SERVICE), 2, exits=4)
     halved = Requests(asked.arrivals / 2, asked.tokens, asked.exits)
@@ -106,6 +109,7 @@ def test_steps_are_shared_and_cost_what_the_table_says() -> None:
     assert sorted(set(outcome.seconds.round(6).tolist())) == pytest.approx([0.08, 0.14, 0.18])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 4, 32])
 def test_steps_are_those_of_the_scheduler(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int, int]] = []
@@ -229,6 +233,7 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_costs_have_a_cell_for_each_length_and_batch(results: Path) -> None:
     costs = read(results, fleet_pages.COSTS)
     shape = (len(costs["tokens"]), len(costs["batches"]))
@@ -237,6 +242,7 @@ def test_costs_have_a_cell_for_each_length_and_batch(results: Path) -> None:
     assert np.shape(costs["join"]) == np.shape(costs["split"]) == shape[:1] and costs["row"] > 0
 
 
+@pytest.mark.slow
 def test_recorded_exits_and_lengths_are_those_of_the_session(results: Path) -> None:
     rows = read(results, fleet_pages.COSTS)["rows"]
     with load_classifier(CLASSIFIER) as session:
@@ -244,6 +250,7 @@ def test_recorded_exits_and_lengths_are_those_of_the_session(results: Path) -> N
         assert rows["tokens"] == [row.length for row in session.read(texts(60))]
 
 
+@pytest.mark.slow
 def test_measured_costs_are_those_of_the_network_between_cells_too(results: Path) -> None:
     costs = read(results, fleet_pages.COSTS)
     walked = network_from(costs, "exits")
@@ -253,6 +260,7 @@ def test_measured_costs_are_those_of_the_network_between_cells_too(results: Path
     assert walked.steps[1][at][6] == pytest.approx(1e-3 * middle)
 
 
+@pytest.mark.slow
 def test_the_real_scheduler_leaves_at_the_recorded_exits(results: Path) -> None:
     lines = read(results, fleet_pages.CHECK)["lines"]
     backlog = read(results, fleet_pages.CHECK)["backlog"]
@@ -261,6 +269,7 @@ def test_the_real_scheduler_leaves_at_the_recorded_exits(results: Path) -> None:
     assert all(line["other_exits"] == 0 and line["scheduler"]["mean_ms"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_each_system_has_figures_for_each_load_and_fleet(results: Path) -> None:
     result = read(results, fleet_pages.RUNS)
     assert len(result["lines"]) == 2 * 2 * 2 * 2 * 3 and len(result["needed"]) == 2 * 2 * 2 * 3
@@ -271,18 +280,21 @@ def test_each_system_has_figures_for_each_load_and_fleet(results: Path) -> None:
     assert depths["exits"] < depths["monolith"] == depths["monolith by length"] == 4
 
 
+@pytest.mark.slow
 def test_the_same_seeds_give_the_same_figures(results: Path) -> None:
     costs = read(results, fleet_pages.COSTS)
     cells = [fleet.run_cell(costs, 500.0, 300, ("tenants", 0.01, 2, BALANCERS[0], 4)) for _ in range(2)]
     assert cells[0] == cells[1]
 
 
+@pytest.mark.slow
 def test_costs_that_only_partly_grow_with_rows_raise_the_capacity(results: Path) -> None:
     costs = read(results, fleet_pages.COSTS) | {"row": 0.0}
     rates = [fleet.capacities(fleet.with_shared_costs(costs, share))["monolith"] for share in (1.0, 0.0)]
     assert rates[1] > 4 * rates[0]
 
 
+@pytest.mark.slow
 def test_tables_and_picture_are_those_of_the_results(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(fleet_pages.fleet_tables(results))
     assert "| tiny, default |" in text and "| tiny | tenants | round robin | exits |" in text

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -464,6 +466,7 @@ def test_declared_protocols_have_no_any() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_no_retired_name_is_left() -> None:
     files = [file for file in sources(*rooms(), "tests") if not NOT_CHECKED.fullmatch(name_of(file))]
     wrong = [line for file in files for line in retired_names(file)]

@@ -125,6 +125,7 @@ def _on_terminal(text: bytes, **environment: str) -> list[str]:
     return shown.splitlines()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_of_depth_before_each_answer() -> None:
     answer, error = _on_terminal(b"good film\n\n", PYTHONIOENCODING="utf-8")
     bar, _, value = answer.partition(" ")
@@ -133,6 +134,7 @@ def test_a_terminal_shows_a_bar_of_depth_before_each_answer() -> None:
     assert error == 13 * " " + '{"error": "empty line", "line": 2}'
 
 
+@pytest.mark.slow
 def test_a_terminal_without_colour_and_utf8_shows_plain_characters() -> None:
     (answer,) = _on_terminal(b"good film\n", NO_COLOR="1", PYTHONIOENCODING="ascii")
     assert re.match("[#-]{12} {", answer)
@@ -196,6 +198,7 @@ def _bench_page(tmp_path: Path) -> str:
     return report.html_page(measure_classifier(CLASSIFIER, data, rounds=1, starts=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bench", "compare"])
 def test_pages_have_one_style_and_fit_a_phone(tmp_path: Path, kind: str) -> None:
     page = _Page(_bench_page(tmp_path) if kind == "bench" else _compare_page())

@@ -166,7 +166,6 @@ def test_another_recipe_started_from_it_drops_its_forecasts(root: Path) -> None:
         assert checkpoint.network.spec.forecast == () and len(checkpoint.network.forecasts) == 0
 
 
-@pytest.mark.slow
 def test_images_are_calibrated_by_ee_split_and_by_ee_calibrate(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model, data = tiny.image_model_folder(tmp_path / "model", "vit"), tiny.image_folder(tmp_path / "data")

@@ -144,6 +144,7 @@ def test_help_of_both_commands() -> None:
     assert "--rows-per-file" in CliRunner().invoke(cli.main, ["--ray", "--help"]).output
 
 
+@pytest.mark.slow
 def test_without_ray_the_extra_is_named() -> None:
     code = "import sys; sys.modules['ray'] = None; from offramp.runtime.cli import main; main()"
     words = [sys.executable, "-c", code, "--ray", "rows.parquet", "--out", "answers"]
@@ -153,6 +154,7 @@ def test_without_ray_the_extra_is_named() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -100,6 +100,7 @@ def article(site: Path, page: str) -> str:
     return html[html.index("<article") : html.index("</article>")]
 
 
+@pytest.mark.slow
 def test_every_page_is_in_the_navigation_once() -> None:
     written = {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")}
     assert sorted(nav_pages()) == sorted(written | set(hooks().OUTSIDE.values()))

@@ -17,6 +17,8 @@ from offramp.runtime import TokenClassifier, load
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.inputs.text import TextRow, open_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # No unknown words: the pipeline takes each of them for a word of its own.
 PIECES = ["film", "films", "warmly", "Ann", "anna", "paris", "good", "goods", ".", "very", "lovely"]
 

@@ -341,6 +341,7 @@ def answers_of(outputs: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [json.loads(text) for text in outputs["answer"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", ALL, ids=NAMES)
 def test_answers_are_those_of_load(loaded: Callable[..., Loaded], bundle: Path) -> None:
     model, items = loaded(bundle), texts(40)
@@ -351,6 +352,7 @@ def test_answers_are_those_of_load(loaded: Callable[..., Loaded], bundle: Path) 
     assert outputs["depth"] == [answer["depth"] for answer in wanted]
 
 
+@pytest.mark.slow
 def test_label_and_score_are_outputs_of_their_own(loaded: Callable[..., Loaded]) -> None:
     model, items = loaded(), texts(40)
     outputs = model.outputs(model.ask(request(items))[0])
@@ -384,6 +386,7 @@ def test_pairs_of_texts(loaded: Callable[..., Loaded]) -> None:
     assert_close(answers_of(outputs), expected(CLASSIFIER, list(zip(first, second, strict=True))))
 
 
+@pytest.mark.slow
 def test_long_texts_in_windows(loaded: Callable[..., Loaded]) -> None:
     model, items = loaded(long_texts="windows"), ["warm film " * 200, "a cold plot"]
     answers = answers_of(model.outputs(model.ask(request(items))[0]))
@@ -411,6 +414,7 @@ def test_image_is_never_the_path_of_a_file(loaded: Callable[..., Loaded], tmp_pa
     assert response.has_error() and response.error().code() == pb_utils.TritonError.INVALID_ARG
 
 
+@pytest.mark.slow
 def test_int8_alone(loaded: Callable[..., Loaded]) -> None:
     model, items = loaded(variants=("int8",)), texts(20)
     outputs = model.outputs(model.ask(request(items))[0])
@@ -432,6 +436,7 @@ def test_requests_handed_over_together_share_the_walk(loaded: Callable[..., Load
     assert model.server.calls == [("offramp_stem", 3), ("offramp_segment_00", 3), ("offramp_segment_01", 3)]
 
 
+@pytest.mark.slow
 def test_several_requests_each_get_their_own_rows(loaded: Callable[..., Loaded]) -> None:
     model, items = loaded(), texts(30)
     parts = [items[:1], items[1:12], items[12:]]
@@ -441,6 +446,7 @@ def test_several_requests_each_get_their_own_rows(loaded: Callable[..., Loaded])
     assert_close([answer for part in answers for answer in part], expected(CLASSIFIER, items))
 
 
+@pytest.mark.slow
 def test_each_request_is_walked_at_its_own_point(loaded: Callable[..., Loaded], tmp_path: Path) -> None:
     bundle, items = bundle_with_points(tmp_path), texts(20)
     model = loaded(bundle)
@@ -450,6 +456,7 @@ def test_each_request_is_walked_at_its_own_point(loaded: Callable[..., Loaded], 
         assert_close(answers_of(model.outputs(response)), expected(bundle, items, point=name))
 
 
+@pytest.mark.slow
 def test_depth_is_limited_by_a_parameter(loaded: Callable[..., Loaded]) -> None:
     model, items = loaded(), texts(12)
     (response,) = model.ask(request(items, max_depth=1))
@@ -713,6 +720,7 @@ def test_language_model_is_refused_in_one_line(tmp_path: Path) -> None:
     assert line.startswith("ee-export-triton: ") and "generates text" in line and "ee-serve" in line
 
 
+@pytest.mark.slow
 def test_server_needs_no_engine_of_ours() -> None:
     script = (
         "import sys, offramp.runtime.triton_model; "

@@ -41,6 +41,8 @@ from offramp.runtime.rules.base import softmax
 from offramp.runtime.rules.registry import RULES as RULES_OF_RUNTIME
 from offramp.runtime.rules.registry import rules_for
 
+pytestmark = pytest.mark.slow
+
 WEB = ROOT / "web"
 LIBRARIES = [WEB / "node_modules" / name for name in ("onnxruntime-web", "@huggingface/tokenizers")]
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
@@ -200,7 +202,6 @@ def test_every_rule_gives_the_exits_of_the_runtime(bundle: Path, variant: str) -
     assert_same(run_node(bundle, items), expected)
 
 
-@pytest.mark.slow
 @needs_packages
 def test_graphs_that_several_segments_run_come_before_their_own(bundle: Path) -> None:
     onnx = pytest.importorskip("onnx")
@@ -247,7 +248,6 @@ def test_unchanged_bundle_gives_the_labels_of_the_runtime_at_every_point() -> No
 
 
 @needs_packages
-@pytest.mark.slow
 def test_texts_are_encoded_as_by_the_runtime(bundle: Path) -> None:
     manifest = manifest_of(bundle)
     assert isinstance(manifest.input, TextInput)
@@ -272,7 +272,6 @@ def test_texts_are_encoded_as_by_the_runtime(bundle: Path) -> None:
 
 
 @needs_packages
-@pytest.mark.slow
 def test_what_the_walker_does_not_know_is_refused_by_name(bundle: Path) -> None:
     items: list[Item] = [
         {"text": "good", "rule": {"name": "quee", "parameters": {"price": 0.1}}},
@@ -293,7 +292,6 @@ def test_what_the_walker_does_not_know_is_refused_by_name(bundle: Path) -> None:
 
 
 @needs_packages
-@pytest.mark.slow
 def test_bundles_of_other_tasks_are_refused() -> None:
     done = node("run.mjs", str(MULTI_LABEL))
     assert done.returncode == 2 and "multi-label-classification" in done.stderr
@@ -330,7 +328,6 @@ def test_field_of_the_manifest_that_is_wrong_is_named() -> None:
 
 
 @needs_packages
-@pytest.mark.slow
 def test_file_that_differs_from_the_manifest_is_named(bundle: Path) -> None:
     data = bytearray((bundle / "segment_01.onnx").read_bytes())
     data[100] ^= 1
@@ -354,7 +351,6 @@ def test_sha256_without_crypto_is_that_of_hashlib() -> None:
 
 
 @needs_packages
-@pytest.mark.slow
 def test_answer_states_what_was_run(bundle: Path) -> None:
     (answer,) = run_node(
         bundle, [{"text": "a good film", "rule": {"name": "fixed", "parameters": {"exit": 2}}}]
@@ -398,13 +394,11 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @needs_packages
-@pytest.mark.slow
 @needs_browser
 def test_page_shows_a_walk_by_keyboard_on_desktop_and_phone(site: str, tmp_path: Path) -> None:
     use_page(site, tmp_path / "site" / "bundle")
 
 
-@pytest.mark.slow
 @needs_browser
 def test_page_of_a_server_shows_what_the_server_walks(tmp_path: Path) -> None:
     serving = pytest.importorskip("serving")

@@ -186,6 +186,7 @@ def test_genai_worker(libraries: Path) -> None:
             process.answer([47], 3)
 
 
+@pytest.mark.slow
 def test_llama_worker(libraries: Path) -> None:
     with LlamaProcess(Path("file"), context=8) as process:
         assert process.facts == {"llama-cpp-python": "0", "built for": "AVX = 1"}
@@ -206,6 +207,7 @@ def test_both_take_turns(libraries: Path) -> None:
             assert llama.answer([start], 2).ids == [start, 2 * start]
 
 
+@pytest.mark.slow
 def test_llama_worker_quantises(libraries: Path) -> None:
     python = libraries / "bin" / "python"
     words: list[str | Path] = [python, "-I", decoder_baselines.WORKERS, "quantize"]

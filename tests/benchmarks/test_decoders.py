@@ -35,6 +35,7 @@ def run(command: Any, *words: str) -> Any:
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_lossless_rule_is_compared_with_full_depth(texts: Path, tmp_path: Path) -> None:
     words = ["--bundle", str(GENERATOR), "--texts", str(texts)]
     sizes = ["--count", "3", "--prompt", "4", "--tokens", "12", "--fixed", "1,2 2,1"]

@@ -18,6 +18,8 @@ from offramp.export.classifier import ExportableClassifier
 from offramp.export.to_onnx import to_onnx
 from offramp.training.checkpoint import Checkpoint, TextFacts
 
+pytestmark = pytest.mark.slow
+
 FAST = ("one-scale", "one-scale-plain-norms", "token", "token-fused-norms", "token-plain-operators")
 
 
@@ -47,7 +49,6 @@ def test_a_candidate_is_close_to_fp32(name: str, segment: Path, tmp_path: Path) 
     check_close(segment, tmp_path / "small.onnx")
 
 
-@pytest.mark.slow  # calibration of ONNX Runtime, and its quantizer to few bits
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if name not in FAST])
 def test_a_slower_candidate_is_close_to_fp32(name: str, segment: Path, tmp_path: Path) -> None:
     # ONNX Runtime's quantizers open sessions that a process with a global pool, of an earlier test, refuses.

@@ -227,6 +227,7 @@ def test_a_router_learns_what_its_features_show() -> None:
 # --- all of it ---
 
 
+@pytest.mark.slow
 def test_from_labelled_rows_to_the_table(tmp_path: Path) -> None:
     def call(command: Any, *words: object) -> str:
         result = CliRunner().invoke(command, list(map(str, words)), catch_exceptions=False)

@@ -42,6 +42,7 @@ def test_edits_replace_the_most_frequent_long_word(tmp_path: Path) -> None:
     assert 0.5 * EDITED_LETTERS < len(repeated.strip()) <= EDITED_LETTERS
 
 
+@pytest.mark.slow
 def test_prompts_leave_room_for_the_answer(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows", [{"prompt": FILM * times, "task": "samsum"} for times in (9, 1, 1)])
     with load_generator(GENERATOR, rule="never") as session:
@@ -51,6 +52,7 @@ def test_prompts_leave_room_for_the_answer(tmp_path: Path) -> None:
             read_repeated_prompts(session, "summaries", file, 3, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["summaries", "edits"])
 def test_the_lossless_rule_is_compared_on_them(tmp_path: Path, kind: str) -> None:
     rows = [{"prompt": f"{FILM} {word}", "task": "samsum"} for word in ("again", "there")]

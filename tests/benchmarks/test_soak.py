@@ -9,6 +9,8 @@ from tiny_bundles import CLASSIFIER
 
 from offramp.benchmarks.soak import Soak, resident_bytes
 
+pytestmark = pytest.mark.slow
+
 
 def test_threads_get_right_answers() -> None:
     soak = Soak(CLASSIFIER, 4)
@@ -31,7 +33,6 @@ def test_wrong_answer_is_reported() -> None:
     assert soak.wrong and "expected" in soak.wrong[0]
 
 
-@pytest.mark.slow
 def test_error_of_a_thread_is_reported() -> None:
     soak = Soak(CLASSIFIER, 1)
     soak.session.close()

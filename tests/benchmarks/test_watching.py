@@ -58,6 +58,7 @@ def test_a_replayed_shift_is_flagged() -> None:
     assert report.exceeded_at is not None and 100 < report.exceeded_at < 140
 
 
+@pytest.mark.slow
 def test_a_tiny_bundle_holds_its_budget_in_depth(tmp_path: Path) -> None:
     path = bundle_with_points(tmp_path)
     result = hold_budget(path, texts(300, seed=3), timed=False, rows=800, window=100, seed=0)
@@ -66,12 +67,14 @@ def test_a_tiny_bundle_holds_its_budget_in_depth(tmp_path: Path) -> None:
     assert abs(np.mean(result["held"]) / result["target"] - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_a_tiny_bundle_is_timed_without_an_error(tmp_path: Path) -> None:
     path = bundle_with_points(tmp_path)
     result = hold_budget(path, texts(300, seed=3), timed=True, rows=500, window=100, seed=0)
     assert result["unit"] == "ms" and result["report"]["rows"] == 500
 
 
+@pytest.mark.slow
 def test_a_tiny_bundle_is_watched(tmp_path: Path) -> None:
     path = bundle_with_points(tmp_path, guaranteed=True)
     usual, shifted = texts(BEFORE + 100, seed=4), ["cold"] * 200

@@ -103,6 +103,7 @@ def test_the_longest_seam_of_the_variants_counts_in_all(
     assert choice.cuts == (3,) and choice.times["int8"] == pytest.approx((0.5, 0.003))
 
 
+@pytest.mark.slow
 def test_timing_that_fails_names_the_cure(tmp_path: Path) -> None:
     with pytest.raises(ChildProcessError, match=r"seams in int8 ended with code 1; .* --segments 'every N'"):
         _token_seconds([tmp_path / "none"], "int8")

@@ -20,6 +20,8 @@ from offramp.runtime.bundle.manifest import FileFact, OperatingPoint, RuleSpec
 from offramp.runtime.errors import BadBundle
 from offramp.runtime.tuning.baselines import read_baselines
 
+pytestmark = pytest.mark.slow
+
 MANIFEST = open_bundle(Path(__file__).parent.parent / "data" / "tiny_bundle").manifest  # exits after 1, 3, 4
 
 
@@ -62,7 +64,6 @@ def tiny_export(exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch)
     return export
 
 
-@pytest.mark.slow
 def test_each_block_once(tiny_export: Any, tmp_path: Path) -> None:
     manifest = build_manifest(tiny_export.source, tiny_export.split, ("fp32",))
     write_baselines(

@@ -25,6 +25,8 @@ from offramp.runtime.bundle.manifest import APPENDED, IN_PLACE, NEW, PAST
 from offramp.runtime.engines.rotation import rotation_tables
 from offramp.runtime.engines.threads import share_global_pool
 
+pytestmark = pytest.mark.slow
+
 PLACES = 65  # of the caches: one more than the longest text
 
 

@@ -121,6 +121,7 @@ def test_what_a_template_refuses_is_refused_as_in_transformers(
         our_ids(model, messages, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["jinja", "config", "config list", "chat_template.json", "additional"])
 def test_templates_are_read_from_every_place(place: str, tmp_path: Path) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "<|im_end|>"}

@@ -93,6 +93,7 @@ def test_dropped_exits_are_really_exported(
         assert len(logits) == 1 and np.abs(logits[0] - truth).max() < tolerance
 
 
+@pytest.mark.slow
 def test_a_bundle_is_written_and_answers(saved: Path, copied: Path, tmp_path: Path) -> None:
     result = run(saved, "--out", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
@@ -189,6 +190,7 @@ def test_baselines_are_what_ee_bench_reads(
     assert not (tmp_path / "more").exists() and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_baselines_are_cut_off_at_exits_that_the_bundle_keeps(saved: Path, tmp_path: Path) -> None:
     words = ("--out", tmp_path / "bundle", "--baselines", tmp_path / "baselines")
     result = run(saved, *words, "--segments", "2", "--truncate", "1")
@@ -297,6 +299,7 @@ def test_an_interruption_while_the_old_bundle_goes(
     assert "no bundle was written" in run(saved, *words, "--overwrite").stderr  # the old one is not news
 
 
+@pytest.mark.slow
 def test_baselines_that_cannot_be_put_in_place_leave_the_bundle(
     saved: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +313,7 @@ def test_baselines_that_cannot_be_put_in_place_leave_the_bundle(
     assert "somebody was faster; written: bundle; not written: baselines" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_not_there_is_one_line(
     saved: Path, copied: Path, dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +336,7 @@ def test_wishes_of_auto_that_cannot_be(saved: Path, dev: Path, tmp_path: Path) -
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_fault_is_named_and_no_bundle_is_written(
     saved: Path,
     copied: Path,
@@ -353,6 +358,7 @@ def test_a_fault_is_named_and_no_bundle_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_points_of_variants_that_are_not_written_are_left_out(
     saved: Path, copied: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,8 @@ from offramp.training.lm_data import TokenRows
 from offramp.training.loop import Run
 from offramp.training.recipes.draft_head import DraftHeadSettings, prepare, train
 
+pytestmark = pytest.mark.slow
+
 DRAFT_IDS = 30  # of 60: half of the right ids cannot be drafted
 
 
@@ -157,7 +159,6 @@ def test_drafts_go_on_to_the_longest_sequence(bundle: Path) -> None:
         assert [token.id for token in tokens] == expected and tokens[-1].ended == "context"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "portable"), [("llama", True), ("qwen3", False)])
 def test_other_precisions_draft_too(tmp_path: Path, family: str, portable: bool) -> None:
     folder = write(tmp_path, family, portable=portable, variants=("fp32", "int8", "int4"))
@@ -170,7 +171,6 @@ def test_other_precisions_draft_too(tmp_path: Path, family: str, portable: bool)
             assert stats is not None and stats.accepted[HEAD] > 0
 
 
-@pytest.mark.slow
 def test_a_wrong_block_is_not_verified(tmp_path: Path) -> None:
     network = drafting_network("llama", tmp_path)
     tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
@@ -184,7 +184,6 @@ def test_a_wrong_block_is_not_verified(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.slow
 def test_ee_split_writes_one_segment_and_the_block(tmp_path: Path) -> None:
     network = drafting_network("llama", tmp_path)
     network.model.save_pretrained(tmp_path / "model")

@@ -17,6 +17,8 @@ from offramp.export.cli import main
 from offramp.export.segments import Segment
 from offramp.runtime import load_generator
 
+pytestmark = pytest.mark.slow
+
 SIZES: dict[str, int] = {
     "vocab_size": text_tokenizer().get_vocab_size(),
     "hidden_size": 16,

@@ -143,7 +143,7 @@ def test_variants_without_a_forecast_are_refused(split_with_forecasts: tuple[Any
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [("bert", "int8"), pytest.param("mpnet", "int8", marks=pytest.mark.slow), ("bert", "int4")],
+    [("bert", "int8"), ("mpnet", "int8"), ("bert", "int4")],
 )
 def test_simulated_precisions_are_what_onnx_runtime_computes(
     exported: Callable[[str], Any],

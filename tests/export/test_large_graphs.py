@@ -23,6 +23,8 @@ from offramp.models.decoder import DecoderNetwork
 from offramp.runtime import BadBundle, load_generator
 from offramp.runtime.bundle.files import open_bundle
 
+pytestmark = pytest.mark.slow
+
 LARGEST = 10_000  # bytes; the real limit is that of protobuf, 2 GiB
 VOCABULARY, WIDTH = 200, 32  # embeddings of 25,600 bytes
 PROMPT = [5, 9, 30, 12]

@@ -48,6 +48,7 @@ def rows(family: str, count: int) -> list[dict[str, np.ndarray]]:
     return [{name: value[at : at + 1] for name, value in whole.items()} for at in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.with_slow(["bert", "mpnet"], "bert"))
 def test_rows_exit_where_the_walk_exits_with_its_logits(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any], tmp_path: Path

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "export" / "split.py"
 
 
+@pytest.mark.slow
 def test_the_script_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True

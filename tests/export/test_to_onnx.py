@@ -53,6 +53,7 @@ def walk(
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.with_slow(sorted(tiny.CONFIGS), "bert"))
 def test_every_family_answers_as_torch_does_at_every_size(
     family: str, exported: Callable[[str], Any], open_graph: Callable[[Path], Any]
@@ -115,6 +116,7 @@ class FirstToken(torch.nn.Module):
         return tuple(hidden[:, :1] for hidden in tensors)
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_not_the_segment_is_refused(tmp_path: Path) -> None:
     hidden = Tensor("hidden", "float32", ("batch", "seq", 4))
     outputs = (replace(hidden, name="next_hidden"),)  # of all tokens

@@ -72,12 +72,14 @@ def mixed_types(graph: onnx.GraphProto) -> None:
     weight.CopyFrom(numpy_helper.from_array(half, weight.name))
 
 
+@pytest.mark.slow
 def test_every_graph_of_a_bundle_compiles_for_every_target() -> None:
     results = list(trt_compile.compile_bundle(open_bundle(TINY)))
     assert [result.graph for result in results] == ["stem.onnx", *(f"segment_0{n}.onnx" for n in range(3))]
     assert all(r.size is not None and r.size > 1000 and not r.problem for r in results)
 
 
+@pytest.mark.slow
 def test_an_operator_of_a_vendor_is_refused_by_name() -> None:
     assert compiled().size is not None
     result = compiled(vendor_op)
@@ -96,6 +98,7 @@ def test_a_profile_that_contradicts_the_graph_is_refused() -> None:
     assert result.size is None and "cannot compile" in result.problem
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_refused_and_what_is_damaged(tmp_path: Path) -> None:
     whole = CliRunner().invoke(trt_compile.main, [str(TINY), "--trt", "--target", "8.6"])
     assert whole.exit_code == 0, whole.output

@@ -18,6 +18,8 @@ from offramp.export.samples import SENTENCES
 from offramp.runtime import load
 from offramp.runtime.bundle.manifest import ImageInput
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "trt-8.6.1": {"engine": "trt"},
     "trt-10.3.0": {"engine": "trt"},

@@ -58,6 +58,7 @@ def count_accepted(source: Path, work: Path, flips: int) -> int:
     return accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
 def test_250_flips_of_a_signed_bundle_are_refused(source: Path, tmp_path: Path) -> None:
     assert count_accepted(source, tmp_path, 250) == 0
@@ -83,6 +84,7 @@ def test_flips_of_files_are_refused_without_a_signature(source: Path, tmp_path: 
         (folder / name).write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
 def test_flips_of_an_unsigned_manifest_are_refused_or_change_no_more_than_what_it_says(
     source: Path, tmp_path: Path

@@ -128,6 +128,7 @@ def saved(folder: Path, seed: int) -> Checkpoint:
     return Checkpoint(network, TextFacts("", 0, 64), tokenizer, {"seed": seed})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaced"])
 def test_write_that_fails_leaves_a_whole_checkpoint_or_none(replaces: bool, tmp_path: Path) -> None:
     old, new = saved(tmp_path, 1), saved(tmp_path, 2)
@@ -178,6 +179,7 @@ def test_write_that_fails_leaves_a_whole_bundle_or_none(replaces: bool, tmp_path
     assert fail_everywhere(prepare, write, check) >= 10
 
 
+@pytest.mark.slow
 def test_write_that_fails_leaves_a_calibrated_bundle_as_it_was_or_calibrated(tmp_path: Path) -> None:
     folder, dev = tmp_path / "bundle", tmp_path / "dev.jsonl"
     labels = open_bundle(CLASSIFIER).manifest.labels

@@ -61,6 +61,7 @@ LINES: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1", "4"])
 @pytest.mark.parametrize("name", LINES)
 def test_hostile_line_keeps_its_place(name: str, size: str) -> None:
@@ -296,6 +297,7 @@ def test_damaged_exif_costs_no_picture(name: str) -> None:
         assert open_picture(data).size == (8, 4)
 
 
+@pytest.mark.slow
 def test_bad_lines_do_not_wait_without_a_limit() -> None:
     """Of 1.2 million behind one good line, each waited for the next good one."""
     count, batch, waiting = 20_000, 4, [0]

@@ -6,12 +6,15 @@ import copy
 import json
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, TOKENS
 
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.errors import BadManifest
+
+pytestmark = pytest.mark.slow
 
 SOURCES = [
     json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -71,6 +71,7 @@ def test_every_call_that_could_run_foreign_code_forbids_it() -> None:
     assert calls > 20
 
 
+@pytest.mark.slow
 def test_no_room_reads_pickles_or_runs_text() -> None:
     wrong = [
         f"{name_of(file)}:{node.lineno} {ast.unparse(node)[:80]}"

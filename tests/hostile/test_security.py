@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 from hostile_attacks import ATTACKS, of_kind
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,7 @@ def has_test(name: str) -> bool:
     return function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+@pytest.mark.slow
 def test_every_threat_names_tests_that_exist() -> None:
     missing = {
         f"T{number}": names

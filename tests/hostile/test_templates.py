@@ -90,9 +90,8 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [*list(ENDLESS)[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in list(ENDLESS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENDLESS)
 def test_template_without_an_end_is_stopped(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         (BadInput, BadBundle), match=r"runs for more than 1 s|too much memory|Exceeds the limit"
@@ -100,6 +99,7 @@ def test_template_without_an_end_is_stopped(name: str, tmp_path: Path) -> None:
         template(tmp_path, ENDLESS[name], seconds=1)(MESSAGES)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("name", LARGE)
 def test_template_of_large_memory_is_refused(name: str, tmp_path: Path) -> None:
@@ -133,6 +133,7 @@ def test_template_larger_than_any_is_not_read(tmp_path: Path) -> None:
         prompt(MESSAGES)
 
 
+@pytest.mark.slow
 def test_the_next_messages_are_answered_after_a_template_was_stopped(tmp_path: Path) -> None:
     text = "{% if messages|length > 1 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
     prompt = template(tmp_path, text + "{% endfor %}{% endif %}film", seconds=1)
@@ -142,6 +143,7 @@ def test_the_next_messages_are_answered_after_a_template_was_stopped(tmp_path: P
     assert prompt(MESSAGES) == "film"
 
 
+@pytest.mark.slow
 def test_answer_that_was_not_waited_for_is_not_that_of_the_next_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_answer_that_was_not_waited_for_is_not_that_of_the_next_prompt(
     assert prompt([{"role": "user", "content": "two"}]) == "two"
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_template(tmp_path: Path) -> None:
     prompt = template(tmp_path, "film")
     prompt(MESSAGES)
@@ -206,6 +209,7 @@ def test_messages_that_cannot_be_written_are_refused(
     assert prompt(MESSAGES) == "film"
 
 
+@pytest.mark.slow
 def test_messages_nested_deeply_are_refused(tmp_path: Path) -> None:
     deep: list[Any] = []
     for _ in range(100_000):

@@ -152,6 +152,7 @@ REFUSED: dict[str, tuple[Change | bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_hostile_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
     change, refusal = REFUSED[name]

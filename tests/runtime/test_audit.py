@@ -168,6 +168,7 @@ def test_it_warns_once_when_the_lower_end_passes_the_limit() -> None:
     assert not report.full_depth and report.audited == report.rows == 60 and report.low > 0.05
 
 
+@pytest.mark.slow
 def test_rows_within_the_limit_raise_no_alarm(no_warnings: None) -> None:
     random = np.random.default_rng(0)
     report = counted([float(value) for value in random.random(500) < 0.02]).report()
@@ -273,6 +274,7 @@ def test_answers_are_those_without_an_audit(guaranteed: Path, size: int, no_warn
     assert plain == audited and report.rows == 100 and 15 < report.audited < 45
 
 
+@pytest.mark.slow
 def test_the_disagreement_is_that_with_full_depth(guaranteed: Path, no_warnings: None) -> None:
     items = texts(150, seed=8)
     with load_classifier(guaranteed, rule="never") as session:
@@ -285,6 +287,7 @@ def test_the_disagreement_is_that_with_full_depth(guaranteed: Path, no_warnings:
     assert sum(report.exits) == 150
 
 
+@pytest.mark.slow
 def test_another_variant_is_compared_with_the_default_one(guaranteed: Path, no_warnings: None) -> None:
     items = texts(60, seed=9)
     with load_classifier(guaranteed, rule="never") as session:
@@ -320,6 +323,7 @@ def test_on_drift_a_budget_gives_way(guaranteed: Path) -> None:
     assert "disagree with full depth" in messages and "the audit has set rows to full depth" in messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "rule"),
     [(MULTI_LABEL, "fixed"), (TOKENS, "fixed"), (EMBEDDING, "fixed")],
@@ -402,6 +406,7 @@ def run(path: Path, *options: str, rows: int = 200) -> tuple[int, list[dict[str,
     )
 
 
+@pytest.mark.slow
 def test_ee_run_reports_the_audit_and_the_budget(guaranteed: Path) -> None:
     code, objects, lines = run(
         guaranteed, "--audit", "0.5", "--audit-limit", "0.9", "--point", "gate-3", "--stats"
@@ -414,6 +419,7 @@ def test_ee_run_reports_the_audit_and_the_budget(guaranteed: Path) -> None:
     assert "mean depth 0.8: mean 0." in line and "of 2 windows" in line
 
 
+@pytest.mark.slow
 def test_ee_run_warns_in_one_line(guaranteed: Path) -> None:
     options = ("--audit", "1", "--audit-limit", "0.01", "--point", "gate-1")
     code, objects, lines = run(guaranteed, *options)

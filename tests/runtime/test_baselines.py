@@ -237,6 +237,7 @@ def test_random_exits_have_a_seed() -> None:
     assert plans[0] == plans[1] != plans[2]
 
 
+@pytest.mark.slow
 def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> None:
     walk = walk_candidate(session, "walk", "walk")
     item = ["good film", "bad plot"]
@@ -256,6 +257,7 @@ def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> Non
         assert seconds > 0 and 2**20 < peak < 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", TASKS, ids=lambda bundle: bundle.name)
 def test_other_tasks_start_in_fresh_processes_too(bundle: Path) -> None:
     with load_row_session(bundle, rule="never") as session:
@@ -269,12 +271,14 @@ def test_other_tasks_start_in_fresh_processes_too(bundle: Path) -> None:
     assert walked == answer and answer not in ("", "[]")
 
 
+@pytest.mark.slow
 def test_a_parents_memory_is_not_the_childs() -> None:
     ballast = np.ones(40_000_000)
     peak = time_cold_start("import sys\nprint(1, flush=True)", [])[2]
     assert peak < ballast.nbytes / 4
 
 
+@pytest.mark.slow
 def test_starts_take_turns() -> None:
     script = "import sys\nprint(1, flush=True)"
     figures = time_cold_starts({"a": (script, []), "b": (script, [])}, 2)

@@ -26,6 +26,8 @@ from offramp.runtime.tuning.bench import (
 from offramp.runtime.tuning.bench import main as bench
 from offramp.runtime.tuning.report import classification_text, html_page
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data"
 TINY, BASELINES, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_baselines", DATA / "tiny_generator"
 BENCH = [sys.executable, "-m", "offramp.runtime.tuning.bench", "--bundle", str(TINY)]

@@ -238,6 +238,7 @@ def test_a_bundle_at_full_depth_uses_the_points_of_its_only_rule(bundle: Path) -
         open_budget(several, RuleSpec("never", {}), "fp32", BudgetOptions(depth=0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 8])
 def test_a_session_holds_its_budget(bundle: Path, size: int) -> None:
     with load_classifier(bundle, budget_depth=0.8, budget_window=200, batch_size=size) as session:
@@ -260,6 +261,7 @@ def test_answers_of_calls_and_of_map_keep_their_order_under_a_budget(bundle: Pat
             assert answer.label == full[item].label  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_point_that_walked_the_row(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     shutil.copytree(bundle, path)

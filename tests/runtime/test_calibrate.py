@@ -26,6 +26,8 @@ from offramp.runtime.tuning.exit_tables import macs_to_exits
 from offramp.runtime.tuning.labelled import read_labelled, read_pairs
 from offramp.runtime.tuning.measure_points import exit_points
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent.parent / "data"
 TINY, GENERATOR = DATA / "tiny_bundle", DATA / "tiny_generator"
 TEXTS = ("good film", "bad film", "a good good plot", "dull", "film plot bad", "good", "so dull and bad")

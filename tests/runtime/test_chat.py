@@ -29,6 +29,7 @@ def bundle_with(folder: Path, template: bytes | None, **provenance: Any) -> Bund
     return Bundle(folder, dataclasses.replace(manifest, files=files, provenance=provenance))
 
 
+@pytest.mark.slow
 def test_prompt_of_the_tiny_generator() -> None:
     pytest.importorskip("jinja2")
     assert ChatTemplate(open_bundle(GENERATOR))(MESSAGES) == "the film was good the"
@@ -187,6 +188,7 @@ def test_a_message_that_calls_tools_needs_no_content(tmp_path: Path) -> None:
     assert prompt_of(tmp_path, template, messages) == "False why why"
 
 
+@pytest.mark.slow
 def test_named_templates_are_chosen_by_name_or_for_tools(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     bundle = bundle_with(tmp_path, b"plain")

@@ -135,6 +135,7 @@ def test_map_of_batch_size_one_answers_before_it_reads_on(session: Classifier) -
 BAD_ITEMS = {0: None, 9: 7, 10: ("a", "b", "c"), 40: "half \ud83d", 41: None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 8])
 def test_answers_give_an_item_error_in_the_place_of_a_bad_item(session: Classifier, size: int) -> None:
     good = texts(200)

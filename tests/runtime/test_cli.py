@@ -164,6 +164,7 @@ def test_rule_threshold_variant_and_point() -> None:
     assert run("--point", "fast", data=b"good\n")[0] == cli.ALL_ANSWERED
 
 
+@pytest.mark.slow
 def test_sets_of_a_calibrated_point_are_written(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(CLASSIFIER, bundle)
@@ -249,6 +250,7 @@ def test_stats_name_what_ran() -> None:
         assert word in errors
 
 
+@pytest.mark.slow
 def test_answer_is_written_before_the_next_line_is_read() -> None:
     process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
@@ -261,6 +263,7 @@ def test_answer_is_written_before_the_next_line_is_read() -> None:
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_closed_output_ends_the_run_in_silence() -> None:
     process = subprocess.Popen(COMMAND, **PIPES)
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -275,6 +278,7 @@ def test_closed_output_ends_the_run_in_silence() -> None:
     process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupt_ends_the_run_without_a_traceback() -> None:
     # A shell starts its background jobs with SIGINT ignored, and children inherit that.
@@ -293,6 +297,7 @@ def test_interrupt_ends_the_run_without_a_traceback() -> None:
         pipe.close()
 
 
+@pytest.mark.slow
 def test_output_is_utf8_whatever_the_encoding_of_the_terminal() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run(COMMAND, input="naïve\n".encode(), capture_output=True, env=environment)

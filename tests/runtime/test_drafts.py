@@ -213,6 +213,7 @@ def test_a_penalty_sees_the_drafts_before_it() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "parameters"),
     [

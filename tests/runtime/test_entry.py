@@ -19,6 +19,7 @@ def test_every_program_is_a_command() -> None:
     assert scripts == programs | {"ee": "offramp.runtime.entry:main"}
 
 
+@pytest.mark.slow
 def test_help_lists_the_commands_and_imports_none() -> None:
     script = (
         "import sys\nfrom offramp.runtime import entry\n"

@@ -103,27 +103,33 @@ def results() -> dict[str, Any]:
     return dict(result_of(SCENARIOS))
 
 
+@pytest.mark.slow
 def test_child_answers_and_ends(results: dict[str, Any]) -> None:
     assert results["answers"] == [[expected, 0] for expected in results["expected"]]
 
 
+@pytest.mark.slow
 def test_child_that_does_not_use_the_session_ends(results: dict[str, Any]) -> None:
     assert results["unused"] == [1, 0]
 
 
+@pytest.mark.slow
 def test_child_that_closes_the_session_ends(results: dict[str, Any]) -> None:
     assert results["closes"] == [None, 0]
 
 
+@pytest.mark.slow
 def test_child_of_a_child_answers(results: dict[str, Any]) -> None:
     assert results["child of a child"] == [[results["expected"][0], 0], 0]
 
 
+@pytest.mark.slow
 def test_child_generates_text(results: dict[str, Any]) -> None:
     expected, child = results["text"]
     assert child == [expected, 0] and len(expected) == 5
 
 
+@pytest.mark.slow
 def test_graphs_without_threads_stay_open_in_the_child(results: dict[str, Any]) -> None:
     """Their memory is shared with the parent: nothing is read again."""
     threaded, single = results["kept graphs"]
@@ -131,20 +137,24 @@ def test_graphs_without_threads_stay_open_in_the_child(results: dict[str, Any]) 
     assert threaded[0] == 0 < threaded[1]
 
 
+@pytest.mark.slow
 def test_rows_of_an_iterator_go_on_in_the_child(results: dict[str, Any]) -> None:
     assert results["rows"] == [149, 0]
 
 
+@pytest.mark.slow
 def test_text_of_the_parent_is_refused_in_the_child(results: dict[str, Any]) -> None:
     """Its cache belongs to graphs of the parent."""
     problem, status = results["chunks"]
     assert problem.startswith("SessionForked") and "call generate again" in problem and status == 0
 
 
+@pytest.mark.slow
 def test_parent_goes_on(results: dict[str, Any]) -> None:
     assert results["in the parent"] == [*results["expected"], 149, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(onnxruntime, "set_global_thread_pool_sizes"), reason="this onnxruntime has no global pool"
 )
@@ -180,6 +190,7 @@ result = [results, list(other)]
     assert results == [[True, 0]] * 8 and other == [True]
 
 
+@pytest.mark.slow
 def test_import_of_onnxruntime_starts_no_thread_and_leaves_the_environment() -> None:
     """Its telemetry would; a process that is forked hangs at its end without that thread."""
     name, threads = result_of("""
@@ -248,15 +259,16 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "place"),
     [
         ("fork", "parent"),
-        pytest.param("fork", "child", marks=pytest.mark.slow),
-        pytest.param("spawn", "parent", marks=pytest.mark.slow),
-        pytest.param("spawn", "child", marks=pytest.mark.slow),
-        pytest.param("forkserver", "parent", marks=pytest.mark.slow),
-        pytest.param("forkserver", "child", marks=pytest.mark.slow),
+        ("fork", "child"),
+        ("spawn", "parent"),
+        ("spawn", "child"),
+        ("forkserver", "parent"),
+        ("forkserver", "child"),
     ],
 )
 def test_workers_of_multiprocessing_answer_and_end(tmp_path: Path, method: str, place: str) -> None:

@@ -138,6 +138,7 @@ def test_answers_that_end_in_a_loop_are_counted_on_stderr() -> None:
 DRAWN = ("--temperature", "1", "--top-k", "20", "--seed", "7")
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_texts_and_each_line_its_own() -> None:
     data = f"{PROMPT}\n" * 3
     _, objects, _ = run(*DRAWN, data=data)
@@ -152,6 +153,7 @@ def test_a_text_is_drawn_again_with_the_seed_of_its_answer() -> None:
     assert again["text"] == drawn["text"] != run(data=f"{PROMPT}\n")[1][0]["text"]
 
 
+@pytest.mark.slow
 def test_fields_of_a_line_take_the_place_of_options() -> None:
     lines = [
         {"prompt": PROMPT},

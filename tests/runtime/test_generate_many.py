@@ -63,6 +63,7 @@ def facts(chunks: list[TextChunk]) -> list[tuple[str, int, int, str | None]]:
     return [(chunk.text, chunk.token, chunk.depth, chunk.ended) for chunk in chunks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[0])
 def test_texts_are_those_of_generate(folder: Any, rule: tuple[str, float | None]) -> None:
     with load_generator(folder, rule=rule[0], threshold=rule[1]) as session:
@@ -151,6 +152,7 @@ def test_other_texts_can_be_generated_between(session: TextGenerator) -> None:
         assert facts(results[number]) == facts(list(session.generate(PROMPTS_OF[number], 10)))
 
 
+@pytest.mark.slow
 def test_batches_of_several_threads(session: TextGenerator) -> None:
     results: dict[int, dict[int, list[Any]]] = {}
 
@@ -263,6 +265,7 @@ def timeless(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in o.items() if k not in ("ms", "first_ms", "tokens_per_s")} for o in objects]
 
 
+@pytest.mark.slow
 def test_answers_are_in_the_order_of_the_lines(session: TextGenerator) -> None:
     values: list[dict[str, Any]] = [
         {"prompt": prompt, "max_new_tokens": 1 + 7 * number % 20} for number, prompt in enumerate(PROMPTS_OF)
@@ -285,6 +288,7 @@ def test_bad_lines_alone_and_many_of_them(session: TextGenerator) -> None:
     assert failed == 2 * AHEAD + 3 and len(objects) == failed + 1 and objects[-1]["tokens"] == 6
 
 
+@pytest.mark.slow
 def test_lines_are_not_read_far_ahead(session: TextGenerator) -> None:
     read = []
 

@@ -37,6 +37,7 @@ def session():
         yield session
 
 
+@pytest.mark.slow
 def test_bundles_own_rule_is_its_gate() -> None:
     tokens = generate()
     assert tokens == generate(rule="gate") == generate(rule="gate", threshold=0.5)
@@ -45,6 +46,7 @@ def test_bundles_own_rule_is_its_gate() -> None:
     assert {depth for _, depth in generate(rule="gate", threshold=0.0)[1:]} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "pair"), [("fp32", None), ("int8", None), ("fp32", (1, 3)), ("int8", (2, 8))]
 )
@@ -61,6 +63,7 @@ def test_speculative_gives_the_tokens_of_full_depth(variant: str, pair: tuple[in
     assert pair is None or stats.rounds[pair[0]] > 0
 
 
+@pytest.mark.slow
 def test_exit_kv_deferred_and_propagate_differ_after_an_exit() -> None:
     options: dict[str, Any] = {"rule": "gate", "threshold": 0.6}
     deferred, propagated = chunks_of(30, **options), chunks_of(30, **options, exit_kv="propagate")
@@ -100,6 +103,7 @@ def test_cache_grows_while_an_answer_is_generated(session: TextGenerator) -> Non
         list(session.tokens([5] * 65, 1))
 
 
+@pytest.mark.slow
 def test_skip_and_fixed_set_the_depth() -> None:
     assert {depth for _, depth in generate(rule="skip", threshold=2)[1:]} == {2}
     assert {depth for _, depth in generate(rule="fixed", threshold=1)[1:]} == {1}

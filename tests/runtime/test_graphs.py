@@ -109,6 +109,7 @@ def test_engine_without_share_has_its_own_graphs(engine: Any) -> None:
     assert sessions(again) == sessions(engine)
 
 
+@pytest.mark.slow
 def test_shared_graph_is_not_read_again(folder: Path) -> None:
     bundle = open_bundle(folder)
     first = open_ort(bundle)

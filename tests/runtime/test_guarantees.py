@@ -23,6 +23,8 @@ from offramp.runtime.tuning.calibrate import main
 from offramp.runtime.tuning.right_answers import AnswerReader
 from offramp.runtime.tuning.risk import binomial_tail, rows_needed
 
+pytestmark = pytest.mark.slow
+
 FRESH = texts(300, seed=7)
 
 

@@ -36,6 +36,7 @@ def test_ee_inspect_shows_a_bundle_on_the_hub(hub: HubDouble) -> None:
     assert json.loads(done.stdout)["task"] == "text-classification"
 
 
+@pytest.mark.slow
 def test_ee_bench_measures_a_bundle_on_the_hub(hub: HubDouble, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "good film", "label": "positive"}\n' * 2)
     words = [

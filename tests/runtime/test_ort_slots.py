@@ -112,6 +112,7 @@ def test_the_lowest_free_slot_is_taken(engine: Any) -> None:
     assert prompted(engine, [5, 6]).runner.slot == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_sequence_that_is_garbage_gives_its_slot_back(engine: Any) -> None:
     prompted(engine, [5, 6])
     gc.collect()
@@ -287,6 +288,7 @@ def test_large_caches_are_freed_when_no_sequence_uses_them(
     np.testing.assert_allclose(logits_after(engine, ids), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_garbage_may_be_freed_while_a_sequence_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -313,6 +315,7 @@ def test_an_answer_that_is_garbage_may_be_freed_while_a_sequence_begins(
     session.close()
 
 
+@pytest.mark.slow
 def test_hidden_states_of_prompts_are_freed_while_texts_run_together() -> None:
     with load_generator(GENERATOR_NATIVE, rule="never") as session:
         batch = session.open_batch(4, prefix_cache=False)

@@ -203,6 +203,7 @@ def _job_of(path: Path, data: bytes) -> str:
     return partial.name.split(".")[1]
 
 
+@pytest.mark.slow
 def test_command_resumes_generated_text(tmp_path: Path) -> None:
     data, options = b"the film\n\na good plot\nwas\n", ("--max-new-tokens", "4")
     assert run(*options, "--out", str(tmp_path / "one"), data=data, bundle=GENERATOR)[0] == cli.SOME_FAILED
@@ -232,6 +233,7 @@ def test_resume_that_would_not_give_the_same_answers_is_refused(
     assert code == cli.NOT_STARTED and message in errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 @pytest.mark.parametrize("bundle", [CLASSIFIER, GENERATOR], ids=lambda path: path.name)
 def test_full_disk_blames_the_output(bundle: Path) -> None:
@@ -243,6 +245,7 @@ def test_full_disk_blames_the_output(bundle: Path) -> None:
     assert "standard output: the answers cannot be written: No space left on device" in message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="shells of POSIX")
 @pytest.mark.parametrize(
     ("closed", "message"),

@@ -95,6 +95,7 @@ def test_prefetch_leaves_no_thread_when_closed() -> None:
     assert not prefetch_threads()
 
 
+@pytest.mark.slow
 def test_prefetch_leaves_no_thread_when_dropped() -> None:
     results = prefetch(range(9), slow)
     next(results)
@@ -104,6 +105,7 @@ def test_prefetch_leaves_no_thread_when_dropped() -> None:
     assert not prefetch_threads()
 
 
+@pytest.mark.slow
 def test_prefetch_leaves_no_thread_when_idle() -> None:
     results = prefetch(range(9), slow)
     next(results)

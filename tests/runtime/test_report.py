@@ -13,6 +13,8 @@ from offramp.runtime import BadSetting
 from offramp.runtime.tuning import report
 from offramp.runtime.tuning.bench import measure_classifier
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data"
 EVIL = "<script>alert(1)</script> & $x_1$"
 

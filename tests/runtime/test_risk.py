@@ -106,6 +106,7 @@ def test_bound_does_not_depend_on_how_a_file_is_sorted_much() -> None:
     assert upper_bound(losses, 0.9).value == pytest.approx(upper_bound(losses[::-1], 0.9).value, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "share", "signed"])
 def test_bound_holds_in_nine_of_ten_samples(kind: str) -> None:
     generator = np.random.default_rng(4)

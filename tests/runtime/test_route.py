@@ -70,6 +70,7 @@ def test_router_ignores_random_features() -> None:
     assert router.strength >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "width", "repeated"), [(30, 12, 1), (20, 12, 2), (12, 12, 1), (48, 576, 1)], ids=str
 )

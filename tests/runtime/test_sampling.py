@@ -73,6 +73,7 @@ def test_p_value_of_known_statistics() -> None:
     assert p_value(counts, expected) == pytest.approx(0.01, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", DRAWN, ids=["all", "top_k", "top_p", "penalty"])
 def test_20_000_draws_have_the_probabilities(sampling: Sampling) -> None:
     sampler, logits, draws = Sampler(sampling, PROMPT[:2]), logits_of(60), 20_000
@@ -107,6 +108,7 @@ def greedy_drafts(table: Any, count: int) -> Any:
     return draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 1, 3])
 def test_two_tokens_in_a_row_have_their_joint_probabilities(drafts: int) -> None:
     """2,000 texts of 10 tokens: a wrong choice after a refused draft would show in what follows an id."""
@@ -120,6 +122,7 @@ def test_two_tokens_in_a_row_have_their_joint_probabilities(drafts: int) -> None
     assert p_value(counts, counts.sum(1, keepdims=True) * probabilities) > 0.01
 
 
+@pytest.mark.slow
 def test_drafts_change_no_text() -> None:
     table = np.stack([logits_of(30, seed) for seed in range(30)])
     for seed in range(20):
@@ -337,6 +340,7 @@ def test_early_exits_are_drawn_from_the_logits_of_the_exit() -> None:
 SPECULATIVE = [{"exit": 1, "drafts": 3}, {"exit": 2, "drafts": 8}, {}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", SPECULATIVE, ids=str)
 def test_a_seed_gives_the_same_text_with_and_without_drafts(parameters: dict[str, float]) -> None:
     accepted = 0
@@ -372,9 +376,10 @@ def expected_texts(session: TextGenerator, count: int) -> dict[tuple[int, ...], 
 
 
 # 20,000 draws take half a minute.
-@pytest.mark.parametrize("count", [800, pytest.param(6_667, marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["never", "speculative"])
-def test_texts_have_the_joint_probabilities_of_three_tokens(rule: str, count: int) -> None:
+def test_texts_have_the_joint_probabilities_of_three_tokens(rule: str) -> None:
+    count = 6_667  # texts of three tokens: 20,000 draws
     counts = Counter[tuple[int, ...]]()
     with load_generator(GENERATOR, rule=rule) as session:
         if isinstance(session.bound_rule, SpeculativeRule):

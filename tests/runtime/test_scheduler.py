@@ -98,6 +98,7 @@ def test_answers_are_those_of_the_session(session: Classifier, limit: int) -> No
     assert max(abs(a.score - e.score) for a, e in zip(answers, expected, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_rows_of_many_callers_get_their_own_answers(session: Classifier) -> None:
     expected = {text: session(text).label for text in TEXTS}
     scheduler, replies = Scheduler(session), dict[str, str]()
@@ -190,6 +191,7 @@ def test_a_long_text_is_walked_in_windows() -> None:
     assert answer.windows > 4
 
 
+@pytest.mark.slow
 def test_each_row_is_walked_at_its_own_point(tmp_path: Path) -> None:
     bundle = bundle_with_points(tmp_path)
     expected = {}
@@ -376,6 +378,7 @@ def test_rows_of_a_closed_session_get_its_error(session: Classifier) -> None:
     scheduler.close()
 
 
+@pytest.mark.slow
 def test_a_budget_draws_the_rule_of_each_row_and_counts_its_answer(tmp_path: Path) -> None:
     with load_classifier(bundle_with_points(tmp_path), budget_depth=0.7, budget_window=50) as session:
         scheduler = Scheduler(session)

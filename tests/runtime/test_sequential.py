@@ -7,6 +7,8 @@ import pytest
 
 from offramp.runtime.sequential import ConfidenceSequence, ExitTest
 
+pytestmark = pytest.mark.slow
+
 CALIBRATION = (300, 200, 100, 400)
 
 

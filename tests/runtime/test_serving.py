@@ -94,6 +94,7 @@ def test_pairs_are_read_together(server: Server) -> None:
     assert results[1]["score"] != results[0]["score"]
 
 
+@pytest.mark.slow
 def test_requests_at_the_same_time_get_their_own_answers(server: Server) -> None:
     given = texts(60, seed=2)
     with load(CLASSIFIER) as session:
@@ -239,6 +240,7 @@ def test_the_page_is_served_with_a_policy_and_nothing_beside_it(server: Server) 
         assert server.ask(f"/demo/{name}")[0] == 404
 
 
+@pytest.mark.slow
 def test_metrics_count_answers_refusals_and_requests() -> None:
     with serving(CLASSIFIER) as server:
         exits = [result["exit"] for result in server.results({"input": texts(30)})]
@@ -252,6 +254,7 @@ def test_metrics_count_answers_refusals_and_requests() -> None:
     assert 'path="other",status="404"' in text and "nowhere" not in text
 
 
+@pytest.mark.slow
 def test_requests_need_one_of_the_keys() -> None:
     with serving(CLASSIFIER, keys=frozenset({KEY, "another-key-of-a-user"})) as server:
         asked = {"input": "good film"}
@@ -262,6 +265,7 @@ def test_requests_need_one_of_the_keys() -> None:
         assert server.ask("/metrics")[0] == 401 and server.ask("/healthz")[0] == 200
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_key_but_what_it_shows_does() -> None:
     with serving(CLASSIFIER, keys=frozenset({KEY})) as server:
         pages = ("/demo", "/demo/index.html?server=1", "/demo/page.js", "/demo/style.css")
@@ -284,6 +288,7 @@ console.log(JSON.stringify({ refused, left: keys.length, label }));
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
 def test_the_page_asks_for_a_key_until_the_server_takes_it() -> None:
     with load(CLASSIFIER) as session:
@@ -297,6 +302,7 @@ def test_the_page_asks_for_a_key_until_the_server_takes_it() -> None:
     assert json.loads(done.stdout) == {"refused": [False, True, True], "left": 1, "label": expected}
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER, scheduling={"queue": 4}) as server, ThreadPoolExecutor(2) as pool:
         gate = Gate(server, monkeypatch)
@@ -311,6 +317,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(monkeypatch: pytest.Mon
         assert len(server.results({"input": ["good film"] * 4})) == 4
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER, scheduling={"queue": 2}) as server, ThreadPoolExecutor(1) as pool:
         gate = Gate(server, monkeypatch)
@@ -323,6 +330,7 @@ def test_what_is_refused_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(first.result()) == 2
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER) as server:
         gate = Gate(server, monkeypatch)
@@ -331,6 +339,7 @@ def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
         assert status == 504 and answer["error"]["type"] == "deadline_passed"
 
 
+@pytest.mark.slow
 def test_rows_of_a_caller_that_goes_away_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER) as server:
         gate, scheduler = Gate(server, monkeypatch), server.models.rows(None).scheduler
@@ -345,6 +354,7 @@ def test_rows_of_a_caller_that_goes_away_are_dropped(monkeypatch: pytest.MonkeyP
         assert 'status="200"' not in server.ask("/metrics")[1], "somebody was answered"
 
 
+@pytest.mark.slow
 def test_a_changed_bundle_is_opened_anew(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(CLASSIFIER, folder)
@@ -360,6 +370,7 @@ def test_a_changed_bundle_is_opened_anew(tmp_path: Path) -> None:
             before("good film")
 
 
+@pytest.mark.slow
 def test_a_request_that_meets_a_closed_bundle_is_answered_by_the_new_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -377,6 +388,7 @@ def test_a_request_that_meets_a_closed_bundle_is_answered_by_the_new_one(
         before.close()
 
 
+@pytest.mark.slow
 def test_a_server_without_its_walker_is_neither_healthy_nor_ready() -> None:
     with serving(CLASSIFIER) as server:
         server.models.rows(None).scheduler.close()
@@ -395,6 +407,7 @@ def test_a_rule_that_plans_its_depth_refuses_another_limit(server: Server) -> No
             model.options(Wanted(point="planned", max_depth=3))
 
 
+@pytest.mark.slow
 def test_a_bundle_that_became_bad_leaves_the_one_of_before(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(CLASSIFIER, folder)
@@ -435,6 +448,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_server_that_cannot_start_says_why(name: str) -> None:
     words, reason = REFUSED[name]
@@ -443,6 +457,7 @@ def test_a_server_that_cannot_start_says_why(name: str) -> None:
     assert process.returncode == 2 and reason in errors and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -460,6 +475,7 @@ def test_a_file_without_usable_keys_is_refused(tmp_path: Path) -> None:
         assert result.exit_code == 2 and reason in result.stderr
 
 
+@pytest.mark.slow
 @posix
 def test_sigterm_answers_what_was_accepted_and_ends() -> None:
     process = start(str(CLASSIFIER), "--port", "0")

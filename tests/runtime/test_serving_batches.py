@@ -16,6 +16,8 @@ from tiny_bundles import GENERATOR, GENERATOR_NATIVE, texts
 
 from offramp.runtime import load_generator
 
+pytestmark = pytest.mark.slow
+
 COMPLETE = "/v1/completions"
 
 

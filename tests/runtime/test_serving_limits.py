@@ -21,6 +21,8 @@ from offramp.runtime.errors import BadBundle
 from offramp.runtime.serving.cli import main
 from offramp.runtime.serving.models import Wanted
 
+pytestmark = pytest.mark.slow
+
 WEB = Path(__file__).resolve().parents[2] / "web"
 ELSEWHERE = re.compile(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//|https?://""")
 

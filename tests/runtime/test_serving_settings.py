@@ -73,6 +73,7 @@ def depth_of(server: Server, texts: list[str], size: int = 60, asked: Any = None
 # budgets
 
 
+@pytest.mark.slow
 def test_a_budget_of_requests_is_held_over_all_of_them(server: Server) -> None:
     given = texts(1200, seed=5)
     asked = {"model": "bundle", "budget_depth": 0.6}
@@ -85,6 +86,7 @@ def test_a_budget_of_requests_is_held_over_all_of_them(server: Server) -> None:
     assert sum(shares) == pytest.approx(1.0) and len(shares) == 4
 
 
+@pytest.mark.slow
 def test_rows_of_several_requests_at_once_share_a_budget(bundle: Path) -> None:
     watch = WatchOptions(budget_window=200)
     with serving(bundle, watch=watch) as server:
@@ -121,6 +123,7 @@ def test_rows_of_a_budget_keep_a_depth_that_is_asked_as_well(server: Server) -> 
     assert depth_of(server, texts(30), asked=asked) == 0.25
 
 
+@pytest.mark.slow
 def test_rows_that_name_a_point_do_not_count_for_the_servers_budget(bundle: Path) -> None:
     with serving(bundle, watch=WatchOptions(budget_depth=0.6)) as server:
         server.results({"input": texts(20), "point": "gate-1"})
@@ -173,6 +176,7 @@ def test_budgets_are_described(server: Server) -> None:
     assert fields["budget_depth"]["description"]
 
 
+@pytest.mark.slow
 def test_more_budgets_than_the_server_holds_are_refused_until_one_rests(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +212,7 @@ def test_a_row_that_is_refused_is_not_waited_for(bundle: Path) -> None:
     models.close()
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_exceeded_is_told_once(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     watch = WatchOptions(budget_depth=0.26, budget_window=20)
     with load_classifier(bundle) as session:
@@ -228,6 +233,7 @@ def test_a_budget_that_is_exceeded_is_told_once(bundle: Path, caplog: pytest.Log
 # audits
 
 
+@pytest.mark.slow
 def test_audited_rows_are_compared_with_full_depth(bundle: Path) -> None:
     given = texts(40, seed=7)
     with load_classifier(bundle) as session:
@@ -250,6 +256,7 @@ def test_audited_rows_are_compared_with_full_depth(bundle: Path) -> None:
     assert sum(v for name, v in now.items() if name.startswith("offramp_answers_total{")) == len(given)
 
 
+@pytest.mark.slow
 def test_every_point_that_requests_name_is_audited_by_its_own_promise(bundle: Path) -> None:
     with serving(bundle, watch=WatchOptions(audit=ALL)) as server:
         server.results({"input": texts(10), "point": "gate-3"})
@@ -259,12 +266,14 @@ def test_every_point_that_requests_name_is_audited_by_its_own_promise(bundle: Pa
     assert now['offramp_audit_limit{model="bundle",setting="gate-3"}'] == pytest.approx(point.guarantee.limit)
 
 
+@pytest.mark.slow
 def test_rows_whose_depth_is_limited_are_not_audited(bundle: Path) -> None:
     with serving(bundle, watch=WatchOptions(audit=ALL)) as server:
         server.results({"input": texts(10), "point": "gate-3", "max_depth": 1})
         assert figures(server)['offramp_audit_rows_total{model="bundle",setting="gate-3"}'] == 0
 
 
+@pytest.mark.slow
 def test_drift_is_told_and_walks_rows_to_the_end(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     watch = WatchOptions(audit=AuditOptions(1.0, 0.05, "full-depth"))
     given = texts(200, seed=8)
@@ -284,6 +293,7 @@ def test_drift_is_told_and_walks_rows_to_the_end(bundle: Path, caplog: pytest.Lo
     assert line["warning"] == "DriftWarning" and "disagree with full depth" in line["message"]
 
 
+@pytest.mark.slow
 def test_a_budget_is_audited_and_released_by_drift(bundle: Path) -> None:
     watch = WatchOptions(budget_depth=0.5, audit=AuditOptions(1.0, 0.05, "full-depth"))
     with serving(bundle, watch=watch) as server:
@@ -293,6 +303,7 @@ def test_a_budget_is_audited_and_released_by_drift(bundle: Path) -> None:
         assert depth_of(server, texts(20)) == 1.0
 
 
+@pytest.mark.slow
 def test_the_answer_is_given_before_its_audit(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(bundle, watch=WatchOptions(audit=ALL)) as server:
         engine = server.models.rows(None).session.engine
@@ -311,6 +322,7 @@ def test_the_answer_is_given_before_its_audit(bundle: Path, monkeypatch: pytest.
         wait_for(server, f"offramp_audit_audited_total{at}", 1)
 
 
+@pytest.mark.slow
 def test_a_server_without_budgets_and_audits_has_no_figures_of_them(server: Server) -> None:
     with serving(CLASSIFIER) as plain:
         names = figures(plain)
@@ -366,6 +378,7 @@ def test_a_window_that_is_too_short_is_refused_at_the_start() -> None:
 # savings
 
 
+@pytest.mark.slow
 def test_saved_blocks_and_time_are_counted(tmp_path: Path) -> None:
     folder = bundle_with_points(tmp_path)
     manifest = open_bundle(folder).manifest
@@ -380,6 +393,7 @@ def test_saved_blocks_and_time_are_counted(tmp_path: Path) -> None:
     assert now['offramp_seconds_saved_total{model="bundle"}'] == pytest.approx(saved) and saved > 0
 
 
+@pytest.mark.slow
 def test_a_bundle_without_measured_costs_has_no_saved_time() -> None:
     with serving(CLASSIFIER) as server:
         results = server.results({"input": texts(40)})
@@ -453,6 +467,7 @@ def ask(port: int, method: str, path: str, value: Any = None) -> str:
         return reply.read().decode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_the_command_watches_and_writes_warnings_to_its_log(bundle: Path) -> None:
     process = start(str(bundle), "--budget-depth", "0.5", "--audit", "1", "--audit-limit", "0.05", "--quiet")
@@ -472,6 +487,7 @@ def test_the_command_watches_and_writes_warnings_to_its_log(bundle: Path) -> Non
     assert (line["warning"], line["setting"]) == ("DriftWarning", "budget_depth 0.5")
 
 
+@pytest.mark.slow
 def test_the_command_refuses_options_that_contradict_each_other(bundle: Path) -> None:
     process = start(str(bundle), "--audit-limit", "0.1")
     _, errors = process.communicate(timeout=60)

@@ -80,6 +80,7 @@ def test_most_tokens_end_a_text(server: Server) -> None:
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_a_chat_is_answered(server: Server) -> None:
     pytest.importorskip("jinja2")
     messages = MESSAGES
@@ -165,6 +166,7 @@ def test_texts_without_a_seed_differ_and_tell_it(server: Server) -> None:
     assert again["choices"][0]["text"] == texts[0]
 
 
+@pytest.mark.slow
 def test_seeds_hold_while_other_texts_are_generated(server: Server) -> None:
     def ask(seed: int) -> str:
         text: str = server.ask(COMPLETE, DRAWN | {"seed": seed})[1]["choices"][0]["text"]
@@ -191,6 +193,7 @@ def test_logprobs_of_a_streamed_text_are_those_of_the_whole(server: Server) -> N
     assert whole == {name: [value for part in parts if part for value in part[name]] for name in whole}
 
 
+@pytest.mark.slow
 def test_texts_at_the_same_time_are_each_their_own(server: Server, expected: str) -> None:
     def ask(number: int) -> str:
         prompt = PROMPT if number % 2 else "a plot"
@@ -202,6 +205,7 @@ def test_texts_at_the_same_time_are_each_their_own(server: Server, expected: str
     assert set(replies[1::2]) == {expected} and len(set(replies[::2])) == 1
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429() -> None:
     with serving(GENERATOR, scheduling={"queue": 1}) as server, ThreadPoolExecutor(2) as pool:
         model = server.models.text(None)
@@ -237,6 +241,7 @@ def value_of(server: Server, figure: str) -> float:
     return 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ended", "asked"),
     [
@@ -251,6 +256,7 @@ def test_metrics_count_texts_by_why_they_ended(ended: str, asked: Any) -> None:
         assert value_of(server, f'offramp_texts_total{{ended="{ended}",model="tiny_generator"}}') == 1
 
 
+@pytest.mark.slow
 def test_metrics_count_the_tokens_of_prompts_and_texts() -> None:
     with serving(GENERATOR) as server:
         usage = [server.ask(COMPLETE, {"prompt": PROMPT, "max_tokens": n})[1]["usage"] for n in (2, 5)]
@@ -259,6 +265,7 @@ def test_metrics_count_the_tokens_of_prompts_and_texts() -> None:
             assert value == sum(counts[field] for counts in usage)
 
 
+@pytest.mark.slow
 def test_metrics_have_the_seconds_of_a_text_with_its_wait() -> None:
     asked = {"prompt": PROMPT, "max_tokens": 3}
     with serving(GENERATOR) as server, ThreadPoolExecutor(1) as pool:
@@ -273,6 +280,7 @@ def test_metrics_have_the_seconds_of_a_text_with_its_wait() -> None:
         assert value_of(server, 'offramp_text_seconds_sum{model="tiny_generator"}') > 0.2
 
 
+@pytest.mark.slow
 def test_metrics_count_the_tokens_alone_of_a_text_whose_caller_went_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -301,6 +309,7 @@ def test_metrics_count_the_tokens_alone_of_a_text_whose_caller_went_away(
         assert "offramp_texts_total{" not in server.ask("/metrics")[1]
 
 
+@pytest.mark.slow
 def test_closing_finishes_texts(tmp_path: Path) -> None:
     with serving(GENERATOR) as server, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.ask, COMPLETE, {"prompt": PROMPT, "max_tokens": 20})

@@ -132,6 +132,7 @@ def test_steps_of_images_are_timed_in_every_variant(session: Classifier) -> None
     assert sum(costs.steps["int8"]) < sum(costs.steps["fp32"])
 
 
+@pytest.mark.slow
 def test_points_of_images_are_measured_by_walks(session: Classifier) -> None:
     _, tokens = session.at_full_depth(ROWS.items)
     costs = measure_step_costs(session, ROWS.items, tokens)
@@ -145,6 +146,7 @@ def test_points_of_images_are_measured_by_walks(session: Classifier) -> None:
     assert (default.data, default.split) == ("dev", "dev")
 
 
+@pytest.mark.slow
 def test_points_keep_to_the_walks_for_which_forecasts_were_fitted(session: Classifier) -> None:
     limits = {"changes": 2.0, "increase": 0.0}
     own = OperatingPoint("saves-90", RuleSpec("quee", {"price": 0.1, **limits}), "fp32", "", "dev", {})

@@ -256,6 +256,7 @@ def _calibrate(bundle: Path, rows: Path, *words: str) -> Result:
     return CliRunner().invoke(calibrate.main, [str(rows), "--bundle", str(bundle), *words])
 
 
+@pytest.mark.slow
 def test_calibrate_writes_the_points_as_json(bundle: Path, rows: Path) -> None:
     done = _calibrate(bundle, rows, "--json")
     value = json.loads(done.stdout)
@@ -264,6 +265,7 @@ def test_calibrate_writes_the_points_as_json(bundle: Path, rows: Path) -> None:
     assert shlex.split(value["next"])[1:] == ["--bundle", str(bundle), "--stats"]
 
 
+@pytest.mark.slow
 def test_quiet_calibrate_writes_warnings_alone(bundle: Path, rows: Path) -> None:
     done = _calibrate(bundle, rows, "--quiet")
     assert done.exit_code == 0 and done.stdout == ""

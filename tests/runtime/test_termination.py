@@ -60,6 +60,7 @@ def test_handler_of_the_application_comes_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", [CLASSIFIER, GENERATOR], ids=lambda path: path.name)
 def test_run_that_waits_for_a_line_ends(bundle: Path) -> None:
     process = subprocess.Popen([*COMMAND, str(bundle), "--max-new-tokens", "2"], **PIPES)

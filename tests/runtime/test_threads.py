@@ -45,6 +45,7 @@ def lines_of(code: str) -> list[Any]:
     return list(json.loads(result.stdout))
 
 
+@pytest.mark.slow
 @GLOBAL
 def test_global_pool_is_made_once_and_then_used_by_all() -> None:
     """Sessions of the application open before it, and beside it on the pool."""
@@ -62,6 +63,7 @@ lines.append("fits")
     assert fitted == "fits"
 
 
+@pytest.mark.slow
 def test_sessions_of_the_application_open_by_default_after_load() -> None:
     several, single = lines_of("""
 for options in ({"threads": 2}, {"threads": 1}):
@@ -76,6 +78,7 @@ for options in ({"threads": 2}, {"threads": 1}):
     assert (single["pool"], single["answers"]) == ("none, one thread", True)
 
 
+@pytest.mark.slow
 @GLOBAL
 @pytest.mark.parametrize("global_pool", [False, True])
 def test_pool_of_the_application_is_used(global_pool: bool) -> None:
@@ -91,6 +94,7 @@ for options in ({{"threads": 2}}, {{"threads": 1}}, {{}}):
     assert used["threads"] == "the application's" and used["answers"]
 
 
+@pytest.mark.slow
 def test_pools_do_not_spin_where_there_is_no_global_pool() -> None:
     (facts,) = lines_of("""
 if hasattr(ort, "set_global_thread_pool_sizes"):

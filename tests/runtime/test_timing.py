@@ -111,6 +111,7 @@ def test_callables_run_once_a_round_and_give_their_results() -> None:
     assert [name for name, _, _ in take_turns(calls, 6, seed=1)] != [name for name, _, _ in results]
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_callable_alone(capsys: pytest.CaptureFixture[str]) -> None:
     log: list[str] = []
     calls = {"slow": lambda: time.sleep(0.02), "fast": lambda: log.append("fast")}

@@ -162,6 +162,7 @@ def test_a_word_that_a_window_cuts_has_all_of_its_characters() -> None:
     assert word_places([begins, cut_at_its_start]) == [(0, Word(7, 4, 10, 16))]
 
 
+@pytest.mark.slow
 def test_every_word_of_a_long_text_is_labelled_once(windowed: TokenClassifier) -> None:
     text = " ".join([*texts(12), "films warmly."] * 3)
     answer = windowed(text)

@@ -101,6 +101,7 @@ def test_options_that_contradict_it(options: dict[str, object], message: str) ->
         load(TINY, engine="trt", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", ["", "import tensorrt_lean, tensorrt_dispatch; "])
 def test_the_command_ends_with_2_and_one_line(beside: str) -> None:
     """On this machine as it is; where it has TensorRT's lean and dispatch runtimes, with them loaded."""

@@ -134,6 +134,7 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trt_cache.default_cache_folder() == Path("/else")
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_builds_and_all_agree_on_the_key(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time

@@ -264,6 +264,7 @@ def test_a_rule_that_goes_on_in_int8_is_refused(machine: SimpleNamespace) -> Non
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_step_becomes_one_cuda_graph_at_the_second_run_of_a_shape(machine: SimpleNamespace) -> None:
     engine, calls = opened(cuda_graphs=True), machine.cudart.calls
     for _ in range(3):
@@ -280,6 +281,7 @@ def test_a_step_becomes_one_cuda_graph_at_the_second_run_of_a_shape(machine: Sim
 # Memory.
 
 
+@pytest.mark.slow
 def test_everything_is_given_back(machine: SimpleNamespace) -> None:
     engine = opened()
     for rows in (1, 2, 5):

@@ -14,6 +14,8 @@ from offramp.training.options import TrainConfig
 from offramp.training.recipes import RECIPES
 from offramp.training.train import train
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "add-a-method.md"
 
 

@@ -55,6 +55,7 @@ def answers(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return model(**inputs).logits, checkpoint.network(inputs).logits
 
 
+@pytest.mark.slow
 def test_full_depth_gives_the_models_own_logits_and_early_exits_agree(root: Path) -> None:
     output = run(root, "ckpt")
     assert "recipe attach adds exits and keeps its answers" in output
@@ -72,6 +73,7 @@ def test_full_depth_gives_the_models_own_logits_and_early_exits_agree(root: Path
     assert load_checkpoint(root / "ckpt").network.spec.labels == ("bad", "good")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", tiny.with_slow(["mean", "cls"], "mean"))
 def test_exits_that_pool_without_weights_learn_from_vectors_in_memory(root: Path, pooling: str) -> None:
     run(root, pooling, "--pooling", pooling)
@@ -80,6 +82,7 @@ def test_exits_that_pool_without_weights_learn_from_vectors_in_memory(root: Path
     assert (exits[:, 1].argmax(-1) == own.argmax(-1)).float().mean() > 0.75
 
 
+@pytest.mark.slow
 def test_labels_are_used_and_the_users_model_is_measured(root: Path) -> None:
     output = run(root, "labelled", data="data")
     assert "labels matched by number: 0 = bad, 1 = good" in output
@@ -88,6 +91,7 @@ def test_labels_are_used_and_the_users_model_is_measured(root: Path) -> None:
     assert training["dev"]["exit_accuracy"][-1] > 80
 
 
+@pytest.mark.slow
 def test_unfreeze_trains_everything_from_the_untouched_models_logits(root: Path) -> None:
     run(root, "unfrozen", "--unfreeze")
     training = json.loads((root / "unfrozen" / "training.json").read_text())
@@ -98,6 +102,7 @@ def test_unfreeze_trains_everything_from_the_untouched_models_logits(root: Path)
     assert (exits[:, -1].argmax(-1) == own.argmax(-1)).float().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_more_rows_than_fit_on_disk_are_sampled_and_reported(root: Path) -> None:
     output = run(root, "sampled", "--set", "disk_gb=0.00002")
     assert re.search(r"the exits learn from \d+ of 72 rows: hidden states of all would take", output)
@@ -118,6 +123,7 @@ def test_a_network_without_early_exits_is_refused(root: Path) -> None:
     assert "name earlier blocks in --exits" in output
 
 
+@pytest.mark.slow
 def test_other_recipes_keep_the_head_as_the_last_exits_start(root: Path) -> None:
     words = ["--recipe", "joint", "--set", "epochs=1", "--set", "heads_lr=0.01"]
     command = ["--model", str(root / "model"), "--data", str(root / "data"), "--out", str(root / "joint")]
@@ -161,6 +167,7 @@ def test_labels_are_matched(data: tuple[str, ...], own: tuple[str, ...], expecte
     ] == [e for e in expected if e is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "dinov2"])
 def test_an_image_classifier_learns_from_images_without_labels(tmp_path: Path, family: str) -> None:
     folder = tiny.image_model_folder(tmp_path / "model", family)

@@ -81,6 +81,7 @@ def test_a_training_stores_samples_of_the_rows_that_it_used(trained: Path, folde
         assert sample["hashes"] == row_sample(row_hashes(json.loads(line)["text"] for line in lines))
 
 
+@pytest.mark.slow
 def test_eval_writes_table_json_and_picture(trained: Path, folder: Path, tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "e.json"), "--picture", str(tmp_path / "e.png")]
     result = _run(evaluate, str(trained), "--data", str(folder / "data"), *files)

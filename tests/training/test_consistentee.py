@@ -187,6 +187,7 @@ def test_the_published_policy_is_one_perceptron_an_exit() -> None:
     assert network.train().gate_logits(pooled, logits).equal(gates)  # no dropout
 
 
+@pytest.mark.slow
 def test_phase_four_trains_the_exits_that_rows_take_and_no_other(tmp_path: Path) -> None:
     for bias, moved in ((30.0, [True, False, False]), (-30.0, [False, False, True])):
         network = published_network()
@@ -201,6 +202,7 @@ def test_phase_four_trains_the_exits_that_rows_take_and_no_other(tmp_path: Path)
         assert not any(after[name].equal(before[name]) for name in shared)  # everything trains
 
 
+@pytest.mark.slow
 def test_the_policies_loss_reaches_the_backbone_unless_detached(tmp_path: Path) -> None:
     weights = []
     for detached in (False, True):
@@ -210,6 +212,7 @@ def test_the_policies_loss_reaches_the_backbone_unless_detached(tmp_path: Path) 
     assert not weights[0].equal(weights[1])
 
 
+@pytest.mark.slow
 def test_phases_alternate_and_a_last_one_fits_the_policies(tmp_path: Path) -> None:
     results = trained(tmp_path, epochs=10)
     assert phases(tmp_path) == ["joint", "policy 1", "both 1", "policy 2", "both 2", "policy last"]
@@ -221,11 +224,13 @@ def test_phases_alternate_and_a_last_one_fits_the_policies(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_without_stage_three_the_policies_alone_are_trained(tmp_path: Path) -> None:
     trained(tmp_path, stage3=False, final_policy=False, epochs=1)
     assert phases(tmp_path) == ["joint", "policy 1", "policy 2"]
 
 
+@pytest.mark.slow
 def test_a_policy_learns_where_the_reward_is_largest(tmp_path: Path) -> None:
     """Exit 1 is wrong; exit 3 is as right as exit 2 and one exit dearer."""
     network, rows = network_of_constant_exits(-9, 9, 9), encoded(64, label=1)
@@ -236,6 +241,7 @@ def test_a_policy_learns_where_the_reward_is_largest(tmp_path: Path) -> None:
     assert results["memorized_on_dev"]["mean_exit"] == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hardness", "depth"), [(True, 3.0), (False, 1.0)])
 def test_without_hardness_the_hardest_instances_pay_for_depth(
     tmp_path: Path, hardness: bool, depth: float
@@ -248,6 +254,7 @@ def test_without_hardness_the_hardest_instances_pay_for_depth(
     assert point(results, "trained")["mean_exit"] == depth
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

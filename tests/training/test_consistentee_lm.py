@@ -31,6 +31,8 @@ from offramp.training.recipes.consistentee_lm import (
 from offramp.training.token_exits import collect_tokens, compare_rules
 from offramp.training.train import train as run_training
 
+pytestmark = pytest.mark.slow
+
 EXITS_AT = (1, 2, 3)
 # Actions and loss whose gradient is that of the expected reward.
 UNBIASED: dict[str, Any] = {"exploration": "bernoulli", "expert": False, "per_layer": False}
@@ -137,9 +139,7 @@ def test_exits_learn_completions_weighted_by_block(tmp_path: Path, target: str) 
 
 
 # Epsilon-greedy actions pass a closed gate once in twenty times, so some tokens are not learned.
-@pytest.mark.parametrize(
-    ("settings", "share"), [({}, 0.8), pytest.param(UNBIASED, 1.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("settings", "share"), [({}, 0.8), (UNBIASED, 1.0)])
 def test_a_policy_exits_where_later_exits_are_no_better(
     tmp_path: Path, settings: dict[str, Any], share: float
 ) -> None:
@@ -151,9 +151,7 @@ def test_a_policy_exits_where_later_exits_are_no_better(
     assert dev["calm"]["confidence"]["depth"] == pytest.approx(dev["policy"]["depth"], abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("settings", "depth"), [pytest.param({}, 2.7, marks=pytest.mark.slow), (UNBIASED, 2.9)]
-)
+@pytest.mark.parametrize(("settings", "depth"), [({}, 2.7), (UNBIASED, 2.9)])
 def test_a_policy_continues_where_exits_are_wrong(
     tmp_path: Path, settings: dict[str, Any], depth: float
 ) -> None:

@@ -75,6 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sets", "expected"), [((), DEFAULT), (ALTERNATION, ALTERNATED)])
 def test_a_training_logs_what_it_logged_as_recipe_consistentee(
     folder: Path, tmp_path: Path, sets: tuple[str, ...], expected: dict[str, tuple[float, float]]

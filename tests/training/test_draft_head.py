@@ -66,6 +66,7 @@ def test_invalid_settings_are_refused() -> None:
             DraftHeadSettings(**setting)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_drafts_learn_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
     network = DecoderNetwork(tiny.decoder("llama"))
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -81,6 +82,7 @@ def test_drafts_learn_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(network.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_the_first_fit_reads_what_the_last_block_reads() -> None:
     network = DecoderNetwork(tiny.decoder("llama"))
     draft_head, rows = add_draft_head(network), answer_rows(64, 30)
@@ -117,6 +119,7 @@ def naive_drafts(network: DecoderNetwork, row: list[int], start: int, steps: int
     return chains
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_measured_shares_are_those_of_drafts_one_by_one() -> None:
     network = DecoderNetwork(tiny.decoder("llama"))
@@ -199,6 +202,7 @@ def test_other_rows_have_other_states(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("states-*.npy"))) == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -233,6 +237,7 @@ def _saving_every_step(original: Any) -> Any:
     return create
 
 
+@pytest.mark.slow
 def test_a_trained_draft_head_is_not_fitted_anew(tmp_path: Path) -> None:
     network, _ = trained(tmp_path / "first", epochs=1)
     draft_head = draft_head_of(network)
@@ -245,6 +250,7 @@ def test_a_trained_draft_head_is_not_fitted_anew(tmp_path: Path) -> None:
     torch.testing.assert_close(draft_head.join.weight, weight, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_cuts_are_exits_of_the_model_or_those_that_were_named(tmp_path: Path) -> None:
     network, rows, s = DecoderNetwork(tiny.decoder("llama")), answer_rows(64), DraftHeadSettings(epochs=1)
     run = Run(network, tmp_path / "named", seed=0)
@@ -254,6 +260,7 @@ def test_cuts_are_exits_of_the_model_or_those_that_were_named(tmp_path: Path) ->
     assert train(run, {"train": rows}, (1, 2, 3), s)["exits"] == [1, 3]
 
 
+@pytest.mark.slow
 def test_ee_train_writes_the_model_and_its_draft_head(tmp_path: Path) -> None:
     tiny.decoder("llama").save_pretrained(tmp_path / "model")
     tiny.hub_tokenizer().save_pretrained(tmp_path / "model")

@@ -195,6 +195,7 @@ def train_command(folder: Path, out: Path, recipe_name: str, begin: Path | None,
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", tiny.with_slow(["frozen", "tuned"], "frozen"))
 def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -> None:
     optimizer = "sgd" if backbone == "frozen" else "adamw"
@@ -215,6 +216,7 @@ def test_trained_and_frozen_parts(folder: Path, tmp_path: Path, backbone: str) -
     assert training["published_points"] == ["trained"]
 
 
+@pytest.mark.slow
 def test_a_training_from_the_start_fine_tunes_the_last_exit_alone(folder: Path, tmp_path: Path) -> None:
     """Its backbone is that of recipe deebert with the same seed, and the published optimizer learns."""
     train_command(folder, tmp_path / "deebert", "deebert", None, *FAST, "exit_epochs=1")
@@ -242,10 +244,12 @@ class InterruptedRun(Run[EarlyExitNetwork]):
             raise Interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at",
     [
-        *(pytest.param(at, marks=pytest.mark.slow) for at in [("warm-up", 21), ("turns", 21)]),
+        ("warm-up", 21),
+        ("turns", 21),
         ("turns", 41),
     ],
 )

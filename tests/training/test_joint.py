@@ -70,12 +70,14 @@ def test_distillation_compares_with_the_last_exit_and_sends_it_no_gradient() -> 
     assert logits.grad[0, 1].abs().max() > 0.1 and logits.grad[0, 2].abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_epochs_of_ordinary_fine_tuning_come_first(root: Path) -> None:
     folder = run(root, "mixed", "plain_epochs=2")
     phases = [json.loads(line).get("phase") for line in (folder / "log.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(phases)) == ["plain", "joint", None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["weights=uniform", "gradient=equilibrium", "distill=0.5"])
 def test_a_setting_changes_what_is_learned(root: Path, setting: str) -> None:
     fast = ("epochs=1", *FAST[1:])
@@ -91,6 +93,7 @@ def test_a_setting_that_does_not_exist_is_refused(word: str) -> None:
         parse_settings(JointSettings, (word,))
 
 
+@pytest.mark.slow
 def test_options_replace_the_parts_of_a_recipe(root: Path) -> None:
     options = ("--pooling", "mean", "--head", "linear")
     folder = run(root, "replaced", recipe="offramp", options=options)

@@ -65,6 +65,7 @@ def test_a_mixture_without_knowledge_is_the_line_between_two_configurations() ->
     assert means[[4, 6, 8, 12]] == pytest.approx([0.25, 0.375, 0.5, 0.75])
 
 
+@pytest.mark.slow
 def test_the_shuffled_oracle_has_the_expectation_of_independent_draws() -> None:
     # Right or wrong, 30 % and 50 % right, never both wrong: with knowledge the oracle is right in 80 %.
     scores = np.zeros((200, 2))

@@ -80,6 +80,7 @@ def test_shares_are_of_answer_tokens_and_prompts_run_everything() -> None:
     assert [float(value.detach()) for value in shares] == [0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("input", ["hidden", "fixed"])
 def test_a_high_price_lowers_the_depth(tmp_path: Path, input: str) -> None:
     _, expensive, _ = trained(tmp_path / "expensive", alpha=100.0, input=input, epochs=2)
@@ -145,6 +146,7 @@ def test_only_blocks_that_answers_run_are_trained(
         assert 2 < figures["depth"] < 3
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_the_skipped_model_itself(tmp_path: Path) -> None:
     settings = LayerSelectionSettings(selection="skip", blocks_run="2")
     network = DecoderNetwork(tiny.decoder("llama"))
@@ -154,6 +156,7 @@ def test_training_lowers_the_loss_of_the_skipped_model_itself(tmp_path: Path) ->
     assert after["loss"] < before["loss"] - 0.1
 
 
+@pytest.mark.slow
 def test_ordinary_fine_tuning_comes_first_if_asked_for(tmp_path: Path) -> None:
     _, figures, _ = trained(tmp_path, lr=0.01, full_epochs=2, selection="exit", blocks_run="1")
     log = (tmp_path / "log.jsonl").read_text()
@@ -162,6 +165,7 @@ def test_ordinary_fine_tuning_comes_first_if_asked_for(tmp_path: Path) -> None:
     assert figures["depth"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", tiny.with_slow(["menu", "stochastic"], "menu"))
 def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path, selection: str) -> None:
     settings = {"selection": selection, "blocks_run": "2", "lr": 0.01, "full_epochs": 1}

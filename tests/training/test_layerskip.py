@@ -100,6 +100,7 @@ def trained(folder: Path, out: str, *words: str, exits: str = "1") -> Any:
     )
 
 
+@pytest.mark.slow
 def test_exits_learn_and_the_folder_is_a_model(folder: Path) -> None:
     done = trained(folder, "ckpt", "--set", "epochs=6", "--set", "target=model")
     assert done.exit_code == 0, done.output

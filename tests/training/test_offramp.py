@@ -57,6 +57,7 @@ def test_fine_tuning_comes_first_and_everything_last(trained: Path) -> None:
     assert phases(trained) == ["fine-tuning", "exits", "everything"]
 
 
+@pytest.mark.slow
 def test_without_the_last_phase_full_depth_is_that_of_fine_tuning(root: Path) -> None:
     alone = load_file(run(root, "alone", "joint_epochs=0", "exit_epochs=1") / "weights.safetensors")
     more = load_file(run(root, "more", "joint_epochs=0", "exit_epochs=3") / "weights.safetensors")
@@ -64,6 +65,7 @@ def test_without_the_last_phase_full_depth_is_that_of_fine_tuning(root: Path) ->
     assert changed and all(name.startswith(("exits.0.", "exits.1.")) for name in changed)
 
 
+@pytest.mark.slow
 def test_everything_is_trained_by_all_rows_where_the_disk_holds_few(root: Path) -> None:
     folder = run(root, "small_disk", "disk_gb=0.00002", "exit_epochs=1", "exit_batch=8")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -73,6 +75,7 @@ def test_everything_is_trained_by_all_rows_where_the_disk_holds_few(root: Path) 
     assert steps["everything"] == 8
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_trained_further_without_fine_tuning(root: Path, trained: Path) -> None:
     assert phases(run(root, "further", start="--init", model=trained.name)) == ["exits", "everything"]
 

@@ -74,6 +74,7 @@ def plans_of(tree: WalkTree) -> list[list[int]]:
     return plans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "increase"), [(1, True), (2, False)])
 def test_outcomes_equal_walks_of_every_path(
     network: EarlyExitNetwork, rows: EncodedText, changes: int, increase: bool
@@ -193,6 +194,7 @@ def test_targets_are_error_rates_of_clusters() -> None:
     assert len(np.unique(rates[:, 0])) > 2 and ((rates >= 0) & (rates <= 1)).all()
 
 
+@pytest.mark.slow
 def test_better_forecasts_give_better_walks_and_the_oracle_is_the_bound() -> None:
     fit_rows, walk_rows = synthetic(seed=0), synthetic(seed=1)
     tables = fit_tables(fit_rows, ForecastFit(clusters=12))
@@ -211,6 +213,7 @@ def test_better_forecasts_give_better_walks_and_the_oracle_is_the_bound() -> Non
     assert abs(network - table) < 4
 
 
+@pytest.mark.slow
 def test_features_that_show_errors_make_better_walks_than_statistics_that_do_not() -> None:
     fit_rows, walk_rows = synthetic(seed=0), synthetic(seed=1)
     costs, gains = costs_of_walks(walk_rows), {}
@@ -235,6 +238,7 @@ def test_features_that_show_errors_make_better_walks_than_statistics_that_do_not
     assert gains["features"] > gains["statistics"] + 1
 
 
+@pytest.mark.slow
 def test_a_forecast_is_close_to_its_target() -> None:
     outcomes = synthetic()
     tables = fit_tables(outcomes, ForecastFit(clusters=12))

@@ -45,6 +45,7 @@ def edit_weights(folder: Path, change: Callable[[Weights], object]) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_whole_language_model_is_opened(tmp_path: Path) -> None:
     for family in ("qwen3", "llama", "gpt2"):  # those of llama and gpt2 share the head with the embeddings
         folder = language_model(tmp_path / family, family)

@@ -92,6 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_points_have_the_recipes_rule(trained: Path, name: str) -> None:
     training = json.loads((trained / name / "training.json").read_text())
@@ -103,12 +104,14 @@ def test_points_have_the_recipes_rule(trained: Path, name: str) -> None:
     assert (trained / name / "log.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_the_second_phase_changes_neither_backbone_nor_last_exit(trained: Path) -> None:
     teacher, student = (load_file(trained / name / "weights.safetensors") for name in ("deebert", "fastbert"))
     moved = {".".join(n.split(".")[:2]) for n, value in teacher.items() if not value.equal(student[n])}
     assert moved == {"exits.0", "exits.1"}
 
 
+@pytest.mark.slow
 def test_recipes_that_only_choose_points_change_no_weight(trained: Path) -> None:
     joint = load_file(trained / "joint" / "weights.safetensors")
     for name in ("pabee", "pcee_bert"):
@@ -116,11 +119,13 @@ def test_recipes_that_only_choose_points_change_no_weight(trained: Path) -> None
         assert joint.keys() == same.keys() and all(joint[n].equal(same[n]) for n in joint)
 
 
+@pytest.mark.slow
 def test_the_learning_to_exit_layer_is_shared(trained: Path) -> None:
     weights = load_file(trained / "berxit" / "weights.safetensors")
     assert weights["policies.0.wrong.weight"].equal(weights["policies.1.wrong.weight"])
 
 
+@pytest.mark.slow
 def test_samples_of_rows_are_kept_by_a_training_on_further_rows(trained: Path, tmp_path: Path) -> None:
     before, same = (json.loads((trained / n / "training.json").read_text()) for n in ("joint", "pabee"))
     assert same["rows_sample"] == before["rows_sample"], "the same rows once"

@@ -105,6 +105,7 @@ def test_calibration_asks_for_a_gap_between_right_and_wrong_rows(signal: str) ->
     assert calibration_loss(SIGNALS, torch.ones_like(right), 0.3, signal).item() == 0.0
 
 
+@pytest.mark.slow
 def test_weights_are_equal_at_first_and_follow_the_exits_at_last(tmp_path: Path) -> None:
     train(cosee, tmp_path, CoseeSettings(**FAST))
     steps = [line for line in logged(tmp_path) if line.get("phase") == "cosee"]
@@ -199,6 +200,7 @@ def test_a_meta_step_leaves_the_network_as_it_is() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_the_weight_network_learns(tmp_path: Path) -> None:
     deviations = []
     for meta_lr in (1e-9, 0.01):
@@ -221,6 +223,7 @@ RECIPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
 def test_a_recipe_trains_and_its_exits_are_not_those_of_joint(
     recipe: ModuleType, settings: JointSettings, tmp_path: Path
@@ -234,6 +237,7 @@ def test_a_recipe_trains_and_its_exits_are_not_those_of_joint(
         assert (exit.classify.weight - other_exit.classify.weight).abs().max() > 1e-3  # type: ignore[union-attr, operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     recipe: ModuleType, settings: JointSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
