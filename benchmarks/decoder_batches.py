@@ -32,7 +32,6 @@ from rich.progress import track
 from offramp.benchmarks.decoders import print_table, read_prompts
 from offramp.runtime import TextGenerator, load_generator
 from offramp.runtime.batching import DecodingLoop
-from offramp.runtime.errors import OfframpError
 from offramp.runtime.tuning.report import machine_facts
 from offramp.training.checkpoint import write_json
 
@@ -69,7 +68,7 @@ def generate_together(session: TextGenerator, prompts: Sequence[list[int]], toke
         begun = ended = 0.0  # when the last text had its first token, and when the first one had all
         while loop.unfinished:
             for number, result in loop.advance():
-                if isinstance(result, OfframpError):
+                if isinstance(result, Exception):
                     raise result
                 answers[number].append(result.id)
                 if begun and not ended:
@@ -92,7 +91,7 @@ def answer_queue(session: TextGenerator, prompts: Sequence[list[int]], tokens: i
     answers = {loop.add(prompt, tokens, ()): list[int]() for prompt in prompts}
     while loop.unfinished:
         for number, result in loop.advance():
-            if isinstance(result, OfframpError):
+            if isinstance(result, Exception):
                 raise result
             answers[number].append(result.id)
     loop.close()

@@ -32,7 +32,7 @@ from offramp.runtime.decoding import (
 )
 from offramp.runtime.draft_rounds import DraftRounds
 from offramp.runtime.engines.base import Engine
-from offramp.runtime.errors import BadInput, OfframpError
+from offramp.runtime.errors import BadInput
 from offramp.runtime.rules.base import Floats, Plan, Rule
 from offramp.runtime.rules.speculative import SpeculativeRule
 from offramp.runtime.sampling import Choice, Sampler, Sampling
@@ -44,7 +44,7 @@ TEXTS, MOST_TEXTS = 8, 1024  # texts at once: by default, and at most
 CHUNK = 128  # tokens of prompts that may run between two tokens of the texts under way
 LEAST_PREFIX = 32  # tokens that must be in the cache already for a prompt to begin with them
 
-Event = tuple[int, Token | OfframpError]  # number of a text, and its next token or the error that ends it
+Event = tuple[int, Token | Exception]  # number of a text, and its next token or the error that ends it
 
 
 @dataclass(eq=False)
@@ -147,8 +147,8 @@ class DecodingLoop:
     def advance(self) -> list[Event]:
         """Do one piece of work; returns the tokens that came out, often none.
 
-        An error in place of a token ends its text alone. Other errors than those of offramp leave the loop
-        unusable.
+        An error of a step, of whatever type, takes the place of a token and ends the texts of that step; the
+        others go on. Raises an error that cannot be laid to a text, which leaves the loop unusable.
         """
         events: list[Event] = []
         self._events = events
@@ -268,7 +268,11 @@ class DecodingLoop:
             return source
         assert self._groups is not None
         sequence = self._begin(prompt[:best])
-        self._groups.copy_prefix(source, sequence)
+        try:
+            self._groups.copy_prefix(source, sequence)
+        except BaseException:
+            self._engine.drop(sequence)
+            raise
         return sequence
 
     # Tokens after the prompt
@@ -306,32 +310,42 @@ class DecodingLoop:
     def _run_segment(self) -> None:
         """Let texts whose token is ready join the walk, and run one segment of it."""
         assert self._walk is not None and self._groups is not None
-        self._enter()
-        key = self._walk.largest_queue()
-        assert key is not None
         try:
+            self._enter()
+            key = self._walk.largest_queue()
+            assert key is not None
             done = self._walk.run(key).tolist()
             if not done:
                 return
             texts = [self._walking[row] for row in done]
             logits = self._groups.logits_of([_sequence_of(text) for text in texts])
-        except OfframpError as problem:
-            waiting = set(self._walk.waiting().tolist())
-            for row in [row for row in self._walking if row not in waiting]:
-                self._end(self._walking.pop(row), problem)
+        except Exception as problem:
+            self._end_step(problem)
             return
-        choices: list[Choice | OfframpError] = []
+        choices: list[Choice | Exception] = []
         for text, row in zip(texts, logits, strict=True):  # before a step overwrites the logits
             del self._walking[text.row]
             try:
                 choices.append(self._choose(text, row))
-            except OfframpError as problem:
+            except Exception as problem:
                 choices.append(problem)
         for text, choice in zip(texts, choices, strict=True):
-            if isinstance(choice, OfframpError):
+            if isinstance(choice, Exception):
                 self._end(text, choice)
             else:
                 self._guard(text, self._take_choice, choice)
+
+    def _end_step(self, problem: Exception) -> None:
+        """End the texts of a step that failed: those that wait for no segment any more.
+
+        If all still wait, the walk itself failed, and would fail again; then all of them end.
+        """
+        assert self._walk is not None
+        waiting = set(self._walk.waiting().tolist())
+        lost = [row for row in self._walking if row not in waiting] or list(self._walking)
+        self._walk.drop(np.array(lost))
+        for row in lost:
+            self._end(self._walking.pop(row), problem)
 
     def _enter(self) -> None:
         """Let the newest tokens of texts that are ready wait for their first segment, as one group."""
@@ -340,11 +354,11 @@ class DecodingLoop:
         assert self._walk is not None
         texts = list(self._ready)
         self._ready.clear()
+        self._walking |= {text.row: text for text in texts}
         for text in texts:
             sequence = _sequence_of(text)
             text.blocks_before, text.rounds = sequence.blocks_run, None
             sequence.feed([text.newest])
-            self._walking[text.row] = text
         group = SequenceGroup([_sequence_of(text) for text in texts])
         rules = None if len(self._rules) == 1 else np.array([text.rule for text in texts])
         plans = np.concatenate([text.plan for text in texts])
@@ -397,13 +411,15 @@ class DecodingLoop:
         self._ready.append(text)
 
     def _guard(self, text: _Text, work: Callable[..., None], *values: object) -> None:
-        """Do something for a text, which an error of offramp ends."""
+        """Do something for a text, which an error ends; raises an error that comes after its end."""
         try:
             work(text, *values)
-        except OfframpError as problem:
+        except Exception as problem:
+            if text.number not in self._texts:
+                raise
             self._end(text, problem)
 
-    def _end(self, text: _Text, problem: OfframpError | None = None) -> None:
+    def _end(self, text: _Text, problem: Exception | None = None) -> None:
         """End a text that waits nowhere any more; keep its cache unless there was a problem."""
         del self._texts[text.number]
         if text is self._prompting:

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import click
 
+from offramp.runtime import shared_options as shared
 from offramp.runtime.termination import Terminated, Termination
 
 # A test compares these with their sources.
 ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-LONG_TEXTS, FORMATS = ("cut", "windows"), ("json", "parquet")
+FORMATS = ("json", "parquet")
 BATCH_SIZE, ROWS_PER_FILE = 32, 4096
 MAX_ROWS_PER_FILE = 1 << 20
 OPTION = "--ray"
@@ -89,28 +90,13 @@ class RunCommand(click.Command):
 @click.option(
     "--actors", type=click.IntRange(1), help="Sessions, each with one CPU.  [default: CPUs minus one]"
 )
-@click.option("--variant", help="As in ee-run.")
-@click.option("--rule", help="As in ee-run.")
-@click.option("--threshold", type=float, help="As in ee-run.")
-@click.option("--point", metavar="NAME", help="As in ee-run.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 1 << 20),
-    default=BATCH_SIZE,
-    show_default=True,
-    help="As in ee-run.",
-)
-@click.option(
-    "--long",
-    "long_texts",
-    type=click.Choice(LONG_TEXTS),
-    default="cut",
-    show_default=True,
-    help="As in ee-run.",
-)
-@click.option(
-    "--require-signature", metavar="KEY", help="Public key that must have signed the bundle, as in ee-run."
-)
+@shared.variant()
+@shared.rule()
+@shared.threshold()
+@shared.point()
+@shared.batch_size(default=BATCH_SIZE)
+@shared.long_texts()
+@shared.require_signature()
 def command(sources: tuple[str, ...], out: str, **given: Any) -> None:
     """Command ee-run --ray; its help is HELP."""
     try:

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
+from offramp.runtime import shared_options as shared
 from offramp.runtime.bulk_cli import RunCommand
 from offramp.runtime.generation_options import generation_options, take_sampling
 from offramp.runtime.termination import Terminated, Termination
@@ -25,18 +26,7 @@ if TYPE_CHECKING:  # heavy modules are imported when the command runs, so that -
     from offramp.runtime.session import Session
 
 # A test compares these with their sources.
-ENGINES, DEVICES, PROVIDERS, FORMATS, LONG_TEXTS, STATISTICS, ON_DRIFT = (
-    ("ort", "trt"),
-    ("cpu", "cuda"),
-    ("cuda", "tensorrt"),
-    ("auto", "text", "json"),
-    ("cut", "windows"),
-    ("mean", "p95"),
-    ("warn", "full-depth"),
-)
-# The most rows that an engine walks together, and the longest sequence of a manifest.
-AT_LEAST_1 = click.IntRange(1, 1 << 20)
-THREADS = click.IntRange(1, 1024)
+PROVIDERS, FORMATS = ("cuda", "tensorrt"), ("auto", "text", "json")
 ALL_ANSWERED, SOME_FAILED, NOT_STARTED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
 HELP = """Answer every line of INPUT (a file, or - for standard input, the default) with one JSON line; with a
@@ -159,12 +149,8 @@ class RunOptions:
     show_default=True,
     help="The bundle to walk: a folder, or hub:user/name or user/name@revision of a model hub (docs/hub.md).",
 )
-@click.option(
-    "--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="What runs the graphs."
-)
-@click.option(
-    "--device", type=click.Choice(DEVICES), help="Where it runs them.  [default: cpu for ort, cuda for trt]"
-)
+@shared.engine(help="What runs the graphs.")
+@shared.device(help="Where it runs them.  [default: cpu for ort, cuda for trt]")
 @click.option(
     "--provider",
     type=click.Choice(PROVIDERS),
@@ -173,20 +159,12 @@ class RunOptions:
 @click.option(
     "--cuda-graphs", is_flag=True, help="On a GPU, launch a step as one CUDA graph once its shape was seen."
 )
-@click.option("--variant", help="Precision of the segments, such as int8; the bundle lists its own.")
-@click.option("--rule", help="The rule that decides where to exit; see above.")
-@click.option("--threshold", type=float, help="The rule's one number; see above.")
-@click.option(
-    "--point", metavar="NAME", help="An operating point of the bundle: sets rule, threshold and variant."
-)
-@click.option(
-    "--batch-size", type=AT_LEAST_1, default=1, show_default=True, help="Rows walked together at most."
-)
-@click.option(
-    "--threads",
-    type=THREADS,
-    help="Threads of the engine.  [default: one for each core that the process may use]",
-)
+@shared.variant(help="Precision of the segments, such as int8; the bundle lists its own.")
+@shared.rule(help="The rule that decides where to exit; see above.")
+@shared.threshold(help="The rule's one number; see above.")
+@shared.point(help="An operating point of the bundle: sets rule, threshold and variant.")
+@shared.batch_size(default=1, help="Rows walked together at most.")
+@shared.threads(help="Threads of the engine.  [default: one for each core that the process may use]")
 @click.option(
     "--format", type=click.Choice(FORMATS), default="auto", show_default=True, help="What INPUT is."
 )
@@ -197,55 +175,25 @@ class RunOptions:
     "a row first reaches it, and that row waits.",
 )
 @generation_options
-@click.option(
-    "--long",
-    "long_texts",
-    type=click.Choice(LONG_TEXTS),
-    default="cut",
-    show_default=True,
-    help="What becomes of texts that are longer than the network reads; see above.",
+@shared.long_texts(help="What becomes of texts that are longer than the network reads; see above.")
+@shared.require_signature()
+@shared.budget_ms(
+    help="Hold this time of an answer, by moving among the operating points of the rule (docs/budgets.md)."
 )
-@click.option(
-    "--require-signature",
-    metavar="KEY",
-    help="File of the public key that must have signed the bundle; another bundle is not opened.",
+@shared.budget_depth()
+@shared.budget_of(help="What of them is held over a window.  [default: mean]")
+@shared.budget_window(help="Rows over which it is held.  [default: 1000]")
+@shared.max_risk(
+    help="Let a budget use only points that guarantee a risk of at most this (ee-calibrate --risk)."
 )
-@click.option(
-    "--budget-ms",
-    type=float,
-    metavar="MS",
-    help="Hold this time of an answer, by moving among the operating points of the rule (docs/budgets.md).",
-)
-@click.option(
-    "--budget-depth", type=float, metavar="SHARE", help="Hold this share of the blocks in the same way."
-)
-@click.option(
-    "--budget-of", type=click.Choice(STATISTICS), help="What of them is held over a window.  [default: mean]"
-)
-@click.option(
-    "--budget-window", type=AT_LEAST_1, metavar="ROWS", help="Rows over which it is held.  [default: 1000]"
-)
-@click.option(
-    "--max-risk",
-    type=float,
-    metavar="SHARE",
-    help="Let a budget use only points that guarantee a risk of at most this (ee-calibrate --risk).",
-)
-@click.option(
-    "--audit",
-    type=float,
-    metavar="SHARE",
+@shared.audit(
     help="Walk this share of the rows to the end as well, in the background, and warn if answers disagree "
-    "with full depth more than the point promises, or if rows leave at other exits than calibration rows.",
+    "with full depth more than the point promises, or if rows leave at other exits than calibration rows."
 )
-@click.option(
-    "--audit-limit", type=float, metavar="SHARE", help="Allow this disagreement in place of the point's."
-)
-@click.option(
-    "--on-drift",
-    type=click.Choice(ON_DRIFT),
+@shared.audit_limit()
+@shared.on_drift(
     help="What follows once the disagreement is above its limit: warn, or walk all rows to the end.  "
-    "[default: warn]",
+    "[default: warn]"
 )
 @click.option(
     "--sets", is_flag=True, help="Add the calibrated probability and the set of labels to every answer."

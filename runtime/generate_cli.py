@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from offramp.runtime.decoding import STOP
-from offramp.runtime.errors import BadInput, BadSetting, OfframpError
+from offramp.runtime.errors import BadInput, BadSetting
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.lines import Line
 from offramp.runtime.output import Output
@@ -143,7 +143,7 @@ def _together(
             reply = texts[number]
             if isinstance(result, BadInput):
                 reply.problem = result
-            elif isinstance(result, OfframpError):
+            elif isinstance(result, Exception):
                 raise result
             else:
                 reply.chunks.append(result)

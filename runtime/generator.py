@@ -13,7 +13,7 @@ from offramp.runtime.bundle.files import Bundle
 from offramp.runtime.bundle.manifest import TextInput
 from offramp.runtime.decoding import Token, decode
 from offramp.runtime.engines.base import Engine
-from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionForked, WrongTask
+from offramp.runtime.errors import BadInput, BadSetting, ItemError, SessionForked, WrongTask
 from offramp.runtime.inputs.chat import ChatTemplate, Message
 from offramp.runtime.inputs.text import encode_prompt
 from offramp.runtime.rules.base import Rule
@@ -269,7 +269,7 @@ class TextGenerator(Session[TokenSequence]):
                 return
             for text, result in batch.advance():
                 number = numbers[text]
-                if isinstance(result, OfframpError):
+                if isinstance(result, Exception):
                     if not isinstance(result, BadInput):
                         raise result
                     del numbers[text]

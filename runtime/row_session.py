@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from offramp.runtime.rules.quality import DISAGREEMENTS
 from offramp.runtime.rules.registry import bind
 from offramp.runtime.rules.resolve import bind_for_bundle, resolve_rule
 from offramp.runtime.session import Session
-from offramp.runtime.walker import Batch, Inputs, Trace, Walk, empty_trace, walk, walk_one
+from offramp.runtime.walker import Batch, Inputs, Trace, Walk, empty_trace, walk
 
 if TYPE_CHECKING:  # sessions without them do not need the modules
     from offramp.runtime.audit import Audit, AuditPlan, AuditReport
@@ -81,7 +80,10 @@ A_co = TypeVar("A_co", bound=RowAnswer, covariant=True)
 
 
 class ExitRecord(NamedTuple):
-    """What an exit gave: segment (1-based), logits, P(exit) or None, ms of the segment (and the stem)."""
+    """What an exit gave: segment (1-based), logits, P(exit) or None.
+
+    ms: since the exit before, or since the walk began; with waiting for other rows.
+    """
 
     segment: int
     variant: str
@@ -291,25 +293,6 @@ class RowSession(Session[State], Generic[A_co]):
         if self._is_watched:
             self._watch(row, answer)
         return answer
-
-    def steps(self, row: AnyRow, rule: int, variant: int) -> list[ExitRecord]:
-        """Walk a row alone, and return what each exit gave; rule, variant: numbers, see add_point.
-
-        Windows of a long text behind the first are not walked.
-        """
-        inputs, bound = self._reader.arrays([row]), self._rules[rule]
-        with self.walking():
-            before = time.perf_counter()
-            state = self.engine.begin(inputs)
-            plan = bound.first_plan(len(self.manifest.segments), variant)[0].tolist()
-            records = []
-            for segment, number, signals, ended in walk_one(self.engine, bound, state, plan):
-                gate = None if signals.gate is None else float(signals.gate[0])
-                name, logits = self.manifest.variants[number], tuple(signals.logits[0].tolist())
-                records.append(ExitRecord(segment + 1, name, logits, gate, 1e3 * (ended - before)))
-                before = ended
-            self.engine.drop(state)
-        return records
 
     def batches(self, rows: Sequence[AnyRow], size: int, pad_alone: bool = False) -> Iterator[Batch]:
         """Batches of similar length, the shortest first: row numbers, stem inputs; see Reader.arrays."""

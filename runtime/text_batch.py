@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 from offramp.runtime.batching import DecodingLoop
-from offramp.runtime.errors import OfframpError, SessionClosed, SessionForked
+from offramp.runtime.errors import SessionClosed, SessionForked
 from offramp.runtime.sampling import Sampling
 from offramp.runtime.text_chunks import AnswerText, TextChunk
 
@@ -62,26 +62,27 @@ class TextBatch:
         self._answers[number] = AnswerText(self._tokenizer, self._stop_ids, stop)
         return number
 
-    def advance(self) -> list[tuple[int, TextChunk | OfframpError]]:
+    def advance(self) -> list[tuple[int, TextChunk | Exception]]:
         """Do one piece of work; returns the chunks that came out, each with the number of its text.
 
-        A text ends with a chunk that says why, or with an error in place of a chunk. Raises SessionClosed and
-        SessionForked, after which the batch is lost.
+        A text ends with a chunk that says why, or with an error of any type in place of a chunk; the others
+        go on. Raises SessionClosed, SessionForked, and errors that cannot be laid to a text, after which the
+        batch is lost.
         """
         with self._walking():
             results = self._loop.advance()
-        chunks: list[tuple[int, TextChunk | OfframpError]] = []
+        chunks: list[tuple[int, TextChunk | Exception]] = []
         for number, result in results:
             answer = self._answers.get(number)
             if answer is None:  # it ended at a stop string, before the last draft of a round
                 continue
-            if isinstance(result, OfframpError):
-                del self._answers[number]
-                chunks.append((number, result))
-                continue
-            chunk = answer.chunk(result)
+            chunk: TextChunk | Exception
+            try:
+                chunk = result if isinstance(result, Exception) else answer.chunk(result)
+            except Exception as problem:  # of the tokenizer
+                chunk = problem
             chunks.append((number, chunk))
-            if chunk.ended is not None:
+            if isinstance(chunk, Exception) or chunk.ended is not None:
                 self.drop(number)
         return chunks
 

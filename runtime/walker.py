@@ -98,13 +98,7 @@ class _Group(Generic[S]):
         """The group of some of the rows; state: theirs."""
         rules = None if self.rules is None else self.rules[rows]
         return _Group(
-            state,
-            self.ids[rows],
-            self.plan[rows],
-            self.memory[rows],
-            self.started[rows],
-            rules,
-            self.begun,
+            state, self.ids[rows], self.plan[rows], self.memory[rows], self.started[rows], rules, self.begun
         )
 
 
@@ -463,6 +457,11 @@ def _length(queue: list[_Group[S]]) -> int:
     return sum(len(group.ids) for group in queue)
 
 
+def _widened(memory: Floats, width: int) -> Floats:
+    """Memories with zeros up to `width` numbers a row: a rule that was added later may need more."""
+    return memory if memory.shape[1] == width else np.pad(memory, ((0, 0), (0, width - memory.shape[1])))
+
+
 def _pop_group(
     engine: Engine[S], queues: dict[QueueKey, list[_Group[S]]], key: QueueKey, limit: int
 ) -> _Group[S]:
@@ -486,11 +485,12 @@ def _pop_group(
     if len(chosen) == 1:
         return chosen[0]
     rules = [group.rules for group in chosen if group.rules is not None]
+    width = max([group.memory.shape[1] for group in chosen])
     joined = _Group(
         engine.join([group.state for group in chosen]),
         np.concatenate([group.ids for group in chosen]),
         np.concatenate([group.plan for group in chosen]),
-        np.concatenate([group.memory for group in chosen]),
+        np.concatenate([_widened(group.memory, width) for group in chosen]),
         np.concatenate([group.started for group in chosen]),
         np.concatenate(rules) if rules else None,
         min(group.begun for group in chosen),

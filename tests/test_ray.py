@@ -130,11 +130,8 @@ def test_chunks_of_parquet_are_the_rows_of_the_file(group: int, size: int, tmp_p
 
 
 def test_constants_are_those_of_their_sources() -> None:
-    from offramp.runtime.inputs.text import LONG_TEXTS
-
     names = ("ALL_ANSWERED", "SOME_FAILED", "NOT_STARTED", "INTERRUPTED", "TERMINATED")
     assert [getattr(bulk_cli, name) for name in names] == [getattr(cli, name) for name in names]
-    assert bulk_cli.LONG_TEXTS == LONG_TEXTS
     assert (bulk_cli.BATCH_SIZE, bulk_cli.ROWS_PER_FILE) == (bulk.BATCH_SIZE, bulk.ROWS_PER_FILE)
     assert bulk.ROWS_PER_FILE % (bulk.BATCH_SIZE * bulk.WINDOW) == 0
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
@@ -19,18 +17,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from offramp.runtime.bundle.manifest import EMBEDDING
-from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError, SessionClosed
+from offramp.runtime.errors import BadInput, BadSetting, ItemError, OfframpError
 from offramp.runtime.row_session import RowAnswer
 from offramp.runtime.serving.demo import add_demo_routes
+from offramp.runtime.serving.error_replies import ErrorReply, reply_to
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.metrics import Metrics
-from offramp.runtime.serving.models import Models, ServedModel, UnknownModel, manifest_time
+from offramp.runtime.serving.models import Models, ServedModel, manifest_time
 from offramp.runtime.serving.openai import add_text_routes
-from offramp.runtime.serving.protection import LOG, Protection, ServerLimits
-from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull
-from offramp.runtime.serving.settings import TooManyBudgets, Wanted
-
-INLINE_CHARACTERS = 20_000  # more text than this is tokenized in another thread, so that no request waits
+from offramp.runtime.serving.protection import Protection, ServerLimits
+from offramp.runtime.serving.row_requests import CALLER_GONE, Answers, answer_items
+from offramp.runtime.serving.scheduler import RowOptions
+from offramp.runtime.serving.settings import Wanted
 
 
 class _Strict(BaseModel):
@@ -68,6 +66,11 @@ class WalkFields(_Strict):
     )
     timeout_ms: float | None = Field(None, gt=0, description="Time in which the answer must be there.")
 
+    def options(self, model: ServedModel) -> RowOptions:
+        """How a row is walked; see ServedModel.options."""
+        wanted = Wanted(self.point, self.max_risk, self.max_depth, self.budget_ms, self.budget_depth)
+        return model.options(wanted)
+
 
 class ClassifyRequest(WalkFields):
     """Texts, pairs of texts or images that are answered."""
@@ -98,16 +101,20 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from a public server, and send no API key
         redoc_url=None,
+        redirect_slashes=False,  # the address of such a redirect has whatever host the request names
     )
     app.add_middleware(Protection, limits=limits, metrics=metrics)
     _add_errors(app, metrics)
+
+    async def answer_rows(items: Sequence[Any], body: WalkFields, request: Request) -> Answers:
+        return await answer_items(models, body.model, items, body.options, request, limits, body.timeout_ms)
 
     @app.post("/v1/classify", summary="Answer texts, pairs of texts or images")
     async def classify(body: ClassifyRequest, request: Request) -> JSONResponse:
         given = body.input if isinstance(body.input, list) else [body.input]
         model = models.rows(body.model)
         items = [_item(entry, model) for entry in given]
-        answers, _ = await _answers(models, items, body, request, limits)
+        answers, _ = await answer_rows(items, body, request)
         results = [_result(answer) for answer in answers]
         if not isinstance(body.input, list) and isinstance(answers[0], ItemError):
             raise BadInput(answers[0].message)
@@ -125,7 +132,7 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
                 "not shortened; leave it out"
             )
         texts = body.input if isinstance(body.input, list) else [body.input]
-        answers, tokens = await _answers(models, texts, body, request, limits)
+        answers, tokens = await answer_rows(texts, body, request)
         data = []
         for index, answer in enumerate(answers):
             if isinstance(answer, ItemError):
@@ -134,8 +141,8 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "model": model.name, "data": data, "usage": usage})
 
-    add_text_routes(app, models)
-    add_demo_routes(app, models)
+    add_text_routes(app, models, limits, metrics)
+    add_demo_routes(app, models, limits)
 
     @app.get("/v1/models", summary="The bundles that are served")
     async def list_models() -> JSONResponse:
@@ -163,92 +170,6 @@ def create_app(models: Models, limits: ServerLimits, metrics: Metrics) -> FastAP
         return Response(text, media_type=kind)
 
     return app
-
-
-async def _answers(
-    models: Models, items: Sequence[Any], body: WalkFields, request: Request, limits: ServerLimits
-) -> tuple[list[RowAnswer | ItemError], int]:
-    """The answers to the items of a request, in order, and the number of their tokens.
-
-    Rows of a caller that goes away are dropped. Raises QueueFull if there is no room for all of them. If the
-    bundle is replaced before its rows are accepted, the new one answers.
-    """
-    while True:
-        model = models.rows(body.model)
-        try:
-            return await _answers_of(model, items, body, request, limits)
-        except SessionClosed:
-            if models.rows(body.model) is model:
-                raise
-
-
-async def _answers_of(
-    model: ServedModel, items: Sequence[Any], body: WalkFields, request: Request, limits: ServerLimits
-) -> tuple[list[RowAnswer | ItemError], int]:
-    """See _answers; raises SessionClosed if the bundle was closed."""
-    if len(items) > limits.items:
-        raise BadSetting(f"input: {len(items)} items; this server takes {limits.items} in a request")
-    queue = model.scheduler.queue
-    if len(items) > queue:
-        raise BadSetting(
-            f"input: {len(items)} items; this server accepts {queue} rows at once (--queue), so it can never "
-            f"accept these: send {queue} or fewer in a request, or start the server with a larger --queue"
-        )
-    model.scheduler.require_room(len(items))
-    timeout = limits.timeout if body.timeout_ms is None else body.timeout_ms / 1e3
-    wanted = Wanted(body.point, body.max_risk, body.max_depth, body.budget_ms, body.budget_depth)
-    if sum(len(item) for item in items if isinstance(item, str)) > INLINE_CHARACTERS or model.reads_images:
-        rows = await run_in_threadpool(model.read, items)
-    else:
-        rows = model.read(items)
-    # Other requests may have come while these items were read. From here there is no await until all rows are
-    # accepted, so that no other request comes in between: a refusal counts the rows of others alone.
-    model.scheduler.require_room(sum(not isinstance(row, ItemError) for row in rows))
-    futures: dict[int, Future[RowAnswer]] = {}  # by index
-    try:
-        for index, row in enumerate(rows):
-            if not isinstance(row, ItemError):
-                futures[index] = model.scheduler.submit(row, model.options(wanted), timeout)
-        results = dict(zip(futures, await _results(list(futures.values()), request, timeout), strict=True))
-    except BaseException:
-        for future in futures.values():
-            future.cancel()
-        raise
-    answers: list[RowAnswer | ItemError] = []
-    for index, row in enumerate(rows):
-        result = row if isinstance(row, ItemError) else results[index]
-        if isinstance(result, BadInput):
-            result = ItemError(index, str(result))
-        if isinstance(result, BaseException):
-            raise result
-        answers.append(result)
-    read = (part for row in rows if not isinstance(row, ItemError) for part in (row, *row.rest))
-    return answers, sum(part.length for part in read)
-
-
-async def _results(
-    futures: Sequence[Future[RowAnswer]], request: Request, timeout: float
-) -> list[RowAnswer | BaseException]:
-    """The results of futures, or their exceptions; cancels them if the caller goes away or time is over."""
-    answered = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-    gone = asyncio.ensure_future(_wait_until_gone(request))
-    either: set[asyncio.Future[Any]] = {answered, gone}
-    try:
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            raise HTTPException(499, "the caller went away")
-        if not answered.done():
-            raise DeadlinePassed(f"not answered in {1e3 * timeout:g} ms")
-        return list(await answered)
-    finally:
-        gone.cancel()
-        answered.cancel()
-
-
-async def _wait_until_gone(request: Request) -> None:
-    """Return when the connection of a request whose body was read is closed."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _item(entry: AnyItem, model: ServedModel) -> Any:
@@ -307,46 +228,47 @@ def _description(model: ServedModel | ServedGenerator) -> dict[str, Any]:
     return {**about, **facts, "points": points}
 
 
-def _retry_after(seconds: float) -> dict[str, str]:
-    return {"Retry-After": str(max(1, -int(-seconds // 1)))}
+def _reason(errors: Sequence[Any]) -> str:
+    """What is wrong with a body, of all that pydantic found, and the cure where it is not plain.
+
+    For a field of several types pydantic lists what each of them lacks. An error that is no wrong type, or
+    that is deeper in the body, is nearer to what the caller meant.
+    """
+    error = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
+    # For a field of several types, the place has the name of the type, too; that of a list helps nobody.
+    where = [str(part) for part in error["loc"] if part != "body" and not str(part).startswith("list[")]
+    if error["type"] == "json_invalid":
+        return f"body: not JSON at character {where[-1]}: {error['ctx']['error']}"
+    if not where:
+        return "body: expected a JSON object; send it with the header Content-Type: application/json"
+    return f"{'.'.join(where)}: {error['msg']}"
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Answer errors in OpenAI's form: {"error": {"message": …, "type": …}}."""
+    """Answer errors as ErrorReply says."""
 
-    def reply(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-        metrics.refused(kind)
-        return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
-
-    @app.exception_handler(OfframpError)
-    async def ours(_: Request, problem: OfframpError) -> JSONResponse:
-        if isinstance(problem, QueueFull):
-            return reply(429, "queue_full", str(problem), _retry_after(problem.retry_after))
-        if isinstance(problem, TooManyBudgets):
-            return reply(429, "too_many_budgets", str(problem), _retry_after(problem.retry_after))
-        if isinstance(problem, DeadlinePassed):
-            return reply(504, "deadline_passed", str(problem))
-        if isinstance(problem, SessionClosed):
-            return reply(503, "closing", "the server is closing; ask again", {"Retry-After": "1"})
-        if isinstance(problem, UnknownModel):
-            return reply(404, "unknown_model", str(problem))
-        if isinstance(problem, (BadInput, BadSetting)):
-            return reply(400, "bad_request", str(problem))
-        # The message may name files of the server, so that the caller does not get it.
-        LOG.error("%s: %s", type(problem).__name__, problem)
-        return reply(500, "engine", f"{type(problem).__name__}: see the log of the server")
+    def send(reply: ErrorReply) -> JSONResponse:
+        metrics.refused(reply.kind)
+        return JSONResponse(reply.as_json(), reply.status, dict(reply.headers))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, problem: RequestValidationError) -> JSONResponse:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return reply(400, "bad_request", f"{where}: {first['msg']}")
+        return send(ErrorReply(400, "bad_request", _reason(problem.errors())))
 
     @app.exception_handler(HTTPException)
-    async def other(_: Request, problem: HTTPException) -> JSONResponse:
-        kind = "bad_request" if problem.status_code == 400 else "http"
-        return reply(problem.status_code, kind, str(problem.detail), dict(problem.headers or {}))
+    async def other(request: Request, problem: HTTPException) -> JSONResponse:
+        kind = {400: "bad_request", CALLER_GONE: "caller_gone"}.get(problem.status_code, "http")
+        message, headers = str(problem.detail), problem.headers or {}
+        if problem.status_code == 404 and message == "Not Found":
+            message = f"there is no {request.url.path}; /openapi.json lists the paths"
+        if problem.status_code == 405:
+            message = f"{request.method} {request.url.path}: this path takes {headers.get('Allow', 'others')}"
+        return send(ErrorReply(problem.status_code, kind, message, headers))
 
-    @app.exception_handler(Exception)
+    @app.exception_handler(OfframpError)
+    async def ours(_: Request, problem: OfframpError) -> JSONResponse:
+        return send(reply_to(problem))
+
+    @app.exception_handler(Exception)  # which is raised again then, so that the log has its traceback
     async def unexpected(_: Request, problem: Exception) -> JSONResponse:
-        return reply(500, "engine", f"{type(problem).__name__}: the row could not be walked")
+        return send(reply_to(problem))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from offramp.runtime.cli import DEVICES, ENGINES, LONG_TEXTS, ON_DRIFT, STATISTICS, THREADS
+from offramp.runtime import shared_options as shared
+from offramp.runtime.shared_options import ON_DRIFT, STATISTICS
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -44,8 +45,9 @@ POST /v1/classify    {"input": TEXT or a list of them}; a text, {"text": …, "t
                      Answers: {"model": …, "results": [objects as of ee-run]}
 POST /v1/embeddings  as OpenAI's API has it, for bundles that embed texts
 POST /v1/completions, /v1/chat/completions
-                     as OpenAI's API has them, for bundles that generate text; also streamed
-POST /v1/walk        one text alone, with what every exit gave
+                     as OpenAI's API has them, for bundles that generate text; also streamed.
+                     "timeout_ms" limits the whole text
+POST /v1/walk        one text, with what every exit gave
 GET  /v1/models      the bundles, with labels and operating points; /v1/models/NAME: one of them
 GET  /demo           a page that shows how far each text walks while it is typed
 GET  /healthz /readyz /metrics (Prometheus) /openapi.json (every route and field)
@@ -59,9 +61,10 @@ Errors are {"error": {"message": …, "type": …}}:
   400  the request or an item of it cannot be answered; in a list, the item's result is an error
   401  no API key, or a wrong one        408  the body did not come in time
   404  no such model                     413  too many bytes
-  503  the server is closing             429  too many rows wait, or too many budgets
-                                              are named; see Retry-After
-  504  not answered in time
+  503  the server is closing, or an      429  too many rows wait, or too many budgets
+       error ended a thread of it             are named; see Retry-After
+  504  not answered in time              500  the engine failed; the log says how
+The error of a stream that has begun is such an object in its last event, without [DONE].
 
 \b
 SIGTERM and Ctrl-C: what was accepted is answered, further requests are refused, and the
@@ -91,75 +94,35 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
     is_flag=True,
     help="Listen at an address other than loopback without API keys, as behind a proxy that checks them.",
 )
-@click.option("--engine", type=click.Choice(ENGINES), default="ort", show_default=True, help="As in ee-run.")
-@click.option("--device", type=click.Choice(DEVICES), help="As in ee-run.")
-@click.option("--variant", help="As in ee-run.")
-@click.option("--point", metavar="NAME", help="Operating point of requests that name no setting.")
-@click.option(
-    "--budget-ms",
-    type=float,
-    metavar="MS",
-    help="Hold this time of an answer over rows whose request names no setting, by moving among points.",
+@shared.engine()
+@shared.device()
+@shared.variant()
+@shared.point(help="Operating point of requests that name no setting.")
+@shared.budget_ms(
+    help="Hold this time of an answer over rows whose request names no setting, by moving among points."
 )
-@click.option(
-    "--budget-depth", type=float, metavar="SHARE", help="Hold this share of the blocks in the same way."
+@shared.budget_depth()
+@shared.budget_of(
+    default=STATISTICS[0], show_default=True, help="What budgets hold over a window, those of requests, too."
 )
-@click.option(
-    "--budget-of",
-    type=click.Choice(STATISTICS),
-    default=STATISTICS[0],
-    show_default=True,
-    help="What budgets hold over a window, those of requests, too.",
+@shared.budget_window(default=1000, show_default=True, help="Rows over which they hold it.")
+@shared.max_risk(
+    help="Let --budget-ms and --budget-depth use only points that guarantee a risk of at most this."
 )
-@click.option(
-    "--budget-window",
-    type=click.IntRange(1),
-    default=1000,
-    metavar="ROWS",
-    show_default=True,
-    help="Rows over which they hold it.",
-)
-@click.option(
-    "--max-risk",
-    type=float,
-    metavar="SHARE",
-    help="Let --budget-ms and --budget-depth use only points that guarantee a risk of at most this.",
-)
-@click.option(
-    "--audit",
-    type=float,
-    metavar="SHARE",
+@shared.audit(
     help="Walk this share of the rows to the end as well, after they were answered, and warn if answers "
     "disagree with full depth more than their point promises, or if rows leave at other exits than "
-    "calibration rows.",
+    "calibration rows."
 )
-@click.option(
-    "--audit-limit", type=float, metavar="SHARE", help="Allow this disagreement in place of the points'."
-)
-@click.option(
-    "--on-drift",
-    type=click.Choice(ON_DRIFT),
+@shared.audit_limit()
+@shared.on_drift(
     help="What follows once the disagreement is above its limit: warn, or walk all rows of that setting to "
-    "the end.  [default: warn]",
+    "the end.  [default: warn]"
 )
-@click.option("--threads", type=THREADS, help="As in ee-run.")
-@click.option(
-    "--long",
-    "long_texts",
-    type=click.Choice(LONG_TEXTS),
-    default="cut",
-    show_default=True,
-    help="As in ee-run.",
-)
-@click.option(
-    "--require-signature",
-    metavar="KEY",
-    type=click.Path(),
-    help="Public key that must have signed each bundle.",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Most rows of a step."
-)
+@shared.threads()
+@shared.long_texts()
+@shared.require_signature()
+@shared.batch_size(default=32, help="Most rows of a step.")
 @click.option(
     "--texts",
     type=click.IntRange(1, 1024),
@@ -194,8 +157,9 @@ Exit codes: 0 ended by a signal, 2 not started: option, bundle, engine or addres
     type=click.FloatRange(0, min_open=True),
     default=30.0,
     show_default=True,
-    help="Seconds in which the body of a request must come, and then its rows must be answered. A late body "
-    "gets 408, late rows get 504; the generation of a text has no such limit.",
+    help="Seconds in which the body of a request must come, and then its rows must be answered, or the first "
+    "token of its text must be there. A late body gets 408, late rows and texts get 504. A text that has its "
+    "first token has no further limit of time, unless its request has timeout_ms.",
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the page /demo in the web browser.")
 @click.option("--quiet", is_flag=True, help="No log of requests.")

@@ -1,4 +1,4 @@
-"""The page of web/ on the server: what it shows is walked here, one text alone, with every step."""
+"""The page of web/ on the server: what it shows is walked here, one text at a time, with every step."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import base64
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from offramp.runtime.bundle.manifest import CLASSIFICATION, FILE_NAME
 from offramp.runtime.errors import BadInput, BadSetting, ItemError
 from offramp.runtime.row_session import ExitRecord
 from offramp.runtime.serving.models import Models, ServedModel
+from offramp.runtime.serving.protection import ServerLimits
+from offramp.runtime.serving.row_requests import answer_items
+from offramp.runtime.serving.scheduler import RowOptions
 
 FOLDER = Path(__file__).parents[2] / "web"  # in a checkout and where the wheel is installed
 FILES = (".html", ".js", ".css")
@@ -25,7 +26,7 @@ _INLINE = re.compile(r'<script type="importmap">(.*?)</script>', re.DOTALL)
 
 
 class WalkRequest(BaseModel):
-    """A text that is walked alone. full_depth: a variant, to run all segments in instead of a point."""
+    """A text whose walk is told. full_depth: a variant, to run all segments in instead of a point."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -44,16 +45,31 @@ def page_headers() -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
 
 
-def add_demo_routes(app: FastAPI, models: Models) -> None:
+def add_demo_routes(app: FastAPI, models: Models, limits: ServerLimits) -> None:
     """Add the page at /demo/, and the route that it asks."""
     headers = page_headers()
 
-    @app.post("/v1/walk", summary="Walk one text alone and tell what every exit gave")
-    async def walk(body: WalkRequest) -> JSONResponse:
-        model = models.rows(body.model)
-        return JSONResponse(await run_in_threadpool(_walk, model, body))
+    @app.post("/v1/walk", summary="Walk one text and tell what every exit gave")
+    async def walk(body: WalkRequest, request: Request) -> JSONResponse:
+        model, records = models.rows(body.model), list[ExitRecord]()
+        _check(model, body)
+
+        def options(model: ServedModel) -> RowOptions:
+            records.clear()  # of a bundle that was replaced
+            return RowOptions(*model.numbers(body.point, body.full_depth), on_exit=records.append)
+
+        (answer,), tokens = await answer_items(
+            models, body.model, [body.input], options, request, limits, windows=False
+        )
+        if isinstance(answer, ItemError):
+            raise BadInput(answer.message)
+        steps = [record._asdict() for record in records]
+        return JSONResponse(
+            {"model": model.name, "tokens": tokens, "truncated": answer.truncated, "steps": steps}
+        )
 
     @app.get("/demo", include_in_schema=False)
+    @app.get("/demo/", include_in_schema=False)
     async def to_page() -> Response:
         return RedirectResponse("/demo/index.html?server=1")
 
@@ -70,21 +86,13 @@ def add_demo_routes(app: FastAPI, models: Models) -> None:
         return FileResponse(file, headers=headers)
 
 
-def _walk(model: ServedModel, body: WalkRequest) -> dict[str, Any]:
-    """The steps of a walk as JSON; the caller makes probabilities of logits."""
-    session = model.session
-    if session.manifest.kind != CLASSIFICATION or model.reads_images:
+def _check(model: ServedModel, body: WalkRequest) -> None:
+    """Raise BadSetting if the bundle gives a text no label, or lacks the variant."""
+    manifest = model.manifest
+    if manifest.kind != CLASSIFICATION or model.reads_images:
         raise BadSetting(
-            f"model {model.name}: its task is {session.manifest.task}; this route is for bundles that give a "
+            f"model {model.name}: its task is {manifest.task}; this route is for bundles that give a "
             "text one label: ask /v1/classify"
         )
-    if body.full_depth is not None and body.full_depth not in session.manifest.variants:
-        raise BadSetting(
-            f"full_depth {body.full_depth!r}: choose one of {', '.join(session.manifest.variants)}"
-        )
-    (row,) = model.read([body.input])
-    if isinstance(row, ItemError):
-        raise BadInput(row.message)
-    records: list[ExitRecord] = session.steps(row, *model.numbers(body.point, body.full_depth))
-    steps = [record._asdict() for record in records]
-    return {"model": model.name, "tokens": row.length, "truncated": row.truncated, "steps": steps}
+    if body.full_depth is not None and body.full_depth not in manifest.variants:
+        raise BadSetting(f"full_depth {body.full_depth!r}: choose one of {', '.join(manifest.variants)}")

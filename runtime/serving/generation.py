@@ -7,17 +7,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offramp.runtime.batching import TEXTS
 from offramp.runtime.bundle.manifest import Manifest
-from offramp.runtime.errors import OfframpError, SessionClosed
+from offramp.runtime.errors import OfframpError, SessionClosed, SessionForked
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.chat import Message
 from offramp.runtime.sampling import Sampling
-from offramp.runtime.serving.scheduler import QueueFull
+from offramp.runtime.serving.protection import LOG, ServerLimits
+from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull, ThreadEnded
 from offramp.runtime.text_chunks import TextChunk
 
 Result = TextChunk | BaseException  # a chunk ends the text if it says why; an exception ends it always
@@ -45,7 +47,7 @@ class _Request:
 class EndedText:
     """The tokens of a text that ended, one or more of which were generated.
 
-    ended: as in TextChunk; None if its caller went away, or an error ended it.
+    ended: as in TextChunk; None if its caller went away, or an error or its time limit ended it.
     """
 
     ended: str | None
@@ -77,6 +79,7 @@ class ServedGenerator:
         self._requests: dict[int, _Request] = {}  # of the batch, by the numbers of their texts
         self._closing = False
         self._is_over = False  # whether the thread takes no further requests
+        self._ended_by: BaseException | None = None  # the error that ended it
         self._finish = True
         self._batch = self.session.open_batch(self.texts)
         self._thread = threading.Thread(target=self._run, name="offramp texts", daemon=True)
@@ -104,15 +107,21 @@ class ServedGenerator:
         stop: Sequence[str],
         for_template: Mapping[str, Any],
         sampling: Sampling | None = None,
+        timeout: float | None = None,
+        first_token: float = ServerLimits.timeout,
+        read: Callable[[Sequence[int]], None] | None = None,
     ) -> AsyncIterator[TextChunk]:
         """Generate a text; see TextGenerator.generate, whose errors are raised before the first chunk.
 
-        for_template: its keywords for a chat template. sampling: how tokens are chosen.
-        When the iterator is closed, the text ends after the step that is computed. Raises QueueFull.
+        for_template: its keywords for a chat template. sampling: how tokens are chosen. timeout: seconds in
+        which the text must end. first_token: seconds in which its first token must be there if there is no
+        timeout. A text that is late is given up, and DeadlinePassed raised. read: told of the ids of the
+        prompt. When the iterator is closed, the text ends after the step that is computed. Raises QueueFull,
+        SessionClosed, and ThreadEnded if no text can be generated any more.
         """
         with self._changed:
-            if self._closing:
-                raise SessionClosed("the server is closing")
+            if self._closing or self._ended_by is not None:
+                raise self._ended()
             if self.accepted >= self.queue:
                 raise QueueFull(self.accepted, 1.0)
             self.accepted += 1
@@ -121,17 +130,29 @@ class ServedGenerator:
         arrived: asyncio.Queue[Result] = asyncio.Queue()
 
         def give(result: Result) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for the text any more
                 loop.call_soon_threadsafe(arrived.put_nowait, result)
 
+        def give_up() -> None:
+            if timeout is not None or request is None or not request.tokens:
+                arrived.put_nowait(_too_late(timeout, first_token))
+
         request: _Request | None = None
+        seconds = first_token if timeout is None else timeout
+        timer = loop.call_later(seconds, give_up)
         try:
             # Long prompts and chat templates take time, in which neither requests nor texts may wait.
-            ids = await asyncio.to_thread(self.session.encode_prompt, prompt, **for_template)
+            encoded = asyncio.to_thread(self.session.encode_prompt, prompt, **for_template)
+            try:
+                ids = await asyncio.wait_for(encoded, seconds)
+            except asyncio.TimeoutError:
+                raise _too_late(timeout, first_token) from None
+            if read is not None:
+                read(ids)
             waiting = _Request(ids, max_new_tokens, list(stop), sampling, give, accepted)
             with self._changed:
                 if self._is_over or not self._thread.is_alive():
-                    raise SessionClosed("the server is closing")
+                    raise self._ended()
                 request = waiting
                 self._arrived.append(request)
                 self._changed.notify()
@@ -143,6 +164,7 @@ class ServedGenerator:
                 if result.ended is not None:
                     return
         finally:
+            timer.cancel()
             with self._changed:
                 if request is None:
                     self.accepted -= 1
@@ -165,13 +187,21 @@ class ServedGenerator:
                 self._take_requests()
                 for number, result in self._batch.advance():
                     self._give(number, result)
-            except OfframpError as problem:  # the session is closed
+            except (SessionClosed, SessionForked) as problem:
                 self._fail_all(problem)
                 return
             except BaseException as problem:
-                self._fail_all(problem)
-                raise
+                LOG.error("model %s: an error ended the generation of texts", self.name, exc_info=problem)
+                self._ended_by = problem
+                self._fail_all(self._ended())
+                return
         self._fail_all(SessionClosed("the server is closing"))
+
+    def _ended(self) -> OfframpError:
+        """Why no further text is generated."""
+        if self._ended_by is None:
+            return SessionClosed("the server is closing")
+        return ThreadEnded(self._ended_by, f"generates the texts of model {self.name}")
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False once all is done and the server closes."""
@@ -196,13 +226,19 @@ class ServedGenerator:
                 with self._changed:
                     self.accepted -= 1
                 continue
-            number = self._batch.add(request.ids, request.max_new_tokens, request.stop, request.sampling)
+            try:
+                number = self._batch.add(request.ids, request.max_new_tokens, request.stop, request.sampling)
+            except Exception as problem:
+                with self._changed:
+                    self.accepted -= 1
+                request.give(problem)
+                continue
             self._requests[number] = request
 
-    def _give(self, number: int, result: TextChunk | OfframpError) -> None:
+    def _give(self, number: int, result: TextChunk | Exception) -> None:
         """Give a result to whoever asked for the text."""
         request = self._requests[number]
-        if isinstance(result, OfframpError):
+        if isinstance(result, Exception):
             self._forget(number)
         else:
             request.tokens += 1
@@ -235,3 +271,16 @@ class ServedGenerator:
             self._tell(request, None)
             request.give(problem)
         self._batch.close()
+
+
+def _too_late(timeout: float | None, first_token: float) -> DeadlinePassed:
+    """The error of a text that did not end within `timeout` seconds, or did not begin; see chunks."""
+    if timeout is None:
+        return DeadlinePassed(
+            f"the text had no token in {1e3 * first_token:g} ms: others are generated before it, or its "
+            "prompt is long; ask again later, or for more time (timeout_ms)"
+        )
+    return DeadlinePassed(
+        f"the text was not finished in {1e3 * timeout:g} ms; ask for fewer tokens (max_tokens), or for "
+        "more time (timeout_ms)"
+    )

@@ -155,7 +155,9 @@ class Models:
         model = self.get(name)
         if isinstance(model, ServedGenerator):
             return model
-        raise BadSetting(f"model {model.name}: its task is {model.manifest.task}; ask /v1/classify")
+        texts = ", ".join(other.name for other in self.all() if isinstance(other, ServedGenerator))
+        cure = f", or name a model that generates text: {texts}" if texts else ""
+        raise BadSetting(f"model {model.name}: its task is {model.manifest.task}; ask /v1/classify{cure}")
 
     def all(self) -> Sequence[ServedModel | ServedGenerator]:
         """Every model that is open."""

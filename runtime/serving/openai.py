@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,13 +14,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from offramp.runtime.errors import BadSetting
+from offramp.runtime.errors import BadSetting, OfframpError
 from offramp.runtime.generator import MAX_NEW_TOKENS
 from offramp.runtime.inputs.chat import Message
 from offramp.runtime.sampling import MOST_LOGPROBS, Sampling
+from offramp.runtime.serving.error_replies import reply_to
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.logprobs import TokenLogprobs
+from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models
+from offramp.runtime.serving.protection import LOG, ServerLimits
+from offramp.runtime.serving.row_requests import unless_gone
 from offramp.runtime.text_chunks import TextChunk, repeated_tokens
 
 # Fields of requests that are fields of Sampling.
@@ -58,6 +62,9 @@ class TextFields(BaseModel):
     seed: int | None = Field(None, description="The same one gives the same text.")
     n: Literal[1] | None = None
     user: str | None = None
+    timeout_ms: float | None = Field(
+        None, gt=0, description="Time in which the text must end, waiting included."
+    )
 
     def sampling_with(self, logprobs: int | None) -> Sampling:
         """How tokens are chosen; raises BadSetting for values out of range."""
@@ -153,47 +160,53 @@ COMPLETION = Form("cmpl", "text_completion", "text_completion", False)
 CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", True)
 
 
-def add_text_routes(app: FastAPI, models: Models) -> None:
+def add_text_routes(app: FastAPI, models: Models, limits: ServerLimits, metrics: Metrics) -> None:
     """Add the routes for text to an application."""
+
+    async def reply(
+        form: Form,
+        body: CompletionRequest | ChatRequest,
+        prompt: str | Sequence[Message],
+        max_new_tokens: int | None,
+        for_template: Mapping[str, Any],
+        request: Request,
+    ) -> Response:
+        """A text as one answer, or as server-sent events; for_template: see ServedGenerator.chunks.
+
+        If the caller goes away, the text ends after the step that is computed.
+        """
+        model, sampling = models.text(body.model), body.sampling()
+        for option in body.stream_options or {}:
+            if option != "include_usage":
+                raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
+        answer = _Answer(model, form, body, sampling)
+        chunks = model.chunks(
+            prompt,
+            max_new_tokens or MAX_NEW_TOKENS,
+            answer.stop,
+            for_template,
+            sampling,
+            None if body.timeout_ms is None else body.timeout_ms / 1e3,
+            limits.timeout,
+            answer.count_prompt,
+        )
+        if not body.stream:
+            await unless_gone(request, answer.add_all(chunks))
+            return JSONResponse(answer.as_json())
+        # Errors before the first token become a status code, which needs that nothing was sent.
+        first = await unless_gone(request, _first(chunks))
+        events = _until_error(answer.events(first, chunks), metrics.refused)
+        return StreamingResponse(events, media_type="text/event-stream")
 
     @app.post("/v1/completions", summary="Continue a prompt, as OpenAI's API does", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        model, sampling = models.text(body.model), body.sampling()
-        return await _reply(model, COMPLETION, body, body.prompt, body.max_tokens, sampling, {})
+        return await reply(COMPLETION, body, body.prompt, body.max_tokens, {}, request)
 
     @app.post("/v1/chat/completions", summary="Answer a chat, as OpenAI's API does", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         max_new_tokens = body.max_completion_tokens or body.max_tokens
-        model, sampling = models.text(body.model), body.sampling()
-        return await _reply(model, CHAT, body, messages, max_new_tokens, sampling, body.for_template())
-
-
-async def _reply(
-    model: ServedGenerator,
-    form: Form,
-    body: TextFields,
-    prompt: str | Sequence[Message],
-    max_new_tokens: int | None,
-    sampling: Sampling,
-    for_template: Mapping[str, Any],
-) -> Response:
-    """A text as one answer, or as server-sent events; for_template: keywords of TextGenerator.generate."""
-    for option in body.stream_options or {}:
-        if option != "include_usage":
-            raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
-    prompt_tokens = len(model.session.encode_prompt(prompt, **for_template))
-    answer = _Answer(model, form, prompt_tokens, body, sampling)
-    chunks = model.chunks(prompt, max_new_tokens or MAX_NEW_TOKENS, answer.stop, for_template, sampling)
-    first = await anext(chunks, None)  # errors become a status code, which needs that nothing was sent
-    if body.stream:
-        return StreamingResponse(answer.events(first, chunks), media_type="text/event-stream")
-    async with aclosing(chunks):  # type: ignore[type-var]
-        if first is not None:
-            answer.add(first)
-        async for chunk in chunks:
-            answer.add(chunk)
-    return JSONResponse(answer.as_json())
+        return await reply(CHAT, body, messages, max_new_tokens, body.for_template(), request)
 
 
 class _Answer:
@@ -203,22 +216,31 @@ class _Answer:
         self,
         model: ServedGenerator,
         form: Form,
-        prompt_tokens: int,
         body: TextFields,
         sampling: Sampling,
     ) -> None:
         self.stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self._model, self._form, self._sampling = model, form, sampling
         self._logprobs = TokenLogprobs(model.session, is_chat=form.is_chat)
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens = 0
         self._with_usage = bool((body.stream_options or {}).get("include_usage"))
         self._facts = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self._chunks: list[TextChunk] = []
+
+    def count_prompt(self, ids: Sequence[int]) -> None:
+        """Count the tokens of the prompt."""
+        self._prompt_tokens = len(ids)
 
     def add(self, chunk: TextChunk) -> None:
         """Add a chunk."""
         self._chunks.append(chunk)
         self._logprobs.add(chunk)
+
+    async def add_all(self, chunks: AsyncIterator[TextChunk]) -> None:
+        """Add every chunk of a text."""
+        async with aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                self.add(chunk)
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object of the whole answer."""
@@ -290,6 +312,28 @@ class _Answer:
             "repeated_tokens": repeated,
         }
         return walk | {"seed": self._sampling.seed} if self._sampling.is_drawn else walk
+
+
+async def _first(chunks: AsyncIterator[TextChunk]) -> TextChunk | None:
+    """The first chunk of a text."""
+    return await anext(chunks, None)
+
+
+async def _until_error(events: AsyncIterator[str], refused: Callable[[str], None]) -> AsyncIterator[str]:
+    """Server-sent events; an error ends them as an event of its own, since the status was sent before.
+
+    refused: told of the type of the error.
+    """
+    try:
+        async with aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                yield event
+    except Exception as problem:
+        if not isinstance(problem, OfframpError):  # reply_to writes those to the log
+            LOG.error("a streamed text: %s", type(problem).__name__, exc_info=problem)
+        error = reply_to(problem)
+        refused(error.kind)
+        yield _event(error.as_json())
 
 
 def _event(value: dict[str, Any]) -> str:

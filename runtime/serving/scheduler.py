@@ -16,11 +16,13 @@ import numpy as np
 from offramp.runtime.engines.base import State
 from offramp.runtime.errors import BadSetting, OfframpError, SessionClosed
 from offramp.runtime.inputs.text import LENGTH_STEP, MAX_WINDOWS, AnyRow
-from offramp.runtime.row_session import RowAnswer, RowSession
+from offramp.runtime.row_session import ExitRecord, RowAnswer, RowSession
 from offramp.runtime.rules.base import Plan
+from offramp.runtime.serving.protection import LOG
 from offramp.runtime.walker import QueueKey, Trace, Walk
 
 A = TypeVar("A", bound=RowAnswer)
+WORK = "walks rows"  # of the thread, for errors
 QUEUE = 1024  # items that are accepted and not answered, at most
 LEAST_ROWS = 1 + MAX_WINDOWS  # a long text is walked as that many rows
 NEWEST = 0.05  # weight of the newest pause between two answers in their mean
@@ -42,7 +44,17 @@ class QueueFull(OfframpError, RuntimeError):
 
 
 class DeadlinePassed(OfframpError, TimeoutError):
-    """A row was not answered in time; it is not walked further."""
+    """A row was not answered in time, or a text not begun or not finished; it is not walked further."""
+
+
+class ThreadEnded(OfframpError, RuntimeError):
+    """An error that cannot be laid to one row or text has ended the thread that answers all of a bundle."""
+
+    def __init__(self, problem: BaseException, work: str) -> None:
+        super().__init__(
+            f"an error ({type(problem).__name__}) ended the thread that {work}; see the log of the server, "
+            "and start it anew"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,20 +62,24 @@ class RowOptions:
     """How a row is walked: the numbers of its rule and of its first variant, and most segments that are run.
 
     The numbers come from RowSession.draw and add_point. segments: None for all. ended: told once of the row
-    and its answer, after whoever waits got it, or None if the row was refused or given up.
+    and its answer, after whoever waits got it, or None if the row was refused or given up. on_exit: told of
+    what each exit gave, of a long text those of its first window, before the answer.
     """
 
     rule: int
     variant: int
     segments: int | None = None
     ended: Callable[[AnyRow, Any | None], None] | None = None
+    on_exit: Callable[[ExitRecord], None] | None = None
 
 
 @dataclass(eq=False)
 class _Item(Generic[A]):
     """A row and its windows. slots: its rows of the trace, once it is begun; left: how many are not done.
 
-    background: whether nobody waits for its answer.
+    background: whether nobody waits for its answer. reached: the last segment whose exit was reported;
+    reported_at: when that was, or when its walk began (perf_counter seconds). problem: the error of on_exit,
+    which the row gets in place of its answer.
     """
 
     row: AnyRow
@@ -74,6 +90,9 @@ class _Item(Generic[A]):
     future: Future[A] = field(default_factory=Future)
     slots: range = range(0)
     left: int = 0
+    reached: int = -1
+    reported_at: float = 0.0
+    problem: Exception | None = None
 
     @property
     def rows(self) -> list[AnyRow]:
@@ -121,7 +140,9 @@ class Scheduler(Generic[A]):
         self._background_under_way = 0
         self._accepted = 0  # items that are not answered
         self._closing = False
+        self._ended_by: BaseException | None = None  # the error that ended the thread
         self._under_way: set[_Item[A]] = set()
+        self._reporting: set[_Item[A]] = set()  # of them, those that are told of their exits
         self._pause, self._last_answer = 0.0, math.nan
         self._thread = threading.Thread(target=self._run, name="offramp walker", daemon=True)
         self._thread.start()
@@ -151,12 +172,14 @@ class Scheduler(Generic[A]):
 
         timeout: seconds after which the row is given up with DeadlinePassed. A future that is cancelled frees
         its place. The future raises BadInput if the network gives no number, and the errors of the engine.
-        Raises QueueFull, and SessionClosed after close().
+        Raises QueueFull, SessionClosed after close(), and ThreadEnded.
         """
         now = time.perf_counter()
         item = _Item[A](row, options, math.inf if timeout is None else now + timeout, now)
         try:
             with self._changed:
+                if self._ended_by is not None:
+                    raise ThreadEnded(self._ended_by, WORK)
                 if self._closing:
                     raise SessionClosed("the scheduler is closed: no further rows are accepted")
                 self.require_room()
@@ -206,7 +229,19 @@ class Scheduler(Generic[A]):
         self._thread.join()
 
     def _run(self) -> None:
-        """What the thread does: begin rows that came, run a step, and give answers."""
+        """What the thread does: walk rows until the scheduler is closed. An error of the walk ends all."""
+        try:
+            self._walk_rows()
+        except BaseException as problem:
+            LOG.error("an error ended the thread that walks rows: all of them get it", exc_info=problem)
+            with self._changed:
+                self._ended_by, self._closing = problem, True
+            for item in [*self._under_way, *self._take_arrived()]:
+                self._end(item, ThreadEnded(problem, WORK))
+            self._under_way.clear()
+
+    def _walk_rows(self) -> None:
+        """Begin rows that came, run a step, and give answers, until the scheduler is closed."""
         while self._wait():
             try:
                 with self._session.walking():
@@ -214,10 +249,35 @@ class Scheduler(Generic[A]):
                     self._begin()
                     key = self._next_queue()
                     done = [] if key is None else self._walk.run(key).tolist()
+                    if key is not None and self._reporting:
+                        self._tell_exits(key[0])
             except Exception as problem:
                 self._fail(problem)
             else:
                 self._finish(done)
+
+    def _tell_exits(self, segment: int) -> None:
+        """Tell the items of a step that was run of what its exit gave."""
+        trace, now = self._trace, time.perf_counter()
+        for item in self._reporting:
+            row = item.slots.start
+            variant, gate = int(trace.variants[row, segment]), float(trace.gates[row, segment])
+            if item.problem is not None or variant < 0 or segment <= item.reached:
+                continue  # the segment has not run, or not in this step
+            record = ExitRecord(
+                segment + 1,
+                self._session.manifest.variants[variant],
+                tuple(trace.logits[row, segment].tolist()),
+                None if math.isnan(gate) else gate,
+                1e3 * (now - item.reported_at),
+            )
+            item.reached, item.reported_at = segment, now
+            assert item.options.on_exit is not None
+            try:
+                item.options.on_exit(record)
+            except Exception as problem:
+                LOG.error("on_exit of a row raised an error: the row gets it", exc_info=problem)
+                item.problem = problem
 
     def _next_queue(self) -> QueueKey | None:
         """The queue whose step comes next: a full one, or after FULL_STEPS of them one with a late row.
@@ -289,6 +349,11 @@ class Scheduler(Generic[A]):
             self._begin_rows([item])
 
     def _begin_rows(self, items: list[_Item[A]]) -> None:
+        now = time.perf_counter()
+        for item in items:
+            if item.options.on_exit is not None:
+                item.reported_at = now
+                self._reporting.add(item)
         rows = [row for item in items for row in item.rows]
         slots = np.concatenate([np.array(item.slots) for item in items])
         plans = np.concatenate([self._plan(item.options, len(item.slots)) for item in items])
@@ -324,6 +389,7 @@ class Scheduler(Generic[A]):
         self._owners[rows] = [None] * len(item.slots)
         self._trace.clear(rows)
         self._under_way.discard(item)
+        self._reporting.discard(item)
         self._background_under_way -= item.background
 
     def _finish(self, slots: Iterable[int]) -> None:
@@ -334,35 +400,48 @@ class Scheduler(Generic[A]):
             item.left -= 1
             if item.left:
                 continue
-            problem: Exception | None = None
-            answer: A | None = None
+            problem, answer = item.problem, None
             try:
-                answer = self._session.finish(self._trace, item.slots.start, item.row, item.options.rule)
+                if problem is None:
+                    answer = self._session.finish(self._trace, item.slots.start, item.row, item.options.rule)
             except Exception as raised:  # BadInput: no number
                 problem = raised
             self._free(item)
             self._end(item, problem, answer)
 
     def _fail(self, problem: Exception) -> None:
-        """Give an error to the items whose rows were lost by it, and to all if the session is closed."""
+        """Give an error to the items whose rows were lost by it, and to all if the session is closed.
+
+        If no row was lost, the walk itself failed, and would fail again: then all items under way get the
+        error, and if there are none, those that wait to be begun.
+        """
         waiting = set(self._walk.waiting().tolist())
-        is_closed = isinstance(problem, SessionClosed)
-        for item in list(self._under_way):
-            if is_closed or len(waiting.intersection(item.slots)) < item.left:
-                self._walk.drop(np.array(item.slots))
-                self._free(item)
-                self._end(item, problem)
+        under_way, is_closed = list(self._under_way), isinstance(problem, SessionClosed)
+        lost = [item for item in under_way if len(waiting.intersection(item.slots)) < item.left]
+        for item in under_way if is_closed or not lost else lost:
+            self._walk.drop(np.array(item.slots))
+            self._free(item)
+            self._end(item, problem)
         if is_closed:
             with self._changed:
                 self._closing = True
-                arrived = [*self._arrived, *self._background]
-                self._arrived.clear()
-                self._background.clear()
-            for item in arrived:
+        if is_closed or not under_way:
+            for item in self._take_arrived():
                 self._end(item, problem)
 
+    def _take_arrived(self) -> list[_Item[A]]:
+        """The items that wait to be begun, which do not wait any more."""
+        with self._changed:
+            arrived = [*self._arrived, *self._background]
+            self._arrived.clear()
+            self._background.clear()
+        return arrived
+
     def _end(self, item: _Item[A], problem: Exception | None, answer: A | None = None) -> None:
-        """Give an item's answer, or its error, to whoever waits for it."""
+        """Give an item's answer, or its error, to whoever waits for it.
+
+        An error of the observer takes the place of the answer. It and an error of `ended` are logged.
+        """
         now = time.perf_counter()
         if not item.background:
             with self._changed:
@@ -371,11 +450,18 @@ class Scheduler(Generic[A]):
                 self._pause += NEWEST * (now - self._last_answer - self._pause)
             self._last_answer = now
         is_wanted = item.future.set_running_or_notify_cancel()
+        if is_wanted and answer is not None and self._observe is not None and not item.background:
+            try:
+                self._observe(answer, now - item.arrived)
+            except Exception as raised:
+                LOG.error("the observer of answers raised an error: the row gets it", exc_info=raised)
+                problem, answer = raised, None
         if is_wanted and answer is None:
             item.future.set_exception(problem)
         elif is_wanted and answer is not None:
-            if self._observe is not None and not item.background:
-                self._observe(answer, now - item.arrived)
             item.future.set_result(answer)
         if item.options.ended is not None:
-            item.options.ended(item.row, answer if is_wanted else None)
+            try:
+                item.options.ended(item.row, answer if is_wanted else None)
+            except Exception as raised:
+                LOG.error("the function that is called after an answer raised an error", exc_info=raised)

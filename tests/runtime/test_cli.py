@@ -11,16 +11,28 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSION, TOKENS
 
-from offramp.runtime import cli, generation_options, load_classifier, load_row_session
+from offramp.runtime import (
+    audit,
+    budget,
+    bulk_cli,
+    cli,
+    generation_options,
+    load_classifier,
+    load_row_session,
+    row_session,
+    shared_options,
+)
 from offramp.runtime.engines import base
 from offramp.runtime.errors import ItemError
 from offramp.runtime.inputs import lines
 from offramp.runtime.inputs.text import LONG_TEXTS, TextReader
 from offramp.runtime.rules import resolve
+from offramp.runtime.serving import cli as serving_cli
 from offramp.runtime.tuning import calibrate
 
 COMMAND = [sys.executable, "-m", "offramp.runtime.cli", "--bundle", str(CLASSIFIER)]
@@ -319,8 +331,21 @@ def test_help_names_every_exit_code_and_rule() -> None:
 
 
 def test_choices_equal_their_sources() -> None:
-    assert tuple(base.ENGINES) == cli.ENGINES
-    assert base.DEVICES == cli.DEVICES and base.PROVIDERS == cli.PROVIDERS
+    assert tuple(base.ENGINES) == shared_options.ENGINES
+    assert base.DEVICES == shared_options.DEVICES and base.PROVIDERS == cli.PROVIDERS
     assert resolve.EXIT_KV == generation_options.EXIT_KV
-    assert LONG_TEXTS == cli.LONG_TEXTS
+    assert LONG_TEXTS == shared_options.LONG_TEXTS
     assert lines.FORMATS == cli.FORMATS
+    assert (budget.STATISTICS, audit.ON_DRIFT) == (shared_options.STATISTICS, shared_options.ON_DRIFT)
+    assert shared_options.AT_LEAST_1.max == row_session.MAX_BATCH
+
+
+@pytest.mark.parametrize("other", [bulk_cli.command, serving_cli.main], ids=["ee-run --ray", "ee-serve"])
+def test_options_of_several_commands_take_the_same_values(other: click.Command) -> None:
+    def taken(command: click.Command) -> dict[str, tuple[dict[str, object], object]]:
+        options = (parameter for parameter in command.params if isinstance(parameter, click.Option))
+        return {option.opts[0]: (option.type.to_info_dict(), option.metavar) for option in options}
+
+    run, served = taken(cli.main), taken(other)
+    shared = (run.keys() & served.keys()) - {"--format", "--out"}  # those of --ray are of files
+    assert len(shared) > 5 and {name: run[name] for name in shared} == {name: served[name] for name in shared}

@@ -36,7 +36,8 @@ def test_importing_the_rules() -> None:
 def test_importing_every_module_of_the_room() -> None:
     code = """
 import importlib, pkgutil, offramp.runtime
-of_extras = {'offramp.runtime.serving.' + name for name in ('app', 'demo', 'metrics', 'openai')}
+names = ('app', 'demo', 'metrics', 'openai', 'row_requests')
+of_extras = {'offramp.runtime.serving.' + name for name in names}
 for module in pkgutil.walk_packages(offramp.runtime.__path__, 'offramp.runtime.'):
     if module.name not in of_extras:
         importlib.import_module(module.name)

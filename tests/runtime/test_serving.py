@@ -142,7 +142,7 @@ def test_the_depth_of_a_request_is_kept(server: Server) -> None:
 BAD_REQUESTS: dict[str, tuple[Any, str]] = {
     "no JSON": (b"{", "JSON"),
     "10^5 deep": (b'{"input":' + b"[" * 10**5, "JSON|parsing"),
-    "no object": ([1], "valid dictionary"),
+    "no object": ([1], "expected a JSON object"),
     "no input": ({}, "input: Field required"),
     "unknown field": ({"input": "a", "imput": "b"}, "imput: Extra inputs are not permitted"),
     "a number as text": ({"input": 3}, "input"),

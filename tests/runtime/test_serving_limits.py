@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -165,3 +165,44 @@ def test_the_help_of_a_limit_says_what_follows_when_it_is_passed(name: str, stat
     (option,) = (parameter for parameter in main.params if parameter.name == name)
     assert isinstance(option, click.Option) and option.help is not None
     assert [status for status in statuses if status not in option.help] == []
+
+
+@pytest.mark.parametrize("path", [f"{CLASSIFY}/", "/v1/walk/", "/healthz/", "/demo/index.html/"])
+def test_a_path_with_a_slash_behind_it_is_no_redirect_to_the_host_of_the_request(path: str) -> None:
+    with serving(CLASSIFIER) as server:
+        value = {"input": "good film"} if path.startswith("/v1") else None
+        status, _, headers = server.ask(path, value, {"Host": "elsewhere.example"})
+    assert status == 404 and "location" not in headers
+
+
+def test_the_page_is_found_with_a_slash_behind_it() -> None:
+    with serving(CLASSIFIER, keys=frozenset({"a-key-of-sixteen-or-more"})) as server:
+        status, _, headers = server.ask("/demo/", headers={"Host": "elsewhere.example"})
+    assert status == 307 and headers["location"] == "/demo/index.html?server=1"
+
+
+# what is told of a request that cannot be read
+
+HEADER = "body: expected a JSON object; send it with the header Content-Type: application/json"
+UNREADABLE: dict[str, tuple[str, Any, int, str]] = {
+    "another type of content": (CLASSIFY, b'{"input": "a"}', 400, HEADER),
+    "no JSON": (CLASSIFY, b'{"input": }', 400, "body: not JSON at character 10: Expecting value"),
+    "an empty list": (CLASSIFY, {"input": []}, 400, "input: List should have at least 1 item"),
+    "an item of a list": (CLASSIFY, {"input": ["a", 3]}, 400, "input.1.str: Input should be a valid string"),
+    "an unknown path": ("/health", None, 404, "there is no /health; /openapi.json lists the paths"),
+    "another method": (CLASSIFY, None, 405, "GET /v1/classify: this path takes POST"),
+}
+
+
+@pytest.fixture(scope="module")
+def classifier_server() -> Iterator[Server]:
+    with serving(CLASSIFIER) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_request_that_cannot_be_read_says_why(classifier_server: Server, name: str) -> None:
+    path, value, expected, reason = UNREADABLE[name]
+    kind = {"Content-Type": "text/plain"} if name == "another type of content" else None
+    status, answer, _ = classifier_server.ask(path, value, kind)
+    assert status == expected and answer["error"]["message"].startswith(reason)

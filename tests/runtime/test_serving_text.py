@@ -115,7 +115,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "too long": (COMPLETE, {"prompt": "film " * 5000}, "tokens"),
     "no messages": (CHAT, {"messages": []}, "messages"),
     "content of parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0]"),
-    "a classifier": (COMPLETE, {"prompt": "a", "model": "labels"}, "ask /v1/classify"),
+    "a classifier": (COMPLETE, {"prompt": "a", "model": "labels"}, "or name a model that generates text: "),
     "text of a generator": ("/v1/classify", {"input": "a"}, "ask /v1/completions"),
 }
 

@@ -408,6 +408,19 @@ def test_rows_that_join_at_any_time_are_walked_as_alone(limit: int) -> None:
         assert np.array_equal(trace.gates[row], alone.gates[0], equal_nan=True)
 
 
+def test_rows_that_wait_are_joined_with_those_of_a_rule_that_came_later() -> None:
+    engine, rules = Tables(3), [NEVER]
+    under_way, trace = joining_walk(engine, rules)
+    begin(under_way, [0, 1], [0, 0])
+    rules.append(bind(RuleSpec("patience", {"patience": 2.0}), SEGMENTS))  # its memory is wider
+    begin(under_way, [2, 3], [1, 1])
+    while (key := under_way.largest_queue()) is not None:
+        under_way.run(key)
+    for row, number in enumerate([0, 0, 1, 1]):
+        alone = walk_rows(engine, rules[number], np.array([row]), 1, np.full(ROWS, 8))
+        assert np.array_equal(trace.variants[row], alone.variants[0])
+
+
 def test_a_plan_ends_a_row_before_its_rule_does() -> None:
     engine = Tables(3)
     under_way, trace = joining_walk(engine, [NEVER])
