@@ -128,7 +128,10 @@ def replace_folder(folder: Path, *, overwrite: bool = False, listing: str = FILE
         old.rename(folder)  # an earlier run was killed between the two renames below
     check_target(folder, overwrite=overwrite, listing=listing)
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        new.mkdir(parents=True)
+    except OSError as problem:
+        raise BadTarget(f"{folder}: cannot be written: {problem.strerror}; choose another --out") from None
     try:
         yield new
         if not (new / listing).is_file():

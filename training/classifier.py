@@ -69,6 +69,7 @@ class ClassifierTraining:
             raise BadSetting(f"--augment and --no-crop are for images, and {config.data} holds text")
         self.data.split("train")  # BadData if there is none
         self.row_counts = {name: len(rows) for name, rows in self.data.splits.items()}
+        self.data_digest = self.data.digest()
         self.facts: dict[str, Any] = {}
 
     def _refuse_other_tasks(self) -> None:
@@ -116,7 +117,8 @@ class ClassifierTraining:
         config = self.config
         assert config.model is not None
         task = self.data.task
-        user = self._with_matching_labels(load_user_model(config.model, config.seed, task))
+        pairs = any(rows.text_b is not None for rows in self.data.splits.values())
+        user = self._with_matching_labels(load_user_model(config.model, config.seed, task, pairs=pairs))
         network = new_network(
             user,
             self.data.labels,

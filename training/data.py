@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,6 +106,15 @@ class Dataset:
     def has_images(self) -> bool:
         """Whether the rows are images."""
         return any(rows.images is not None for rows in self.splits.values())
+
+    def digest(self) -> str:
+        """A hash of all rows with their labels; of an image its bytes count, or the path of its file."""
+        whole = hashlib.sha256()
+        for name, rows in self.splits.items():
+            for item in rows.items:
+                whole.update(item if isinstance(item, bytes) else repr(item).encode())
+            whole.update(repr((name, rows.words)).encode() + rows.label.tobytes())
+        return whole.hexdigest()
 
     def split(self, name: str) -> Rows:
         """The rows of a split by its name; raises BadData that lists the existing ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import platform
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class DecoderTraining:
         if "train" not in self.rows:
             raise BadSetting(f"{config.data} has no train split")
         self.row_counts = {name: len(rows) for name, rows in self.rows.items()}
+        self.data_digest = hashlib.sha256(repr(self.rows).encode()).hexdigest()
         self.facts: dict[str, Any] = {"exits": list(self.exits)}
 
     def load(self) -> DecoderNetwork:

@@ -23,9 +23,14 @@ ADAPTER = "adapter_config.json"  # of peft
 _NOT_USED = re.compile(r"pooler|mask_token|masked_bias$|position_ids$|relative_position_index$")
 # Fields of a configuration that name code: of a file of the folder or the hub, or of another library.
 ATTENTIONS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
-CODE_FIELDS = {*ATTENTIONS, "quantization_config", "use_kernels", "kernel_config"}
+OWN_ATTENTIONS = ("eager", "sdpa")  # of transformers itself, for any mask
+QUANTIZED = "quantization_config"
+CODE_FIELDS = {*ATTENTIONS, QUANTIZED, "use_kernels", "kernel_config"}
 # Its own code, which is never run: an adapter reads transformers' own class of the model type.
 IGNORED_FIELDS = {"auto_map", "custom_pipelines", "trust_remote_code", "name_or_path", "_name_or_path"}
+OTHER_WEIGHTS = (".bin", ".h5", ".msgpack")
+LFS_POINTER = b"version https://git-lfs"
+WHOLE_AGAIN = "save the whole model again with save_pretrained"
 LIMITS = {"layer": 1000, "num_labels": 2**20, "block": 2**20, "expert": 2**16}  # by a part of a field's name
 
 
@@ -46,6 +51,8 @@ def load_pretrained_config(model: str | Path) -> PreTrainedConfig:
         raise ValueError(f"config.json: {type(problem).__name__}: {first_line(problem)}") from problem
     if not isinstance(values, dict):
         raise ValueError(f"config.json: expected an object, found {type(values).__name__}")
+    if not values and Path(model).is_dir():
+        raise ValueError(_no_config(Path(model)))
     kind = values.get("model_type")
     if "auto_map" in values and kind not in FAMILIES and kind not in DECODERS:
         raise ValueError(
@@ -59,6 +66,14 @@ def load_pretrained_config(model: str | Path) -> PreTrainedConfig:
         raise
     except Exception as problem:  # transformers checks little, so nearly anything can be raised
         raise ValueError(f"config.json: {type(problem).__name__}: {first_line(problem)}") from problem
+
+
+def _no_config(folder: Path) -> str:
+    """Why a folder is no model's, and which folders in it may be."""
+    files = [file for file in sorted(folder.glob("*/config.json")) if file.is_file()]
+    inner = [file.parent.name for file in files if b'"model_type"' in file.read_bytes()]
+    hint = f"; name the one in it that is meant: {', '.join(inner[:5])}" if inner else ""
+    return f"the folder has no config.json with a model_type{hint}"
 
 
 def check_config(values: Any, where: str) -> PreTrainedConfig:
@@ -76,7 +91,11 @@ def check_config(values: Any, where: str) -> PreTrainedConfig:
     for name in CODE_FIELDS & values.keys():
         value = values[name]
         if value is not None and (name not in ATTENTIONS or "/" in str(value)):
-            raise ValueError(f"{where}.{name}: {str(value)[:60]!r} would load other code; take it out")
+            cure = "give the model as it was before it was quantized" if name == QUANTIZED else "take it out"
+            raise ValueError(f"{where}.{name}: {str(value)[:60]!r} would load other code; {cure}")
+        if name.endswith("attn_implementation") and value not in (None, *OWN_ATTENTIONS):
+            known = " and ".join(OWN_ATTENTIONS)
+            raise ValueError(f"{where}.{name}: {str(value)[:60]!r}; supported are {known}; take it out")
     _check_numbers(values, where)
     try:
         config: PreTrainedConfig = AutoConfig.for_model(
@@ -133,8 +152,30 @@ def load_weights(kind: Any, model: str | Path, *, base: bool = False) -> PreTrai
     kind: the class, such as AutoModelForCausalLM. base: whether it is a backbone, whose file may hold weights
     of a head, too. Raises ValueError, which names the weight, and what transformers raises.
     """
+    loaded, report = read_weights(kind, model)
+    check_weights(loaded, report["missing_keys"], report["unexpected_keys"], base=base)
+    return loaded
+
+
+def read_weights(kind: Any, model: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model as load_weights does; gives transformers' report of names instead of checking them.
+
+    Raises ValueError for a folder without safetensors, and for a weight of another shape than config.json
+    says.
+    """
     import torch
 
+    folder = Path(model)
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        _check_safetensors(file)
+    if folder.is_dir() and not files:
+        others = sorted(file.name for ending in OTHER_WEIGHTS for file in folder.glob(f"*{ending}"))
+        instead = f"{others[0]} alone, which is not read" if others else "no weights"
+        raise ValueError(
+            f"the folder holds {instead}; weights are read from safetensors: load the model with "
+            "transformers, then save_pretrained(FOLDER)"
+        )
     result: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
         model,
         dtype=torch.float32,
@@ -143,14 +184,28 @@ def load_weights(kind: Any, model: str | Path, *, base: bool = False) -> PreTrai
         trust_remote_code=False,
         use_safetensors=True,
     )
-    loaded, report = result
-    for key, held, expected in sorted(report["mismatched_keys"]):
+    for key, held, expected in sorted(result[1]["mismatched_keys"]):
         raise ValueError(
             f"{key} is {list(held)} in the files, and {list(expected)} by config.json: they are not of one "
             "model; save the whole model again with save_pretrained"
         )
-    check_weights(loaded, report["missing_keys"], report["unexpected_keys"], base=base)
-    return loaded
+    return result
+
+
+def _check_safetensors(file: Path) -> None:
+    """Raise ValueError, which names the file, if it is none or holds other bytes than its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return
+    except SafetensorError as problem:
+        with file.open("rb") as stream:
+            pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+        cure = "it is a pointer of Git LFS: run git lfs pull" if pointer else "copy or save the model again"
+        raise ValueError(
+            f"{file.name} is no whole file of weights ({first_line(problem)}); {cure}"
+        ) from problem
 
 
 def check_weights(
@@ -161,7 +216,7 @@ def check_weights(
     missing: these have random values. unexpected: names in the files that the model does not have; those of
     a backbone matter, and without `base` all of them do. base: see load_weights.
     """
-    name, cure = type(model).__name__, "save the whole model again with save_pretrained"
+    name, cure = type(model).__name__, wrapper_of(missing, unexpected) or WHOLE_AGAIN
     if lost := sorted(key for key in missing if not (base and _NOT_USED.search(key))):
         raise ValueError(
             f"the files have no {lost[0]}{_more(lost)}, which {name} needs and transformers would fill with "
@@ -177,6 +232,21 @@ def check_weights(
             f"the files hold {left[0]}{_more(left)}, which {name} with this config.json does not have: they "
             f"are not of one model; {cure}"
         )
+
+
+def wrapper_of(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """The cure if all names in the files have a prefix, as those of a model in a wrapper; else empty.
+
+    missing, unexpected: see check_weights.
+    """
+    prefixes = {key.removesuffix(lost) for key in unexpected for lost in missing if key.endswith(f".{lost}")}
+    for prefix in sorted(prefixes, key=len):
+        if {prefix + lost for lost in missing} <= set(unexpected):
+            return (
+                f"their names begin with {prefix!r}, as those of a model in a wrapper: save the model inside "
+                f"it, such as model.{prefix}save_pretrained(FOLDER)"
+            )
+    return ""
 
 
 def _more(names: Collection[str]) -> str:

@@ -29,12 +29,13 @@ N = TypeVar("N", bound=nn.Module)
 class Training(Protocol[N]):
     """The parts of a training that depend on the kind of network.
 
-    save_every: least seconds between states. row_counts: rows by split. facts: entries of training.json
-    besides those of the recipe.
+    save_every: least seconds between states. row_counts: rows by split. data_digest: a hash of all rows.
+    facts: entries of training.json besides those of the recipe.
     """
 
     save_every: float
     row_counts: dict[str, int]
+    data_digest: str
     facts: dict[str, Any]
 
     def load(self) -> N:
@@ -90,12 +91,13 @@ def default_recipe(config: TrainConfig) -> str:
 def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) -> dict[str, Any]:
     processes = PartialState()
     with processes.main_process_first():  # the main process writes the files that all processes read
-        _refuse_other_command(config)
+        command = {**config.as_json(), "save_every": None, "content of --data": training.data_digest}
+        _refuse_other_command(config, command)
         network = training.load()
         if processes.is_main_process:
-            config.partial.mkdir(parents=True, exist_ok=True)
+            _prepare_folder(config)
             training.write_inputs()
-            write_json(config.partial / "command.json", _command(config))
+            write_json(config.partial / "command.json", command)
     precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[config.precision]
     save_every = max(config.save_every, training.save_every)
     run = Run(network, config.partial, seed=config.seed, precision=precision, save_every=save_every)
@@ -126,17 +128,28 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
     return facts
 
 
-def _command(config: TrainConfig) -> dict[str, Any]:
-    """The options that must be equal for a run to be resumed."""
-    return {**config.as_json(), "save_every": None}
+def _prepare_folder(config: TrainConfig) -> None:
+    """Make the folder of the run. Raises BadSetting if it cannot be written.
+
+    What a run left there before its first state (hidden states) may be of another model or other data.
+    """
+    try:
+        if config.partial.is_dir() and not (config.partial / "state.json").is_file():
+            shutil.rmtree(config.partial)
+        config.partial.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise BadSetting(f"--out {config.out}: {config.partial}: {problem.strerror}") from problem
 
 
-def _refuse_other_command(config: TrainConfig) -> None:
-    """Raise BadSetting if the folder of the run holds the state of a different command."""
+def _refuse_other_command(config: TrainConfig, command: dict[str, Any]) -> None:
+    """Raise BadSetting if the folder of the run holds the state of a different command.
+
+    command: the options that must be equal for a run to be resumed, and a hash of the data.
+    """
     file = config.partial / "command.json"
     if file.is_file() and (config.partial / "state.json").is_file():
         before = read_json(file)
-        changed = [name for name, value in _command(config).items() if before.get(name) != value]
+        changed = [name for name, value in command.items() if before.get(name) != value]
         if changed:
             raise BadSetting(
                 f"{config.partial} holds an unfinished run with another {', '.join(changed)}; "

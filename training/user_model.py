@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +22,26 @@ from offramp.models.own_head import NoOwnHead, OwnHead, classification_class, ow
 from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 from offramp.training.data import NO_LABEL, BadData, Columns, Dataset, Rows, Word, load_data
 from offramp.training.options import BadModel
-from offramp.training.pretrained import check_weights, first_line, load_pretrained_config, load_weights
+from offramp.training.pretrained import (
+    check_weights,
+    first_line,
+    load_pretrained_config,
+    read_weights,
+    wrapper_of,
+)
+from offramp.training.user_input import (
+    check_tokenizer_settings,
+    makes_small,
+    preprocessor_of,
+    settle_image_size,
+    settle_token_types,
+    tokenizer_of,
+)
 
 DROPOUT = 0.1
 # Poolings of sentence-transformers, and what they read as OwnPool names it.
+HEADS = ("classifier.", "pre_classifier.", "score.")  # how names of weights of trained heads begin
+POOLING_MODE = "pooling_mode_"
 SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 
 
@@ -53,6 +69,11 @@ def load_config(model: str) -> PreTrainedConfig:
                 "ee-split splits it as it is, and docs/decoders.md has recipes for language models"
             )
         family_of(config.model_type)
+        if getattr(config, "is_decoder", False):
+            raise BadModel(
+                f"{model}: config.json.is_decoder: tokens of this model read only those before them, and "
+                "encoders with that have no adapter; take it out if the model was not trained with it"
+            )
     except BadModel:
         raise
     except UnsupportedFamily as problem:
@@ -63,17 +84,15 @@ def load_config(model: str) -> PreTrainedConfig:
 
 
 def own_task(model: str) -> str | None:
-    """The task of a model's trained head by its configuration; None without one, or if it cannot be read."""
-    try:
-        return task_of_head(load_config(model))
-    except BadModel:
-        return None
+    """The task of a model's trained head by its configuration; None without one. Raises BadModel."""
+    return task_of_head(load_config(model))
 
 
-def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserModel:
+def load_user_model(model: str, seed: int, task: str = CLASSIFICATION, *, pairs: bool = True) -> UserModel:
     """Load a model from a hub name or a folder, with its own head if it has a trained one for the task.
 
-    seed: for weights that the file lacks. A head of another task is dropped, and a line on stderr says so.
+    seed: for weights that the file lacks. pairs: whether the data has pairs of texts; see settle_token_types.
+    A head of another task is dropped, and a line on stderr says so.
     Sentence embeddings need no head: the model's pooling takes its place. Raises BadModel for what cannot be
     loaded.
     """
@@ -91,25 +110,22 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
     if own is not None and own != task:
         print(f"{model}: its own head is dropped: it is for {own}, and the task is {task}", file=sys.stderr)
     try:
+        if family_of(config.model_type).vision is not None:
+            reader = preprocessor_of(model)
+        elif (reader := tokenizer_of(model)) is not None:
+            check_tokenizer_settings(reader)
         if task == EMBEDDING:
-            pooling, unit = sentence_pooling(model)
-            backbone = _backbone(model)
+            pooling, unit = sentence_pooling(model, reader)
+            backbone = _backbone(model, reader, pairs)
             return UserModel(model, backbone, OwnHead(pooling, (), DROPOUT), unit=unit)
         if own != task:
-            return UserModel(model, _backbone(model))
-        loaded: tuple[Any, dict[str, Any]] = classification_class(
-            config, per_token=per_token
-        ).from_pretrained(
-            model,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        classifier, report = loaded
+            return UserModel(model, _backbone(model, reader, pairs, names_head=own is not None))
+        labels = _labels_of(config, task)
+        classifier, report = read_weights(classification_class(config, per_token=per_token), model)
         if not report["missing_keys"]:
             check_weights(classifier, (), report["unexpected_keys"], base=True)
         head = own_head_of(classifier, DROPOUT, per_token=per_token)
+        backbone = _settled(model, cast("PreTrainedModel", classifier.base_model), reader, pairs)
     except NoOwnHead as problem:
         raise BadModel(
             f"{model}: {problem}; load its backbone alone with transformers and save that"
@@ -119,32 +135,88 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION) -> UserMo
     except Exception as problem:  # files that do not fit make transformers raise nearly anything
         raise _not_loaded(model, problem) from problem
     if missing := sorted(report["missing_keys"]):
-        raise BadModel(
-            f"{model}: config.json names {type(classifier).__name__}, but the weights have no {missing[0]}; "
+        cure = wrapper_of(missing, report["unexpected_keys"]) or (
             "save the fine-tuned model again, or take the name out of `architectures` to train a new head"
         )
-    names: Any = {} if task == REGRESSION else config.id2label
-    labels = tuple(str(names[number]) for number in sorted(names))
-    return UserModel(model, classifier.base_model, head, labels)
+        raise BadModel(
+            f"{model}: config.json names {type(classifier).__name__}, but the weights have no {missing[0]}; "
+            f"{cure}"
+        )
+    return UserModel(model, backbone, head, labels)
 
 
-def _backbone(model: str) -> PreTrainedModel:
-    """The base model of a hub name or a folder; weights are read from safetensors, never from pickles."""
-    return load_weights(AutoModel, model, base=True)
+def _labels_of(config: PreTrainedConfig, task: str) -> tuple[str, ...]:
+    """The names of a trained head's outputs, in order; none for a value. Raises ValueError."""
+    if task == REGRESSION:
+        if config.num_labels != 1:
+            raise ValueError(
+                f"config.json: problem_type is regression, and id2label has {config.num_labels} entries; "
+                "only one value for each row is supported"
+            )
+        return ()
+    names: Any = config.id2label or {}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(
+            f"config.json.id2label: the outputs {sorted(names)[:10]} have names; number them from 0 to "
+            f"{len(names) - 1}, in the order of the head's outputs"
+        )
+    labels = tuple(str(names[number]) for number in range(len(names)))
+    for number, label in enumerate(labels):
+        if not label or label in labels[:number]:
+            fault = f"has the name {label!r} of another one" if label else "has no name"
+            raise ValueError(f"config.json.id2label: output {number} {fault}; give each output its own name")
+    return labels
+
+
+def _backbone(model: str, reader: Any, pairs: bool, *, names_head: bool = True) -> PreTrainedModel:
+    """The base model of a hub name or a folder; weights are read from safetensors, never from pickles.
+
+    reader: tokenizer or preprocessor, None if it cannot be used. pairs: see load_user_model. names_head:
+    whether the configuration names a classification model; if not, a line on stderr reports weights of one.
+    """
+    backbone, report = read_weights(AutoModel, model)
+    check_weights(backbone, report["missing_keys"], report["unexpected_keys"], base=True)
+    heads = sorted(key for key in report["unexpected_keys"] if key.startswith(HEADS))
+    if heads and not names_head:
+        named = getattr(backbone.config, "architectures", None)
+        print(
+            f"{model}: the files hold {heads[0]}, a head that is not read: config.json.architectures is "
+            f"{named}, and names no classification model of transformers",
+            file=sys.stderr,
+        )
+    return _settled(model, backbone, reader, pairs)
+
+
+def _settled(model: str, backbone: PreTrainedModel, reader: Any, pairs: bool) -> PreTrainedModel:
+    """The backbone, which reads what its tokenizer or preprocessor gives as transformers does.
+
+    See _backbone.
+    """
+    if reader is not None and family_of(backbone.config.model_type).vision is not None:
+        settle_image_size(model, backbone, reader)
+    elif reader is not None:
+        settle_token_types(model, backbone, reader, pairs=pairs)
+    # A graph could not count the parts of a text. They save memory and change no answer.
+    parts: list[Any] = [backbone.config, *backbone.modules()]
+    for part in parts:
+        if getattr(part, "chunk_size_feed_forward", 0):
+            part.chunk_size_feed_forward = 0
+    return backbone
 
 
 def _not_loaded(model: str, problem: Exception) -> BadModel:
-    if isinstance(problem, OSError):
+    if isinstance(problem, OSError) and not Path(model).is_dir():
         return BadModel(f"{model}: neither a model folder here nor given by the hub: {first_line(problem)}")
-    kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+    kind = "" if isinstance(problem, (ValueError, OSError)) else f"{type(problem).__name__}: "
     return BadModel(f"{model}: it cannot be loaded: {kind}{first_line(problem)}")
 
 
-def sentence_pooling(model: str) -> tuple[str, bool]:
+def sentence_pooling(model: str, tokenizer: Any = None) -> tuple[str, bool]:
     """How a model pools its tokens, "mean" or "first", and whether its embeddings have unit length.
 
     It is read from the files of sentence-transformers in the model's folder; without them it is the mean at
-    unit length, and a line on stderr says so. Raises BadModel for modules that are not supported.
+    unit length, and a line on stderr says so. tokenizer: as transformers reads it, if it can be used. Raises
+    BadModel for modules and settings that are not supported.
     """
     listing = cached_file(model, "modules.json", _raise_exceptions_for_missing_entries=False)
     if listing is None:
@@ -155,7 +227,10 @@ def sentence_pooling(model: str) -> tuple[str, bool]:
         )
         return "mean", True
     try:
+        _check_sentence_settings(model, tokenizer)
         return _pooling_of(model, listing)
+    except BadModel:
+        raise
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as problem:
         raise BadModel(f"{listing}: {type(problem).__name__}: {first_line(problem)}") from problem
 
@@ -174,11 +249,50 @@ def _pooling_of(model: str, listing: str) -> tuple[str, bool]:
     file = cached_file(model, f"{folder}/config.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         raise BadModel(f"{listing}: it names {folder[:60]!r}, which has no config.json")
-    modes = {name for name, on in json.loads(Path(file).read_text("utf-8")).items() if on is True}
-    for mode, reads in SENTENCE_POOLINGS.items():
-        if mode in modes:
-            return reads, "Normalize" in kinds
-    raise BadModel(f"{file}: pooling {sorted(modes)}; supported are {', '.join(SENTENCE_POOLINGS)}")
+    facts = json.loads(Path(file).read_text("utf-8"))
+    modes = sorted(name for name, on in facts.items() if on is True and name.startswith(POOLING_MODE))
+    if isinstance(mode := facts.get("pooling_mode"), str):  # as newer versions write it
+        modes = [f"{POOLING_MODE}{mode}{'_token' if mode == 'cls' else '_tokens'}"]
+    if len(modes) == 1 and modes[0] in SENTENCE_POOLINGS:
+        return SENTENCE_POOLINGS[modes[0]], "Normalize" in kinds
+    raise BadModel(f"{file}: pooling {modes}; supported is one of {', '.join(SENTENCE_POOLINGS)}")
+
+
+def _check_sentence_settings(model: str, tokenizer: Any) -> None:
+    """Refuse or report what sentence-transformers does to a text before the tokenizer reads it.
+
+    See sentence_pooling.
+    """
+    facts = _json_of(model, "sentence_bert_config.json")
+    if facts.get("do_lower_case") is True and tokenizer is not None and not makes_small(tokenizer):
+        raise BadModel(
+            f"{model}: sentence_bert_config.json.do_lower_case: its tokenizer keeps capital letters, and "
+            'ee-run changes no text before it; set "do_lower_case" in tokenizer_config.json, or add '
+            '{"type": "Lowercase"} to the normalizer in tokenizer.json'
+        )
+    if isinstance(longest := facts.get("max_seq_length"), int):
+        print(
+            f"{model}: sentence-transformers cuts texts after {longest} tokens; --max-length {longest} does "
+            "the same",
+            file=sys.stderr,
+        )
+    facts = _json_of(model, "config_sentence_transformers.json")
+    if (name := facts.get("default_prompt_name")) is not None:
+        prompt = str(facts["prompts"][name])
+        print(
+            f"{model}: sentence-transformers puts {prompt!r} before each text; --prefix {prompt!r} does the "
+            "same",
+            file=sys.stderr,
+        )
+
+
+def _json_of(model: str, name: str) -> dict[str, Any]:
+    """The object in a file of a model's folder or hub name; empty without the file."""
+    file = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    value = {} if file is None else json.loads(Path(file).read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise BadModel(f"{file}: expected an object")
+    return value
 
 
 def match_labels(data: Dataset, own: Sequence[str]) -> tuple[Dataset | None, str]:
@@ -190,10 +304,11 @@ def match_labels(data: Dataset, own: Sequence[str]) -> tuple[Dataset | None, str
     """
     if not data.labels:
         return _renumbered(data, own, []), ""
-    by_name = {name.casefold(): number for number, name in enumerate(own)}
-    wanted = [by_name.get(name.casefold()) for name in data.labels]
-    if len(by_name) == len(own) and None not in wanted and len(set(wanted)) == len(wanted):
-        return _renumbered(data, own, [number for number in wanted if number is not None]), ""
+    for as_compared in (str, str.casefold):  # names that differ only by case are names of their own
+        by_name = {as_compared(name): number for number, name in enumerate(own)}
+        wanted = [by_name.get(as_compared(name)) for name in data.labels]
+        if len(by_name) == len(own) and None not in wanted and len(set(wanted)) == len(wanted):
+            return _renumbered(data, own, [number for number in wanted if number is not None]), ""
     numbers = all(name == str(number) for number, name in enumerate(data.labels))
     generic = all(name == f"LABEL_{number}" for number, name in enumerate(own))
     pairs = ", ".join(f"{b} = {a}" for a, b in zip(own, data.labels, strict=False))

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offramp.models.families.family import Context, Family, HeadLayout, Vision, blocks_at, prefix_of
+from offramp.models.families.family import (
+    Context,
+    Family,
+    HeadLayout,
+    Vision,
+    as_loaded,
+    blocks_at,
+    prefix_of,
+)
 from offramp.models.families.vit import image_shape, image_tokens, pair, patch_shape
 
 if TYPE_CHECKING:
@@ -134,6 +142,7 @@ def _resize(backbone: nn.Module, size: int) -> None:
     grid = size // height, size // width
     if embeddings.position_embeddings is not None:
         hidden = torch.zeros(1, 1 + grid[0] * grid[1], config.hidden_size)
+        embeddings.position_embeddings = as_loaded(embeddings, "positions", embeddings.position_embeddings)
         positions = embeddings.interpolate_pos_encoding(hidden, size, size)
         embeddings.position_embeddings = nn.Parameter(positions.clone())
     for module in backbone.modules():
@@ -145,8 +154,9 @@ def _resize(backbone: nn.Module, size: int) -> None:
 
 
 def _resize_table(position_bias: PositionBias, grid: tuple[int, int]) -> None:
-    table = position_bias.relative_position_bias_table
-    sides = [2 * side - 1 for side in position_bias.window_size]
+    table = as_loaded(position_bias, "table", position_bias.relative_position_bias_table)
+    window = as_loaded(position_bias, "window", position_bias.window_size)
+    sides = [2 * side - 1 for side in window]
     offsets = table[:-BEYOND_PATCHES].T.reshape(1, -1, *sides)  # [1, heads, height, width]
     resized = functional.interpolate(offsets, size=[2 * side - 1 for side in grid], mode="bilinear")
     rows = torch.cat([resized.flatten(2)[0].T, table[-BEYOND_PATCHES:]])
@@ -172,6 +182,6 @@ BEIT = Family(
     run_block=_run_block,
     longest=_longest,
     exit_norm=_exit_norm,
-    vision=Vision(prefix=prefix_of(1), shape=image_shape, patch=patch_shape, resize=_resize),
+    vision=Vision(prefix_of(1), image_shape, patch_shape, _resize, any_size=True),
     head=_head,
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.family import Context, Family, HeadLayout, Vision, head_on_first
+from offramp.models.families.family import Context, Family, HeadLayout, Vision, as_loaded, head_on_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -112,6 +112,7 @@ def _resize(learned: tuple[str, ...], backbone: nn.Module, size: int) -> None:
     height, width = patch_shape(config)
     patches = (size // height) * (size // width)
     hidden = torch.zeros(1, len(learned) + patches, config.hidden_size)
+    embeddings.position_embeddings = as_loaded(embeddings, "positions", embeddings.position_embeddings)
     positions = embeddings.interpolate_pos_encoding(hidden, size, size)  # [1, seq, hidden]
     embeddings.position_embeddings = nn.Parameter(positions.clone())
     # transformers checks its input against these sizes, and builds a checkpoint's backbone from them.
@@ -131,8 +132,13 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 _ONE_LAYER = head_on_first("classifier")
 
 
-def _family(*learned: str, head: Callable[[PreTrainedConfig], HeadLayout] = _ONE_LAYER) -> Family:
-    """The adapter of one family; learned: attributes of the embeddings with tokens before the patches."""
+def _family(
+    *learned: str, head: Callable[[PreTrainedConfig], HeadLayout] = _ONE_LAYER, any_size: bool = False
+) -> Family:
+    """The adapter of one family; learned: attributes of the embeddings with tokens before the patches.
+
+    any_size: see Vision.
+    """
     return Family(
         inputs=("pixel_values",),
         embed=partial(_embed, learned),
@@ -140,7 +146,9 @@ def _family(*learned: str, head: Callable[[PreTrainedConfig], HeadLayout] = _ONE
         run_block=_run_block,
         longest=partial(_tokens, learned),
         exit_norm=_exit_norm,
-        vision=Vision(partial(_prefix, learned), image_shape, patch_shape, partial(_resize, learned)),
+        vision=Vision(
+            partial(_prefix, learned), image_shape, patch_shape, partial(_resize, learned), any_size
+        ),
         head=head,
     )
 
@@ -151,5 +159,5 @@ def _dinov2_head(config: PreTrainedConfig) -> HeadLayout:
 
 
 VIT = _family("cls_token")
-DINOV2 = _family("cls_token", head=_dinov2_head)
+DINOV2 = _family("cls_token", head=_dinov2_head, any_size=True)
 DEIT = _family("cls_token", "distillation_token")

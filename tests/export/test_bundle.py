@@ -55,6 +55,12 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadTarget, match=r"file/bundle: cannot be written: Not a directory; choose another"):
+        write(tmp_path / "file" / "bundle")
+
+
 def test_an_unfinished_folder_gets_no_name(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="never finished"), replace_folder(tmp_path / "bundle") as beside:
         fill(beside)

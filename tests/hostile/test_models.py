@@ -138,7 +138,8 @@ def test_model_with_code_of_its_own_is_refused(model: Path, monkeypatch: pytest.
         load_decoder(str(model))
     with pytest.raises(ValueError, match="which is not run"):
         open_decoder(model)
-    assert own_task(str(model)) is None
+    with pytest.raises(BadModel, match="which is not run"):
+        own_task(str(model))
     with pytest.raises(BadModel, match="tokenizer"):
         load_tokenizer(str(model))
     assert not (model / "marked").exists()

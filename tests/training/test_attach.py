@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from offramp.models.own_head import classification_class
@@ -118,6 +119,17 @@ def test_a_backbone_without_a_head_is_refused(root: Path, tmp_path: Path) -> Non
     assert done.exit_code == 2 and "recipe attach needs a model with a trained head" in done.output
 
 
+def test_a_model_whose_answers_are_no_numbers_is_refused_until_it_is_mended(tmp_path: Path) -> None:
+    folder = tiny.classifier_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    broken = weights | {"classifier.bias": torch.tensor([0.0, float("nan")])}
+    save_file(broken, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "traffic.txt").write_text("a film\n" * 8)
+    assert "answers 7 of 7 training rows with NaN or infinity" in run(tmp_path, "ckpt", exit_code=2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    run(tmp_path, "ckpt")
+
+
 def test_a_network_without_early_exits_is_refused(root: Path) -> None:
     output = run(root, "single", "--exits", "3", exit_code=2)
     assert "name earlier blocks in --exits" in output
@@ -153,6 +165,7 @@ def test_other_recipes_drop_a_head_with_other_labels_and_say_so(root: Path, tmp_
     [
         (("bad", "good"), ("good", "bad"), [1, 0, NO_LABEL]),  # by name
         (("Bad", "Good"), ("good", "bad"), [1, 0, NO_LABEL]),  # without regard to case
+        (("Us", "us"), ("us", "Us"), [1, 0, NO_LABEL]),  # names that differ only by case
         (("0", "1"), ("good", "bad"), [0, 1, NO_LABEL]),  # by number
         (("bad", "good"), ("LABEL_0", "LABEL_1"), [0, 1, NO_LABEL]),
         (("bad",), ("good", "bad"), [1, None, NO_LABEL]),  # fewer labels than the model has

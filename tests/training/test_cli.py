@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from safetensors.torch import load_file
 
 from offramp.models import tasks
 from offramp.runtime.bundle.row_samples import row_hashes, row_sample
+from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.sweep import SWEPT
 from offramp.training import cli
 from offramp.training.checkpoint import load_checkpoint
+from offramp.training.classifier import ClassifierTraining
 from offramp.training.cli import evaluate, train
+from offramp.training.features import FILE as FEATURES
 
 RECIPE = ["--recipe", "consistentee_plus"]
 FAST = ["--set", "epochs=10", "--set", "batch_size=8", "--set", "lr=0.002", "--set", "heads_lr=0.01"]
@@ -173,6 +177,46 @@ def test_a_resume_with_another_command_is_refused(folder: Path, tmp_path: Path) 
     (partial / "state.json").write_text("{}")
     result = _run(train, *words)
     assert result.exit_code == 2 and "unfinished run" in result.output
+
+
+def stopped(self: ClassifierTraining, run: object) -> None:
+    """In place of ClassifierTraining.run_recipe: a run that ends after its first state."""
+    (self.config.partial / "state.json").write_text("{}")
+    raise BadSetting("stopped")
+
+
+def test_a_resume_with_other_rows_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "data", tmp_path / "data")
+    words = ["--model", str(folder / "model"), "--data", str(tmp_path / "data"), "--precision", "fp32"]
+    words += ["--out", str(tmp_path / "c")]
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierTraining, "run_recipe", stopped)
+        assert "stopped" in _run(train, *words).output
+    with (tmp_path / "data" / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "one more", "label": 0}\n')
+    result = _run(train, *words)
+    assert result.exit_code == 2 and "another content of --data" in result.output
+
+
+def test_what_a_run_left_before_its_first_state_is_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "c.partial"
+    partial.mkdir()
+    (partial / FEATURES).write_bytes(b"of another model")
+    monkeypatch.setattr(ClassifierTraining, "run_recipe", stopped)
+    words = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--precision", "fp32"]
+    _run(train, *words, "--out", str(tmp_path / "c"))
+    assert (partial / "state.json").is_file() and not (partial / FEATURES).exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "c"
+    result = _run(train, "--model", str(folder / "model"), "--data", str(folder / "data"), "--out", str(out))
+    assert result.exit_code == 2 and f"--out {out}" in result.output and "Not a directory" in result.output
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

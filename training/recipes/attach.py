@@ -36,6 +36,7 @@ from offramp.training.collect import (
 from offramp.training.features import Features, compute_features, feature_bytes
 from offramp.training.loop import Phase, Run
 from offramp.training.losses import TaskLosses, losses_of
+from offramp.training.options import BadModel
 from offramp.training.recipes.joint import EVERYTHING, loss_weights
 
 
@@ -97,6 +98,21 @@ def imitation_losses(
     return losses.masked_scatter(known[:, None].expand_as(losses), mixed)
 
 
+def check_answers(run: Run[EarlyExitNetwork], full_depth: Tensor) -> None:
+    """Raise BadModel if what the model gives [rows or words, outputs] is no number in some rows.
+
+    The same command computes it again then: the folder of the model may be mended.
+    """
+    wrong = int((~full_depth.isfinite().all(-1)).sum())
+    if wrong:
+        for file in run.folder.glob("*.safetensors"):
+            file.unlink()
+        raise BadModel(
+            f"the model as it was given answers {wrong} of {len(full_depth)} training rows with NaN or "
+            "infinity; nothing can be learned from it: save a model whose answers are numbers"
+        )
+
+
 def rows_that_fit(run: Run[EarlyExitNetwork], rows: Encoded, settings: AttachSettings) -> Encoded:
     """The rows whose hidden states fit on disk: all, or as many as fit, drawn by the run's seed."""
     sizes = feature_bytes(run.network, rows)
@@ -135,6 +151,7 @@ def train(
         raise BadSetting("recipe attach trains the exits before the last: name earlier blocks in --exits")
     rows = rows_that_fit(run, train, s)
     features = compute_features(run, rows)
+    check_answers(run, features.full_depth)
     start_exits(run, features.full_depth.squeeze(-1))
     fit_exits(run, rows, features, s)
     rule, decisions, device = default_rule(network), network.task.decisions, run.accelerator.device
