@@ -20,7 +20,7 @@ from torch import Tensor
 from offramp.runtime.inputs.images import BadInput, ImageInput, normalize_pixels, picture_pixels
 from offramp.runtime.inputs.words import Word as TokenizerWord
 from offramp.runtime.inputs.words import words_of
-from offramp.runtime.progress import track
+from offramp.runtime.progress import note, track
 from offramp.runtime.rules.entities import OUTSIDE, inner_labels, word_labels
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.data import NO_LABEL, BadData, Rows, Word
@@ -280,12 +280,17 @@ def _without_token(words: Sequence[Word], begun: Sequence[TokenizerWord], text: 
 
 
 def _encodings(rows: Rows, tokenizer: Tokenizer, text: TextFacts) -> list[Encoding]:
-    """The texts of rows, or pairs of them, as the tokenizer reads them."""
+    """The texts of rows, or pairs of them, as the tokenizer reads them; a line on stderr counts those cut."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(text.longest)
     first = [text.prefix + line for line in rows.text]
     pairs: Any = first if rows.text_b is None else list(zip(first, rows.text_b, strict=True))
     encodings: list[Encoding] = tokenizer.encode_batch(pairs)
+    if cut := sum(1 for encoding in encodings if encoding.overflowing):
+        note(
+            f"{cut} of {len(rows)} texts are longer than {text.longest} tokens, and their ends are not read; "
+            "--max-length of ee-train sets this limit"
+        )
     return encodings
 
 

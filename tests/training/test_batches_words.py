@@ -14,7 +14,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.models.tasks import TOKENS
 from offramp.runtime.inputs.images import ImageInput
-from offramp.training.batches import EncodedImages, EncodedText, EncodedTokens, encode_rows, encode_words
+from offramp.training.batches import (
+    EncodedImages,
+    EncodedText,
+    EncodedTokens,
+    encode_rows,
+    encode_texts,
+    encode_words,
+)
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.data import NO_LABEL, Rows, Word
 
@@ -136,7 +143,13 @@ def test_words_beyond_the_longest_input_have_no_labels(capsys: pytest.CaptureFix
     encoded = encode(FILMS, facts=TextFacts("", 0, 4))
     assert encoded.label.tolist() == [OUT, BEGIN, OUT, NO_LABEL, BEGIN]
     assert encoded.starts.tolist() == [0, 2, 4, 5]
-    assert capsys.readouterr().err == "", "what is cut is not reported as lost"
+    assert "labels" not in capsys.readouterr().err, "what is cut is not reported as lost"
+
+
+def test_texts_that_are_cut_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = Rows(["a good film", "film", "a film"], None, np.zeros(3, np.int64))
+    assert [len(ids) for ids in encode_texts(texts, tiny.tokenizer(), TextFacts("", 0, 4)).ids] == [4, 3, 4]
+    assert capsys.readouterr().err.startswith("1 of 3 texts are longer than 4 tokens, and their ends are not")
 
 
 def test_a_label_that_begins_inside_a_word_is_reported() -> None:
