@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 import shutil
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from offramp.training.options import TrainConfig, parse_settings
 from offramp.training.recipes import load_recipe
 from offramp.training.user_model import own_task
 
+COMMAND = "command.json"  # in the folder of a run: what must be equal for it to be resumed
 N = TypeVar("N", bound=nn.Module)
 
 
@@ -91,13 +93,11 @@ def default_recipe(config: TrainConfig) -> str:
 def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) -> dict[str, Any]:
     processes = PartialState()
     with processes.main_process_first():  # the main process writes the files that all processes read
-        command = {**config.as_json(), "save_every": None, "content of --data": training.data_digest}
-        _refuse_other_command(config, command)
+        if processes.is_main_process:
+            _prepare_folder(config, training.data_digest)
         network = training.load()
         if processes.is_main_process:
-            _prepare_folder(config)
             training.write_inputs()
-            write_json(config.partial / "command.json", command)
     precision = {"auto": best_precision(), "fp32": "no", "bf16": "bf16"}[config.precision]
     save_every = max(config.save_every, training.save_every)
     run = Run(network, config.partial, seed=config.seed, precision=precision, save_every=save_every)
@@ -128,30 +128,38 @@ def _train(config: TrainConfig, training: Training[N], facts: dict[str, Any]) ->
     return facts
 
 
-def _prepare_folder(config: TrainConfig) -> None:
-    """Make the folder of the run. Raises BadSetting if it cannot be written.
+def _prepare_folder(config: TrainConfig, data_digest: str) -> None:
+    """Make the folder of the run, or keep that of a run with the same command, model and data.
 
-    What a run left there before its first state (hidden states) may be of another model or other data.
+    What another run computed there before its first state is removed. Raises BadSetting if the folder holds
+    the state of another run, or files of none, or cannot be written.
     """
+    partial, file = config.partial, config.partial / COMMAND
+    command = {**config.as_json(), "save_every": None}
+    command |= {"content of --data": data_digest, "content of --model": _fingerprint(config.model)}
     try:
-        if config.partial.is_dir() and not (config.partial / "state.json").is_file():
-            shutil.rmtree(config.partial)
-        config.partial.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            before = read_json(file)
+            changed = [name for name, value in command.items() if name in before and before[name] != value]
+            if changed and (partial / "state.json").is_file():
+                raise BadSetting(
+                    f"{partial} holds an unfinished run with another {', '.join(changed)}; "
+                    "repeat its command, or remove that folder"
+                )
+            if changed:
+                shutil.rmtree(partial)
+        elif partial.is_dir() and any(partial.iterdir()):
+            raise BadSetting(f"{partial} is not the folder of a training; move it, or choose another --out")
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(file, command)
     except OSError as problem:
-        raise BadSetting(f"--out {config.out}: {config.partial}: {problem.strerror}") from problem
+        raise BadSetting(f"--out {config.out}: {partial}: {problem.strerror}") from problem
 
 
-def _refuse_other_command(config: TrainConfig, command: dict[str, Any]) -> None:
-    """Raise BadSetting if the folder of the run holds the state of a different command.
-
-    command: the options that must be equal for a run to be resumed, and a hash of the data.
-    """
-    file = config.partial / "command.json"
-    if file.is_file() and (config.partial / "state.json").is_file():
-        before = read_json(file)
-        changed = [name for name, value in command.items() if before.get(name) != value]
-        if changed:
-            raise BadSetting(
-                f"{config.partial} holds an unfinished run with another {', '.join(changed)}; "
-                "repeat its command, or remove that folder"
-            )
+def _fingerprint(model: str | None) -> str | None:
+    """A hash of names, sizes and times of the files in a model's folder; None for a name on the hub."""
+    if model is None or not Path(model).is_dir():
+        return None
+    files = [(file.name, file.stat()) for file in sorted(Path(model).iterdir()) if file.is_file()]
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -200,16 +200,60 @@ def test_a_resume_with_other_rows_is_refused(
     assert result.exit_code == 2 and "another content of --data" in result.output
 
 
-def test_what_a_run_left_before_its_first_state_is_not_used(
+def leave_features(self: ClassifierTraining, run: object) -> None:
+    """In place of ClassifierTraining.run_recipe: a run that ends before its first state."""
+    (self.config.partial / FEATURES).touch()
+    raise BadSetting("stopped")
+
+
+@pytest.mark.parametrize("change", [None, "model", "data", "seed"])
+def test_what_a_run_computed_before_its_first_state_is_used_by_the_same_run_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str | None
+) -> None:
+    for name in ("model", "data"):
+        shutil.copytree(folder / name, tmp_path / name)
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    words += ["--precision", "fp32"]
+    monkeypatch.setattr(ClassifierTraining, "run_recipe", leave_features)
+    _run(train, *words)
+    if change == "model":
+        os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+    if change == "data":
+        with (tmp_path / "data" / "train.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"text": "one more", "label": 0}\n')
+    monkeypatch.setattr(ClassifierTraining, "run_recipe", stopped)
+    _run(train, *words, *(["--seed", "1"] if change == "seed" else []))
+    partial = tmp_path / "c.partial"
+    assert (partial / "state.json").is_file() and (partial / FEATURES).exists() == (change is None)
+
+
+def test_a_folder_of_something_else_is_not_touched(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.partial").mkdir()
+    (tmp_path / "c.partial" / "letter.txt").write_text("dear")
+    words = ["--model", str(folder / "model"), "--data", str(folder / "data")]
+    result = _run(train, *words, "--out", str(tmp_path / "c"))
+    assert result.exit_code == 2 and "is not the folder of a training" in result.output
+    assert (tmp_path / "c.partial" / "letter.txt").is_file()
+
+
+def test_a_run_of_an_older_version_is_resumed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    partial = tmp_path / "c.partial"
-    partial.mkdir()
-    (partial / FEATURES).write_bytes(b"of another model")
-    monkeypatch.setattr(ClassifierTraining, "run_recipe", stopped)
     words = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--precision", "fp32"]
+    monkeypatch.setattr(ClassifierTraining, "run_recipe", stopped)
     _run(train, *words, "--out", str(tmp_path / "c"))
-    assert (partial / "state.json").is_file() and not (partial / FEATURES).exists()
+    file = tmp_path / "c.partial" / "command.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in before.items() if "content" not in name}))
+    output = _run(train, *words, "--out", str(tmp_path / "c")).output
+    assert "cannot go on from this state" in output, "the command is the same, the state is none"
 
 
 def test_a_place_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
