@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from offramp.models.families import family_of
 from offramp.models.network import EarlyExitNetwork, ExitParts, NetworkSpec, count_blocks, parse_exits
@@ -19,7 +19,6 @@ from offramp.models.tasks import CLASSIFICATION, EMBEDDING, MULTI_LABEL, REGRESS
 from offramp.runtime.bundle.row_samples import DEV, ROWS_SAMPLE, TRAIN, row_hashes, row_sample
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.inputs.images import ImageInput
-from offramp.runtime.inputs.tokenizer_checks import check_tokenizer, tokenizer_reason
 from offramp.training.batches import Encoded, encode_rows, parse_augment
 from offramp.training.checkpoint import (
     NETWORK,
@@ -38,11 +37,11 @@ from offramp.training.options import BadModel, TrainConfig
 from offramp.training.pretrained import first_line
 from offramp.training.recipes import FOR_EVERY_TASK
 from offramp.training.recipes.base import ClassifierRecipe, Settings
+from offramp.training.user_input import crop_of, resize_of
 from offramp.training.user_model import UserModel, load_user_model, match_labels, own_task, without_labels
 
 # ImageNet's mean and standard deviation, for models without a preprocessor.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ANY_VOCABULARY = 2**31
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 
 
@@ -118,7 +117,15 @@ class ClassifierTraining:
         assert config.model is not None
         task = self.data.task
         pairs = any(rows.text_b is not None for rows in self.data.splits.values())
-        user = self._with_matching_labels(load_user_model(config.model, config.seed, task, pairs=pairs))
+        user = load_user_model(
+            config.model,
+            config.seed,
+            task,
+            pairs=pairs,
+            image_size=config.image_size,
+            no_crop=config.no_crop,
+        )
+        user = self._with_matching_labels(user)
         network = new_network(
             user,
             self.data.labels,
@@ -136,7 +143,7 @@ class ClassifierTraining:
         if network.family.vision is not None:
             image = image_input(config.model, network, no_crop=config.no_crop)
             return Checkpoint(network, image, None), None
-        tokenizer, text = load_tokenizer(config.model)
+        tokenizer, text = text_input(user.tokenizer)
         if (ids := tokenizer.get_vocab_size()) > network.vocab_size:
             raise BadModel(
                 f"{config.model}: its tokenizer has {ids} ids, its embeddings {network.vocab_size}; take the "
@@ -330,24 +337,11 @@ def load_initial_checkpoint(folder: str, policy: str | None, seed: int) -> Check
     return checkpoint
 
 
-def load_tokenizer(model: str) -> tuple[Tokenizer, TextFacts]:
-    """Load the model's tokenizer in its tokenizer.json form, with padding id and longest input, without
-    prefix.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except BaseException as problem:  # a panic of the library is no Exception
-        reason = tokenizer_reason(problem)
-        raise BadModel(f"{model}: no tokenizer that can be read: {reason}") from problem
-    if not tokenizer.is_fast:
-        raise BadModel(f"{model}: its tokenizer has no tokenizer.json form, which the runtime needs")
+def text_input(tokenizer: Any) -> tuple[Tokenizer, TextFacts]:
+    """The tokenizer.json form of a tokenizer, with padding id and longest input, without prefix."""
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    try:
-        check_tokenizer(backend.to_str(), ANY_VOCABULARY)  # that the ids fit the embeddings is checked later
-    except ValueError as problem:
-        raise BadModel(f"{model}: its tokenizer cannot be used: {problem}") from problem
     longest = int(min(tokenizer.model_max_length, 2**31))  # "no limit" is a number too large for a file
     return backend, TextFacts(prefix="", pad_id=int(tokenizer.pad_token_id or 0), longest=longest)
 
@@ -407,21 +401,16 @@ def _resize_before_crop(processor: Any, height: int, width: int) -> tuple[int, .
 
     A resize to 256 for crops of 224, for example, becomes one to 128 for crops of 112.
     """
-    size, crop = _sizes(processor.size), _sizes(getattr(processor, "crop_size", None))
-    crops = getattr(processor, "do_center_crop", False)
-    if size.get("shortest_edge"):
-        cropped = crop["height"] if crops and crop.get("height") else size["shortest_edge"]
+    size, crop = resize_of(processor), crop_of(processor)
+    if "shortest_edge" in size:
+        cropped = crop.get("height", size["shortest_edge"])
         return (round(size["shortest_edge"] * min(height, width) / cropped),)
-    if crops and crop.get("height") and size.get("height"):
+    if "height" in crop and "height" in size:
         return (
             round(size["height"] * height / crop["height"]),
             round(size["width"] * width / crop["width"]),
         )
     return height, width
-
-
-def _sizes(size: Any) -> dict[str, int]:
-    return {} if size is None else {key: int(value) for key, value in dict(size).items() if value}
 
 
 def _per_channel(numbers: Any) -> tuple[float, ...]:

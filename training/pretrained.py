@@ -28,9 +28,9 @@ QUANTIZED = "quantization_config"
 CODE_FIELDS = {*ATTENTIONS, QUANTIZED, "use_kernels", "kernel_config"}
 # Its own code, which is never run: an adapter reads transformers' own class of the model type.
 IGNORED_FIELDS = {"auto_map", "custom_pipelines", "trust_remote_code", "name_or_path", "_name_or_path"}
-OTHER_WEIGHTS = (".bin", ".h5", ".msgpack")
+OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack")
 LFS_POINTER = b"version https://git-lfs"
-WHOLE_AGAIN = "save the whole model again with save_pretrained"
+SAVE_AGAIN = "save the whole model again with save_pretrained"
 LIMITS = {"layer": 1000, "num_labels": 2**20, "block": 2**20, "expert": 2**16}  # by a part of a field's name
 
 
@@ -166,11 +166,11 @@ def read_weights(kind: Any, model: str | Path) -> tuple[PreTrainedModel, dict[st
     import torch
 
     folder = Path(model)
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
+    whole = folder / "model.safetensors"  # transformers reads parts only where it is missing
+    for file in [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors")):
         _check_safetensors(file)
-    if folder.is_dir() and not files:
-        others = sorted(file.name for ending in OTHER_WEIGHTS for file in folder.glob(f"*{ending}"))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        others = sorted(file.name for pattern in OTHER_WEIGHTS for file in folder.glob(pattern))
         instead = f"{others[0]} alone, which is not read" if others else "no weights"
         raise ValueError(
             f"the folder holds {instead}; weights are read from safetensors: load the model with "
@@ -193,7 +193,7 @@ def read_weights(kind: Any, model: str | Path) -> tuple[PreTrainedModel, dict[st
 
 
 def _check_safetensors(file: Path) -> None:
-    """Raise ValueError, which names the file, if it is none or holds other bytes than its header says."""
+    """Raise ValueError, which names the file, if the file is no safetensors file or is cut off."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -204,7 +204,7 @@ def _check_safetensors(file: Path) -> None:
             pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
         cure = "it is a pointer of Git LFS: run git lfs pull" if pointer else "copy or save the model again"
         raise ValueError(
-            f"{file.name} is no whole file of weights ({first_line(problem)}); {cure}"
+            f"{file.name} is not a complete safetensors file ({first_line(problem)}); {cure}"
         ) from problem
 
 
@@ -216,7 +216,7 @@ def check_weights(
     missing: these have random values. unexpected: names in the files that the model does not have; those of
     a backbone matter, and without `base` all of them do. base: see load_weights.
     """
-    name, cure = type(model).__name__, wrapper_of(missing, unexpected) or WHOLE_AGAIN
+    name, cure = type(model).__name__, wrapper_of(missing, unexpected) or SAVE_AGAIN
     if lost := sorted(key for key in missing if not (base and _NOT_USED.search(key))):
         raise ValueError(
             f"the files have no {lost[0]}{_more(lost)}, which {name} needs and transformers would fill with "
@@ -239,9 +239,11 @@ def wrapper_of(missing: Collection[str], unexpected: Collection[str]) -> str:
 
     missing, unexpected: see check_weights.
     """
-    prefixes = {key.removesuffix(lost) for key in unexpected for lost in missing if key.endswith(f".{lost}")}
-    for prefix in sorted(prefixes, key=len):
-        if {prefix + lost for lost in missing} <= set(unexpected):
+    if not missing:
+        return ""
+    names, lost = set(unexpected), next(iter(missing))  # each missing name has the prefix, so one gives it
+    for prefix in sorted((key.removesuffix(lost) for key in names if key.endswith(f".{lost}")), key=len):
+        if {prefix + name for name in missing} <= names:
             return (
                 f"their names begin with {prefix!r}, as those of a model in a wrapper: save the model inside "
                 f"it, such as model.{prefix}save_pretrained(FOLDER)"

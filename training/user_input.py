@@ -18,6 +18,7 @@ from torch import nn
 
 from offramp.models.families import family_of
 from offramp.runtime.inputs.tokenizer_checks import check_tokenizer, tokenizer_reason
+from offramp.training.options import BadModel
 
 if TYPE_CHECKING:  # a slow import, needed for annotations only
     from transformers import PreTrainedModel
@@ -27,33 +28,36 @@ ANY_VOCABULARY = 2**31
 # Steps of image processors: those that the runtime does, and one that changes maps of labels alone.
 IMAGE_STEPS = {"resize", "center_crop", "rescale", "normalize", "convert_rgb", "flip_channel_order"}
 OTHER_STEPS = {"reduce_labels"}
-NO_STEP = ": ee-run has no such step; fine-tune the model with a preprocessor without it"
-CONVNEXT_WARPS_FROM = 384  # pixels: from this size on ConvNextImageProcessor cuts nothing off
+NO_STEP = ": ee-run does not do this step; fine-tune the model with a preprocessor without it"
+CONVNEXT_WARPS_FROM = 384  # pixels: from this shortest edge on ConvNextImageProcessor makes a square
 
 
-def tokenizer_of(model: str) -> Any | None:
-    """The tokenizer of a model's folder or hub name as transformers reads it; None if it cannot be used.
+def read_tokenizer(model: str) -> Any:
+    """The tokenizer of a model's folder or hub name, as transformers reads it, in its tokenizer.json form.
 
-    load_tokenizer in training.classifier says why it cannot. Raises ValueError for a folder with the file of
-    sentencepiece alone, where that package is not installed: transformers takes it for another file then.
+    Raises BadModel if it cannot be used: also for a folder with the file of sentencepiece alone where that
+    package is not installed, since transformers takes it for another file then.
     """
     from transformers import AutoTokenizer
 
     pieces = sorted(Path(model).glob("*.model"))
     if pieces and not (Path(model) / "tokenizer.json").exists() and find_spec("sentencepiece") is None:
-        raise ValueError(
-            f"its tokenizer is {pieces[0].name} alone, which only the package sentencepiece reads; pip "
-            "install sentencepiece, or save the tokenizer with transformers where it is installed: that "
+        raise BadModel(
+            f"{model}: its tokenizer is {pieces[0].name} alone, which only the package sentencepiece reads; "
+            "pip install sentencepiece, or save the tokenizer with transformers where it is installed: that "
             "writes tokenizer.json"
         )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        if not tokenizer.is_fast:
-            return None
-        check_tokenizer(tokenizer.backend_tokenizer.to_str(), ANY_VOCABULARY)
     except BaseException as problem:  # a panic of the library is no Exception
-        tokenizer_reason(problem)  # raises it again if it is another one
-        return None
+        reason = tokenizer_reason(problem)
+        raise BadModel(f"{model}: no tokenizer that can be read: {reason}") from problem
+    if not tokenizer.is_fast:
+        raise BadModel(f"{model}: its tokenizer has no tokenizer.json form, which the runtime needs")
+    try:  # that the ids fit the embeddings is checked later
+        check_tokenizer(tokenizer.backend_tokenizer.to_str(), ANY_VOCABULARY)
+    except ValueError as problem:
+        raise BadModel(f"{model}: its tokenizer cannot be used: {problem}") from problem
     return tokenizer
 
 
@@ -78,14 +82,14 @@ def check_tokenizer_settings(tokenizer: Any) -> None:
         )
 
 
-def makes_small(tokenizer: Any) -> bool:
+def lowercases(tokenizer: Any) -> bool:
     """Whether a tokenizer reads capital letters as small ones."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     return normalizer is not None and "A" not in normalizer.normalize_str("A")
 
 
 @torch.no_grad()
-def settle_token_types(name: str, backbone: PreTrainedModel, tokenizer: Any, *, pairs: bool = True) -> None:
+def match_token_types(name: str, backbone: PreTrainedModel, tokenizer: Any, *, pairs: bool = True) -> None:
     """Let a backbone read the token types of its tokenizer as transformers does.
 
     The runtime gives the types that tokenizer.json says: 1 for the second text of a pair. transformers gives
@@ -100,38 +104,39 @@ def settle_token_types(name: str, backbone: PreTrainedModel, tokenizer: Any, *, 
             encoded.append(tokenizer.backend_tokenizer.encode("a", "b"))
     except BaseException as problem:  # a panic of the library is no Exception
         raise ValueError(f"its tokenizer fails at a text: {tokenizer_reason(problem)}") from problem
-    types = max((number for encoding in encoded for number in encoding.type_ids), default=0)
-    known, given = getattr(config, "type_vocab_size", 0), TYPES in tokenizer.model_input_names
-    if not types:
+    largest_type = max((number for encoding in encoded for number in encoding.type_ids), default=0)
+    table_size, types_are_given = getattr(config, "type_vocab_size", 0), TYPES in tokenizer.model_input_names
+    if not largest_type:
         return
     if TYPES not in family_of(config.model_type).inputs:
-        if given and known > 1:
+        if types_are_given and table_size > 1:
             raise ValueError(
-                f"config.json.type_vocab_size: {known}: {config.model_type} with types of tokens, which its "
-                "tokenizer gives to the second text of a pair, is not supported; if the model reads single "
-                f'texts, leave {TYPES} out of "model_input_names" in tokenizer_config.json'
+                f"config.json.type_vocab_size: {table_size}: {config.model_type} with types of tokens, which "
+                "its tokenizer gives to the second text of a pair, is not supported; if the model reads "
+                f'single texts, leave {TYPES} out of "model_input_names" in tokenizer_config.json'
             )
         return
-    if given and types < known:
+    if types_are_given and largest_type < table_size:
         return
     table = cast("nn.Embedding", backbone.get_submodule("embeddings.token_type_embeddings"))
-    rows = table.weight[:1] if not given else table.weight
-    last = rows[-1:].expand(max(types + 1, known) - len(rows), -1)
+    rows = table.weight if types_are_given else table.weight[:1]
+    last = rows[-1:].expand(max(largest_type + 1, table_size) - len(rows), -1)
     new = nn.Embedding.from_pretrained(torch.cat([rows, last]).clone(), freeze=False)
     backbone.set_submodule("embeddings.token_type_embeddings", new)
     config.type_vocab_size = len(new.weight)
-    if given:
-        why = f"config.json.type_vocab_size is {known}, and its tokenizer gives type {types}"
+    if types_are_given:
+        why = f"config.json.type_vocab_size is {table_size}, and its tokenizer gives type {largest_type}"
     else:
         why = f"transformers gives no {TYPES} of its tokenizer to the model (model_input_names)"
     print(f"{name}: {why}: the second text of a pair is read as type {len(rows) - 1}", file=sys.stderr)
 
 
-def preprocessor_of(model: str) -> Any | None:
+def preprocessor_of(model: str, *, no_crop: bool = False) -> Any | None:
     """The preprocessor of a model of images as transformers reads it; None if it is missing or unreadable.
 
-    image_input in training.classifier reports that. Raises ValueError for steps or numbers that the runtime
-    has not.
+    image_input in training.classifier reports that. no_crop: whether the whole image is resized in place of
+    the preprocessor's own resize and crop. Raises ValueError for steps or numbers that the runtime does not
+    do.
     """
     from transformers import AutoImageProcessor
 
@@ -139,31 +144,30 @@ def preprocessor_of(model: str) -> Any | None:
         processor: Any = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
-    _check_preprocessor(processor)
+    _check_preprocessor(processor, no_crop)
     return processor
 
 
-def settle_image_size(name: str, backbone: PreTrainedModel, preprocessor: Any) -> None:
+def match_image_size(name: str, backbone: PreTrainedModel, preprocessor: Any, *, no_crop: bool) -> None:
     """Let a backbone read images of its preprocessor's size, where transformers interpolates its positions.
 
-    Others read one size alone, that of their configuration. name: of the model, for a line on stderr. Raises
-    ValueError for images that are not square.
+    Others read one size alone, that of their configuration. name: of the model, for a line on stderr.
+    no_crop: see preprocessor_of; the size of the configuration stays then if the preprocessor makes no square
+    images. Raises ValueError for images that are not square.
     """
     vision = family_of(backbone.config.model_type).vision
     assert vision is not None
     _, *own = vision.shape(backbone.config)
-    size = _cut_size(preprocessor)
+    size = image_size_of(preprocessor)
     if not vision.any_size or size == own:
         return
-    if not size:
+    if not size or size[0] != size[1]:
+        if no_crop:
+            return
+        made = f"images of {size[0]} x {size[1]}" if size else "images keep their own sizes"
         raise ValueError(
-            "preprocessor_config.json: images keep their own sizes, and only one size is supported; add "
-            f'"do_center_crop": true and "crop_size": {{"height": {own[0]}, "width": {own[1]}}}'
-        )
-    if size[0] != size[1]:
-        raise ValueError(
-            f"preprocessor_config.json: images of {size[0]} x {size[1]}, config.json.image_size is "
-            f"{own[0]}; only square images are supported"
+            f"preprocessor_config.json: {made}, and only square images of one size are supported; say "
+            f"--image-size {own[0]}, the size of config.json, or another one"
         )
     vision.resize(backbone, size[0])
     print(
@@ -173,34 +177,46 @@ def settle_image_size(name: str, backbone: PreTrainedModel, preprocessor: Any) -
     )
 
 
-def _cut_size(processor: Any) -> list[int]:
+def image_size_of(processor: Any) -> list[int]:
     """Height and width of the images that a preprocessor makes; empty if they depend on the image."""
-    size = dict(processor.size or {}) if processor.do_resize else {}
-    if getattr(processor, "do_center_crop", False):
-        size = dict(processor.crop_size or {})
-    return [int(size[side]) for side in ("height", "width") if size.get(side)]
+    size = crop_of(processor) or resize_of(processor)
+    return [size["height"], size["width"]] if {"height", "width"} <= size.keys() else []
 
 
-def _check_preprocessor(processor: Any) -> None:
-    """Raise ValueError for steps or numbers of a preprocessor that the runtime has not."""
+def resize_of(processor: Any) -> dict[str, int]:
+    """The size to which a preprocessor resizes images: shortest_edge, or height and width.
+
+    Empty if it does not resize them.
+    """
+    size = _sides(processor.size) if processor.do_resize else {}
+    edge = size.get("shortest_edge", 0)
+    if type(processor).__name__.startswith("ConvNext") and edge >= CONVNEXT_WARPS_FROM:
+        return {"height": edge, "width": edge}
+    return size
+
+
+def crop_of(processor: Any) -> dict[str, int]:
+    """Height and width of the centre that a preprocessor cuts out; empty if it cuts nothing."""
+    return _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+
+
+def _sides(size: Any) -> dict[str, int]:
+    return {side: int(pixels) for side, pixels in dict(size or {}).items() if pixels}
+
+
+def _check_preprocessor(processor: Any, no_crop: bool) -> None:
+    """Raise ValueError for steps or numbers of a preprocessor that the runtime does not do.
+
+    no_crop: see preprocessor_of.
+    """
     where = "preprocessor_config.json"
     steps = {key.removeprefix("do_") for key, on in vars(processor).items() if key.startswith("do_") and on}
     if unknown := sorted(steps - IMAGE_STEPS - OTHER_STEPS):
         raise ValueError(f"{where}.do_{unknown[0]}{NO_STEP}")
     if "rescale" in steps and getattr(processor, "rescale_offset", False):
         raise ValueError(f"{where}.rescale_offset{NO_STEP}")
-    sides = {side for side, pixels in dict(processor.size or {}).items() if pixels}
-    if "resize" in steps and sides and sides not in ({"shortest_edge"}, {"height", "width"}):
-        raise ValueError(
-            f"{where}.size: {', '.join(sorted(sides))}; supported are shortest_edge alone, or height and "
-            "width"
-        )
-    shortest = dict(processor.size or {}).get("shortest_edge") or CONVNEXT_WARPS_FROM
-    if "resize" in steps and getattr(processor, "crop_pct", None) and shortest < CONVNEXT_WARPS_FROM:
-        raise ValueError(
-            f"{where}.crop_pct: ee-run has no such step; write the same as BitImageProcessor: a size of "
-            f"{int(shortest / processor.crop_pct)} and a crop_size of {shortest}"
-        )
+    if not no_crop:
+        _check_resize(processor, where)
     if "normalize" in steps:
         for field, least in (("image_mean", -math.inf), ("image_std", 0.0)):
             numbers = getattr(processor, field, None)
@@ -210,6 +226,22 @@ def _check_preprocessor(processor: Any) -> None:
                 raise ValueError(
                     f"{where}.{field}: {str(numbers)[:60]}; expected 3 {kind}, one for each channel"
                 )
+
+
+def _check_resize(processor: Any, where: str) -> None:
+    """Raise ValueError for a resize that the runtime does not do; where: the file, for the message."""
+    size, crop = resize_of(processor), crop_of(processor)
+    if size and set(size) not in ({"shortest_edge"}, {"height", "width"}):
+        raise ValueError(
+            f"{where}.size: {', '.join(sorted(size))}; supported are shortest_edge alone, or height and width"
+        )
+    share = getattr(processor, "crop_pct", None)
+    if size and share and size == _sides(processor.size):  # no square of ConvNextImageProcessor
+        edge = size.get("shortest_edge") or size["height"]
+        raise ValueError(
+            f"{where}.crop_pct: ee-run does not do this step; write the same as BitImageProcessor: a size of "
+            f"{int(edge / share)} and a crop_size of {crop.get('height', edge)}"
+        )
 
 
 def _is_number(value: Any, least: float) -> bool:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,17 +32,17 @@ from offramp.training.pretrained import (
 )
 from offramp.training.user_input import (
     check_tokenizer_settings,
-    makes_small,
+    lowercases,
+    match_image_size,
+    match_token_types,
     preprocessor_of,
-    settle_image_size,
-    settle_token_types,
-    tokenizer_of,
+    read_tokenizer,
 )
 
 DROPOUT = 0.1
-# Poolings of sentence-transformers, and what they read as OwnPool names it.
 HEADS = ("classifier.", "pre_classifier.", "score.")  # how names of weights of trained heads begin
 POOLING_MODE = "pooling_mode_"
+# Poolings of sentence-transformers, and what they read as OwnPool names it.
 SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 
 
@@ -49,7 +50,8 @@ SENTENCE_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token
 class UserModel:
     """A loaded model: name as in --model, backbone, own head (None: it has none), and the head's labels.
 
-    unit: whether its embeddings have unit length, if it embeds sentences.
+    unit: whether its embeddings have unit length, if it embeds sentences. tokenizer: as transformers reads
+    it; None for a model of images.
     """
 
     name: str
@@ -57,6 +59,7 @@ class UserModel:
     head: OwnHead | None = None
     labels: tuple[str, ...] = ()
     unit: bool = True
+    tokenizer: Any = None
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -88,10 +91,20 @@ def own_task(model: str) -> str | None:
     return task_of_head(load_config(model))
 
 
-def load_user_model(model: str, seed: int, task: str = CLASSIFICATION, *, pairs: bool = True) -> UserModel:
+def load_user_model(
+    model: str,
+    seed: int,
+    task: str = CLASSIFICATION,
+    *,
+    pairs: bool = True,
+    image_size: int | None = None,
+    no_crop: bool = False,
+) -> UserModel:
     """Load a model from a hub name or a folder, with its own head if it has a trained one for the task.
 
-    seed: for weights that the file lacks. pairs: whether the data has pairs of texts; see settle_token_types.
+    seed: for weights that the file lacks. pairs: whether the data has pairs of texts; see match_token_types.
+    image_size: side of the images that the network will read; None for the size that the preprocessor makes,
+    where the model reads several. new_network changes the backbone to it. no_crop: see preprocessor_of.
     A head of another task is dropped, and a line on stderr says so.
     Sentence embeddings need no head: the model's pooling takes its place. Raises BadModel for what cannot be
     loaded.
@@ -111,21 +124,26 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION, *, pairs:
         print(f"{model}: its own head is dropped: it is for {own}, and the task is {task}", file=sys.stderr)
     try:
         if family_of(config.model_type).vision is not None:
-            reader = preprocessor_of(model)
-        elif (reader := tokenizer_of(model)) is not None:
-            check_tokenizer_settings(reader)
+            tokenizer, processor = None, preprocessor_of(model, no_crop=no_crop)
+        else:
+            tokenizer = processor = read_tokenizer(model)
+            check_tokenizer_settings(tokenizer)
+        matched = partial(
+            _matched_to_inputs, model, processor, pairs=pairs, image_size=image_size, no_crop=no_crop
+        )
         if task == EMBEDDING:
-            pooling, unit = sentence_pooling(model, reader)
-            backbone = _backbone(model, reader, pairs)
-            return UserModel(model, backbone, OwnHead(pooling, (), DROPOUT), unit=unit)
+            pooling, unit = sentence_pooling(model, tokenizer)
+            head = OwnHead(pooling, (), DROPOUT)
+            return UserModel(model, matched(_backbone(model)), head, unit=unit, tokenizer=tokenizer)
         if own != task:
-            return UserModel(model, _backbone(model, reader, pairs, names_head=own is not None))
+            backbone = matched(_backbone(model, names_head=own is not None))
+            return UserModel(model, backbone, tokenizer=tokenizer)
         labels = _labels_of(config, task)
         classifier, report = read_weights(classification_class(config, per_token=per_token), model)
         if not report["missing_keys"]:
             check_weights(classifier, (), report["unexpected_keys"], base=True)
         head = own_head_of(classifier, DROPOUT, per_token=per_token)
-        backbone = _settled(model, cast("PreTrainedModel", classifier.base_model), reader, pairs)
+        backbone = matched(cast("PreTrainedModel", classifier.base_model))
     except NoOwnHead as problem:
         raise BadModel(
             f"{model}: {problem}; load its backbone alone with transformers and save that"
@@ -142,7 +160,7 @@ def load_user_model(model: str, seed: int, task: str = CLASSIFICATION, *, pairs:
             f"{model}: config.json names {type(classifier).__name__}, but the weights have no {missing[0]}; "
             f"{cure}"
         )
-    return UserModel(model, backbone, head, labels)
+    return UserModel(model, backbone, head, labels, tokenizer=tokenizer)
 
 
 def _labels_of(config: PreTrainedConfig, task: str) -> tuple[str, ...]:
@@ -168,11 +186,11 @@ def _labels_of(config: PreTrainedConfig, task: str) -> tuple[str, ...]:
     return labels
 
 
-def _backbone(model: str, reader: Any, pairs: bool, *, names_head: bool = True) -> PreTrainedModel:
+def _backbone(model: str, *, names_head: bool = True) -> PreTrainedModel:
     """The base model of a hub name or a folder; weights are read from safetensors, never from pickles.
 
-    reader: tokenizer or preprocessor, None if it cannot be used. pairs: see load_user_model. names_head:
-    whether the configuration names a classification model; if not, a line on stderr reports weights of one.
+    names_head: whether the configuration names a classification model; if not, a line on stderr reports
+    weights of one.
     """
     backbone, report = read_weights(AutoModel, model)
     check_weights(backbone, report["missing_keys"], report["unexpected_keys"], base=True)
@@ -184,18 +202,26 @@ def _backbone(model: str, reader: Any, pairs: bool, *, names_head: bool = True) 
             f"{named}, and names no classification model of transformers",
             file=sys.stderr,
         )
-    return _settled(model, backbone, reader, pairs)
+    return backbone
 
 
-def _settled(model: str, backbone: PreTrainedModel, reader: Any, pairs: bool) -> PreTrainedModel:
+def _matched_to_inputs(
+    model: str,
+    processor: Any,
+    backbone: PreTrainedModel,
+    *,
+    pairs: bool,
+    image_size: int | None,
+    no_crop: bool,
+) -> PreTrainedModel:
     """The backbone, which reads what its tokenizer or preprocessor gives as transformers does.
 
-    See _backbone.
+    processor: tokenizer or preprocessor, None if there is no preprocessor. Others: see load_user_model.
     """
-    if reader is not None and family_of(backbone.config.model_type).vision is not None:
-        settle_image_size(model, backbone, reader)
-    elif reader is not None:
-        settle_token_types(model, backbone, reader, pairs=pairs)
+    if processor is not None and family_of(backbone.config.model_type).vision is None:
+        match_token_types(model, backbone, processor, pairs=pairs)
+    elif processor is not None and image_size is None:
+        match_image_size(model, backbone, processor, no_crop=no_crop)
     # A graph could not count the parts of a text. They save memory and change no answer.
     parts: list[Any] = [backbone.config, *backbone.modules()]
     for part in parts:
@@ -215,8 +241,8 @@ def sentence_pooling(model: str, tokenizer: Any = None) -> tuple[str, bool]:
     """How a model pools its tokens, "mean" or "first", and whether its embeddings have unit length.
 
     It is read from the files of sentence-transformers in the model's folder; without them it is the mean at
-    unit length, and a line on stderr says so. tokenizer: as transformers reads it, if it can be used. Raises
-    BadModel for modules and settings that are not supported.
+    unit length, and a line on stderr says so. tokenizer: as transformers reads it; None if it
+    need not be checked. Raises BadModel for modules and settings that are not supported.
     """
     listing = cached_file(model, "modules.json", _raise_exceptions_for_missing_entries=False)
     if listing is None:
@@ -227,16 +253,20 @@ def sentence_pooling(model: str, tokenizer: Any = None) -> tuple[str, bool]:
         )
         return "mean", True
     try:
-        _check_sentence_settings(model, tokenizer)
-        return _pooling_of(model, listing)
+        reads, unit, reads_prompt = _pooling_of(model, listing)
+        _check_sentence_settings(model, tokenizer, reads_prompt)
+        return reads, unit
     except BadModel:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as problem:
         raise BadModel(f"{listing}: {type(problem).__name__}: {first_line(problem)}") from problem
 
 
-def _pooling_of(model: str, listing: str) -> tuple[str, bool]:
-    """See sentence_pooling; listing: the path of modules.json. Raises nearly anything for other contents."""
+def _pooling_of(model: str, listing: str) -> tuple[str, bool, bool]:
+    """What sentence_pooling gives, and whether the pooling reads the tokens of a prompt.
+
+    listing: the path of modules.json. Raises nearly anything for other contents.
+    """
     modules = json.loads(Path(listing).read_text("utf-8"))
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if unknown := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
@@ -254,17 +284,18 @@ def _pooling_of(model: str, listing: str) -> tuple[str, bool]:
     if isinstance(mode := facts.get("pooling_mode"), str):  # as newer versions write it
         modes = [f"{POOLING_MODE}{mode}{'_token' if mode == 'cls' else '_tokens'}"]
     if len(modes) == 1 and modes[0] in SENTENCE_POOLINGS:
-        return SENTENCE_POOLINGS[modes[0]], "Normalize" in kinds
+        reads = SENTENCE_POOLINGS[modes[0]]
+        return reads, "Normalize" in kinds, reads == "first" or bool(facts.get("include_prompt", True))
     raise BadModel(f"{file}: pooling {modes}; supported is one of {', '.join(SENTENCE_POOLINGS)}")
 
 
-def _check_sentence_settings(model: str, tokenizer: Any) -> None:
+def _check_sentence_settings(model: str, tokenizer: Any, reads_prompt: bool) -> None:
     """Refuse or report what sentence-transformers does to a text before the tokenizer reads it.
 
-    See sentence_pooling.
+    tokenizer: see sentence_pooling. reads_prompt: see _pooling_of.
     """
     facts = _json_of(model, "sentence_bert_config.json")
-    if facts.get("do_lower_case") is True and tokenizer is not None and not makes_small(tokenizer):
+    if facts.get("do_lower_case") is True and tokenizer is not None and not lowercases(tokenizer):
         raise BadModel(
             f"{model}: sentence_bert_config.json.do_lower_case: its tokenizer keeps capital letters, and "
             'ee-run changes no text before it; set "do_lower_case" in tokenizer_config.json, or add '
@@ -277,8 +308,16 @@ def _check_sentence_settings(model: str, tokenizer: Any) -> None:
             file=sys.stderr,
         )
     facts = _json_of(model, "config_sentence_transformers.json")
-    if (name := facts.get("default_prompt_name")) is not None:
-        prompt = str(facts["prompts"][name])
+    name = facts.get("default_prompt_name")
+    prompt = "" if name is None else str(facts["prompts"][name])
+    if prompt and not reads_prompt:
+        raise BadModel(
+            f"{model}: sentence-transformers puts {prompt!r} before each text and leaves it out of the mean "
+            "(include_prompt: false of its pooling), and ee-run takes the mean of all tokens; if the "
+            'embeddings are to be those without a prompt, take "default_prompt_name" out of '
+            "config_sentence_transformers.json"
+        )
+    if prompt:
         print(
             f"{model}: sentence-transformers puts {prompt!r} before each text; --prefix {prompt!r} does the "
             "same",

@@ -12,15 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offramp.models.families.family import (
-    Context,
-    Family,
-    HeadLayout,
-    Vision,
-    as_loaded,
-    blocks_at,
-    prefix_of,
-)
+from offramp.models.families.family import Context, Family, HeadLayout, Vision, blocks_at, prefix_of
 from offramp.models.families.vit import image_shape, image_tokens, pair, patch_shape
 
 if TYPE_CHECKING:
@@ -142,7 +134,6 @@ def _resize(backbone: nn.Module, size: int) -> None:
     grid = size // height, size // width
     if embeddings.position_embeddings is not None:
         hidden = torch.zeros(1, 1 + grid[0] * grid[1], config.hidden_size)
-        embeddings.position_embeddings = as_loaded(embeddings, "positions", embeddings.position_embeddings)
         positions = embeddings.interpolate_pos_encoding(hidden, size, size)
         embeddings.position_embeddings = nn.Parameter(positions.clone())
     for module in backbone.modules():
@@ -154,9 +145,8 @@ def _resize(backbone: nn.Module, size: int) -> None:
 
 
 def _resize_table(position_bias: PositionBias, grid: tuple[int, int]) -> None:
-    table = as_loaded(position_bias, "table", position_bias.relative_position_bias_table)
-    window = as_loaded(position_bias, "window", position_bias.window_size)
-    sides = [2 * side - 1 for side in window]
+    table = position_bias.relative_position_bias_table
+    sides = [2 * side - 1 for side in position_bias.window_size]
     offsets = table[:-BEYOND_PATCHES].T.reshape(1, -1, *sides)  # [1, heads, height, width]
     resized = functional.interpolate(offsets, size=[2 * side - 1 for side in grid], mode="bilinear")
     rows = torch.cat([resized.flatten(2)[0].T, table[-BEYOND_PATCHES:]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # a slow import, needed for annotations only
 # Tensors that the stem computes once and every block reads, by name: the additive mask and, in some families,
 # a position bias.
 Context = dict[str, Tensor]
-Member = TypeVar("Member")
 
 
 class UnsupportedFamily(ValueError):
@@ -94,12 +93,6 @@ def two_products(block: nn.Module, hidden_size: int) -> int:
     return 2 * hidden_size
 
 
-def as_loaded(module: object, name: str, member: Member) -> Member:
-    """A member of a module as it was when this was first called: before positions are interpolated."""
-    kept: dict[str, Member] = module.__dict__.setdefault("as_loaded", {})
-    return kept.setdefault(name, member)
-
-
 READS = ("first", "mean", "patches", "first_and_patches", "tokens")
 
 
@@ -140,8 +133,7 @@ class Vision:
     prefix: configuration -> tokens before the patches. shape: configuration -> (channels, height, width) of
     an image. patch: configuration -> (height, width) of a patch. resize: (backbone, size) changes the
     backbone in place so that it reads square images of that size. any_size: whether transformers' model also
-    reads images of another size than its configuration says, with positions interpolated; a second resize
-    then starts from the positions that were loaded.
+    reads images of another size than its configuration says, with positions interpolated.
     """
 
     prefix: Callable[[PreTrainedConfig], int]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.family import Context, Family, HeadLayout, Vision, as_loaded, head_on_first
+from offramp.models.families.family import Context, Family, HeadLayout, Vision, head_on_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -112,7 +112,6 @@ def _resize(learned: tuple[str, ...], backbone: nn.Module, size: int) -> None:
     height, width = patch_shape(config)
     patches = (size // height) * (size // width)
     hidden = torch.zeros(1, len(learned) + patches, config.hidden_size)
-    embeddings.position_embeddings = as_loaded(embeddings, "positions", embeddings.position_embeddings)
     positions = embeddings.interpolate_pos_encoding(hidden, size, size)  # [1, seq, hidden]
     embeddings.position_embeddings = nn.Parameter(positions.clone())
     # transformers checks its input against these sizes, and builds a checkpoint's backbone from them.

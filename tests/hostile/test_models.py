@@ -32,10 +32,10 @@ from offramp.training.checkpoint import (
     save_checkpoint,
     save_exits,
 )
-from offramp.training.classifier import load_tokenizer
 from offramp.training.data import BadData, Columns, load_data
 from offramp.training.decoder import load_decoder
 from offramp.training.options import BadModel
+from offramp.training.user_input import read_tokenizer
 from offramp.training.user_model import load_user_model, own_task, sentence_pooling
 
 Json = dict[str, Any]
@@ -141,7 +141,7 @@ def test_model_with_code_of_its_own_is_refused(model: Path, monkeypatch: pytest.
     with pytest.raises(BadModel, match="which is not run"):
         own_task(str(model))
     with pytest.raises(BadModel, match="tokenizer"):
-        load_tokenizer(str(model))
+        read_tokenizer(str(model))
     assert not (model / "marked").exists()
 
 

@@ -29,15 +29,6 @@ def resized(backbone: Any, size: int) -> Any:
     return backbone
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith(RESIZES_ALWAYS)])
-def test_a_second_size_does_not_depend_on_the_first(family: str) -> None:
-    inputs = tiny.pixel_values(size=24)
-    with torch.no_grad():
-        expected = resized(tiny_families.backbone(family), 24)(**inputs).last_hidden_state
-        twice = resized(resized(tiny_families.backbone(family), 8), 24)
-        torch.testing.assert_close(twice(**inputs).last_hidden_state, expected, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_matches_transformers(family: str) -> None:
     inputs = tiny.pixel_values()

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from chat_folders import edit_json
 from click.testing import CliRunner
 from transformers import AutoImageProcessor
 
 from offramp.models import EarlyExitNetwork
 from offramp.models.network import ExitParts
 from offramp.runtime.errors import BadSetting
-from offramp.runtime.inputs.images import normalize_pixels, picture_pixels
+from offramp.runtime.inputs.images import ImageInput, normalize_pixels, picture_pixels
 from offramp.training.batches import encode_rows
 from offramp.training.checkpoint import Checkpoint, TextFacts
 from offramp.training.classifier import IMAGENET_MEAN, IMAGENET_STD, image_input, new_network
@@ -28,20 +29,50 @@ from offramp.training.user_model import load_user_model
 LABELS = ("red", "blue")
 
 
-def network(model: Path, size: int | None = None) -> EarlyExitNetwork:
+def network(model: Path, size: int | None = None, *, no_crop: bool = False) -> EarlyExitNetwork:
     options: dict[str, Any] = {"exits": "each", "parts": ExitParts(pooling="cls"), "seed": 0}
-    return new_network(load_user_model(str(model), 0), LABELS, image_size=size, **options)
+    user = load_user_model(str(model), 0, image_size=size, no_crop=no_crop)
+    return new_network(user, LABELS, image_size=size, **options)
 
 
-def test_at_the_models_own_size_pixels_are_its_processors(tmp_path: Path) -> None:
-    model = tiny.image_model_folder(tmp_path)
-    facts = image_input(str(model), network(model), no_crop=False)
+def assert_pixels_are_those_of_transformers(model: Path, facts: ImageInput) -> None:
     image = tiny.image(1, 5, (20, 30))
     processor: Any = AutoImageProcessor.from_pretrained(model)
     expected = np.stack(processor(image)["pixel_values"])
     np.testing.assert_allclose(
         normalize_pixels(picture_pixels(image, facts)[None], facts), expected, atol=1e-5
     )
+
+
+def test_at_the_models_own_size_pixels_are_its_processors(tmp_path: Path) -> None:
+    model = tiny.image_model_folder(tmp_path)
+    facts = image_input(str(model), network(model), no_crop=False)
+    assert_pixels_are_those_of_transformers(model, facts)
+
+
+@pytest.mark.parametrize(("family", "size"), [("vit", 384), ("dinov2", None)])
+@pytest.mark.parametrize("crop", [None, 384])
+def test_convnext_resizes_large_images_to_a_square(
+    crop: int | None, family: str, size: int | None, tmp_path: Path
+) -> None:
+    model = tiny.image_model_folder(tmp_path, family)
+    more = {} if crop is None else {"do_center_crop": True, "crop_size": {"height": crop, "width": crop}}
+    facts = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, **more}
+    (model / "preprocessor_config.json").write_text(json.dumps(facts | {"crop_pct": 0.875}))
+    image = image_input(str(model), network(model, size), no_crop=False)
+    assert (image.height, image.width, image.resize) == (384, 384, (384, 384))
+    assert_pixels_are_those_of_transformers(model, image)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_without_a_crop_the_whole_image_is_read_at_the_size_of_the_network(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny.image_model_folder(tmp_path, family)
+    edit_json(model / "preprocessor_config.json", do_center_crop=False)
+    for size in (None, 32):
+        image = image_input(str(model), network(model, size, no_crop=True), no_crop=True)
+        assert (image.height, image.resize) == (size or 16, (size or 16, size or 16))
 
 
 def test_at_another_size_the_crop_contains_as_much_of_the_image(tmp_path: Path) -> None:
@@ -100,3 +131,15 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) ->
     done = CliRunner().invoke(train, [*words, "--precision", "fp32"])
     assert done.exit_code == 2
     assert "its tokenizer has 87 ids, its embeddings 60" in done.output
+
+
+def test_options_of_sizes_of_images_reach_the_checks_of_the_preprocessor(tmp_path: Path) -> None:
+    model = tiny.image_model_folder(tmp_path / "model", "dinov2")
+    edit_json(model / "preprocessor_config.json", do_center_crop=False)
+    data = tiny.image_folder(tmp_path / "data", 4, 2, 2)
+    words = ["--model", str(model), "--data", str(data), "--recipe", "joint", "--set", "epochs=1"]
+    for number, options in enumerate(([], ["--image-size", "8"], ["--no-crop"])):
+        out = tmp_path / str(number)
+        done = CliRunner().invoke(train, [*words, *options, "--precision", "fp32", "--out", str(out)])
+        assert (done.exit_code, out.exists()) == ((0, True) if options else (2, False)), done.output
+        assert ("keep their own sizes" in done.output) == (not options)

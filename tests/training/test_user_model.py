@@ -87,7 +87,12 @@ def test_weights_of_a_wrapped_model_are_named_with_the_cure(prefix: str, head: b
 def test_a_folder_of_pickles_is_named_with_the_cure(tmp_path: Path) -> None:
     model = Path(classifier(tmp_path / "model"))
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    for name in ("optimizer.bin", "training_args.bin"):  # of transformers' Trainer, no weights
+        (model / name).touch()
     with pytest.raises(BadModel, match=r"holds pytorch_model\.bin alone.*then save_pretrained\(FOLDER\)"):
+        load_user_model(str(model), 0)
+    (model / "pytorch_model.bin").unlink()
+    with pytest.raises(BadModel, match="the folder holds no weights"):
         load_user_model(str(model), 0)
 
 
@@ -102,7 +107,17 @@ def test_a_folder_of_pickles_is_named_with_the_cure(tmp_path: Path) -> None:
 def test_a_file_of_weights_that_is_not_whole_is_named(content: bytes, cure: str, tmp_path: Path) -> None:
     model = Path(classifier(tmp_path / "model"))
     (model / "model.safetensors").write_bytes(content)
-    with pytest.raises(BadModel, match=rf"model\.safetensors is no whole file of weights .*{cure}"):
+    with pytest.raises(BadModel, match=rf"model\.safetensors is not a complete safetensors file .*{cure}"):
+        load_user_model(str(model), 0)
+
+
+def test_only_files_that_are_read_are_checked(tmp_path: Path) -> None:
+    model = Path(classifier(tmp_path / "model"))
+    for name in ("adapter_old.safetensors", "model-00001-of-00002.safetensors"):
+        (model / name).write_bytes(b"cut")
+    assert load_user_model(str(model), 0).head is not None
+    (model / "model.safetensors").unlink()
+    with pytest.raises(BadModel, match=r"model-00001-of-00002\.safetensors is not a complete"):
         load_user_model(str(model), 0)
 
 
@@ -191,3 +206,29 @@ def test_what_sentence_transformers_does_to_a_text_is_reported_with_its_option(
 ) -> None:
     sentence_pooling(sentence_model(tmp_path / "model", MEAN, **{file: facts}))
     assert option in capsys.readouterr().err
+
+
+PROMPT = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+
+
+def test_a_prompt_that_the_mean_leaves_out_is_refused(tmp_path: Path) -> None:
+    model = sentence_model(
+        tmp_path / "model", MEAN | {"include_prompt": False}, config_sentence_transformers=PROMPT
+    )
+    with pytest.raises(BadModel, match=r"'query: ' .* leaves it out of the mean \(include_prompt: false"):
+        sentence_pooling(model)
+    edit_json(Path(model) / "config_sentence_transformers.json", default_prompt_name=None)
+    assert sentence_pooling(model) == ("mean", False)
+
+
+def test_the_first_token_reads_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pooling = {"pooling_mode_cls_token": True, "include_prompt": False}
+    model = sentence_model(tmp_path / "model", pooling, config_sentence_transformers=PROMPT)
+    assert sentence_pooling(model) == ("first", False)
+    assert "--prefix 'query: ' does the same" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = PROMPT | {"default_prompt_name": "document"}
+    sentence_pooling(sentence_model(tmp_path / "model", MEAN, config_sentence_transformers=facts))
+    assert capsys.readouterr().err == ""
