@@ -148,7 +148,7 @@ class DecodingLoop:
         """Do one piece of work; returns the tokens that came out, often none.
 
         An error of a step, of whatever type, takes the place of a token and ends the texts of that step; the
-        others go on. Raises an error that cannot be laid to a text, which leaves the loop unusable.
+        others go on. Raises an error that belongs to no single text; the loop is unusable then.
         """
         events: list[Event] = []
         self._events = events

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # A test compares these with their sources, which are heavy to import.
 ENGINES, DEVICES, LONG_TEXTS = ("ort", "trt"), ("cpu", "cuda"), ("cut", "windows")
 STATISTICS, ON_DRIFT = ("mean", "p95"), ("warn", "full-depth")
-# The most rows that an engine walks together, and the longest sequence of a manifest.
+# Rows of a batch, at most as many as an engine walks together, and of the window of a budget.
 AT_LEAST_1 = click.IntRange(1, 1 << 20)
 
 

@@ -66,7 +66,7 @@ class TextBatch:
         """Do one piece of work; returns the chunks that came out, each with the number of its text.
 
         A text ends with a chunk that says why, or with an error of any type in place of a chunk; the others
-        go on. Raises SessionClosed, SessionForked, and errors that cannot be laid to a text, after which the
+        go on. Raises SessionClosed, SessionForked, and errors that belong to no single text, after which the
         batch is lost.
         """
         with self._walking():

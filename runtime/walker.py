@@ -215,8 +215,7 @@ class Walk(Generic[S]):
         """
         started = time.perf_counter()
         if plans is None:
-            segments = self._trace.variants.shape[1]
-            plans = np.repeat(self._rules[0].first_plan(segments, variant), len(ids), axis=0)
+            plans = np.repeat(self.first_plan(0, variant), len(ids), axis=0)
         self.enter(ids, self._engine.begin(inputs), plans, rules, started=started)
 
     def enter(
@@ -232,11 +231,15 @@ class Walk(Generic[S]):
 
         started: when they began (perf_counter seconds); None: now.
         """
-        begun = time.perf_counter() if started is None else started
-        times = np.full(len(ids), begun)
+        times = np.full(len(ids), time.perf_counter() if started is None else started)
         memory = np.zeros((len(ids), max([rule.width for rule in self._rules])), np.float32)
         group = _Group(state, ids, plans, memory, times, rules, self._steps)
-        self._queue(group, -1, state.length)
+        states = [state]
+        try:
+            self._queue(group, -1, state.length, states)
+        finally:
+            for left in states:
+                self._engine.drop(left)
 
     def first_plan(self, rule: int, variant: int) -> Plan:
         """The plan [1, segments] with which a row of a rule starts in a variant; rule: its number."""
@@ -244,11 +247,7 @@ class Walk(Generic[S]):
 
     def full_queue(self) -> QueueKey | None:
         """The deepest queue that has enough rows for a step, if any."""
-        full = [
-            key
-            for key, queue in self._queues.items()
-            if len(queue[0].ids) >= self._limit or _length(queue) >= self._limit
-        ]
+        full = [key for key, queue in self._queues.items() if _length(queue) >= self._limit]
         return max(full) if full else None
 
     def first_queue(self) -> QueueKey | None:
@@ -301,30 +300,31 @@ class Walk(Generic[S]):
     def run(self, key: QueueKey) -> NDArray[np.int64]:
         """Run one segment for rows of a queue, up to the limit; returns the numbers of those that are done.
 
-        If the engine raises an error, these rows are forgotten.
+        If the engine or a rule raises an error, those of them that wait for no next segment are forgotten.
         """
-        group = _pop_group(self._engine, self._queues, key, self._limit)
+        groups = _pop_groups(self._queues, key, self._limit)
+        states = [group.state for group in groups]  # in no queue any more: dropped at the end, or by an error
         segment, variant, length = key
-        trace, ids = self._trace, group.ids
+        trace = self._trace
         self._steps += 1
         try:
-            signals = self._engine.step(segment, variant, group.state)
-        except BaseException:
-            self._engine.drop(group.state)
-            raise
-        trace.variants[ids, segment] = variant
-        if self._keeps_logits:  # the head of a decoder runs when its logits are read
-            trace.logits[ids, segment] = signals.logits
-        if signals.gate is not None:
-            trace.gates[ids, segment] = signals.gate
-        if signals.answer is not None:
-            trace.keep_answers(ids.tolist(), segment, signals.answer)
-        if segment + 1 == group.plan.shape[1]:
-            trace.seconds[ids] = time.perf_counter() - group.started
-            self._engine.drop(group.state)
-            return ids
-        self._apply_rules(group, signals, segment)
-        return self._queue(group, segment, length)
+            group = groups[0] if len(groups) == 1 else self._join(groups, states)
+            ids, signals = group.ids, self._engine.step(segment, variant, group.state)
+            trace.variants[ids, segment] = variant
+            if self._keeps_logits:  # the head of a decoder runs when its logits are read
+                trace.logits[ids, segment] = signals.logits
+            if signals.gate is not None:
+                trace.gates[ids, segment] = signals.gate
+            if signals.answer is not None:
+                trace.keep_answers(ids.tolist(), segment, signals.answer)
+            if segment + 1 == group.plan.shape[1]:
+                trace.seconds[ids] = time.perf_counter() - group.started
+                return ids
+            self._apply_rules(group, signals, segment)
+            return self._queue(group, segment, length, states)
+        finally:
+            for state in states:
+                self._engine.drop(state)
 
     def _apply_rules(self, group: _Group[S], signals: Signals, segment: int) -> None:
         """Rewrite the plans and memories of a group after a segment."""
@@ -339,8 +339,30 @@ class Walk(Generic[S]):
             )
         group.plan, group.memory = plan, memory
 
-    def _queue(self, group: _Group[S], segment: int, length: int) -> NDArray[np.int64]:
-        """Let the rows of a group wait for their next segments after one; returns those that have none."""
+    def _join(self, groups: Sequence[_Group[S]], states: list[S]) -> _Group[S]:
+        """Join groups to one, whose state takes the place of theirs in `states`."""
+        states.append(self._engine.join(states))
+        rules = [group.rules for group in groups if group.rules is not None]
+        width = max([group.memory.shape[1] for group in groups])
+        joined = _Group(
+            states[-1],
+            np.concatenate([group.ids for group in groups]),
+            np.concatenate([group.plan for group in groups]),
+            np.concatenate([_widened(group.memory, width) for group in groups]),
+            np.concatenate([group.started for group in groups]),
+            np.concatenate(rules) if rules else None,
+            min(group.begun for group in groups),
+        )
+        parts, states[:] = states[:-1], states[-1:]
+        for state in parts:
+            self._engine.drop(state)
+        return joined
+
+    def _queue(self, group: _Group[S], segment: int, length: int, states: list[S]) -> NDArray[np.int64]:
+        """Let the rows of a group wait for their next segments after one; returns those that have none.
+
+        states: those that the caller drops, that of the group alone; one that a queue gets is taken out.
+        """
         ids = group.ids
         if (plan := group.common_plan) is not None:  # mostly so, and found without arrays
             next_segment = segment + 1
@@ -348,12 +370,12 @@ class Walk(Generic[S]):
                 next_segment += 1
             if next_segment == len(plan):
                 self._trace.seconds[ids] = time.perf_counter() - group.started
-                self._engine.drop(group.state)
                 return ids
             for skipped in range(segment + 1, next_segment):
                 self._engine.skip(skipped, group.state)
             key = (next_segment, plan[next_segment], length)
             self._queues.setdefault(key, []).append(group)
+            states.clear()
             return ids[:0]
         ahead = group.plan[:, segment + 1 :] >= 0  # [rows, segments still ahead]
         next_segments = segment + 1 + ahead.argmax(axis=1)  # meaningless for rows that are done
@@ -368,14 +390,14 @@ class Walk(Generic[S]):
             next_segment, next_variant = divmod(code, 128)
             rows = np.flatnonzero(codes == code)
             is_whole = len(rows) == len(ids)
-            state = group.state if is_whole else self._engine.take(group.state, rows)
+            if not is_whole:
+                states.append(self._engine.take(group.state, rows))
+            state = states[-1]
             for skipped in range(segment + 1, next_segment):
                 self._engine.skip(skipped, state)
             rest = group if is_whole else group.take(state, rows)
             self._queues.setdefault((next_segment, next_variant, length), []).append(rest)
-            if is_whole:
-                return ids[:0]
-        self._engine.drop(group.state)
+            states.pop()
         return ids[done]
 
 
@@ -462,39 +484,16 @@ def _widened(memory: Floats, width: int) -> Floats:
     return memory if memory.shape[1] == width else np.pad(memory, ((0, 0), (0, width - memory.shape[1])))
 
 
-def _pop_group(
-    engine: Engine[S], queues: dict[QueueKey, list[_Group[S]]], key: QueueKey, limit: int
-) -> _Group[S]:
-    """Remove groups from a queue, the largest first, up to `limit` rows, and join them to one group."""
-    queue = queues[key]
-    if len(queue) == 1:
-        del queues[key]
-        return queue[0]
-    queue.sort(key=lambda group: -len(group.ids))
-    chosen, remaining, rows = [queue[0]], [], len(queue[0].ids)
-    for group in queue[1:]:
-        if rows + len(group.ids) <= limit:
-            chosen.append(group)
-            rows += len(group.ids)
-        else:
+def _pop_groups(queues: dict[QueueKey, list[_Group[S]]], key: QueueKey, limit: int) -> list[_Group[S]]:
+    """Remove groups from a queue, the largest first, up to `limit` rows."""
+    chosen, remaining, rows = list[_Group[S]](), list[_Group[S]](), 0
+    for group in sorted(queues[key], key=lambda group: -len(group.ids)):
+        if chosen and rows + len(group.ids) > limit:
             remaining.append(group)
-    if remaining:
-        queues[key] = remaining
-    else:
+            continue
+        chosen.append(group)
+        rows += len(group.ids)
+    queues[key] = remaining
+    if not remaining:
         del queues[key]
-    if len(chosen) == 1:
-        return chosen[0]
-    rules = [group.rules for group in chosen if group.rules is not None]
-    width = max([group.memory.shape[1] for group in chosen])
-    joined = _Group(
-        engine.join([group.state for group in chosen]),
-        np.concatenate([group.ids for group in chosen]),
-        np.concatenate([group.plan for group in chosen]),
-        np.concatenate([_widened(group.memory, width) for group in chosen]),
-        np.concatenate([group.started for group in chosen]),
-        np.concatenate(rules) if rules else None,
-        min(group.begun for group in chosen),
-    )
-    for group in chosen:
-        engine.drop(group.state)
-    return joined
+    return chosen

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,14 @@ class Server:
         is_json = replies.get("content-type", "").startswith("application/json")
         return reply.status, json.loads(data) if is_json else data.decode(), replies
 
+    def send(self, path: str, value: Any) -> socket.socket:
+        """A connection on which a value was posted; whoever closes it goes away."""
+        body = json.dumps(value).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return connection
+
     def results(self, value: Any) -> Any:
         """The results of a request that is answered."""
         status, answer, _ = self.ask(CLASSIFY, value)
@@ -69,6 +79,27 @@ class Server:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait until a condition holds, for 20 seconds at most."""
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def futures_of(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Future[Any]]:
+    """The futures of all rows that the first model accepts from now on."""
+    scheduler, futures = server.models.rows(None).scheduler, list[Future[Any]]()
+    submit = scheduler.submit
+
+    def submit_row(*arguments: Any) -> Future[Any]:
+        futures.append(submit(*arguments))
+        return futures[-1]
+
+    monkeypatch.setattr(scheduler, "submit", submit_row)
+    return futures
 
 
 @contextlib.contextmanager

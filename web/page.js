@@ -355,7 +355,9 @@ function showAnswers() {
       "The early exit saved ",
       part("strong", "", `${blocks - early.depth} of ${count(blocks, "block")}`),
     );
-    if (time > 0) {
+    if (isRemote) {
+      saved.append(". Times of a server contain the wait for other rows, so they are not compared. ");
+    } else if (time > 0) {
       saved.append(
         " and ",
         part("strong", "", `${time.toFixed(1)} ms (${percent(time / full.ms, 0)})`),

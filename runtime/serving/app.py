@@ -229,13 +229,20 @@ def _description(model: ServedModel | ServedGenerator) -> dict[str, Any]:
 
 
 def _reason(errors: Sequence[Any]) -> str:
-    """What is wrong with a body, of all that pydantic found, and the cure where it is not plain.
+    """What is wrong with a body: one of all the errors that pydantic found, or the header that is missing.
 
-    For a field of several types pydantic lists what each of them lacks. An error that is no wrong type, or
-    that is deeper in the body, is nearer to what the caller meant.
+    For a field of several types pydantic lists the errors of each type. The type that the caller meant is
+    that with the deepest errors in the body, and of several such types that with the fewest errors. Of its
+    errors, one that is no wrong type comes first.
     """
-    error = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
-    # For a field of several types, the place has the name of the type, too; that of a list helps nobody.
+    depth = max(len(error["loc"]) for error in errors)
+    by_type: dict[Any, list[Any]] = {}  # errors at the deepest level, by the place that has them
+    for error in errors:
+        if len(error["loc"]) == depth:
+            by_type.setdefault(error["loc"][:-1], []).append(error)
+    fewest = min(by_type.values(), key=len)
+    error = max(fewest, key=lambda error: not error["type"].endswith("_type"))
+    # For a field of several types, the place has the name of the type, too; that of a list is left out.
     where = [str(part) for part in error["loc"] if part != "body" and not str(part).startswith("list[")]
     if error["type"] == "json_invalid":
         return f"body: not JSON at character {where[-1]}: {error['ctx']['error']}"

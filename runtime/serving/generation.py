@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,8 @@ Result = TextChunk | BaseException  # a chunk ends the text if it says why; an e
 class _Request:
     """A text that is asked for. give: gets each result.
 
-    accepted: when it was (time.perf_counter). tokens: that were generated. is_left: whether nobody waits for
-    it any more.
+    accepted_at: when it was accepted (time.perf_counter). tokens: that were generated. is_abandoned: whether
+    nobody waits for it any more.
     """
 
     ids: Sequence[int]
@@ -38,9 +38,9 @@ class _Request:
     stop: Sequence[str]
     sampling: Sampling | None
     give: Callable[[Result], None]
-    accepted: float
+    accepted_at: float
     tokens: int = 0
-    is_left: bool = False
+    is_abandoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,26 @@ class ServedGenerator:
         self,
         prompt: str | Sequence[Message],
         max_new_tokens: int,
-        stop: Sequence[str],
-        for_template: Mapping[str, Any],
+        *,
+        stop: Sequence[str] = (),
+        for_template: Mapping[str, Any] | None = None,
         sampling: Sampling | None = None,
         timeout: float | None = None,
         first_token: float = ServerLimits.timeout,
         read: Callable[[Sequence[int]], None] | None = None,
-    ) -> AsyncIterator[TextChunk]:
+    ) -> AsyncGenerator[TextChunk, None]:
         """Generate a text; see TextGenerator.generate, whose errors are raised before the first chunk.
 
-        for_template: its keywords for a chat template. sampling: how tokens are chosen. timeout: seconds in
-        which the text must end. first_token: seconds in which its first token must be there if there is no
-        timeout. A text that is late is given up, and DeadlinePassed raised. read: told of the ids of the
-        prompt. When the iterator is closed, the text ends after the step that is computed. Raises QueueFull,
-        SessionClosed, and ThreadEnded if no text can be generated any more.
+        stop: strings at which the text ends.
+        for_template: the keywords of TextGenerator.generate that are for a chat template.
+        sampling: how tokens are chosen; None: the most probable one each time.
+        timeout: seconds in which the text must end; None: a text that has its first token has no limit.
+        first_token: seconds in which the first token must be there if there is no timeout.
+        read: called with the ids of the prompt.
+
+        A text that is late is given up, and DeadlinePassed is raised. The caller must close the iterator; the
+        text ends then, after the step that is computed. Raises QueueFull, SessionClosed, and ThreadEnded if
+        no text can be generated any more.
         """
         with self._changed:
             if self._closing or self._ended_by is not None:
@@ -125,7 +131,7 @@ class ServedGenerator:
             if self.accepted >= self.queue:
                 raise QueueFull(self.accepted, 1.0)
             self.accepted += 1
-        accepted = time.perf_counter()
+        accepted_at = time.perf_counter()
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Result] = asyncio.Queue()
 
@@ -142,14 +148,14 @@ class ServedGenerator:
         timer = loop.call_later(seconds, give_up)
         try:
             # Long prompts and chat templates take time, in which neither requests nor texts may wait.
-            encoded = asyncio.to_thread(self.session.encode_prompt, prompt, **for_template)
+            encoded = asyncio.to_thread(self.session.encode_prompt, prompt, **(for_template or {}))
             try:
                 ids = await asyncio.wait_for(encoded, seconds)
             except asyncio.TimeoutError:
                 raise _too_late(timeout, first_token) from None
             if read is not None:
                 read(ids)
-            waiting = _Request(ids, max_new_tokens, list(stop), sampling, give, accepted)
+            waiting = _Request(ids, max_new_tokens, list(stop), sampling, give, accepted_at)
             with self._changed:
                 if self._is_over or not self._thread.is_alive():
                     raise self._ended()
@@ -169,7 +175,7 @@ class ServedGenerator:
                 if request is None:
                     self.accepted -= 1
                 else:
-                    request.is_left = True
+                    request.is_abandoned = True
                 self._changed.notify()
 
     def close(self, *, finish: bool = True) -> None:
@@ -217,12 +223,12 @@ class ServedGenerator:
         with self._changed:
             arrived = list(self._arrived)
             self._arrived.clear()
-            left = [number for number, request in self._requests.items() if request.is_left]
+            left = [number for number, request in self._requests.items() if request.is_abandoned]
         for number in left:
             self._batch.drop(number)
             self._forget(number)
         for request in arrived:
-            if request.is_left:
+            if request.is_abandoned:
                 with self._changed:
                     self.accepted -= 1
                 continue
@@ -257,7 +263,7 @@ class ServedGenerator:
         """Tell whoever observes of a text that ended."""
         if self.observe is not None and request.tokens:
             text = EndedText(ended, len(request.ids), request.tokens)
-            self.observe(text, time.perf_counter() - request.accepted)
+            self.observe(text, time.perf_counter() - request.accepted_at)
 
     def _fail_all(self, problem: BaseException) -> None:
         """Give an error to all that still wait, and close the batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
-from offramp.runtime.errors import BadSetting, OfframpError
+from offramp.runtime.errors import BadSetting, OfframpError, SessionClosed
 from offramp.runtime.generator import MAX_NEW_TOKENS
 from offramp.runtime.inputs.chat import Message
 from offramp.runtime.sampling import MOST_LOGPROBS, Sampling
@@ -24,7 +25,7 @@ from offramp.runtime.serving.logprobs import TokenLogprobs
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models
 from offramp.runtime.serving.protection import LOG, ServerLimits
-from offramp.runtime.serving.row_requests import unless_gone
+from offramp.runtime.serving.row_requests import cancel_if_caller_leaves
 from offramp.runtime.text_chunks import TextChunk, repeated_tokens
 
 # Fields of requests that are fields of Sampling.
@@ -173,30 +174,46 @@ def add_text_routes(app: FastAPI, models: Models, limits: ServerLimits, metrics:
     ) -> Response:
         """A text as one answer, or as server-sent events; for_template: see ServedGenerator.chunks.
 
-        If the caller goes away, the text ends after the step that is computed.
+        If the caller goes away, the text ends after the step that is computed. If the bundle is replaced
+        before the text is accepted, the new one generates it.
         """
-        model, sampling = models.text(body.model), body.sampling()
+        sampling = body.sampling()
         for option in body.stream_options or {}:
             if option != "include_usage":
                 raise BadSetting(f"stream_options: {option!r} is not known; include_usage is")
-        answer = _Answer(model, form, body, sampling)
-        chunks = model.chunks(
-            prompt,
-            max_new_tokens or MAX_NEW_TOKENS,
-            answer.stop,
-            for_template,
-            sampling,
-            None if body.timeout_ms is None else body.timeout_ms / 1e3,
-            limits.timeout,
-            answer.count_prompt,
-        )
-        if not body.stream:
-            await unless_gone(request, answer.add_all(chunks))
+        while True:
+            model = models.text(body.model)
+            answer = _Answer(model, form, body, sampling)
+            chunks = model.chunks(
+                prompt,
+                max_new_tokens or MAX_NEW_TOKENS,
+                stop=answer.stop,
+                for_template=for_template,
+                sampling=sampling,
+                timeout=None if body.timeout_ms is None else body.timeout_ms / 1e3,
+                first_token=limits.timeout,
+                read=answer.count_prompt,
+            )
+            try:
+                return await answer_with(answer, chunks, body.stream, request)
+            except SessionClosed:
+                if models.text(body.model) is model:
+                    raise
+
+    async def answer_with(
+        answer: _Answer, chunks: AsyncGenerator[TextChunk, None], stream: bool, request: Request
+    ) -> Response:
+        """The response for a text, whose chunks are closed when it is sent, or when an error is raised."""
+        if not stream:
+            await cancel_if_caller_leaves(request, answer.add_all(chunks))
             return JSONResponse(answer.as_json())
-        # Errors before the first token become a status code, which needs that nothing was sent.
-        first = await unless_gone(request, _first(chunks))
-        events = _until_error(answer.events(first, chunks), metrics.refused)
-        return StreamingResponse(events, media_type="text/event-stream")
+        try:
+            # Errors before the first token become a status code, which needs that nothing was sent.
+            first = await cancel_if_caller_leaves(request, _first(chunks))
+        except BaseException:
+            await chunks.aclose()  # the caller may go away at the moment in which the first chunk comes
+            raise
+        return _EventStream(_until_error(answer.events(first, chunks), metrics.refused), chunks)
 
     @app.post("/v1/completions", summary="Continue a prompt, as OpenAI's API does", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -207,6 +224,19 @@ def add_text_routes(app: FastAPI, models: Models, limits: ServerLimits, metrics:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         max_new_tokens = body.max_completion_tokens or body.max_tokens
         return await reply(CHAT, body, messages, max_new_tokens, body.for_template(), request)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of the chunks of a text; both are closed at its end, even if no event was sent."""
+
+    def __init__(self, events: AsyncGenerator[str, None], chunks: AsyncGenerator[TextChunk, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._chunks = events, chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        async with aclosing(self._chunks), aclosing(self._events):
+            await super().__call__(scope, receive, send)
 
 
 class _Answer:
@@ -236,9 +266,9 @@ class _Answer:
         self._chunks.append(chunk)
         self._logprobs.add(chunk)
 
-    async def add_all(self, chunks: AsyncIterator[TextChunk]) -> None:
+    async def add_all(self, chunks: AsyncGenerator[TextChunk, None]) -> None:
         """Add every chunk of a text."""
-        async with aclosing(chunks):  # type: ignore[type-var]
+        async with aclosing(chunks):
             async for chunk in chunks:
                 self.add(chunk)
 
@@ -251,9 +281,11 @@ class _Answer:
             "offramp": self._walk(),
         }
 
-    async def events(self, first: TextChunk | None, chunks: AsyncIterator[TextChunk]) -> AsyncIterator[str]:
+    async def events(
+        self, first: TextChunk | None, chunks: AsyncGenerator[TextChunk, None]
+    ) -> AsyncGenerator[str, None]:
         """Server-sent events: a part for each chunk with text, then the reason for the end and the walk."""
-        async with aclosing(chunks):  # type: ignore[type-var]
+        async with aclosing(chunks):
             chunk = first
             is_first = True
             while chunk is not None:
@@ -314,18 +346,20 @@ class _Answer:
         return walk | {"seed": self._sampling.seed} if self._sampling.is_drawn else walk
 
 
-async def _first(chunks: AsyncIterator[TextChunk]) -> TextChunk | None:
+async def _first(chunks: AsyncGenerator[TextChunk, None]) -> TextChunk | None:
     """The first chunk of a text."""
     return await anext(chunks, None)
 
 
-async def _until_error(events: AsyncIterator[str], refused: Callable[[str], None]) -> AsyncIterator[str]:
+async def _until_error(
+    events: AsyncGenerator[str, None], refused: Callable[[str], None]
+) -> AsyncGenerator[str, None]:
     """Server-sent events; an error ends them as an event of its own, since the status was sent before.
 
     refused: told of the type of the error.
     """
     try:
-        async with aclosing(events):  # type: ignore[type-var]
+        async with aclosing(events):
             async for event in events:
                 yield event
     except Exception as problem:

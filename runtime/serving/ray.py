@@ -112,7 +112,9 @@ def app(args: Mapping[str, Any]) -> Application:
             "target_ongoing_requests": options.ongoing_requests,
         },
         ray_actor_options={"num_cpus": options.threads},
-        graceful_shutdown_timeout_s=options.timeout + 10,  # every request under way is answered or given up
+        # Until then rows, and texts without a token, are answered or given up. A text that is longer under
+        # way is cut.
+        graceful_shutdown_timeout_s=options.timeout + 10,
     )
     application: Application = deployment.bind(options)
     return application

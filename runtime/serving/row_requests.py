@@ -108,12 +108,12 @@ async def _results(
     """The results of futures, or their exceptions; cancels them if the caller goes away or time is over."""
     answered = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
     try:
-        return list(await unless_gone(request, answered, timeout))
+        return list(await cancel_if_caller_leaves(request, answered, timeout))
     except asyncio.TimeoutError:
         raise DeadlinePassed(f"not answered in {1e3 * timeout:g} ms") from None
 
 
-async def unless_gone(request: Request, work: Awaitable[T], timeout: float | None = None) -> T:
+async def cancel_if_caller_leaves(request: Request, work: Awaitable[T], timeout: float | None = None) -> T:
     """The result of some work, which is cancelled if the caller of a request goes away before.
 
     The body of the request must have been read. Raises an HTTPException then, and asyncio.TimeoutError after

@@ -48,7 +48,7 @@ class DeadlinePassed(OfframpError, TimeoutError):
 
 
 class ThreadEnded(OfframpError, RuntimeError):
-    """An error that cannot be laid to one row or text has ended the thread that answers all of a bundle."""
+    """An error that belongs to no single row or text has ended the thread that answers all of a bundle."""
 
     def __init__(self, problem: BaseException, work: str) -> None:
         super().__init__(
@@ -239,6 +239,7 @@ class Scheduler(Generic[A]):
             for item in [*self._under_way, *self._take_arrived()]:
                 self._end(item, ThreadEnded(problem, WORK))
             self._under_way.clear()
+            self._background_under_way = 0
 
     def _walk_rows(self) -> None:
         """Begin rows that came, run a step, and give answers, until the scheduler is closed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from failing import failing, failing_once
 from fake_decoder import MANIFEST, VOCABULARY, FakeEngine
 from fake_slots import SlotEngine
 from tiny_bundles import GENERATOR
@@ -23,18 +24,6 @@ PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]
 TOKENS = 12
 PROBLEMS = [RuntimeError("the engine failed"), MemoryError(), OSError("the file is gone"), KeyError("x")]
 of_each_kind = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
-
-
-def failing_once(work: Callable[..., Any], problem: Exception) -> Callable[..., Any]:
-    """The function `work`, whose next call raises."""
-    left = [problem]
-
-    def run(*arguments: Any) -> Any:
-        if left:
-            raise left.pop()
-        return work(*arguments)
-
-    return run
 
 
 def open_loop(engine: Any, **options: Any) -> DecodingLoop:
@@ -97,6 +86,25 @@ def test_slots_of_a_step_that_failed_are_free() -> None:
     assert [text_of(loop, prompt) for prompt in PROMPTS[:3]] == [alone(prompt) for prompt in PROMPTS[:3]]
 
 
+def test_texts_that_wait_for_another_segment_go_on_after_a_step_that_failed() -> None:
+    engine, problem = SlotEngine(), RuntimeError("the engine failed")
+    loop = open_loop(engine)
+    numbers = [loop.add(prompt, TOKENS, ()) for prompt in PROMPTS[:2]]
+    results = until(loop, 2)
+    while not (loop._walking and not loop._ready):  # both wait for a segment behind the first
+        collect(loop, results)
+    numbers += [loop.add(prompt, TOKENS, ()) for prompt in PROMPTS[2:]]
+    while len(loop._ready) < 2:  # the prompts of the others are run
+        collect(loop, results)
+    loop._enter()
+    assert loop._walk is not None and len({segment for segment, *_ in loop._walk._queues}) == 2
+    engine.slots.run_together = failing_once(engine.slots.run_together, problem)  # type: ignore[method-assign]
+    finish(loop, results)
+    assert [number for number in numbers if results[number][-1] is problem] == numbers[2:]
+    for number, prompt in zip(numbers[:2], PROMPTS[:2], strict=True):
+        assert [token.id for token in results[number]] == alone(prompt)
+
+
 @of_each_kind
 def test_a_prompt_that_fails_ends_alone(problem: Exception) -> None:
     engine = SlotEngine()
@@ -152,18 +160,11 @@ def test_a_walk_that_cannot_choose_a_step_ends_all_its_texts() -> None:
     numbers = [loop.add(prompt, TOKENS, ()) for prompt in PROMPTS[:2]]
     results = until(loop, 2)
     walk: Any = loop._walk
-    choose, walk.largest_queue = walk.largest_queue, failing_always(problem)
+    choose, walk.largest_queue = walk.largest_queue, failing(problem)
     finish(loop, results)
     walk.largest_queue = choose
     assert [results[number][-1] for number in numbers] == [problem] * 2
     assert not engine.slots.runners and text_of(loop, PROMPTS[0]) == alone(PROMPTS[0])
-
-
-def failing_always(problem: Exception) -> Callable[..., Any]:
-    def fail(*_: Any) -> Any:
-        raise problem
-
-    return fail
 
 
 def test_a_prefix_that_cannot_be_copied_leaves_its_slot_free() -> None:
@@ -182,7 +183,7 @@ def test_an_error_that_comes_after_the_end_of_a_text_is_raised() -> None:
     engine = FakeEngine()
     loop, problem = open_loop(engine), DeviceFailed("the cache cannot be freed")
     loop.add(PROMPTS[0], 1, ())
-    engine.drop = failing_always(problem)  # type: ignore[method-assign]
+    engine.drop = failing(problem)  # type: ignore[method-assign]
     with pytest.raises(DeviceFailed, match="the cache cannot be freed"):
         loop.advance()
 

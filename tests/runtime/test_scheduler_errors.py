@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Any
 
 import pytest
+from failing import failing
 from tiny_bundles import CLASSIFIER, texts
 
 from offramp.runtime import Classifier, load_classifier
@@ -50,13 +51,6 @@ def engine(session: Classifier, monkeypatch: pytest.MonkeyPatch) -> SteppedEngin
     double = SteppedEngine(session.engine)
     monkeypatch.setattr(session, "engine", double)
     return double
-
-
-def failing(problem: BaseException) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise problem
-
-    return fail
 
 
 def submit(scheduler: Scheduler[Any], session: Any, items: list[str], **more: Any) -> list[Future[Any]]:
@@ -207,3 +201,14 @@ def test_rows_after_the_end_of_the_thread_are_refused_with_the_reason(
         submit(scheduler, session, TEXTS[:1])
     scheduler.close()
     assert not scheduler.is_alive
+
+
+def test_no_row_is_under_way_after_the_end_of_the_thread(session: Classifier, engine: SteppedEngine) -> None:
+    scheduler, (row,) = Scheduler(session), items_to_rows(session._reader, TEXTS[:1])
+    engine.go_on.clear()
+    background = scheduler.submit_background(row, RowOptions(session._full_number, 0))
+    assert background is not None and engine.begun.wait(10)
+    wait_for([background, *end_thread(scheduler, session, engine)], 10)
+    scheduler.close()
+    assert isinstance(background.exception(), ThreadEnded)
+    assert scheduler.under_way == scheduler.accepted == 0

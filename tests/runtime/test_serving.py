@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from serving import CLASSIFY, Server, serving
+from serving import CLASSIFY, Server, futures_of, serving, wait_until
 from tiny_bundles import CLASSIFIER, EMBEDDING, bundle_with_points, texts
 
 from offramp.runtime import load
@@ -58,13 +58,6 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
-
-
-def wait_until(is_so: Any) -> None:
-    end = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_a_text_is_answered_as_by_the_session(server: Server) -> None:
@@ -343,12 +336,10 @@ def test_an_answer_that_is_late_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_a_caller_that_goes_away_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER) as server:
         gate, scheduler = Gate(server, monkeypatch), server.models.rows(None).scheduler
-        body = json.dumps({"input": texts(20)}).encode()
-        head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        futures = futures_of(server, monkeypatch)
+        with server.send(CLASSIFY, {"input": texts(20)}):
             wait_until(lambda: scheduler.accepted == 20)
-        time.sleep(0.1)  # the server sees that the connection is closed
+        wait_until(lambda: [future.cancelled() for future in futures] == [True] * 20)
         gate.open()
         wait_until(lambda: scheduler.accepted == 0)
         assert 'status="200"' not in server.ask("/metrics")[1], "somebody was answered"

@@ -189,6 +189,25 @@ UNREADABLE: dict[str, tuple[str, Any, int, str]] = {
     "no JSON": (CLASSIFY, b'{"input": }', 400, "body: not JSON at character 10: Expecting value"),
     "an empty list": (CLASSIFY, {"input": []}, 400, "input: List should have at least 1 item"),
     "an item of a list": (CLASSIFY, {"input": ["a", 3]}, 400, "input.1.str: Input should be a valid string"),
+    "a field of an item": (
+        CLASSIFY,
+        {"input": {"text": "a", "text_b": 3}},
+        400,
+        "input.Pair.text_b: Input should be a valid string",
+    ),
+    "a field of one item of several": (
+        CLASSIFY,
+        {"input": ["a", {"text": "a", "text_b": 3}]},
+        400,
+        "input.1.Pair.text_b: Input should be a valid string",
+    ),
+    "a field of an image": (CLASSIFY, {"input": {"image": 3}}, 400, "input.Picture.image: Input should be a"),
+    "an unknown field of an item": (
+        CLASSIFY,
+        {"input": {"text": "a", "text_c": "b"}},
+        400,
+        "input.Pair.text_c: Extra inputs are not permitted",
+    ),
     "an unknown path": ("/health", None, 404, "there is no /health; /openapi.json lists the paths"),
     "another method": (CLASSIFY, None, 405, "GET /v1/classify: this path takes POST"),
 }

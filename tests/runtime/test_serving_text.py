@@ -291,7 +291,7 @@ def test_metrics_count_the_tokens_alone_of_a_text_whose_caller_went_away(
         def held(generator: ServedGenerator) -> None:
             if any(request.tokens for request in generator._requests.values()):
                 assert forget.wait(20)
-                while not all(request.is_left for request in generator._requests.values()):
+                while not all(request.is_abandoned for request in generator._requests.values()):
                     time.sleep(0.002)
             give_up(generator)
 
@@ -338,7 +338,7 @@ def test_a_prompt_that_is_read_while_the_thread_of_the_texts_ends_is_refused(
 
     async def ask() -> str:
         try:
-            answer = [chunk.text async for chunk in model.chunks(PROMPT, 3, (), {})]
+            answer = [chunk.text async for chunk in model.chunks(PROMPT, 3)]
             return "".join(answer)
         except SessionClosed as problem:
             return str(problem)

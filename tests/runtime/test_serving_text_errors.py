@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
-from serving import Server, serving
+from fastapi import HTTPException
+from serving import Server, serving, wait_until
 from tiny_bundles import GENERATOR
 
 from offramp.runtime import load_generator
+from offramp.runtime.serving import openai
 from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.row_requests import CALLER_GONE
+from offramp.runtime.text_chunks import TextChunk
 
 pytestmark = pytest.mark.slow
 
@@ -54,13 +56,6 @@ def parts_of(server: Server, value: Any) -> list[str]:
     status, text, _ = server.ask(COMPLETE, value)
     assert status == 200, text
     return [part.removeprefix("data: ") for part in text.split("\n\n") if part]
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 # errors of one text
@@ -271,15 +266,6 @@ def test_a_prompt_that_is_read_stops_no_other_request(
 # callers that go away
 
 
-def send(server: Server, value: Any) -> socket.socket:
-    """A connection on which a text was asked for."""
-    body = json.dumps(value).encode()
-    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    return connection
-
-
 def generated(server: Server) -> float:
     """The tokens that were generated, of /metrics."""
     name = 'offramp_generated_tokens_total{model="tiny_generator"} '
@@ -292,9 +278,9 @@ def test_a_whole_text_of_a_caller_that_goes_away_ends_after_its_step(
 ) -> None:
     model = server.models.text(None)
     with held_after(model, monkeypatch, 3):
-        with send(server, ASKED | {"max_tokens": 50}):
+        with server.send(COMPLETE, ASKED | {"max_tokens": 50}):
             wait_until(lambda: any(request.tokens >= 3 for request in model._requests.values()))
-        wait_until(lambda: all(request.is_left for request in model._requests.values()))
+        wait_until(lambda: all(request.is_abandoned for request in model._requests.values()))
     wait_until(lambda: model.accepted == 0)
     assert model.under_way == 0 and generated(server) < 12
 
@@ -307,10 +293,58 @@ def test_a_text_that_waits_for_its_first_token_is_dropped_if_its_caller_goes_awa
     with ThreadPoolExecutor(1) as pool, held_after(model, monkeypatch, 0):
         first = pool.submit(server.ask, COMPLETE, ASKED)  # its thread waits when it is in the batch
         wait_until(lambda: len(model._requests) == 1)
-        with send(server, asked):
+        with server.send(COMPLETE, asked):
             wait_until(lambda: len(model._arrived) == 1)
-        wait_until(lambda: model._arrived[0].is_left)
+        wait_until(lambda: model._arrived[0].is_abandoned)
     assert first.result()[1]["usage"]["completion_tokens"] == generated(server)
+
+
+@pytest.fixture
+def opened_chunks(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[AsyncGenerator[TextChunk, None]]:
+    """The chunks of each text that is asked for, which nothing but the server closes while they are here."""
+    model, opened = server.models.text(None), list[AsyncGenerator[TextChunk, None]]()
+    chunks = model.chunks
+
+    def open_chunks(*arguments: Any, **options: Any) -> AsyncGenerator[TextChunk, None]:
+        opened.append(chunks(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(model, "chunks", open_chunks)
+    return opened
+
+
+def test_a_text_whose_caller_goes_away_when_its_first_chunk_comes_is_dropped(
+    server: Server, opened_chunks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def leave(_: Any, work: Any) -> Any:
+        await work
+        raise HTTPException(CALLER_GONE, "the caller went away")
+
+    monkeypatch.setattr(openai, "cancel_if_caller_leaves", leave)
+    model = server.models.text(None)
+    with held_after(model, monkeypatch, 1):
+        assert server.ask(COMPLETE, STREAMED)[0] == CALLER_GONE
+        (request,) = model._requests.values()
+        wait_until(lambda: request.is_abandoned)
+    assert len(opened_chunks) == 1
+    wait_until(lambda: model.accepted == 0)
+
+
+def test_a_text_of_a_stream_that_sends_no_event_is_dropped(
+    server: Server, opened_chunks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def send_nothing(_: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    monkeypatch.setattr(openai.StreamingResponse, "stream_response", send_nothing)
+    model = server.models.text(None)
+    with held_after(model, monkeypatch, 1):
+        assert server.ask(COMPLETE, STREAMED)[0] == 200
+        (request,) = model._requests.values()
+        wait_until(lambda: request.is_abandoned)
+    assert len(opened_chunks) == 1
+    wait_until(lambda: model.accepted == 0)
 
 
 def test_a_caller_that_goes_away_is_counted_and_logged(
@@ -319,7 +353,7 @@ def test_a_caller_that_goes_away_is_counted_and_logged(
     caplog.set_level(logging.INFO, "offramp.serve")
     with serving(GENERATOR, log=True) as server:
         model = server.models.text(None)
-        with model.session._lock, send(server, ASKED):
+        with model.session._lock, server.send(COMPLETE, ASKED):
             wait_until(lambda: model.accepted == 1)
         wait_until(lambda: '"status": 499' in caplog.text)
         assert 'offramp_refused_total{reason="caller_gone"} 1.0' in server.ask("/metrics")[1]
@@ -334,7 +368,7 @@ def test_a_loop_that_ends_while_its_text_is_generated_ends_no_other_text(
     model = ServedGenerator("film", GENERATOR, load_generator(GENERATOR), queue=4, tag="")
 
     async def ask() -> None:
-        async with aclosing(model.chunks(PROMPT, 12, (), {})) as chunks:  # type: ignore[type-var]
+        async with aclosing(model.chunks(PROMPT, 12)) as chunks:
             await anext(chunks)
             loop = asyncio.get_running_loop()
             monkeypatch.setattr(loop, "call_soon_threadsafe", closed)  # between is_closed() and this call
@@ -345,3 +379,36 @@ def test_a_loop_that_ends_while_its_text_is_generated_ends_no_other_text(
     asyncio.run(asyncio.wait_for(ask(), 10))
     assert model.is_alive and model.accepted == 0
     model.close()
+
+
+# bundles that are replaced
+
+
+@pytest.fixture
+def closed() -> ServedGenerator:
+    model = ServedGenerator("film", GENERATOR, load_generator(GENERATOR), queue=4, tag="")
+    model.close()
+    return model
+
+
+@pytest.mark.parametrize("asked", [ASKED, STREAMED], ids=["whole", "streamed"])
+def test_a_text_of_a_bundle_that_was_just_replaced_is_generated_by_the_new_one(
+    server: Server, closed: ServedGenerator, monkeypatch: pytest.MonkeyPatch, asked: Any
+) -> None:
+    expected = server.ask(COMPLETE, ASKED)[1]["choices"][0]["text"]
+    find, before = server.models.text, [closed]
+    monkeypatch.setattr(server.models, "text", lambda name: before.pop() if before else find(name))
+    if asked is ASKED:
+        assert server.ask(COMPLETE, asked)[1]["choices"][0]["text"] == expected
+    else:
+        *parts, last = parts_of(server, asked)
+        assert last == "[DONE]"
+        assert "".join(json.loads(part)["choices"][0]["text"] for part in parts) == expected
+
+
+def test_a_text_of_a_bundle_that_is_closed_and_not_replaced_is_503(
+    server: Server, closed: ServedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.models, "text", lambda _: closed)
+    status, answer, _ = server.ask(COMPLETE, ASKED)
+    assert status == 503 and answer["error"]["type"] == "closing"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
-from serving import CLASSIFY, Server, serving
+from serving import CLASSIFY, Server, futures_of, serving, wait_until
 from tiny_bundles import CLASSIFIER, texts
 
 from offramp.runtime import load, load_classifier
@@ -40,13 +38,6 @@ def held(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     finally:
         go_on.set()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def accepted(server: Server) -> int:
@@ -99,13 +90,11 @@ def test_walks_that_wait_stop_no_other_request(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 def test_a_walk_of_a_caller_that_goes_away_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER) as server:
-        body = json.dumps({"input": TEXT}).encode()
-        head = f"POST {WALK} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        futures = futures_of(server, monkeypatch)
         with held(server, monkeypatch):
-            with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            with server.send(WALK, {"input": TEXT}):
                 wait_until(lambda: accepted(server) == 1)
-            time.sleep(0.1)  # the server sees that the connection is closed
+            wait_until(lambda: [future.cancelled() for future in futures] == [True])
         wait_until(lambda: accepted(server) == 0)
         assert "offramp_answers_total{" not in server.ask("/metrics")[1]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from failing import failing
 
 from offramp.runtime.bundle.manifest import RuleSpec, StepCosts
 from offramp.runtime.rules import RowSignals, Signals, bind, simulate
@@ -467,6 +468,44 @@ def test_rows_of_a_step_that_fails_are_forgotten_and_others_go_on(monkeypatch: p
             under_way.run((0, 0, 8))
     assert under_way.waiting().tolist() == [2] and engine.open == 1
     assert under_way.run((0, 0, 16)).tolist() == [] and under_way.waiting().tolist() == [2]
+
+
+@pytest.mark.parametrize("part", ["join", "step", "take", "skip"])
+def test_no_state_stays_open_after_an_error_of_the_engine(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    engine = Tables(3)
+    under_way, _ = joining_walk(engine, [Mixed()])
+    for first in range(0, 12, 2):
+        begin(under_way, [first, first + 1])
+    with monkeypatch.context() as patched:
+        patched.setattr(Tables, part, failing(RuntimeError("the engine failed")))
+        with pytest.raises(RuntimeError, match="the engine failed"):
+            while (key := under_way.first_queue()) is not None:
+                under_way.run(key)
+    waiting = under_way.waiting().tolist()
+    assert len(waiting) < 12 and len(waiting) == len(set(waiting))
+    under_way.drop(under_way.waiting())
+    assert engine.open == 0 and under_way.first_queue() is None
+
+
+def test_no_state_stays_open_after_an_error_of_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Tables(3)
+    under_way, _ = joining_walk(engine, [Mixed()])
+    begin(under_way, [0, 1])
+    begin(under_way, [2], length=16)
+    monkeypatch.setattr(Mixed, "__call__", failing(RuntimeError("the rule failed")))
+    with pytest.raises(RuntimeError, match="the rule failed"):
+        under_way.run((0, 0, 8))
+    assert under_way.waiting().tolist() == [2] and engine.open == 1
+
+
+def test_no_state_stays_open_if_rows_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plans = Tables(3), np.zeros((2, SEGMENTS), np.int8)
+    under_way, _ = joining_walk(engine, [NEVER])
+    plans[:, 0] = -1
+    monkeypatch.setattr(Tables, "skip", failing(RuntimeError("the engine failed")))
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        under_way.begin(np.arange(2), {"rows": np.arange(2), "length": 8}, plans=plans)
+    assert engine.open == 0 and under_way.first_queue() is None
 
 
 def test_the_largest_queue_is_first_and_of_equal_ones_the_earliest() -> None:
