@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 LEGACY_TEMPLATE = "chat_template.json"  # of processors; AutoTokenizer does not read it
 # Texts on which the tokenizer of transformers is compared with tokenizer.json.
-SAMPLES = ("The film wasn't good, 10 of 10.", "  Zwei Zeilen\n\n\tüber 電影 😀 ", "a<b> [x] _y_ ")
+SAMPLES = (
+    "The film wasn't good, 10 of 10.",
+    "  Zwei Zeilen\n\n\tüber 電影 😀 ",
+    "a<b> [x] _y_ ",
+    "It is n't , or is it ?",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ def read_chat(folder: Path, tokenizer: Tokenizer) -> ChatFacts:
             BaseException
         ) as problem:  # files that do not fit raise nearly anything, a panic is no Exception
             raise ValueError(f"its tokenizer cannot be loaded: {tokenizer_reason(problem)}") from problem
-        notes = _differences(loaded, tokenizer)
+        try:
+            notes = _differences(loaded, tokenizer)
+        except BaseException as problem:
+            raise ValueError(f"its tokenizer fails at a text: {tokenizer_reason(problem)}") from problem
     templates = _templates(loaded.chat_template)
     if not templates and (legacy := folder / LEGACY_TEMPLATE).is_file():
         try:
@@ -92,17 +100,40 @@ def _templates(value: Any) -> dict[str, str]:
 
 
 def _differences(loaded: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """A note if transformers makes other ids of a text than the tokenizer.json that the bundle gets."""
-    for text in SAMPLES:
-        for special in (True, False):
-            right = list(loaded(text, add_special_tokens=special)["input_ids"])
-            if right != tokenizer.encode(text, add_special_tokens=special).ids:
-                return (
-                    f"tokenizer.json makes other ids of {text!r} than {type(loaded).__name__} of "
-                    "transformers, and the bundle gets tokenizer.json; if those of transformers are right, "
-                    "save the tokenizer again with AutoTokenizer's save_pretrained",
-                )
-    return ()
+    """Notes if transformers makes other ids of a text, or another text of ids, than the bundle's file does.
+
+    Compared are texts, and every token that one of the two adds to the vocabulary.
+    """
+    if getattr(loaded, "split_special_tokens", False):
+        return (
+            "tokenizer_config.json sets split_special_tokens, by which transformers reads the names of "
+            "special tokens in a text letter by letter; the bundle reads them as these tokens. Set it to "
+            "false to have the same ids",
+        )
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    added |= {token.content for token in getattr(loaded, "added_tokens_decoder", {}).values()}
+    samples = [*SAMPLES, *(f"a {token} b" for token in sorted(added))]
+    kind, notes = f"{type(loaded).__name__} of transformers", list[str]()
+    for text, special in [*((text, True) for text in SAMPLES), *((text, False) for text in samples)]:
+        right = list(loaded(text, add_special_tokens=special)["input_ids"])
+        if right != tokenizer.encode(text, add_special_tokens=special).ids:
+            notes.append(
+                f"tokenizer.json makes other ids of {text!r} than {kind}, and the bundle gets "
+                "tokenizer.json; if those of transformers are right, save the tokenizer again with "
+                "AutoTokenizer's save_pretrained"
+            )
+            break
+    for text in samples:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        own, other = tokenizer.decode(ids), str(loaded.decode(ids, skip_special_tokens=True))
+        if own != other:
+            notes.append(
+                f"tokenizer.json writes the tokens of {text!r} as {own!r}, and {kind} as {other!r}, as "
+                "tokenizer_config.json says (clean_up_tokenization_spaces, special tokens); ee-run writes "
+                "them as tokenizer.json does"
+            )
+            break
+    return tuple(notes)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -40,6 +41,11 @@ NEEDED = (
     "onnxscript",
     "onnxruntime",
 )
+_FOLDERS = (
+    "folder that ee-train wrote (ee-train --out FOLDER), or a language model's as transformers saves it "
+    "(config.json, model.safetensors, tokenizer.json)"
+)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Written(NamedTuple):
@@ -157,6 +163,7 @@ def main(quiet: bool, as_json: bool, **values: Any) -> None:
     before = {path: identity_of(path) for path in options.targets}
     try:
         with output.progress():
+            _require_folder(options.checkpoint)
             if _is_model_folder(options.checkpoint):
                 _refuse_encoder(options.checkpoint)
                 written = _split_decoder(options, output)
@@ -168,6 +175,20 @@ def main(quiet: bool, as_json: bool, **values: Any) -> None:
     except KeyboardInterrupt:
         click.echo(f"interrupted; {describe_written(before)}", err=True)
         sys.exit(130)
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise UserError for what is no folder of a checkpoint or of a model, and may be another form of one."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{folder}: a file; give a {_FOLDERS}. A GGUF file is no such folder")
+        name = str(folder)
+        hub = f"; a model of the hub is fetched first: hf download {name} --local-dir FOLDER"
+        raise UserError(
+            f"{folder}: no such folder; give a {_FOLDERS}{hub if _HUB_NAME.fullmatch(name) else ''}"
+        )
+    if not any((folder / name).exists() for name in ("config.json", "network.json", "weights.safetensors")):
+        raise UserError(f"{folder}: neither network.json nor config.json is in it; give a {_FOLDERS}")
 
 
 def _is_model_folder(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import click
 import torch
-from tokenizers import Tokenizer
 
 from offramp.export.cached_attention import reason_against, rotation_facts
 from offramp.export.chat import ChatFacts, read_chat
@@ -25,6 +24,13 @@ from offramp.export.decoder_modules import (
     EmbeddingStem,
 )
 from offramp.export.decoder_samples import decoder_samples
+from offramp.export.model_folder import (
+    generation_notes,
+    read_tokenizer,
+    refuse_short_cache,
+    require_generation_config,
+    require_text_model,
+)
 from offramp.export.segments import (
     TOLERANCE,
     ManifestFacts,
@@ -61,7 +67,6 @@ from offramp.runtime.bundle.manifest import (
     TextInput,
     table_names,
 )
-from offramp.runtime.inputs.tokenizer_checks import LARGEST_FILE, check_tokenizer, tokenizer_reason
 from offramp.training.checkpoint import TOKENIZER, TRAINING, load_exits, read_json
 
 # Ids of a byte-pair vocabulary are ordered by how early a pair was given an id: the first are the frequent
@@ -327,10 +332,10 @@ class ExportableDecoder:
 def open_decoder(folder: Path, *, portable: bool = False) -> ExportableDecoder:
     """Load a causal language model from a folder of transformers, with the exits that ee-train added.
 
-    portable: see split_decoder. Notes on its tokenizer, and on attention that portable graphs alone can
-    express, are written on stderr. Raises ValueError, or what transformers raises, for a folder without such
-    a model, with weights that are not all of one such model, or without a tokenizer.json that ee-run reads;
-    UnsupportedFamily; BadCheckpoint.
+    portable: see split_decoder. Notes on its tokenizer, on settings of generation_config.json that change
+    answers, and on attention that portable graphs alone can express, are written on stderr. Raises
+    ValueError, or what transformers raises, for a folder without such a model, with weights that are not all
+    of one such model, or without a tokenizer.json that ee-run reads; UnsupportedFamily; BadCheckpoint.
     """
     from transformers import AutoModelForCausalLM
 
@@ -338,13 +343,14 @@ def open_decoder(folder: Path, *, portable: bool = False) -> ExportableDecoder:
 
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"it has no {TOKENIZER}: save it with a fast tokenizer of transformers")
+    require_text_model(folder)
     config = load_pretrained_config(folder)
-    decoder_family_of(config.model_type)  # before weights are read
+    family = decoder_family_of(config.model_type)
+    family.longest(config)  # refuses what no adapter can express, before weights are read
     require_causal_lm(config)
-    tokenizer = _read_tokenizer(folder / TOKENIZER, int(config.vocab_size))
+    require_generation_config(folder)
+    tokenizer = read_tokenizer(folder / TOKENIZER, int(config.vocab_size))
     chat = read_chat(folder, tokenizer)
-    for note in chat.notes:
-        click.echo(f"{folder}: {note}", err=True)
     try:
         model = load_weights(AutoModelForCausalLM, folder)
     except (OSError, ValueError):
@@ -352,7 +358,10 @@ def open_decoder(folder: Path, *, portable: bool = False) -> ExportableDecoder:
     except Exception as problem:  # files that do not fit make transformers raise nearly anything
         raise ValueError(f"its weights cannot be loaded: {type(problem).__name__}: {problem}") from problem
     network = DecoderNetwork(model)
+    refuse_short_cache(network)
     load_exits(network, folder)
+    for note in (*chat.notes, *generation_notes(folder, model.generation_config)):
+        click.echo(f"{folder}: {note}", err=True)
     training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
     if not portable and (reason := reason_against(network)) is not None:
         click.echo(f"{folder}: {reason}, so its graphs are written as with --portable", err=True)
@@ -372,23 +381,6 @@ def stop_ids(network: DecoderNetwork) -> tuple[int, ...]:
 
 def _is_id(value: object, vocab_size: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
-
-
-def _read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
-    """Open a tokenizer.json that ee-run can read, too; raises ValueError for others."""
-    try:
-        text = file.read_text("utf-8")
-        if len(text.encode("utf-8")) > LARGEST_FILE:
-            raise ValueError(f"more than {LARGEST_FILE} bytes")
-        check_tokenizer(text, vocab_size)
-        tokenizer: Tokenizer = Tokenizer.from_str(text)
-    except BaseException as problem:  # a panic of the library is no Exception
-        raise ValueError(
-            f"{file.name}: no tokenizer that ee-run reads: {tokenizer_reason(problem)}"
-        ) from problem
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def _default_rule(split: SplitNetwork, recipe: str) -> RuleSpec:

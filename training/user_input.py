@@ -164,9 +164,9 @@ def match_image_size(name: str, backbone: PreTrainedModel, preprocessor: Any, *,
     if not size or size[0] != size[1]:
         if no_crop:
             return
-        made = f"images of {size[0]} x {size[1]}" if size else "images keep their own sizes"
+        result = f"images of {size[0]} x {size[1]}" if size else "images keep their own sizes"
         raise ValueError(
-            f"preprocessor_config.json: {made}, and only square images of one size are supported; say "
+            f"preprocessor_config.json: {result}, and only square images of one size are supported; say "
             f"--image-size {own[0]}, the size of config.json, or another one"
         )
     vision.resize(backbone, size[0])

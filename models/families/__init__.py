@@ -59,13 +59,13 @@ def supported_families() -> tuple[str, ...]:
 
 
 def family_of(model_type: str) -> Family:
-    """The adapter of an encoder's `model_type`; raises UnsupportedFamily with the list of supported ones."""
+    """The adapter of an encoder's `model_type`; raises UnsupportedFamily with the lists of supported ones."""
     family = FAMILIES.get(model_type)
     if family is None:
-        known = ", ".join(supported_families())
+        known, decoders = ", ".join(supported_families()), ", ".join(sorted(DECODERS))
         raise UnsupportedFamily(
-            f"no adapter for model type {model_type!r}; supported families: {known}; "
-            "docs/add-a-family.md shows how to add one"
+            f"no adapter for model type {model_type!r}; supported families: {known}; language models, for "
+            f"ee-split: {decoders}; docs/add-a-family.md shows how to add one"
         )
     return family
 

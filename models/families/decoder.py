@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from offramp.models.families.family import UnsupportedFamily
+
 if TYPE_CHECKING:  # a slow import, needed for annotations only
     from transformers import PreTrainedConfig
 
@@ -48,6 +50,32 @@ class Rotation:
 def no_rotations(model: nn.Module) -> Mapping[str, Rotation]:
     """No rotations, for families that add a position to the embedding."""
     return {}
+
+
+ROTATIONS = ("default", "linear", "llama3", "proportional", "yarn")  # rope_type of fixed rotations
+
+
+def require_fixed_rotations(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedFamily if rotations change with the text's length: keys in a cache cannot follow."""
+    parameters = config.rope_parameters
+    sets = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
+    kinds = {str(entry.get("rope_type", "default")) for entry in sets}
+    cures = {
+        "dynamic": "up to max_position_embeddings tokens, the longest text of a bundle, 'default' rotates in "
+        "the same way: set that",
+        "longrope": f"give a model whose rotations are fixed ({', '.join(ROTATIONS)}), such as the one of a "
+        "shorter context",
+    }
+    if changing := sorted(kinds & cures.keys()):
+        raise UnsupportedFamily(
+            f"config.json: rotations of type {changing[0]!r} (rope_type in rope_parameters or rope_scaling) "
+            f"change with the length of the text, and keys in a cache cannot follow; {cures[changing[0]]}"
+        )
+    if others := sorted(kinds - set(ROTATIONS)):
+        raise UnsupportedFamily(
+            f"config.json: rotations of type {others[0]!r:.40} (rope_type in rope_parameters or "
+            f"rope_scaling); supported are {', '.join(ROTATIONS)}"
+        )
 
 
 @dataclass(frozen=True)

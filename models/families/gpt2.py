@@ -80,8 +80,13 @@ def _linear(layer: Conv1D, values: Tensor) -> Tensor:
 
 
 def _longest(config: PreTrainedConfig) -> int:
-    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention:
-        raise UnsupportedFamily("GPT-2 with scores scaled otherwise, or with attention to another network")
+    expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    for name, value in {**expected, "add_cross_attention": False}.items():
+        if bool(getattr(config, name)) != value:
+            raise UnsupportedFamily(
+                f"config.json.{name}: {str(not value).lower()}; only GPT-2 with {str(value).lower()} is "
+                "supported, and weights are trained for one of the two: give another model"
+            )
     return int(config.n_positions)
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from offramp.models.families.decoder import Attention, DecoderFamily, Rotation
-from offramp.models.families.family import UnsupportedFamily, blocks_at, module_at
+from offramp.models.families.decoder import Attention, DecoderFamily, Rotation, require_fixed_rotations
+from offramp.models.families.family import blocks_at, module_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,8 +73,7 @@ def _finish_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
 
 
 def _longest(config: PreTrainedConfig) -> int:
-    if config.rope_parameters.get("rope_type", "default") in ("dynamic", "longrope"):
-        raise UnsupportedFamily("rotations that change with the length of the text cannot be cached")
+    require_fixed_rotations(config)
     return int(config.max_position_embeddings)
 
 

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from offramp.models.families.decoder import Attention, DecoderFamily, Rotation
+from offramp.models.families.decoder import Attention, DecoderFamily, Rotation, require_fixed_rotations
 from offramp.models.families.family import UnsupportedFamily, blocks_at, module_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ROTATION = "rotation"  # the only one of most families; those with several name them by kinds of attention
+
+KINDS = ("full_attention", "sliding_attention")  # of attention, by which a configuration names blocks
 
 
 class SelfAttention(Protocol):
@@ -90,8 +92,10 @@ def _windowed_attention(block: nn.Module) -> Attention:
 
 
 def _gemma3_attention(block: nn.Module) -> Attention:
+    """A rotation for each kind of attention; transformers does not apply attn_logit_softcapping here."""
     attention = cast("Block", block).self_attn
-    return replace(_attention(block), rotation=str(attention.config.layer_types[attention.layer_idx]))
+    kind = str(attention.config.layer_types[attention.layer_idx])
+    return replace(_attention(block), rotation=kind, softcap=None)
 
 
 def _rotations(model: nn.Module) -> Mapping[str, Rotation]:
@@ -196,13 +200,17 @@ def _finish_gemma_block(block: nn.Module, hidden: Tensor, attended: Tensor) -> T
 
 
 def _longest(config: PreTrainedConfig) -> int:
-    """The longest text in tokens; raises UnsupportedFamily if rotations change with the text's length."""
-    parameters = config.rope_parameters
-    sets = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
-    if any(entry.get("rope_type", "default") in ("dynamic", "longrope") for entry in sets):
-        raise UnsupportedFamily("rotations that change with the length of the text cannot be cached")
+    """The longest text in tokens; raises UnsupportedFamily if keys and values cannot be cached."""
+    require_fixed_rotations(config)
+    if others := sorted({*(getattr(config, "layer_types", None) or ())} - set(KINDS)):
+        raise UnsupportedFamily(
+            f"config.json.layer_types: {others[0]!r:.40}; supported are {' and '.join(KINDS)}"
+        )
     if getattr(config, "use_bidirectional_attention", False):
-        raise UnsupportedFamily("attention in both directions cannot be cached")
+        raise UnsupportedFamily(
+            "config.json.use_bidirectional_attention: tokens attend to later ones, as in a model of "
+            "embeddings, which generates no text; give the language model that it was made from"
+        )
     return int(config.max_position_embeddings)
 
 

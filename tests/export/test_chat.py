@@ -185,3 +185,42 @@ def test_a_tokenizer_that_makes_other_ids_than_transformers_is_named(tmp_path: P
     other.post_processor = None  # type: ignore[assignment]
     (note,) = read_chat(model, other).notes
     assert "tokenizer.json makes other ids of" in note and "save_pretrained" in note
+
+
+def test_a_token_that_only_transformers_adds_is_named(tmp_path: Path) -> None:
+    model = chat_folder(tmp_path / "model", None)
+    edit_json(model / "tokenizer_config.json", pad_token="<only here>")
+    (note,) = read(model).notes
+    assert "tokenizer.json makes other ids of 'a <only here> b' than" in note
+
+
+def test_a_text_that_transformers_writes_otherwise_is_named(tmp_path: Path) -> None:
+    model = chat_folder(tmp_path / "model", None)
+    cleanup = "clean_up_tokenization_spaces"
+    forced = {f"{cleanup}_for_bpe_even_though_it_will_corrupt_output": True}  # the tokenizer is one of pairs
+    edit_json(model / "tokenizer_config.json", **{cleanup: True}, **forced)
+    (note,) = read(model).notes
+    assert 'as "It is n\'t , or is it ?", and' in note and 'as "It isn\'t, or is it?"' in note
+
+
+class Failing:
+    """A tokenizer of the library that raises what its Rust code raises."""
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {}
+
+    def encode(self, *arguments: Any, **options: Any) -> Any:
+        raise Exception("no such piece")  # as the library does
+
+
+def test_a_tokenizer_that_fails_at_a_text_is_a_bad_folder(tmp_path: Path) -> None:
+    failing: Any = Failing()
+    with pytest.raises(ValueError, match="its tokenizer fails at a text: no such piece"):
+        read_chat(chat_folder(tmp_path / "model", None), failing)
+
+
+def test_special_tokens_that_transformers_splits_are_named(tmp_path: Path) -> None:
+    model = chat_folder(tmp_path / "model", None, {"eos_token": "</s>"})
+    edit_json(model / "tokenizer_config.json", split_special_tokens=True)
+    (note,) = read(model).notes
+    assert "sets split_special_tokens" in note and note.endswith("Set it to false to have the same ids")

@@ -7,10 +7,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from offramp.models.decoder import DecoderNetwork, KeyValue
 from offramp.models.families import UnsupportedFamily, decoder_family_of
+
+CHANGING: dict[str, Any] = {  # rotations by the length of the text, of heads of 8 numbers
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
 
 
 @pytest.fixture(params=sorted(tiny.DECODERS))
@@ -102,6 +110,71 @@ def test_a_family_without_an_adapter_is_named() -> None:
         UnsupportedFamily, match="'bloom'; supported: gemma2, gemma3_text, gpt2, gpt_neox, llama,"
     ):
         decoder_family_of("bloom")
-    scaled = GPT2Config(n_embd=8, n_layer=1, n_head=1, scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(UnsupportedFamily, match="scaled otherwise"):
-        DecoderNetwork(AutoModelForCausalLM.from_config(scaled))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False), ("add_cross_attention", True)],
+)
+def test_another_form_of_gpt2_is_refused_with_the_field(name: str, value: bool) -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, **{name: value})
+    with pytest.raises(UnsupportedFamily, match=f"config.json.{name}: {str(value).lower()}; only GPT-2 with"):
+        DecoderNetwork(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cure"), [("dynamic", "'default' rotates in the same way"), ("longrope", "rotations are fixed")]
+)
+@pytest.mark.parametrize("make", [LlamaConfig, GPTNeoXConfig])
+def test_rotations_that_change_with_the_length_are_refused_with_a_cure(
+    make: Any, kind: str, cure: str
+) -> None:
+    config = make(**tiny.SIZES, rope_parameters=dict(CHANGING, rope_type=kind))
+    with pytest.raises(UnsupportedFamily, match=f"rotations of type '{kind}' .*{cure}"):
+        decoder_family_of(config.model_type).longest(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"rope_parameters": CHANGING | {"rope_type": "mrope"}},
+            "rotations of type 'mrope' .*supported are def",
+        ),
+        (
+            {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+            "types: 'chunked_attention'",
+        ),
+    ],
+)
+def test_rotations_and_attention_of_another_kind_are_refused(setting: dict[str, Any], message: str) -> None:
+    config = Qwen3Config(**tiny.DECODER_SIZES)
+    for name, value in setting.items():
+        setattr(config, name, value)
+    with pytest.raises(UnsupportedFamily, match=message):
+        decoder_family_of("qwen3").longest(config)
+
+
+@torch.no_grad()
+def test_the_cure_of_dynamic_rotations_gives_the_same_logits() -> None:
+    ids, logits = torch.randint(3, 60, (1, tiny.SIZES["max_position_embeddings"])), list[torch.Tensor]()
+    for kind in ("dynamic", "default"):
+        torch.manual_seed(0)
+        config = LlamaConfig(**tiny.SIZES, rope_parameters=dict(CHANGING, rope_type=kind))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        logits.append(model(ids).logits)
+        if kind == "dynamic":
+            with pytest.raises(UnsupportedFamily, match="'default' rotates in the same way: set that"):
+                DecoderNetwork(model)
+    torch.testing.assert_close(*logits)
+
+
+@torch.no_grad()
+def test_gemma3_caps_no_scores_of_attention_as_in_transformers() -> None:
+    """Its configuration has attn_logit_softcapping, and its attention does not read it."""
+    config = tiny.DECODERS["gemma3_text"]()
+    config.attn_logit_softcapping, config.initializer_range = 0.5, 0.5
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 60, (1, 30))
+    network = DecoderNetwork(model)
+    torch.testing.assert_close(network.head(network(ids)[-1]), model(ids).logits, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ import tiny_families
 import torch
 
 from offramp.models import family_of, supported_families
-from offramp.models.families import UnsupportedFamily
+from offramp.models.families import DECODERS, UnsupportedFamily
 
 NAMES = [*sorted(tiny.CONFIGS), *sorted(tiny_families.TEXT), *tiny_families.FORMS]
 
@@ -74,8 +74,8 @@ def test_every_family_has_its_twin() -> None:
 def test_unsupported_family_lists_the_supported_and_says_how_to_add_one() -> None:
     with pytest.raises(UnsupportedFamily) as raised:
         family_of("gpt2")
-    known = ", ".join(supported_families())
+    known, decoders = ", ".join(supported_families()), ", ".join(sorted(DECODERS))
     assert str(raised.value) == (
-        f"no adapter for model type 'gpt2'; supported families: {known}; "
-        "docs/add-a-family.md shows how to add one"
+        f"no adapter for model type 'gpt2'; supported families: {known}; language models, for ee-split: "
+        f"{decoders}; docs/add-a-family.md shows how to add one"
     )
