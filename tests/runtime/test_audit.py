@@ -26,7 +26,7 @@ from tiny_bundles import (
 )
 
 from offramp.runtime import BadSetting, DriftWarning, RunWarning, cli, load, load_classifier, load_row_session
-from offramp.runtime.audit import MOST_WAITING, ON_DRIFT, Audit, AuditOptions, AuditPlan, plan_audit
+from offramp.runtime.audit import MOST_WAITING, Audit, AuditOptions, AuditPlan, plan_audit
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import Guarantee, Manifest, RuleSpec
 
@@ -425,10 +425,6 @@ def test_ee_run_warns_in_one_line(guaranteed: Path) -> None:
     code, objects, lines = run(guaranteed, *options)
     assert code == cli.ALL_ANSWERED and len(objects) == 200
     assert len(lines) == 1 and lines[0].startswith("ee-run: audit: answers disagree with full depth")
-
-
-def test_the_choices_of_ee_run_are_those_of_an_audit() -> None:
-    assert cli.ON_DRIFT == ON_DRIFT
 
 
 def test_ee_run_refuses_what_load_refuses(guaranteed: Path) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny_bundles import CLASSIFIER, GENERATOR, bundle_with_points, texts
 
-from offramp.runtime import BadSetting, BudgetExceeded, cli, load, load_classifier
-from offramp.runtime.budget import STATISTICS, Budget, BudgetOptions, BudgetPoint, budget_points, open_budget
+from offramp.runtime import BadSetting, BudgetExceeded, load, load_classifier
+from offramp.runtime.budget import Budget, BudgetOptions, BudgetPoint, budget_points, open_budget
 from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import Manifest, RuleSpec
 
@@ -284,10 +284,6 @@ def test_scores_are_those_of_the_point_that_walked_the_row(bundle: Path, tmp_pat
         given = (answers[number].label, answers[number].score)
         used.add(next(point for point, each in enumerate(expected) if each[number] == given))
     assert len(used) > 1
-
-
-def test_the_choices_of_ee_run_are_those_of_a_budget() -> None:
-    assert cli.STATISTICS == STATISTICS
 
 
 def test_a_session_without_a_budget_has_no_report(bundle: Path) -> None:
