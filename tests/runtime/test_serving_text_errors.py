@@ -12,7 +12,6 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
-from fastapi import HTTPException
 from serving import Server, serving, wait_until
 from tiny_bundles import GENERATOR
 
@@ -21,6 +20,8 @@ from offramp.runtime.serving import openai
 from offramp.runtime.serving.generation import ServedGenerator
 from offramp.runtime.serving.row_requests import CALLER_GONE
 from offramp.runtime.text_chunks import TextChunk
+
+HTTPException = pytest.importorskip("fastapi").HTTPException
 
 pytestmark = pytest.mark.slow
 
