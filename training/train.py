@@ -136,7 +136,11 @@ def _prepare_folder(config: TrainConfig, data_digest: str) -> None:
     """
     partial, file = config.partial, config.partial / COMMAND
     command = {**config.as_json(), "save_every": None}
-    command |= {"content of --data": data_digest, "content of --model": _fingerprint(config.model)}
+    start = "--model" if config.init is None else "--init"
+    command |= {
+        "content of --data": data_digest,
+        f"content of {start}": _fingerprint(config.init or config.model),
+    }
     try:
         if file.is_file():
             before = read_json(file)
@@ -157,7 +161,7 @@ def _prepare_folder(config: TrainConfig, data_digest: str) -> None:
 
 
 def _fingerprint(model: str | None) -> str | None:
-    """A hash of names, sizes and times of the files in a model's folder; None for a name on the hub."""
+    """A hash of names, sizes and times of the files in a folder; None for a name on the hub."""
     if model is None or not Path(model).is_dir():
         return None
     files = [(file.name, file.stat()) for file in sorted(Path(model).iterdir()) if file.is_file()]
