@@ -89,6 +89,19 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def hold_engine(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold the engine of the first model before its next step until the event is set."""
+    engine, go_on = server.models.rows(None).session.engine, threading.Event()
+    step = engine.step
+
+    def held(*arguments: Any) -> Any:
+        assert go_on.wait(20)
+        return step(*arguments)
+
+    monkeypatch.setattr(engine, "step", held)
+    return go_on
+
+
 def futures_of(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Future[Any]]:
     """The futures of all rows that the first model accepts from now on."""
     scheduler, futures = server.models.rows(None).scheduler, list[Future[Any]]()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 import pytest
-from serving import CLASSIFY, Server, serving
+from serving import CLASSIFY, Server, hold_engine, serving
 from tiny_bundles import CLASSIFIER
 
 from offramp.runtime.errors import BadBundle
@@ -25,19 +24,6 @@ pytestmark = pytest.mark.slow
 
 WEB = Path(__file__).resolve().parents[2] / "web"
 ELSEWHERE = re.compile(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//|https?://""")
-
-
-def hold(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Hold the engine before its next step until the event is set."""
-    engine, go_on = server.models.rows(None).session.engine, threading.Event()
-    step = engine.step
-
-    def held(*arguments: Any) -> Any:
-        assert go_on.wait(20)
-        return step(*arguments)
-
-    monkeypatch.setattr(engine, "step", held)
-    return go_on
 
 
 def wait_for_rows(server: Server, count: int) -> None:
@@ -76,7 +62,7 @@ def test_a_full_queue_names_the_rows_that_wait_without_those_of_the_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with serving(CLASSIFIER, scheduling={"queue": 4}) as server, ThreadPoolExecutor(1) as pool:
-        go_on = hold(server, monkeypatch)
+        go_on = hold_engine(server, monkeypatch)
         first = pool.submit(server.results, {"input": ["good film"] * 3})
         wait_for_rows(server, 3)
         status, answer, _ = server.ask(CLASSIFY, {"input": ["good film"] * 2})
@@ -87,7 +73,7 @@ def test_a_full_queue_names_the_rows_that_wait_without_those_of_the_request(
 
 def test_a_request_that_does_not_fit_beside_others_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(CLASSIFIER, scheduling={"queue": 4}) as server, ThreadPoolExecutor(1) as pool:
-        go_on = hold(server, monkeypatch)
+        go_on = hold_engine(server, monkeypatch)
         first = pool.submit(server.results, {"input": ["good film"] * 3})
         wait_for_rows(server, 3)
         with monkeypatch.context() as patched:
@@ -102,7 +88,7 @@ def test_a_queue_that_fills_while_items_are_read_names_the_rows_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with serving(CLASSIFIER, scheduling={"queue": 4}) as server:
-        go_on, model = hold(server, monkeypatch), server.models.rows(None)
+        go_on, model = hold_engine(server, monkeypatch), server.models.rows(None)
         read = model.session.read
 
         def read_late(items: Sequence[Any]) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
-from serving import CLASSIFY, Server, futures_of, serving, wait_until
+from serving import CLASSIFY, Server, futures_of, hold_engine, serving, wait_until
 from tiny_bundles import CLASSIFIER, texts
 
 from offramp.runtime import load, load_classifier
@@ -26,14 +24,7 @@ WALK, TEXT = "/v1/walk", "a warm and good film"
 @contextmanager
 def held(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hold the engine of the first model before its next step."""
-    engine, go_on = server.models.rows(None).session.engine, threading.Event()
-    step = engine.step
-
-    def late(*arguments: Any) -> Any:
-        assert go_on.wait(20)
-        return step(*arguments)
-
-    monkeypatch.setattr(engine, "step", late)
+    go_on = hold_engine(server, monkeypatch)
     try:
         yield
     finally:
