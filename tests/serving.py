@@ -21,9 +21,9 @@ pytest.importorskip("prometheus_client")
 
 from offramp.runtime.serving.app import create_app  # noqa: E402
 from offramp.runtime.serving.cli import bind  # noqa: E402
+from offramp.runtime.serving.limits import ServerLimits  # noqa: E402
 from offramp.runtime.serving.metrics import Metrics  # noqa: E402
 from offramp.runtime.serving.models import Models, names_of  # noqa: E402
-from offramp.runtime.serving.protection import ServerLimits  # noqa: E402
 from offramp.runtime.serving.settings import WatchOptions  # noqa: E402
 
 CLASSIFY = "/v1/classify"

@@ -30,9 +30,9 @@ from serving import serving as ee_serve
 from offramp.runtime import bulk, bulk_cli, bulk_files, cli, load_classifier
 from offramp.runtime.bulk import AnswerBatches, AnswerChunks, BulkOptions, answer_dataset, number_of_actors
 from offramp.runtime.errors import BadSetting
+from offramp.runtime.serving.limits import ServerLimits
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models, names_of
-from offramp.runtime.serving.protection import ServerLimits
 from offramp.runtime.serving.ray import OpenBundles, read_options
 
 pytestmark = [

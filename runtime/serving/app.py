@@ -22,10 +22,11 @@ from offramp.runtime.row_session import RowAnswer
 from offramp.runtime.serving.demo import add_demo_routes
 from offramp.runtime.serving.error_replies import ErrorReply, reply_to
 from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.limits import ServerLimits
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models, ServedModel, manifest_time
 from offramp.runtime.serving.openai import add_text_routes
-from offramp.runtime.serving.protection import Protection, ServerLimits
+from offramp.runtime.serving.protection import Protection
 from offramp.runtime.serving.row_requests import CALLER_GONE, Answers, answer_items
 from offramp.runtime.serving.scheduler import RowOptions
 from offramp.runtime.serving.settings import Wanted

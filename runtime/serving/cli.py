@@ -169,9 +169,9 @@ def main(bundles: tuple[str, ...], **options: Any) -> None:
         import uvicorn
 
         from offramp.runtime.serving.app import create_app
+        from offramp.runtime.serving.limits import ServerLimits
         from offramp.runtime.serving.metrics import Metrics
         from offramp.runtime.serving.models import Models, names_of
-        from offramp.runtime.serving.protection import ServerLimits
         from offramp.runtime.serving.settings import WatchOptions
     except ImportError as problem:
         _refuse(f"ee-serve needs the extra serve ({problem.name} is missing): pip install 'offramp[serve]'")

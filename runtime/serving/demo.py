@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from offramp.runtime.bundle.manifest import CLASSIFICATION, FILE_NAME
 from offramp.runtime.errors import BadInput, BadSetting, ItemError
 from offramp.runtime.row_session import ExitRecord
+from offramp.runtime.serving.limits import ServerLimits
 from offramp.runtime.serving.models import Models, ServedModel
-from offramp.runtime.serving.protection import ServerLimits
 from offramp.runtime.serving.row_requests import answer_items
 from offramp.runtime.serving.scheduler import RowOptions
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from offramp.runtime.errors import BadInput, BadSetting, OfframpError, SessionClosed
+from offramp.runtime.serving.limits import LOG
 from offramp.runtime.serving.models import UnknownModel
-from offramp.runtime.serving.protection import LOG
 from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull, ThreadEnded
 from offramp.runtime.serving.settings import TooManyBudgets
 

@@ -18,7 +18,7 @@ from offramp.runtime.errors import OfframpError, SessionClosed, SessionForked
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.inputs.chat import Message
 from offramp.runtime.sampling import Sampling
-from offramp.runtime.serving.protection import LOG, ServerLimits
+from offramp.runtime.serving.limits import LOG, ServerLimits
 from offramp.runtime.serving.scheduler import DeadlinePassed, QueueFull, ThreadEnded
 from offramp.runtime.text_chunks import TextChunk
 

@@ -21,10 +21,10 @@ from offramp.runtime.inputs.chat import Message
 from offramp.runtime.sampling import MOST_LOGPROBS, Sampling
 from offramp.runtime.serving.error_replies import reply_to
 from offramp.runtime.serving.generation import ServedGenerator
+from offramp.runtime.serving.limits import LOG, ServerLimits
 from offramp.runtime.serving.logprobs import TokenLogprobs
 from offramp.runtime.serving.metrics import Metrics
 from offramp.runtime.serving.models import Models
-from offramp.runtime.serving.protection import LOG, ServerLimits
 from offramp.runtime.serving.row_requests import cancel_if_caller_leaves
 from offramp.runtime.text_chunks import TextChunk, repeated_tokens
 

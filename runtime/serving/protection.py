@@ -5,39 +5,22 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import logging
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from offramp.runtime.serving.limits import LOG, ServerLimits
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from offramp.runtime.serving.metrics import Metrics
 
-LOG = logging.getLogger("offramp.serve")
 Refusal = tuple[int, str, str]  # status, type and message of an error
 OPEN_PATHS = ("/healthz", "/readyz")  # probes of an orchestrator have no key
 # A browser cannot send a key with the page of /demo, which asks for one; what the page shows needs the key.
 OPEN_PAGE = re.compile(r"/demo(/([a-z0-9-]+\.(html|js|css))?)?")
-
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """What a server takes. keys: API keys, none for no check; body: bytes of a request.
-
-    items: texts or images of a request. timeout: seconds in which the body of a request must come; seconds in
-    which rows must be answered, or a text must have its first token, if the request names no time. log:
-    whether each request is logged.
-    """
-
-    keys: frozenset[str] = frozenset()
-    body: int = 1 << 20
-    items: int = 256
-    timeout: float = 30.0
-    log: bool = True
 
 
 class Protection:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # of the extras ray and serve: imported where they are used
     from ray.serve import Application
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from offramp.runtime.serving.limits import ServerLimits
     from offramp.runtime.serving.metrics import Metrics
     from offramp.runtime.serving.models import Models
-    from offramp.runtime.serving.protection import ServerLimits
 
 BUNDLES = "OFFRAMP_BUNDLES"  # environment variable for what no argument names
 API, PROBES = "/v1/", ("/healthz", "/readyz")
@@ -60,7 +60,7 @@ class ReplicaOptions:
     @property
     def limits(self) -> ServerLimits:
         """What a replica takes; raises BadSetting for a file of keys that cannot be used."""
-        from offramp.runtime.serving.protection import ServerLimits
+        from offramp.runtime.serving.limits import ServerLimits
 
         keys = frozenset[str]() if self.api_keys is None else read_keys(self.api_keys)
         return ServerLimits(keys, self.max_bytes, self.max_items, self.timeout, log=False)

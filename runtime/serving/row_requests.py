@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 
 from offramp.runtime.errors import BadInput, BadSetting, ItemError, SessionClosed
 from offramp.runtime.row_session import RowAnswer
+from offramp.runtime.serving.limits import ServerLimits
 from offramp.runtime.serving.models import Models, ServedModel
-from offramp.runtime.serving.protection import ServerLimits
 from offramp.runtime.serving.scheduler import DeadlinePassed, RowOptions
 
 INLINE_CHARACTERS = 20_000  # more text than this is tokenized in another thread, so that no request waits

@@ -18,7 +18,7 @@ from offramp.runtime.errors import BadSetting, OfframpError, SessionClosed
 from offramp.runtime.inputs.text import LENGTH_STEP, MAX_WINDOWS, AnyRow
 from offramp.runtime.row_session import ExitRecord, RowAnswer, RowSession
 from offramp.runtime.rules.base import Plan
-from offramp.runtime.serving.protection import LOG
+from offramp.runtime.serving.limits import LOG
 from offramp.runtime.walker import QueueKey, Trace, Walk
 
 A = TypeVar("A", bound=RowAnswer)
