@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,12 +44,13 @@ class ChatFacts:
         return {template_file(name): self.templates[name].encode("utf-8") for name in sorted(self.templates)}
 
 
-def read_chat(folder: Path, tokenizer: Tokenizer) -> ChatFacts:
+def read_chat(folder: Path, tokenizer: Tokenizer, left_out: Collection[str] = ()) -> ChatFacts:
     """Read the chat templates and special tokens of a model's folder.
 
     They are those of transformers' AutoTokenizer: chat_template.jinja with the files of
     additional_chat_templates, or what tokenizer_config.json holds; if there are none, chat_template.json.
-    tokenizer: of the folder's tokenizer.json. Raises ValueError for files that cannot be read.
+    tokenizer: of the folder's tokenizer.json. left_out: added tokens that it has no longer, which are not
+    compared. Raises ValueError for files that cannot be read.
     """
     with _quiet_transformers():
         try:
@@ -59,7 +60,7 @@ def read_chat(folder: Path, tokenizer: Tokenizer) -> ChatFacts:
         ) as problem:  # files that do not fit raise nearly anything, a panic is no Exception
             raise ValueError(f"its tokenizer cannot be loaded: {tokenizer_reason(problem)}") from problem
         try:
-            notes = _differences(loaded, tokenizer)
+            notes = _differences(loaded, tokenizer, left_out)
         except BaseException as problem:
             raise ValueError(f"its tokenizer fails at a text: {tokenizer_reason(problem)}") from problem
     templates = _templates(loaded.chat_template)
@@ -99,7 +100,9 @@ def _templates(value: Any) -> dict[str, str]:
     return {str(name): text for name, text in value.items()}
 
 
-def _differences(loaded: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> tuple[str, ...]:
+def _differences(
+    loaded: PreTrainedTokenizerBase, tokenizer: Tokenizer, left_out: Collection[str]
+) -> tuple[str, ...]:
     """Notes if transformers makes other ids of a text, or another text of ids, than the bundle's file does.
 
     Compared are texts, and every token that one of the two adds to the vocabulary.
@@ -112,7 +115,7 @@ def _differences(loaded: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> tuple
         )
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     added |= {token.content for token in getattr(loaded, "added_tokens_decoder", {}).values()}
-    samples = [*SAMPLES, *(f"a {token} b" for token in sorted(added))]
+    samples = [*SAMPLES, *(f"a {token} b" for token in sorted(added - set(left_out)))]
     kind, notes = f"{type(loaded).__name__} of transformers", list[str]()
     for text, special in [*((text, True) for text in SAMPLES), *((text, False) for text in samples)]:
         right = list(loaded(text, add_special_tokens=special)["input_ids"])

@@ -269,7 +269,8 @@ class ExportableDecoder:
     """A causal language model with everything that its bundle needs; see segments.Exportable.
 
     folder: holds its tokenizer.json. training: the contents of training.json. draft_ids, portable: see
-    split_decoder. chat: its chat templates and special tokens.
+    split_decoder. chat: its chat templates and special tokens. tokenizer: contents of the bundle's
+    tokenizer.json; if empty, it is the folder's file.
     """
 
     network: DecoderNetwork
@@ -278,6 +279,7 @@ class ExportableDecoder:
     draft_ids: int = DRAFT_IDS
     chat: ChatFacts = field(default_factory=ChatFacts)
     portable: bool = False
+    tokenizer: bytes = b""
 
     # int8 and int4: activations are quantized token by token, so that a token gets the same logits among
     # others as alone; one scale for all of them would not allow that.
@@ -294,7 +296,7 @@ class ExportableDecoder:
     @property
     def files(self) -> dict[str, Path | bytes]:
         """The tokenizer file and the contents of the chat templates, by their names in the bundle."""
-        return {TOKENIZER: self.folder / TOKENIZER, **self.chat.files}
+        return {TOKENIZER: self.tokenizer or self.folder / TOKENIZER, **self.chat.files}
 
     def split(self, cuts: str | Sequence[int], variants: Sequence[str] | None = None) -> SplitNetwork:
         """Cut the network after these blocks; see split_decoder."""
@@ -350,7 +352,7 @@ def open_decoder(folder: Path, *, portable: bool = False) -> ExportableDecoder:
     require_causal_lm(config)
     require_generation_config(folder)
     tokenizer = read_tokenizer(folder / TOKENIZER, int(config.vocab_size))
-    chat = read_chat(folder, tokenizer)
+    chat = read_chat(folder, tokenizer.tokenizer, tokenizer.left_out)
     try:
         model = load_weights(AutoModelForCausalLM, folder)
     except (OSError, ValueError):
@@ -360,13 +362,20 @@ def open_decoder(folder: Path, *, portable: bool = False) -> ExportableDecoder:
     network = DecoderNetwork(model)
     refuse_short_cache(network)
     load_exits(network, folder)
-    for note in (*chat.notes, *generation_notes(folder, model.generation_config)):
+    for note in (*tokenizer.notes, *chat.notes, *generation_notes(folder, model.generation_config)):
         click.echo(f"{folder}: {note}", err=True)
     training = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
     if not portable and (reason := reason_against(network)) is not None:
         click.echo(f"{folder}: {reason}, so its graphs are written as with --portable", err=True)
         portable = True
-    return ExportableDecoder(network.float(), folder, training, chat=chat, portable=portable)
+    return ExportableDecoder(
+        network.float(),
+        folder,
+        training,
+        chat=chat,
+        portable=portable,
+        tokenizer=tokenizer.content if tokenizer.left_out else b"",
+    )
 
 
 def stop_ids(network: DecoderNetwork) -> tuple[int, ...]:

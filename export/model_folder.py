@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,43 +125,63 @@ def refuse_short_cache(network: DecoderNetwork) -> None:
             )
 
 
-def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer.json as a bundle holds it: opened, and its contents.
+
+    left_out: texts of the added tokens that it has no longer, see read_tokenizer. notes: lines for the user
+    about them.
+    """
+
+    tokenizer: Tokenizer
+    content: bytes
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_tokenizer(file: Path, vocab_size: int) -> TokenizerFile:
     """Open a tokenizer.json that ee-run can read, too; raises ValueError for others.
 
-    vocab_size: rows of the network's embeddings.
+    vocab_size: rows of the network's embeddings. Added tokens without a row are left out, so that a text
+    with one is read as other text is. Transformers fails at such a text; folders have these tokens where a
+    padding token was added and the embeddings were not resized, or where the model was a part of a larger
+    one.
     """
-    text = ""
     try:
         text = file.read_text("utf-8")
         if len(text.encode("utf-8")) > LARGEST_FILE:
             raise ValueError(f"more than {LARGEST_FILE} bytes")
+        text, left_out = _without_rowless(text, vocab_size)
         check_tokenizer(text, vocab_size)
         tokenizer: Tokenizer = Tokenizer.from_str(text)
     except BaseException as problem:  # a panic of the library is no Exception
         raise ValueError(
             f"{file.name}: no tokenizer that ee-run reads: {tokenizer_reason(problem)}"
-            f"{_cure_of_ids(text, vocab_size)}"
         ) from problem
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    notes: tuple[str, ...] = ()
+    if left_out:
+        names = f"{left_out[0]!r:.40}" + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
+        notes = (
+            f"{file.name}: the network has {vocab_size} embeddings and none for the added token {names}; the "
+            "bundle leaves it out and reads it in a text as plain letters, where transformers fails",
+        )
+    return TokenizerFile(tokenizer, text.encode("utf-8"), left_out, notes)
 
 
-def _cure_of_ids(text: str, vocab_size: int) -> str:
-    """What to do about added tokens beyond the embeddings; empty if a tokenizer.json has none."""
+def _without_rowless(text: str, vocab_size: int) -> tuple[str, tuple[str, ...]]:
+    """A tokenizer.json without added tokens beyond the embeddings, and their texts; others as they are."""
     try:
-        added = json.loads(text)["added_tokens"]
-        beyond = [token["content"] for token in added if token["id"] >= vocab_size]
+        value = json.loads(text)
+        rowless = [token for token in value["added_tokens"] if token["id"] >= vocab_size]
+        left_out = tuple(str(token["content"]) for token in rowless)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    if not beyond:
-        return ""
-    names = f"{beyond[0]!r:.40}" + (f" and {len(beyond) - 1} more" if len(beyond) > 1 else "")
-    return (
-        f"; transformers fails at {names}, too: take what is beyond out of tokenizer.json and "
-        "tokenizer_config.json, or "
-        "call model.resize_token_embeddings(len(tokenizer)), train the new rows, and save both again"
-    )
+        return text, ()  # for check_tokenizer, which names the field
+    if not rowless:
+        return text, ()
+    value["added_tokens"] = [token for token in value["added_tokens"] if token not in rowless]
+    return json.dumps(value, ensure_ascii=False), left_out
 
 
 def _read_object(file: Path) -> Mapping[str, Any]:

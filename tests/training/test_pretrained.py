@@ -13,10 +13,12 @@ import torch
 from chat_folders import edit_json
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from tokenizers import Tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from offramp.export.cli import main as split
 from offramp.export.decoder import open_decoder, stop_ids
+from offramp.runtime.inputs.tokenizer_checks import check_tokenizer
 from offramp.training.decoder import load_decoder
 from offramp.training.options import BadModel
 from offramp.training.user_model import load_user_model
@@ -186,9 +188,30 @@ def test_tokenizer_that_ee_run_refuses_is_refused_before_the_weights_are_read(tm
     folder = language_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     value = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    value["added_tokens"] = [{**value["added_tokens"][0], "id": 60, "content": "[beyond]"}]
+    value["model"]["vocab"]["beyond"] = 60
     (folder / "tokenizer.json").write_text(json.dumps(value))
     with pytest.raises(
         ValueError, match=r"tokenizer.json: no tokenizer that ee-run reads: .*id 60 is beyond"
     ):
         open_decoder(folder)
+
+
+def test_an_added_token_without_an_embedding_is_left_out_of_the_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the image token of Gemma 3 of 1B, or a padding token for which nobody resized the embeddings."""
+    folder = language_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), 60)])
+    tokenizer.save_pretrained(folder)
+    before = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert before.token_to_id("<59>") == 59
+    tokenizer.add_special_tokens({"pad_token": "<pad 60>"})
+    tokenizer.save_pretrained(folder)
+    content = open_decoder(folder).files["tokenizer.json"]
+    assert "none for the added token '<pad 60>'; the bundle leaves it out" in capsys.readouterr().err
+    assert isinstance(content, bytes)
+    check_tokenizer(content.decode("utf-8"), 60)
+    read = Tokenizer.from_str(content.decode("utf-8"))
+    for text in ("wafer [SEP] a <59>", "a <pad 60> b"):
+        assert read.encode(text).ids == before.encode(text).ids
