@@ -459,19 +459,19 @@ def _walk_row(engine: Engine[S], rule: Rule, row: int, inputs: Inputs, variant: 
     """Walk one row from its stem to its end, and write it into the trace."""
     started = time.perf_counter()
     state = engine.begin(inputs)
-    steps = walk_one(engine, rule, state, (variant,) * trace.variants.shape[1])
-    trace.seconds[row] = time.perf_counter() - started
-    variants, logits, gates = trace.variants[row], trace.logits[row], trace.gates[row]
-    for segment, number, signals, _ in steps:
-        variants[segment] = number
-        logits[segment] = signals.logits[0]
-        if (gate := signals.gate) is not None:
-            gates[segment] = gate[0]
-    if steps and steps[0].signals.answer is not None:  # asked once a row, as most bundles have none
-        for segment, _, signals, _ in steps:
-            assert signals.answer is not None  # every segment of a bundle gives one, or none does
-            trace.keep_answers([row], segment, signals.answer)
-    engine.drop(state)
+    try:
+        steps = walk_one(engine, rule, state, (variant,) * trace.variants.shape[1])
+        trace.seconds[row] = time.perf_counter() - started
+        variants, logits, gates = trace.variants[row], trace.logits[row], trace.gates[row]
+        for segment, number, signals, _ in steps:
+            variants[segment] = number
+            logits[segment] = signals.logits[0]
+            if (gate := signals.gate) is not None:
+                gates[segment] = gate[0]
+            if signals.answer is not None:
+                trace.keep_answers([row], segment, signals.answer)
+    finally:
+        engine.drop(state)
 
 
 def _length(queue: list[_Group[S]]) -> int:

@@ -498,6 +498,14 @@ def test_no_state_stays_open_after_an_error_of_a_rule(monkeypatch: pytest.Monkey
     assert under_way.waiting().tolist() == [2] and engine.open == 1
 
 
+def test_no_state_stays_open_after_an_error_in_the_walk_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, batch = Tables(3), (np.arange(1), {"rows": np.arange(1), "length": 8})
+    monkeypatch.setattr(Tables, "step", failing(RuntimeError("the engine failed")))
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        walk(engine, NEVER, [batch], rows=1, segments=SEGMENTS, classes=CLASSES, limit=1)
+    assert engine.open == 0
+
+
 def test_no_state_stays_open_if_rows_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, plans = Tables(3), np.zeros((2, SEGMENTS), np.int8)
     under_way, _ = joining_walk(engine, [NEVER])
