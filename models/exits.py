@@ -174,6 +174,15 @@ class Standardize(nn.Module):
                 self._update(vector.float())
         return (vector.float() - self.mean) * self.scale  # [batch, features]
 
+    @torch.no_grad()
+    def folded_into(self, layer: nn.Linear) -> nn.Linear:
+        """A copy of the linear layer behind this one that standardizes its input by its own weights."""
+        linear = nn.Linear(layer.in_features, layer.out_features)
+        weight = layer.weight * self.scale
+        linear.weight.copy_(weight)
+        linear.bias.copy_(layer.bias - weight @ self.mean)
+        return linear
+
     def _update(self, vector: Tensor) -> None:
         # The first batches have equal weights (a running mean), later ones the momentum.
         self.seen += 1
@@ -242,14 +251,5 @@ class Exit(nn.Module):
     def folded(self) -> nn.Module:
         """This exit in evaluation mode without standardization, the form for an exported graph."""
         if self.dense is None:
-            return self._fold_standardization(self.classify)
-        dense = self._fold_standardization(self.dense)
-        return nn.Sequential(dense, nn.GELU(), self.classify)
-
-    def _fold_standardization(self, layer: nn.Linear) -> nn.Linear:
-        """The layer with the standardization of its input in its own weights."""
-        linear = nn.Linear(layer.in_features, layer.out_features)
-        weight = layer.weight * self.standardize.scale
-        linear.weight.copy_(weight)
-        linear.bias.copy_(layer.bias - weight @ self.standardize.mean)
-        return linear
+            return self.standardize.folded_into(self.classify)
+        return nn.Sequential(self.standardize.folded_into(self.dense), nn.GELU(), self.classify)

@@ -336,12 +336,13 @@ def main(
     chosen = PRESETS[preset] if preset else default
     if preset is None:
         words["--recipes"] = recipes = recipes or RECIPES_DEFAULT
+    compared = recipes or chosen.recipes
     seed_list = list(range(first_seed, first_seed + (seeds or chosen.seeds)))
     command = _command(CommonWords(model, data, more, tuple(options), settings), words, seed_list, measure)
     common = CommonWords(model, data, (*chosen.more, *more), tuple(options), (*chosen.settings, *settings))
     rule_names, compared_with = (rules or chosen.rules).split(","), reference or chosen.reference
     try:
-        specs = parse_specs(f"{compared_with.partition(' + ')[0]} {chosen.recipes} {recipes or ''}")
+        specs = parse_specs(f"{compared_with.partition(' + ')[0]} {compared}")
         _check(specs, rule_names, compared_with, common)
         out.mkdir(parents=True, exist_ok=True)
         comparison = Comparison(

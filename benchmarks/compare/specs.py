@@ -38,11 +38,11 @@ class Preset:
 
 
 PRESETS = {
-    # Recipe consistentee has two epochs of warm start and two of its last phase: all others have four, and
-    # its batch, learning rates and pooling.
+    # Recipe consistentee has two epochs of warm start and two in which everything is trained: all others,
+    # and the ablation without the latter, have four, and its batch, learning rates and pooling.
     "paper": Preset(
-        f"joint:epochs=4 {_CONSISTENTEE} {_CONSISTENTEE},hardness=false {_CONSISTENTEE},stage3=false "
-        f"consistentee:actions=oracle deebert:epochs=4 berxit:epochs=4",
+        f"joint:epochs=4 {_CONSISTENTEE} {_CONSISTENTEE},hardness=false "
+        f"{_CONSISTENTEE},stage3=false,epochs=4 consistentee:actions=oracle deebert:epochs=4 berxit:epochs=4",
         "max_probability,entropy,patience",
         "joint:epochs=4 + max_probability",
         settings=("batch_size=16", "lr=2e-5", "heads_lr=2e-5", "warmup=0.0", "weight_decay=0.0"),

@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from offramp.models.exits import Standardize
+
 POLICY_INPUTS = ("statistics", "state", "both")
 STATISTICS = 2  # certainty, agreement
 HIDDEN = 16
 FADE = 0.5  # factor on the evidence of earlier exits from one exit to the next
 _ONE = 1.0 + 1e-5  # keeps log(1 - top probability) finite
 # Logit of P(exit) before training. Gates start nearly closed: if they start half open, few rows reach the
-# deep gates and train them. Which value the paper starts from is not known.
+# deep gates and train them. In the public code P(exit) starts near 0.5.
 CLOSED = -2.0
 
 
@@ -48,6 +50,9 @@ class ConsistentEEPolicy(nn.Module):
     it only where that pays. state: Linear(hidden, 32), GELU, Linear(32, 1) on the pooled state and nothing
     else, the published shape (class Policy of ConsistentEE's public code). both: the sum, with dropout before
     the part that reads the state.
+
+    The pooled state is standardized first, as an exit's input is. A pooler that was not pretrained gives
+    states that differ by 0.001 to 0.02 between rows, and a policy then learns one decision for all of them.
     """
 
     bias: Tensor
@@ -60,6 +65,7 @@ class ConsistentEEPolicy(nn.Module):
         self.state: nn.Sequential | None = None
         if inputs in ("state", "both"):
             self.state = nn.Sequential(
+                Standardize(hidden_size),
                 nn.Dropout(dropout if reads_statistics else 0.0),
                 nn.Linear(hidden_size, 32),
                 nn.GELU(),
@@ -121,7 +127,7 @@ class FoldedConsistentEEPolicy(nn.Module):
     @torch.no_grad()
     def __init__(self, policy: ConsistentEEPolicy, classes: int) -> None:
         super().__init__()
-        self.state = policy.state
+        self.state = None if policy.state is None else _fold_state(policy.state)
         self.bias = policy.bias.detach().clone()
         self.reads_statistics = policy.statistics is not None
         if policy.statistics is None or policy.slope is None:
@@ -169,6 +175,13 @@ def make_policies(hidden_size: int, count: int, *, inputs: str) -> nn.ModuleList
     for policy in policies[1:]:
         policy.statistics, policy.slope = policies[0].statistics, policies[0].slope
     return nn.ModuleList(policies)
+
+
+def _fold_state(state: nn.Sequential) -> nn.Sequential:
+    """The part that reads the state, in evaluation mode and without standardization."""
+    standardize, _, first, activation, last = state
+    assert isinstance(standardize, Standardize) and isinstance(first, nn.Linear)
+    return nn.Sequential(standardize.folded_into(first), activation, last)
 
 
 def _zero_evidence(logits: Tensor) -> Tensor:

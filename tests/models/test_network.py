@@ -58,6 +58,9 @@ def test_a_folded_policy_is_the_same_policy(kind: str) -> None:
     policy = ConsistentEEPolicy(8, kind).eval()
     for parameter in policy.parameters():
         torch.nn.init.normal_(parameter)
+    if policy.state is not None:
+        policy.train()(torch.randn(20, 8) * 3 + 1, torch.randn(20, 3), None)  # statistics other than 0 and 1
+        policy.eval()
     logits = torch.randn(6, 3) * 4
     pooled, evidence = torch.randn(6, 8), torch.rand(6, 3)
     gate_logit, next_evidence = policy(pooled, logits, evidence)

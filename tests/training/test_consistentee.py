@@ -13,6 +13,7 @@ import torch
 
 from offramp.models import EarlyExitNetwork, NetworkSpec
 from offramp.training.batches import EncodedText
+from offramp.training.collect import Collected
 from offramp.training.loop import Run
 from offramp.training.recipes import consistentee
 from offramp.training.recipes.consistentee import (
@@ -178,13 +179,18 @@ def test_defaults_are_the_published_schedule() -> None:
 
 
 def test_the_published_policy_is_one_perceptron_an_exit() -> None:
-    network = published_network()
+    network = published_network().eval()
     sizes = [[tuple(p.shape) for p in policy.parameters()] for policy in network.policies]
     assert sizes == [[(32, 32), (32,), (1, 32), (1,)]] * 2 and network.pooler is not None
     pooled, logits = torch.randn(4, 3, 32), torch.randn(4, 3, 2)
     gates = network.gate_logits(pooled, logits)
     assert network.gate_logits(pooled, logits + 5).equal(gates)  # no logits, no evidence
-    assert network.train().gate_logits(pooled, logits).equal(gates)  # no dropout
+    assert not any(
+        part.p
+        for policy in network.policies
+        for part in policy.modules()
+        if isinstance(part, torch.nn.Dropout)
+    )
 
 
 @pytest.mark.slow
@@ -239,6 +245,47 @@ def test_a_policy_learns_where_the_reward_is_largest(tmp_path: Path) -> None:
     assert results["memorized_layers"] == [0.0, 1.0, 0.0]
     assert point(results, "trained")["mean_exit"] == 2.0
     assert results["memorized_on_dev"]["mean_exit"] == 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"alpha": 0.3}, [1, 2, 3]),
+        ({"alpha": 0.3, "hardness": False}, [1, 2, 3]),
+        ({"actions": "oracle"}, [1, 2, 3]),
+        ({"alpha": 0.0}, [3, 3, 3]),  # the last exit has the least loss
+        ({"alpha": 30.0}, [1, 1, 3]),  # dearer than any error, but for the hardest rows
+        ({"alpha": 30.0, "hardness": False}, [1, 1, 1]),
+    ],
+)
+def test_policies_learn_the_exit_of_each_row_if_the_state_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: list[int]
+) -> None:
+    """The first right exit differs from row to row; three numbers of the pooled state name it.
+
+    They differ by 0.01 between rows, as states do behind a pooler that was not pretrained.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first_right = torch.randint(0, 3, (400,), generator=generator)
+    exits = torch.arange(3)
+    # Loss of a right exit: e^-4, e^-4.5, e^-5. Of a wrong one: about 4.
+    margins = torch.where(exits >= first_right[:, None], 4 + exits / 2, -4.0)
+    pooled = 0.1 * torch.randn(400, 3, 32, generator=generator)
+    pooled[..., :3] += torch.nn.functional.one_hot(first_right, 3)[:, None]
+    pooled = 0.3 + 0.01 * pooled
+    labels, logits = torch.ones(400, dtype=torch.long), torch.stack([torch.zeros_like(margins), margins], -1)
+    collected = Collected(logits, pooled, None, labels, np.full(400, 2))
+    monkeypatch.setattr(consistentee, "collect", lambda *_, **__: collected)
+    memorized = memorized_exit(logits.argmax(-1) == labels[:, None])
+    assert memorized.equal(first_right)
+    network, rows = published_network(), EncodedText([[2, 3]] * 400, [[0, 0]] * 400, labels.numpy(), 0)
+    settings = ConsistentEESettings(**(FAST | {"policy_epochs": 16, "policy_lr": 0.02} | change))
+    consistentee._fit_policies(Run(network, tmp_path, seed=0), rows, memorized, settings, "policy")
+    is_open = (network.eval().gate_logits(pooled, logits) > 0).long()  # P(exit) above 0.5
+    taken = torch.cat([is_open, torch.ones(400, 1, dtype=torch.long)], 1).argmax(1) + 1
+    for number, depth in enumerate(expected):
+        assert taken[first_right == number].float().mean() == pytest.approx(depth, abs=0.05)
 
 
 @pytest.mark.slow

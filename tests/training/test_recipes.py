@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,15 +15,19 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from offramp.models.policies import KINDS
+from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules.sweep import SWEPT
+from offramp.training.batches import EncodedText
 from offramp.training.cli import train
+from offramp.training.loop import Phase, Run
 from offramp.training.options import parse_settings
 from offramp.training.recipes import RECIPES, load_recipe
 from offramp.training.recipes.base import ClassifierRecipe, DecoderRecipe
-from offramp.training.recipes.berxit import policy_loss, task_loss
+from offramp.training.recipes.berxit import BerxitSettings, policy_loss, task_loss
 from offramp.training.recipes.branchynet import mean_loss
-from offramp.training.recipes.deebert import last_exit_only
+from offramp.training.recipes.deebert import DeeBertSettings, fine_tune, last_exit_only
 from offramp.training.recipes.fastbert import distillation_loss
+from offramp.training.recipes.joint import JointSettings
 
 RULES = {
     "branchynet": "entropy",
@@ -71,6 +77,75 @@ def test_every_recipe_implements_its_protocol(name: str) -> None:
             assert [(p.name, p.kind) for p in implemented] == [(p.name, p.kind) for p in parameters]
     if recipe.KIND == "classifier":
         assert recipe.parts_of(settings).policy in (None, *KINDS)
+
+
+class FirstPhaseError(Exception):
+    """Raised instead of the first phase."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__(phase.name)
+        self.phase = phase
+
+
+class FirstPhaseRun(Run[Any]):
+    """A run that tells its first phase and ends there."""
+
+    def fit(self, phase: Phase) -> None:
+        raise FirstPhaseError(phase)
+
+
+def few_rows(count: int) -> EncodedText:
+    ids = [tiny.tokenizer().encode(row["text"]).ids for row in tiny.rows(count)]
+    return EncodedText(ids, [[0] * len(row) for row in ids], np.arange(count) % 2, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["joint", "consistentee", "consistentee_plus", "cosee", "deebert", "l2w_den", *sorted(RULES)]
+)
+def test_shared_settings_reach_the_first_phase(name: str, tmp_path: Path) -> None:
+    """ee-compare gives them to every recipe, so that methods are trained alike."""
+    recipe = load_recipe(name)
+    assert issubclass(recipe.SETTINGS, JointSettings)
+    given = {"epochs": 5, "batch_size": 2, "lr": 0.25, "heads_lr": 0.5, "warmup": 0.375, "weight_decay": 0.75}
+    settings = parse_settings(recipe.SETTINGS, tuple(f"{key}={value}" for key, value in given.items()))
+    network = tiny.network(policy=recipe.parts_of(settings).policy)
+    run = FirstPhaseRun(network, tmp_path, seed=0)
+    with pytest.raises(FirstPhaseError) as first:
+        recipe.train(run, few_rows(4), few_rows(4), settings, skip_warm_start=False)
+    assert {key: getattr(first.value.phase, key) for key in given} == given
+
+
+@pytest.mark.parametrize("gradient", ["equilibrium", "next_exit"])
+def test_fine_tuning_gives_every_block_the_whole_gradient(gradient: str, tmp_path: Path) -> None:
+    """With next_exit the blocks before the last would learn nothing from the last exit."""
+    weights = []
+    for kind in ("full", gradient):
+        network = tiny.network(policy=None)
+        run = Run(network, tmp_path / kind, seed=0)
+        fine_tune(run, few_rows(4), DeeBertSettings(epochs=1, batch_size=4, gradient=kind))
+        weights.append(network.state_dict())
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(("step", "reached"), [(0, True), (1, False)])
+def test_gradient_belongs_to_the_odd_steps_of_berxit(step: int, reached: bool, tmp_path: Path) -> None:
+    """With next_exit the last exit reaches the first block on even steps alone: no other exit trains then."""
+    network = tiny.network(policy="lte")
+    run = FirstPhaseRun(network, tmp_path, seed=0)
+    with pytest.raises(FirstPhaseError) as first:
+        settings = BerxitSettings(gradient="next_exit")
+        load_recipe("berxit").train(run, few_rows(4), few_rows(4), settings, skip_warm_start=False)
+    for parameter in (*network.policies.parameters(), *network.exits[0].parameters()):
+        parameter.data.zero_()  # the first exit and the policies give the first block no gradient
+    run.position["step"] = step
+    first.value.phase.loss(network, np.arange(4))[0].backward()
+    assert any(p.grad is not None and p.grad.any() for p in network.blocks[0].parameters()) == reached
+
+
+@pytest.mark.parametrize("wrong", ["weights=uniform", "distill=0.5", "plain_epochs=1"])
+def test_berxit_refuses_settings_of_losses_that_it_does_not_have(wrong: str) -> None:
+    with pytest.raises(BadSetting, match=wrong.partition("=")[0]):
+        parse_settings(BerxitSettings, (wrong,))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ saved, not significantly different from max-probability on recipe joint, below i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -57,8 +57,11 @@ def last_exit_only(losses: Tensor) -> Tensor:
 
 
 def fine_tune(run: Run[EarlyExitNetwork], train: Encoded, settings: JointSettings) -> None:
-    """Train backbone and last exit alone: ordinary fine-tuning, which is phase 1 of several recipes."""
-    warm_start(run, train, settings, last_exit_only, "fine-tuning")
+    """Train backbone and last exit alone: ordinary fine-tuning, which is phase 1 of several recipes.
+
+    Setting gradient, which divides the gradients of several exits, has no part in it.
+    """
+    warm_start(run, train, replace(settings, gradient="full"), last_exit_only, "fine-tuning")
 
 
 def train(

@@ -28,6 +28,7 @@ from offramp.benchmarks.compare.exit_outputs import collect_outputs, exits_diges
 from offramp.benchmarks.compare.judge import FINE_TUNED
 from offramp.export.cli import main as split
 from offramp.models.forecasts import softmax_statistics
+from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.rules.sweep import STEPS, settings_to_try
 from offramp.training.cli import train
@@ -284,3 +285,16 @@ def test_a_comparison_needs_a_model_and_recomputing_a_comparison(tmp_path: Path)
     assert without.exit_code == 2 and "--model" in without.output
     nothing = CliRunner().invoke(cli.main, ["--recompute", "--out", str(tmp_path)])
     assert nothing.exit_code == 2 and "holds no comparison" in nothing.output
+
+
+def test_recipes_take_the_place_of_those_of_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def note(comparison: cli.Comparison, command: str) -> dict[str, Any]:
+        seen.extend(spec.text for spec in comparison.specs)
+        raise BadSetting("seen")
+
+    monkeypatch.setattr(cli, "compare", note)
+    arguments = ["--model", "m", "--data", "d", "--out", str(tmp_path / "out"), "--preset", "paper"]
+    CliRunner().invoke(cli.main, [*arguments, "--recipes", "berxit consistentee"])
+    assert seen == ["joint:epochs=4", "berxit", "consistentee"]  # the reference is always compared
