@@ -27,6 +27,7 @@ UNITS = ("bops", "ms")  # units of costs for values 0 and 1 of the parameter "me
 PARAMETERS = ("price", "measured", "changes", "increase")
 LIMITS = PARAMETERS[2:]  # of the walks that the forecasts were fitted for
 MAX_CHANGES = 2
+WALK_LIMITS = "walk_limits"  # the key in an entry of provenance
 CURES = {
     "bops": "split it again from a checkpoint of recipe quee",
     "ms": "measure them here with ee-calibrate, or leave measured at 0",
@@ -151,7 +152,16 @@ def path_charges(
 
 
 def walk_limits(manifest: Manifest) -> dict[str, float]:
-    """The parameters of a bundle's own rule quee that limit its walks, so that other prices keep to them."""
+    """The parameters of a bundle's own rule quee that limit its walks, so that other prices keep to them.
+
+    They are in its rule and points or, after ee-calibrate with another rule, in provenance (WALK_LIMITS).
+    """
     specs = [manifest.rule, *(point.rule for point in manifest.points)]
-    parameters = next((spec.parameters for spec in specs if spec.name == "quee"), {})
-    return {name: parameters[name] for name in LIMITS if name in parameters}
+    parameters: object = next((spec.parameters for spec in specs if spec.name == "quee"), None)
+    if parameters is None:
+        entries = [entry for entry in manifest.provenance.values() if isinstance(entry, Mapping)]
+        parameters = next((entry[WALK_LIMITS] for entry in entries if WALK_LIMITS in entry), None)
+    if not isinstance(parameters, Mapping):
+        return {}
+    given = {name: parameters[name] for name in LIMITS if name in parameters}
+    return {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}

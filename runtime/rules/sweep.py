@@ -32,6 +32,7 @@ Setting = float | Mapping[str, float]  # the swept parameter, or both parameters
 STEPS = 200  # number of thresholds that are tried for a rule
 LAYER_SAVINGS = (50.0, 57.0, 65.0)  # least percent of the layers that points save
 LOSSES = (0.5, 1.0, 2.0)  # most accuracy points that points lose against full depth on the rows of the sweep
+ROUNDING = 1e-9  # percent: a point that loses or saves just what is asked for counts, however it is rounded
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,14 @@ class ExitMacs:
         """Compute the point of a rule with which rows leave at `exits` [rows], 0-based."""
         rows = np.arange(len(exits))
         mean_exit = float(self.blocks[exits].mean())
+        full = float(self.full.sum())
         return MeasuredPoint(
             rule,
             accuracy=table.score(exits),
             mean_exit=mean_exit,
             layers_saved=100 * (1 - mean_exit / float(self.blocks[-1])),
-            macs_saved=100 * (1 - float(self.to_exit[rows, exits].sum() / self.full.sum())),
+            # A manifest may count no multiply-accumulates: then none are saved.
+            macs_saved=100 * (1 - float(self.to_exit[rows, exits].sum()) / full) if full else 0.0,
             interval=table.measure.interval(exits),
             exit_rows=tuple(np.bincount(exits, minlength=len(self.blocks)).tolist()),
         )
@@ -211,6 +214,8 @@ def setting_rule(rule: str, value: Setting) -> RuleSpec:
 
 def _gates(table: ExitTable) -> NDArray[np.float32]:
     if table.gates is None:
+        if table.logits.shape[1] == 1:  # the only exit has no policy
+            return np.zeros((len(table.logits), 0), np.float32)
         raise ValueError("rule gate: there are no policies")
     return table.gates[:, :-1]
 
@@ -279,7 +284,7 @@ def full_depth_point(table: ExitTable, macs: ExitMacs) -> MeasuredPoint:
 
 def shallowest_point(points: Sequence[MeasuredPoint], min_accuracy: float) -> MeasuredPoint | None:
     """Find the first point (in order of the mean exit) with at least `min_accuracy` percent; None if none."""
-    return next((point for point in points if point.accuracy >= min_accuracy), None)
+    return next((point for point in points if point.accuracy >= min_accuracy - ROUNDING), None)
 
 
 def most_accurate_point(points: Sequence[MeasuredPoint], min_saved: float) -> MeasuredPoint | None:
@@ -287,7 +292,7 @@ def most_accurate_point(points: Sequence[MeasuredPoint], min_saved: float) -> Me
 
     Of equally accurate points the shallowest is chosen.
     """
-    enough = [point for point in points if point.layers_saved >= min_saved]
+    enough = [point for point in points if point.layers_saved >= min_saved - ROUNDING]
     return max(enough, key=lambda point: (point.accuracy, point.layers_saved), default=None)
 
 

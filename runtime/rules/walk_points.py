@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offramp.runtime.rules import RuleSpec
-from offramp.runtime.rules.sweep import LOSSES
+from offramp.runtime.rules.sweep import LOSSES, ROUNDING
 
 # Least percent of the full walk's cost that points save, by unit of the cost: int8 alone saves about 94 % of
 # the bit operations.
@@ -38,11 +38,11 @@ def choose_walk_points(points: Sequence[WalkPoint], full: WalkPoint, unit: str) 
     """
     chosen: dict[str, WalkPoint] = {}
     for loss in LOSSES:
-        accurate = [point for point in points if point.accuracy >= full.accuracy - loss]
+        accurate = [point for point in points if point.accuracy >= full.accuracy - loss - ROUNDING]
         if accurate:
             chosen[f"dev-{loss}"] = min(accurate, key=lambda point: point.cost)
     for saving in COST_SAVINGS[unit]:
-        cheap = [point for point in points if point.cost <= 100 - saving]
+        cheap = [point for point in points if point.cost <= 100 - saving + ROUNDING]
         if cheap:
             chosen[f"saves-{saving:.0f}"] = max(cheap, key=lambda point: (point.accuracy, -point.cost))
     return {"default": chosen.get(f"dev-{LOSSES[0]}", full), "full": full, **chosen}

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -219,9 +219,10 @@ _GRAPH_ANSWERS = {
 }
 _WALK_SCRIPT = """
 import json, sys
-bundle, options, item = json.loads(sys.argv[1])
-from offramp.runtime import load
-answer = load(bundle, **options)(*item)
+bundle, rule, options, item = json.loads(sys.argv[1])
+from offramp.runtime import RuleSpec, load
+rule = RuleSpec(**{{key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}})
+answer = load(bundle, rule=rule, **options)(*item)
 print(ascii({answer}), flush=True)
 """
 _GRAPH_SCRIPT = """
@@ -254,7 +255,7 @@ print(ascii({answer}), flush=True)
 
 
 def walk_script(kind: str) -> str:
-    """The script of a walk that answers one item; arguments: bundle, options of load(), parts of the item."""
+    """The script of a walk that answers one item; arguments: those of walk_arguments."""
     return _WALK_SCRIPT.format(answer=_WALK_ANSWERS[kind])
 
 
@@ -288,20 +289,14 @@ def time_cold_start(script: str, arguments: Sequence[Any]) -> tuple[str, float, 
     return answer.decode("ascii").strip(), seconds, int(rest)
 
 
-def cold_load_options(walk: Candidate, threads: int | None) -> dict[str, Any]:
-    """The keyword arguments with which load() opens the same walk lazily, for a first answer in the least
-    time.
+def walk_arguments(bundle: Path, walk: Candidate, threads: int | None, item: Sequence[str]) -> list[Any]:
+    """The arguments of walk_script: bundle, the walk's whole rule, options of load(), parts of the item.
+
+    With these options load() opens the same walk lazily, for a first answer in the least time.
     """
     assert walk.rule is not None
-    value = walk.rule.parameters.get(rules.main_parameter(walk.rule.name) or "")
-    options = {
-        "rule": walk.rule.name,
-        "variant": walk.variant,
-        "threads": threads,
-        "lazy": True,
-        "global_pool": True,
-    }
-    return options | ({} if value is None else {"threshold": value})
+    options = {"variant": walk.variant, "threads": threads, "lazy": True, "global_pool": True}
+    return [str(bundle), asdict(walk.rule), options, list(item)]
 
 
 def time_cold_starts(scripts: Mapping[str, tuple[str, list[Any]]], starts: int) -> list[dict[str, Any]]:

@@ -26,18 +26,19 @@ from offramp.runtime.inputs.text import AnyRow, items_to_rows, open_reader
 from offramp.runtime.loading import load_generator, load_row_session
 from offramp.runtime.row_session import WINDOW, RowSession
 from offramp.runtime.rules.resolve import points_to_measure
+from offramp.runtime.rules.skip import LIST
 from offramp.runtime.tuning import report as pages
 from offramp.runtime.tuning.baselines import (
     MONOLITH,
     NESTED,
     GraphFact,
-    cold_load_options,
     graph_script,
     nested_threshold,
     open_baseline,
     random_exits,
     read_baselines,
     time_cold_starts,
+    walk_arguments,
     walk_script,
 )
 from offramp.runtime.tuning.figures import (
@@ -116,12 +117,14 @@ def main(json_file: Path | None, report: Path | None, **options: Any) -> None:
     try:
         pages.check_output_files(json_file, report)  # before the measurement, which takes minutes
         figures, table = _measure_bundle(report is not None, **options)
-        if json_file is not None:
-            text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
-            pages.write_atomically(json_file, text + "\n")
-        if report is not None:
-            pages.write_atomically(report, pages.html_page(figures))
-        click.echo(table)
+        try:
+            if json_file is not None:
+                text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
+                pages.write_atomically(json_file, text + "\n")
+            if report is not None:
+                pages.write_atomically(report, pages.html_page(figures))
+        finally:
+            click.echo(table)  # minutes of measuring must not be lost if a file cannot be written
         code = 0
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED
@@ -253,7 +256,7 @@ def measure_classifier(
     item = [items[0]] if isinstance(items[0], str) else list(items[0])
     scripts[candidates[0].name] = (
         walk_script(manifest.kind),
-        [str(bundle), cold_load_options(candidates[0], threads), item],
+        walk_arguments(bundle, candidates[0], threads, item),
     )
     if monolith is not None and baselines is not None and text is not None:
         paths = [str(baselines / monolith.file), str(bundle / text.tokenizer), text.longest, text.prefix]
@@ -415,7 +418,9 @@ def rule_options(rules: str | None, bundle: Bundle) -> dict[str, Mapping[str, An
         rule, _, number = name.partition(":")
         try:
             settings: dict[str, Any] = {"rule": rule, **({"threshold": float(number)} if number else {})}
-        except ValueError:  # skip:-3-7 or speculative:lookup, which load() reads itself
+        except ValueError:  # speculative:lookup, which load() reads itself
+            settings = {"rule": name}
+        if LIST in name:  # skip:-3-7, and skip:-3, which looks like a number
             settings = {"rule": name}
         if rule != "never":
             options[name] = settings

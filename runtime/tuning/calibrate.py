@@ -11,6 +11,7 @@ of the exits, gets points of its own here, in one of three ways:
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from offramp.runtime.bundle.manifest import (
     Manifest,
     OperatingPoint,
 )
-from offramp.runtime.errors import BadSetting, OfframpError
+from offramp.runtime.errors import BadBundle, BadSetting, OfframpError
 from offramp.runtime.hub.resolve import require_folder
 from offramp.runtime.progress import announce
 from offramp.runtime.rules.sweep import SWEPT
@@ -39,6 +40,8 @@ from offramp.runtime.tuning.measure_points import Calibration, measure_points
 from offramp.runtime.tuning.measure_routes import SEARCH_ROWS, measure_routes
 from offramp.runtime.tuning.search_skips import WIDEST_BEAM
 
+NOT_WRITTEN, INTERRUPTED = 2, 130
+CONFIDENCE = 0.95  # of a guarantee, if the caller names none
 SHOWN = ("full", "default")  # points whose figures the summary has, if the bundle has them
 
 HELP = """Measure a bundle on the rows of FILE (a dev set, never the test set) and write operating points for
@@ -95,7 +98,7 @@ the effect of routes that skip segments is measured, a router learns to choose a
 by the prompt, and points route-95 to route-60 are written.
 
 \b
-Exit codes: 0 written, 2 the bundle or the file cannot be used.
+Exit codes: 0 written, 2 the bundle or the file cannot be used, 130 interrupted (Ctrl-C).
 """
 
 
@@ -112,16 +115,24 @@ def calibrate_classifier(
 
     rule: see exit_points. Raises BadInput for the file, and what load() raises.
     """
+    manifest = open_bundle(folder).manifest
     calibration = measure_points(folder, file, rule=rule, engine=engine, device=device, threads=threads)
-    return write_calibration(folder, open_bundle(folder).manifest, calibration)
+    return write_calibration(folder, manifest, calibration)
 
 
 def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration) -> Manifest:
     """Write the files and then the manifest of a calibrated bundle; gives the new manifest.
 
     Each file is either completely written or unchanged. The manifest is last, since files are valid only by
-    its entries.
+    its entries. New files wait beside the bundle, so that a killed process leaves nothing in it; in it if
+    that place is on another disk or cannot be written, as beside a mounted folder. manifest: the one that was
+    measured; raises BadBundle if the bundle has another one by now, whose points would be lost.
     """
+    if open_bundle(folder).manifest != manifest:
+        raise BadBundle(
+            f"{folder / FILE_NAME}: it changed while it was measured, perhaps by another ee-calibrate; "
+            "nothing was written, measure again"
+        )
     hashes = {
         name: FileFact(hashlib.sha256(data).hexdigest(), len(data))
         for name, data in calibration.files.items()
@@ -137,16 +148,25 @@ def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration
     text = new.to_json()
     read_manifest(text, source=str(folder / FILE_NAME))  # the new manifest must be readable
     contents = {**calibration.files, FILE_NAME: text.encode("utf-8")}
-    beside = {name: folder.with_name(f".{folder.name}.{name}.new") for name in contents}
+    real = folder.resolve()  # "." has no name, and a link may lead to another disk
+    is_beside = real.stat().st_dev == real.parent.stat().st_dev and os.access(real.parent, os.W_OK)
+    place, prefix = (real.parent, f".{real.name}") if is_beside else (real, "")
+    waiting = {name: place / f"{prefix}.{name}.new" for name in contents}
     try:
         for name, data in contents.items():
-            beside[name].write_bytes(data)
-        for name, path in beside.items():  # after all of them are written, as a full disk must change nothing
+            waiting[name].write_bytes(data)
+        for name, path in waiting.items():  # after all are written, as a full disk must change nothing
             os.replace(path, folder / name)
     finally:
-        for path in beside.values():
+        for path in waiting.values():
             path.unlink(missing_ok=True)
     return new
+
+
+def require_writable(folder: Path) -> None:
+    """Raise PermissionError if a bundle cannot be written: before a measurement, which takes minutes."""
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "the folder cannot be written", str(folder))
 
 
 @click.command(help=HELP, context_settings={"show_default": True})
@@ -178,7 +198,7 @@ def write_calibration(folder: Path, manifest: Manifest, calibration: Calibration
 @click.option(
     "--confidence",
     type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
-    default=0.95,
+    default=CONFIDENCE,
     help="Of --risk: the probability, over the draw of the rows, with which it is kept.",
 )
 @click.option(
@@ -235,11 +255,14 @@ def main(
     folder, output = Path(bundle), CommandOutput(quiet, as_json)
     try:
         folder = require_folder(bundle, "ee-calibrate")
-        if not risks and (risk_of, per, allow_seen) != (DISAGREEMENT, ALL, False):
+        of_risk = (confidence, risk_of, per, allow_seen)
+        if not risks and of_risk != (CONFIDENCE, DISAGREEMENT, ALL, False):
             raise BadSetting(
-                "--risk-of, --per and --allow-seen say more of a risk: give it with --risk (0.01, say)"
+                "--confidence, --risk-of, --per and --allow-seen say more of a risk: give it with --risk "
+                "(0.01, say)"
             )
         manifest = open_bundle(folder).manifest
+        require_writable(folder)
         if manifest.task == GENERATION:
             options: dict[str, object] = {"--rule": rule, "--device": device, "--coverage": coverage}
             options |= {"--agreement": agreement, "--risk": risks}
@@ -265,13 +288,16 @@ def main(
                     risk=RiskOptions(risks, confidence, risk_of, per, allow_seen) if risks else None,
                 )
         manifest = write_calibration(folder, manifest, calibration)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("ee-calibrate: interrupted; nothing was calibrated", err=True)
+        sys.exit(INTERRUPTED)
     except OfframpError as problem:
         click.echo(f"ee-calibrate: {problem}", err=True)
-        sys.exit(2)
+        sys.exit(NOT_WRITTEN)
     except OSError as problem:
         place = problem.filename or folder
         click.echo(f"ee-calibrate: {place}: {problem.strerror or problem}; nothing was calibrated", err=True)
-        sys.exit(2)
+        sys.exit(NOT_WRITTEN)
     output.table(calibration.table)
     output.finish(calibration_summary(bundle, file, manifest, calibration))
 
@@ -282,7 +308,7 @@ def calibration_summary(bundle: str, file: Path, manifest: Manifest, calibration
     shown = [point for point in manifest.points if point.name in SHOWN] or list(manifest.points[:2])
     rows = [
         ("bundle", bundle),
-        ("measured on", f"{count} rows of {file}"),
+        ("measured on", f"{_measured_rows(calibration)} rows of {file}"),
         *((f"point {point.name}", _figures_text(point)) for point in shown),
         ("all points", ", ".join(point.name for point in manifest.points)),
     ]
@@ -299,14 +325,21 @@ def calibration_summary(bundle: str, file: Path, manifest: Manifest, calibration
     return Summary("Bundle calibrated", rows, facts, command, title)
 
 
+def _measured_rows(calibration: Calibration) -> str:
+    """The number of rows on which points were measured: of pairs, those on which nothing was fitted."""
+    rows = calibration.facts["rows"]
+    measured = calibration.facts.get("measured_rows", rows)
+    return f"{measured}" if measured == rows else f"{measured} of {rows}"
+
+
 def _figures_text(point: OperatingPoint) -> str:
     """What was measured or is guaranteed for a point, in one line."""
     guarantee, measured = point.guarantee, point.measured
     if measured.keys() >= {"nats", "nats_full", "depth"}:  # of generated text
         nats, depth = measured["nats"], measured["depth"]
         return f"{nats:.3f} nats a token at {depth:.1f} blocks, {measured['nats_full']:.3f} at full depth"
-    name, value = next(iter(measured.items()))  # the quality is the first figure
-    parts = [f"{name} {value:.2f} %"]
+    quality = next(iter(measured), None)  # it is the first figure; a point may state none
+    parts = ["nothing measured"] if quality is None else [f"{quality} {measured[quality]:.2f} %"]
     if guarantee is not None:
         of = "" if guarantee.groups == "all" else f" of each {guarantee.groups}"
         promise = f"{guarantee.risk}{of} at most {guarantee.limit:g}"

@@ -18,6 +18,7 @@ Ids = NDArray[np.int64]
 
 BINS = 15
 COVERAGE = 0.95
+ROUNDING = 1e-5  # that a score of the same row may differ by, walked alone or with other rows
 FEW_ROWS = 20  # at most so many answers of an exit have no quantile of their own
 _LOG_TEMPERATURES = np.log([0.01, 100.0])  # least and greatest
 
@@ -132,12 +133,13 @@ def measure_calibration(
     """Measure quantiles of a walk's answers: logits [rows, exits, classes], exits [rows].
 
     temperatures [exits]: None to fit them on the rows, too. An infinite quantile, of too few rows, is stored
-    as 1: such a set holds every label.
+    as 1: such a set holds every label. Quantiles are raised by ROUNDING: a quantile is the score of a row of
+    these, and the same text may come again, many times.
     """
     temperatures = fit_temperatures(logits, labels) if temperatures is None else temperatures
-    scaled = logits / temperatures[None, :, None]
-    each = np.minimum(exit_quantiles(scaled, exits, labels, coverage), 1.0)
-    every = min(conformal_quantile(answer_logits(scaled, exits), labels, coverage), 1.0)
+    scaled = logits / temperatures.astype(np.float32)[None, :, None]  # as a session divides them
+    each = np.minimum(exit_quantiles(scaled, exits, labels, coverage) + ROUNDING, 1.0)
+    every = min(conformal_quantile(answer_logits(scaled, exits), labels, coverage) + ROUNDING, 1.0)
     return Calibration(coverage, tuple(temperatures.tolist()), tuple(each.tolist()), every)
 
 

@@ -7,12 +7,14 @@ which is not scored.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from offramp.runtime.errors import BadInput
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.rules import Floats, RuleSpec, bind
 from offramp.runtime.rules.skip import thinned_plan
@@ -57,6 +59,10 @@ def score_plans(
             plan = thinned_plan(segments, variant, skipped)[0].tolist()
             logits = walk_one(engine, never, sequence, plan)[-1].signals.logits  # [tokens, vocabulary]
             scores.append(float(_log_likelihoods(logits, completion[1:]).mean()))
+            if not math.isfinite(scores[-1]):
+                raise BadInput(
+                    "the network's logits are not finite (NaN or infinite): nothing can be measured"
+                )
     finally:
         engine.drop(sequence)
     return hidden, scores

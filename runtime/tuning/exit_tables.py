@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.bundle.manifest import CLASSIFICATION, Manifest, RuleSpec
+from offramp.runtime.errors import BadInput
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules.registry import RULES
@@ -41,6 +42,18 @@ def exit_table(kind: str, trace: Trace, right: RightAnswers) -> ExitTable:
     if "settled" in swept_rules(kind) and trace.answers is not None:
         answers = np.array(trace.answers.tolist(), np.float32)  # [rows, exits, numbers]
     return ExitTable(trace.logits, gates, labels, answers, right.quality(trace))
+
+
+def require_signals(rule: str, table: ExitTable) -> None:
+    """Raise BadInput if a rule reads policies whose P(exit) is not finite for all rows.
+
+    That the bundle has policies is checked before; a table of one exit needs none.
+    """
+    if rule == "gate" and table.gates is None and table.logits.shape[1] > 1:
+        raise BadInput(
+            "rule gate: P(exit) of a policy is not finite (NaN or infinite) for some rows; repair the "
+            "network, or name another --rule"
+        )
 
 
 def macs_to_exits(manifest: Manifest, lengths: Sequence[int] | NDArray[np.int64]) -> ExitMacs:

@@ -79,16 +79,26 @@ def answer_quality(reader: AnswerReader, timings: RowTimings, wanted: Answers | 
 
 
 def answer_figures(timings: AnswerTimings, full: AnswerTimings) -> dict[str, Any]:
-    """Compute times and depths of a candidate that generates text, beside the answers of full depth."""
+    """Compute times and depths of a candidate that generates text, beside the answers of full depth.
+
+    Figures of the tokens after the first are None if no answer has any.
+    """
     steps = np.concatenate([np.diff(stamps) for stamps in timings.stamps]) * 1e3
     later = [token for tokens in timings.tokens for token in tokens[1:]]
     same = [
         [token.id for token in tokens] == [token.id for token in full_tokens]
         for tokens, full_tokens in zip(timings.tokens, full.tokens, strict=True)
     ]
-    ratio, ratio_p5, ratio_p95 = (round(x, 4) for x in time_ratio(timings.after_first, full.after_first))
+    # Answers of one token have no time after it, and so neither a rate nor a ratio.
+    timed = np.array([len(tokens) > 1 for tokens in timings.tokens])
+    ratio, ratio_p5, ratio_p95 = (
+        (round(x, 4) for x in time_ratio(timings.after_first[timed], full.after_first[timed]))
+        if timed.any()
+        else (None, None, None)
+    )
+    tokens_per_s = round(len(later) / max(1e-9, float(timings.after_first.sum())), 3) if later else None
     return {
-        "tokens_per_s": round(len(later) / max(1e-9, float(timings.after_first.sum())), 3),
+        "tokens_per_s": tokens_per_s,
         "ratio": ratio,
         "ratio_p5": ratio_p5,
         "ratio_p95": ratio_p95,

@@ -31,13 +31,14 @@ from offramp.runtime.errors import BadInput, BadSetting, EngineUnavailable
 from offramp.runtime.progress import track
 from offramp.runtime.row_session import RowSession
 from offramp.runtime.rules.quality import DISAGREEMENTS
-from offramp.runtime.rules.sweep import ExitTable, MeasuredPoint, fixed_settings, setting_rule
+from offramp.runtime.rules.sweep import ExitMacs, ExitTable, MeasuredPoint, fixed_settings, setting_rule
 from offramp.runtime.tuning.calibration import answer_logits, calibration_error, measure_calibration
 from offramp.runtime.tuning.exit_tables import (
     Temperatures,
     exit_table,
     macs_to_exits,
     own_rule,
+    require_signals,
     usual_rule,
     variant_prefix,
 )
@@ -193,6 +194,17 @@ def check_unseen(manifest: Manifest, file: Path, hashes: Collection[str], *, all
         click.echo(f"{file}: {warning}", err=True)
 
 
+def warn_of_copies(file: Path, rows: int, different: int) -> None:
+    """Warn if many of the rows are copies of others, of which the bounds would count each as a new draw."""
+    copies = rows - different
+    if copies > SEEN_AT_MOST * rows:
+        click.echo(
+            f"{file}: {copies} of {rows} rows are the same as another one; if they were copied, no guarantee "
+            "holds: give each row once. If rows repeat by nature, as short commands do, leave them",
+            err=True,
+        )
+
+
 def _described(sample: RowSample) -> str:
     """The rows of a sample in words."""
     of_data = f" of {sample.data!r:.60}" if sample.data else ""
@@ -220,6 +232,9 @@ def check_risk(manifest: Manifest, options: RiskOptions, *, labelled: bool) -> N
     for limit in options.limits:
         if not 0 < limit < 1:
             raise BadSetting(f"--risk {limit:g}: give a share between 0 and 1, such as 0.01")
+    names = [f"{limit:g}" for limit in options.limits]  # of their points
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadSetting(f"--risk {twice} is given twice; name each limit once, in six digits at most")
 
 
 def guaranteed_points(
@@ -255,6 +270,7 @@ def guaranteed_points(
             continue
         raw = exit_table(manifest.kind, trace, right)
         swept = rule or own_rule(manifest) or usual_rule(manifest, raw)
+        require_signals(swept, raw)
         chosen = search.choose(variant, trace, raw, swept, lengths)
         for number, limit in enumerate(options.limits):
             prefix = variant_prefix(manifest, variant)
@@ -344,7 +360,7 @@ class _Search:
             kept = [*([0] if safe else []), *valid.tolist()]
             if not kept:
                 continue
-            cheapest = min(kept, key=lambda index: float(macs.to_exit[numbers, at[index]].sum()))
+            cheapest = min(kept, key=lambda index: _cost(macs, at[index]))
             row_losses = losses[numbers, at[cheapest]]
             bound = upper_bound(row_losses, options.confidence, low=risk.low)
             guarantee = Guarantee(
@@ -397,6 +413,11 @@ class _Search:
             f"{confidence:g} needs at least {needed} rows, and more if any of them has a loss; give more "
             "rows, or a higher --risk"
         )
+
+
+def _cost(macs: ExitMacs, exits: NDArray[np.int64]) -> tuple[float, int]:
+    """What rows with these exits [rows] cost: multiply-accumulates; blocks where the manifest has none."""
+    return float(macs.to_exit[np.arange(len(exits)), exits].sum()), int(macs.blocks[exits].sum())
 
 
 def bundle_temperatures(manifest: Manifest, variant: str) -> Temperatures:

@@ -89,13 +89,14 @@ def read_perhaps_labelled(
 
 
 def _has_labels(file: Path, fields: Sequence[str]) -> bool:
-    """Whether any line is a JSON object with one of the fields; False for a file that cannot be read."""
+    """Whether any line is a JSON object with one of the fields, not null; False for an unreadable file."""
     keys = [json.dumps(field).encode() for field in fields]
     try:
         with file.open("rb") as lines:
             return any(
-                any(key in line for key in keys) and line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{"
+                any(_json_object(line).get(field) is not None for field in fields)
                 for line in lines
+                if any(key in line for key in keys)  # a text may have the word, too
             )
     except OSError:
         return False
@@ -156,8 +157,8 @@ def read_pairs(
 ) -> list[tuple[list[int], list[int]]]:
     """Read JSON lines of prompts and completions; gives the token ids of both for each line.
 
-    A completion is cut to MAX_COMPLETION tokens, a prompt to its last tokens such that both fit into
-    max_tokens. Raises BadInput naming the line.
+    A completion is cut to MAX_COMPLETION tokens and to half of max_tokens, a prompt to its last tokens such
+    that both fit into max_tokens. Raises BadInput naming the line.
     """
     pairs = []
     try:
@@ -175,7 +176,8 @@ def read_pairs(
         except (ValueError, KeyError, TypeError) as problem:
             what = f"field {problem} is missing" if isinstance(problem, KeyError) else str(problem)
             raise BadInput(f"{file}, line {number}: {what}; expected prompt and completion") from problem
-        before, after = encode_prompt(prompt), encode_completion(completion)[:MAX_COMPLETION]
+        longest = min(MAX_COMPLETION, max_tokens // 2)
+        before, after = encode_prompt(prompt), encode_completion(completion)[:longest]
         if before and len(after) > 1:
             pairs.append((before[-(max_tokens - len(after)) :], after))
     if len(pairs) < MIN_PAIRS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from offramp.runtime.errors import BadSetting, EngineUnavailable
 from offramp.runtime.loading import load_row_session
 from offramp.runtime.progress import track
 from offramp.runtime.row_session import RowSession
+from offramp.runtime.rules.quee import WALK_LIMITS, walk_limits
 from offramp.runtime.rules.resolve import resolve_rule
 from offramp.runtime.rules.sweep import choose_points
 from offramp.runtime.tuning.calibration import measure_calibration, score_figures
@@ -33,10 +34,17 @@ from offramp.runtime.tuning.exit_tables import (
     macs_to_exits,
     measure_exit_table,
     own_rule,
+    require_signals,
     usual_rule,
     variant_prefix,
 )
-from offramp.runtime.tuning.guarantees import RiskOptions, check_risk, check_unseen, guaranteed_points
+from offramp.runtime.tuning.guarantees import (
+    RiskOptions,
+    check_risk,
+    check_unseen,
+    guaranteed_points,
+    warn_of_copies,
+)
 from offramp.runtime.tuning.labelled import LabelledRows, read_perhaps_labelled
 from offramp.runtime.tuning.right_answers import RightAnswers, right_answers
 from offramp.runtime.tuning.step_costs import (
@@ -94,15 +102,22 @@ def measure_points(
         if risk is not None:
             check_risk(manifest, risk, labelled=labelled and not agreement)
             check_unseen(manifest, file, hashes, allow=risk.allow_seen)
+            warn_of_copies(file, len(rows.items), len(set(hashes)))
         right = right_answers(session, rows, agreement=agreement or not labelled)
         if not labelled and not agreement and right.reader.has_labels and risk is None:
             click.echo(f"{file} has no labels: points are chosen by agreement with full depth", err=True)
         facts: dict[str, Any] = {"rows": len(rows.items), **engine_facts(session)}
         facts[ROWS_SAMPLE] = row_sample(hashes)
+        if limits := walk_limits(manifest):  # other rules replace the points that have them
+            facts[WALK_LIMITS] = limits
         if risk is not None:
             kept = guaranteed_points(session, rows, risk, rule=rule, right=right, coverage=coverage)
             names = {*kept.failed, *(point.name for point in kept.points)}
-            points = (*kept.points, *(point for point in manifest.points if point.name not in names))
+            others = [point for point in manifest.points if point.name not in names]
+            # A default that is a copy of a point which these rows do not confirm goes with it.
+            failed = [replace(point, name="") for point in manifest.points if point.name in kept.failed]
+            others = [point for point in others if replace(point, name="") not in failed]
+            points = (*kept.points, *others)
             table = "\n".join([kept.table, *_score_lines(kept.scores)])
             facts |= {"scores": kept.scores} if kept.scores else {}
             return Calibration(points, _default_rule(points, manifest), "guaranteed", facts, table=table)
@@ -169,6 +184,7 @@ def exit_points(
             points += [point for point in manifest.points if point.variant == variant]
             continue
         swept, temperatures = rule or usual_rule(manifest, raw), Temperatures()
+        require_signals(swept, raw)
         if one_label:
             full = raw.logits[:, -1].argmax(-1) if full is None else full
             temperatures = fit_temperatures_of(raw, full, labelled=fits)
@@ -234,11 +250,14 @@ def _point_table(points: Sequence[OperatingPoint]) -> str:
     for point in points:
         measured = point.measured
         parameters = " ".join(f"{key}={value:.4g}" for key, value in point.rule.parameters.items())
-        # Points of a variant that was not measured may state another quality.
-        good = f"{measured[quality]:.2f}" if quality in measured else "-"
+        # Points of a variant that was not measured may state another quality, or nothing at all.
+        good, depth, saved = (
+            f"{measured[name]:.2f}" if name in measured else "-"
+            for name in (quality, "mean_exit", "macs_saved")
+        )
         interval = f"{measured['low']:.2f} - {measured['high']:.2f}" if "low" in measured else "-"
         lines.append(
-            f"{point.name:18}{point.variant:8}{good:>12}{interval:>17}{measured['mean_exit']:11.2f}"
-            f"{measured['macs_saved']:14.2f}  {point.rule.name} {parameters}".rstrip()
+            f"{point.name:18}{point.variant:8}{good:>12}{interval:>17}{depth:>11}{saved:>14}  "
+            f"{point.rule.name} {parameters}".rstrip()
         )
     return "\n".join(lines)

@@ -58,7 +58,12 @@ def measure_routes(
         plans = [route.skipped for route in routes]
         plans += [skip_list.skipped for skip_list in lists.values() if skip_list.skipped not in plans]
         scored = [score_plans(session, plans, *row) for row in track(rows, "scoring routes", unit="row")]
-        facts = {"rows": len(rows), "search_rows": searched, **engine_facts(session)}
+        facts = {
+            "rows": len(rows),
+            "search_rows": searched,
+            "measured_rows": len(rows) - half,
+            **engine_facts(session),
+        }
     features = np.array([hidden for hidden, _ in scored], np.float64)  # [rows, hidden]
     every_score = np.array([row for _, row in scored])  # [rows, plans]
     scores = every_score[:, : len(routes)]

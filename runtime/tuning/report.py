@@ -156,12 +156,14 @@ def generation_text(figures: Figures) -> str:
     candidates = figures["candidates"]
     rows = [list(GENERATION_COLUMNS)]
     for candidate in candidates:
-        ratio = f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})"
+        ratio = "-"
+        if candidate["ratio"] is not None:
+            ratio = f"{candidate['ratio']:.3f} ({candidate['ratio_p5']:.2f}..{candidate['ratio_p95']:.2f})"
         numbers = [_format_number(candidate[name], ".2f") for name in _GENERATION_NUMBERS]
         rows.append(
             [
                 candidate["name"],
-                f"{candidate['tokens_per_s']:.1f}",
+                _format_number(candidate["tokens_per_s"], ".1f"),
                 ratio,
                 *numbers,
                 f"{100 * candidate['same']:.1f}",

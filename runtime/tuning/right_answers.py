@@ -23,6 +23,7 @@ from offramp.runtime.bundle.manifest import (
     WORD_STARTS,
     Manifest,
 )
+from offramp.runtime.errors import BadInput
 from offramp.runtime.inputs.text import AnyRow, TextRow, items_to_rows, open_reader
 from offramp.runtime.inputs.words import Word
 from offramp.runtime.row_session import RowSession
@@ -76,8 +77,14 @@ class AnswerReader:
         self.reads_words = manifest.kind == TOKENS
 
     def decide(self, outputs: Iterable[Array], places: Places | None = None) -> Answers:
-        """The answers that outputs of rows stand for; places: for token classification."""
-        return self._kind.decide(self._manifest, outputs, places)
+        """The answers that outputs of rows stand for; places: for token classification.
+
+        Raises BadInput for a row whose output is not finite: it is no answer, and no figure may count it.
+        """
+        rows = outputs if isinstance(outputs, np.ndarray) else list(outputs)
+        read = rows if places is None else [row[np.asarray(at)] for row, at in zip(rows, places, strict=True)]
+        _require_finite(read)
+        return self._kind.decide(self._manifest, rows, places)
 
     def places(self, batches: Sequence[tuple[NDArray[np.int64], Inputs]], rows: int) -> Places | None:
         """The tokens that begin a word in each row of some batches; None where the stem does not read them.
@@ -167,6 +174,18 @@ def right_answers(session: RowSession[Any], rows: LabelledRows, *, agreement: bo
 def words_of(row: AnyRow) -> Sequence[Word]:
     """The words of a row of text that a bundle for token classification reads."""
     return cast(TextRow, row).words
+
+
+def _require_finite(outputs: Sequence[Array] | Array) -> None:
+    if isinstance(outputs, np.ndarray) and outputs.dtype != object and np.isfinite(outputs).all():
+        return
+    for number, output in enumerate(outputs, 1):
+        if not np.isfinite(output).all():
+            row = f" for row {number}" if len(outputs) > 1 else ""
+            raise BadInput(
+                f"the network's output{row} is not finite (NaN or infinite): nothing can be measured on it; "
+                "repair the network, or take the row out"
+            )
 
 
 def _objects(values: Iterable[Any]) -> Answers:

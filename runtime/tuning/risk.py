@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 
 EXACT, BETTING = "clopper-pearson", "betting"
 LEAST_SHARE = 0.1  # a group with a smaller share of the rows is bounded as if it had this share
+_MOST_ROWS = 1_000_000  # more are not counted by rows_needed: each takes memory
 _HALVINGS = 60  # of an interval in 0..1: beyond what float64 resolves
 # A bet is at most this part of the one that a loss of 1 turns into ruin. Of 0.5, 0.75 and 0.9 the bounds at
 # 0.75 were the lowest or near it on simulated losses: docs/log.md, 2026-11-29.
@@ -168,8 +169,9 @@ def rows_needed(
 ) -> int:
     """The fewest rows with which a limit can be shown, which is so if none of them has any loss.
 
-    binary: losses are of dtype bool. grouped: for control_risk with groups, all of them at least_share or
-    smaller; with least_share = 0 it is the rows of each group.
+    A limit that needs more than a million rows gives a million. binary: losses are of dtype bool. grouped:
+    for control_risk with groups, all of them at least_share or smaller; with least_share = 0 it is the rows
+    of each group.
     """
     shared = grouped and least_share > 0
     limit = limit * least_share if shared else limit
@@ -179,6 +181,8 @@ def rows_needed(
         losses: Losses = np.zeros(rows, np.bool_) if binary else np.zeros(rows)
         return p_value(losses, limit, confidence, low=low) <= tail
 
+    if not enough(_MOST_ROWS):
+        return _MOST_ROWS
     high = 1
     while not enough(high):
         high *= 2

@@ -197,7 +197,8 @@ def _point_figures(
     """
     exits, graphs = _exits(trace), (manifest.stem, *manifest.segments)
     macs = np.array([[graph.macs.of(int(n)) for graph in graphs] for n in tokens]).cumsum(axis=1)
-    share = macs[np.arange(len(tokens)), exits + 1].sum() / macs[:, -1].sum()
+    full = int(macs[:, -1].sum())
+    share = macs[np.arange(len(tokens)), exits + 1].sum() / full if full else 1.0  # none counted, none saved
     figures = {
         quality: point.accuracy,
         "mean_exit": point.mean_exit,

@@ -17,7 +17,6 @@ from offramp.runtime.inputs.text import items_to_rows, open_reader
 from offramp.runtime.loading import load_row_session
 from offramp.runtime.rules import RowSignals
 from offramp.runtime.tuning.baselines import (
-    cold_load_options,
     graph_script,
     nested_threshold,
     open_baseline,
@@ -25,6 +24,7 @@ from offramp.runtime.tuning.baselines import (
     read_baselines,
     time_cold_start,
     time_cold_starts,
+    walk_arguments,
     walk_script,
 )
 from offramp.runtime.tuning.timing import AnswersAndExits, walk_candidate
@@ -244,7 +244,7 @@ def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> Non
     manifest, facts = session.manifest, session.manifest.input
     paths = [str(BASELINES / "monolith.onnx"), str(TINY / facts.tokenizer), facts.longest, facts.prefix]
     scripts = (
-        (walk_script(manifest.kind), [str(TINY), cold_load_options(walk, 1), item]),
+        (walk_script(manifest.kind), walk_arguments(TINY, walk, 1, item)),
         (
             graph_script(manifest),
             [*paths, session.labels, [], 1, item],
@@ -262,11 +262,11 @@ def test_a_walk_and_a_graph_start_in_fresh_processes(session: Classifier) -> Non
 def test_other_tasks_start_in_fresh_processes_too(bundle: Path) -> None:
     with load_row_session(bundle, rule="never") as session:
         manifest, facts = session.manifest, session.manifest.input
-        options = cold_load_options(walk_candidate(session, "walk", "walk"), 1)
+        walk = walk_candidate(session, "walk", "walk")
     paths = [str(tiny_bundles.baselines_of(bundle) / "monolith.onnx"), str(bundle / facts.tokenizer)]
     decided = [facts.longest, facts.prefix, manifest.labels, manifest.thresholds, 1]
     item = ["a good films at paris"]
-    walked, _, _ = time_cold_start(walk_script(manifest.kind), [str(bundle), options, item])
+    walked, _, _ = time_cold_start(walk_script(manifest.kind), walk_arguments(bundle, walk, 1, item))
     answer, _, _ = time_cold_start(graph_script(manifest), [*paths, *decided, item])
     assert walked == answer and answer not in ("", "[]")
 
@@ -294,6 +294,17 @@ def test_the_error_of_a_failed_process_is_reported() -> None:
 def test_load_options_open_the_same_walk() -> None:
     for point in ("default", "fast"):
         with load_classifier(TINY, point=point) as first:
-            options = cold_load_options(walk_candidate(first, "x", "walk"), None)
-            with load_classifier(TINY, **options) as second:
+            _, rule, options, _ = walk_arguments(TINY, walk_candidate(first, "x", "walk"), None, ["good"])
+            with load_classifier(TINY, rule=RuleSpec(**rule), **options) as second:
                 assert (first.rule, first.variant) == (second.rule, second.variant)
+
+
+@pytest.mark.slow
+def test_a_walk_starts_with_all_of_its_rule() -> None:
+    # The bundle's own rule is another one, so that a name and a threshold do not say the rest.
+    rule = RuleSpec("patience_confident", {"threshold": 0.9, "patience": 2.0}, temperatures=(0.5, 1.5, 1.0))
+    item = ["good film"]
+    with load_classifier(TINY, rule=rule) as session:
+        walk, expected = walk_candidate(session, "walk", "walk"), session(*item).label
+    answer, _, _ = time_cold_start(walk_script("classification"), walk_arguments(TINY, walk, 1, item))
+    assert answer == repr(expected)

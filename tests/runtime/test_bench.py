@@ -1,6 +1,7 @@
 """ee-bench: its candidates, whether its figures agree with the walk, and errors; both tasks."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -303,3 +304,33 @@ def test_full_depth_is_always_a_candidate() -> None:
     bundle = open_bundle(GENERATOR)
     assert list(rule_options(None, bundle)) == ["full depth", "gate"]
     assert list(rule_options("never, fixed:2", bundle)) == ["full depth", "fixed:2"]
+
+
+def test_a_skip_list_of_one_segment_is_no_number() -> None:
+    options = rule_options("skip:-2,skip:2,gate:0.7", open_bundle(GENERATOR))
+    assert options["skip:-2"] == {"rule": "skip:-2"}
+    assert options["skip:2"] == {"rule": "skip", "threshold": 2.0}
+    assert options["gate:0.7"] == {"rule": "gate", "threshold": 0.7}
+
+
+def test_figures_are_printed_though_their_file_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "out.json"))
+
+    monkeypatch.setattr("offramp.runtime.tuning.report.write_atomically", full)
+    data, out = write(tmp_path / "data", {"text": "good"}), tmp_path / "out.json"
+    words = ["--bundle", str(TINY), "--data", str(data), "--turns", "1", "--json", str(out)]
+    done = CliRunner().invoke(bench, words)
+    assert done.exit_code == 2 and "walk full depth" in done.stdout
+    assert done.stderr.endswith("out.json: No space left on device\n")
+
+
+def test_answers_of_one_token_are_shown_without_a_rate(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.txt"
+    data.write_text(PROMPT + "\n", encoding="utf-8")
+    words = ["--bundle", str(GENERATOR), "--data", str(data), "--turns", "1", "--max-new-tokens", "1"]
+    done = CliRunner().invoke(bench, words)
+    assert done.exit_code == 0, done.output
+    assert re.match(r"full depth +- +- +[0-9.]+ +- +- +- +- +100.0$", done.stdout.splitlines()[1])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +19,13 @@ from doubles import gpu
 from offramp.runtime import BadSetting, RuleSpec, load_classifier, load_generator
 from offramp.runtime.bundle.checks import read_manifest
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import OperatingPoint
-from offramp.runtime.errors import BadManifest
+from offramp.runtime.bundle.manifest import Macs, OperatingPoint
+from offramp.runtime.errors import BadManifest, EngineUnavailable
 from offramp.runtime.loading import load_row_session
 from offramp.runtime.rules import softmax
+from offramp.runtime.rules.quee import walk_limits
 from offramp.runtime.rules.route import ROUTER_FILE, list_routes
+from offramp.runtime.tuning import exit_tables, measure_points
 from offramp.runtime.tuning.calibrate import main
 from offramp.runtime.tuning.completions import score_walk
 from offramp.runtime.tuning.exit_tables import macs_to_exits
@@ -325,6 +331,7 @@ def test_searched_lists_become_points_and_routes(tmp_path: Path) -> None:
     words = [str(pairs(tmp_path / "pairs.jsonl")), "--bundle", str(bundle)]
     assert (done := CliRunner().invoke(main, [*words, "--beam", "2"])).exit_code == 0, done.output
     assert "searching skipped segments: 12 runs" in done.output and "skip-67" in done.output
+    assert re.search(r"measured on +12 of 24 rows of", done.stderr)
     manifest = open_bundle(bundle).manifest
     point = manifest.points[-1]
     assert (point.name, point.rule) == ("skip-67", RuleSpec("skip", {}, skipped=(2,)))
@@ -428,3 +435,153 @@ def test_a_disk_that_refuses_leaves_the_bundle_as_it_was(
     assert done.exit_code == 2 and "No space left on device; nothing was calibrated" in done.output
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "dev.jsonl"}
+
+
+@pytest.mark.parametrize("place", ["inside", "link", "no room beside"])
+def test_a_bundle_is_written_wherever_it_is(
+    bundle: Path, dev: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    name = str(bundle)
+    if place == "inside":
+        monkeypatch.chdir(bundle)
+        name = "."
+    elif place == "link":
+        (bundle.parent / "elsewhere").mkdir()
+        name = str(bundle.parent / "elsewhere" / "link")
+        Path(name).symlink_to(bundle)
+        beside = bundle.parent / "elsewhere"  # as another disk: no file may be renamed from it
+        rename = os.replace
+
+        def on_one_disk(source: Path, target: Path) -> None:
+            assert Path(source).parent.resolve() != beside.resolve()
+            rename(source, target)
+
+        monkeypatch.setattr("os.replace", on_one_disk)
+    else:
+        access = os.access
+        monkeypatch.setattr(
+            "os.access", lambda path, mode: Path(path) != bundle.parent and access(path, mode)
+        )
+        write = Path.write_bytes
+
+        def only_inside(path: Path, data: bytes) -> int:
+            assert path.parent == bundle
+            return write(path, data)
+
+        monkeypatch.setattr(Path, "write_bytes", only_inside)
+    files = {path.name for path in bundle.iterdir()}
+    done = CliRunner().invoke(main, [str(dev), "--bundle", name])
+    assert done.exit_code == 0, done.output
+    assert "saves-50" in {point.name for point in open_bundle(bundle).manifest.points}
+    assert {path.name for path in bundle.iterdir()} == files
+    assert {path.name for path in bundle.parent.iterdir()} <= {"bundle", "dev.jsonl", "elsewhere"}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(
+    bundle: Path, dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("offramp.runtime.tuning.calibrate.measure_points", pytest.fail)
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 2 and f"{bundle}: the folder cannot be written; nothing was" in done.output
+
+
+def test_an_interrupted_calibration_ends_with_130(
+    bundle: Path, dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = (bundle / "manifest.json").read_bytes()
+    monkeypatch.setattr("offramp.runtime.tuning.calibrate.measure_points", interrupt)
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 130 and "ee-calibrate: interrupted; nothing was calibrated" in done.output
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_other_rules_keep_the_limits_of_the_walks_that_forecasts_know(bundle: Path, dev: Path) -> None:
+    limits = {"changes": 2.0, "increase": 0.0}
+    manifest = open_bundle(bundle).manifest
+    own = dataclasses.replace(manifest.points[0], rule=RuleSpec("quee", {"price": 0.1, **limits}))
+    text = dataclasses.replace(manifest, points=(own,)).to_json()
+    (bundle / "manifest.json").write_text(text, encoding="utf-8")
+    for rule in ("gate", "entropy"):
+        done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--rule", rule])
+        assert done.exit_code == 0, done.output
+        assert walk_limits(open_bundle(bundle).manifest) == limits
+
+
+@pytest.mark.parametrize("options", [(), ("--risk", "0.9")])
+def test_a_bundle_without_macs_can_be_calibrated(bundle: Path, dev: Path, options: tuple[str, ...]) -> None:
+    manifest = open_bundle(bundle).manifest
+    segments = tuple(dataclasses.replace(segment, macs=Macs()) for segment in manifest.segments)
+    text = dataclasses.replace(manifest, segments=segments).to_json()
+    (bundle / "manifest.json").write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), *options])
+    assert done.exit_code == 0, done.output
+    points = {point.name: point for point in open_bundle(bundle).manifest.points}
+    assert points["default"].measured["macs_saved"] == 0
+    if options:  # the cheapest by blocks, and not the first that passed
+        assert points["default"].measured["mean_exit"] < manifest.blocks
+
+
+def test_points_that_state_nothing_are_shown_without_figures(bundle: Path, dev: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    points = [dataclasses.replace(manifest.points[0], name="full", measured={})]
+    points += [dataclasses.replace(manifest.points[0], name="int8-own", variant="int8", measured={})]
+    text = dataclasses.replace(manifest, points=tuple(points)).to_json()
+    (bundle / "manifest.json").write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--risk", "0.9"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"point full +nothing measured", done.stderr)
+
+
+def test_points_that_stay_may_state_nothing(bundle: Path, dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = open_bundle(bundle).manifest
+    own = dataclasses.replace(manifest.points[0], name="int8-own", variant="int8", measured={})
+    text = dataclasses.replace(manifest, points=(own,)).to_json()
+    (bundle / "manifest.json").write_text(text, encoding="utf-8")
+    measure = exit_tables.measure_exit_table
+
+    def without_int8(session: Any, rows: Any, variant: str, right: Any) -> Any:
+        if variant == "int8":
+            raise EngineUnavailable("no int8 here")
+        return measure(session, rows, variant, right)
+
+    monkeypatch.setattr(measure_points, "measure_exit_table", without_int8)
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"int8-own +int8 +- +- +- +-  gate", done.stdout)
+
+
+def test_pairs_whose_likelihood_is_no_number_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(GENERATOR, tmp_path / "bundle"))
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    monkeypatch.setattr(
+        "offramp.runtime.tuning.completions._log_likelihoods", lambda logits, ids: np.full(len(ids), np.nan)
+    )
+    done = CliRunner().invoke(main, [str(pairs(tmp_path / "pairs.jsonl")), "--bundle", str(bundle)])
+    assert done.exit_code == 2 and "the network's logits are not finite" in done.output
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+
+
+def test_points_that_another_run_wrote_meanwhile_are_not_lost(
+    bundle: Path, dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measure_points.measure_points
+    written = list[bytes]()
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        calibration = measure(*arguments, **options)
+        monkeypatch.undo()
+        other = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle), "--rule", "entropy"])
+        assert other.exit_code == 0, other.output
+        written.append((bundle / "manifest.json").read_bytes())
+        return calibration
+
+    monkeypatch.setattr("offramp.runtime.tuning.calibrate.measure_points", slow)
+    done = CliRunner().invoke(main, [str(dev), "--bundle", str(bundle)])
+    assert done.exit_code == 2 and "manifest.json: it changed while it was measured" in done.output
+    assert [(bundle / "manifest.json").read_bytes()] == written

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from offramp.runtime.rules import softmax
 from offramp.runtime.tuning.calibration import (
     answer_logits,
     calibration_error,
@@ -150,3 +151,20 @@ def test_rows_that_are_sorted_by_label_have_the_same_figures() -> None:
     exits, order = np.zeros(1000, np.int64), np.argsort(labels, kind="stable")
     mixed, ordered = score_figures(logits, exits, labels), score_figures(logits[order], exits, labels[order])
     assert ordered["ece"] == pytest.approx(mixed["ece"], abs=3)
+
+
+def test_sets_of_a_text_that_comes_again_hold_its_label() -> None:
+    # All rows are one text, so its score is the quantile: a session, which computes it in other steps, must
+    # not find it above.
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(random.integers(2, 10))
+        row = random.normal(0, 3, (2, count)).astype(np.float32)
+        label = int(random.integers(count))
+        temperatures = np.round(np.exp(random.normal(0, 0.7, 2)), 4)
+        rows, exits = np.repeat(row[None], 60, 0), np.zeros(60, np.int64)
+        calibration = measure_calibration(rows, exits, np.full(60, label), 0.9, temperatures)
+        for quantile in (calibration.quantiles[0], calibration.quantile):
+            noise = np.float32(1 + 3e-7)  # of a walk alone and of one with other rows
+            scores = 1.0 - softmax(row[0] * noise / np.float32(calibration.temperatures[0]))
+            assert scores[label] <= quantile

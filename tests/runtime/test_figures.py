@@ -58,3 +58,12 @@ def test_depths_by_position() -> None:
         {"from": 1, "mean": 3.0, "tokens": {3: 2}},
         {"from": 2, "mean": 1.5, "tokens": {1: 1, 2: 1}},
     ]
+
+
+def test_answers_of_one_token_have_no_rate() -> None:
+    one, three = ([Token(7, 3, 3)], [1.0]), ([Token(7, 3, 3)] * 3, [1.0, 2.0, 3.0])
+    figures = answer_figures(AnswerTimings([one[0]], [one[1]]), AnswerTimings([one[0]], [one[1]]))
+    names = ("tokens_per_s", "ratio", "ratio_p5", "ratio_p95", "p50_ms", "depth", "blocks_run")
+    assert [figures[name] for name in names] == [None] * len(names)
+    both = AnswerTimings([one[0], three[0]], [one[1], three[1]])
+    assert (answer_figures(both, both)["ratio_p5"], answer_figures(both, both)["tokens_per_s"]) == (1.0, 1.0)

@@ -331,3 +331,49 @@ def test_the_rule_of_a_guarantee_reads_logits_as_dev_calibrated_them(bundle: Pat
         rows = FRESH[100:]
         differ = [a.label != b.label for a, b in zip(walk.map(rows), full.map(rows), strict=True)]
     assert np.mean(differ) == pytest.approx(point.guarantee.observed, abs=1e-6)
+
+
+@pytest.mark.parametrize("second", ["0.3", "0.30000001"])
+def test_limits_of_one_name_are_refused_before_the_measurement(
+    bundle: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    monkeypatch.setattr("offramp.runtime.tuning.measure_points.guaranteed_points", pytest.fail)
+    done = calibrate(fresh, bundle, "--risk", "0.3", "--risk", second)
+    assert done.exit_code == 2 and "--risk 0.3 is given twice; name each limit once" in done.output
+
+
+def test_a_confidence_needs_a_risk(bundle: Path, fresh: Path) -> None:
+    done = calibrate(fresh, bundle, "--confidence", "0.9")
+    assert done.exit_code == 2 and "give it with --risk" in done.output
+
+
+def test_a_default_goes_with_the_guarantee_that_new_rows_do_not_confirm(bundle: Path, tmp_path: Path) -> None:
+    with load_classifier(bundle, rule="never") as session:
+        right = [session(text).label for text in FRESH]
+    wrong = {name: other for name, other in zip(session.labels, session.labels[::-1], strict=True)}
+    options = ("--risk-of", "quality", "--risk", "0.5")
+    assert calibrate(write_rows(tmp_path / "first.jsonl", right), bundle, *options).exit_code == 0
+    assert points_of(bundle)["default"].guarantee == points_of(bundle)["risk-0.5"].guarantee is not None
+    mostly_wrong = [label if n % 5 < 2 else wrong[label] for n, label in enumerate(right)]
+    done = calibrate(write_rows(tmp_path / "second.jsonl", mostly_wrong), bundle, *options, "--risk", "0.9")
+    assert done.exit_code == 0 and "fp32: none keeps accuracy_loss <= 0.5" in done.stdout, done.output
+    points = points_of(bundle)
+    assert "risk-0.9" in points and "risk-0.5" not in points
+    assert all(point.guarantee is None or point.guarantee.limit == 0.9 for point in points.values())
+
+
+def write_rows(file: Path, labels: list[str]) -> Path:
+    """FRESH with these labels."""
+    rows = zip(FRESH, labels, strict=True)
+    lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    file.write_text(lines, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_rows_that_are_copies_are_warned_of(bundle: Path, tmp_path: Path, times: int) -> None:
+    rows = list(dict.fromkeys(FRESH))
+    done = calibrate(write(tmp_path / "rows.jsonl", rows * times), bundle, "--risk", "0.9")
+    assert done.exit_code == 0, done.output
+    warning = f"{len(rows)} of {2 * len(rows)} rows are the same as another one; if they were copied"
+    assert (warning in done.stderr) == (times == 2)

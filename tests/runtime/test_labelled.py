@@ -13,6 +13,7 @@ from offramp.runtime.errors import BadInput
 from offramp.runtime.tuning.labelled import (
     label_number,
     read_labelled,
+    read_pairs,
     read_perhaps_labelled,
     read_rows,
 )
@@ -191,3 +192,24 @@ def test_errors_of_other_tasks_name_the_line(tmp_path: Path) -> None:
         read_labelled(file, NAMES, kind=TOKENS)
     with pytest.raises(BadInput, match=r'dev\.jsonl:1: "tokens" is not a list of words'):
         read_rows(file, NAMES, 9, kind=TOKENS)
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "label"}, {"text": "a film", "label": None}, {"title": "label", "text": "a"}]
+)
+def test_rows_whose_label_is_null_or_a_word_have_none(tmp_path: Path, row: dict[str, Any]) -> None:
+    rows, labelled = read_perhaps_labelled(written(tmp_path, row, {"text": "good"}), NAMES)
+    assert not labelled and rows.items == (row["text"], "good")
+    with pytest.raises(BadInput, match='line 1: no "label"'):
+        read_perhaps_labelled(written(tmp_path, row, {"text": "good", "label": 1}), NAMES)
+
+
+@pytest.mark.parametrize("longest", [4, 63, 64, 65, 200])
+def test_prompt_and_completion_fit_into_what_a_network_reads(tmp_path: Path, longest: int) -> None:
+    rows = [{"prompt": "x" * count, "completion": "y" * 90} for count in (1, 3, 50, 70, 90, 100, 150, 300)]
+    pairs = read_pairs(
+        written(tmp_path, *rows), longest, lambda text: [0] * len(text), lambda text: [1] * len(text)
+    )
+    for (before, after), row in zip(pairs, rows, strict=True):
+        assert 2 <= len(after) == min(64, longest // 2)
+        assert len(before) == min(len(row["prompt"]), longest - len(after))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_bundles import CLASSIFIER, EMBEDDING, GENERATOR, MULTI_LABEL, REGRESSI
 from offramp.runtime import BadBundle, BadInput, ItemError, cli, load_generator, load_row_session
 from offramp.runtime.engines.ort import OrtEngine
 from offramp.runtime.engines.ort_decoder import KVCache, _BoundSteps
+from offramp.runtime.tuning import bench, calibrate
 
 ROWS = (CLASSIFIER, MULTI_LABEL, TOKENS, REGRESSION, EMBEDDING)
 LONG = "the film was not at all good"  # the row that overflows
@@ -100,3 +102,46 @@ def test_graph_of_a_decoder_that_fails_names_itself(monkeypatch: pytest.MonkeyPa
             message = rf"{segment.first_graph.file}: ONNX Runtime cannot run it \({broken}\): out of bounds"
             with pytest.raises(BadBundle, match=message):
                 list(session.tokens([3, 4], 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", ROWS, ids=lambda path: path.name)
+def test_no_point_counts_a_row_without_an_answer(bundle: Path, overflow: None, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    before = (folder / "manifest.json").read_bytes()
+    (tmp_path / "rows.txt").write_text(f"good\n{LONG}\nbad\n" + "a film\n" * 40, encoding="utf-8")
+    words = [str(tmp_path / "rows.txt"), "--bundle", str(folder)]
+    guarantee = [] if bundle == REGRESSION else [("--risk", "0.9")]  # numbers have none
+    for options in ((), *guarantee):
+        done = CliRunner().invoke(calibrate.main, [*words, *options])
+        assert done.exit_code == 2 and "output for row 2 is not finite" in done.stderr, done.output
+        assert (folder / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_no_figure_of_a_benchmark_counts_a_row_without_an_answer(overflow: None, tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text(f"good\n{LONG}\n", encoding="utf-8")
+    words = ["--bundle", str(CLASSIFIER), "--data", str(tmp_path / "rows.txt"), "--turns", "1"]
+    done = CliRunner().invoke(bench.main, words)
+    assert done.exit_code == 2 and done.stdout == "" and "the network's output is not finite" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--risk", "0.9")], ids=["measured", "guaranteed"])
+def test_a_policy_that_is_no_number_is_named(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = OrtEngine.step
+
+    def broken(self: Any, segment: int, variant: int, state: Any) -> Any:
+        signals = step(self, segment, variant, state)
+        if signals.gate is not None:
+            signals.gate[...] = np.nan
+        return signals
+
+    monkeypatch.setattr(OrtEngine, "step", broken)
+    folder = Path(shutil.copytree(CLASSIFIER, tmp_path / "bundle"))
+    (tmp_path / "rows.txt").write_text("good\nbad\na film\n" * 20, encoding="utf-8")
+    words = [str(tmp_path / "rows.txt"), "--bundle", str(folder), *options]
+    done = CliRunner().invoke(calibrate.main, words)
+    assert done.exit_code == 2 and "rule gate: P(exit) of a policy is not finite" in done.stderr, done.output

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_bundles
 
+from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import StepCosts
 from offramp.runtime.errors import BadSetting
 from offramp.runtime.rules import RowSignals, RuleSpec, bind
+from offramp.runtime.rules.quee import walk_limits
 
 SEGMENTS, VARIANTS = 5, 3
 RANDOM = np.random.default_rng(7)
@@ -118,3 +122,12 @@ def test_signals_without_forecast_are_refused() -> None:
             np.zeros((1, 5), np.int8),
             0,
         )
+
+
+@pytest.mark.parametrize("odd", [{}, {"walk_limits": 3}, {"walk_limits": {"changes": "2"}}, "text"])
+def test_limits_of_walks_stay_after_another_rule(odd: object) -> None:
+    manifest = open_bundle(tiny_bundles.CLASSIFIER).manifest
+    limits = {"changes": 2.0, "increase": 0.0}
+    other = dataclasses.replace(manifest, provenance={"odd": 1, "calibrated": {"walk_limits": limits}})
+    assert walk_limits(other) == limits and walk_limits(manifest) == {}
+    assert walk_limits(dataclasses.replace(manifest, provenance={"calibrated": odd})) == {}

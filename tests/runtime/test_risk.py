@@ -281,3 +281,9 @@ def test_groups_beyond_their_count_are_refused(group_count: int) -> None:
 def test_order_that_does_not_fit_is_refused(order: list[list[int]]) -> None:
     with pytest.raises(BadSetting, match="order"):
         control_risk(np.zeros((2, 10), bool), order, 0.05, 0.9)
+
+
+@pytest.mark.parametrize("limit", [1e-9, 5e-324])
+@pytest.mark.parametrize("binary", [True, False])
+def test_rows_beyond_a_million_are_not_counted(limit: float, binary: bool) -> None:
+    assert rows_needed(limit, 0.95, low=0.0 if binary else -1.0, binary=binary) == 1_000_000

@@ -153,3 +153,29 @@ def test_a_table_at_temperatures() -> None:
     scaled = table().at_temperatures((1.0, 2.0, 4.0))
     assert scaled.logits[0, :, 1].tolist() == [3.0, 1.5, 0.75] and scaled.logits.dtype == np.float32
     assert table().at_temperatures(()).logits[0, 1, 1] == 3.0
+
+
+@pytest.mark.parametrize(("rows", "right"), [(100, 7), (200, 117), (400, 61)])
+def test_a_point_that_loses_just_what_it_may_is_taken(rows: int, right: int) -> None:
+    # 100 * 0.07 is 7.000000000000001 in floats, and 1 less than it is more than 100 * 0.06.
+    full = np.arange(rows) < right
+    early = np.arange(rows) < right - rows // 100
+    logits = np.zeros((rows, 2, 2), np.float32)
+    logits[:, 0, 1], logits[:, 1, 1] = np.where(early, 2, -2), np.where(full, 2, -2)
+    two_exits = ExitTable(logits, np.full((rows, 2), 0.9, np.float32), np.ones(rows, np.int64))
+    to_exit = np.tile([10.0, 20.0], (rows, 1))
+    chosen = choose_points("max_probability", two_exits, ExitMacs(to_exit, to_exit[:, -1], np.array([1, 2])))
+    assert chosen["dev-1.0"].mean_exit == 1
+
+
+def test_a_manifest_without_macs_saves_none() -> None:
+    none = ExitMacs(np.zeros((4, 3)), np.zeros(4), np.array([2, 4, 6]))
+    point = sweep("gate", [0.5], table(), none)[0]
+    assert point.macs_saved == 0 and point.layers_saved > 0
+
+
+@pytest.mark.parametrize("rule", sorted(SWEPT))
+def test_a_network_of_one_exit_can_be_swept(rule: str) -> None:
+    one = ExitTable(table().logits[:, -1:], None, np.ones(4, np.int64), table().answers[:, -1:])
+    chosen = choose_points(rule, one, ExitMacs(np.full((4, 1), 30.0), np.full(4, 30.0), np.array([6])))
+    assert {point.mean_exit for point in chosen.values()} == {6}
