@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,21 @@ def write_keys(path: Path) -> Path:
     """
     serialization = import_cryptography("hazmat.primitives.serialization")
     secret = import_cryptography("hazmat.primitives.asymmetric.ed25519").Ed25519PrivateKey.generate()
-    public = path.with_name(path.name + PUBLIC)
+    public = Path(f"{path}{PUBLIC}")
     pem = serialization.Encoding.PEM
     secret_text = secret.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     public_text = secret.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    written: list[Path] = []
     for file, text, mode in ((path, secret_text, 0o600), (public, public_text, 0o644)):
         try:  # O_EXCL: a key is never replaced; what it signed could not be signed again
             handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            written.append(file)
+            with open(handle, "wb") as stream:
+                stream.write(text)
         except OSError as problem:
+            for half in written:  # a secret key beside the public key of another would sign in vain
+                half.unlink(missing_ok=True)
             raise BadSetting(f"{file}: the key cannot be written: {problem}") from None
-        with open(handle, "wb") as stream:
-            stream.write(text)
     return public
 
 
@@ -78,14 +83,15 @@ def sign_bundle(folder: Path, key: Path) -> None:
     open_bundle(folder).verify()
     if (folder / FILE_NAME).read_bytes() != data:
         raise BadBundle(f"{folder / FILE_NAME}: it changed while it was read; sign it again")
-    new = folder.with_name(f".{folder.name}.{SIGNATURE_NAME}.new")  # not in it: it is no file of the bundle
+    # In the folder: what is beside it may be another disk, or closed to the user, as with a mounted folder.
+    new = folder / f".{SIGNATURE_NAME}.new"
     try:
         new.write_bytes(secret.sign(data))
         os.replace(new, folder / SIGNATURE_NAME)
     except OSError as problem:
+        with suppress(OSError):
+            new.unlink()
         raise BadSetting(f"{folder / SIGNATURE_NAME}: cannot be written: {problem}") from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})

@@ -50,6 +50,7 @@ from offramp.runtime.triton_model import (
 ENGINES = ("ort", "trt")
 DEVICES = ("cpu", "cuda")
 TENSORRT_VARIANTS = ("fp32", "fp16")  # int8 and int4 graphs hold operators that only ONNX Runtime has
+WAITING = ".new-by-ee-export-triton"  # end of the name of the folder in which a repository is made
 VERSION = "1"  # of every model; a folder of this name holds it
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 LARGEST = 1 << 16  # of each count that can be chosen
@@ -143,7 +144,9 @@ def write_repository(
 ) -> WrittenRepository:
     """Write the model repository of a bundle into a folder that is missing or empty.
 
-    It appears complete or not at all: files are written into a hidden folder beside it, which is renamed.
+    It appears complete or not at all: files are written into a hidden folder beside it, which is renamed. An
+    empty folder stays the folder that it is, as it may be a mounted one or that of a shell: files are written
+    into a hidden folder in it, and the model that walks comes last.
     require_signature: a public key; what was copied is verified with it. Raises BadSetting for a folder that
     holds something or cannot be written, and for options that the bundle does not have, BadBundle,
     BundleNotFound, and EngineUnavailable without onnxruntime.
@@ -155,7 +158,8 @@ def write_repository(
     if isinstance(bundle.manifest.input, TextInput):
         open_reader(bundle, options.long_texts)  # or it would fail only in the server
     folder = folder.absolute()
-    new = folder.with_name(f".{folder.name}.new-by-ee-export-triton")
+    exists = folder.exists()
+    new = folder / WAITING if exists else folder.with_name(f".{folder.name}{WAITING}")
     try:
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
         new.mkdir(parents=True)
@@ -163,9 +167,10 @@ def write_repository(
         _write_walker(bundle, new, options, settings)
         _check_copy(bundle, new / options.name / VERSION / BUNDLE, require_signature)
         check_target(folder)  # again, after minutes
-        if folder.exists():
-            folder.rmdir()
-        new.rename(folder)
+        if exists:
+            _move_models(new, folder, last=options.name)
+        else:
+            new.rename(folder)
     except OSError as problem:
         if isinstance(problem, OfframpError):
             raise
@@ -180,8 +185,22 @@ def check_target(folder: Path) -> None:
     cure = "name an empty folder, or one that does not exist"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise BadSetting(f"{folder} is a file or a link, not a folder; {cure}")
-    if folder.exists() and (held := next(iter(sorted(folder.iterdir())), None)) is not None:
-        raise BadSetting(f"{folder} holds {held.name}, which would be lost; {cure}")
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if others := [name for name in held if name != WAITING]:
+        raise BadSetting(f"{folder} holds {others[0]}, which would be lost; {cure}")
+
+
+def _move_models(source: Path, folder: Path, *, last: str) -> None:
+    """Move all models from one folder to another, one of them after the others; all or none."""
+    moved: list[Path] = []
+    try:
+        for model in sorted(source.iterdir(), key=lambda model: (model.name == last, model.name)):
+            model.rename(folder / model.name)
+            moved.append(folder / model.name)
+    except OSError:
+        for model in moved:
+            shutil.rmtree(model, ignore_errors=True)
+        raise
 
 
 def _settings(bundle: Bundle, options: RepositoryOptions) -> tuple[TritonSettings, tuple[str, ...]]:
@@ -254,6 +273,8 @@ def _write_graphs(
             half=variant == "fp16",
         )
         _write_model(folder / model, text, "model.onnx", data)
+        if (weights := bundle.weights_of(graph.file)) is not None:  # the graph names this file beside it
+            (folder / model / VERSION / weights[0]).write_bytes(bundle.read(weights[0]))
     return tuple(models)
 
 

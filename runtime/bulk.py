@@ -270,7 +270,7 @@ def answer_files(
     """
     # It runs no segment. Its threads are those of this process, which may have a global pool.
     check = AnswerBatches(options.bundle, threads=None, lazy=True, **options.load)
-    files, names = input_files(sources), answer_schema(check.manifest).names
+    files, names = input_files(sources, out), answer_schema(check.manifest).names
     check_inputs(files, options.column, options.keep, names, one_type=options.format == "parquet")
     facts = {name: value for name, value in asdict(options).items() if name not in ("bundle", "load")}
     job = Job(out, files, {"bundle": job_name([repr(check.manifest)]), **facts, **options.load})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,11 +72,12 @@ class KeptColumns:
         return self.rows[number] if self.rows else {}
 
 
-def input_files(sources: Iterable[str]) -> list[str]:
+def input_files(sources: Iterable[str], out: str | None = None) -> list[str]:
     """Parquet and JSON-lines files of sources, each a file or a folder; those of a folder in order of names.
 
-    Hidden files, and names that begin with "_", are left out of folders. Raises BadSetting for other files,
-    files named twice and folders without such files, OSError for missing ones.
+    Hidden files, names that begin with "_", and the folder `out` of the answers are left out of folders;
+    links to folders are followed. Raises BadSetting for other files, files named twice and folders without
+    such files, OSError for missing ones and for folders that cannot be read.
     """
     files: list[str] = []
     for source in sources:
@@ -87,14 +89,11 @@ def input_files(sources: Iterable[str]) -> list[str]:
                 )
             files.append(source)
             continue
-        inside: list[str] = []
-        for folder, folders, names in os.walk(source):
-            folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-            visible = (name for name in names if not name.startswith((".", "_")))
-            inside += (os.path.join(folder, name) for name in visible if _is_input(name))
+        left_out = set() if out is None else {os.path.realpath(out)}  # answers of this job are no input
+        inside = sorted(_inside(source, left_out))
         if not inside:
             raise BadSetting(f"{source}: this folder has no file {PARQUET}, {', '.join(JSON_LINES)}")
-        files += sorted(inside)
+        files += inside
     for file in files:
         if not is_unicode(file):
             raise BadSetting(f"{os.fsencode(file)!r}: the name is not UTF-8; rename the file")
@@ -104,6 +103,24 @@ def input_files(sources: Iterable[str]) -> list[str]:
             raise BadSetting(f"{path}: this file is named twice; its rows would be answered twice")
         seen.add(path)
     return files
+
+
+def _inside(source: str, visited: set[str]) -> Iterator[str]:
+    """The input files of a folder and of those in it; visited: real paths of folders that are left out."""
+    folders, links = [source], list[str]()
+    while folders or links:  # a folder that has a link, too, is read under its own name
+        folder = folders.pop() if folders else links.pop()
+        if (real := os.path.realpath(folder)) in visited:  # of a link to a folder that holds it, say
+            continue
+        visited.add(real)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith((".", "_")):
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif _is_input(entry.name):
+                    yield entry.path
 
 
 def _is_input(name: str) -> bool:
@@ -134,6 +151,9 @@ def check_inputs(
                 raise BadSetting(
                     f"{file}: no column {name!r}; its columns: {', '.join(schema.names)}; name one: {option}"
                 )
+        for name in (column, SECOND_TEXT, *keep):
+            if schema.names.count(name) > 1:
+                raise BadSetting(f"{file}: it has several columns {name!r}; rename all but one")
         kind = schema.field(column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
@@ -315,10 +335,14 @@ def write_rows(
             else:
                 with open(partial, "wb") as stream:
                     for row in rows:
-                        stream.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+                        stream.write(_json_text(row).encode() + b"\n")
             with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(partial, path)
+        except FileNotFoundError:
+            # Another run of this job has written the file, completed the job and removed what was left.
+            if not os.path.exists(path):
+                raise
         except BaseException:
             with suppress(OSError):
                 os.remove(partial)
@@ -338,9 +362,35 @@ def _table(rows: Sequence[Mapping[str, object]], answer: pa.Schema, kept: pa.Sch
         names = list(dict.fromkeys(name for row in rows for name in row if name not in known))
         kept = pa.schema([(name, pa.string()) for name in names])
         rows = [
-            {**row, **{name: json.dumps(row.get(name), ensure_ascii=False) for name in names}} for row in rows
+            {**row, **{name: _json_text(row.get(name)) for name in names}} for row in rows
         ]
     return pa.Table.from_pylist(list(rows), schema=pa.schema([*keys, *kept, *answer]))
+
+
+def _json_text(value: object) -> str:
+    """A value as JSON text that can be encoded: half of a surrogate pair is written as in \\ud800.
+
+    Infinity and NaN, which JSON does not have, become null, and bytes the text that they are in UTF-8.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_as_text, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=_as_text)
+    return text if is_unicode(text) else json.dumps(json.loads(text))
+
+
+def _as_text(value: object) -> str:
+    """A value of a type that JSON does not have."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def _finite(value: object) -> object:
+    """A value with None in place of the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failed_rows(path: str) -> int:
@@ -367,8 +417,9 @@ class Job:
         facts = json.loads(json.dumps({**facts, "inputs": inputs}, default=str))
         try:
             os.makedirs(folder, exist_ok=True)
-            before = self._read(JOB)
-            if before is None and any(not name.startswith(".") for name in os.listdir(folder)):
+            held = [name for name in os.listdir(folder) if not name.startswith(".")]
+            before = self._read(JOB)  # afterwards: another run may begin the same job just now
+            if before is None and held:
                 raise BadSetting(
                     f"--out {folder}: it is not empty, and not of ee-run --ray; name another folder"
                 )
@@ -425,10 +476,22 @@ class Job:
         return value
 
     def _write(self, name: str, value: Mapping[str, object]) -> None:
+        """Write a file of the job; hidden until it is complete, as a run may be killed here, too."""
         path = os.path.join(self.folder, name)
-        partial = f"{path}.{uuid.uuid4().hex}"
-        with open(partial, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, ensure_ascii=False, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        partial = os.path.join(self.folder, f".{name}.{uuid.uuid4().hex}.partial")
+        try:
+            try:
+                with open(partial, "w", encoding="utf-8") as stream:
+                    json.dump(value, stream, ensure_ascii=False, indent=1)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(partial, path)
+            except FileNotFoundError:  # another run of this job has completed it and removed what was left
+                if not os.path.exists(path):
+                    raise
+            except BaseException:
+                with suppress(OSError):
+                    os.remove(partial)
+                raise
+        except OSError as problem:
+            raise OutputFailed(f"{path}: it cannot be written: {problem.strerror or problem}") from problem

@@ -22,6 +22,7 @@ from offramp.runtime.bundle.manifest import (
     SIGNALS,
     SIGNATURE_NAME,
     TASKS,
+    TEXT_INPUTS,
     Calibration,
     Guarantee,
     ImageInput,
@@ -62,7 +63,11 @@ def check_manifest(manifest: Manifest) -> None:
         or not all(s.blocks for s in manifest.segments)
     ):
         raise ValueError(f"segments: their blocks must be 1 to {manifest.blocks} in order, found {walked}")
-    fields.unique("segments", [segment.name for segment in (manifest.stem, *manifest.segments)])
+    named = (manifest.stem, *manifest.segments)
+    fields.unique("segments", [segment.name for segment in named])
+    fields.short("segments", [name for segment in named for name in (segment.name, *segment.variants)])
+    if not manifest.variants:
+        raise ValueError("segments[0].variants: there is none")
     if manifest.decoder is not None:
         from offramp.runtime.bundle import decoder_checks  # here: a classifier does not need it
 
@@ -75,6 +80,7 @@ def check_manifest(manifest: Manifest) -> None:
     for unit, costs in manifest.costs.items():
         _check_costs(f"costs[{unit!r}]", costs, manifest)
     fields.unique("points", [point.name for point in manifest.points])
+    fields.short("points", [point.name for point in manifest.points])
     for index, point in enumerate(manifest.points):
         fields.one_of(f"points[{index}].variant", point.variant, manifest.variants)
         if point.calibration is not None:
@@ -156,8 +162,6 @@ def _check_images(image: ImageInput, manifest: Manifest) -> None:
 
 def _check_graphs(manifest: Manifest, task: Task) -> None:
     """Check that stem and segments of a bundle whose rows are walked once fit together."""
-    if not manifest.variants:
-        raise ValueError("segments[0].variants: there is none")
     if manifest.variants[0] not in manifest.stem.variants:
         raise ValueError(f"stem.variants: the default variant {manifest.variants[0]!r} is missing")
     named_segments = [("stem", manifest.stem)] + [
@@ -195,7 +199,10 @@ def _check_graphs(manifest: Manifest, task: Task) -> None:
 
 
 def _check_stem_inputs(manifest: Manifest, task: Task) -> None:
-    """Check that the stem reads the tensors that its task adds, and none that another task adds."""
+    """Check that the stem reads what texts become: the tensors that its task adds, and none of another task.
+
+    What the stem of images reads is checked with their input.
+    """
     for name, other in TASKS.items():
         for tensor in other.stem_inputs:
             for variant in manifest.stem.variants.values():
@@ -204,6 +211,16 @@ def _check_stem_inputs(manifest: Manifest, task: Task) -> None:
                     raise ValueError(f"stem: for {name} it reads {tensor.name}, {form}, which is missing")
                 if other is not task and tensor.name in (read.name for read in variant.inputs):
                     raise ValueError(f"stem: its input {tensor.name} is for {name}, not for {manifest.task}")
+    if not isinstance(manifest.input, TextInput):
+        return
+    known = (*TEXT_INPUTS, *task.stem_inputs)
+    for variant in manifest.stem.variants.values():
+        for tensor in variant.inputs:
+            if tensor not in known:
+                raise ValueError(
+                    f"stem: its input {tensor.name!r:.80}, {tensor.dtype} {list(tensor.shape)}, cannot be made "
+                    f"from text; {', '.join(other.name for other in known)} can, int64 [batch, seq]"
+                )
 
 
 def _check_segment(
@@ -301,6 +318,7 @@ def _check_variant(where: str, variant: Variant, manifest: Manifest) -> None:
     axes = [axis for axis in AXES if axis not in of_caches or of_caches[axis] == cache]
     for side, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
         fields.unique(f"{where}.{side}", [tensor.name for tensor in tensors])
+        fields.short(f"{where}.{side}", [tensor.name for tensor in tensors])
         for index, tensor in enumerate(tensors):
             fields.one_of(f"{where}.{side}[{index}].dtype", tensor.dtype, DTYPES)
             fields.shape(f"{where}.{side}[{index}].shape", tensor.shape, axes)

@@ -29,7 +29,7 @@ from offramp.runtime.bundle.rule_checks import check_controllers
 MOST_ROTATIONS = 16
 MOST_FREQUENCIES = 2**12  # of a rotation, which has a number for each of them at every position
 _IDS, _POSITIONS = (Tensor(name, "int64", ("batch", "seq")) for name in ("input_ids", "position_ids"))
-_APPENDED_STEM_INPUTS = {"input_ids", "position_ids", "past_valid"}
+_APPENDED_STEM_INPUTS = (_IDS, _POSITIONS, Tensor("past_valid", "int64", ("batch", "past")))
 _DRAFT_BLOCK = "decoder.draft_block"  # its path for messages
 
 
@@ -111,8 +111,11 @@ def check_cache(decoder: DecoderFacts) -> None:
 def _appended(manifest: Manifest) -> _Readable:
     """What segments read whose stem makes masks and rotations: all outputs of the stem."""
     stem = manifest.stem.first_graph
-    if (names := {tensor.name for tensor in stem.inputs}) != _APPENDED_STEM_INPUTS:
-        raise ValueError(f"stem: it reads {sorted(names)}, a decoder's reads {sorted(_APPENDED_STEM_INPUTS)}")
+    if set(stem.inputs) != set(_APPENDED_STEM_INPUTS):
+        raise ValueError(
+            f"stem: it reads {_described(stem.inputs)}; of cache {APPENDED!r} it reads "
+            f"{_described(_APPENDED_STEM_INPUTS)}"
+        )
     outputs = {tensor.name: tensor for tensor in stem.outputs}
     return _Readable(outputs, outputs)
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from math import prod
 
 LONGEST_INPUT = 2**20  # tokens
+LONGEST_NAME = 200  # characters, of what messages and tables name: rules, variants, points, segments, tensors
 LONGEST_PREFIX = 4096  # characters
 LARGEST_IMAGE = 4096  # pixels of a side
 LARGEST_SIZE = 2**24  # of one axis, and of a vocabulary
@@ -24,6 +25,13 @@ def plain(where: str, name: str) -> None:
     """Check that a name is a plain file name, so that nothing in a manifest can point out of the folder."""
     if not name or name in (".", "..") or any(c in name for c in "/\\:\0") or not name.isprintable():
         raise ValueError(f"{where}: {name!r:.100} is not a plain file name")
+
+
+def short(where: str, names: Iterable[str]) -> None:
+    """Check that no name is longer than any that a person gives, since messages repeat it."""
+    for name in names:
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"{where}: a name of {len(name)} characters; at most {LONGEST_NAME} are read")
 
 
 def listed(where: str, name: str, files: Collection[str]) -> None:

@@ -196,6 +196,10 @@ class Task:
 
 # 1 at the first token of each word, else 0, also at special tokens and padding.
 WORD_STARTS = Tensor("word_starts", "int64", ("batch", "seq"))
+# What every text becomes for the stem of a network whose rows are walked once.
+TEXT_INPUTS = tuple(
+    Tensor(name, "int64", ("batch", "seq")) for name in ("input_ids", "attention_mask", "token_type_ids")
+)
 _LABELS = ("batch", "labels")
 _DECISION = ("batch", 2)  # the least certain decision of a row and its nearest alternative: (m, 0), m >= 0
 TASKS: Mapping[str, Task] = {

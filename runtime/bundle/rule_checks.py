@@ -12,6 +12,8 @@ def check_rule(where: str, rule: RuleSpec, manifest: Manifest) -> None:
     where: the path of the rule. Names of rules and parameters are not checked here, but by
     offramp.runtime.rules.bind for the rule that is used.
     """
+    fields.short(f"{where}.name", [rule.name])
+    fields.short(f"{where}.parameters", rule.parameters)
     _check_temperatures(where, rule, manifest)
     for name, value in rule.parameters.items():
         fields.within(f"{where}.parameters[{name!r:.80}]", abs(value), 0, fields.LARGEST_PARAMETER)

@@ -51,7 +51,7 @@ class OfflineWarning(RunWarning):
 
 
 def pull_bundle(reference: HubReference) -> Path:
-    """The folder of a bundle on the hub, in the cache; it is pulled unless it is there.
+    """The folder of a bundle on the hub, in the cache; it is pulled unless all of it is there.
 
     Only the files that the manifest names are read, and its signature. The hub is asked which commit a branch
     or tag is; a full commit that is cached needs no network. If the hub cannot be reached, the commit of the
@@ -63,12 +63,25 @@ def pull_bundle(reference: HubReference) -> Path:
     cache = cache_folder(reference.repository)
     try:
         commit = _find_commit(reference, cache)
-        if not (cache / commit).is_dir():
+        if not _is_whole(cache / commit):
             _download(reference, commit, cache)
         _remember(reference, commit, cache)
     except hub_errors() as problem:
         raise translate(problem, reference) from problem
     return cache / commit
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a bundle in the cache has its manifest, and every file in its size.
+
+    Files may be missing or cut: who cleans caches removes some of them, and a machine may have lost power. A
+    session compares their contents when it opens them.
+    """
+    try:
+        files = open_bundle(folder).manifest.files
+        return all((folder / name).stat().st_size == fact.bytes for name, fact in files.items())
+    except (OSError, BadBundle):
+        return False
 
 
 def cache_folder(repository: str) -> Path:
@@ -141,27 +154,38 @@ def _download(reference: HubReference, commit: str, cache: Path) -> None:
     """Pull a commit's bundle into a new folder, and give it its name in the cache when it is complete.
 
     Of two processes that do this at once, the first to finish gives its folder the name; the other takes it.
+    A folder of this name that is not whole is removed then.
     """
-    folder = cache / f"{UNFINISHED}{uuid.uuid4().hex}"
+    folder, place = cache / f"{UNFINISHED}{uuid.uuid4().hex}", cache / commit
+    damaged = folder.with_name(f"{folder.name}-damaged")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(cache)
         folder.mkdir()
         _download_files(reference, commit, folder)
+        if place.is_dir() and not _is_whole(place):
+            with contextlib.suppress(FileNotFoundError):  # another process has done it
+                place.rename(damaged)
         try:
-            folder.rename(cache / commit)
+            folder.rename(place)
         except OSError:
-            if not (cache / commit).is_dir():
+            if not place.is_dir():
                 raise
+    except hub_errors() as problem:
+        if not place.is_dir():
+            raise
+        error = translate(problem, reference)
+        raise type(error)(f"the copy in the cache, {place}, is not whole, and {error}") from problem
     except OSError as problem:
-        if isinstance(problem, (BundleNotFound, *hub_errors())):
+        if isinstance(problem, BundleNotFound):
             raise
         raise BundleNotFound(
             f"{reference}: the cache {cache} cannot be written: {problem.strerror or problem}; make room, or "
             "set HF_HOME to another folder"
         ) from problem
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, damaged):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _download_files(reference: HubReference, commit: str, folder: Path) -> None:
@@ -204,6 +228,8 @@ class _Source:
         fact: size and sha256 that it must have. After a connection that breaks off, the rest is asked for.
         Raises BadBundle for another file, errors of huggingface_hub, and OSError if it cannot be written.
         """
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
         with path.open("wb") as file:
             digest, size = hashlib.sha256(), 0
             for attempt in range(ATTEMPTS):
@@ -225,9 +251,12 @@ class _Source:
                 except hub_errors() as problem:
                     if fact is not None and size == fact.bytes:
                         break
-                    if not is_unreachable(problem) or attempt == ATTEMPTS - 1:
+                    never = isinstance(problem, OfflineModeIsEnabled)  # asked again, it says the same
+                    if never or not is_unreachable(problem) or attempt == ATTEMPTS - 1:
                         raise
                     time.sleep(PAUSE)
+            file.flush()
+            os.fsync(file.fileno())  # before its folder gets its name, which may be on the disk sooner
         if fact is not None and size != fact.bytes:
             raise self._wrong(path.name, f"{size:,} bytes, the manifest has {fact.bytes:,}")
         if fact is not None and digest.hexdigest() != fact.sha256:
