@@ -361,9 +361,7 @@ def _table(rows: Sequence[Mapping[str, object]], answer: pa.Schema, kept: pa.Sch
         known = {*answer.names, *KEYS}
         names = list(dict.fromkeys(name for row in rows for name in row if name not in known))
         kept = pa.schema([(name, pa.string()) for name in names])
-        rows = [
-            {**row, **{name: _json_text(row.get(name)) for name in names}} for row in rows
-        ]
+        rows = [{**row, **{name: _json_text(row.get(name)) for name in names}} for row in rows]
     return pa.Table.from_pylist(list(rows), schema=pa.schema([*keys, *kept, *answer]))
 
 

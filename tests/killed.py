@@ -87,7 +87,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def jobs(root: Path) -> dict[str, Job]:
     """The commands with tiny models and data in a folder."""
-    model = tiny.model_folder(root / "model")
+    model = tiny.model_folder(root / "model", blocks=2)  # each takes seconds to export
     rows = [
         {"text": f"the film was {word}", "label": int(word in tiny.GOOD)} for word in tiny.GOOD + tiny.BAD
     ]

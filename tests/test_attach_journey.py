@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # exports a network of each family; the parts hav
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("attach")
     torch.set_num_threads(1)
-    folder = tiny.classifier_folder(root / "model", request.param)
+    folder = tiny.classifier_folder(root / "model", request.param, blocks=2)  # each takes seconds to export
     (root / "traffic.txt").write_text("".join(row["text"] + "\n" for row in tiny.rows(60, 5)))
     command = ["--model", str(folder), "--data", str(root / "traffic.txt"), "--out", str(root / "ckpt")]
     trained = CliRunner().invoke(train, [*command, "--precision", "fp32", "--set", "epochs=20"])

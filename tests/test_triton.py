@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import pytest
 from click.testing import CliRunner, Result
 from doubles import triton_python_backend_utils as pb_utils
 from google.protobuf import json_format
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from tiny_bundles import (
     CLASSIFIER,
     EMBEDDING,
@@ -752,3 +753,50 @@ def test_double_takes_what_the_server_documents() -> None:
     }
     known = {name: list(inspect.signature(getattr(pb_utils, name)).parameters) for name in documented}
     assert known == documented
+
+
+def test_empty_folder_stays_the_folder_that_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    before = repo.stat().st_ino
+    monkeypatch.chdir(repo)
+    done = run(CLASSIFIER, ".")
+    assert done.exit_code == 0, done.output
+    assert Path("offramp/1/model.py").is_file() and repo.stat().st_ino == before
+    assert not [*repo.glob(".*")] and [path.name for path in tmp_path.iterdir()] == ["repo"]
+
+
+def test_empty_folder_that_cannot_be_filled_stays_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name == "offramp":  # the last
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(BadSetting, match=r"cannot be written: .*No space left"):
+        triton.write_repository(open_bundle(CLASSIFIER), tmp_path)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_weights_in_a_file_of_their_own_go_with_the_graph(repository: Write, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(CLASSIFIER, tmp_path / "bundle"))
+    graph, name = onnx.load(bundle / "segment_01.onnx"), "segment_01.onnx.data"
+    onnx.save(
+        graph, bundle / "segment_01.onnx", save_as_external_data=True, location=name, size_threshold=260
+    )
+    manifest = open_bundle(bundle).manifest
+    files = dict(manifest.files)
+    for file in ("segment_01.onnx", name):
+        data = (bundle / file).read_bytes()
+        files[file] = FileFact(hashlib.sha256(data).hexdigest(), len(data))
+    (bundle / "manifest.json").write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+    folder = repository(bundle) / "offramp_segment_01" / "1"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", name]
+    loaded = onnx.load(folder / "model.onnx")  # with its weights, from the file that it names
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer}
+    whole = onnx.load(CLASSIFIER / "segment_01.onnx").graph.initializer
+    assert all(np.array_equal(held[tensor.name], numpy_helper.to_array(tensor)) for tensor in whole)

@@ -21,16 +21,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import pytest
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
-from documents import ROOT
-from test_docs import entry_points
+from documents import HEAVY, ROOT, entry
 from tiny_bundles import CLASSIFIER, texts
 
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -41,8 +38,6 @@ BLOCK = re.compile(
 )
 KINDS = ("background", "network", "cluster", "device")
 NOT_RUN = KINDS[1:]
-# Their imports take seconds: they run in the test's own process, which has imported torch once.
-HEAVY = {"ee-train", "ee-split"}
 START_SECONDS = 60
 
 
@@ -70,14 +65,6 @@ def blocks_of(name: str) -> list[Block]:
     """The blocks of a tutorial, in order."""
     text = (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
     return [Block(match["kind"], match["language"], match["code"]) for match in BLOCK.finditer(text)]
-
-
-def entry(command: str) -> click.Command:
-    """The click command behind ee-NAME."""
-    module, _, function = entry_points()[command].partition(":")
-    value = getattr(import_module(module), function)
-    assert isinstance(value, click.Command)
-    return value
 
 
 def free_port() -> int:
@@ -237,7 +224,7 @@ def test_extras_that_are_named_exist(name: str) -> None:
 def test_add_exits(reader: Reader) -> None:
     import tiny
 
-    tiny.classifier_folder(reader.folder / "my-model", steps=20)
+    tiny.classifier_folder(reader.folder / "my-model", steps=20, blocks=2)  # each takes seconds to export
     rows = dict.fromkeys(row["text"] for row in tiny.rows(2500, 5))  # each once
     write_lines(reader.folder / "traffic.txt", list(rows)[:1100])
     printed = reader.follow("add-exits")
@@ -249,7 +236,7 @@ def test_add_exits(reader: Reader) -> None:
 def test_intents(reader: Reader) -> None:
     import tiny
 
-    tiny.model_folder(reader.folder / "encoder")
+    tiny.model_folder(reader.folder / "encoder", blocks=2)
     tiny.data_folder(reader.folder / "intents")
     write_lines(reader.folder / "requests.txt", [row["text"] for row in tiny.rows(200, 7)])
     printed = reader.follow("intents")

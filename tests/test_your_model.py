@@ -11,7 +11,8 @@ import tiny_tasks
 
 from offramp.models.tasks import EMBEDDING, MULTI_LABEL, REGRESSION, TOKENS
 
-pytestmark = pytest.mark.slow  # many commands, each of which imports torch
+pytestmark = pytest.mark.slow  # trains and exports
+BLOCKS = 2  # each takes seconds to export
 
 
 def write_traffic(folder: Path) -> None:
@@ -20,7 +21,7 @@ def write_traffic(folder: Path) -> None:
 
 def test_every_block_of_your_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.classifier_folder(tmp_path / "my-finetuned")
+    tiny.classifier_folder(tmp_path / "my-finetuned", blocks=BLOCKS)
     write_traffic(tmp_path)
     tiny.data_folder(tmp_path / "data")
     (tmp_path / "data" / "test.jsonl").rename("test.jsonl")
@@ -31,8 +32,8 @@ def test_every_block_of_your_model_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_block_of_tasks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.model_folder(tmp_path / "my-backbone")
-    tiny_tasks.model_folder(tmp_path / "my-encoder", EMBEDDING)
+    tiny.model_folder(tmp_path / "my-backbone", blocks=BLOCKS)
+    tiny_tasks.model_folder(tmp_path / "my-encoder", EMBEDDING, blocks=BLOCKS)
     for name, task in (("comments", MULTI_LABEL), ("commands", TOKENS), ("scores", REGRESSION)):
         tiny_tasks.data_folder(tmp_path / name, task, 32, 16, 16)
     write_traffic(tmp_path)

@@ -112,10 +112,18 @@ def with_slow(families: Sequence[str], *first: str) -> list[Any]:
     return [f if f in first else pytest.param(f, marks=pytest.mark.slow) for f in families]
 
 
-def backbone(family: str, seed: int = 0) -> Any:
+def text_config(family: str, blocks: int = 3) -> Any:
+    """The configuration of an encoder of texts with so many blocks; each block costs seconds of an export."""
+    config = CONFIGS[family]()
+    config.num_hidden_layers = blocks  # of DistilBERT, too: its own name for it is an alias
+    return config
+
+
+def backbone(family: str, seed: int = 0, blocks: int | None = None) -> Any:
     """A random transformers base model of the family, in evaluation mode."""
     torch.manual_seed(seed)
-    return AutoModel.from_config((CONFIGS | VISION)[family]()).eval()
+    config = (CONFIGS | VISION)[family]() if blocks is None else text_config(family, blocks)
+    return AutoModel.from_config(config).eval()
 
 
 def wide_config(family: str) -> Any:
@@ -130,13 +138,16 @@ def wide_config(family: str) -> Any:
     return config
 
 
-def decoder(family: str, seed: int = 0, *, wide: bool = False) -> Any:
+def decoder(family: str, seed: int = 0, *, wide: bool = False, blocks: int | None = None) -> Any:
     """A random causal language model; no bias is 0 and no norm is 1: a missing one changes the output.
 
-    wide: see wide_config. Heads of the others have 8 numbers, but for Qwen3 and Gemma.
+    wide: see wide_config. Heads of the others have 8 numbers, but for Qwen3 and Gemma. blocks: 3 unless
+    given, of a family whose blocks are all of one kind.
     """
     torch.manual_seed(seed)
     config = wide_config(family) if wide else DECODERS[family]()
+    if blocks is not None:
+        config.num_hidden_layers = blocks
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -195,9 +206,9 @@ def tokenizer() -> Tokenizer:
     return word_tokenizer
 
 
-def model_folder(folder: Path, family: str = "bert") -> Path:
+def model_folder(folder: Path, family: str = "bert", blocks: int | None = None) -> Path:
     """A folder that from_pretrained loads: tiny random weights and the word-level tokenizer."""
-    backbone(family).save_pretrained(folder)
+    backbone(family, blocks=blocks).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names}
@@ -206,15 +217,19 @@ def model_folder(folder: Path, family: str = "bert") -> Path:
 
 
 def classifier_folder(
-    folder: Path, family: str = "bert", labels: tuple[str, ...] = ("negative", "positive"), steps: int = 0
+    folder: Path,
+    family: str = "bert",
+    labels: tuple[str, ...] = ("negative", "positive"),
+    steps: int = 0,
+    blocks: int = 3,
 ) -> Path:
     """A folder of transformers' classification model with its tokenizer.
 
     steps: of a training on the tiny rows by plain torch; without any, weights are random, and none is 0.
     """
-    model_folder(folder, family)
+    model_folder(folder, family, blocks)
     torch.manual_seed(0)
-    config = CONFIGS[family]()
+    config = text_config(family, blocks)
     config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
     model = AutoModelForSequenceClassification.from_config(config)
     if not steps:

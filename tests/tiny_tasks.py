@@ -24,13 +24,13 @@ LABELS = {
 }
 
 
-def network(task: str, family: str = "bert", **changes: Any) -> EarlyExitNetwork:
+def network(task: str, family: str = "bert", blocks: int = 3, **changes: Any) -> EarlyExitNetwork:
     """A tiny network of the task with an exit after every block, random everywhere."""
     pooling = "none" if TASKS[task].per_token else "attention"
     facts: dict[str, Any] = {"pooling": pooling, "head": "mlp", "task": task, "own_head": task == EMBEDDING}
-    spec = NetworkSpec(LABELS[task], (1, 2, 3), **facts | changes)
+    spec = NetworkSpec(LABELS[task], tuple(range(1, blocks + 1)), **facts | changes)
     head = OwnHead("mean", (), 0.1) if task == EMBEDDING else None
-    network = EarlyExitNetwork(tiny.backbone(family), spec, head).eval()
+    network = EarlyExitNetwork(tiny.backbone(family, blocks=blocks), spec, head).eval()
     for exit_head in network.exits:
         if exit_head.attention is not None:
             torch.nn.init.normal_(exit_head.attention.query.weight)  # type: ignore[union-attr, operator]
@@ -73,12 +73,12 @@ def data_folder(folder: Path, task: str, train: int = 96, dev: int = 48, test: i
     return folder
 
 
-def model_folder(folder: Path, task: str, family: str = "bert") -> Path:
+def model_folder(folder: Path, task: str, family: str = "bert", blocks: int = 3) -> Path:
     """A folder of transformers' model of the task with its tokenizer; its weights are random, and none is 0.
 
     For embeddings it is a folder of sentence-transformers.
     """
-    tiny.model_folder(folder, family)
+    tiny.model_folder(folder, family, blocks)
     if task == EMBEDDING:
         modules = [
             {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -92,7 +92,7 @@ def model_folder(folder: Path, task: str, family: str = "bert") -> Path:
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
         return folder
     torch.manual_seed(0)
-    config = tiny.CONFIGS[family]()
+    config = tiny.text_config(family, blocks)
     labels = LABELS[task] or ("LABEL_0",)
     config.id2label, config.label2id = dict(enumerate(labels)), {name: n for n, name in enumerate(labels)}
     if task == MULTI_LABEL:

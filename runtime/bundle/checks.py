@@ -218,8 +218,8 @@ def _check_stem_inputs(manifest: Manifest, task: Task) -> None:
         for tensor in variant.inputs:
             if tensor not in known:
                 raise ValueError(
-                    f"stem: its input {tensor.name!r:.80}, {tensor.dtype} {list(tensor.shape)}, cannot be made "
-                    f"from text; {', '.join(other.name for other in known)} can, int64 [batch, seq]"
+                    f"stem: its input {tensor.name!r:.80}, {tensor.dtype} {list(tensor.shape)}, cannot be "
+                    f"made from text; {', '.join(other.name for other in known)} can, int64 [batch, seq]"
                 )
 
 

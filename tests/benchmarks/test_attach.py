@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # trains and evaluates
 
 
 def test_points_state_accuracy_and_agreement_on_test(tmp_path: Path) -> None:
-    model = tiny.classifier_folder(tmp_path / "tuned", steps=30)
+    model = tiny.classifier_folder(tmp_path / "tuned", steps=30, blocks=2)
     (model / "fine_tune.json").write_text(json.dumps({"accuracy": 90.0, "rows": 32}))
     data = tiny.data_folder(tmp_path / "data")
     (tmp_path / "traffic.txt").write_text("".join(row["text"] + "\n" for row in tiny.rows(60, 5)))

@@ -104,8 +104,9 @@ def test_segments_against_the_monolith(texts: Path, tmp_path: Path, monkeypatch:
         return [session.encode_prompt("the film was good")] * 2
 
     monkeypatch.setattr(decoders, "read_prompts", two_prompts)
+    monkeypatch.setattr("offramp.export.auto.PAIRS", 1)  # each is two processes
     words = ["--scratch", str(tmp_path / "scratch"), "--texts", str(texts)]
-    out = ["--tokens", "6", "--out", str(tmp_path / "o")]
+    out = ["--tokens", "6", "--rounds", "2", "--out", str(tmp_path / "o")]  # a round is a process
     result = run(decoders.full, "--model", str(tmp_path / "model"), *words, *out)
     assert list(result["candidates"]) == ["fp32", "int8", "int4"]
     for rows in result["candidates"].values():

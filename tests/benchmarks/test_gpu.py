@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import documents
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -21,7 +22,9 @@ TINY = Path(__file__).parents[1] / "data" / "tiny_bundle"
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
-    done = CliRunner().invoke(main, ["prepare", str(folder), "--blocks", "4", "--width", "32"])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        documents.run_heavy_here(monkeypatch)
+        done = CliRunner().invoke(main, ["prepare", str(folder), "--blocks", "4", "--width", "32"])
     assert done.exit_code == 0, done.output
     return folder
 

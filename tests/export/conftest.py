@@ -17,9 +17,12 @@ from transformers import AutoModel
 
 from offramp.export.bundle import write_graphs
 from offramp.export.classifier import ExportableClassifier
+from offramp.export.decoder import split_decoder
 from offramp.export.options import ExportOptions
 from offramp.export.segments import Segment, SplitNetwork
+from offramp.export.to_onnx import to_onnx
 from offramp.models import EarlyExitNetwork, NetworkSpec
+from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines.threads import share_global_pool
 from offramp.runtime.inputs.images import ImageInput
 from offramp.training.checkpoint import Checkpoint, TextFacts
@@ -102,6 +105,25 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         for segment in split:
             write_graphs(segment, folder, ExportOptions(("fp32", "int8", "fp16")), weights_only=False)
         return Exported(checkpoint, split, folder)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def portable_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any, Path]]:
+    """By family: the model, its split (two segments: blocks 1-2 and 3), and the folder of the graphs.
+
+    The graph that drafts is not among them: it is the head with fewer ids, and bundles have it.
+    """
+
+    @cache
+    def export(family: str) -> tuple[Any, Any, Path]:
+        model, folder = tiny.decoder(family), tmp_path_factory.mktemp(family)
+        split = split_decoder(DecoderNetwork(model), "2", draft_ids=20, portable=True)
+        for segment in split:
+            if segment is not split.draft:
+                to_onnx(segment, folder / f"{segment.name}.onnx")
+        return model, split, folder
 
     return export
 

@@ -110,8 +110,11 @@ def test_timing_that_fails_names_the_cure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ee_split_uses_auto_where_the_training_had_no_exits(tmp_path: Path) -> None:
-    tiny.decoder("llama").save_pretrained(tmp_path / "model")
+def test_ee_split_uses_auto_where_the_training_had_no_exits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.export.auto.PAIRS", 1)  # each is two processes a variant
+    tiny.decoder("llama", blocks=2).save_pretrained(tmp_path / "model")  # each takes seconds to export
     tiny.tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
     words = [str(tmp_path / "model"), "--out", str(tmp_path / "bundle"), "--variants", "fp32,int8"]
     done = CliRunner().invoke(split, [*words, "--monolith", str(tmp_path / "one.onnx")])

@@ -20,7 +20,6 @@ from offramp.export.decoder import ExportableDecoder, split_decoder
 from offramp.export.precision import write_variant
 from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
-from offramp.runtime.bundle.files import open_bundle
 from offramp.runtime.bundle.manifest import APPENDED, IN_PLACE, NEW, PAST
 from offramp.runtime.engines.rotation import rotation_tables
 from offramp.runtime.engines.threads import share_global_pool
@@ -157,6 +156,7 @@ def test_a_block_has_as_many_operators_as_it_must(graphs: Graphs, tmp_path: Path
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_attention_that_the_operator_cannot_express_is_portable(family: str) -> None:
+    """What ee-split says of it: test_decoder_exits."""
     network = DecoderNetwork(tiny.decoder(family))
     assert reason_against(network) == "block 1 has heads of size 8, which is no multiple of 16"
     assert split_decoder(network, "3").cache == APPENDED
@@ -188,16 +188,6 @@ def test_tables_are_those_of_the_model() -> None:
     for name, right in (("cosine", cosine), ("sine", sine)):
         assert tables[f"rotation_{name}_table"].shape == (64, 8)
         np.testing.assert_allclose(tables[f"rotation_{name}_table"], right[0, :, :8].numpy(), atol=2e-7)
-
-
-def test_ee_split_says_why_graphs_are_portable(tmp_path: Path) -> None:
-    tiny.decoder("llama").save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
-    words = ["--out", str(tmp_path / "bundle"), "--segments", "3", "--variants", "fp32"]
-    done = CliRunner().invoke(split, [str(tmp_path / "model"), *words])
-    assert done.exit_code == 0, done.output
-    assert "no multiple of 16, so its graphs are written as with --portable" in done.output
-    assert open_bundle(tmp_path / "bundle").manifest.decoder.cache == APPENDED  # type: ignore[union-attr]
 
 
 def test_fp16_needs_portable_graphs(tmp_path: Path) -> None:

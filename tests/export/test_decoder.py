@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 
 from offramp.export.decoder import split_decoder
 from offramp.export.precision import write_variant
-from offramp.export.to_onnx import to_onnx
 from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.bundle.manifest import PAST
 from offramp.runtime.engines.threads import share_global_pool
@@ -30,13 +30,9 @@ def open_session(file: Path) -> Any:
 
 
 @pytest.fixture(scope="module", params=tiny.with_slow(sorted(tiny.DECODERS), "llama"))
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def exported(request: pytest.FixtureRequest, portable_decoder: Callable[[str], Any]) -> Any:
     """The model, its split (two segments: blocks 1-2 and 3), and the folder of the graphs."""
-    model, folder = tiny.decoder(request.param), tmp_path_factory.mktemp(request.param)
-    split = split_decoder(DecoderNetwork(model), "2", draft_ids=20, portable=True)
-    for segment in split:
-        to_onnx(segment, folder / f"{segment.name}.onnx")
-    return model, split, folder
+    return portable_decoder(request.param)
 
 
 def test_cuts_are_where_they_were_asked_for(exported: Any) -> None:

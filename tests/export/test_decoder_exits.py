@@ -21,7 +21,7 @@ from offramp.export.verify import NotVerified, verify
 from offramp.models.decoder import DecoderNetwork, hidden_states
 from offramp.runtime import load_generator
 from offramp.runtime.bundle.files import open_bundle
-from offramp.runtime.bundle.manifest import IN_PLACE
+from offramp.runtime.bundle.manifest import APPENDED, IN_PLACE
 from offramp.runtime.generator import TextGenerator
 from offramp.runtime.sequence import TokenSequence
 from offramp.training.checkpoint import save_exits
@@ -42,7 +42,9 @@ def with_exits(family: str, blocks: tuple[int, ...], policies: bool) -> DecoderN
     return network
 
 
-@pytest.fixture(scope="module", params=tiny.with_slow(["llama", "gpt2", "qwen3"]))
+# Appended caches (llama), and caches that grow in place (gpt2). Rotated keys in the latter: test_generation,
+# their blocks in int8 and int4: test_cached_attention.
+@pytest.fixture(scope="module", params=tiny.with_slow(["llama", "gpt2"]))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A network with exits after blocks 1 and 2, and its bundle by ee-split, as ee-train leaves a folder."""
     folder, network = tmp_path_factory.mktemp(request.param), with_exits(request.param, (1, 2), True)
@@ -57,6 +59,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     done = CliRunner().invoke(split, words)
     assert done.exit_code == 0, done.output
     assert "written and verified, 3 segments of 3 blocks" in done.output and "fill_02" in done.output
+    why_portable = "no multiple of 16, so its graphs are written as with --portable"
+    assert (why_portable in done.output) == (request.param == "llama")
     return network.eval(), folder / "bundle"
 
 
@@ -68,6 +72,8 @@ def new_sequence(session: TextGenerator, ids: list[int]) -> TokenSequence:
 def test_exits_and_gates_are_those_of_the_network(exported: Any) -> None:
     network, bundle = exported
     manifest = open_bundle(bundle).manifest
+    assert manifest.decoder is not None
+    assert manifest.decoder.cache == (APPENDED if network.model.config.model_type == "llama" else IN_PLACE)
     assert manifest.rule.name == "gate" and manifest.provenance["recipe"] == "consistentee_lm"
     assert "chat_template.jinja" in manifest.files
     ids = torch.randint(3, 60, (1, 9))

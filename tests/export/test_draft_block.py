@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from offramp.export.decoder import DRAFT_IDS as DEFAULT_DRAFT_IDS
 from offramp.export.decoder import ExportableDecoder, open_decoder
 from offramp.export.describe import build_manifest
 from offramp.export.options import ExportOptions
-from offramp.export.verify import NotVerified
+from offramp.export.verify import NotVerified, verify
 from offramp.models.decoder import DecoderNetwork
 from offramp.models.draft_head import add_draft_head, draft_head_of, normed_hidden, predict_hidden
 from offramp.runtime import load_generator
@@ -56,7 +58,7 @@ def drafting_network(family: str, folder: Path) -> DecoderNetwork:
     return network.eval()
 
 
-def write(folder: Path, family: str, *, portable: bool, variants: Sequence[str] = ("fp32",)) -> Path:
+def write(folder: Path, family: str, *, portable: bool, cuts: str, variants: Sequence[str]) -> Path:
     """The bundle of a network with a draft head, written and verified."""
     network = drafting_network(family, folder)
     network.model.save_pretrained(folder / "model")
@@ -64,25 +66,33 @@ def write(folder: Path, family: str, *, portable: bool, variants: Sequence[str] 
     save_exits(network, folder / "model")
     source = open_decoder(folder / "model", portable=portable)
     source = dataclasses.replace(source, draft_ids=DRAFT_IDS)
-    split = source.split("2")
-    write_bundle(source, split, folder / "bundle", ExportOptions(tuple(variants)))
+    write_bundle(source, source.split(cuts), folder / "bundle", ExportOptions(tuple(variants)))
     return folder / "bundle"
 
 
-FORMS = [
-    pytest.param(("llama", True)),
-    pytest.param(("qwen3", False)),  # heads of 16: the cache grows in place
-    *(
-        pytest.param(form, marks=pytest.mark.slow)
-        for form in (("gpt2", False), ("gemma2", True), ("gemma3_text", False), ("gpt_neox", True))
-    ),
-]
+# Appended caches, and heads of 16, whose cache grows in place: two segments, in three precisions.
+WHOLE = [("llama", True), ("qwen3", False)]
+# The block of other families, behind one segment, in fp32: every graph costs seconds.
+FORMS = [*WHOLE, ("gpt2", False), ("gemma2", True), ("gemma3_text", False), ("gpt_neox", True)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, bool]], Path]:
+    """By form: its bundle, written once. Folder `model` beside it is what a training leaves."""
+
+    @cache
+    def write_form(form: tuple[str, bool]) -> Path:
+        (family, portable), whole = form, form in WHOLE
+        variants = ("fp32", "int8", "int4") if whole else ("fp32",)
+        folder = tmp_path_factory.mktemp(family)
+        return write(folder, family, portable=portable, cuts="2" if whole else "3", variants=variants)
+
+    return write_form
 
 
 @pytest.fixture(scope="module", params=FORMS, ids=str)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family, portable = request.param
-    return write(tmp_path_factory.mktemp(family), family, portable=portable)
+def bundle(request: pytest.FixtureRequest, written: Callable[[tuple[str, bool]], Path]) -> Path:
+    return written(request.param)
 
 
 def test_manifest_names_the_block(bundle: Path) -> None:
@@ -159,9 +169,11 @@ def test_drafts_go_on_to_the_longest_sequence(bundle: Path) -> None:
         assert [token.id for token in tokens] == expected and tokens[-1].ended == "context"
 
 
-@pytest.mark.parametrize(("family", "portable"), [("llama", True), ("qwen3", False)])
-def test_other_precisions_draft_too(tmp_path: Path, family: str, portable: bool) -> None:
-    folder = write(tmp_path, family, portable=portable, variants=("fp32", "int8", "int4"))
+@pytest.mark.parametrize("form", WHOLE, ids=str)
+def test_other_precisions_draft_too(
+    form: tuple[str, bool], written: Callable[[tuple[str, bool]], Path]
+) -> None:
+    folder = written(form)
     rule = RuleSpec("speculative", {"head": 1.0, "drafts": 2.0})
     for variant in ("int8", "int4"):
         with load_generator(folder, rule=rule, variant=variant) as session:
@@ -171,24 +183,23 @@ def test_other_precisions_draft_too(tmp_path: Path, family: str, portable: bool)
             assert stats is not None and stats.accepted[HEAD] > 0
 
 
-def test_a_wrong_block_is_not_verified(tmp_path: Path) -> None:
-    network = drafting_network("llama", tmp_path)
-    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
-    source = ExportableDecoder(network, tmp_path, draft_ids=DRAFT_IDS, portable=True)
-    split = source.split("3")
+def test_a_wrong_block_is_not_verified(written: Callable[[tuple[str, bool]], Path]) -> None:
+    """Such a bundle is not written: test_decoder_exits."""
+    folder = written(WHOLE[0])
+    source = dataclasses.replace(open_decoder(folder.parent / "model", portable=True), draft_ids=DRAFT_IDS)
+    split = source.split("2")
     assert split.draft_block is not None
-    other = add_draft_head(network)  # the network is another one than the split
+    verify(source, folder, split, ("fp32",)).require_good()
+    other = add_draft_head(source.network)  # the network is another one than the split and its graphs
     assert not bool(other.join.weight.any())
     with pytest.raises(NotVerified, match="draft_block, tensor exit_hidden"):
-        write_bundle(source, split, tmp_path / "bundle", ExportOptions(("fp32",)))
-    assert not (tmp_path / "bundle").exists()
+        verify(source, folder, split, ("fp32",)).require_good()
 
 
-def test_ee_split_writes_one_segment_and_the_block(tmp_path: Path) -> None:
-    network = drafting_network("llama", tmp_path)
-    network.model.save_pretrained(tmp_path / "model")
-    tiny.hub_tokenizer().save_pretrained(tmp_path / "model")
-    save_exits(network, tmp_path / "model")
+def test_ee_split_writes_one_segment_and_the_block(
+    tmp_path: Path, written: Callable[[tuple[str, bool]], Path]
+) -> None:
+    shutil.copytree(written(WHOLE[0]).parent / "model", tmp_path / "model")
     training = {"recipe": "draft_head", "exits": [3]}
     (tmp_path / "model" / "training.json").write_text(json.dumps(training), encoding="utf-8")
     words = [str(tmp_path / "model"), "--out", str(tmp_path / "bundle"), "--variants", "fp32"]

@@ -100,16 +100,6 @@ def test_a_window_that_no_cache_can_have_is_refused(window: Any, message: str, t
         open_decoder(folder)
 
 
-def test_a_token_without_an_embedding_is_refused_with_the_cure(folder: Path) -> None:
-    tokenizer = tiny.hub_tokenizer()
-    tokenizer.add_tokens([f"[{number}]" for number in range(60 - len(tokenizer) + 2)])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(
-        ValueError, match=r"transformers fails at .* and 1 more, too: .*resize_token_embeddings"
-    ):
-        open_decoder(folder)
-
-
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of Gemma 3 with its tower for images."""

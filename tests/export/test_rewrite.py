@@ -18,10 +18,7 @@ import tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnxscript import ir
 
-from offramp.export.decoder import split_decoder
 from offramp.export.rewrite import apply_rewrites
-from offramp.export.to_onnx import to_onnx
-from offramp.models.decoder import DecoderNetwork
 from offramp.runtime.engines import threads
 
 
@@ -96,10 +93,12 @@ def test_a_norm_divides() -> None:
 
 
 @pytest.mark.parametrize("family", tiny.with_slow(["llama", "qwen3"]))
-def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_path: Path) -> None:
-    segment = split_decoder(DecoderNetwork(tiny.decoder(family)), "2", portable=True).segments[0]
-    to_onnx(segment, tmp_path / "segment.onnx")
-    plain = Counter(node.op_type for node in onnx.load(tmp_path / "segment.onnx").graph.node)
+def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(
+    family: str, portable_decoder: Callable[[str], Any], tmp_path: Path
+) -> None:
+    _, split, folder = portable_decoder(family)
+    segment, file = split.segments[0], folder / "segment_00.onnx"
+    plain = Counter(node.op_type for node in onnx.load(file).graph.node)
     # The lengths of past and new, by which attention weights are split: once for all blocks.
     assert plain["Shape"] == 2 and plain["Tile"] == 1 and not plain["Gather"]
     # A block has one product for queries, keys and values, one for the two halves of its MLP, two after them,
@@ -109,7 +108,7 @@ def test_segments_of_decoders_compute_no_shapes_and_fuse_norms(family: str, tmp_
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
     options.log_severity_level = 3
     threads.share_global_pool(options)
-    onnxruntime.InferenceSession(tmp_path / "segment.onnx", options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     fused = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
     norms = fused["SimplifiedLayerNormalization"] + fused["SkipSimplifiedLayerNormalization"]
     assert norms >= 2 * len(segment.blocks) and not fused["Sqrt"]

@@ -1,9 +1,7 @@
-"""Sampling has the probabilities and the log-probabilities of transformers."""
+"""Sampling has the probabilities of transformers; its log-probabilities: test_generation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from offramp.runtime import Sampling, load_generator
+from offramp.runtime import Sampling
 from offramp.runtime.sampling import Sampler
 
 IDS = [5, 9, 30, 12, 44, 9, 100, 250]  # of which the first five are the prompt
@@ -64,26 +62,3 @@ def test_probabilities_are_those_of_transformers(options: dict[str, Any]) -> Non
         probabilities = Sampler(Sampling(**options), IDS[:5]).probabilities(logits, IDS)
         np.testing.assert_array_equal(probabilities > 0, expected > 0)
         np.testing.assert_allclose(probabilities, expected, atol=1e-7)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_greedy_text_with_a_penalty_and_its_logprobs_are_those_of_transformers(
-    decoder_bundle: Callable[[str], tuple[Any, Path]],
-) -> None:
-    model, bundle = decoder_bundle("llama")
-    asked = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.4}
-    with load_generator(bundle, rule="never") as session:
-        for ids in ([5, 9, 30, 12, 44], [7, 7, 7]):
-            answer = model.generate(
-                torch.tensor([ids]), **asked, output_logits=True, return_dict_in_generate=True
-            )
-            expected = answer.sequences[0, len(ids) :].tolist()
-            tokens = list(session.tokens(ids, 12, sampling=Sampling(repetition_penalty=1.4, logprobs=3)))
-            assert [token.id for token in tokens] == expected
-            for token, logits in zip(tokens, answer.logits, strict=True):
-                top = logits[0].log_softmax(-1).topk(3)
-                assert token.logprob == pytest.approx(float(logits[0].log_softmax(-1)[token.id]), abs=1e-4)
-                assert [logprob for _, logprob in token.top_logprobs] == pytest.approx(
-                    top.values.tolist(), abs=1e-4
-                )

@@ -367,3 +367,36 @@ def test_what_a_point_states_must_be_possible(fields: dict[str, object], named: 
 def test_a_point_with_a_name_of_earlier_versions_loads() -> None:
     value = pointed(name="within-0.5")
     assert read_manifest(json.dumps(value), source="here").points[0].name == "within-0.5"
+
+
+def test_a_decoder_without_variants_is_refused() -> None:
+    facts = json.loads((GENERATOR / FILE_NAME).read_text(encoding="utf-8"))
+    facts["segments"][0]["variants"] = {}
+    with pytest.raises(BadManifest, match=r"segments\[0\]\.variants: there is none"):
+        read_manifest(json.dumps(facts), source="here")
+
+
+@pytest.mark.parametrize("bundle", [CLASSIFIER, TOKENS, GENERATOR], ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize("shape", [["batch", 1], [1, "seq"], ["batch"]])
+def test_a_stem_reads_tensors_of_any_number_of_rows_and_tokens(bundle: Path, shape: list[object]) -> None:
+    facts = json.loads((bundle / FILE_NAME).read_text(encoding="utf-8"))
+    for variant in facts["stem"]["variants"].values():
+        variant["inputs"][1]["shape"] = shape
+    with pytest.raises(BadManifest, match="stem: it"):
+        read_manifest(json.dumps(facts), source="here")
+
+
+@pytest.mark.parametrize("place", ["rule name", "points 0 name", "segments 1 name", "stem inputs"])
+def test_a_name_that_no_message_can_hold_is_refused(place: str) -> None:
+    facts = json.loads((CLASSIFIER / FILE_NAME).read_text(encoding="utf-8"))
+    *parents, last = [int(key) if key.isdigit() else key for key in place.split()]
+    if last == "inputs":
+        value: Any = facts["stem"]["variants"]["fp32"]["inputs"][1]
+        last = "name"
+    else:
+        value = facts
+        for key in parents:
+            value = value[key]
+    value[last] = "x" * 201
+    with pytest.raises(BadManifest, match="a name of 201 characters; at most 200 are read"):
+        read_manifest(json.dumps(facts), source="here")

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tiny_bundles import CLASSIFIER
 
 pytest.importorskip("huggingface_hub", reason="the extra hub")
 
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from offramp.runtime import cli, load, load_classifier
 from offramp.runtime.bundle import files
@@ -378,3 +378,50 @@ def test_processes_that_pull_at_once_and_offline(hub: HubDouble, tmp_path: Path)
     shutil.rmtree(tmp_path / "home")
     offline = start(HF_HUB_OFFLINE="1")
     assert b"HF_HUB_OFFLINE forbids" in offline.communicate(b"x\n")[1]
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / GRAPH).unlink()
+
+
+def damage_cut(folder: Path) -> None:
+    (folder / GRAPH).write_bytes((folder / GRAPH).read_bytes()[:100])
+
+
+def damage_no_manifest(folder: Path) -> None:
+    (folder / FILE_NAME).unlink()
+
+
+def damage_empty_manifest(folder: Path) -> None:
+    (folder / FILE_NAME).write_bytes(b"")
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize(
+    "damage", [damage_missing, damage_cut, damage_no_manifest, damage_empty_manifest, shutil.rmtree]
+)
+def test_a_cached_bundle_that_is_not_whole_is_pulled_again(
+    hub: HubDouble, damage: Callable[[Path], None], pinned: bool
+) -> None:
+    commit = hub.repositories["user/name"].branches["main"]
+    reference = HubReference("user/name", commit) if pinned else USER_NAME
+    damage(pull_bundle(reference))
+    assert contents(pull_bundle(reference)) == contents(CLASSIFIER)
+    assert rest_of_cache() == []
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_offline_a_cached_bundle_that_is_not_whole_is_named(
+    hub: HubDouble, monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    commit = hub.repositories["user/name"].branches["main"]
+    reference = HubReference("user/name", commit) if pinned else USER_NAME
+    folder = pull_bundle(reference)
+    damage_cut(folder)
+    before = contents(folder)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pull, "PAUSE", 3600.0)  # it does not ask again
+    close_session()
+    with pytest.raises(BundleNotFound, match=f"{commit}, is not whole, and .*HF_HUB_OFFLINE forbids"):
+        pull_bundle(reference)
+    assert contents(folder) == before and rest_of_cache() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from tiny_bundles import CLASSIFIER
 
+from offramp.export import sign
 from offramp.runtime import load
 from offramp.runtime.bundle import signature
 from offramp.runtime.bundle.files import open_bundle
@@ -134,3 +136,58 @@ def test_missing_package_is_named_with_its_cure(
     monkeypatch.setattr(signature, "import_module", missing)
     with pytest.raises(BadSetting, match=r"pip install 'offramp\[sign\]'"):
         open_bundle(signed, key)
+
+
+def test_bundle_is_signed_where_the_current_folder_is(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = sign.write_keys(tmp_path / "ours.pem")
+    monkeypatch.chdir(signed)
+    done = CliRunner().invoke(sign.main, [".", "--key", str(tmp_path / "ours.pem")])
+    assert done.exit_code == 0, done.output
+    open_bundle(signed, public)
+
+
+def test_bundle_is_signed_on_a_disk_of_its_own(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public, replace = sign.write_keys(tmp_path / "ours.pem"), os.replace
+
+    def one_disk(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(18, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", one_disk)
+    before = {path.name for path in signed.iterdir()}
+    sign.sign_bundle(signed, tmp_path / "ours.pem")
+    open_bundle(signed, public)
+    assert {path.name for path in signed.iterdir()} == before
+
+
+def test_bundle_that_cannot_be_written_is_one_line(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign.write_keys(tmp_path / "ours.pem")
+
+    def closed(*arguments: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("write_bytes", "unlink"):  # of a file that is not there, too
+        monkeypatch.setattr(Path, name, closed)
+    with pytest.raises(BadSetting, match=r"cannot be written: .*Read-only file system"):
+        sign.sign_bundle(signed, tmp_path / "ours.pem")
+
+
+def test_no_secret_key_is_left_beside_the_public_key_of_another(tmp_path: Path) -> None:
+    (tmp_path / "ours.pem.pub").write_bytes(b"of another")
+    with pytest.raises(BadSetting, match=r"ours\.pem\.pub: the key cannot be written"):
+        sign.write_keys(tmp_path / "ours.pem")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.pem.pub"]
+    assert (tmp_path / "ours.pem.pub").read_bytes() == b"of another"
+
+
+def test_file_that_a_key_cannot_have_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(sign.main, ["--new-key", "."])
+    assert done.exit_code == 2 and "the key cannot be written" in done.output, done.output

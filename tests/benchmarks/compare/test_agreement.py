@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documents
 import numpy as np
 import pytest
 import tiny
@@ -17,10 +18,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from offramp.benchmarks.compare import agreement
-from offramp.benchmarks.compare.exit_outputs import weights_digest
+from offramp.benchmarks.compare.exit_outputs import ensure_bundle, weights_digest
 from offramp.runtime.rules import RuleSpec, bind, simulate
 from offramp.runtime.walker import Trace
 from offramp.training.batches import EncodedText
+from offramp.training.checkpoint import load_checkpoint
 from offramp.training.cli import train
 from offramp.training.collect import collect, exit_table
 
@@ -59,9 +61,9 @@ def test_a_tie_is_a_difference_without_a_difference_of_signals() -> None:
 
 
 @pytest.mark.slow
-def test_a_bundle_of_other_weights_disagrees(tmp_path: Path) -> None:
+def test_a_bundle_of_other_weights_disagrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    tiny.model_folder(tmp_path / "model", "bert")
+    tiny.model_folder(tmp_path / "model", "bert", blocks=2)  # each takes seconds to export
     data, runs = tiny.data_folder(tmp_path / "data"), tmp_path / "runs"
     words = ["--data", str(data), "--seed", "0", "--precision", "fp32"]
     begin = ["--model", str(tmp_path / "model"), *(w for s in SHORT for w in ("--set", s))]
@@ -69,6 +71,11 @@ def test_a_bundle_of_other_weights_disagrees(tmp_path: Path) -> None:
         out = ["--recipe", recipe, "--out", str(runs / f"{recipe}_0")]
         done = CliRunner().invoke(train, [*out, *start, *words])
         assert done.exit_code == 0, done.output
+
+    with monkeypatch.context() as patched:
+        documents.run_heavy_here(patched)
+        for folder in (runs / "joint_0", runs / "quee_0"):
+            ensure_bundle(folder, load_checkpoint(folder).network.spec.forecast or ("fp32",))
 
     words = [str(runs), "--data", str(data), "--rows", "30", "--json", str(tmp_path / "figures.json")]
 
@@ -93,5 +100,6 @@ def test_a_bundle_of_other_weights_disagrees(tmp_path: Path) -> None:
         {name: t.roll(1, 0) if len(t.shape) and len(t) == 2 else t for name, t in tensors.items()}, weights
     )
     (runs / "joint_0.bundle.key").write_text(f"{weights_digest(runs / 'joint_0')} fp32")
+    (runs / "quee_0").rename(tmp_path / "quee_0")  # it has been compared
     bad = compare()
     assert bad.returncode == 1, bad.stderr
