@@ -72,7 +72,7 @@ def write(folder: Path, family: str, *, portable: bool, cuts: str, variants: Seq
 
 # Appended caches, and heads of 16, whose cache grows in place: two segments, in three precisions.
 WHOLE = [("llama", True), ("qwen3", False)]
-# The block of other families, behind one segment, in fp32: every graph costs seconds.
+# The block of other families in fp32 alone: every graph costs seconds.
 FORMS = [*WHOLE, ("gpt2", False), ("gemma2", True), ("gemma3_text", False), ("gpt_neox", True)]
 
 
@@ -85,7 +85,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, bo
         (family, portable), whole = form, form in WHOLE
         variants = ("fp32", "int8", "int4") if whole else ("fp32",)
         folder = tmp_path_factory.mktemp(family)
-        return write(folder, family, portable=portable, cuts="2" if whole else "3", variants=variants)
+        return write(folder, family, portable=portable, cuts="2", variants=variants)
 
     return write_form
 
