@@ -8,7 +8,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -326,16 +326,26 @@ def write_rows(
     """
     import pyarrow.parquet as pq
 
+    with _completed(path) as partial:
+        if _is_parquet(path):
+            pq.write_table(_table(rows, answer, kept), partial)
+        else:
+            with open(partial, "wb") as stream:
+                for row in rows:
+                    stream.write(_json_text(row).encode() + b"\n")
+
+
+@contextmanager
+def _completed(path: str) -> Iterator[str]:
+    """Context manager that gives a hidden file's path, and gives that file its own name `path` at the end.
+
+    A run that is killed leaves only the hidden file. Raises OutputFailed if it cannot be written.
+    """
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.partial")
     try:
         try:
-            if _is_parquet(path):
-                pq.write_table(_table(rows, answer, kept), partial)
-            else:
-                with open(partial, "wb") as stream:
-                    for row in rows:
-                        stream.write(_json_text(row).encode() + b"\n")
+            yield partial
             with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(partial, path)
@@ -348,9 +358,7 @@ def write_rows(
                 os.remove(partial)
             raise
     except OSError as problem:
-        raise OutputFailed(
-            f"{path}: the answers cannot be written: {problem.strerror or problem}"
-        ) from problem
+        raise OutputFailed(f"{path}: it cannot be written: {problem.strerror or problem}") from problem
 
 
 def _table(rows: Sequence[Mapping[str, object]], answer: pa.Schema, kept: pa.Schema | None) -> pa.Table:
@@ -475,21 +483,8 @@ class Job:
 
     def _write(self, name: str, value: Mapping[str, object]) -> None:
         """Write a file of the job; hidden until it is complete, as a run may be killed here, too."""
-        path = os.path.join(self.folder, name)
-        partial = os.path.join(self.folder, f".{name}.{uuid.uuid4().hex}.partial")
-        try:
-            try:
-                with open(partial, "w", encoding="utf-8") as stream:
-                    json.dump(value, stream, ensure_ascii=False, indent=1)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(partial, path)
-            except FileNotFoundError:  # another run of this job has completed it and removed what was left
-                if not os.path.exists(path):
-                    raise
-            except BaseException:
-                with suppress(OSError):
-                    os.remove(partial)
-                raise
-        except OSError as problem:
-            raise OutputFailed(f"{path}: it cannot be written: {problem.strerror or problem}") from problem
+        with (
+            _completed(os.path.join(self.folder, name)) as partial,
+            open(partial, "w", encoding="utf-8") as stream,
+        ):
+            json.dump(value, stream, ensure_ascii=False, indent=1)
