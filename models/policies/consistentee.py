@@ -52,7 +52,7 @@ class ConsistentEEPolicy(nn.Module):
     the part that reads the state.
 
     The pooled state is standardized first, as an exit's input is. A pooler that was not pretrained gives
-    states that differ by 0.001 to 0.02 between rows, and a policy then learns one decision for all of them.
+    states that differ by some hundredths between rows, and a policy then learns one decision for all of them.
     """
 
     bias: Tensor
